@@ -1,0 +1,490 @@
+"""The configuration: YAML and command-line overrides in, one validated `Config` out.
+
+A file may name one `base:` (a path relative to itself) whose values it overrides; flags override
+the file; what nobody sets has the default below. The classes mirror the YAML's nesting, and every
+option of the program is listed here. All errors are reported at once, by dotted path.
+
+This module imports no torch, so that `--help`, `--print-config` and error messages are immediate.
+Options that pick a variant by name (`placement`, `optimizer.name`, ...) take the keys of the table
+that holds the variants; see `Choice`.
+
+`python -m gpt.config` prints the JSON schema that editors use to complete and check the YAML.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
+
+from gpt.errors import InputError, nearest
+
+# ---------------------------------------------------------------------------------------------
+# Kinds of value
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A string that must be a key of the dict `table` in `module`, such as `gpt.norm.PLACEMENTS`.
+
+    The variants live in one visible dict beside their code, and that dict is the only list of
+    their names. Before its module is imported the keys are read from the module's source, because
+    importing it would import torch: 1.3 s that `--help` and a misspelt option need not wait for.
+    """
+
+    module: str
+    table: str
+
+    def names(self) -> tuple[str, ...]:
+        """The valid values, in the table's order."""
+        if self.module not in sys.modules:
+            spec = importlib.util.find_spec(self.module)
+            if spec is not None and spec.origin is not None:
+                for node in ast.parse(Path(spec.origin).read_text("utf-8")).body:
+                    if (
+                        isinstance(node, ast.AnnAssign)
+                        and isinstance(node.target, ast.Name)
+                        and node.target.id == self.table
+                        and isinstance(node.value, ast.Dict)
+                    ):
+                        keys = [key.value for key in node.value.keys if isinstance(key, ast.Constant)]
+                        return tuple(str(key) for key in keys)
+        return tuple(getattr(importlib.import_module(self.module), self.table))
+
+    def _check(self, value: str) -> str:
+        names = self.names()
+        if value not in names:
+            raise PydanticCustomError(
+                "choice",
+                "is none of {names}{hint}",
+                {"names": ", ".join(names), "hint": nearest(value, names)},
+            )
+        return value
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), "enum": list(self.names())}
+
+
+def _number(value: object) -> object:
+    """Refuse booleans and let whole numbers be written as `1e6`, which YAML 1.1 reads as text."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "is a truth value where a number is needed")
+    if isinstance(value, str):
+        for kind in (int, float):
+            try:
+                number = kind(value)
+            except ValueError:
+                continue
+            whole = math.isfinite(number) and number == int(number)
+            return int(number) if whole else number
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_number)]
+Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Count = Annotated[Int, Field(ge=1)]
+NonNegative = Annotated[Float, Field(ge=0)]
+Positive = Annotated[Float, Field(gt=0)]
+Fraction = Annotated[Float, Field(ge=0, lt=1)]
+Seed = Annotated[Int, Field(ge=0, lt=2**63)]
+
+
+class Section(BaseModel):
+    """One mapping of the YAML. Unknown keys are errors; an empty mapping means the defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty(cls, value: object) -> object:
+        return {} if value is None else value
+
+
+# ---------------------------------------------------------------------------------------------
+# The options
+
+
+class DataConfig(Section):
+    """What is read, how it becomes tokens, and what is held out."""
+
+    source: Annotated[str, Choice("gpt.data", "SOURCES")] = "stdlib"
+    """Where documents come from: this Python's own standard library, or text files."""
+    path: tuple[str, ...] = ()
+    """Files, folders or glob patterns to read (source: text), relative to the working directory."""
+    tokenizer: Annotated[str, Choice("gpt.tokenizer", "TOKENIZERS")] = "bpe"
+    """How text becomes tokens; bpe is trained on the corpus."""
+    vocab_size: Annotated[Int, Field(ge=257)] = 2048
+    """Tokens of the bpe tokenizer: 256 bytes, the merges, and end of text."""
+    holdout: Literal["documents", "tail"] = "documents"
+    """Validation is whole documents, chosen by a hash of their text, or the tail of each document."""
+    val_fraction: Annotated[Float, Field(gt=0, lt=1)] = 0.03
+    """Share of the text that is held out for validation."""
+    seed: Seed | None = None
+    """Seed of the order in which training sequences are drawn; unset, the run's seed."""
+    cache_dir: str = "cache"
+    """Folder for prepared token files, one sub-folder a combination of corpus and tokenizer."""
+
+    @model_validator(mode="after")
+    def _path_given(self) -> Self:
+        if self.source == "text" and not self.path:
+            raise ValueError("source: text needs data.path, the files or folders to read")
+        return self
+
+
+class NormConfig(Section):
+    """Layer normalisation: where it stands, and its constants."""
+
+    placement: Annotated[str, Choice("gpt.norm", "PLACEMENTS")] = "pre"
+    """Where the norm stands relative to the residual connection."""
+    eps: Positive = 1e-5
+    """Added to the variance inside the square root."""
+
+
+class ModelConfig(Section):
+    """The shape of the GPT. Vocabulary size comes from the tokenizer."""
+
+    layers: Count = 4
+    """Number of blocks, L."""
+    heads: Count = 4
+    """Attention heads in a block; must divide the width."""
+    width: Count = 128
+    """Channels of the residual stream, d."""
+    context: Count = 128
+    """Longest sequence that the model sees, T, in tokens."""
+    dropout: Fraction = 0.0
+    """Chance that an activation is dropped while training: embeddings, attention, sublayers."""
+    bias: bool = True
+    """Biases in linear layers and norms, as in GPT-2."""
+    tied_head: bool = True
+    """The output layer shares its weights with the token embedding, as in GPT-2."""
+    norm: NormConfig = NormConfig()
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
+        return self
+
+
+class ScheduleConfig(Section):
+    """Learning rate at each step, as a share of optimizer.learning_rate: warm-up, then body."""
+
+    warmup: Annotated[str, Choice("gpt.schedule", "WARMUPS")] = "linear"
+    """Shape of the rise; none starts at the full rate, whatever warmup_steps says."""
+    warmup_steps: Annotated[Int, Field(ge=0)] = 100
+    """Updates until the full rate is reached; the first update is never at rate 0."""
+    body: Annotated[str, Choice("gpt.schedule", "BODIES")] = "cosine"
+    """Shape of what follows the warm-up."""
+    final_ratio: Annotated[Float, Field(ge=0, le=1)] = 0.1
+    """Share of the full rate that cosine, linear and wsd end at."""
+    decay_fraction: Annotated[Float, Field(gt=0, le=1)] = 0.2
+    """Share of the steps after warm-up in which wsd (warm-up, stable, decay) falls."""
+
+
+class OptimizerConfig(Section):
+    """The update rule and its constants. All are torch's own optimizers."""
+
+    name: Annotated[str, Choice("gpt.optim", "OPTIMIZERS")] = "adamw"
+    """Update rule. muon is for the blocks' matrices, with adamw for everything else."""
+    learning_rate: Positive = 1e-3
+    """The full rate, which the schedule scales."""
+    beta1: Fraction = 0.9
+    """Decay of the first moment (adamw, radam; adamw's part of muon)."""
+    beta2: Fraction = 0.99
+    """Decay of the second moment (adamw, radam; adamw's part of muon)."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment (adamw, radam)."""
+    momentum: Fraction = 0.95
+    """Momentum of sgd and muon, both with Nesterov's form."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled weight decay, times the rate; on matrices and embeddings, never norms or biases."""
+    clip: Positive | None = 1.0
+    """Largest global gradient norm; null does not clip."""
+
+
+class TrainingConfig(Section):
+    """How long, how much at a time, and on what."""
+
+    steps: Count = 1000
+    """Updates in all."""
+    batch_sequences: Count | None = None
+    """Sequences of one update; give this or batch_tokens."""
+    batch_tokens: Count | None = None
+    """Tokens of one update, a multiple of model.context; give this or batch_sequences."""
+    micro_batch: Literal["auto"] | Count = "auto"
+    """Sequences of one forward pass; gradients accumulate over the batch. Must divide it."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto takes cuda, then mps, then cpu."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward and backward pass; weights stay fp32. fp16 scales its loss."""
+    compile: bool = False
+    """Compile the model with torch.compile: pays on a GPU, costs half a minute on a CPU."""
+    log_every: Count = 10
+    """Steps between progress lines, and between reads of the metrics from a GPU."""
+
+
+class EvaluationConfig(Section):
+    """Validation loss on fixed sequences; never disturbs training."""
+
+    every: Count = 250
+    """Steps between evaluations; there is always one before the first step and after the last."""
+    sequences: Count | None = None
+    """Sequences to evaluate on, spread evenly over the validation text; unset, all of it."""
+
+
+class CheckpointConfig(Section):
+    """When training's state is saved and what is kept."""
+
+    every: Count | None = None
+    """Steps between checkpoints; unset, those of evaluation. There is always one at the end."""
+    keep: Count = 2
+    """Newest checkpoints to keep, beside the best."""
+
+
+class SamplingConfig(Section):
+    """Text written by the model on the way, into samples/."""
+
+    every: Count | None = None
+    """Steps between samples; unset, those of evaluation."""
+    tokens: Annotated[Int, Field(ge=0)] = 200
+    """Length of a sample; 0 writes none."""
+    prompt: str = ""
+    """Text to continue; empty starts a new document."""
+    temperature: NonNegative = 0.8
+    """Divides the logits; 0 always takes the likeliest token."""
+
+
+class Config(Section):
+    """Everything that determines a run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = "run"
+    """Name of the run, and of its folder under runs/; the config file's name unless given."""
+    seed: Seed = 0
+    """Seed of initial weights, data order, dropout and samples."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig(batch_sequences=16)
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def _batch_fits(self) -> Self:
+        training = self.training
+        if (training.batch_sequences is None) == (training.batch_tokens is None):
+            raise ValueError("give one of training.batch_sequences and training.batch_tokens")
+        if training.batch_tokens is not None and training.batch_tokens % self.model.context:
+            raise ValueError(
+                f"training.batch_tokens ({training.batch_tokens}) must be a multiple of "
+                f"model.context ({self.model.context})"
+            )
+        if training.micro_batch != "auto" and self.batch_sequences % training.micro_batch:
+            raise ValueError(
+                f"training.micro_batch ({training.micro_batch}) must divide the batch of "
+                f"{self.batch_sequences} sequences"
+            )
+        return self
+
+    @property
+    def batch_sequences(self) -> int:
+        """Sequences of one update."""
+        if self.training.batch_sequences is not None:
+            return self.training.batch_sequences
+        assert self.training.batch_tokens is not None
+        return self.training.batch_tokens // self.model.context
+
+    @property
+    def data_seed(self) -> int:
+        """Seed of the data order."""
+        return self.seed if self.data.seed is None else self.data.seed
+
+    def to_yaml(self) -> str:
+        """The resolved config, every option spelt out, as YAML that `load` reads back equal."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def differences(self, other: Config) -> list[str]:
+        """The options in which two configs differ, as `path: mine -> theirs` lines."""
+        mine, theirs = dict(_leaves(self.model_dump())), dict(_leaves(other.model_dump()))
+        return [f"{key}: {mine[key]} -> {theirs[key]}" for key in mine if mine[key] != theirs[key]]
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys, and aliases (a few lines of them can fill memory)."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases are not supported", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        InputError: the file cannot be read, is no valid YAML, or holds no mapping.
+    """
+    try:
+        tree = yaml.load(path.read_text("utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is no UTF-8 text (byte {error.start})") from None
+    except RecursionError:
+        raise InputError(f"{path}: is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"{path}:{line} {problem}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise InputError(f"{path}: must be a mapping of options, such as `model: {{layers: 4}}`")
+    return tree
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over` on top, mapping by mapping."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            merged[key] = merge(below, value)
+        elif value is not None or not isinstance(below, Mapping):  # `model:` alone changes nothing
+            merged[key] = value
+    return merged
+
+
+def _read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise InputError(f"{path}: base: leads back to this file")
+    tree = read_yaml(path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise InputError(f"{path}: base: must be the path of one YAML file, found {base!r}")
+    return merge(_read_with_bases(path.parent / base, (*seen, path.resolve())), tree)
+
+
+def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The config in the YAML file `path`, its bases, and `overrides` (a nested mapping) on top.
+
+    Raises:
+        InputError: with every error at once, by dotted path, and the nearest valid name.
+    """
+    path = Path(path)
+    tree = {"name": path.stem, **_read_with_bases(path)}
+    return validate(merge(tree, overrides or {}), origin=str(path))
+
+
+def validate(tree: Mapping[str, Any], origin: str) -> Config:
+    """The config that the nested mapping `tree` describes; `origin` stands before its errors.
+
+    Raises:
+        InputError: as `load`.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(details) for details in error.errors()]
+    if len(problems) > 3:
+        problems = [*problems[:2], f"and {len(problems) - 2} more: " + "; ".join(problems[2:])]
+    raise InputError("\n".join(f"{origin}: {problem}" for problem in problems))
+
+
+def _explain(error: ErrorDetails) -> str:
+    # A union's branches append their own names to the path; an option's path ends before them.
+    parts = [str(part) for part in error["loc"]]
+    options = dict(_leaves(Config().model_dump()))
+    found = error["input"]
+    if error["type"] == "extra_forbidden":
+        path = ".".join(parts)
+        return f"{path}: no such option{nearest(path, _paths(options))}"
+    while parts and ".".join(parts) not in _paths(options):
+        parts.pop()
+    path = ".".join(parts)
+    if error["type"] == "value_error":
+        return f"{path}: {error['ctx']['error']}" if path else str(error["ctx"]["error"])
+    if error["type"] in ("choice", "number"):
+        return f"{path}: {found!r} {error['msg']}"
+    text = repr(found) if len(repr(found)) <= 60 else repr(found)[:57] + "..."
+    return f"{path}: {error['msg'][0].lower()}{error['msg'][1:]}, found {text}"
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every option of a dumped config as (dotted path, value)."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _paths(options: Mapping[str, Any]) -> list[str]:
+    """Dotted paths of all options and of the sections that hold them."""
+    sections = {path.rpartition(".")[0] for path in options if "." in path}
+    return [*options, *sorted(sections)]
+
+
+def option_paths() -> list[str]:
+    """Dotted paths of every option, such as `model.norm.placement`."""
+    return [path for path, _ in _leaves(Config().model_dump())]
+
+
+def schema() -> str:
+    """The JSON schema of a config file, for editors."""
+    tree = Config.model_json_schema()
+    tree["properties"]["base"] = {
+        "type": "string",
+        "description": "A YAML file, relative to this one, whose values this one overrides.",
+    }
+    return json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(schema())

@@ -1,0 +1,30 @@
+"""What a user can get wrong, as one exception that the command line turns into exit code 2.
+
+`InputError` is for mistakes in configs, flags, files and directories; its text is shown as it is,
+so it names the key or file, what was found and what is allowed, in at most three lines. It is not
+for faults of the program: those stay ordinary exceptions and keep their traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """The user's input is wrong. The message is one to three finished lines."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`"; perhaps you meant X"` for the valid name closest to `name`, or an empty string.
+
+    A dotted name matches by its whole path first and by its last part next, so that
+    `learning_rate` finds `optimizer.learning_rate`.
+    """
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if not close:
+        leaves = {n.rpartition(".")[2]: n for n in reversed(names)}
+        leaf = difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1, cutoff=0.7)
+        close = [leaves[leaf[0]]] if leaf else []
+    return f"; perhaps you meant {close[0]}" if close else ""

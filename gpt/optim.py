@@ -1,0 +1,145 @@
+"""Optimizers: torch's own, over parameter groups in which every parameter stands exactly once.
+
+Weight decay acts on matrices and embeddings, never on biases or norms. All optimizers decouple it
+from the gradient (Loshchilov and Hutter 2019) but SGD, where torch adds it to the gradient.
+
+Not here: the learning rate's course (gpt/schedule.py) and clipping (gpt/training.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpt.config import OptimizerConfig
+
+Group = dict[str, Any]  # "params": (name, parameter) pairs, "weight_decay": float
+
+
+def adamw(groups: list[Group], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """Adam with decoupled weight decay; Kingma and Ba 2015, Loshchilov and Hutter 2019."""
+    betas = (config.beta1, config.beta2)
+    return [torch.optim.AdamW(groups, config.learning_rate, betas, config.eps, fused=True)]
+
+
+def radam(groups: list[Group], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """Adam whose first updates are scaled by the variance of their rate; Liu et al. 2020.
+
+    Without that variance's estimate (the first few steps) it is momentum SGD: warm-up built in.
+    """
+    betas = (config.beta1, config.beta2)
+    return [
+        torch.optim.RAdam(
+            groups, config.learning_rate, betas, config.eps, decoupled_weight_decay=True
+        )
+    ]
+
+
+def adafactor(groups: list[Group], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """Adam's second moment kept as row and column means; Shazeer and Stern 2018.
+
+    Its rate is relative to the RMS of each parameter, and at most 1/sqrt(step).
+    """
+    return [torch.optim.Adafactor(groups, config.learning_rate)]
+
+
+def muon(groups: list[Group], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """Momentum made orthogonal, for the blocks' matrices; Jordan et al. 2024. AdamW for the rest.
+
+    Its updates are scaled to the RMS of AdamW's (Liu et al. 2025), so that both share one rate.
+    """
+    matrices, rest = [], []
+    for group in groups:
+        named = group["params"]
+        inside = [(n, p) for n, p in named if n.startswith("blocks.") and p.ndim == 2]
+        matrices.append({**group, "params": inside})
+        rest.append({**group, "params": [pair for pair in named if pair not in inside]})
+    orthogonal = torch.optim.Muon(
+        [group for group in matrices if group["params"]],
+        config.learning_rate,
+        momentum=config.momentum,
+        nesterov=True,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return [orthogonal, *adamw([group for group in rest if group["params"]], config)]
+
+
+def sgd(groups: list[Group], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """Stochastic gradient descent with Nesterov momentum (plain if the momentum is 0)."""
+    nesterov = config.momentum > 0
+    return [
+        torch.optim.SGD(groups, config.learning_rate, momentum=config.momentum, nesterov=nesterov)
+    ]
+
+
+OPTIMIZERS: dict[
+    str, Callable[[list[Group], OptimizerConfig], list[torch.optim.Optimizer]]
+] = {
+    "adamw": adamw,
+    "radam": radam,
+    "adafactor": adafactor,
+    "muon": muon,
+    "sgd": sgd,
+}
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[Group]:
+    """Parameters that decay (matrices and embeddings) and those that do not (biases, norms)."""
+    named = list(model.named_parameters())
+    decayed = [(name, p) for name, p in named if p.ndim >= 2]
+    kept = [(name, p) for name, p in named if p.ndim < 2]
+    groups = ((decayed, weight_decay), (kept, 0.0))
+    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+
+
+class Optimizer:
+    """The torch optimizers of one model, driven as one.
+
+    Attributes:
+        parts: the torch optimizers; two for muon, otherwise one.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+        self.learning_rate = config.learning_rate
+        groups = decay_groups(model, config.weight_decay)
+        self.parts = OPTIMIZERS[config.name](groups, config)
+
+    def set_rate(self, share: float) -> None:
+        """The next update is made at `share` of the full rate."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = self.learning_rate * share
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """All of the optimizers' memory as tensors named `parameter|quantity`."""
+        return {
+            f"{name}|{quantity}": value
+            for part in self.parts
+            for name, parameter in _named(part)
+            for quantity, value in part.state[parameter].items()
+            if value is not None
+        }
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state` returned."""
+        for part in self.parts:
+            names = [name for name, _ in _named(part)]
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, value in tensors.items():
+                name, _, quantity = key.partition("|")
+                if name in names:
+                    state.setdefault(names.index(name), {})[quantity] = value
+            part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
+
+
+def _named(part: torch.optim.Optimizer) -> Iterable[tuple[str, nn.Parameter]]:
+    for group in part.param_groups:
+        yield from zip(group["param_names"], group["params"], strict=True)

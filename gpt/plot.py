@@ -1,0 +1,60 @@
+"""loss.png: a run's losses, learning rate and gradient norm against the step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from gpt.metrics import Record
+
+TRAIN, VALIDATION, OTHER = "#9ecae1", "#08519c", "#d95f02"  # told apart by the colour-blind too
+
+
+def plot_run(records: list[Record], path: Path, title: str) -> None:
+    """Draw the records of one metrics.jsonl into a PNG."""
+    training = [r for r in records if r.get("loss") is not None]
+    evaluations = [r for r in records if r.get("val_loss") is not None]
+    steps = [r["step"] for r in training]
+
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    loss_axes, rate_axes, norm_axes = figure.subplots(
+        3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1, 1]}
+    )
+    loss_axes.set_title(title)
+    loss_axes.plot(steps, [r["loss"] for r in training], color=TRAIN, lw=1, label="training")
+    loss_axes.plot(
+        [r["step"] for r in evaluations],
+        [r["val_loss"] for r in evaluations],
+        color=VALIDATION,
+        marker="o",
+        ms=4,
+        label="validation",
+    )
+    if evaluations:
+        last = evaluations[-1]
+        loss_axes.annotate(
+            f"{last['val_loss']:.3f}",
+            (last["step"], last["val_loss"]),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="right",
+            color=VALIDATION,
+        )
+    loss_axes.set_ylabel("loss (nats per token)")
+    loss_axes.legend(frameon=False)
+    rate_axes.plot(steps, [r["learning_rate"] for r in training], color=OTHER, lw=1.5)
+    rate_axes.set_ylabel("learning rate")
+    rate_axes.set_ylim(bottom=0)
+    norms = [(r["step"], r["grad_norm"]) for r in training if r["grad_norm"] is not None]
+    norm_axes.plot([s for s, _ in norms], [n for _, n in norms], color=OTHER, lw=0.8)
+    norm_axes.set_ylabel("gradient norm")
+    if any(n > 0 for _, n in norms):
+        norm_axes.set_yscale("log")
+    norm_axes.set_xlabel("step")
+    for axes in (loss_axes, rate_axes, norm_axes):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=120, format="png")
+    temporary.replace(path)

@@ -1,0 +1,259 @@
+"""A run directory: what stands where, whether training may start in it, and reading it back.
+
+    runs/NAME/config.yaml, environment.json, tokenizer.json, metrics.jsonl, result.json, loss.png,
+              samples/, checkpoints/
+
+A directory that holds a run is never overwritten. `open_run` decides, before anything is written,
+between a fresh start, going on, and a finished run whose result stands; `load_run` gives sampling
+the model and tokenizer of a run.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import tiktoken
+import torch
+
+from gpt import checkpoint as checkpoints
+from gpt import config as configs
+from gpt import tokenizer
+from gpt.checkpoint import Checkpoint
+from gpt.config import Config
+from gpt.errors import InputError
+from gpt.model import GPT
+
+Status = Literal["finished", "diverged", "interrupted"]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended. Losses in nats per token; None where there is none (or it is not finite).
+
+    Attributes:
+        status: finished, diverged (a non-finite loss or weight), or interrupted (saved; resumable).
+        step: updates made; of a diverged run, the update at which it was seen.
+        tokens: training tokens seen.
+        train_loss: of the last update.
+        val_loss, best_val_loss: of the last evaluation, and the lowest of all.
+        val_bits_per_byte: of the last evaluation.
+        seconds: wall-clock time of all sessions of the run.
+        tokens_per_second: training speed, evaluation and saving left out.
+        reason: why it ended, in words.
+        directory: the run directory.
+    """
+
+    status: Status
+    step: int
+    tokens: int
+    train_loss: float | None
+    val_loss: float | None
+    best_val_loss: float | None
+    val_bits_per_byte: float | None
+    seconds: float
+    tokens_per_second: float
+    reason: str
+    directory: Path = field(compare=False)
+
+
+class RunDirectory:
+    """The paths of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.environment = path / "environment.json"
+        self.tokenizer = path / "tokenizer.json"
+        self.metrics = path / "metrics.jsonl"
+        self.result = path / "result.json"
+        self.plot = path / "loss.png"
+        self.samples = path / "samples"
+        self.checkpoints = path / "checkpoints"
+
+    def read_config(self) -> Config:
+        """The run's config.
+
+        Raises:
+            InputError: this is no run directory, or its config is damaged.
+        """
+        if not self.config.is_file():
+            what = "holds no run (no config.yaml)" if self.path.is_dir() else "no such directory"
+            raise InputError(f"{self.path}: {what}")
+        return configs.load(self.config)
+
+    def read_result(self) -> RunResult | None:
+        """The result, or None while the run has not ended."""
+        if not self.result.is_file():
+            return None
+        try:
+            tree = json.loads(self.result.read_text("utf-8"))
+            names = [f.name for f in fields(RunResult) if f.name != "directory"]
+            return RunResult(**{name: tree[name] for name in names}, directory=self.path)
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{self.result}: is damaged") from None
+
+    def write_result(self, result: RunResult) -> None:
+        """Write result.json, atomically."""
+        tree = asdict(result)
+        del tree["directory"]
+        write_text(self.result, json.dumps(tree, indent=2, allow_nan=False) + "\n")
+
+    def write_environment(
+        self, device: torch.device, data_fingerprint: str, micro_batch: int
+    ) -> None:
+        """Write environment.json: all that the config does not say about how this run was made."""
+        packages = ("numpy", "safetensors", "steadygpt", "tiktoken", "tokenizers", "torch")
+        versions = {"python": platform.python_version()}
+        for name in packages:
+            try:
+                versions[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                versions[name] = "not installed"
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        tree = {
+            "versions": versions,
+            "platform": platform.platform(),
+            "device": device.type if gpu is None else f"{device.type}: {gpu}",
+            "threads": torch.get_num_threads(),
+            "git_commit": _git_commit(),
+            "micro_batch": micro_batch,
+            "data_fingerprint": data_fingerprint,
+            "argv": sys.argv,
+        }
+        write_text(self.environment, json.dumps(tree, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What `open_run` found: where to train, and from what.
+
+    Attributes:
+        checkpoint: to go on from; None starts from nothing.
+        result: of a run that has ended, so that nothing is left to do.
+        resumed: whether the directory held this run before.
+    """
+
+    run: RunDirectory
+    checkpoint: Checkpoint | None = None
+    result: RunResult | None = None
+    resumed: bool = False
+
+
+def open_run(config: Config, path: Path, resume: str) -> Opened:
+    """Decide what a start of `config` in the directory `path` means. Writes nothing.
+
+    Args:
+        resume: "auto" goes on with an unfinished run of the same config; "never" wants a fresh
+            directory; anything else is a checkpoint folder to start a fresh directory from.
+
+    Raises:
+        InputError: the directory holds something else, and would have to be overwritten.
+    """
+    run = RunDirectory(path)
+    if not run.config.is_file():
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError(f"{path}: exists and is no run; choose another --out-dir")
+        return Opened(run, _start_from(config, resume))
+    if resume != "auto":
+        raise InputError(
+            f"{path}: holds a run, which --resume {resume} would overwrite;\n"
+            "choose another --out-dir, or go on with it by --resume auto"
+        )
+    differences = run.read_config().differences(config)
+    if differences:
+        shown = "; ".join(differences[:5]) + ("; ..." if len(differences) > 5 else "")
+        raise InputError(
+            f"{path}: holds a run of another config ({shown});\n"
+            "choose another --out-dir or name, or give that run's config to go on with it"
+        )
+    result = run.read_result()
+    if result is not None and result.status != "interrupted":
+        return Opened(run, result=result, resumed=True)
+    latest = checkpoints.pointed(run.checkpoints, "latest")
+    return Opened(run, checkpoints.load(latest) if latest else None, resumed=True)
+
+
+def _start_from(config: Config, resume: str) -> Checkpoint | None:
+    if resume in ("auto", "never"):
+        return None
+    folder = Path(resume)
+    if not folder.is_dir():
+        raise InputError(f"--resume {resume}: is neither auto, never nor a checkpoint folder")
+    origin = RunDirectory(folder.absolute().parents[1])
+    different = [
+        line
+        for line in origin.read_config().differences(config)
+        if line.startswith(("model.", "data.", "optimizer.name"))
+        and not line.startswith("data.cache_dir")
+    ]
+    if different:
+        raise InputError(f"--resume {resume}: comes from another model or data: {different[0]}")
+    checkpoint = checkpoints.load(folder)
+    if checkpoint.step >= config.training.steps:
+        raise InputError(
+            f"--resume {resume}: is at step {checkpoint.step}, and training.steps is "
+            f"{config.training.steps}: nothing is left to train"
+        )
+    return checkpoint
+
+
+def load_run(
+    path: Path, checkpoint: str = "best", device: torch.device | str = "cpu"
+) -> tuple[GPT, tiktoken.Encoding, int]:
+    """The model, tokenizer and step of a run, from its directory alone.
+
+    Args:
+        checkpoint: "best" (by validation loss), "latest", or a step.
+
+    Raises:
+        InputError: there is no such run or checkpoint, or it is damaged.
+    """
+    run = RunDirectory(path)
+    config = run.read_config()
+    available = checkpoints.steps(run.checkpoints)
+    if not available:
+        raise InputError(f"{path}: holds no checkpoint yet")
+    if checkpoint in ("best", "latest"):
+        folder = checkpoints.pointed(run.checkpoints, checkpoint)
+        folder = folder or available[max(available)]
+    elif checkpoint.isdecimal() and int(checkpoint) in available:
+        folder = available[int(checkpoint)]
+    else:
+        raise InputError(
+            f"--checkpoint {checkpoint}: {path} has best, latest, {', '.join(map(str, available))}"
+        )
+    loaded = checkpoints.load(folder)
+    encoding = tokenizer.load(run.tokenizer)
+    model = GPT(config.model, encoding.n_vocab)
+    try:
+        model.load_state_dict(loaded.model)
+    except RuntimeError as error:
+        message = str(error).splitlines()[-1].strip()
+        raise InputError(f"{folder}: does not fit {run.config}: {message}") from None
+    return model.to(device).eval(), encoding, loaded.step
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, "utf-8")
+    temporary.replace(path)
+
+
+def _git_commit() -> str | None:
+    """The commit of the program, with "-dirty" if it was changed since; None outside a checkout."""
+    command: list[Any] = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(
+            [*command, "--abbrev=40", "--exclude=*"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

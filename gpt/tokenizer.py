@@ -1,0 +1,139 @@
+"""Tokenizers. Every one is a `tiktoken.Encoding`, whatever made its vocabulary.
+
+So the rest of the program knows one interface, one end-of-text token (`encoding.eot_token`) and one
+file format: a JSON list of the tokens' bytes in the order of their ids, with the pattern that splits
+text before merging. GPT-2's byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) merges, among
+adjacent tokens, the pair whose concatenation has the lowest id, until none is in the vocabulary.
+
+Not here: reading documents and writing token files (gpt/data.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import tiktoken
+
+from gpt.config import DataConfig
+from gpt.errors import InputError
+
+END_OF_TEXT = "<|endoftext|>"
+FORMAT = 1
+
+# GPT-2's split: contractions, words, numbers and signs with the space before them, white space.
+GPT2_PATTERN = (
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # noqa: RUF039
+)
+
+
+def _encoding(name: str, pattern: str, tokens: list[bytes]) -> tiktoken.Encoding:
+    return tiktoken.Encoding(
+        name,
+        pat_str=pattern,
+        mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+        special_tokens={END_OF_TEXT: len(tokens)},
+    )
+
+
+def bytes_tokenizer(config: DataConfig, documents: Iterable[str]) -> tiktoken.Encoding:
+    """One token a byte of UTF-8: 256 and end of text."""
+    return _encoding("bytes", r"(?s:.{1,64})", [bytes([byte]) for byte in range(256)])
+
+
+def chars_tokenizer(config: DataConfig, documents: Iterable[str]) -> tiktoken.Encoding:
+    """One token a character that occurs in `documents`, in code-point order, and end of text."""
+    characters = set[str]().union(*documents)
+    return _encoding("chars", r"(?s:.)", [char.encode() for char in sorted(characters)])
+
+
+def bpe_tokenizer(config: DataConfig, documents: Iterable[str]) -> tiktoken.Encoding:
+    """A byte-level BPE of `config.vocab_size` tokens in all, trained on `documents`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size - 1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    trained.train_from_iterator(documents, trainer)
+    # The library writes each byte as a printable character; ByteLevel's alphabet, sorted, is
+    # bytes 33-126, 161-172, 174-255 as themselves and then the other 68 from U+0100 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    to_byte = {chr(byte): byte for byte in printable}
+    to_byte |= {chr(256 + i): byte for i, byte in enumerate(others)}
+    vocabulary = sorted(trained.get_vocab().items(), key=lambda item: item[1])
+    tokens = [bytes(to_byte[char] for char in token) for token, _ in vocabulary]
+    return _encoding("bpe", GPT2_PATTERN, tokens)
+
+
+def gpt2_tokenizer(config: DataConfig, documents: Iterable[str]) -> tiktoken.Encoding:
+    """GPT-2's own vocabulary of 50,257 tokens, from tiktoken's cache or the network."""
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # whatever the network library raises; nothing else is run here
+        raise InputError(
+            "data.tokenizer: gpt2 needs its vocabulary files, which are neither in "
+            f"TIKTOKEN_CACHE_DIR nor to be had from the network ({type(error).__name__});\n"
+            "put them there, or use data.tokenizer: bpe, which is trained on your own text"
+        ) from None
+
+
+# Each builds the encoding from the options and, where it learns from text, the training documents.
+TOKENIZERS: dict[str, Callable[[DataConfig, Iterable[str]], tiktoken.Encoding]] = {
+    "bytes": bytes_tokenizer,
+    "chars": chars_tokenizer,
+    "bpe": bpe_tokenizer,
+    "gpt2": gpt2_tokenizer,
+}
+
+
+def encode(encoding: tiktoken.Encoding, text: str) -> list[int]:
+    """Token ids of `text`, in which nothing stands for end of text.
+
+    Raises:
+        InputError: a character is not in the vocabulary (chars only; the others know every byte).
+    """
+    if encoding.name == "chars":
+        known = encoding._mergeable_ranks
+        for char in text:
+            if char.encode("utf-8", "surrogatepass") not in known:
+                raise InputError(
+                    f"the character {char!r} is not among the {len(known)} of this chars tokenizer"
+                )
+    return encoding.encode_ordinary(text)
+
+
+def save(encoding: tiktoken.Encoding, path: Path) -> None:
+    """Write `encoding` as JSON; each token's bytes stand as the code points 0-255."""
+    tokens = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.__getitem__)
+    tree = {
+        "format": FORMAT,
+        "name": encoding.name,
+        "pattern": encoding._pat_str,
+        "end_of_text": encoding.eot_token,
+        "tokens": [token.decode("latin-1") for token in tokens],
+    }
+    path.write_text(json.dumps(tree, ensure_ascii=False) + "\n", "utf-8")
+
+
+def load(path: Path) -> tiktoken.Encoding:
+    """The encoding in a file that `save` wrote.
+
+    Raises:
+        InputError: the file is missing or is no tokenizer of this format.
+    """
+    try:
+        tree = json.loads(path.read_text("utf-8"))
+        if tree["format"] != FORMAT or tree["end_of_text"] != len(tree["tokens"]):
+            raise ValueError(f"format {tree['format']!r}, this program reads {FORMAT}")
+        tokens = [token.encode("latin-1") for token in tree["tokens"]]
+        return _encoding(tree["name"], tree["pattern"], tokens)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: is no tokenizer file: {error}") from None
