@@ -150,7 +150,8 @@ def steps(folder: Path) -> dict[int, Path]:
 
 def prune(folder: Path, keep: int) -> None:
     """Delete all checkpoints but the `keep` newest and those that `latest` and `best` name."""
-    kept = [*list(steps(folder).values())[-keep:], pointed(folder, "latest"), pointed(folder, "best")]
+    newest = list(steps(folder).values())[-keep:]
+    kept = [*newest, pointed(folder, "latest"), pointed(folder, "best")]
     for path in steps(folder).values():
         if path not in kept:
             shutil.rmtree(path)

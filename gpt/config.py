@@ -19,10 +19,10 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -67,8 +67,7 @@ class Choice:
                         and node.target.id == self.table
                         and isinstance(node.value, ast.Dict)
                     ):
-                        keys = [key.value for key in node.value.keys if isinstance(key, ast.Constant)]
-                        return tuple(str(key) for key in keys)
+                        return tuple(ast.literal_eval(key) for key in node.value.keys if key)
         return tuple(getattr(importlib.import_module(self.module), self.table))
 
     def _check(self, value: str) -> str:
@@ -143,7 +142,7 @@ class DataConfig(Section):
     vocab_size: Annotated[Int, Field(ge=257)] = 2048
     """Tokens of the bpe tokenizer: 256 bytes, the merges, and end of text."""
     holdout: Literal["documents", "tail"] = "documents"
-    """Validation is whole documents, chosen by a hash of their text, or the tail of each document."""
+    """Validation is whole documents, chosen by a hash of their text, or the tail of each."""
     val_fraction: Annotated[Float, Field(gt=0, lt=1)] = 0.03
     """Share of the text that is held out for validation."""
     seed: Seed | None = None
@@ -268,7 +267,20 @@ class CheckpointConfig(Section):
     """Newest checkpoints to keep, beside the best."""
 
 
-class SamplingConfig(Section):
+class Sampling(Section):
+    """How the next token is drawn from the logits; each step acts on what the one before left."""
+
+    temperature: NonNegative = 0.8
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_k: Count | None = None
+    """Draw among the k likeliest tokens; unset, among all."""
+    top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
+    """Draw among the fewest tokens that hold this probability (Holtzman et al. 2020)."""
+    min_p: Annotated[Float, Field(ge=0, le=1)] = 0.0
+    """Draw among tokens at least this share as likely as the likeliest (Nguyen et al. 2024)."""
+
+
+class SamplingConfig(Sampling):
     """Text written by the model on the way, into samples/."""
 
     every: Count | None = None
@@ -277,8 +289,6 @@ class SamplingConfig(Section):
     """Length of a sample; 0 writes none."""
     prompt: str = ""
     """Text to continue; empty starts a new document."""
-    temperature: NonNegative = 0.8
-    """Divides the logits; 0 always takes the likeliest token."""
 
 
 class Config(Section):
@@ -346,7 +356,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.MarkedYAMLError(problem="aliases are not supported", problem_mark=mark)
         return super().compose_node(parent, index)
 
@@ -417,43 +427,56 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config
     Raises:
         InputError: with every error at once, by dotted path, and the nearest valid name.
     """
-    path = Path(path)
+    path, overrides = Path(path), overrides or {}
     tree = {"name": path.stem, **_read_with_bases(path)}
-    return validate(merge(tree, overrides or {}), origin=str(path))
+    flags = {key for key, _ in _leaves(overrides)}
+    origin = lambda key: f"--{key}" if key in flags else f"{path}: {key}" if key else str(path)  # noqa: E731
+    return validate(Config, merge(tree, overrides), origin)
 
 
-def validate(tree: Mapping[str, Any], origin: str) -> Config:
-    """The config that the nested mapping `tree` describes; `origin` stands before its errors.
+SectionType = TypeVar("SectionType", bound=Section)
+
+
+def validate(
+    section: type[SectionType],
+    tree: Mapping[str, Any],
+    origin: Callable[[str], str] = lambda key: key,
+) -> SectionType:
+    """The options that the nested mapping `tree` describes.
+
+    Args:
+        origin: how a message names the option at a dotted path ("" for the whole).
 
     Raises:
-        InputError: as `load`.
+        InputError: all errors at once, a line each, or three lines if there are more.
     """
     try:
-        return Config.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(details) for details in error.errors()]
+        found = [_explain(details, option_paths(section)) for details in error.errors()]
+    problems = list(dict.fromkeys(f"{origin(key)}: {text}".lstrip(": ") for key, text in found))
     if len(problems) > 3:
         problems = [*problems[:2], f"and {len(problems) - 2} more: " + "; ".join(problems[2:])]
-    raise InputError("\n".join(f"{origin}: {problem}" for problem in problems))
+    raise InputError("\n".join(problems))
 
 
-def _explain(error: ErrorDetails) -> str:
-    # A union's branches append their own names to the path; an option's path ends before them.
+def _explain(error: ErrorDetails, options: list[str]) -> tuple[str, str]:
+    """One of pydantic's errors as (dotted path, what is wrong with it)."""
     parts = [str(part) for part in error["loc"]]
-    options = dict(_leaves(Config().model_dump()))
-    found = error["input"]
+    key, found = ".".join(parts), error["input"]
     if error["type"] == "extra_forbidden":
-        path = ".".join(parts)
-        return f"{path}: no such option{nearest(path, _paths(options))}"
-    while parts and ".".join(parts) not in _paths(options):
+        return key, f"no such option{nearest(key, options)}"
+    places = {*options, *(option.rpartition(".")[0] for option in options)}
+    while parts and ".".join(parts) not in places:  # a union's branches add their own names
         parts.pop()
-    path = ".".join(parts)
+    key = ".".join(parts)
     if error["type"] == "value_error":
-        return f"{path}: {error['ctx']['error']}" if path else str(error["ctx"]["error"])
+        return key, str(error["ctx"]["error"])
+    shown = repr(found) if len(repr(found)) <= 60 else repr(found)[:57] + "..."
     if error["type"] in ("choice", "number"):
-        return f"{path}: {found!r} {error['msg']}"
-    text = repr(found) if len(repr(found)) <= 60 else repr(found)[:57] + "..."
-    return f"{path}: {error['msg'][0].lower()}{error['msg'][1:]}, found {text}"
+        return key, f"{shown} {error['msg']}"
+    message = error["msg"].partition(", unable to parse")[0]
+    return key, f"{message[0].lower()}{message[1:]}, found {shown}"
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -465,15 +488,16 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _paths(options: Mapping[str, Any]) -> list[str]:
-    """Dotted paths of all options and of the sections that hold them."""
-    sections = {path.rpartition(".")[0] for path in options if "." in path}
-    return [*options, *sorted(sections)]
-
-
-def option_paths() -> list[str]:
+def option_paths(section: type[Section]) -> list[str]:
     """Dotted paths of every option, such as `model.norm.placement`."""
-    return [path for path, _ in _leaves(Config().model_dump())]
+    paths: list[str] = []
+    for name, field in section.model_fields.items():
+        below = field.annotation
+        if isinstance(below, type) and issubclass(below, Section):
+            paths += [f"{name}.{path}" for path in option_paths(below)]
+        else:
+            paths.append(name)
+    return paths
 
 
 def schema() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 from tqdm import tqdm
 
@@ -17,7 +18,7 @@ class Console:
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Any] | None = None
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar if there is one."""

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,7 @@ from gpt.errors import InputError
 from gpt.rng import derive
 
 FORMAT = 1
+SPLITS: tuple[Literal["train", "val"], ...] = ("train", "val")
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 Batch = npt.NDArray[np.int64]
 
@@ -194,13 +195,17 @@ def _split(config: DataConfig, document: str) -> tuple[str, str]:
 
 
 def _build(config: DataConfig, source: Source, files: list[Path], folder: Path) -> None:
-    documents = lambda: (d for path in files for d in source.documents(path) if d)  # noqa: E731
-    if config.tokenizer == "chars":  # the alphabet is of all the text, as in nanoGPT
-        encoding = tokenizer.chars_tokenizer(config, documents())
-    else:
-        parts = (_split(config, document)[0] for document in documents())
-        encoding = tokenizer.TOKENIZERS[config.tokenizer](config, parts)
+    def documents(split: Literal["train", "val", "all"]) -> Iterator[str]:
+        for path in files:
+            for document in source.documents(path):
+                train, val = _split(config, document)
+                text = {"train": train, "val": val, "all": document}[split]
+                if text:
+                    yield text
 
+    # A tokenizer learns from the training text; but every character must have its token.
+    learnt_from: Literal["train", "all"] = "all" if config.tokenizer == "chars" else "train"
+    encoding = tokenizer.TOKENIZERS[config.tokenizer](config, documents(learnt_from))
     dtype = np.dtype(np.uint16 if encoding.n_vocab <= 2**16 else np.uint32)
     meta: dict[str, Any] = {"format": FORMAT, "dtype": dtype.name, "vocab_size": encoding.n_vocab}
     fingerprint = hashlib.sha256()
@@ -210,11 +215,10 @@ def _build(config: DataConfig, source: Source, files: list[Path], folder: Path) 
         return np.append(ids, encoding.eot_token).astype(dtype), len(text.encode())
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for index, split in enumerate(("train", "val")):
-            texts = (part for d in documents() if (part := _split(config, d)[index]))
+        for split in SPLITS:
             totals = {"documents": 0, "tokens": 0, "bytes": 0}
             with (folder / f"{split}.bin").open("wb") as file:
-                for ids, size in pool.map(encode, texts):
+                for ids, size in pool.map(encode, documents(split)):
                     file.write(ids.tobytes())
                     fingerprint.update(ids.tobytes())
                     totals["documents"] += 1
@@ -238,7 +242,7 @@ def _build(config: DataConfig, source: Source, files: list[Path], folder: Path) 
 def _open(folder: Path) -> Dataset:
     meta = json.loads((folder / "meta.json").read_text("utf-8"))
     splits: dict[str, Tokens] = {}
-    for split in ("train", "val"):
+    for split in SPLITS:
         splits[split] = np.memmap(folder / f"{split}.bin", dtype=meta["dtype"], mode="r")
         if len(splits[split]) != meta[split]["tokens"]:
             raise InputError(

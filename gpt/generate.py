@@ -9,35 +9,15 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import tiktoken
 import torch
 from torch import Tensor
 
+from gpt.config import Sampling
 from gpt.model import GPT
 from gpt.rng import generator
 from gpt.tokenizer import encode
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn.
-
-    Attributes:
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: draw among the k likeliest; None, all.
-        top_p: draw among the fewest tokens that hold this share of the probability (Holtzman et
-            al. 2020).
-        min_p: draw among tokens at least this share as likely as the likeliest (Nguyen et al. 2024).
-        seed: sample i draws from (seed, i).
-    """
-
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
 
 
 def restrict(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -81,6 +61,7 @@ def generate(
     samples: int,
     tokens: int,
     sampling: Sampling,
+    seed: int,
     stop: int,
 ) -> Iterator[list[int]]:
     """Continue `prompt` in `samples` independent ways, at most `tokens` tokens each.
@@ -92,12 +73,13 @@ def generate(
     Args:
         model: on any device; its training mode is put back at the end.
         prompt: at least one token id.
+        seed: sample i draws from (seed, i), whatever their number.
         stop: the token that ends a sample, end of text.
     """
     assert prompt, "a prompt has at least one token; end of text starts a new document"
     device = model.token_embedding.weight.device
     context = model.config.context
-    generators = [generator(sampling.seed, "sample", i, device=device) for i in range(samples)]
+    generators = [generator(seed, "sample", i, device=device) for i in range(samples)]
     window = torch.tensor([prompt[-context:]] * samples, device=device)  # what the cache will hold
     ended = torch.zeros(samples, dtype=torch.bool, device=device)
     was_training = model.training
@@ -125,7 +107,13 @@ def generate(
 
 
 def continue_text(
-    model: GPT, encoding: tiktoken.Encoding, prompt: str, *, tokens: int, sampling: Sampling
+    model: GPT,
+    encoding: tiktoken.Encoding,
+    prompt: str,
+    *,
+    tokens: int,
+    sampling: Sampling,
+    seed: int,
 ) -> str:
     """`prompt` and at most `tokens` tokens more; an empty prompt starts a new document."""
     decoder = TextDecoder(encoding)
@@ -135,6 +123,7 @@ def continue_text(
         samples=1,
         tokens=tokens,
         sampling=sampling,
+        seed=seed,
         stop=encoding.eot_token,
     )
     made = "".join(decoder.feed(token) for (token,) in steps if token != encoding.eot_token)

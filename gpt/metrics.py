@@ -51,7 +51,7 @@ class MetricsLog:
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl; a last line that was cut off while being written is left out."""
+    """The records of a metrics.jsonl, without a last line that was cut off while being written."""
     records: list[Record] = []
     if path.is_file():
         for line in path.read_text("utf-8").splitlines():
@@ -63,5 +63,5 @@ def read(path: Path) -> list[Record]:
 
 
 def _line(record: Record) -> str:
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(finite, allow_nan=False) + "\n"
+    lost = {k: None for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
+    return json.dumps({**record, **lost}, allow_nan=False) + "\n"

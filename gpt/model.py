@@ -2,9 +2,9 @@
 
     tokens -> token embedding + position embedding -> L blocks -> final norm -> head -> logits
 
-A block is causal self-attention and a feed-forward network, each inside its placement (gpt/norm.py),
-which holds the norm and the residual connection. Shapes: B sequences, T tokens, d channels,
-h heads, V words in the vocabulary. Initial weights are set in gpt/init.py, by name.
+A block is causal self-attention and a feed-forward network, each inside its placement
+(gpt/norm.py), which holds the norm and the residual connection. Shapes: B sequences, T tokens,
+d channels, h heads, V tokens in the vocabulary. Initial weights are set in gpt/init.py, by name.
 
 Not here: training (gpt/training.py) and the choice of the next token (gpt/generate.py).
 """

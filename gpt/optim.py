@@ -75,9 +75,7 @@ def sgd(groups: list[Group], config: OptimizerConfig) -> list[torch.optim.Optimi
     ]
 
 
-OPTIMIZERS: dict[
-    str, Callable[[list[Group], OptimizerConfig], list[torch.optim.Optimizer]]
-] = {
+OPTIMIZERS: dict[str, Callable[[list[Group], OptimizerConfig], list[torch.optim.Optimizer]]] = {
     "adamw": adamw,
     "radam": radam,
     "adafactor": adafactor,
@@ -137,7 +135,8 @@ class Optimizer:
                 name, _, quantity = key.partition("|")
                 if name in names:
                     state.setdefault(names.index(name), {})[quantity] = value
-            part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
+            groups = part.state_dict()["param_groups"]
+            part.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _named(part: torch.optim.Optimizer) -> Iterable[tuple[str, nn.Parameter]]:

@@ -1,9 +1,9 @@
 """Tokenizers. Every one is a `tiktoken.Encoding`, whatever made its vocabulary.
 
-So the rest of the program knows one interface, one end-of-text token (`encoding.eot_token`) and one
-file format: a JSON list of the tokens' bytes in the order of their ids, with the pattern that splits
-text before merging. GPT-2's byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) merges, among
-adjacent tokens, the pair whose concatenation has the lowest id, until none is in the vocabulary.
+So the rest of the program knows one interface, one end-of-text token (`encoding.eot_token`) and
+one file format: a JSON list of the tokens' bytes in the order of their ids, with the pattern that
+splits text before merging. Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) merges, among
+adjacent tokens, the pair whose concatenation has the lowest id, until no pair is in the vocabulary.
 
 Not here: reading documents and writing token files (gpt/data.py).
 """
@@ -23,9 +23,7 @@ END_OF_TEXT = "<|endoftext|>"
 FORMAT = 1
 
 # GPT-2's split: contractions, words, numbers and signs with the space before them, white space.
-GPT2_PATTERN = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # noqa: RUF039
-)
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def _encoding(name: str, pattern: str, tokens: list[bytes]) -> tiktoken.Encoding:
@@ -50,7 +48,7 @@ def chars_tokenizer(config: DataConfig, documents: Iterable[str]) -> tiktoken.En
 
 def bpe_tokenizer(config: DataConfig, documents: Iterable[str]) -> tiktoken.Encoding:
     """A byte-level BPE of `config.vocab_size` tokens in all, trained on `documents`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

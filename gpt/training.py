@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from gpt import checkpoint as checkpoints
-from gpt import data, metrics, tokenizer
+from gpt import data, metrics, plan, tokenizer
 from gpt.checkpoint import Checkpoint
 from gpt.config import Config
 from gpt.console import Console
 from gpt.errors import InputError
-from gpt.generate import Sampling, continue_text
+from gpt.generate import continue_text
 from gpt.init import initialize
 from gpt.model import GPT
 from gpt.optim import Optimizer
@@ -38,7 +38,9 @@ from gpt.run import Opened, RunResult, Status, open_run, write_text
 from gpt.schedule import rate
 
 DTYPES = {  # of matrix products and attention; weights and their sums stay fp32
-    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
 }
 
 
@@ -66,47 +68,13 @@ def train(
         InputError: the config cannot be run here, or the directory holds another run.
     """
     path = Path(out_dir) if out_dir is not None else Path("runs") / config.name
-    device = pick_device(config.training.device)
+    device = plan.pick_device(config.training.device)
     opened = open_run(config, path, resume)
     if opened.result is not None:
         return opened.result
     forked = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(forked), contextlib.closing(Console(quiet)) as console:
         return _Training(config, opened, device, console).run(stop)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that `training.device` names; auto takes cuda, then mps, then cpu.
-
-    Raises:
-        InputError: it is not there.
-    """
-    present = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(device for device, there in present.items() if there)
-    if not present[name]:
-        usable = ", ".join(device for device, there in present.items() if there)
-        raise InputError(f"device: {name} is not available here; usable: auto, {usable}")
-    return torch.device(name)
-
-
-def micro_batch_size(config: Config, vocab_size: int, memory: int) -> int:
-    """Sequences of one forward pass: the largest divisor of the batch that fits `memory` bytes.
-
-    Counts, for each token, 34 d L numbers of activations (Korthikanti et al. 2022, without the
-    attention matrix, which is never formed) and 3 V of logits.
-    """
-    if config.training.micro_batch != "auto":
-        return config.training.micro_batch
-    model = config.model
-    numbers = 34 * model.width * model.layers + 3 * vocab_size
-    fitting = max(1, memory // (4 * numbers * model.context))
-    batch = config.batch_sequences
-    return max(n for n in range(1, batch + 1) if batch % n == 0 and n <= fitting)
 
 
 @dataclass
@@ -153,7 +121,7 @@ class _Training:
         self.loss = torch.compile(self.model.loss) if config.training.compile else self.model.loss
         self.optimizer = Optimizer(self.model, config.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.training.precision == "fp16")
-        self.micro_batch = micro_batch_size(config, vocab_size, _memory(device))
+        self.micro_batch = plan.micro_batch(config, vocab_size, device)
         self.progress = _Progress()
         if opened.checkpoint is not None:
             self._restore(opened.checkpoint)
@@ -180,26 +148,6 @@ class _Training:
         keep_to = self.progress.step if opened.resumed and opened.checkpoint else None
         self.log = metrics.MetricsLog(run.metrics, keep_to)
 
-    def banner(self) -> str:
-        """What is about to happen, in a few lines."""
-        config, progress = self.config, self.progress
-        parameters, embeddings = self.model.num_parameters(), self.model.num_embedding_parameters()
-        batch_tokens = config.batch_sequences * config.model.context
-        epochs = config.training.steps * batch_tokens / len(self.dataset.train)
-        accumulation = config.batch_sequences // self.micro_batch
-        start = f"resuming after step {progress.step}" if progress.step else "starting"
-        return (
-            f"{config.name}: {start}, {config.training.steps:,} steps in all\n"
-            f"  device      {self.device.type}, {config.training.precision}\n"
-            f"  model       {parameters:,} parameters, {parameters - embeddings:,} without "
-            f"embeddings; {config.model.norm.placement}-norm\n"
-            f"  batch       {batch_tokens:,} tokens a step: {config.batch_sequences} sequences of "
-            f"{config.model.context}, in {accumulation} micro-batch{'es' if accumulation > 1 else ''}\n"
-            f"  data        {len(self.dataset.train):,} training tokens, {epochs:.2f} epochs; "
-            f"vocabulary {self.dataset.encoding.n_vocab:,}\n"
-            f"  directory   {self.directory.path}"
-        )
-
     # -- The loop --------------------------------------------------------------------------------
 
     def run(self, stop: Callable[[], bool]) -> RunResult:
@@ -210,7 +158,17 @@ class _Training:
         save_every = config.checkpoint.every or evaluate_every
         sample_every = config.sampling.every or evaluate_every
         self.began = time.monotonic() - progress.seconds
-        self.console.say(self.banner())
+        self.console.say(
+            plan.describe(
+                config,
+                self.model,
+                device=self.device,
+                micro_batch=self.micro_batch,
+                train_tokens=len(self.dataset.train),
+                directory=self.directory.path,
+                done=progress.step,
+            )
+        )
         self.console.start(steps, done=progress.step)
         if progress.step == 0:
             self._evaluate()
@@ -343,7 +301,8 @@ class _Training:
                 encoding,
                 options.prompt,
                 tokens=options.tokens,
-                sampling=Sampling(temperature=options.temperature, seed=self.config.seed),
+                sampling=options,
+                seed=self.config.seed,
             )
             write_text(self.directory.samples / f"step-{self.progress.step:08d}.txt", text + "\n")
 
@@ -404,10 +363,3 @@ class _Training:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _memory(device: torch.device) -> int:
-    """Bytes that activations may take."""
-    if device.type == "cuda":
-        return int(0.7 * torch.cuda.mem_get_info(device)[0])
-    return 2 * 2**30

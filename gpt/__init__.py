@@ -1,0 +1,46 @@
+"""steadygpt: a small GPT-2 training framework whose stability can be measured and compared.
+
+    from gpt import load, train
+    result = train(load("configs/quickstart.yaml"))
+
+Names are imported when they are first used, so that `import gpt` does not import torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpt.config import Config, load
+    from gpt.errors import InputError
+    from gpt.generate import generate
+    from gpt.model import GPT
+    from gpt.run import RunResult, load_run
+    from gpt.training import train
+
+__all__ = [
+    "GPT",
+    "Config",
+    "InputError",
+    "RunResult",
+    "generate",
+    "load",
+    "load_run",
+    "train",
+]
+
+_HOMES = {
+    "GPT": "gpt.model",
+    "Config": "gpt.config",
+    "InputError": "gpt.errors",
+    "RunResult": "gpt.run",
+    "generate": "gpt.generate",
+    "load": "gpt.config",
+    "load_run": "gpt.run",
+    "train": "gpt.training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gpt' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,310 @@
+"""The command line: `train.py` and `sample.py`, or `steadygpt train` and `steadygpt sample`.
+
+Progress goes to stderr, results to stdout. torch is imported only once there is something to run,
+so that `--help` and a complaint about the input come at once.
+
+Exit codes: 0 finished, 1 a fault of the program (traceback), 2 wrong input, 3 diverged,
+75 interrupted and saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import stat
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from gpt.config import Config, Count, Sampling, Seed, load, validate
+from gpt.errors import InputError, nearest
+from gpt.flags import as_flag, parse
+
+if TYPE_CHECKING:
+    from gpt.run import RunResult
+
+EXIT_CODES = {"finished": 0, "diverged": 3, "interrupted": 75}
+_RUNS = "(default: runs/NAME)"
+
+
+def main() -> int:
+    """`steadygpt COMMAND ...`."""
+    commands = {"train": train, "sample": sample}
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in commands:
+        return commands[name](sys.argv[2:], prog=f"steadygpt {name}")
+    usage = "usage: steadygpt train CONFIG.yaml ... | sample RUN_DIR ...   (--help for each)"
+    if name in ("-h", "--help"):
+        print(usage)
+        return 0
+    print(f"steadygpt: {name}: no such command{nearest(name, commands)}\n{usage}", file=sys.stderr)
+    return 2
+
+
+@contextlib.contextmanager
+def _input_errors(prog: str) -> Iterator[None]:
+    """Wrong input ends the program with its message and exit code 2."""
+    try:
+        yield
+    except InputError as error:
+        print("\n".join(f"{prog}: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+# ---------------------------------------------------------------------------------------------
+# train
+
+
+@dataclass(kw_only=True)
+class TrainFlags:
+    """Train a GPT from a YAML config. Every option of the config is a flag too."""
+
+    config: Annotated[Positional[str], arg(metavar="CONFIG.yaml", help="the YAML file")]
+    out_dir: Annotated[
+        str | None, arg(metavar="DIR", help="the run directory", help_behavior_hint=_RUNS)
+    ] = None
+    resume: Annotated[
+        str,
+        arg(
+            metavar="auto|never|CHECKPOINT",
+            help="auto goes on with an unfinished run in the directory; never wants a fresh "
+            "directory; a checkpoint folder starts a fresh one from there",
+        ),
+    ] = "auto"
+    dry_run: Annotated[bool, arg(help="say what would be trained, and write nothing")] = False
+    print_config: Annotated[bool, arg(help="print the resolved config as YAML")] = False
+
+
+def train(argv: list[str] | None = None, prog: str = "train.py") -> int:
+    """`train.py CONFIG.yaml ...`; returns the exit code."""
+    with _input_errors(prog):
+        flags, options = parse(TrainFlags, Config, prog, argv)
+        config = load(flags.config, options)
+        if flags.print_config:
+            sys.stdout.write(config.to_yaml())
+            return 0
+        out_dir = Path(flags.out_dir or Path("runs") / config.name)
+        if flags.dry_run:
+            print(_dry_run(config, out_dir, flags.resume))
+            return 0
+        from gpt.training import train as run
+
+        with StopSignals() as stop:
+            result = run(config, out_dir, resume=flags.resume, stop=stop)
+    print(_report(result, prog))
+    return EXIT_CODES[result.status]
+
+
+def _dry_run(config: Config, out_dir: Path, resume: str) -> str:
+    import torch
+
+    from gpt import data, plan, tokenizer
+    from gpt.model import GPT
+    from gpt.run import open_run
+
+    opened = open_run(config, out_dir, resume)
+    device = plan.pick_device(config.training.device)
+    prepared = data.find(config.data)
+    dataset = data.prepare(config.data) if prepared else None
+    if dataset is not None:
+        vocab_size = dataset.encoding.n_vocab
+    elif config.data.tokenizer == "chars":
+        raise InputError("--dry-run: the chars vocabulary is known once the data is prepared")
+    else:
+        vocab_size = tokenizer.TOKENIZERS[config.data.tokenizer](config.data, ()).n_vocab
+    with torch.device("meta"):
+        model = GPT(config.model, vocab_size)
+    return plan.describe(
+        config,
+        model,
+        device=device,
+        micro_batch=plan.micro_batch(config, vocab_size, device),
+        train_tokens=None if dataset is None else len(dataset.train),
+        directory=out_dir,
+        done=opened.checkpoint.step if opened.checkpoint else 0,
+    )
+
+
+def _report(result: RunResult, prog: str) -> str:
+    lines = [f"{result.status}: {result.reason}"]
+    if result.val_loss is not None:
+        lines.append(
+            f"  validation loss  {result.val_loss:.4f} nats per token, "
+            f"{result.val_bits_per_byte:.4f} bits per byte (lowest {result.best_val_loss:.4f} nats)"
+        )
+    lines.append(f"  picture          {result.directory / 'loss.png'}")
+    samples = sorted((result.directory / "samples").glob("step-*.txt"))
+    if samples:
+        lines.append(f"  sample           {samples[-1]}:")
+        lines += ["  | " + line for line in samples[-1].read_text("utf-8").splitlines()]
+    if result.status == "diverged":
+        lines.append("  The last good checkpoint is kept.")
+    if result.status == "interrupted":
+        lines.append("  Start it again with the same command to go on.")
+    elif (result.directory / "checkpoints" / "latest").is_file():
+        door = [_python(), "sample.py"] if prog == "train.py" else ["steadygpt", "sample"]
+        command = shlex.join([*door, str(result.directory), "--num-samples", "3"])
+        lines.append(f"  more samples     {command}")
+    return "\n".join(lines)
+
+
+def _python() -> str:
+    """The interpreter as a user here would type it."""
+    here, python = Path.cwd(), Path(sys.executable)
+    return str(python.relative_to(here)) if python.is_relative_to(here) else "python"
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM as a request to save and end; calling it tells whether one came.
+
+    A second signal meets the default action and ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: dict[int, Any] = {}
+
+    def __call__(self) -> bool:
+        return self._asked
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        for each in self._before:
+            signal.signal(each, signal.SIG_DFL)
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: saving after this step; a second signal ends at once\n".encode())
+
+
+# ---------------------------------------------------------------------------------------------
+# sample
+
+
+class SampleOptions(Sampling):
+    """Generate text from a run directory."""
+
+    prompt: str | None = None
+    """Text to continue; without it, --prompt-file or what is piped in, else a new document."""
+    prompt_file: str | None = None
+    """A UTF-8 file whose text is continued."""
+    num_samples: Count = 1
+    """Texts to write, made side by side in one batch."""
+    max_new_tokens: Count = 200
+    """Tokens to add to the prompt, unless end of text comes first."""
+    seed: Seed = 0
+    """Seed of the draws; sample i is the same whatever the number of samples."""
+    checkpoint: str = "best"
+    """best (by validation loss), latest, or a step."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+
+
+@dataclass(kw_only=True)
+class SampleFlags:
+    """Generate text from a run directory; it goes to stdout as it is made."""
+
+    run_dir: Annotated[
+        Positional[str], arg(metavar="RUN_DIR", help="a run directory, such as runs/quickstart")
+    ]
+
+
+def sample(argv: list[str] | None = None, prog: str = "sample.py") -> int:
+    """`sample.py RUN_DIR ...`; returns the exit code."""
+    with _input_errors(prog):
+        flags, given = parse(SampleFlags, SampleOptions, prog, argv)
+        options = validate(SampleOptions, given, origin=as_flag)
+        if options.prompt is not None and options.prompt_file is not None:
+            raise InputError("give --prompt or --prompt-file, not both")
+        prompt = _prompt(options)
+        try:
+            _sample(Path(flags.run_dir), prompt, options, prog)
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:  # the reader has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _prompt(options: SampleOptions) -> str:
+    if options.prompt is not None:
+        return options.prompt
+    if options.prompt_file is not None:
+        try:
+            return Path(options.prompt_file).read_bytes().decode("utf-8")
+        except OSError as error:
+            raise InputError(f"--prompt-file {options.prompt_file}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise InputError(f"--prompt-file {options.prompt_file}: is no UTF-8 text") from None
+    if sys.stdin is not None:
+        with contextlib.suppress(OSError, ValueError):
+            mode = os.fstat(sys.stdin.fileno()).st_mode
+            if stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
+                try:
+                    return sys.stdin.buffer.read().decode("utf-8")
+                except UnicodeDecodeError:
+                    raise InputError("stdin: is no UTF-8 text") from None
+    return ""
+
+
+def _sample(run_dir: Path, prompt: str, options: SampleOptions, prog: str) -> None:
+    from gpt.generate import TextDecoder, generate
+    from gpt.plan import pick_device
+    from gpt.run import load_run
+    from gpt.tokenizer import encode
+
+    model, encoding, step = load_run(run_dir, options.checkpoint, pick_device(options.device))
+    tokens = encode(encoding, prompt) or [encoding.eot_token]
+    context = model.config.context
+    print(f"{prog}: {run_dir}, step {step}", file=sys.stderr)
+    if len(tokens) + options.max_new_tokens > context:
+        print(
+            f"{prog}: longer than the model's context of {context} tokens: the text is seen "
+            f"through a window that slides on by {context - context // 2} tokens when it is full",
+            file=sys.stderr,
+        )
+    count = options.num_samples
+    decoders = [TextDecoder(encoding) for _ in range(count)]
+    texts = [prompt] * count
+    steps = generate(
+        model,
+        tokens,
+        samples=count,
+        tokens=options.max_new_tokens,
+        sampling=options,
+        seed=options.seed,
+        stop=encoding.eot_token,
+    )
+    shown = 0  # characters of the first text; it streams, the others follow when all are done
+
+    def stream() -> None:
+        nonlocal shown
+        sys.stdout.write(texts[0][shown:])
+        sys.stdout.flush()
+        shown = len(texts[0])
+
+    for row in steps:
+        stream()
+        for index, token in enumerate(row):
+            if token != encoding.eot_token:
+                texts[index] += decoders[index].feed(token)
+    texts = [text + decoder.close() for text, decoder in zip(texts, decoders, strict=True)]
+    stream()
+    for text in texts[1:]:
+        sys.stdout.write(f"\n{'-' * 60}\n{text}")
+    sys.stdout.write("\n")
+    sys.stdout.flush()

@@ -1,0 +1,136 @@
+"""Command-line flags made from the schema of the config, so that every option is a flag.
+
+tyro draws up the flags, groups their help and reads the command line; the values stay text, and
+pydantic checks them together with the YAML's, so that all errors come at once and in one voice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import sys
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from gpt.config import Section, option_paths
+from gpt.errors import InputError, nearest
+
+UNSET = "\x00unset"
+Flags = TypeVar("Flags")
+
+
+def parse(
+    own: type[Flags], section: type[Section], prog: str, argv: list[str] | None
+) -> tuple[Flags, dict[str, Any]]:
+    """Read a command line. Answers `--help` by itself, with exit code 0.
+
+    Args:
+        own: a dataclass of the door's own arguments; its docstring is the help's first line.
+        section: the options that are flags too, `--model.norm.placement` for nested ones.
+        argv: the arguments; None takes those of the process.
+
+    Returns:
+        `own`, filled in, and the options of `section` that were given, nested and still text.
+
+    Raises:
+        InputError: a flag that does not exist or lacks its value, or a missing argument.
+    """
+    both = dataclasses.make_dataclass("Flags", _fields(section), bases=(own,), kw_only=True)
+    names = [field.name for field in dataclasses.fields(own)]  # type: ignore[arg-type]
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            parsed: Any
+            parsed, unknown = tyro.cli(
+                both,
+                prog=prog,
+                description=own.__doc__,
+                args=sys.argv[1:] if argv is None else argv,
+                return_unknown_args=True,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise  # --help was answered
+        # The complaint stands in a box, between its title and a rule or its end.
+        lines = [line.strip("╭╮╰╯─│ ") for line in complaint.getvalue().splitlines()]
+        raise InputError(" ".join(lines[1 : lines.index("", 1)])) from None
+    if unknown:
+        valid = [as_flag(key) for key in [*names, *option_paths(section)]]
+        flags = [text.partition("=")[0] for text in unknown if text.startswith("--")]
+        raise InputError(
+            "\n".join(f"{flag}: no such option{nearest(flag, valid)}" for flag in flags[:3])
+            or f"{unknown[0]!r}: one argument too many"
+        )
+    options = {name: value for name, value in vars(parsed).items() if name not in names}
+    return parsed, _given(options)
+
+
+def as_flag(key: str) -> str:
+    """`model.norm.placement` -> `--model.norm.placement`, `out_dir` -> `--out-dir`."""
+    return "--" + key.replace("_", "-")
+
+
+def _fields(section: type[Section]) -> list[tuple[str, Any, Any]]:
+    """The fields of a class that tyro turns into flags: one a option, its value left as text.
+
+    Values are checked by pydantic, together with the YAML's; so a flag's type here is only shown.
+    """
+    schema = section.model_json_schema()["properties"]
+    fields: list[tuple[str, Any, Any]] = []
+    for name, info in section.model_fields.items():
+        below = info.annotation
+        if isinstance(below, type) and issubclass(below, Section):
+            nested = dataclasses.make_dataclass(below.__name__, _fields(below))
+            nested.__doc__ = below.__doc__
+            fields.append((name, nested, dataclasses.field(default_factory=nested)))
+            continue
+        several = schema[name].get("type") == "array"
+        arg = tyro.conf.arg(
+            help=info.description,
+            metavar=_metavar(schema[name]),
+            help_behavior_hint=f"(default: {_as_text(info.default)})",
+        )
+        kind: Any = tuple[str, ...] if several else str
+        fields.append((name, Annotated[kind, arg], (UNSET,) if several else UNSET))
+    return fields
+
+
+def _metavar(schema: Mapping[str, Any]) -> str:
+    """What a flag's value looks like, from its JSON schema."""
+    if "anyOf" in schema:
+        return "|".join(_metavar(branch) for branch in schema["anyOf"])
+    if "const" in schema:
+        return str(schema["const"])
+    if "enum" in schema:
+        return "{" + ",".join(schema["enum"]) + "}"
+    names = {
+        "integer": "INT",
+        "number": "FLOAT",
+        "boolean": "{true,false}",
+        "null": "null",
+        "array": "PATH...",
+    }
+    return names.get(schema["type"], "TEXT")
+
+
+def _as_text(default: object) -> str:
+    if default is None or isinstance(default, bool):
+        return {None: "null", True: "true", False: "false"}[default]
+    return str(default) if default not in ((), "") else "none"
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that were given, nested as the YAML is; `null` is None."""
+    given: dict[str, Any] = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(value):
+            below = _given(vars(value))
+            if below:
+                given[name] = below
+        elif value not in (UNSET, (UNSET,)):
+            given[name] = None if value == "null" else value
+    return given
