@@ -357,7 +357,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem="aliases are not supported", problem_mark=mark)
+            raise yaml.MarkedYAMLError(problem="anchors and aliases are not supported; a file may name one base:", problem_mark=mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -475,6 +475,8 @@ def _explain(error: ErrorDetails, options: list[str]) -> tuple[str, str]:
     shown = repr(found) if len(repr(found)) <= 60 else repr(found)[:57] + "..."
     if error["type"] in ("choice", "number"):
         return key, f"{shown} {error['msg']}"
+    if error["type"] == "model_type":
+        return key, f"must be a mapping of options, found {shown}"
     message = error["msg"].partition(", unable to parse")[0]
     return key, f"{message[0].lower()}{message[1:]}, found {shown}"
 

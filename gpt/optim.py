@@ -127,14 +127,14 @@ class Optimizer:
         }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state` returned."""
+        """Take over a copy of what `state` returned."""
         for part in self.parts:
             names = [name for name, _ in _named(part)]
             state: dict[int, dict[str, Tensor]] = {}
             for key, value in tensors.items():
                 name, _, quantity = key.partition("|")
                 if name in names:
-                    state.setdefault(names.index(name), {})[quantity] = value
+                    state.setdefault(names.index(name), {})[quantity] = value.clone()
             groups = part.state_dict()["param_groups"]
             part.load_state_dict({"state": state, "param_groups": groups})
 

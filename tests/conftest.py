@@ -1,0 +1,66 @@
+"""What the tests share: a tiny corpus and configs that train in a second."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpt.config import Config, merge, validate
+
+ROOT = Path(__file__).parents[1]
+VERSE = "The quick brown fox jumps over the lazy dog, {} times; then it sleeps.\n"
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 40 small documents."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for index in range(40):
+        (folder / f"{index:02}.txt").write_text(VERSE.format(index) * (index % 5 + 2))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tree(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Options of a run of 20 steps on the tiny corpus."""
+    return {
+        "name": "tiny",
+        "data": {
+            "source": "text",
+            "path": [str(corpus)],
+            "tokenizer": "bytes",
+            "val_fraction": 0.2,
+            "cache_dir": str(tmp_path_factory.mktemp("cache")),
+        },
+        "model": {"layers": 2, "heads": 2, "width": 16, "context": 16},
+        "schedule": {"warmup_steps": 5},
+        "training": {"steps": 20, "batch_sequences": 4, "device": "cpu"},
+        "evaluation": {"every": 10, "sequences": 8},
+        "sampling": {"tokens": 8},
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny(tree: dict[str, Any]) -> Callable[..., Config]:
+    """`tiny(model={...}, ...)` is the tiny config with those options on top."""
+
+    def make(**overrides: Any) -> Config:
+        return validate(Config, merge(tree, overrides))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """Environment of a subprocess that runs a door: one thread, as a test's model is tiny."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from gpt import config as configs
+from gpt.config import Choice, Config, load, option_paths, validate
+from gpt.errors import InputError
+
+SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def error_of(tree: dict[str, Any]) -> str:
+    with pytest.raises(InputError) as caught:
+        validate(Config, tree)
+    return str(caught.value)
+
+
+def test_the_promised_configs_are_shipped():
+    names = {path.stem for path in SHIPPED}
+    assert names >= {"quickstart", "tiny-shakespeare-char", "gpt2-124m", "pre-norm", "post-norm"}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_loads(path: Path):
+    assert load(path).name == path.stem
+    assert path.read_text().startswith("# yaml-language-server: $schema=")
+
+
+def test_pre_and_post_norm_differ_in_one_option():
+    pre, post = load(ROOT / "configs/pre-norm.yaml"), load(ROOT / "configs/post-norm.yaml")
+    differing = [line.split(":")[0] for line in pre.differences(post)]
+    assert differing == ["name", "model.norm.placement"]
+
+
+def test_gpt2_124m_is_gpt2():
+    model = load(ROOT / "configs/gpt2-124m.yaml").model
+    assert (model.layers, model.heads, model.width, model.context) == (12, 12, 768, 1024)
+    assert model.bias
+    assert model.tied_head
+
+
+def test_base_is_merged_deeply_and_flags_come_last(tmp_path: Path):
+    write(tmp_path / "base.yaml", "model: {layers: 3, width: 32}\nseed: 1\n")
+    path = write(tmp_path / "mine.yaml", "base: base.yaml\nmodel: {width: 64}\nseed: 2\n")
+    config = load(path, {"seed": "3"})
+    assert (config.model.layers, config.model.width, config.seed) == (3, 64, 3)
+    assert config.name == "mine"
+
+
+def test_a_base_that_leads_back_is_refused(tmp_path: Path):
+    write(tmp_path / "a.yaml", "base: b.yaml")
+    write(tmp_path / "b.yaml", "base: a.yaml")
+    with pytest.raises(InputError, match="leads back"):
+        load(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"), [("3e-4", 3e-4), ("1", 1.0), ("1_000", 1000.0), ("1e-3", 1e-3)]
+)
+def test_numbers_that_yaml_1_1_reads_as_text(tmp_path: Path, written: str, expected: float):
+    path = write(tmp_path / "c.yaml", f"optimizer: {{learning_rate: {written}}}")
+    assert load(path).optimizer.learning_rate == expected
+
+
+@pytest.mark.parametrize("written", ["1e6", "1_000_000", "1000000", "1.0e+6", "'1000000'"])
+def test_whole_numbers_may_be_written_as_floats(tmp_path: Path, written: str):
+    path = write(tmp_path / "c.yaml", f"training: {{steps: {written}, batch_sequences: 1}}")
+    assert load(path).training.steps == 1_000_000
+
+
+def test_large_seeds_keep_every_digit():
+    assert validate(Config, {"seed": "9007199254740993"}).seed == 2**53 + 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nseed: 2", "line 2: the key 'seed' stands twice"),
+        ("model: {width: 1, width: 2}", "the key 'width' stands twice"),
+        ("a: &x 1\nb: *x", "aliases"),
+        ("model: [", "line 1"),
+        ("- 1", "must be a mapping"),
+        ("1: 2", "must be a mapping"),
+        ("base: 3", "base: must be the path"),
+        ("x: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
+    ],
+)
+def test_broken_yaml_is_refused_with_file_and_line(tmp_path: Path, text: str, message: str):
+    path = write(tmp_path / "broken.yaml", text)
+    with pytest.raises(InputError, match="broken.yaml") as caught:
+        load(path)
+    assert message in str(caught.value)
+
+
+def test_deep_nesting_and_bad_encoding_are_refused(tmp_path: Path):
+    deep = write(tmp_path / "deep.yaml", "a: " + "[" * 3000 + "]" * 3000)
+    with pytest.raises(InputError, match="deep"):
+        load(deep)
+    (tmp_path / "bytes.yaml").write_bytes(b"name: \xff\n")
+    with pytest.raises(InputError, match=r"byte 6"):
+        load(tmp_path / "bytes.yaml")
+
+
+def test_all_errors_at_once_by_dotted_path_with_the_nearest_name():
+    message = error_of(
+        {"model": {"widht": 3, "norm": {"placement": "prenorm"}}, "training": {"steps": "many"}}
+    )
+    assert "model.widht: no such option; perhaps you meant model.width" in message
+    assert "model.norm.placement: 'prenorm' is none of pre, post" in message
+    assert "perhaps you meant pre" in message
+    assert "training.steps: input should be a valid integer, found 'many'" in message
+    assert len(message.splitlines()) == 3
+
+
+def test_an_option_in_the_wrong_section_is_found():
+    assert "perhaps you meant optimizer.learning_rate" in error_of({"learning_rate": 1})
+
+
+def test_many_errors_still_fit_three_lines():
+    message = error_of({name: 1 for name in "abcdefg"})
+    assert len(message.splitlines()) == 3
+    assert all(f"{name}: no such option" in message for name in "abcdefg")
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"training": {"steps": True, "batch_sequences": 1}}, "True is a truth value"),
+        ({"training": {"steps": 0, "batch_sequences": 1}}, "greater than or equal to 1"),
+        ({"optimizer": {"learning_rate": "nan"}}, "finite number"),
+        ({"optimizer": {"learning_rate": ".inf"}}, "valid number"),
+        ({"model": {"heads": 3}}, "heads (3) must divide width (128)"),
+        ({"training": {"steps": 1}}, "give one of training.batch_sequences"),
+        ({"training": {"batch_sequences": 1, "batch_tokens": 128}}, "give one of"),
+        ({"training": {"batch_tokens": 100}}, "must be a multiple of model.context (128)"),
+        ({"training": {"batch_sequences": 6, "micro_batch": 4}}, "must divide the batch of 6"),
+        ({"data": {"source": "text"}}, "needs data.path"),
+        ({"name": "../up"}, "name: string should match"),
+        ({"model": 3}, "model: must be a mapping"),
+    ],
+)
+def test_values_that_make_no_sense(tree: dict[str, Any], message: str):
+    assert message in error_of(tree)
+
+
+def test_errors_in_flags_name_the_flag(tmp_path: Path):
+    path = write(tmp_path / "c.yaml", "seed: -1")
+    with pytest.raises(InputError) as caught:
+        load(path, {"model": {"layers": "0"}})
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith(f"{path}: seed:")
+    assert lines[1].startswith("--model.layers:")
+
+
+def test_the_resolved_config_reads_back_equal(tmp_path: Path):
+    config = load(ROOT / "configs/quickstart.yaml", {"optimizer": {"learning_rate": "3e-5"}})
+    path = write(tmp_path / "resolved.yaml", config.to_yaml())
+    assert load(path) == config
+    assert set(yaml.safe_load(config.to_yaml())) == set(Config.model_fields)
+
+
+def test_option_paths_reach_every_leaf():
+    assert {"seed", "model.norm.placement", "sampling.top_p"} <= set(option_paths(Config))
+
+
+def choices(section: type[configs.Section]) -> list[Choice]:
+    found = []
+    for info in section.model_fields.values():
+        found += [note for note in info.metadata if isinstance(note, Choice)]
+        if isinstance(info.annotation, type) and issubclass(info.annotation, configs.Section):
+            found += choices(info.annotation)
+    return found
+
+
+def test_names_read_from_the_source_are_the_tables_keys(monkeypatch: pytest.MonkeyPatch):
+    assert len(choices(Config)) == 6
+    for choice in choices(Config):
+        table = getattr(importlib.import_module(choice.module), choice.table)
+        with monkeypatch.context() as patch:
+            patch.delitem(sys.modules, choice.module)
+            assert choice.names() == tuple(table)
+
+
+def test_a_variant_added_at_run_time_is_valid(monkeypatch: pytest.MonkeyPatch):
+    from gpt.norm import PLACEMENTS, PreNorm
+
+    monkeypatch.setitem(PLACEMENTS, "mine", PreNorm)
+    assert validate(Config, {"model": {"norm": {"placement": "mine"}}})
+
+
+def test_the_shipped_schema_is_current():
+    shipped = (ROOT / "configs/schema.json").read_text("utf-8")
+    assert shipped == configs.schema(), "python -m gpt.config > configs/schema.json"
+
+
+def test_every_option_is_documented():
+    def check(section: type[configs.Section]) -> None:
+        assert section.__doc__
+        for name, info in section.model_fields.items():
+            below = info.annotation
+            if isinstance(below, type) and issubclass(below, configs.Section):
+                check(below)
+            else:
+                assert info.description, name
+
+    check(Config)

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import tiktoken
+import torch
+
+from gpt.config import DataConfig, ModelConfig, Sampling
+from gpt.generate import TextDecoder, continue_text, draw, generate, restrict
+from gpt.init import initialize
+from gpt.model import GPT
+from gpt.rng import generator
+from gpt.tokenizer import bytes_tokenizer
+
+CONTEXT = 12
+EOT = 256
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    made = GPT(ModelConfig(layers=2, heads=2, width=16, context=CONTEXT), EOT + 1)
+    initialize(made, seed=0)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(5)  # far from a uniform guess
+    return made.eval()
+
+
+@pytest.fixture(scope="module")
+def encoding() -> tiktoken.Encoding:
+    return bytes_tokenizer(DataConfig(), ())
+
+
+def run(model: GPT, prompt: list[int], n: int, count: int = 1, **options: object) -> list[list[int]]:
+    seed = int(options.pop("seed", 0))
+    stop = int(options.pop("stop", -1))
+    sampling = Sampling.model_validate(options)
+    steps = generate(
+        model, prompt, samples=count, tokens=n, sampling=sampling, seed=seed, stop=stop
+    )
+    return [list(column) for column in zip(*steps, strict=True)]
+
+
+def test_greedy_takes_the_likeliest_token_of_the_uncached_model(model: GPT):
+    (made,) = run(model, [1, 2, 3], 8, temperature=0)
+    text = [1, 2, 3]
+    for token in made:
+        assert token == model(torch.tensor([text]))[0, -1].argmax().item()
+        text.append(token)
+
+
+def test_beyond_the_context_the_window_slides_by_half(model: GPT):
+    (made,) = run(model, list(range(10)), 30, temperature=0)
+    text, window = list(range(10)), list(range(10))
+    for token in made:
+        if len(window) > CONTEXT:
+            window = text[-CONTEXT // 2 :]
+        assert token == model(torch.tensor([window]))[0, -1].argmax().item()
+        text.append(token)
+        window.append(token)
+    assert len(made) == 30
+
+
+def test_a_prompt_longer_than_the_context_is_seen_from_its_end(model: GPT):
+    long = list(range(100))
+    assert run(model, long, 5, temperature=0) == run(model, long[-CONTEXT:], 5, temperature=0)
+
+
+def test_a_sample_depends_on_its_seed_and_number_alone(model: GPT):
+    alone = run(model, [5], 10, seed=3)
+    four = run(model, [5], 10, count=4, seed=3)
+    assert four[0] == alone[0]
+    assert len({tuple(sample) for sample in four}) == 4
+    assert run(model, [5], 10, seed=4) != alone
+
+
+def test_a_sample_stops_at_end_of_text_and_the_others_go_on(model: GPT):
+    samples = run(model, [5], 12, count=3, temperature=2.0)
+    stop = samples[0][4]
+    first = [sample.index(stop) if stop in sample else 99 for sample in samples]
+    ended = run(model, [5], 12, count=3, temperature=2.0, stop=stop)
+    for sample, whole, end in zip(ended, samples, first, strict=True):
+        assert sample[:end] == whole[: min(end, len(sample))]
+        assert set(sample[end:]) <= {stop}
+    (alone,) = run(model, [5], 12, temperature=2.0, stop=stop)
+    assert alone[-1] == stop
+    assert len(alone) == first[0] + 1
+
+
+def test_the_model_is_left_as_it_was(model: GPT):
+    model.train()
+    steps = generate(model, [1], samples=1, tokens=5, sampling=Sampling(), seed=0, stop=-1)
+    next(steps)
+    steps.close()
+    assert model.training
+    assert model.cached == 0
+    model.eval()
+
+
+LOGITS = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"temperature": 1.0}, [0.1, 0.4, 0.2, 0.3]),
+        ({"temperature": 0.5}, [1 / 30, 16 / 30, 4 / 30, 9 / 30]),
+        ({"temperature": 1.0, "top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
+        ({"temperature": 1.0, "top_k": 99}, [0.1, 0.4, 0.2, 0.3]),
+        ({"temperature": 1.0, "top_p": 0.65}, [0, 4 / 7, 0, 3 / 7]),
+        ({"temperature": 1.0, "top_p": 0.75}, [0, 4 / 9, 2 / 9, 3 / 9]),
+        ({"temperature": 1.0, "top_p": 0.01}, [0, 1, 0, 0]),
+        ({"temperature": 1.0, "min_p": 0.4}, [0, 4 / 9, 2 / 9, 3 / 9]),
+        ({"temperature": 1.0, "min_p": 1.0}, [0, 1, 0, 0]),
+        ({"temperature": 1.0, "top_k": 3, "min_p": 0.7}, [0, 4 / 7, 0, 3 / 7]),
+    ],
+)
+def test_restrictions(options: dict[str, float], expected: list[float]):
+    found = restrict(LOGITS, Sampling.model_validate(options))
+    assert found.tolist() == pytest.approx(expected, abs=1e-6)
+    batch = restrict(torch.stack([LOGITS, LOGITS.flip(0)]), Sampling.model_validate(options))
+    assert batch[1].tolist() == pytest.approx(expected[::-1], abs=1e-6)
+
+
+def test_draws_have_the_distribution():
+    generators = [generator(0, "test")]
+    sampling = Sampling(temperature=1.0, top_k=3)
+    counts = Counter(int(draw(LOGITS[None], sampling, generators)) for _ in range(4000))
+    assert counts[0] == 0
+    for token, share in ((1, 4 / 9), (2, 2 / 9), (3, 3 / 9)):
+        error = 4 * math.sqrt(share * (1 - share) / 4000)
+        assert counts[token] / 4000 == pytest.approx(share, abs=error)
+
+
+def test_text_waits_for_a_whole_character(encoding: tiktoken.Encoding):
+    decoder = TextDecoder(encoding)
+    pieces = [decoder.feed(byte) for byte in "aé🙂".encode()]
+    assert pieces == ["a", "", "é", "", "", "", "🙂"]
+    decoder.feed(0xC3)
+    assert decoder.close() == "\ufffd"
+
+
+def test_continue_text_keeps_the_prompt(model: GPT, encoding: tiktoken.Encoding):
+    text = continue_text(model, encoding, "abc", tokens=4, sampling=Sampling(), seed=0)
+    assert text.startswith("abc")
+    (new_document,) = run(model, [EOT], 4, stop=EOT)
+    empty = continue_text(model, encoding, "", tokens=4, sampling=Sampling(), seed=0)
+    assert empty == encoding.decode([token for token in new_document if token != EOT])

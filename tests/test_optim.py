@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gpt.config import ModelConfig, OptimizerConfig
+from gpt.init import initialize
+from gpt.model import GPT
+from gpt.norm import PLACEMENTS
+from gpt.optim import OPTIMIZERS, Optimizer
+
+
+def make(name: str, **options: object) -> tuple[GPT, Optimizer]:
+    model = GPT(ModelConfig(layers=2, heads=2, width=8, context=8), 17)
+    initialize(model, seed=0)
+    return model, Optimizer(model, OptimizerConfig.model_validate({"name": name, **options}))
+
+
+def update(model: GPT, optimizer: Optimizer, share: float = 1.0) -> None:
+    x = torch.arange(16).view(2, 8)
+    model.loss(x, x).backward()
+    optimizer.set_rate(share)
+    for part in optimizer.parts:
+        part.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_parameter_stands_in_exactly_one_group(name: str):
+    model, optimizer = make(name)
+    grouped = [p for part in optimizer.parts for group in part.param_groups for p in group["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_matrices_and_embeddings_decay_and_nothing_else(name: str):
+    model, optimizer = make(name, weight_decay=0.3)
+    names = {id(p): n for n, p in model.named_parameters()}
+    for part in optimizer.parts:
+        for group in part.param_groups:
+            for parameter in group["params"]:
+                expected = 0.3 if parameter.ndim == 2 else 0.0
+                assert group["weight_decay"] == expected, names[id(parameter)]
+
+
+def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
+    model, optimizer = make("muon")
+    muon, adamw = optimizer.parts
+    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(adamw, torch.optim.AdamW)
+    names = {id(p): n for n, p in model.named_parameters()}
+    in_muon = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    assert in_muon == {
+        n for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2
+    }
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_parameter_moves_and_the_rate_scales_the_step(name: str):
+    moved = []
+    for share in (1.0, 0.5):
+        model, optimizer = make(name, weight_decay=0.0, learning_rate=1e-3)
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        update(model, optimizer, share)
+        changes = {n: p.detach() - before[n] for n, p in model.named_parameters()}
+        assert [n for n, change in changes.items() if not change.any()] == []
+        moved.append(changes)
+    for name_, change in moved[0].items():
+        torch.testing.assert_close(moved[1][name_], 0.5 * change, rtol=1e-2, atol=1e-6)
+
+
+def test_radam_starts_without_the_adaptive_rate():
+    """Its first updates are momentum steps in the gradient's direction, not its sign's."""
+    model, optimizer = make("radam", weight_decay=0.0)
+    before = model.blocks[0].mlp.sublayer.up.weight.detach().clone()
+    x = torch.arange(16).view(2, 8)
+    model.loss(x, x).backward()
+    gradient = model.blocks[0].mlp.sublayer.up.weight.grad.clone()
+    optimizer.parts[0].step()
+    step = model.blocks[0].mlp.sublayer.up.weight.detach() - before
+    torch.testing.assert_close(step, -1e-3 * gradient, rtol=1e-2, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_moves_to_a_fresh_optimizer(name: str):
+    model, optimizer = make(name)
+    for _ in range(7):
+        update(model, optimizer)
+    copy, fresh = make(name)
+    copy.load_state_dict(model.state_dict())
+    fresh.load_state(optimizer.state())
+    for _ in range(3):
+        update(model, optimizer)
+        update(copy, fresh)
+    for mine, theirs in zip(model.parameters(), copy.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    state = optimizer.state()
+    assert all(torch.equal(state[key], value) for key, value in fresh.state().items())
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_one_batch_is_learnt_by_heart(name: str, placement: str):
+    shape = {"layers": 2, "heads": 2, "width": 32, "context": 16, "norm": {"placement": placement}}
+    model = GPT(ModelConfig.model_validate(shape), 29)
+    initialize(model, seed=0)
+    optimizer = Optimizer(model, OptimizerConfig(name=name, learning_rate=5e-3, weight_decay=0))
+    x = torch.randint(29, (4, 17), generator=torch.Generator().manual_seed(0))
+    for step in range(150):
+        loss = model.loss(x[:, :-1], x[:, 1:])
+        loss.backward()
+        optimizer.set_rate(min(1.0, (step + 1) / 30))
+        for part in optimizer.parts:
+            part.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.05

@@ -1,0 +1,80 @@
+"""Learning rates against tables worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from gpt.config import ScheduleConfig
+from gpt.schedule import BODIES, WARMUPS, rate
+
+
+def rates(steps: int, **options: object) -> list[float]:
+    config = ScheduleConfig.model_validate(options)
+    return [rate(config, step, steps) for step in range(1, steps + 1)]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (dict(warmup="none", body="constant"), [1, 1, 1, 1, 1, 1, 1, 1]),
+        (dict(warmup="linear", warmup_steps=4, body="constant"), [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+        (
+            dict(warmup="cosine", warmup_steps=4, body="constant"),
+            [0.1464466, 0.5, 0.8535534, 1, 1, 1, 1, 1],
+        ),
+        (
+            dict(warmup="linear", warmup_steps=4, body="linear", final_ratio=0),
+            [0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25],
+        ),
+        (
+            dict(warmup="none", body="linear", final_ratio=0.2),
+            [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3],
+        ),
+        (
+            dict(warmup="linear", warmup_steps=4, body="cosine", final_ratio=0.1),
+            [0.25, 0.5, 0.75, 1, 1, 0.8681981, 0.55, 0.2318019],
+        ),
+        (
+            dict(warmup="linear", warmup_steps=4, body="inverse_sqrt"),
+            [0.25, 0.5, 0.75, 1, 0.8944272, 0.8164966, 0.7559289, 0.7071068],
+        ),
+        (
+            dict(warmup="none", body="inverse_sqrt"),
+            [1, 0.7071068, 0.5773503, 0.5, 0.4472136, 0.4082483, 0.3779645, 0.3535534],
+        ),
+        (
+            dict(warmup="none", body="wsd", decay_fraction=0.5, final_ratio=0),
+            [1, 1, 1, 1, 1, 0.75, 0.5, 0.25],
+        ),
+        (
+            dict(warmup="linear", warmup_steps=4, body="wsd", decay_fraction=0.5, final_ratio=0.5),
+            [0.25, 0.5, 0.75, 1, 1, 1, 1, 0.75],
+        ),
+    ],
+)
+def test_table(options: dict[str, object], expected: list[float]):
+    assert rates(8, **options) == pytest.approx(expected, abs=1e-6)
+
+
+def test_inverse_sqrt_is_noams_formula():
+    width, warm, factor = 512, 40, 2.0
+    peak = factor / math.sqrt(width * warm)
+    ours = [peak * r for r in rates(200, warmup="linear", warmup_steps=warm, body="inverse_sqrt")]
+    noam = [factor * width**-0.5 * min(n**-0.5, n * warm**-1.5) for n in range(1, 201)]
+    assert ours == pytest.approx(noam)
+
+
+@pytest.mark.parametrize("warmup", WARMUPS)
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize(("steps", "warm"), [(1, 0), (1, 5), (7, 7), (10, 3), (10, 0)])
+def test_no_update_is_at_rate_zero_or_above_the_full_rate(
+    warmup: str, body: str, steps: int, warm: int
+):
+    found = rates(steps, warmup=warmup, warmup_steps=warm, body=body, final_ratio=0)
+    assert all(0 < r <= 1 for r in found)
+
+
+def test_warmup_none_ignores_its_length():
+    assert rates(9, warmup="none", warmup_steps=5) == rates(9, warmup="linear", warmup_steps=0)

@@ -1,0 +1,340 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gpt import metrics, plan
+from gpt.config import Config
+from gpt.errors import InputError
+from gpt.norm import PLACEMENTS
+from gpt.optim import OPTIMIZERS
+from gpt.run import RunResult, load_run
+from gpt.training import train
+
+Make = Callable[..., Config]
+TIMES = {"tokens_per_second", "step_seconds"}
+
+
+def run(config: Config, out: Path, **options: Any) -> RunResult:
+    return train(config, out, quiet=True, **options)
+
+
+def stop_after(updates: int) -> Callable[[], bool]:
+    left = [updates]
+
+    def stop() -> bool:
+        left[0] -= 1
+        return left[0] <= 0
+
+    return stop
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    """The metrics without the times, which no two runs share."""
+    lines = metrics.read(out / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def tensors(out: Path, step: int = 20) -> dict[str, torch.Tensor]:
+    folder = out / f"checkpoints/step-{step:08d}"
+    found = load_file(folder / "optimizer.safetensors")
+    return {**load_file(folder / "model.safetensors"), **found}
+
+
+def assert_same_run(a: Path, b: Path, step: int = 20) -> None:
+    """Weights, optimizer state and metrics agree to the last bit."""
+    one, two = tensors(a, step), tensors(b, step)
+    assert one.keys() == two.keys()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    assert records(a) == records(b)
+
+
+# -- Resume -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_20_steps_are_10_and_10_more(tiny: Make, tmp_path: Path, optimizer: str):
+    config = tiny(
+        model={"dropout": 0.1},
+        optimizer={"name": optimizer},
+        training={"micro_batch": 2},
+    )
+    whole = run(config, tmp_path / "whole")
+    first = run(config, tmp_path / "parts", stop=stop_after(10))
+    assert (first.status, first.step) == ("interrupted", 10)
+    second = run(config, tmp_path / "parts")
+    assert (second.status, second.step) == ("finished", 20)
+    assert second.val_loss == whole.val_loss
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_resuming_at_every_single_step_changes_nothing(
+    tiny: Make, tmp_path: Path, placement: str
+):
+    config = tiny(
+        model={"dropout": 0.2, "norm": {"placement": placement}},
+        training={"steps": 7},
+        evaluation={"every": 3},
+    )
+    run(config, tmp_path / "whole")
+    statuses = [run(config, tmp_path / "parts", stop=stop_after(1)).status for _ in range(7)]
+    assert statuses == ["interrupted"] * 6 + ["finished"]
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", step=7)
+
+
+def test_a_crash_goes_on_from_the_last_checkpoint(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = tiny()
+    run(config, tmp_path / "whole")
+
+    def crash(updates: int) -> Callable[[], bool]:
+        stop = stop_after(updates)
+
+        def ask() -> bool:
+            if stop():
+                raise RuntimeError("power cut")
+            return False
+
+        return ask
+
+    for updates in (4, 13):  # before the first checkpoint, and after it
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(config, tmp_path / "parts", stop=crash(updates))
+    assert run(config, tmp_path / "parts").status == "finished"
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_checkpoint_starts_a_directory_of_its_own(tiny: Make, tmp_path: Path):
+    run(tiny(), tmp_path / "a")
+    checkpoint = str(tmp_path / "a/checkpoints/step-00000010")
+    result = run(tiny(), tmp_path / "b", resume=checkpoint)
+    assert (result.status, result.step) == ("finished", 20)
+    assert tensors(tmp_path / "a").keys() == tensors(tmp_path / "b").keys()
+    for name, tensor in tensors(tmp_path / "a").items():
+        assert torch.equal(tensor, tensors(tmp_path / "b")[name])
+    assert [line["step"] for line in records(tmp_path / "b") if "loss" in line] == list(
+        range(11, 21)
+    )
+    with pytest.raises(InputError, match="another model or data: model.width"):
+        run(tiny(model={"width": 32}), tmp_path / "c", resume=checkpoint)
+    with pytest.raises(InputError, match="neither auto, never nor"):
+        run(tiny(), tmp_path / "c", resume="always")
+    with pytest.raises(InputError, match="nothing is left to train"):
+        run(tiny(training={"steps": 5}), tmp_path / "c", resume=checkpoint)
+    assert not (tmp_path / "c").exists()
+
+
+# -- The run directory ------------------------------------------------------------------------------
+
+
+def test_what_a_run_leaves(tiny: Make, tmp_path: Path):
+    out = tmp_path / "run"
+    result = run(tiny(optimizer={"clip": 0.5}), out)
+    assert {path.name for path in out.iterdir()} == {
+        "config.yaml",
+        "environment.json",
+        "tokenizer.json",
+        "metrics.jsonl",
+        "result.json",
+        "loss.png",
+        "samples",
+        "checkpoints",
+    }
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in sorted((out / "samples").iterdir())] == [
+        "step-00000010.txt",
+        "step-00000020.txt",
+    ]
+    written = json.loads((out / "result.json").read_text())
+    contract = {
+        "status", "step", "tokens", "train_loss", "val_loss", "best_val_loss", "seconds",
+        "tokens_per_second", "reason",
+    }  # fmt: skip
+    assert contract <= written.keys()
+    assert (written["status"], written["step"], written["tokens"]) == ("finished", 20, 20 * 64)
+    assert written["val_loss"] == result.val_loss
+    environment = json.loads((out / "environment.json").read_text())
+    assert {"versions", "device", "git_commit", "data_fingerprint", "argv"} <= environment.keys()
+
+    lines = metrics.read(out / "metrics.jsonl")
+    updates = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in updates] == list(range(1, 21))
+    assert set(updates[0]) == {
+        "step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second",
+        "step_seconds",
+    }  # fmt: skip
+    assert updates[0]["learning_rate"] == pytest.approx(1e-3 / 5)
+    assert [line["step"] for line in lines if "val_loss" in line] == [0, 10, 20]
+    assert max(line["grad_norm"] for line in updates) > 0.5  # logged before clipping
+
+
+def test_a_finished_run_is_read_not_repeated(tiny: Make, tmp_path: Path):
+    first = run(tiny(), tmp_path / "run")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    assert run(tiny(), tmp_path / "run") == first
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "resume", "message"),
+    [
+        ({"model": {"width": 32}}, "auto", r"model.width: 16 -> 32"),
+        ({"seed": 5}, "auto", r"seed: 0 -> 5"),
+        ({}, "never", "--resume never would overwrite"),
+    ],
+)
+def test_a_run_is_never_overwritten(
+    tiny: Make, tmp_path: Path, overrides: dict[str, Any], resume: str, message: str
+):
+    out = tmp_path / "run"
+    run(tiny(), out)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    with pytest.raises(InputError, match=message):
+        run(tiny(**overrides), out, resume=resume)
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+
+
+def test_a_folder_with_other_things_is_left_alone(tiny: Make, tmp_path: Path):
+    (tmp_path / "thesis.tex").write_text("...")
+    with pytest.raises(InputError, match="exists and is no run"):
+        run(tiny(), tmp_path)
+
+
+def test_changed_data_is_noticed_on_resume(tiny: Make, tmp_path: Path):
+    source = tmp_path / "text.txt"
+    source.write_text("first text " * 100)
+    config = tiny(data={"path": [str(source)], "holdout": "tail"})
+    run(config, tmp_path / "run", stop=stop_after(3))
+    source.write_text("other text " * 100)
+    with pytest.raises(InputError, match="not those that this run was trained on"):
+        run(config, tmp_path / "run")
+
+
+def test_a_run_can_be_read_back(tiny: Make, tmp_path: Path):
+    run(tiny(), tmp_path / "run")
+    model, encoding, step = load_run(tmp_path / "run", "latest")
+    assert step == 20
+    assert encoding.n_vocab == model.vocab_size == 257
+    saved = load_file(tmp_path / "run/checkpoints/step-00000020/model.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
+    assert load_run(tmp_path / "run", "10")[2] == 10
+    with pytest.raises(InputError, match="has best, latest, 10, 20"):
+        load_run(tmp_path / "run", "11")
+
+
+# -- Learning ---------------------------------------------------------------------------------------
+
+
+def test_evaluation_sampling_and_checkpoints_never_disturb_training(tiny: Make, tmp_path: Path):
+    busy = tiny(model={"dropout": 0.1}, evaluation={"every": 1}, checkpoint={"keep": 30})
+    idle = tiny(model={"dropout": 0.1}, evaluation={"every": 1000}, sampling={"tokens": 0})
+    run(busy, tmp_path / "busy")
+    run(idle, tmp_path / "idle")
+    one, two = tensors(tmp_path / "busy"), tensors(tmp_path / "idle")
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+def test_training_leaves_the_callers_random_numbers_alone(tiny: Make, tmp_path: Path):
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    run(tiny(model={"dropout": 0.1}, training={"steps": 2}), tmp_path / "run")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_micro_batches_add_up_to_the_batch(tiny: Make, tmp_path: Path):
+    for size in (1, 2, 4):
+        run(tiny(training={"micro_batch": size}), tmp_path / str(size))
+    whole = records(tmp_path / "4")
+    for size in ("1", "2"):
+        for mine, theirs in zip(records(tmp_path / size), whole, strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-3)
+
+
+def test_a_batch_in_tokens_is_the_same_batch(tiny: Make, tmp_path: Path):
+    run(tiny(), tmp_path / "sequences")
+    run(tiny(training={"batch_sequences": None, "batch_tokens": 64}), tmp_path / "tokens")
+    assert records(tmp_path / "sequences") == records(tmp_path / "tokens")
+
+
+def test_clipping_bounds_the_step_and_logs_the_norm_before(tiny: Make, tmp_path: Path):
+    sgd = {"name": "sgd", "momentum": 0.0, "weight_decay": 0.0, "learning_rate": 1.0}
+    one_step = {"steps": 1, "batch_sequences": 4}
+    norms, moves = [], []
+    for clip in (None, 0.01):
+        config = tiny(
+            optimizer={**sgd, "clip": clip}, training=one_step, schedule={"warmup": "none"}
+        )
+        run(config, tmp_path / str(clip))
+        norms.append(next(r["grad_norm"] for r in records(tmp_path / str(clip)) if "loss" in r))
+        from gpt.init import initialize
+        from gpt.model import GPT
+
+        start = GPT(config.model, 257)
+        initialize(start, config.seed)
+        end = load_file(tmp_path / f"{clip}/checkpoints/step-00000001/model.safetensors")
+        changes = [(end[n] - p).flatten() for n, p in start.state_dict().items()]
+        moves.append(torch.cat(changes).norm().item())
+    assert norms[0] == norms[1] > 0.01
+    assert moves == pytest.approx([norms[0], 0.01], rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precision_trains_nearly_the_same(tiny: Make, tmp_path: Path, precision: str):
+    fp32 = run(tiny(), tmp_path / "fp32")
+    low = run(tiny(training={"precision": precision}), tmp_path / precision)
+    assert low.status == "finished"
+    assert low.val_loss != fp32.val_loss
+    assert low.val_loss == pytest.approx(fp32.val_loss, rel=0.02)
+
+
+def test_fp16_resumes_with_its_loss_scale(tiny: Make, tmp_path: Path):
+    config = tiny(training={"precision": "fp16"})
+    run(config, tmp_path / "whole")
+    run(config, tmp_path / "parts", stop=stop_after(9))
+    run(config, tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_divergence_is_a_result(tiny: Make, tmp_path: Path):
+    config = tiny(
+        schedule={"warmup": "none"},
+        optimizer={"name": "sgd", "learning_rate": 1e30, "clip": None},
+        evaluation={"every": 1},
+    )
+    result = run(config, tmp_path / "run")
+    assert result.status == "diverged"
+    assert result.step <= 3
+    assert "non-finite" in result.reason or "became" in result.reason
+    assert json.loads((tmp_path / "run/result.json").read_text())["status"] == "diverged"
+    assert run(config, tmp_path / "run") == result  # final, not tried again
+    for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    for folder in (tmp_path / "run/checkpoints").glob("step-*"):
+        assert all(t.isfinite().all() for t in load_file(folder / "model.safetensors").values())
+
+
+def test_the_automatic_micro_batch_divides_the_batch_and_fits(tiny: Make, monkeypatch: Any):
+    config = tiny(training={"batch_sequences": 12})
+    for memory, expected in ((2**40, 12), (1, 1)):
+        monkeypatch.setattr(plan, "_memory", lambda device, memory=memory: memory)
+        assert plan.micro_batch(config, 257, torch.device("cpu")) == expected
+    numbers = 34 * 16 * 2 + 3 * 257
+    monkeypatch.setattr(plan, "_memory", lambda device: 5 * 4 * 16 * numbers)
+    assert plan.micro_batch(config, 257, torch.device("cpu")) == 4
+
+
+def test_a_device_that_is_not_there_is_named(tiny: Make, tmp_path: Path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has the device")
+    with pytest.raises(InputError, match="cuda is not available here; usable: auto, cpu"):
+        run(tiny(training={"device": "cuda"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
