@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from gpt.config import Config, Count, Sampling, Seed, load, validate
+from gpt.config import Config, Count, Device, Sampling, Seed, load, validate
 from gpt.errors import InputError, nearest
 from gpt.flags import as_flag, parse
 
@@ -210,8 +210,8 @@ class SampleOptions(Sampling):
     """Seed of the draws; sample i is the same whatever the number of samples."""
     checkpoint: str = "best"
     """best (by validation loss), latest, or a step."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
+    device: Device = "auto"
+    """auto takes cuda, then mps, then cpu."""
 
 
 @dataclass(kw_only=True)

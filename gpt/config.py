@@ -113,6 +113,7 @@ NonNegative = Annotated[Float, Field(ge=0)]
 Positive = Annotated[Float, Field(gt=0)]
 Fraction = Annotated[Float, Field(ge=0, lt=1)]
 Seed = Annotated[Int, Field(ge=0, lt=2**63)]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 class Section(BaseModel):
@@ -239,7 +240,7 @@ class TrainingConfig(Section):
     """Tokens of one update, a multiple of model.context; give this or batch_sequences."""
     micro_batch: Literal["auto"] | Count = "auto"
     """Sequences of one forward pass; gradients accumulate over the batch. Must divide it."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     """auto takes cuda, then mps, then cpu."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the forward and backward pass; weights stay fp32. fp16 scales its loss."""
@@ -357,7 +358,10 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem="anchors and aliases are not supported; a file may name one base:", problem_mark=mark)
+            raise yaml.MarkedYAMLError(
+                problem="aliases are not supported; a file may name one other as its base:",
+                problem_mark=mark,
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:

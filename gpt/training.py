@@ -139,7 +139,10 @@ class _Training:
 
     def _open_directory(self, opened: Opened) -> None:
         run = self.directory
-        run.samples.mkdir(parents=True, exist_ok=True)
+        try:
+            run.samples.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{run.path}: cannot be made: {error.strerror}") from None
         if not opened.resumed:
             tokenizer.save(self.dataset.encoding, run.tokenizer)
             run.write_environment(self.device, self.dataset.fingerprint, self.micro_batch)

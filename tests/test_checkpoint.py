@@ -76,9 +76,7 @@ def test_damage_is_found_before_use(tmp_path: Path, file: str, damage: str):
         path.write_bytes(content[:-1] if file != "manifest.json" else content[:-3])
     else:
         middle = len(content) // 2
-        path.write_bytes(
-            content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-        )
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     with pytest.raises(InputError, match="step-00000003"):
         checkpoints.load(folder)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -175,7 +176,7 @@ def test_an_epoch_sees_every_window_once_and_the_next_from_another_offset():
     second = starts(sequences, range(per_epoch + 1, 2 * per_epoch + 1), 1)
     for epoch in (first, second):
         ordered = sorted(epoch)
-        assert {b - a for a, b in zip(ordered, ordered[1:], strict=False)} == {16}
+        assert {b - a for a, b in itertools.pairwise(ordered)} == {16}
         assert ordered[-1] + 16 < 1000
         assert epoch != ordered
     assert min(first) % 16 != min(second) % 16

@@ -33,7 +33,9 @@ def encoding() -> tiktoken.Encoding:
     return bytes_tokenizer(DataConfig(), ())
 
 
-def run(model: GPT, prompt: list[int], n: int, count: int = 1, **options: object) -> list[list[int]]:
+def run(
+    model: GPT, prompt: list[int], n: int, count: int = 1, **options: object
+) -> list[list[int]]:
     seed = int(options.pop("seed", 0))
     stop = int(options.pop("stop", -1))
     sampling = Sampling.model_validate(options)

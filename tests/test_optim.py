@@ -28,7 +28,9 @@ def update(model: GPT, optimizer: Optimizer, share: float = 1.0) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_parameter_stands_in_exactly_one_group(name: str):
     model, optimizer = make(name)
-    grouped = [p for part in optimizer.parts for group in part.param_groups for p in group["params"]]
+    grouped = [
+        p for part in optimizer.parts for group in part.param_groups for p in group["params"]
+    ]
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
 
 

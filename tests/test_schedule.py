@@ -18,38 +18,47 @@ def rates(steps: int, **options: object) -> list[float]:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (dict(warmup="none", body="constant"), [1, 1, 1, 1, 1, 1, 1, 1]),
-        (dict(warmup="linear", warmup_steps=4, body="constant"), [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+        ({"warmup": "none", "body": "constant"}, [1, 1, 1, 1, 1, 1, 1, 1]),
         (
-            dict(warmup="cosine", warmup_steps=4, body="constant"),
+            {"warmup": "linear", "warmup_steps": 4, "body": "constant"},
+            [0.25, 0.5, 0.75, 1, 1, 1, 1, 1],
+        ),
+        (
+            {"warmup": "cosine", "warmup_steps": 4, "body": "constant"},
             [0.1464466, 0.5, 0.8535534, 1, 1, 1, 1, 1],
         ),
         (
-            dict(warmup="linear", warmup_steps=4, body="linear", final_ratio=0),
+            {"warmup": "linear", "warmup_steps": 4, "body": "linear", "final_ratio": 0},
             [0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25],
         ),
         (
-            dict(warmup="none", body="linear", final_ratio=0.2),
+            {"warmup": "none", "body": "linear", "final_ratio": 0.2},
             [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3],
         ),
         (
-            dict(warmup="linear", warmup_steps=4, body="cosine", final_ratio=0.1),
+            {"warmup": "linear", "warmup_steps": 4, "body": "cosine", "final_ratio": 0.1},
             [0.25, 0.5, 0.75, 1, 1, 0.8681981, 0.55, 0.2318019],
         ),
         (
-            dict(warmup="linear", warmup_steps=4, body="inverse_sqrt"),
+            {"warmup": "linear", "warmup_steps": 4, "body": "inverse_sqrt"},
             [0.25, 0.5, 0.75, 1, 0.8944272, 0.8164966, 0.7559289, 0.7071068],
         ),
         (
-            dict(warmup="none", body="inverse_sqrt"),
+            {"warmup": "none", "body": "inverse_sqrt"},
             [1, 0.7071068, 0.5773503, 0.5, 0.4472136, 0.4082483, 0.3779645, 0.3535534],
         ),
         (
-            dict(warmup="none", body="wsd", decay_fraction=0.5, final_ratio=0),
+            {"warmup": "none", "body": "wsd", "decay_fraction": 0.5, "final_ratio": 0},
             [1, 1, 1, 1, 1, 0.75, 0.5, 0.25],
         ),
         (
-            dict(warmup="linear", warmup_steps=4, body="wsd", decay_fraction=0.5, final_ratio=0.5),
+            {
+                "warmup": "linear",
+                "warmup_steps": 4,
+                "body": "wsd",
+                "decay_fraction": 0.5,
+                "final_ratio": 0.5,
+            },
             [0.25, 0.5, 0.75, 1, 1, 1, 1, 0.75],
         ),
     ],

@@ -13,7 +13,11 @@ from gpt.config import DataConfig
 from gpt.errors import InputError
 from gpt.tokenizer import TOKENIZERS, encode
 
-TEXTS = ["def f(x):\n    return x + 1\n" * 20, "naïve café — 日本語 🙂\n" * 5, "<|endoftext|> is text"]
+TEXTS = [
+    "def f(x):\n    return x + 1\n" * 20,
+    "naïve café — 日本語 🙂\n" * 5,
+    "<|endoftext|> is text",
+]
 
 
 def make(name: str, vocab_size: int = 300) -> tiktoken.Encoding:

@@ -55,7 +55,7 @@ def assert_same_run(a: Path, b: Path, step: int = 20) -> None:
     assert records(a) == records(b)
 
 
-# -- Resume -----------------------------------------------------------------------------------------
+# -- Resume ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -75,9 +75,7 @@ def test_20_steps_are_10_and_10_more(tiny: Make, tmp_path: Path, optimizer: str)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_resuming_at_every_single_step_changes_nothing(
-    tiny: Make, tmp_path: Path, placement: str
-):
+def test_resuming_at_every_single_step_changes_nothing(tiny: Make, tmp_path: Path, placement: str):
     config = tiny(
         model={"dropout": 0.2, "norm": {"placement": placement}},
         training={"steps": 7},
@@ -123,7 +121,7 @@ def test_a_checkpoint_starts_a_directory_of_its_own(tiny: Make, tmp_path: Path):
     assert [line["step"] for line in records(tmp_path / "b") if "loss" in line] == list(
         range(11, 21)
     )
-    with pytest.raises(InputError, match="another model or data: model.width"):
+    with pytest.raises(InputError, match=r"another model or data: model\.width"):
         run(tiny(model={"width": 32}), tmp_path / "c", resume=checkpoint)
     with pytest.raises(InputError, match="neither auto, never nor"):
         run(tiny(), tmp_path / "c", resume="always")
@@ -132,7 +130,7 @@ def test_a_checkpoint_starts_a_directory_of_its_own(tiny: Make, tmp_path: Path):
     assert not (tmp_path / "c").exists()
 
 
-# -- The run directory ------------------------------------------------------------------------------
+# -- The run directory -------------------------------------------------------------------------
 
 
 def test_what_a_run_leaves(tiny: Make, tmp_path: Path):
@@ -230,7 +228,7 @@ def test_a_run_can_be_read_back(tiny: Make, tmp_path: Path):
         load_run(tmp_path / "run", "11")
 
 
-# -- Learning ---------------------------------------------------------------------------------------
+# -- Learning ----------------------------------------------------------------------------------
 
 
 def test_evaluation_sampling_and_checkpoints_never_disturb_training(tiny: Make, tmp_path: Path):

@@ -1,0 +1,335 @@
+"""The two doors as a user meets them: commands, output, exit codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from gpt import cli
+from gpt.config import Config
+from gpt.training import train
+
+Make = Callable[..., Config]
+
+
+@pytest.fixture(scope="module")
+def config_file(tiny: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(tiny().to_yaml())
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    path = tmp_path_factory.mktemp("run") / "tiny"
+    train(tiny(), path, quiet=True)
+    return path
+
+
+def door(
+    name: str, *arguments: object, environment: dict[str, str], **options: Any
+) -> subprocess.CompletedProcess[str]:
+    options.setdefault("stdin", subprocess.DEVNULL)
+    command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=120, **options
+    )
+
+
+def called(
+    capsys: pytest.CaptureFixture[str], name: str, *arguments: object
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a door that is called in this process."""
+    try:
+        code = getattr(cli, name)(list(map(str, arguments)))
+    except SystemExit as end:
+        code = end.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+# -- train -------------------------------------------------------------------------------------
+
+
+def test_train_then_sample_as_a_user_does(
+    config_file: Path, tmp_path: Path, environment: dict[str, str]
+):
+    out = tmp_path / "run"
+    done = door("train", config_file, "--out-dir", out, environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert "finished: all 20 steps are done" in done.stdout
+    assert "nats per token" in done.stdout
+    assert "bits per byte" in done.stdout
+    assert str(out / "loss.png") in done.stdout
+    assert "sample.py" in done.stdout
+    for word in ("device", "parameters", "without embeddings", "tokens a step", "directory"):
+        assert word in done.stderr
+    assert "step 20/20  loss" in done.stderr
+
+    again = door("train", config_file, "--out_dir", out, environment=environment)
+    assert again.returncode == 0
+    assert again.stdout == done.stdout
+
+    text = door("sample", out, "--prompt", "The quick", environment=environment)
+    assert text.returncode == 0, text.stderr
+    assert text.stdout.startswith("The quick")
+    assert "step 20" in text.stderr
+
+
+@pytest.mark.parametrize("name", ["train", "sample"])
+def test_help_comes_without_torch(name: str, environment: dict[str, str]):
+    code = (
+        "import sys; from gpt import cli\n"
+        f"try: cli.{name}(['--help'])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--help" in done.stdout
+
+
+def test_help_names_every_option_and_its_values(capsys: pytest.CaptureFixture[str]):
+    code, out, _ = called(capsys, "train", "--help")
+    assert code == 0
+    for flag in ("--model.norm.placement", "--out-dir", "--optimizer.learning-rate"):
+        assert flag in out
+    assert "{pre,post}" in out
+
+
+def test_print_config_prints_yaml_to_stdout_alone(
+    capsys: pytest.CaptureFixture[str], config_file: Path
+):
+    code, out, err = called(
+        capsys, "train", config_file, "--print-config", "--model.width", "1e2",
+        "--optimizer.clip", "null", "--model.norm.placement=post", "--training.batch_sequences=6",
+    )  # fmt: skip
+    tree = yaml.safe_load(out)
+    assert (code, err) == (0, "")
+    assert tree["model"]["width"] == 100
+    assert tree["optimizer"]["clip"] is None
+    assert tree["model"]["norm"]["placement"] == "post"
+    assert tree["training"]["batch_sequences"] == 6
+
+
+def test_dry_run_writes_nothing(
+    capsys: pytest.CaptureFixture[str], config_file: Path, tmp_path: Path
+):
+    cache = tmp_path / "cache"
+    code, out, _ = called(
+        capsys, "train", config_file, "--dry-run", "--out-dir", tmp_path / "run",
+        "--data.cache-dir", cache,
+    )  # fmt: skip
+    assert code == 0
+    assert "not prepared yet" in out
+    assert "parameters" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.widht", "3"], "--model.widht: no such option; perhaps you meant --model.width"),
+        (["--learning-rate", "3"], "perhaps you meant --optimizer.learning-rate"),
+        (["--model.width", "wide"], "--model.width: input should be a valid integer, found 'wide'"),
+        (["--model.width"], "Missing value for argument '--model.width'"),
+        (["--model.heads", "5"], "heads (5) must divide width (16)"),
+        (["--optimizer.name", "mion"], "perhaps you meant muon"),
+        (["surplus"], "'surplus': one argument too many"),
+        (["--data.path", "/no/such/place"], "/no/such/place: no such file, folder or pattern"),
+        (["--resume", "sometimes"], "--resume sometimes: is neither auto, never nor"),
+        (["--model.context", "4096"], "model.context: 4096 needs more than"),
+    ],
+)
+def test_wrong_input_is_told_in_three_lines_at_most(
+    capsys: pytest.CaptureFixture[str],
+    config_file: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+):
+    out = tmp_path / "run"
+    code, stdout, stderr = called(capsys, "train", config_file, "--out-dir", out, *arguments)
+    assert code == 2
+    assert message in stderr
+    complaints = [line for line in stderr.splitlines() if line.startswith("train.py: ")]
+    assert 1 <= len(complaints) <= 3
+    assert stdout == ""
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["none.yaml"], ["--seed", "1"]])
+def test_a_missing_config_is_named(capsys: pytest.CaptureFixture[str], arguments: list[str]):
+    code, _, stderr = called(capsys, "train", *arguments)
+    assert code == 2
+    assert "CONFIG.yaml" in stderr or "none.yaml: cannot be read: No such file" in stderr
+
+
+def test_divergence_is_exit_code_3(
+    capsys: pytest.CaptureFixture[str], config_file: Path, tmp_path: Path
+):
+    arguments = [
+        config_file, "--out-dir", tmp_path / "run", "--optimizer.name", "sgd",
+        "--optimizer.learning-rate", "1e30", "--optimizer.clip", "null",
+    ]  # fmt: skip
+    for _ in range(2):  # and again when it is asked for a second time
+        code, stdout, _ = called(capsys, "train", *arguments)
+        assert code == 3
+        assert stdout.startswith("diverged: ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on(
+    tiny: Make, tmp_path: Path, environment: dict[str, str], number: signal.Signals
+):
+    long = {
+        "training": {"steps": 3000},
+        "evaluation": {"every": 3000},
+        "checkpoint": {"every": 3000},
+    }
+    path = tmp_path / "long.yaml"
+    path.write_text(tiny(**long).to_yaml())
+    out = tmp_path / "run"
+    command = [sys.executable, ROOT / "train.py", path, "--out-dir", out]
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    metrics = out / "metrics.jsonl"
+    while not (metrics.is_file() and '"step": 30,' in metrics.read_text()):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    assert f"{number.name}: saving after this step" in stderr
+    assert stdout.startswith("interrupted: stopped after step")
+    result = json.loads((out / "result.json").read_text())
+    assert result["status"] == "interrupted"
+    assert (out / f"checkpoints/step-{result['step']:08d}/manifest.json").is_file()
+    assert len(list((out / "checkpoints").glob("step-*"))) == 1
+
+
+# -- sample ------------------------------------------------------------------------------------
+
+
+def test_the_prompt_comes_from_a_flag_a_file_or_a_pipe(
+    run_dir: Path, tmp_path: Path, environment: dict[str, str]
+):
+    (tmp_path / "prompt.txt").write_text("The lazy")
+    common = ["--max-new-tokens", 12, "--seed", 4]
+    flag = door("sample", run_dir, "--prompt", "The lazy", *common, environment=environment)
+    file = door(
+        "sample",
+        run_dir,
+        "--prompt-file",
+        tmp_path / "prompt.txt",
+        *common,
+        environment=environment,
+    )
+    pipe = door("sample", run_dir, *common, environment=environment, input="The lazy", stdin=None)
+    assert flag.returncode == file.returncode == pipe.returncode == 0
+    assert flag.stdout == file.stdout == pipe.stdout
+    assert flag.stdout.startswith("The lazy")
+
+
+def test_several_samples_and_the_sliding_window(capsys: pytest.CaptureFixture[str], run_dir: Path):
+    arguments = ["--num-samples", 3, "--max-new-tokens", 40, "--prompt", "a", "--temperature", 1.5]
+    code, out, err = called(capsys, "sample", run_dir, *arguments)
+    assert code == 0
+    assert out.count("-" * 60) == 2
+    assert "longer than the model's context of 16 tokens" in err
+    code, single, _ = called(capsys, "sample", run_dir, *arguments[2:])
+    assert out.startswith(single.rstrip("\n"))
+
+
+def test_greedy_sampling_ignores_the_seed(capsys: pytest.CaptureFixture[str], run_dir: Path):
+    texts = {
+        called(capsys, "sample", run_dir, "--temperature", 0, "--seed", seed, "--prompt", "T")[1]
+        for seed in (1, 2)
+    }
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize("checkpoint", ["best", "latest", "10"])
+def test_a_checkpoint_can_be_chosen(
+    capsys: pytest.CaptureFixture[str], run_dir: Path, checkpoint: str
+):
+    code, _, err = called(capsys, "sample", run_dir, "--checkpoint", checkpoint, "--prompt", "T")
+    assert code == 0
+    assert ("step 10" if checkpoint == "10" else "step 20") in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "11"], "has best, latest, 10, 20"),
+        (["--temperature", "-1"], "--temperature: input should be greater than or equal to 0"),
+        (["--top-p", "0"], "--top-p: input should be greater than 0"),
+        (["--top-k", "0"], "--top-k: input should be greater than or equal to 1"),
+        (["--topk", "5"], "perhaps you meant --top-k"),
+        (["--prompt", "a", "--prompt-file", "b"], "not both"),
+        (["--prompt-file", "none.txt"], "--prompt-file none.txt: No such file"),
+        (["--device", "tpu"], "--device: input should be 'auto', 'cpu', 'cuda' or 'mps'"),
+    ],
+)
+def test_wrong_sampling_input(
+    capsys: pytest.CaptureFixture[str], run_dir: Path, arguments: list[str], message: str
+):
+    code, out, err = called(capsys, "sample", run_dir, *arguments)
+    assert code == 2
+    assert message in err
+    assert len(err.splitlines()) <= 3
+    assert out == ""
+
+
+@pytest.mark.parametrize("damage", ["no run", "no checkpoint", "weights", "tokenizer", "config"])
+def test_a_damaged_run_is_named(
+    capsys: pytest.CaptureFixture[str], run_dir: Path, tmp_path: Path, damage: str
+):
+    copy = tmp_path / "copy"
+    if damage != "no run":
+        shutil.copytree(run_dir, copy)
+    weights = copy / "checkpoints/step-00000020/model.safetensors"
+    if damage == "no checkpoint":
+        shutil.rmtree(copy / "checkpoints")
+    elif damage == "weights":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif damage == "tokenizer":
+        (copy / "tokenizer.json").write_text("{}")
+    elif damage == "config":
+        text = (copy / "config.yaml").read_text()
+        (copy / "config.yaml").write_text(text.replace("width: 16", "width: 32"))
+    code, _, err = called(capsys, "sample", copy, "--prompt", "T")
+    assert code == 2
+    assert str(copy) in err
+    assert len(err.splitlines()) <= 3
+
+
+# -- The installed command ---------------------------------------------------------------------
+
+
+def test_the_installed_command_has_the_same_doors(
+    capsys: pytest.CaptureFixture[str], config_file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "argv", ["steadygpt", "train", str(config_file), "--print-config"])
+    assert cli.main() == 0
+    assert yaml.safe_load(capsys.readouterr().out)["name"] == "tiny"
+    monkeypatch.setattr(sys, "argv", ["steadygpt", "trian"])
+    assert cli.main() == 2
+    assert "perhaps you meant train" in capsys.readouterr().err

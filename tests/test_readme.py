@@ -1,0 +1,63 @@
+"""The README is true: its commands run, and the files that it names exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from gpt import cli
+from gpt.config import Config
+from gpt.training import train
+
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
+DOOR = re.compile(r"(?:python|steadygpt) (?:train|sample)(?:\.py)? ")
+
+
+def test_it_opens_with_the_two_commands():
+    first, second = COMMANDS[:2]
+    setup = "python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e "
+    assert first == setup + ". && .venv/bin/python train.py configs/quickstart.yaml"
+    assert second == setup + "'.[dev]' && .venv/bin/python -m pytest"
+    assert second in (ROOT / ".ci/run").read_text().splitlines()
+    pinned = (ROOT / "constraints.txt").read_text().splitlines()
+    assert "torch==2.13.0" in pinned
+    assert [line for line in pinned if "==" not in line and not line.startswith("#")] == []
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "train" in c and "pytest" not in c])
+def test_train_commands(command: str, capsys: pytest.CaptureFixture[str], monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command, comments=True)
+    start = next(i for i, word in enumerate(words) if word in ("train", "train.py")) + 1
+    assert cli.train([*words[start:], "--print-config"]) == 0
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(r"\bsample(\.py)? ", c)])
+def test_sample_commands(
+    command: str,
+    tiny: Callable[..., Config],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch,
+):
+    train(tiny(name="quickstart"), tmp_path / "runs/quickstart", quiet=True)
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command.rpartition(" | ")[2], comments=True)
+    start = next(i for i, word in enumerate(words) if word in ("sample", "sample.py")) + 1
+    assert cli.sample([*words[start:], "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out
+
+
+def test_files_that_it_names_exist():
+    named = set(re.findall(r"\]\(([^)#:]+)\)", README))
+    named |= set(re.findall(r"`((?:configs|gpt|tests|benchmarks)/[\w./-]+)`", README))
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
