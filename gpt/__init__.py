@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gpt.config import Config, load
     from gpt.errors import InputError
-    from gpt.generate import generate
     from gpt.model import GPT
     from gpt.run import RunResult, load_run
     from gpt.training import train
@@ -22,7 +21,6 @@ __all__ = [
     "Config",
     "InputError",
     "RunResult",
-    "generate",
     "load",
     "load_run",
     "train",
@@ -33,7 +31,6 @@ _HOMES = {
     "Config": "gpt.config",
     "InputError": "gpt.errors",
     "RunResult": "gpt.run",
-    "generate": "gpt.generate",
     "load": "gpt.config",
     "load_run": "gpt.run",
     "train": "gpt.training",

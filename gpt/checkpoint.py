@@ -51,8 +51,8 @@ class Checkpoint:
         return int(self.state["step"])
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write `checkpoint` below `folder` (checkpoints/) and point `latest` at it.
+def save(folder: Path, checkpoint: Checkpoint, *, best: bool = False) -> Path:
+    """Write `checkpoint` below `folder` (checkpoints/), and point `latest` (and `best`) at it.
 
     A checkpoint of that step that stands there already is left as it is.
     """
@@ -68,7 +68,9 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    point(folder, "latest", final.name)
+    if best:
+        point(folder, "best", final.name)
+    point(folder, "latest", final.name)  # last: a run that stops before this makes the step again
     return final
 
 
@@ -137,9 +139,14 @@ def pointed(folder: Path, pointer: str) -> Path | None:
     """The checkpoint folder that `latest` or `best` names, or None."""
     try:
         name = (folder / pointer).read_text("utf-8").strip()
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return None
     return folder / name if STEP_NAME.fullmatch(name) and (folder / name).is_dir() else None
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint to go on from: the one that `latest` names, else the highest step, or None."""
+    return pointed(folder, "latest") or next(iter(reversed(steps(folder).values())), None)
 
 
 def steps(folder: Path) -> dict[int, Path]:

@@ -4,12 +4,14 @@ Progress goes to stderr, results to stdout. torch is imported only once there is
 so that `--help` and a complaint about the input come at once.
 
 Exit codes: 0 finished, 1 a fault of the program (traceback), 2 wrong input, 3 diverged,
-75 interrupted and saved.
+75 interrupted and saved; 130 for Ctrl-C while sampling.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
 import shlex
 import signal
@@ -48,13 +50,31 @@ def main() -> int:
     return 2
 
 
+# What the machine, not the program, is to blame for: rights, space, names.
+_ENVIRONMENT = {
+    getattr(errno, name)
+    for name in ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "ENAMETOOLONG", "ENOTDIR", "EIO")
+    if hasattr(errno, name)
+}
+
+
 @contextlib.contextmanager
-def _input_errors(prog: str) -> Iterator[None]:
+def _door(prog: str) -> Iterator[None]:
     """Wrong input ends the program with its message and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a sample's letters
     try:
         yield
     except InputError as error:
         print("\n".join(f"{prog}: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        raise SystemExit(2) from None
+    except BrokenPipeError:  # the reader of stdout, head for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    except OSError as error:
+        if error.errno not in _ENVIRONMENT:
+            raise
+        print(f"{prog}: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -84,7 +104,7 @@ class TrainFlags:
 
 def train(argv: list[str] | None = None, prog: str = "train.py") -> int:
     """`train.py CONFIG.yaml ...`; returns the exit code."""
-    with _input_errors(prog):
+    with _door(prog):
         flags, options = parse(TrainFlags, Config, prog, argv)
         config = load(flags.config, options)
         if flags.print_config:
@@ -98,27 +118,28 @@ def train(argv: list[str] | None = None, prog: str = "train.py") -> int:
 
         with StopSignals() as stop:
             result = run(config, out_dir, resume=flags.resume, stop=stop)
-    print(_report(result, prog))
+        print(_report(result, prog))
     return EXIT_CODES[result.status]
 
 
 def _dry_run(config: Config, out_dir: Path, resume: str) -> str:
     import torch
 
-    from gpt import data, plan, tokenizer
+    from gpt import data, plan
     from gpt.model import GPT
     from gpt.run import open_run
 
     opened = open_run(config, out_dir, resume)
+    if opened.result is not None:
+        return f"{out_dir}: {opened.result.status}, nothing is left to do: {opened.result.reason}"
     device = plan.pick_device(config.training.device)
-    prepared = data.find(config.data)
-    dataset = data.prepare(config.data) if prepared else None
-    if dataset is not None:
-        vocab_size = dataset.encoding.n_vocab
-    elif config.data.tokenizer == "chars":
-        raise InputError("--dry-run: the chars vocabulary is known once the data is prepared")
-    else:
-        vocab_size = tokenizer.TOKENIZERS[config.data.tokenizer](config.data, ()).n_vocab
+    train_tokens = None
+    vocab_size = data.vocab_size(config.data)
+    if data.find(config.data) is not None:
+        dataset = data.prepare(config.data)
+        train_tokens, vocab_size = len(dataset.train), dataset.encoding.n_vocab
+        data.TrainingSequences(dataset.train, config.model.context, config.data_seed)
+        data.validation_sequences(dataset.val, config.model.context, config.evaluation.sequences)
     with torch.device("meta"):
         model = GPT(config.model, vocab_size)
     return plan.describe(
@@ -126,7 +147,7 @@ def _dry_run(config: Config, out_dir: Path, resume: str) -> str:
         model,
         device=device,
         micro_batch=plan.micro_batch(config, vocab_size, device),
-        train_tokens=None if dataset is None else len(dataset.train),
+        train_tokens=train_tokens,
         directory=out_dir,
         done=opened.checkpoint.step if opened.checkpoint else 0,
     )
@@ -134,7 +155,7 @@ def _dry_run(config: Config, out_dir: Path, resume: str) -> str:
 
 def _report(result: RunResult, prog: str) -> str:
     lines = [f"{result.status}: {result.reason}"]
-    if result.val_loss is not None:
+    if None not in (result.val_loss, result.val_bits_per_byte, result.best_val_loss):
         lines.append(
             f"  validation loss  {result.val_loss:.4f} nats per token, "
             f"{result.val_bits_per_byte:.4f} bits per byte (lowest {result.best_val_loss:.4f} nats)"
@@ -143,12 +164,13 @@ def _report(result: RunResult, prog: str) -> str:
     samples = sorted((result.directory / "samples").glob("step-*.txt"))
     if samples:
         lines.append(f"  sample           {samples[-1]}:")
-        lines += ["  | " + line for line in samples[-1].read_text("utf-8").splitlines()]
-    if result.status == "diverged":
+        lines += ["  | " + line for line in samples[-1].read_text("utf-8", "replace").splitlines()]
+    saved = (result.directory / "checkpoints" / "latest").is_file()
+    if result.status == "diverged" and saved:
         lines.append("  The last good checkpoint is kept.")
     if result.status == "interrupted":
-        lines.append("  Start it again with the same command to go on.")
-    elif (result.directory / "checkpoints" / "latest").is_file():
+        lines.append("  Start it again with --resume auto to go on.")
+    elif saved:
         door = [_python(), "sample.py"] if prog == "train.py" else ["steadygpt", "sample"]
         command = shlex.join([*door, str(result.directory), "--num-samples", "3"])
         lines.append(f"  more samples     {command}")
@@ -225,22 +247,19 @@ class SampleFlags:
 
 def sample(argv: list[str] | None = None, prog: str = "sample.py") -> int:
     """`sample.py RUN_DIR ...`; returns the exit code."""
-    with _input_errors(prog):
+    with _door(prog):
         flags, given = parse(SampleFlags, SampleOptions, prog, argv)
         options = validate(SampleOptions, given, origin=as_flag)
         if options.prompt is not None and options.prompt_file is not None:
             raise InputError("give --prompt or --prompt-file, not both")
-        prompt = _prompt(options)
         try:
-            _sample(Path(flags.run_dir), prompt, options, prog)
+            _sample(Path(flags.run_dir), _prompt(options, prog), options, prog)
         except KeyboardInterrupt:
             return 130
-        except BrokenPipeError:  # the reader has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
-def _prompt(options: SampleOptions) -> str:
+def _prompt(options: SampleOptions, prog: str) -> str:
     if options.prompt is not None:
         return options.prompt
     if options.prompt_file is not None:
@@ -254,6 +273,7 @@ def _prompt(options: SampleOptions) -> str:
         with contextlib.suppress(OSError, ValueError):
             mode = os.fstat(sys.stdin.fileno()).st_mode
             if stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
+                print(f"{prog}: reading the prompt from stdin", file=sys.stderr)
                 try:
                     return sys.stdin.buffer.read().decode("utf-8")
                 except UnicodeDecodeError:
@@ -268,7 +288,7 @@ def _sample(run_dir: Path, prompt: str, options: SampleOptions, prog: str) -> No
     from gpt.tokenizer import encode
 
     model, encoding, step = load_run(run_dir, options.checkpoint, pick_device(options.device))
-    tokens = encode(encoding, prompt) or [encoding.eot_token]
+    tokens = encode(encoding, prompt, "the prompt") or [encoding.eot_token]
     context = model.config.context
     print(f"{prog}: {run_dir}, step {step}", file=sys.stderr)
     if len(tokens) + options.max_new_tokens > context:

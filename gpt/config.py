@@ -106,6 +106,14 @@ def _number(value: object) -> object:
     return value
 
 
+def _several(value: object) -> object:
+    """One string stands for a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+Strings = Annotated[
+    tuple[str, ...], BeforeValidator(_several, json_schema_input_type=str | list[str])
+]
 Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Count = Annotated[Int, Field(ge=1)]
@@ -136,7 +144,7 @@ class DataConfig(Section):
 
     source: Annotated[str, Choice("gpt.data", "SOURCES")] = "stdlib"
     """Where documents come from: this Python's own standard library, or text files."""
-    path: tuple[str, ...] = ()
+    path: Strings = ()
     """Files, folders or glob patterns to read (source: text), relative to the working directory."""
     tokenizer: Annotated[str, Choice("gpt.tokenizer", "TOKENIZERS")] = "bpe"
     """How text becomes tokens; bpe is trained on the corpus."""
@@ -220,11 +228,11 @@ class OptimizerConfig(Section):
     beta2: Fraction = 0.99
     """Decay of the second moment (adamw, radam; adamw's part of muon)."""
     eps: Positive = 1e-8
-    """Added to the root of the second moment (adamw, radam)."""
+    """Added to the root of the second moment (adamw, radam; adamw's part of muon)."""
     momentum: Fraction = 0.95
     """Momentum of sgd and muon, both with Nesterov's form."""
     weight_decay: NonNegative = 0.1
-    """Decoupled weight decay, times the rate; on matrices and embeddings, never norms or biases."""
+    """Weight decay, times the rate, on matrices and embeddings, never on norms and biases."""
     clip: Positive | None = 1.0
     """Largest global gradient norm; null does not clip."""
 
@@ -235,9 +243,9 @@ class TrainingConfig(Section):
     steps: Count = 1000
     """Updates in all."""
     batch_sequences: Count | None = None
-    """Sequences of one update; give this or batch_tokens."""
+    """Sequences of one update; 16 if neither this nor batch_tokens is given."""
     batch_tokens: Count | None = None
-    """Tokens of one update, a multiple of model.context; give this or batch_sequences."""
+    """Tokens of one update, a multiple of model.context, in place of batch_sequences."""
     micro_batch: Literal["auto"] | Count = "auto"
     """Sequences of one forward pass; gradients accumulate over the batch. Must divide it."""
     device: Device = "auto"
@@ -303,7 +311,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    training: TrainingConfig = TrainingConfig(batch_sequences=16)
+    training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -311,8 +319,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _batch_fits(self) -> Self:
         training = self.training
-        if (training.batch_sequences is None) == (training.batch_tokens is None):
-            raise ValueError("give one of training.batch_sequences and training.batch_tokens")
+        if training.batch_sequences is not None and training.batch_tokens is not None:
+            raise ValueError(
+                "training.batch_sequences and training.batch_tokens are both given; "
+                "set one of them to null"
+            )
         if training.batch_tokens is not None and training.batch_tokens % self.model.context:
             raise ValueError(
                 f"training.batch_tokens ({training.batch_tokens}) must be a multiple of "
@@ -328,10 +339,9 @@ class Config(Section):
     @property
     def batch_sequences(self) -> int:
         """Sequences of one update."""
-        if self.training.batch_sequences is not None:
-            return self.training.batch_sequences
-        assert self.training.batch_tokens is not None
-        return self.training.batch_tokens // self.model.context
+        if self.training.batch_tokens is not None:
+            return self.training.batch_tokens // self.model.context
+        return self.training.batch_sequences or 16
 
     @property
     def data_seed(self) -> int:
@@ -389,10 +399,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: is no UTF-8 text (byte {error.start})") from None
     except RecursionError:
         raise InputError(f"{path}: is nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or f"is no valid YAML: {error}".splitlines()[0]
         raise InputError(f"{path}:{line} {problem}") from None
     if tree is None:
         return {}
@@ -420,9 +430,10 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = tree.pop("base", None)
     if base is None:
         return tree
-    if not isinstance(base, str):
+    if not isinstance(base, str) or not (path.parent / base).is_file():
         raise InputError(f"{path}: base: must be the path of one YAML file, found {base!r}")
-    return merge(_read_with_bases(path.parent / base, (*seen, path.resolve())), tree)
+    below = _read_with_bases(path.parent / base, (*seen, path.resolve()))
+    return merge({key: value for key, value in below.items() if key != "name"}, tree)
 
 
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -457,8 +468,13 @@ def validate(
     try:
         return section.model_validate(tree)
     except ValidationError as error:
-        found = [_explain(details, option_paths(section)) for details in error.errors()]
-    problems = list(dict.fromkeys(f"{origin(key)}: {text}".lstrip(": ") for key, text in found))
+        found: dict[str, list[str]] = {}
+        for details in error.errors():
+            key, text = _explain(details, option_paths(section))
+            found.setdefault(key, []).append(text)
+    problems = [
+        f"{origin(key)}: {'; or '.join(texts)}".lstrip(": ") for key, texts in found.items()
+    ]
     if len(problems) > 3:
         problems = [*problems[:2], f"and {len(problems) - 2} more: " + "; ".join(problems[2:])]
     raise InputError("\n".join(problems))
@@ -476,7 +492,10 @@ def _explain(error: ErrorDetails, options: list[str]) -> tuple[str, str]:
     key = ".".join(parts)
     if error["type"] == "value_error":
         return key, str(error["ctx"]["error"])
-    shown = repr(found) if len(repr(found)) <= 60 else repr(found)[:57] + "..."
+    try:
+        shown = repr(found) if len(repr(found)) <= 60 else repr(found)[:57] + "..."
+    except ValueError:  # an int of thousands of digits
+        shown = "a very long number"
     if error["type"] in ("choice", "number"):
         return key, f"{shown} {error['msg']}"
     if error["type"] == "model_type":

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 
 class Console:
-    """Progress of a run of `steps` updates from update `start` on. `quiet` says nothing."""
+    """Says how a run gets on; `quiet` says nothing."""
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet

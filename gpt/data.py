@@ -14,7 +14,6 @@ Not here: the vocabulary (gpt/tokenizer.py), and tensors; batches are NumPy arra
 from __future__ import annotations
 
 import ast
-import functools
 import glob
 import hashlib
 import json
@@ -130,14 +129,12 @@ class Dataset:
     Attributes:
         train, val: token ids, memory-mapped.
         encoding: the tokenizer.
-        val_bytes_per_token: UTF-8 bytes of validation text for each of its tokens.
         fingerprint: SHA-256 of the token files and the tokenizer.
     """
 
     train: Tokens
     val: Tokens
     encoding: tiktoken.Encoding
-    val_bytes_per_token: float
     fingerprint: str
 
 
@@ -173,6 +170,20 @@ def prepare(config: DataConfig, say: Callable[[str], None] = lambda line: None) 
         finally:
             shutil.rmtree(building, ignore_errors=True)
     return _open(folder)
+
+
+def vocab_size(config: DataConfig) -> int:
+    """Tokens that the tokenizer will have once the corpus is prepared.
+
+    Raises:
+        InputError: as `prepare`, where the text must be read to know.
+    """
+    if config.tokenizer == "bpe":
+        return config.vocab_size
+    source = SOURCES[config.source]
+    files = source.files(config)
+    documents = (text for path in files for text in source.documents(path))
+    return tokenizer.TOKENIZERS[config.tokenizer](config, documents).n_vocab
 
 
 def _folder(config: DataConfig, files: list[Path]) -> Path:
@@ -240,21 +251,25 @@ def _build(config: DataConfig, source: Source, files: list[Path], folder: Path) 
 
 
 def _open(folder: Path) -> Dataset:
-    meta = json.loads((folder / "meta.json").read_text("utf-8"))
-    splits: dict[str, Tokens] = {}
-    for split in SPLITS:
-        splits[split] = np.memmap(folder / f"{split}.bin", dtype=meta["dtype"], mode="r")
-        if len(splits[split]) != meta[split]["tokens"]:
-            raise InputError(
-                f"{folder}/{split}.bin: holds {len(splits[split]):,} tokens, "
-                f"{meta[split]['tokens']:,} were written; delete the folder to prepare it again"
-            )
-    return Dataset(
-        encoding=tokenizer.load(folder / "tokenizer.json"),
-        val_bytes_per_token=meta["val"]["bytes"] / meta["val"]["tokens"],
-        fingerprint=meta["fingerprint"],
-        **splits,
-    )
+    try:
+        meta = json.loads((folder / "meta.json").read_text("utf-8"))
+        splits: dict[str, Tokens] = {}
+        for split in SPLITS:
+            splits[split] = np.memmap(folder / f"{split}.bin", dtype=meta["dtype"], mode="r")
+            if len(splits[split]) != meta[split]["tokens"]:
+                raise ValueError(
+                    f"{split}.bin holds {len(splits[split]):,} tokens, "
+                    f"{meta[split]['tokens']:,} were written"
+                )
+        return Dataset(
+            encoding=tokenizer.load(folder / "tokenizer.json"),
+            fingerprint=meta["fingerprint"],
+            **splits,
+        )
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(
+            f"{folder}: is damaged ({error}); delete the folder to prepare it again"
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -282,6 +297,7 @@ class TrainingSequences:
         self.context = context
         self.seed = seed
         self.per_epoch = max(1, len(tokens) // context - 1)
+        self._epochs: dict[int, tuple[int, npt.NDArray[np.int64]]] = {}  # the newest two
 
     def batch(self, step: int, size: int) -> tuple[Batch, Batch]:
         """Inputs and targets of update `step` (from 1), (size, T) each: a function of the seed."""
@@ -294,11 +310,15 @@ class TrainingSequences:
         offset, order = self._epoch(epoch)
         return offset + int(order[place]) * self.context
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 - two epochs of one stream; it dies with the run
     def _epoch(self, epoch: int) -> tuple[int, npt.NDArray[np.int64]]:
-        room = len(self.tokens) - self.per_epoch * self.context  # at least one, for the last target
-        random = np.random.default_rng(derive(self.seed, "data", epoch))
-        return int(random.integers(min(self.context, room))), random.permutation(self.per_epoch)
+        """Offset of the windows, and their order."""
+        if epoch not in self._epochs:
+            room = len(self.tokens) - self.per_epoch * self.context  # at least 1: the last target
+            random = np.random.default_rng(derive(self.seed, "data", epoch))
+            offset = int(random.integers(min(self.context, room)))
+            newest = list(self._epochs.items())[-1:]
+            self._epochs = dict([*newest, (epoch, (offset, random.permutation(self.per_epoch)))])
+        return self._epochs[epoch]
 
 
 def validation_sequences(tokens: Tokens, context: int, limit: int | None) -> tuple[Batch, Batch]:

@@ -21,7 +21,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
     A dotted name matches by its whole path first and by its last part next, so that
     `learning_rate` finds `optimizer.learning_rate`.
     """
-    names = list(names)
+    names, name = list(names), name.lower()
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if not close:
         leaves = {n.rpartition(".")[2]: n for n in reversed(names)}

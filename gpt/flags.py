@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import sys
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import tyro
 
@@ -55,9 +56,12 @@ def parse(
     except SystemExit as end:
         if not end.code:
             raise  # --help was answered
-        # The complaint stands in a box, between its title and a rule or its end.
-        lines = [line.strip("╭╮╰╯─│ ") for line in complaint.getvalue().splitlines()]
-        raise InputError(" ".join(lines[1 : lines.index("", 1)])) from None
+        # The complaint stands in a box: a title, perhaps a rule, the text, another rule or the end.
+        rows = [row.strip("╭╮╰╯│─ ") for row in complaint.getvalue().splitlines()[1:]]
+        text = itertools.takewhile(
+            lambda row: not _is_rule(row), itertools.dropwhile(_is_rule, rows)
+        )
+        raise InputError(" ".join(text)) from None
     if unknown:
         valid = [as_flag(key) for key in [*names, *option_paths(section)]]
         flags = [text.partition("=")[0] for text in unknown if text.startswith("--")]
@@ -66,7 +70,11 @@ def parse(
             or f"{unknown[0]!r}: one argument too many"
         )
     options = {name: value for name, value in vars(parsed).items() if name not in names}
-    return parsed, _given(options)
+    return parsed, _given(options, section)
+
+
+def _is_rule(row: str) -> bool:
+    return not row.strip("- ")
 
 
 def as_flag(key: str) -> str:
@@ -123,14 +131,18 @@ def _as_text(default: object) -> str:
     return str(default) if default not in ((), "") else "none"
 
 
-def _given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that were given, nested as the YAML is; `null` is None."""
+def _given(values: Mapping[str, Any], section: type[Section]) -> dict[str, Any]:
+    """The flags that were given, nested as the YAML is; `null` is None, but not for a text."""
     given: dict[str, Any] = {}
     for name, value in values.items():
+        annotation = section.model_fields[name].annotation
+        kinds = get_args(annotation)
         if dataclasses.is_dataclass(value):
-            below = _given(vars(value))
+            assert isinstance(annotation, type)
+            below = _given(vars(value), annotation)
             if below:
                 given[name] = below
         elif value not in (UNSET, (UNSET,)):
-            given[name] = None if value == "null" else value
+            none = value == "null" and type(None) in kinds and str not in kinds
+            given[name] = None if none else value
     return given

@@ -26,7 +26,8 @@ def restrict(logits: Tensor, sampling: Sampling) -> Tensor:
     Temperature comes first and the others act on the tempered distribution, each on what the one
     before it left. The likeliest token always stays.
     """
-    logits = logits / sampling.temperature
+    likeliest = logits.amax(-1, keepdim=True)
+    logits = (logits - likeliest) / max(sampling.temperature, 1e-6)  # no overflow, however cold
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -119,7 +120,7 @@ def continue_text(
     decoder = TextDecoder(encoding)
     steps = generate(
         model,
-        encode(encoding, prompt) or [encoding.eot_token],
+        encode(encoding, prompt, "sampling.prompt") or [encoding.eot_token],
         samples=1,
         tokens=tokens,
         sampling=sampling,

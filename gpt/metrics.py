@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from gpt.errors import InputError
+
 Record = dict[str, Any]
 
 
@@ -51,14 +53,23 @@ class MetricsLog:
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl, without a last line that was cut off while being written."""
+    """The records of a metrics.jsonl, without a last line that was cut off while being written.
+
+    Raises:
+        InputError: another line is no record.
+    """
     records: list[Record] = []
-    if path.is_file():
-        for line in path.read_text("utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        if number == len(lines) and not line.endswith(b"\n"):
+            break
+        try:
+            record = json.loads(line)
+            if not isinstance(record["step"], int):
+                raise TypeError
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path}: line {number} is damaged") from None
+        records.append(record)
     return records
 
 

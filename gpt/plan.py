@@ -34,11 +34,13 @@ def describe(
     parameters, embeddings = model.num_parameters(), model.num_embedding_parameters()
     batch_tokens = config.batch_sequences * config.model.context
     total = config.training.steps * batch_tokens
+    schedule = config.schedule
+    warmup = f"{schedule.warmup} warm-up of {schedule.warmup_steps:,} steps"
     parts = config.batch_sequences // micro_batch
     if train_tokens is None:
         size = "not prepared yet"
     else:
-        size = f"{train_tokens:,} training tokens, seen {total / train_tokens:.2f} times"
+        size = f"{train_tokens:,} training tokens, {total / train_tokens:.2f} epochs"
     rows = {
         "steps": f"{config.training.steps:,}" + (f", of which {done:,} are done" if done else ""),
         "device": f"{device.type}, {config.training.precision}",
@@ -46,6 +48,8 @@ def describe(
         f"{config.model.norm.placement}-norm, {config.optimizer.name}",
         "batch": f"{batch_tokens:,} tokens a step: {config.batch_sequences} sequences of "
         f"{config.model.context}" + (f", in {parts} micro-batches" if parts > 1 else ""),
+        "rate": f"{config.optimizer.learning_rate:g}, "
+        f"{'no warm-up' if schedule.warmup == 'none' else warmup}, then {schedule.body}",
         "data": f"{size}; {config.data.tokenizer} vocabulary of {model.vocab_size:,}",
         "directory": str(directory),
     }
@@ -74,20 +78,59 @@ def pick_device(name: str) -> torch.device:
 def micro_batch(config: Config, vocab_size: int, device: torch.device) -> int:
     """Sequences of one forward pass: the largest divisor of the batch that fits the memory.
 
-    Counts, for each token, 34 d L numbers of activations (Korthikanti et al. 2022, without the
-    attention matrix, which is never formed) and 3 V of logits.
+    A token costs 17 d L numbers of activations (the 34 bytes of Korthikanti et al. 2022 at 16 bits,
+    without the attention matrix, which is never formed) and 3 V fp32 numbers of logits.
     """
     if config.training.micro_batch != "auto":
         return config.training.micro_batch
     model = config.model
-    numbers = 34 * model.width * model.layers + 3 * vocab_size
-    fitting = max(1, _memory(device) // (4 * numbers * model.context))
+    size = 4 if config.training.precision == "fp32" else 2
+    token = 17 * model.width * model.layers * size + 3 * vocab_size * 4
+    fitting = max(1, _memory(device) // (token * model.context))
     batch = config.batch_sequences
-    return max(n for n in range(1, batch + 1) if batch % n == 0 and n <= fitting)
+    return max(n for n in range(1, min(batch, fitting) + 1) if batch % n == 0)
 
 
 def _memory(device: torch.device) -> int:
-    """Bytes that activations may take."""
+    """Bytes that activations may take.
+
+    On a GPU most of what is free. On a CPU little: what stays near the caches and is given back to
+    the same allocator trains about a tenth faster than what must be fetched afresh every time.
+    """
     if device.type == "cuda":
         return int(0.7 * torch.cuda.mem_get_info(device)[0])
-    return 2 * 2**30
+    return 64 * 2**20
+
+
+def flops_per_token(config: Config, model: GPT) -> int:
+    """Floating-point operations of forward and backward for one token: 6 N + 12 L d T.
+
+    N leaves out the position embedding, which is only looked up, and the token embedding unless it
+    is the head too; the second term is attention's (Chowdhery et al. 2022, appendix B).
+    """
+    shape = config.model
+    numbers = model.num_parameters() - model.position_embedding.weight.numel()
+    if model.head is not None:
+        numbers -= model.token_embedding.weight.numel()
+    return 6 * numbers + 12 * shape.layers * shape.width * shape.context
+
+
+# Dense bf16 and fp16 FLOP/s that the makers state, by a part of the device's name.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Matrix FLOP/s of a GPU at 16 bits; None if it is not known, or for fp32."""
+    if precision == "fp32":
+        return None
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)

@@ -15,12 +15,13 @@ import json
 import platform
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import tiktoken
 import torch
+from pydantic import TypeAdapter
 
 from gpt import checkpoint as checkpoints
 from gpt import config as configs
@@ -94,10 +95,10 @@ class RunDirectory:
             return None
         try:
             tree = json.loads(self.result.read_text("utf-8"))
-            names = [f.name for f in fields(RunResult) if f.name != "directory"]
-            return RunResult(**{name: tree[name] for name in names}, directory=self.path)
-        except (ValueError, KeyError, TypeError):
+            result = TypeAdapter(RunResult).validate_python({**tree, "directory": self.path})
+        except (ValueError, TypeError):
             raise InputError(f"{self.result}: is damaged") from None
+        return result
 
     def write_result(self, result: RunResult) -> None:
         """Write result.json, atomically."""
@@ -176,17 +177,17 @@ def open_run(config: Config, path: Path, resume: str) -> Opened:
     result = run.read_result()
     if result is not None and result.status != "interrupted":
         return Opened(run, result=result, resumed=True)
-    latest = checkpoints.pointed(run.checkpoints, "latest")
-    return Opened(run, checkpoints.load(latest) if latest else None, resumed=True)
+    newest = checkpoints.newest(run.checkpoints)
+    return Opened(run, checkpoints.load(newest) if newest else None, resumed=True)
 
 
 def _start_from(config: Config, resume: str) -> Checkpoint | None:
     if resume in ("auto", "never"):
         return None
-    folder = Path(resume)
-    if not folder.is_dir():
+    folder = Path(resume).absolute()
+    if not checkpoints.STEP_NAME.fullmatch(folder.name) or not folder.is_dir():
         raise InputError(f"--resume {resume}: is neither auto, never nor a checkpoint folder")
-    origin = RunDirectory(folder.absolute().parents[1])
+    origin = RunDirectory(folder.parents[1])
     different = [
         line
         for line in origin.read_config().differences(config)
@@ -210,7 +211,8 @@ def load_run(
     """The model, tokenizer and step of a run, from its directory alone.
 
     Args:
-        checkpoint: "best" (by validation loss), "latest", or a step.
+        checkpoint: "best" (lowest validation loss of those saved; the newest if none has one),
+            "latest", or a step.
 
     Raises:
         InputError: there is no such run or checkpoint, or it is damaged.
@@ -220,9 +222,10 @@ def load_run(
     available = checkpoints.steps(run.checkpoints)
     if not available:
         raise InputError(f"{path}: holds no checkpoint yet")
-    if checkpoint in ("best", "latest"):
-        folder = checkpoints.pointed(run.checkpoints, checkpoint)
-        folder = folder or available[max(available)]
+    if checkpoint == "best":
+        folder = checkpoints.pointed(run.checkpoints, "best") or available[max(available)]
+    elif checkpoint == "latest":
+        folder = checkpoints.newest(run.checkpoints) or available[max(available)]
     elif checkpoint.isdecimal() and int(checkpoint) in available:
         folder = available[int(checkpoint)]
     else:

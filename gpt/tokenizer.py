@@ -90,20 +90,35 @@ TOKENIZERS: dict[str, Callable[[DataConfig, Iterable[str]], tiktoken.Encoding]] 
 }
 
 
-def encode(encoding: tiktoken.Encoding, text: str) -> list[int]:
+def encode(encoding: tiktoken.Encoding, text: str, origin: str = "the text") -> list[int]:
     """Token ids of `text`, in which nothing stands for end of text.
 
+    Args:
+        origin: what a message calls the text, such as "--prompt".
+
     Raises:
-        InputError: a character is not in the vocabulary (chars only; the others know every byte).
+        InputError: the text is no valid Unicode, or has a character that is not in the vocabulary
+            (chars only; the others know every byte).
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{origin}: holds a broken character at {error.start}") from None
     if encoding.name == "chars":
         known = encoding._mergeable_ranks
         for char in text:
-            if char.encode("utf-8", "surrogatepass") not in known:
+            if char.encode() not in known:
                 raise InputError(
-                    f"the character {char!r} is not among the {len(known)} of this chars tokenizer"
+                    f"{origin}: the character {char!r} is not among the {len(known)} that the "
+                    "chars tokenizer knows"
                 )
     return encoding.encode_ordinary(text)
+
+
+def byte_lengths(encoding: tiktoken.Encoding) -> list[int]:
+    """UTF-8 bytes of each token, by id; end of text is no text and has none."""
+    lengths = {rank: len(token) for token, rank in encoding._mergeable_ranks.items()}
+    return [lengths.get(token, 0) for token in range(encoding.n_vocab)]
 
 
 def save(encoding: tiktoken.Encoding, path: Path) -> None:
@@ -130,6 +145,8 @@ def load(path: Path) -> tiktoken.Encoding:
         if tree["format"] != FORMAT or tree["end_of_text"] != len(tree["tokens"]):
             raise ValueError(f"format {tree['format']!r}, this program reads {FORMAT}")
         tokens = [token.encode("latin-1") for token in tree["tokens"]]
+        if tree["name"] != "chars" and not {bytes([b]) for b in range(256)} <= set(tokens):
+            raise ValueError("it lacks a token for some byte")
         return _encoding(tree["name"], tree["pattern"], tokens)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +44,9 @@ DTYPES = {  # of matrix products and attention; weights and their sums stay fp32
     "fp16": torch.float16,
 }
 
+READ_EVERY = {"cpu": 1}  # steps between reads of the metrics where reading costs nothing
+STATE_FORMAT = 1
+
 
 def train(
     config: Config,
@@ -58,7 +62,8 @@ def train(
         out_dir: the run directory; runs/NAME unless given.
         resume: "auto", "never" or a checkpoint folder, see `gpt.run.open_run`.
         quiet: print nothing.
-        stop: asked after every update; once true, the run is saved and ends as interrupted.
+        stop: asked before the first update and after every one; once true, the run is saved and
+            ends as interrupted.
 
     Returns:
         How it ended. A diverged run is a result with status "diverged"; its last good checkpoint
@@ -87,7 +92,8 @@ class _Progress:
     train_loss: float | None = None
     val_loss: float | None = None
     val_bits_per_byte: float | None = None
-    best_val_loss: float | None = None
+    best_val_loss: float | None = None  # of all evaluations
+    best_saved_val_loss: float | None = None  # of those whose step was saved: `best`
 
 
 @dataclass(frozen=True)
@@ -108,48 +114,66 @@ class _Training:
     ) -> None:
         torch.set_flush_denormal(True)  # a failing run is otherwise many times slower on a CPU
         self.config, self.device, self.console, self.directory = config, device, console, opened.run
-        context = config.model.context
+        context, precision = config.model.context, config.training.precision
         self.dataset = data.prepare(config.data, console.say)
+        encoding = self.dataset.encoding
+        if config.sampling.tokens:
+            tokenizer.encode(encoding, config.sampling.prompt, "sampling.prompt")  # now or never
         self.sequences = data.TrainingSequences(self.dataset.train, context, config.data_seed)
         self.validation = data.validation_sequences(
             self.dataset.val, context, config.evaluation.sequences
         )
-        vocab_size = self.dataset.encoding.n_vocab
-        self.model = GPT(config.model, vocab_size)
+        lengths = np.array(tokenizer.byte_lengths(encoding))
+        self.validation_bytes = int(lengths[self.validation[1]].sum())
+        self.model = GPT(config.model, encoding.n_vocab)
         initialize(self.model, config.seed)
         self.model.to(device)
         self.loss = torch.compile(self.model.loss) if config.training.compile else self.model.loss
         self.optimizer = Optimizer(self.model, config.optimizer)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.training.precision == "fp16")
-        self.micro_batch = plan.micro_batch(config, vocab_size, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.micro_batch = plan.micro_batch(config, encoding.n_vocab, device)
+        self.read_every = READ_EVERY.get(device.type, config.training.log_every)
+        self.flops_per_token = plan.flops_per_token(config, self.model)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self.peak_flops = plan.peak_flops(name, precision)
         self.progress = _Progress()
         if opened.checkpoint is not None:
-            self._restore(opened.checkpoint)
+            self._restore(opened.checkpoint, same_run=opened.resumed)
         self._open_directory(opened)
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
+    def _restore(self, checkpoint: Checkpoint, same_run: bool) -> None:
         state = checkpoint.state
+        if state["format"] != STATE_FORMAT:
+            raise InputError(f"the checkpoint has format {state['format']}, not {STATE_FORMAT}")
         if state["data_fingerprint"] != self.dataset.fingerprint:
             raise InputError("data: the tokens are not those that this run was trained on so far")
         self.model.load_state_dict(checkpoint.model)
         self.optimizer.load_state(checkpoint.optimizer)
-        self.scaler.load_state_dict(state["scaler"])
-        self.micro_batch = state["micro_batch"]
         self.progress = _Progress(**state["progress"])
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        if same_run:  # as memory was when the run began, so that sums keep their order
+            self.micro_batch = state["micro_batch"]
+        else:  # `best` is the best of this directory
+            self.progress.best_val_loss = self.progress.best_saved_val_loss = None
 
     def _open_directory(self, opened: Opened) -> None:
-        run = self.directory
+        run, step = self.directory, self.progress.step
         try:
             run.samples.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{run.path}: cannot be made: {error.strerror}") from None
-        if not opened.resumed:
+        going_on = opened.resumed and opened.checkpoint is not None
+        if not going_on:
+            if step:  # another run's checkpoint is where this one starts from, also after a crash
+                checkpoints.save(run.checkpoints, self._checkpoint())
+            write_text(run.config, self.config.to_yaml())  # from here on this is a run
             tokenizer.save(self.dataset.encoding, run.tokenizer)
             run.write_environment(self.device, self.dataset.fingerprint, self.micro_batch)
-            write_text(run.config, self.config.to_yaml())  # from here on this is a run
+        if opened.resumed and not going_on:
+            self.console.say("no checkpoint had been saved: starting again from step 0")
         run.result.unlink(missing_ok=True)
-        keep_to = self.progress.step if opened.resumed and opened.checkpoint else None
-        self.log = metrics.MetricsLog(run.metrics, keep_to)
+        self.log = metrics.MetricsLog(run.metrics, step if going_on else None)
 
     # -- The loop --------------------------------------------------------------------------------
 
@@ -172,9 +196,13 @@ class _Training:
                 done=progress.step,
             )
         )
+        if stop():
+            return self._end("interrupted", f"stopped before step {progress.step + 1}")
         self.console.start(steps, done=progress.step)
         if progress.step == 0:
-            self._evaluate()
+            failure = self._evaluate()
+            if failure is not None:
+                return self._end("diverged", failure)
 
         unread: list[_Update] = []
         unread_since = time.monotonic()
@@ -184,38 +212,37 @@ class _Training:
             evaluating = last or step % evaluate_every == 0
             saving = last or stopping or step % save_every == 0
             sampling = last or step % sample_every == 0
-            reading = self.device.type == "cpu" or step % config.training.log_every == 0
-            if not (evaluating or saving or sampling or reading):
+            if not (evaluating or saving or sampling or step % self.read_every == 0):
                 continue
             failure = self._record(unread, unread_since)
             if failure is None and saving and not self._weights_are_finite():
                 failure = f"a weight became non-finite at step {step}"
+            if failure is None and evaluating:
+                failure = self._evaluate()
             if failure is not None:
                 return self._end("diverged", failure)
-            best = self._evaluate() if evaluating else False
             if sampling:
                 self._sample()
             if saving:
-                self._save(best)
+                self._save(evaluated=evaluating)
             if stopping and not last:
                 return self._end("interrupted", f"stopped after step {step}, and saved")
             unread, unread_since = [], time.monotonic()
         return self._end("finished", f"all {steps} steps are done")
 
     def _update(self, step: int) -> _Update:
-        """One update of the weights. Nothing in it waits for the device."""
+        """One update of the weights. Nothing in it waits for the device, but fp16's scaler."""
         config = self.config
         share = rate(config.schedule, step, config.training.steps)
         self.optimizer.set_rate(share)
         inputs, targets = map(self._tensor, self.sequences.batch(step, config.batch_sequences))
-        weight = self.micro_batch / config.batch_sequences
         loss = torch.zeros((), device=self.device)
         parts = zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True)
         for index, (x, y) in enumerate(parts):
             if config.model.dropout:
                 torch.manual_seed(derive(config.seed, "dropout", step, index))
             with self._autocast():
-                part = self.loss(x, y) * weight
+                part = self.loss(x, y) * (len(x) / config.batch_sequences)
             self.scaler.scale(part).backward()
             loss += part.detach()
 
@@ -225,8 +252,9 @@ class _Training:
         norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
         if config.optimizer.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip, norm)
-        for optimizer in self.optimizer.parts:
-            self.scaler.step(optimizer)
+        if not self.scaler.is_enabled() or norm.isfinite():  # an fp16 overflow skips all parts
+            for optimizer in self.optimizer.parts:
+                self.scaler.step(optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         return _Update(step, loss, norm, share * config.optimizer.learning_rate)
@@ -242,6 +270,12 @@ class _Training:
         progress.update_seconds += seconds
         failure = None
         records: list[metrics.Record] = []
+        speed: metrics.Record = {
+            "tokens_per_second": tokens_per_second,
+            "step_seconds": seconds / len(updates),
+        }
+        if self.peak_flops is not None:
+            speed["mfu"] = tokens_per_second * self.flops_per_token / self.peak_flops
         for update, loss, norm in zip(updates, losses, norms, strict=True):
             records.append(
                 {
@@ -250,8 +284,7 @@ class _Training:
                     "loss": loss,
                     "learning_rate": update.learning_rate,
                     "grad_norm": norm,
-                    "tokens_per_second": tokens_per_second,
-                    "step_seconds": seconds / len(updates),
+                    **speed,
                 }
             )
             progress.step, progress.train_loss = update.step, _finite(loss)
@@ -269,8 +302,8 @@ class _Training:
         return bool(torch.stack([p.isfinite().all() for p in self.model.parameters()]).all())
 
     @torch.no_grad()
-    def _evaluate(self) -> bool:
-        """Validation loss on the fixed sequences, logged. Returns whether it is the lowest yet."""
+    def _evaluate(self) -> str | None:
+        """Validation loss on the fixed sequences, logged; returns how it failed, or None."""
         progress = self.progress
         inputs, targets = self.validation
         total = torch.zeros((), device=self.device)
@@ -282,18 +315,17 @@ class _Training:
                 total += self.loss(x, y) * len(x)
         self.model.train()
         loss = total.item() / len(inputs)
-        bits = loss / math.log(2) / self.dataset.val_bytes_per_token
+        bits = loss * targets.size / math.log(2) / self.validation_bytes
         self.log.write([{"step": progress.step, "val_loss": loss, "val_bits_per_byte": bits}])
         self.console.say(
             f"step {progress.step}: validation loss {loss:.4f} nats per token, "
             f"{bits:.4f} bits per byte"
         )
         progress.val_loss, progress.val_bits_per_byte = _finite(loss), _finite(bits)
-        best = progress.best_val_loss
-        if not math.isfinite(loss) or (best is not None and best <= loss):
-            return False
-        progress.best_val_loss = loss
-        return True
+        if not math.isfinite(loss):
+            return f"the validation loss became {loss} at step {progress.step}"
+        progress.best_val_loss = _lower(loss, progress.best_val_loss)
+        return None
 
     def _sample(self) -> None:
         """Text of the model as it is now, into samples/."""
@@ -309,25 +341,28 @@ class _Training:
             )
             write_text(self.directory.samples / f"step-{self.progress.step:08d}.txt", text + "\n")
 
-    def _save(self, best: bool) -> None:
+    def _save(self, evaluated: bool) -> None:
         """A checkpoint of this step, never ahead of the metrics on disk."""
         self.log.sync()
-        self.progress.seconds = time.monotonic() - self.began
+        progress, folder = self.progress, self.directory.checkpoints
+        before = progress.best_saved_val_loss
+        if evaluated and progress.val_loss is not None:
+            progress.best_saved_val_loss = _lower(progress.val_loss, before)
+        progress.seconds = time.monotonic() - self.began
+        best = progress.best_saved_val_loss != before
+        checkpoints.save(folder, self._checkpoint(), best=best)
+        checkpoints.prune(folder, self.config.checkpoint.keep)
+
+    def _checkpoint(self) -> Checkpoint:
         state = {
-            "format": 1,
+            "format": STATE_FORMAT,
             "step": self.progress.step,
             "progress": vars(self.progress),
             "scaler": self.scaler.state_dict(),
             "micro_batch": self.micro_batch,
             "data_fingerprint": self.dataset.fingerprint,
         }
-        folder = self.directory.checkpoints
-        saved = checkpoints.save(
-            folder, Checkpoint(self.model.state_dict(), self.optimizer.state(), state)
-        )
-        if best:
-            checkpoints.point(folder, "best", saved.name)
-        checkpoints.prune(folder, self.config.checkpoint.keep)
+        return Checkpoint(self.model.state_dict(), self.optimizer.state(), state)
 
     def _end(self, status: Status, reason: str) -> RunResult:
         """Write loss.png and result.json."""
@@ -344,13 +379,13 @@ class _Training:
             best_val_loss=progress.best_val_loss,
             val_bits_per_byte=progress.val_bits_per_byte,
             seconds=time.monotonic() - self.began,
-            tokens_per_second=tokens / progress.update_seconds,
+            tokens_per_second=tokens / progress.update_seconds if tokens else 0.0,
             reason=reason,
             directory=self.directory.path,
         )
+        self.directory.write_result(result)
         records = metrics.read(self.directory.metrics)
         plot_run(records, self.directory.plot, title=config.name)
-        self.directory.write_result(result)
         return result
 
     def _tensor(self, array: data.Batch) -> Tensor:
@@ -362,6 +397,10 @@ class _Training:
     def _autocast(self) -> torch.autocast:
         precision = self.config.training.precision
         return torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+def _lower(loss: float, than: float | None) -> float:
+    return loss if than is None else min(loss, than)
 
 
 def _finite(value: float) -> float | None:

@@ -51,8 +51,6 @@ def test_tokens_are_the_documents_each_ended(tmp_path: Path):
     assert joined[-1] == held_out[-1] == ""
     assert sorted(joined[:-1] + held_out[:-1]) == ["five", "four", "one", "three", "two"]
     assert len(dataset.train) == sum(map(len, joined)) + len(joined) - 1
-    texts = sum(map(len, held_out))
-    assert dataset.val_bytes_per_token == texts / (texts + len(held_out) - 1)
 
 
 def test_the_held_out_documents_do_not_depend_on_the_others(tmp_path: Path):
@@ -119,7 +117,7 @@ def test_a_shortened_token_file_is_refused(tmp_path: Path):
     folder = data.find(config)
     assert folder is not None
     (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:-2])
-    with pytest.raises(InputError, match=r"train\.bin: holds"):
+    with pytest.raises(InputError, match=r"train\.bin holds"):
         prepare(config)
 
 

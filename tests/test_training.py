@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gpt import metrics, plan
+from gpt import data, metrics, plan, training
 from gpt.config import Config
 from gpt.errors import InputError
+from gpt.init import initialize
+from gpt.model import GPT
 from gpt.norm import PLACEMENTS
 from gpt.optim import OPTIMIZERS
 from gpt.run import RunResult, load_run
@@ -26,7 +29,7 @@ def run(config: Config, out: Path, **options: Any) -> RunResult:
 
 
 def stop_after(updates: int) -> Callable[[], bool]:
-    left = [updates]
+    left = [updates + 1]  # it is asked once before the first update
 
     def stop() -> bool:
         left[0] -= 1
@@ -273,9 +276,6 @@ def test_clipping_bounds_the_step_and_logs_the_norm_before(tiny: Make, tmp_path:
         )
         run(config, tmp_path / str(clip))
         norms.append(next(r["grad_norm"] for r in records(tmp_path / str(clip)) if "loss" in r))
-        from gpt.init import initialize
-        from gpt.model import GPT
-
         start = GPT(config.model, 257)
         initialize(start, config.seed)
         end = load_file(tmp_path / f"{clip}/checkpoints/step-00000001/model.safetensors")
@@ -320,12 +320,176 @@ def test_divergence_is_a_result(tiny: Make, tmp_path: Path):
         assert all(t.isfinite().all() for t in load_file(folder / "model.safetensors").values())
 
 
+def test_what_is_recorded_is_true_of_the_saved_weights(tiny: Make, tmp_path: Path):
+    """Validation loss and bits per byte, worked out again from the checkpoint and the text."""
+    config = tiny(model={"dropout": 0.3}, evaluation={"sequences": 5})
+    result = run(config, tmp_path / "run")
+    model, encoding, _ = load_run(tmp_path / "run", "latest")
+    dataset = data.prepare(config.data)
+    inputs, targets = map(torch.from_numpy, data.validation_sequences(dataset.val, 16, 5))
+    with torch.no_grad():
+        logs = model(inputs).log_softmax(-1).gather(-1, targets[..., None])
+    assert result.val_loss == pytest.approx(-logs.mean().item(), rel=1e-5)
+    size = sum(len(encoding.decode_bytes([t])) for t in targets.flatten().tolist() if t != 256)
+    bits = -logs.double().sum().item() / math.log(2) / size
+    assert result.val_bits_per_byte == pytest.approx(bits, rel=1e-5)
+
+
+def test_updates_are_plain_gradient_descent_at_the_schedules_rate(tiny: Make, tmp_path: Path):
+    """Three updates of SGD, worked out again by hand."""
+    config = tiny(
+        optimizer={"name": "sgd", "momentum": 0, "weight_decay": 0, "clip": None},
+        schedule={"warmup_steps": 2, "body": "linear", "final_ratio": 0},
+        training={"steps": 3, "micro_batch": 2},
+    )
+    run(config, tmp_path / "run")
+    model = GPT(config.model, 257)
+    initialize(model, config.seed)
+    sequences = data.TrainingSequences(data.prepare(config.data).train, 16, config.seed)
+    for step, share in ((1, 0.5), (2, 1.0), (3, 1.0)):
+        model.zero_grad()
+        model.loss(*map(torch.from_numpy, sequences.batch(step, 4))).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 1e-3 * share * parameter.grad
+    saved = load_run(tmp_path / "run", "latest")[0].state_dict()
+    for name, parameter in model.state_dict().items():
+        torch.testing.assert_close(saved[name], parameter, rtol=1e-5, atol=1e-7)
+
+
+def test_fp16_unscales_before_it_clips(tiny: Make, tmp_path: Path):
+    sgd = {"name": "sgd", "momentum": 0, "learning_rate": 0.1, "clip": 0.5}
+    for precision in ("fp32", "fp16"):
+        run(tiny(optimizer=sgd, training={"precision": precision}), tmp_path / precision)
+    one, two = (load_run(tmp_path / p, "latest")[0].state_dict() for p in ("fp32", "fp16"))
+    start = GPT(tiny().model, 257)
+    initialize(start, 0)
+    name = "blocks.0.mlp.sublayer.up.weight"
+    moved = one[name] - start.state_dict()[name]
+    assert (two[name] - one[name]).norm() < 0.05 * moved.norm()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_fp16_overflow_skips_the_whole_update(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+):
+    """An infinite gradient in the embedding must not move the matrices either."""
+    config = tiny(optimizer={"name": optimizer}, training={"precision": "fp16", "steps": 1})
+    loss = GPT.loss
+
+    def overflowing(self: GPT, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        bad = self.token_embedding.weight[0, 0] * 1e30
+        return loss(self, x, y) + (bad - bad.detach()) * 1e30
+
+    monkeypatch.setattr(GPT, "loss", overflowing)
+    run(config, tmp_path / "run")
+    start = GPT(config.model, 257)
+    initialize(start, 0)
+    saved = load_run(tmp_path / "run", "latest")[0].state_dict()
+    assert all(torch.equal(saved[name], p) for name, p in start.state_dict().items())
+
+
+def test_a_non_finite_validation_loss_is_divergence(tiny: Make, tmp_path: Path):
+    config = tiny(
+        schedule={"warmup": "none"},
+        optimizer={"name": "sgd", "learning_rate": 1e25, "clip": None},
+        training={"steps": 1},
+    )
+    result = run(config, tmp_path / "run")
+    assert (result.status, result.val_loss) == ("diverged", None)
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_best_is_the_lowest_of_those_saved_and_old_ones_go(tiny: Make, tmp_path: Path):
+    config = tiny(
+        optimizer={"learning_rate": 0.3},
+        evaluation={"every": 1},
+        checkpoint={"every": 3, "keep": 1},
+    )
+    out = tmp_path / "run"
+    result = run(config, out)
+    losses = {r["step"]: r["val_loss"] for r in records(out) if "val_loss" in r}
+    saved = [3, 6, 9, 12, 15, 18, 20]
+    best = min(saved, key=lambda step: losses[step])
+    assert (out / "checkpoints/best").read_text() == f"step-{best:08d}\n"
+    assert {int(p.name[5:]) for p in (out / "checkpoints").glob("step-*")} == {best, 20}
+    assert result.best_val_loss == min(losses.values())
+    assert load_run(out, "best")[2] == best != 20
+
+
+def test_metrics_read_late_are_the_same(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run(tiny(), tmp_path / "at once")
+    monkeypatch.setattr(training, "READ_EVERY", {})
+    config = tiny(training={"log_every": 7})
+    run(config, tmp_path / "late")
+    assert_same_run(tmp_path / "at once", tmp_path / "late")
+
+
+def test_divergence_that_is_read_late_ends_at_its_own_step(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(training, "READ_EVERY", {})
+    config = tiny(
+        schedule={"warmup": "none"},
+        optimizer={"name": "sgd", "learning_rate": 1e30, "clip": None},
+    )
+    result = run(config, tmp_path / "run")
+    assert (result.status, result.step) == ("diverged", records(tmp_path / "run")[-1]["step"])
+    assert result.step < 5
+
+
+def test_a_fork_may_change_its_batch_and_survives_a_crash(tiny: Make, tmp_path: Path):
+    run(tiny(), tmp_path / "a")
+    checkpoint = str(tmp_path / "a/checkpoints/step-00000010")
+    forked = tiny(training={"batch_sequences": 6})
+    run(forked, tmp_path / "whole", resume=checkpoint)
+    first = next(r["loss"] for r in records(tmp_path / "whole") if r["step"] == 11)
+    near = next(r["loss"] for r in records(tmp_path / "a") if r.get("loss") and r["step"] == 11)
+    assert first == pytest.approx(near, rel=0.1)
+
+    def crash() -> bool:
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(forked, tmp_path / "parts", resume=checkpoint, stop=crash)
+    run(forked, tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("pointer", [None, b"\xff", b"step-00000099\n"])
+def test_without_a_good_pointer_the_newest_checkpoint_is_taken(
+    tiny: Make, tmp_path: Path, pointer: bytes | None
+):
+    run(tiny(), tmp_path / "whole")
+    out = tmp_path / "parts"
+    run(tiny(), out, stop=stop_after(12))
+    (out / "checkpoints/latest").unlink()
+    if pointer is not None:
+        (out / "checkpoints/latest").write_bytes(pointer)
+    run(tiny(), out)
+    assert_same_run(tmp_path / "whole", out)
+
+
+def test_flops_and_peak():
+    config = Config.model_validate(
+        {"model": {"layers": 12, "heads": 12, "width": 768, "context": 1024}}
+    )
+    with torch.device("meta"):
+        model = GPT(config.model, 50257)
+    assert plan.flops_per_token(config, model) == pytest.approx(0.855e9, rel=0.01)
+    assert plan.peak_flops("NVIDIA H200", "bf16") == 989e12
+    assert plan.peak_flops("NVIDIA H200", "fp32") is None
+    assert plan.peak_flops("cpu", "bf16") is None
+
+
 def test_the_automatic_micro_batch_divides_the_batch_and_fits(tiny: Make, monkeypatch: Any):
     config = tiny(training={"batch_sequences": 12})
     for memory, expected in ((2**40, 12), (1, 1)):
         monkeypatch.setattr(plan, "_memory", lambda device, memory=memory: memory)
         assert plan.micro_batch(config, 257, torch.device("cpu")) == expected
-    numbers = 34 * 16 * 2 + 3 * 257
+    numbers = 17 * 16 * 2 + 3 * 257
     monkeypatch.setattr(plan, "_memory", lambda device: 5 * 4 * 16 * numbers)
     assert plan.micro_batch(config, 257, torch.device("cpu")) == 4
 
