@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 from tyro.conf import Positional, arg
 
@@ -260,25 +260,32 @@ def sample(argv: list[str] | None = None, prog: str = "sample.py") -> int:
 
 
 def _prompt(options: SampleOptions, prog: str) -> str:
+    """The text to continue: from the flag, the file, or what is piped in; else empty."""
     if options.prompt is not None:
         return options.prompt
     if options.prompt_file is not None:
-        try:
-            return Path(options.prompt_file).read_bytes().decode("utf-8")
-        except OSError as error:
-            raise InputError(f"--prompt-file {options.prompt_file}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise InputError(f"--prompt-file {options.prompt_file}: is no UTF-8 text") from None
-    if sys.stdin is not None:
-        with contextlib.suppress(OSError, ValueError):
-            mode = os.fstat(sys.stdin.fileno()).st_mode
-            if stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
-                print(f"{prog}: reading the prompt from stdin", file=sys.stderr)
-                try:
-                    return sys.stdin.buffer.read().decode("utf-8")
-                except UnicodeDecodeError:
-                    raise InputError("stdin: is no UTF-8 text") from None
-    return ""
+        origin = f"--prompt-file {options.prompt_file}"
+    elif _is_piped(sys.stdin):
+        origin = "stdin"
+        print(f"{prog}: reading the prompt from stdin", file=sys.stderr)
+    else:
+        return ""
+    try:
+        path = options.prompt_file
+        return (sys.stdin.buffer.read() if path is None else Path(path).read_bytes()).decode()
+    except OSError as error:
+        raise InputError(f"{origin}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{origin}: is no UTF-8 text (byte {error.start})") from None
+
+
+def _is_piped(stream: TextIO | None) -> bool:
+    """Whether `stream` is a pipe or a file, as against a terminal, or nothing at all."""
+    try:
+        mode = os.fstat(stream.fileno()).st_mode if stream is not None else 0
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
 def _sample(run_dir: Path, prompt: str, options: SampleOptions, prog: str) -> None:
@@ -317,11 +324,12 @@ def _sample(run_dir: Path, prompt: str, options: SampleOptions, prog: str) -> No
         sys.stdout.flush()
         shown = len(texts[0])
 
+    stream()
     for row in steps:
-        stream()
         for index, token in enumerate(row):
             if token != encoding.eot_token:
                 texts[index] += decoders[index].feed(token)
+        stream()
     texts = [text + decoder.close() for text, decoder in zip(texts, decoders, strict=True)]
     stream()
     for text in texts[1:]:

@@ -172,6 +172,65 @@ def test_wrong_input_is_told_in_three_lines_at_most(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("checkpoint", ["", "/", ".", "runs", "step-00000001"])
+def test_resume_wants_a_checkpoint_folder(
+    capsys: pytest.CaptureFixture[str], config_file: Path, tmp_path: Path, checkpoint: str
+):
+    out = tmp_path / "run"
+    code, _, stderr = called(capsys, "train", config_file, "--out-dir", out, "--resume", checkpoint)
+    assert code == 2
+    assert "is neither auto, never nor a checkpoint folder" in stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("result.json", b"{"),
+        ("result.json", b"[]"),
+        ("result.json", b'{"status": "weird"}'),
+        ("metrics.jsonl", b"5\n{}\n"),
+        ("metrics.jsonl", b'{"step": "x"}\n'),
+        ("metrics.jsonl", b"\xff\n"),
+        ("config.yaml", b"model: ["),
+        ("config.yaml", b"\xff"),
+        ("checkpoints/step-00000020/manifest.json", b"[]"),
+        ("checkpoints/step-00000020/state.json", b"{}"),
+    ],
+)
+def test_a_damaged_file_is_named_when_a_run_goes_on(
+    capsys: pytest.CaptureFixture[str],
+    config_file: Path,
+    run_dir: Path,
+    tmp_path: Path,
+    file: str,
+    content: bytes,
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    if file != "result.json":
+        (copy / "result.json").unlink()
+    (copy / file).write_bytes(content)
+    code, stdout, stderr = called(capsys, "train", config_file, "--out-dir", copy)
+    assert code == 2
+    assert Path(file).name in stderr
+    assert stdout == ""
+    assert (copy / file).read_bytes() == content
+
+
+@pytest.mark.parametrize("file", ["meta.json", "train.bin", "val.bin", "tokenizer.json"])
+def test_a_damaged_cache_is_named(
+    capsys: pytest.CaptureFixture[str], config_file: Path, tmp_path: Path, file: str
+):
+    arguments = [config_file, "--data.cache-dir", tmp_path / "cache", "--training.steps", "1"]
+    assert called(capsys, "train", *arguments, "--out-dir", tmp_path / "one")[0] == 0
+    (folder,) = (tmp_path / "cache").iterdir()
+    (folder / file).write_bytes(b"{" if file.endswith("json") else b"")
+    code, _, stderr = called(capsys, "train", *arguments, "--out-dir", tmp_path / "two")
+    assert code == 2
+    assert f"{folder}: is damaged" in stderr
+    assert "delete the folder to prepare it again" in stderr
+
+
 @pytest.mark.parametrize("arguments", [[], ["none.yaml"], ["--seed", "1"]])
 def test_a_missing_config_is_named(capsys: pytest.CaptureFixture[str], arguments: list[str]):
     code, _, stderr = called(capsys, "train", *arguments)
@@ -246,6 +305,25 @@ def test_the_prompt_comes_from_a_flag_a_file_or_a_pipe(
     assert flag.returncode == file.returncode == pipe.returncode == 0
     assert flag.stdout == file.stdout == pipe.stdout
     assert flag.stdout.startswith("The lazy")
+
+
+def test_a_pipe_that_holds_no_text_is_refused(run_dir: Path, environment: dict[str, str]):
+    command = [sys.executable, str(ROOT / "sample.py"), str(run_dir)]
+    done = subprocess.run(command, input=b"a\xff", capture_output=True, env=environment, timeout=60)
+    assert done.returncode == 2
+    assert b"stdin: is no UTF-8 text (byte 1)" in done.stderr
+    assert done.stdout == b""
+
+
+def test_text_is_shown_as_it_is_made(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    written: list[str] = []
+    monkeypatch.setattr(sys.stdout, "write", written.append)
+    code, _, _ = called(capsys, "sample", run_dir, "--prompt", "abc", "--max-new-tokens", "5")
+    assert code == 0
+    assert written[0] == "abc"
+    assert len(written) > 5
 
 
 def test_several_samples_and_the_sliding_window(capsys: pytest.CaptureFixture[str], run_dir: Path):

@@ -59,6 +59,20 @@ def test_base_is_merged_deeply_and_flags_come_last(tmp_path: Path):
     assert config.name == "mine"
 
 
+def test_a_name_is_not_inherited(tmp_path: Path):
+    write(tmp_path / "base.yaml", "name: parent")
+    assert load(write(tmp_path / "child.yaml", "base: base.yaml")).name == "child"
+
+
+def test_a_batch_of_16_sequences_is_the_default():
+    assert validate(Config, {"training": {"steps": 5}}).batch_sequences == 16
+    assert validate(Config, {"training": {"batch_tokens": 256}}).batch_sequences == 2
+
+
+def test_one_path_need_not_be_a_list():
+    assert validate(Config, {"data": {"source": "text", "path": "a.txt"}}).data.path == ("a.txt",)
+
+
 def test_a_base_that_leads_back_is_refused(tmp_path: Path):
     write(tmp_path / "a.yaml", "base: b.yaml")
     write(tmp_path / "b.yaml", "base: a.yaml")
@@ -93,6 +107,13 @@ def test_large_seeds_keep_every_digit():
         ("model: [", "line 1"),
         ("- 1", "must be a mapping"),
         ("1: 2", "must be a mapping"),
+        ("? [a]", "is no valid YAML"),
+        ("{{name}: 1}: 2", "is no valid YAML"),
+        ("seed: !!int ''", "is no valid YAML"),
+        ("seed: !!bool x", "is no valid YAML"),
+        ("seed: !!timestamp foo", "is no valid YAML"),
+        ("seed: 0x" + "f" * 5000, "a very long number"),
+        ("base: none.yaml", "base: must be the path of one YAML file, found 'none.yaml'"),
         ("base: 3", "base: must be the path"),
         ("x: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
     ],
