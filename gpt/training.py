@@ -198,11 +198,11 @@ class _Training:
         )
         if stop():
             return self._end("interrupted", f"stopped before step {progress.step + 1}")
-        self.console.start(steps, done=progress.step)
         if progress.step == 0:
             failure = self._evaluate()
             if failure is not None:
                 return self._end("diverged", failure)
+        self.console.start(steps, done=progress.step)
 
         unread: list[_Update] = []
         unread_since = time.monotonic()
