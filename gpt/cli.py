@@ -4,7 +4,7 @@ Progress goes to stderr, results to stdout. torch is imported only once there is
 so that `--help` and a complaint about the input come at once.
 
 Exit codes: 0 finished, 1 a fault of the program (traceback), 2 wrong input, 3 diverged,
-75 interrupted and saved; 130 for Ctrl-C while sampling.
+75 interrupted and saved; 130 for Ctrl-C where there is nothing to save.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ def _door(prog: str) -> Iterator[None]:
     except InputError as error:
         print("\n".join(f"{prog}: {line}" for line in str(error).splitlines()), file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:  # while starting up, or sampling: there is nothing to save
+        raise SystemExit(130) from None
     except BrokenPipeError:  # the reader of stdout, head for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
@@ -155,16 +157,19 @@ def _dry_run(config: Config, out_dir: Path, resume: str) -> str:
 
 def _report(result: RunResult, prog: str) -> str:
     lines = [f"{result.status}: {result.reason}"]
-    if None not in (result.val_loss, result.val_bits_per_byte, result.best_val_loss):
+    if result.status == "finished":
         lines.append(
             f"  validation loss  {result.val_loss:.4f} nats per token, "
             f"{result.val_bits_per_byte:.4f} bits per byte (lowest {result.best_val_loss:.4f} nats)"
         )
-    lines.append(f"  picture          {result.directory / 'loss.png'}")
+    if (result.directory / "loss.png").is_file():
+        lines.append(f"  picture          {result.directory / 'loss.png'}")
     samples = sorted((result.directory / "samples").glob("step-*.txt"))
     if samples:
         lines.append(f"  sample           {samples[-1]}:")
-        lines += ["  | " + line for line in samples[-1].read_text("utf-8", "replace").splitlines()]
+        text = samples[-1].read_text("utf-8", "replace")
+        shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+        lines += ["  | " + line for line in shown.splitlines()]
     saved = (result.directory / "checkpoints" / "latest").is_file()
     if result.status == "diverged" and saved:
         lines.append("  The last good checkpoint is kept.")
@@ -252,10 +257,7 @@ def sample(argv: list[str] | None = None, prog: str = "sample.py") -> int:
         options = validate(SampleOptions, given, origin=as_flag)
         if options.prompt is not None and options.prompt_file is not None:
             raise InputError("give --prompt or --prompt-file, not both")
-        try:
-            _sample(Path(flags.run_dir), _prompt(options, prog), options, prog)
-        except KeyboardInterrupt:
-            return 130
+        _sample(Path(flags.run_dir), _prompt(options, prog), options, prog)
     return 0
 
 

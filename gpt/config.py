@@ -483,10 +483,11 @@ def validate(
 def _explain(error: ErrorDetails, options: list[str]) -> tuple[str, str]:
     """One of pydantic's errors as (dotted path, what is wrong with it)."""
     parts = [str(part) for part in error["loc"]]
+    sections = sorted({option.rpartition(".")[0] for option in options} - {""})
     key, found = ".".join(parts), error["input"]
     if error["type"] == "extra_forbidden":
-        return key, f"no such option{nearest(key, options)}"
-    places = {*options, *(option.rpartition(".")[0] for option in options)}
+        return key, f"no such option{nearest(key, [*sections, *options])}"
+    places = {*options, *sections}
     while parts and ".".join(parts) not in places:  # a union's branches add their own names
         parts.pop()
     key = ".".join(parts)

@@ -154,7 +154,8 @@ def prepare(config: DataConfig, say: Callable[[str], None] = lambda line: None) 
     files = source.files(config)
     folder = _folder(config, files)
     if not (folder / "meta.json").is_file():
-        say(f"preparing {len(files):,} files with the {config.tokenizer} tokenizer -> {folder}")
+        number = f"{len(files):,} file{'' if len(files) == 1 else 's'}"
+        say(f"preparing {number} with the {config.tokenizer} tokenizer -> {folder}")
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
@@ -169,6 +170,9 @@ def prepare(config: DataConfig, say: Callable[[str], None] = lambda line: None) 
                     raise
         finally:
             shutil.rmtree(building, ignore_errors=True)
+        made = _open(folder).encoding.n_vocab
+        if config.tokenizer == "bpe" and made < config.vocab_size:
+            say(f"the text gave {made:,} of the {config.vocab_size:,} tokens of data.vocab_size")
     return _open(folder)
 
 

@@ -39,6 +39,11 @@ def parse(
     Raises:
         InputError: a flag that does not exist or lacks its value, or a missing argument.
     """
+    arguments = sys.argv[1:] if argv is None else argv
+    given = [a.partition("=")[0].replace("_", "-") for a in arguments if a.startswith("--")]
+    twice = [flag for flag in given if given.count(flag) > 1]
+    if twice:
+        raise InputError(f"{twice[0]}: is given twice")
     both = dataclasses.make_dataclass("Flags", _fields(section), bases=(own,), kw_only=True)
     names = [field.name for field in dataclasses.fields(own)]  # type: ignore[arg-type]
     complaint = io.StringIO()
@@ -49,7 +54,7 @@ def parse(
                 both,
                 prog=prog,
                 description=own.__doc__,
-                args=sys.argv[1:] if argv is None else argv,
+                args=arguments,
                 return_unknown_args=True,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
@@ -96,10 +101,11 @@ def _fields(section: type[Section]) -> list[tuple[str, Any, Any]]:
             nested.__doc__ = below.__doc__
             fields.append((name, nested, dataclasses.field(default_factory=nested)))
             continue
-        several = schema[name].get("type") == "array"
+        branches = schema[name].get("anyOf", [schema[name]])
+        several = any(branch.get("type") == "array" for branch in branches)
         arg = tyro.conf.arg(
             help=info.description,
-            metavar=_metavar(schema[name]),
+            metavar="PATH..." if several else _metavar(schema[name]),
             help_behavior_hint=f"(default: {_as_text(info.default)})",
         )
         kind: Any = tuple[str, ...] if several else str
@@ -120,7 +126,6 @@ def _metavar(schema: Mapping[str, Any]) -> str:
         "number": "FLOAT",
         "boolean": "{true,false}",
         "null": "null",
-        "array": "PATH...",
     }
     return names.get(schema["type"], "TEXT")
 

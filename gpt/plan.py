@@ -36,6 +36,8 @@ def describe(
     total = config.training.steps * batch_tokens
     schedule = config.schedule
     warmup = f"{schedule.warmup} warm-up of {schedule.warmup_steps:,} steps"
+    if schedule.warmup_steps >= config.training.steps:
+        warmup += " (the whole run, and more)"
     parts = config.batch_sequences // micro_batch
     if train_tokens is None:
         size = "not prepared yet"

@@ -27,6 +27,7 @@ def plot_run(records: list[Record], path: Path, title: str) -> None:
         [r["step"] for r in evaluations],
         [r["val_loss"] for r in evaluations],
         color=VALIDATION,
+        linestyle=":",  # what lies between two evaluations is not known
         marker="o",
         ms=4,
         label="validation",

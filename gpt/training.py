@@ -385,7 +385,8 @@ class _Training:
         )
         self.directory.write_result(result)
         records = metrics.read(self.directory.metrics)
-        plot_run(records, self.directory.plot, title=config.name)
+        if progress.step:
+            plot_run(records, self.directory.plot, title=config.name)
         return result
 
     def _tensor(self, array: data.Batch) -> Tensor:

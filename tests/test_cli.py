@@ -126,6 +126,25 @@ def test_print_config_prints_yaml_to_stdout_alone(
     assert tree["training"]["batch_sequences"] == 6
 
 
+def test_several_paths(capsys: pytest.CaptureFixture[str], config_file: Path):
+    code, out, _ = called(
+        capsys, "train", config_file, "--print-config", "--data.path", "a.txt", "b.txt"
+    )
+    assert code == 0
+    assert yaml.safe_load(out)["data"]["path"] == ["a.txt", "b.txt"]
+
+
+@pytest.mark.parametrize("name", ["train", "sample"])
+def test_ctrl_c_before_there_is_anything_to_save(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+):
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "parse", interrupt)
+    assert called(capsys, name, "x")[0] == 130
+
+
 def test_dry_run_writes_nothing(
     capsys: pytest.CaptureFixture[str], config_file: Path, tmp_path: Path
 ):
@@ -149,6 +168,7 @@ def test_dry_run_writes_nothing(
         (["--model.width"], "Missing value for argument '--model.width'"),
         (["--model.heads", "5"], "heads (5) must divide width (16)"),
         (["--optimizer.name", "mion"], "perhaps you meant muon"),
+        (["--seed", "1", "--seed=2"], "--seed: is given twice"),
         (["surplus"], "'surplus': one argument too many"),
         (["--data.path", "/no/such/place"], "/no/such/place: no such file, folder or pattern"),
         (["--resume", "sometimes"], "--resume sometimes: is neither auto, never nor"),

@@ -145,6 +145,10 @@ def test_all_errors_at_once_by_dotted_path_with_the_nearest_name():
     assert len(message.splitlines()) == 3
 
 
+def test_a_misspelt_section_is_found():
+    assert "perhaps you meant training" in error_of({"traning": {"steps": 1}})
+
+
 def test_an_option_in_the_wrong_section_is_found():
     assert "perhaps you meant optimizer.learning_rate" in error_of({"learning_rate": 1})
 

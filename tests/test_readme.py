@@ -36,7 +36,8 @@ def test_train_commands(command: str, capsys: pytest.CaptureFixture[str], monkey
     monkeypatch.chdir(ROOT)
     words = shlex.split(command, comments=True)
     start = next(i for i, word in enumerate(words) if word in ("train", "train.py")) + 1
-    assert cli.train([*words[start:], "--print-config"]) == 0
+    arguments = dict.fromkeys([*words[start:], "--print-config"])
+    assert cli.train(list(arguments)) == 0
     assert capsys.readouterr().out
 
 
