@@ -253,7 +253,7 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the forward and backward pass; weights stay fp32. fp16 scales its loss."""
     compile: bool = False
-    """Compile the model with torch.compile: pays on a GPU, costs half a minute on a CPU."""
+    """Compile the model with torch.compile: pays on a GPU, costs half a minute or more on a CPU."""
     log_every: Count = 10
     """Steps between progress lines, and between reads of the metrics from a GPU."""
 

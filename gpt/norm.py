@@ -23,7 +23,10 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 
 class Placement(nn.Module):
-    """A residual connection round `sublayer`, f, and where its norm stands. (B, T, d) -> same."""
+    """A residual connection round `sublayer`, f; `forward` says where its norm stands.
+
+    (B, T, d) -> (B, T, d).
+    """
 
     final_norm: ClassVar[bool]  # whether a norm follows the last block
 
@@ -31,10 +34,6 @@ class Placement(nn.Module):
         super().__init__()
         self.norm = make_norm(config)
         self.sublayer = sublayer
-
-    def forward(self, x: Tensor) -> Tensor:
-        """One sublayer with its residual connection."""
-        raise NotImplementedError
 
 
 class PreNorm(Placement):
