@@ -113,6 +113,17 @@ def test_a_crash_goes_on_from_the_last_checkpoint(
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_resumed_run_keeps_its_micro_batch_whatever_memory_is_free(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Another micro-batch would add up the gradients in another order."""
+    run(tiny(), tmp_path / "whole")
+    run(tiny(), tmp_path / "parts", stop=stop_after(12))
+    monkeypatch.setattr(plan, "_memory", lambda device: 1)
+    run(tiny(), tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_a_checkpoint_starts_a_directory_of_its_own(tiny: Make, tmp_path: Path):
     run(tiny(), tmp_path / "a")
     checkpoint = str(tmp_path / "a/checkpoints/step-00000010")
