@@ -1,6 +1,7 @@
 """Checkpoints: all that a run needs to go on, on disk whole or not at all, and verified.
 
-    checkpoints/step-00001000/model.safetensors, optimizer.safetensors, state.json, manifest.json
+    checkpoints/step-00001000/model.safetensors, optimizer.safetensors, state.json,
+                              tokenizer.json, manifest.json
     checkpoints/latest, checkpoints/best      one line each: the name of a checkpoint folder
 
 A checkpoint is written to a temporary folder, every file flushed to disk, its manifest (sizes and
@@ -13,9 +14,7 @@ This module knows tensors, names and files, not models.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -28,7 +27,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt.errors import InputError
+from gpt.files import describe, flush, write_text
 
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json")
 STEP_NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -39,11 +40,13 @@ class Checkpoint:
     Attributes:
         model, optimizer: tensors by name.
         state: everything else, JSON values.
+        tokenizer: the vocabulary, as `gpt.tokenizer.to_json` writes it.
     """
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
+    tokenizer: str
 
     @property
     def step(self) -> int:
@@ -64,7 +67,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, best: bool = False) -> Path:
             _write(temporary, checkpoint)
             temporary.chmod(0o755)
             temporary.rename(final)
-            _flush(folder)
+            flush(folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -79,11 +82,12 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         save_file(on_cpu, folder / f"{name}.safetensors")
     (folder / "state.json").write_text(json.dumps(checkpoint.state, indent=2) + "\n", "utf-8")
-    files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+    (folder / "tokenizer.json").write_text(checkpoint.tokenizer, "utf-8")
+    files = {path.name: describe(path) for path in sorted(folder.iterdir())}
     (folder / "manifest.json").write_text(json.dumps({"files": files}, indent=2) + "\n", "utf-8")
     for path in folder.iterdir():
-        _flush(path)
-    _flush(folder)
+        flush(path)
+    flush(folder)
 
 
 def load(folder: Path) -> Checkpoint:
@@ -99,6 +103,7 @@ def load(folder: Path) -> Checkpoint:
             model=load_file(folder / "model.safetensors"),
             optimizer=load_file(folder / "optimizer.safetensors"),
             state=json.loads((folder / "state.json").read_text("utf-8")),
+            tokenizer=(folder / "tokenizer.json").read_text("utf-8"),
         )
     except (SafetensorError, ValueError, OSError) as error:
         raise InputError(f"{folder}: is damaged: {error}") from None
@@ -113,8 +118,8 @@ def verify(folder: Path) -> None:
     try:
         manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
         files: dict[str, Any] = manifest["files"]
-        for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
-            if files[name] != _describe(folder / name):
+        for name in FILES:
+            if files[name] != describe(folder / name):
                 raise InputError(f"{folder / name}: is damaged: it is not what was written")
     except FileNotFoundError as error:
         raise InputError(f"{error.filename}: is missing, so this is no checkpoint") from None
@@ -128,11 +133,7 @@ def verify(folder: Path) -> None:
 
 def point(folder: Path, pointer: str, name: str) -> None:
     """Make `pointer` (latest or best) name the checkpoint `name`, atomically."""
-    temporary = folder / f".{pointer}-{os.getpid()}"
-    temporary.write_text(name + "\n", "utf-8")
-    _flush(temporary)
-    temporary.replace(folder / pointer)
-    _flush(folder)
+    write_text(folder / pointer, name + "\n")
 
 
 def pointed(folder: Path, pointer: str) -> Path | None:
@@ -162,22 +163,3 @@ def prune(folder: Path, keep: int) -> None:
     for path in steps(folder).values():
         if path not in kept:
             shutil.rmtree(path)
-
-
-def _describe(path: Path) -> dict[str, int | str]:
-    with path.open("rb") as file:
-        return {
-            "size": path.stat().st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }
-
-
-def _flush(path: Path) -> None:
-    """Flush a file or folder to disk (folders cannot be opened on Windows)."""
-    if path.is_dir() and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,4 +1,4 @@
-"""The command line: `train.py` and `sample.py`, or `steadygpt train` and `steadygpt sample`.
+"""The command line: `train.py`, `sample.py` and `python -m gpt.data`; `steadygpt` has them all.
 
 Progress goes to stderr, results to stdout. torch is imported only once there is something to run,
 so that `--help` and a complaint about the input come at once.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import math
 import os
 import shlex
 import signal
@@ -26,10 +27,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 from tyro.conf import Positional, arg
 
 from gpt.config import Config, Count, Device, Sampling, Seed, load, validate
-from gpt.errors import InputError, nearest
+from gpt.errors import InputError, StoppedError, nearest
 from gpt.flags import as_flag, parse
 
 if TYPE_CHECKING:
+    from gpt.data.preparation import Dataset
     from gpt.run import RunResult
 
 EXIT_CODES = {"finished": 0, "diverged": 3, "interrupted": 75}
@@ -38,11 +40,14 @@ _RUNS = "(default: runs/NAME)"
 
 def main() -> int:
     """`steadygpt COMMAND ...`."""
-    commands = {"train": train, "sample": sample}
+    commands = {"train": train, "sample": sample, "prepare": prepare}
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in commands:
         return commands[name](sys.argv[2:], prog=f"steadygpt {name}")
-    usage = "usage: steadygpt train CONFIG.yaml ... | sample RUN_DIR ...   (--help for each)"
+    usage = (
+        "usage: steadygpt train CONFIG.yaml ... | sample RUN_DIR ... | prepare CONFIG.yaml ...   "
+        "(--help for each)"
+    )
     if name in ("-h", "--help"):
         print(usage)
         return 0
@@ -68,6 +73,9 @@ def _door(prog: str) -> Iterator[None]:
     except InputError as error:
         print("\n".join(f"{prog}: {line}" for line in str(error).splitlines()), file=sys.stderr)
         raise SystemExit(2) from None
+    except StoppedError as stopped:
+        print(f"{prog}: {stopped}", file=sys.stderr)
+        raise SystemExit(75) from None
     except KeyboardInterrupt:  # while starting up, or sampling: there is nothing to save
         raise SystemExit(130) from None
     except BrokenPipeError:  # the reader of stdout, head for one, has seen enough
@@ -127,7 +135,9 @@ def train(argv: list[str] | None = None, prog: str = "train.py") -> int:
 def _dry_run(config: Config, out_dir: Path, resume: str) -> str:
     import torch
 
-    from gpt import data, plan
+    from gpt import plan
+    from gpt.data import preparation
+    from gpt.data.sequences import TrainingSequences, ValidationSequences
     from gpt.model import GPT
     from gpt.run import open_run
 
@@ -136,12 +146,13 @@ def _dry_run(config: Config, out_dir: Path, resume: str) -> str:
         return f"{out_dir}: {opened.result.status}, nothing is left to do: {opened.result.reason}"
     device = plan.pick_device(config.training.device)
     train_tokens = None
-    vocab_size = data.vocab_size(config.data)
-    if data.find(config.data) is not None:
-        dataset = data.prepare(config.data)
-        train_tokens, vocab_size = len(dataset.train), dataset.encoding.n_vocab
-        data.TrainingSequences(dataset.train, config.model.context, config.data_seed)
-        data.validation_sequences(dataset.val, config.model.context, config.evaluation.sequences)
+    if preparation.find(config.data) is not None:
+        dataset = preparation.prepare(config.data)
+        train_tokens, vocab_size = dataset.train_tokens, dataset.encoding.n_vocab
+        TrainingSequences(dataset.train, config.model.context, config.data_seed)
+        ValidationSequences(dataset.val, config.model.context, config.evaluation.sequences)
+    else:
+        vocab_size = preparation.vocab_size(config.data)
     with torch.device("meta"):
         model = GPT(config.model, vocab_size)
     return plan.describe(
@@ -215,7 +226,58 @@ class StopSignals:
         for each in self._before:
             signal.signal(each, signal.SIG_DFL)
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: saving after this step; a second signal ends at once\n".encode())
+        os.write(2, f"\n{name}: saving, then stopping; a second signal ends at once\n".encode())
+
+
+# ---------------------------------------------------------------------------------------------
+# prepare
+
+
+@dataclass(kw_only=True)
+class PrepareFlags:
+    """Prepare a config's data without training, and say what was found."""
+
+    config: Annotated[Positional[str], arg(metavar="CONFIG.yaml", help="the YAML file")]
+
+
+def prepare(argv: list[str] | None = None, prog: str = "prepare") -> int:
+    """`steadygpt prepare CONFIG.yaml ...`; returns the exit code."""
+    with _door(prog):
+        flags, options = parse(PrepareFlags, Config, prog, argv)
+        config = load(flags.config, options)
+        from gpt.console import Console
+        from gpt.data.preparation import prepare as run
+
+        with StopSignals() as stop, contextlib.closing(Console()) as console:
+            dataset = run(config.data, console, stop)
+        print(_found(dataset))
+    return 0
+
+
+def _found(dataset: Dataset) -> str:
+    """What a prepared corpus holds, as a table."""
+    rows = [["", "documents", "bytes", "tokens", "bytes/token", "longest document"]]
+    for file in dataset.files:
+        per_token = f"{file.bytes / (file.tokens - file.documents):.2f}"
+        numbers = [f"{n:,}" for n in (file.documents, file.bytes, file.tokens)]
+        rows.append([file.name, *numbers, per_token, f"{file.longest:,} tokens"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [str(dataset.folder)]
+    for name, *cells in rows:
+        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append(f"  {name.ljust(widths[0])}  {'  '.join(cells)}")
+    val = dataset.files[-1]
+    nats = dataset.unigram_entropy()
+    bits = nats * val.tokens / math.log(2) / val.bytes
+    encoding = dataset.encoding
+    lines += [
+        f"  vocabulary        {encoding.n_vocab:,} tokens ({encoding.name}), {dataset.val.dtype}",
+        f"  unigram entropy   {nats:.4f} nats per token, {bits:.4f} bits per byte: the validation "
+        "loss of guessing",
+        "                    by the tokens' frequencies in the training text (H\u2081)",
+        f"  fingerprint       {dataset.fingerprint}",
+    ]
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------

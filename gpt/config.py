@@ -124,6 +124,11 @@ Seed = Annotated[Int, Field(ge=0, lt=2**63)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
+def _parsed(value: object) -> object:
+    """A flag's text as the YAML that it is, such as `{path: a.txt}`; other values unchanged."""
+    return _parse_yaml(value, "YAML") if isinstance(value, str) else value
+
+
 class Section(BaseModel):
     """One mapping of the YAML. Unknown keys are errors; an empty mapping means the defaults."""
 
@@ -139,31 +144,126 @@ class Section(BaseModel):
 # The options
 
 
-class DataConfig(Section):
+class HubConfig(Section):
+    """A dataset on the Hugging Face hub (source: hub), read with the `datasets` library."""
+
+    name: str | None = None
+    """The dataset, such as roneneldan/TinyStories, or a local folder that holds one."""
+    config: str | None = None
+    """Which of the dataset's configurations, where it has several."""
+    split: str = "train"
+    """Which of its splits."""
+    revision: str | None = None
+    """Branch, tag or commit; only a commit pins the text for good. Unset, the main branch."""
+    streaming: bool = True
+    """Read over the network while preparing; false downloads all of it to the library's cache."""
+
+
+class SourceConfig(Section):
+    """Where documents come from."""
+
+    source: Annotated[str, Choice("gpt.data.sources", "SOURCES")] = "stdlib"
+    """This Python's standard library, text, jsonl or parquet files, the hub, or token files."""
+    path: Strings = ()
+    """Files, folders or glob patterns to read, relative to the working directory; .gz as well."""
+    text_field: str = "text"
+    """The field that holds the text (source: jsonl, parquet, hub)."""
+    invalid_text: Literal["refuse", "replace"] = "refuse"
+    """Whether what is no UTF-8 text is an error or becomes U+FFFD, the replacement character."""
+    dtype: Literal["uint16", "uint32"] = "uint16"
+    """Type of the token ids in the files, little-endian (source: tokens)."""
+    hub: HubConfig = HubConfig()
+
+    @model_validator(mode="after")
+    def _source_is_whole(self) -> Self:
+        self._check_source()
+        return self
+
+    def _check_source(self) -> None:
+        """What the source needs is given, and a path is not given in vain."""
+        wanted = {"stdlib": "", "hub": "hub.name"}.get(self.source, "path")
+        if wanted == "path" and not self.path:
+            raise ValueError(f"source: {self.source} needs path, the files or folders to read")
+        if wanted == "hub.name" and not self.hub.name:
+            raise ValueError("source: hub needs hub.name, such as roneneldan/TinyStories")
+        if wanted != "path" and self.path:
+            raise ValueError(f"source: {self.source} reads no path; source: text does")
+
+
+class MixedSource(SourceConfig):
+    """One of several sources."""
+
+    weight: Positive = 1.0
+    """Share of the training sequences that come from it, relative to the other weights."""
+
+
+class DataConfig(SourceConfig):
     """What is read, how it becomes tokens, and what is held out."""
 
-    source: Annotated[str, Choice("gpt.data", "SOURCES")] = "stdlib"
-    """Where documents come from: this Python's own standard library, or text files."""
-    path: Strings = ()
-    """Files, folders or glob patterns to read (source: text), relative to the working directory."""
+    mix: tuple[MixedSource, ...] = ()
+    """Several sources in place of one, each with a weight; what they leave out stands above."""
+    validation: SourceConfig | None = None
+    """The validation text's own source, in place of a held-out share."""
     tokenizer: Annotated[str, Choice("gpt.tokenizer", "TOKENIZERS")] = "bpe"
-    """How text becomes tokens; bpe is trained on the corpus."""
+    """How text becomes tokens; bpe is trained on the corpus, file reads data.vocabulary."""
     vocab_size: Annotated[Int, Field(ge=257)] = 2048
     """Tokens of the bpe tokenizer: 256 bytes, the merges, and end of text."""
+    vocabulary: str | None = None
+    """A tokenizer.json of an earlier run or preparation (tokenizer: file)."""
     holdout: Literal["documents", "tail"] = "documents"
     """Validation is whole documents, chosen by a hash of their text, or the tail of each."""
     val_fraction: Annotated[Float, Field(gt=0, lt=1)] = 0.03
     """Share of the text that is held out for validation."""
+    windows: Literal["epochs", "random"] = "epochs"
+    """Training sequences: each window once an epoch, or drawn at random places as in nanoGPT."""
     seed: Seed | None = None
     """Seed of the order in which training sequences are drawn; unset, the run's seed."""
     cache_dir: str = "cache"
     """Folder for prepared token files, one sub-folder a combination of corpus and tokenizer."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, tree: object) -> object:
+        """Give each source of `mix`, and `validation`, the options that it leaves to the whole."""
+        if not isinstance(tree, Mapping):
+            return tree
+        shared = {k: tree[k] for k in SourceConfig.model_fields if k in tree and k != "path"}
+
+        def fill(own: object) -> object:
+            return merge(shared, own) if isinstance(own, Mapping) else own
+
+        filled: dict[str, object] = {**tree, "validation": fill(_parsed(tree.get("validation")))}
+        mix = _parsed(tree.get("mix", ()))
+        filled["mix"] = tuple(map(fill, mix)) if isinstance(mix, list | tuple) else mix
+        return filled
+
+    def _check_source(self) -> None:
+        if self.mix and self.path:
+            raise ValueError("path and mix are both given; each source of mix has a path")
+        if not self.mix:
+            super()._check_source()
+
     @model_validator(mode="after")
-    def _path_given(self) -> Self:
-        if self.source == "text" and not self.path:
-            raise ValueError("source: text needs data.path, the files or folders to read")
+    def _has_vocabulary(self) -> Self:
+        if (self.tokenizer == "file") != (self.vocabulary is not None):
+            raise ValueError("tokenizer: file and vocabulary, the file, go together")
+        if self.tokenizer in ("bpe", "chars") and any(s.source == "tokens" for s in self.sources):
+            raise ValueError(
+                f"source: tokens has no text that a {self.tokenizer} tokenizer could learn from; "
+                "tokenizer must be the one that made the tokens: gpt2, bytes, or file"
+            )
         return self
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The sources of the training text."""
+        return self.mix or (self,)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Shares of the training sequences that come from the sources; they add up to 1."""
+        total = sum(source.weight for source in self.mix)
+        return tuple(source.weight / total for source in self.mix) or (1.0,)
 
 
 class NormConfig(Section):
@@ -355,7 +455,11 @@ class Config(Section):
     def differences(self, other: Config) -> list[str]:
         """The options in which two configs differ, as `path: mine -> theirs` lines."""
         mine, theirs = dict(_leaves(self.model_dump())), dict(_leaves(other.model_dump()))
-        return [f"{key}: {mine[key]} -> {theirs[key]}" for key in mine if mine[key] != theirs[key]]
+        return [
+            f"{key}: {mine.get(key)} -> {theirs.get(key)}"
+            for key in dict.fromkeys([*mine, *theirs])
+            if mine.get(key) != theirs.get(key)
+        ]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -392,23 +496,29 @@ def read_yaml(path: Path) -> dict[str, Any]:
         InputError: the file cannot be read, is no valid YAML, or holds no mapping.
     """
     try:
-        tree = yaml.load(path.read_text("utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+        tree = _parse_yaml(path.read_text("utf-8"), str(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is no UTF-8 text (byte {error.start})") from None
-    except RecursionError:
-        raise InputError(f"{path}: is nested too deeply") from None
-    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}:" if mark is not None else ""
-        problem = getattr(error, "problem", None) or f"is no valid YAML: {error}".splitlines()[0]
-        raise InputError(f"{path}:{line} {problem}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise InputError(f"{path}: must be a mapping of options, such as `model: {{layers: 4}}`")
     return tree
+
+
+def _parse_yaml(text: str, origin: str) -> object:
+    """The value that YAML `text` describes; `origin` is what a message calls it."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except RecursionError:
+        raise InputError(f"{origin}: is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark is not None else ""
+        problem = getattr(error, "problem", None) or f"is no valid YAML: {error}".splitlines()[0]
+        raise InputError(f"{origin}:{line} {problem}") from None
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -487,8 +597,8 @@ def _explain(error: ErrorDetails, options: list[str]) -> tuple[str, str]:
     key, found = ".".join(parts), error["input"]
     if error["type"] == "extra_forbidden":
         return key, f"no such option{nearest(key, [*sections, *options])}"
-    places = {*options, *sections}
-    while parts and ".".join(parts) not in places:  # a union's branches add their own names
+    names = {*MixedSource.model_fields, *(part for place in options for part in place.split("."))}
+    while parts and not (parts[-1] in names or parts[-1].isdecimal()):  # a union's branches
         parts.pop()
     key = ".".join(parts)
     if error["type"] == "value_error":

@@ -28,24 +28,54 @@ class Console:
             else:
                 print(text, file=sys.stderr, flush=True)
 
-    def start(self, steps: int, done: int) -> None:
-        """Begin to count: `done` of `steps` updates are behind."""
-        self._steps, self._first, self._began = steps, done, time.monotonic()
+    def start(
+        self,
+        total: int | None,
+        done: int = 0,
+        *,
+        what: str = "",
+        unit: str = "step",
+        every: float = 0.0,
+    ) -> None:
+        """Begin to count: `done` of `total` are behind.
+
+        Args:
+            what: what is done, such as "encoding".
+            unit: of the count: "step", or "B" for bytes.
+            every: seconds between plain lines, at least.
+        """
+        self._total, self._first, self._what, self._unit = total, done, what, unit
+        self._every, self._began = every, time.monotonic()
+        self._said = self._began
         if sys.stderr.isatty() and not self._quiet:
             self._bar = tqdm(
-                total=steps, initial=done, unit="step", dynamic_ncols=True, file=sys.stderr
+                total=total,
+                initial=done,
+                desc=what or None,
+                unit=unit,
+                unit_scale=unit == "B",
+                dynamic_ncols=True,
+                file=sys.stderr,
             )
 
-    def progress(self, step: int, loss: float, rate: float, tokens_per_second: float) -> None:
-        """Updates up to `step` are done; the numbers are the newest known."""
-        numbers = f"loss {loss:.4f}  rate {rate:.2e}  {tokens_per_second:,.0f} tokens/s"
+    def progress(self, done: int, numbers: str = "") -> None:
+        """So many are `done`; `numbers` are the newest known."""
         if self._bar is not None:
             self._bar.set_postfix_str(numbers, refresh=False)
-            self._bar.update(step - self._bar.n)
+            self._bar.update(done - self._bar.n)
+            return
+        now = time.monotonic()
+        if self._quiet or now - self._said < self._every:
+            return
+        self._said = now
+        rate = (done - self._first) / max(now - self._began, 1e-9)  # a second
+        left = "" if self._total is None else f"{duration((self._total - done) / rate)} left"
+        if self._unit == "B":
+            of = "" if self._total is None else f" of {self._total / 1e6:,.1f}"
+            count, numbers = f"{self._what} {done / 1e6:,.1f}{of} MB", f"{rate / 1e6:,.1f} MB/s"
         else:
-            per_step = (time.monotonic() - self._began) / max(1, step - self._first)
-            left = duration(per_step * (self._steps - step))
-            self.say(f"step {step}/{self._steps}  {numbers}  {left} left")
+            count = f"{self._unit} {done}/{self._total}"
+        self.say("  ".join(part for part in (count, numbers, left) if part))
 
     def close(self) -> None:
         """Take the bar away."""

@@ -15,6 +15,14 @@ class InputError(ValueError):
     """The user's input is wrong. The message is one to three finished lines."""
 
 
+class UnreachableError(InputError):
+    """Something on the network does not answer: the same start may succeed later."""
+
+
+class StoppedError(Exception):
+    """The user asked to stop, and what was done so far is kept for the next start."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """`"; perhaps you meant X"` for the valid name closest to `name`, or an empty string.
 

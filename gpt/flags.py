@@ -102,7 +102,7 @@ def _fields(section: type[Section]) -> list[tuple[str, Any, Any]]:
             fields.append((name, nested, dataclasses.field(default_factory=nested)))
             continue
         branches = schema[name].get("anyOf", [schema[name]])
-        several = any(branch.get("type") == "array" for branch in branches)
+        several = any(branch.get("items") == {"type": "string"} for branch in branches)
         arg = tyro.conf.arg(
             help=info.description,
             metavar="PATH..." if several else _metavar(schema[name]),
@@ -115,6 +115,8 @@ def _fields(section: type[Section]) -> list[tuple[str, Any, Any]]:
 
 def _metavar(schema: Mapping[str, Any]) -> str:
     """What a flag's value looks like, from its JSON schema."""
+    if "$ref" in schema or "$ref" in schema.get("items", ()):
+        return "YAML"
     if "anyOf" in schema:
         return "|".join(_metavar(branch) for branch in schema["anyOf"])
     if "const" in schema:

@@ -29,6 +29,7 @@ from gpt import tokenizer
 from gpt.checkpoint import Checkpoint
 from gpt.config import Config
 from gpt.errors import InputError
+from gpt.files import write_text
 from gpt.model import GPT
 
 Status = Literal["finished", "diverged", "interrupted"]
@@ -233,7 +234,7 @@ def load_run(
             f"--checkpoint {checkpoint}: {path} has best, latest, {', '.join(map(str, available))}"
         )
     loaded = checkpoints.load(folder)
-    encoding = tokenizer.load(run.tokenizer)
+    encoding = tokenizer.load(folder / "tokenizer.json")
     model = GPT(config.model, encoding.n_vocab)
     try:
         model.load_state_dict(loaded.model)
@@ -241,13 +242,6 @@ def load_run(
         message = str(error).splitlines()[-1].strip()
         raise InputError(f"{folder}: does not fit {run.config}: {message}") from None
     return model.to(device).eval(), encoding, loaded.step
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, "utf-8")
-    temporary.replace(path)
 
 
 def _git_commit() -> str | None:

@@ -10,14 +10,20 @@ Not here: reading documents and writing token files (gpt/data.py).
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import tiktoken
 
 from gpt.config import DataConfig
-from gpt.errors import InputError
+from gpt.errors import InputError, UnreachableError
+from gpt.files import write_bytes
+from gpt.network import PATIENCE, within
 
 END_OF_TEXT = "<|endoftext|>"
 FORMAT = 1
@@ -70,15 +76,93 @@ def bpe_tokenizer(config: DataConfig, documents: Iterable[str]) -> tiktoken.Enco
 
 
 def gpt2_tokenizer(config: DataConfig, documents: Iterable[str]) -> tiktoken.Encoding:
-    """GPT-2's own vocabulary of 50,257 tokens, from tiktoken's cache or the network."""
+    """GPT-2's own vocabulary of 50,257 tokens, by tiktoken, from its cache or the network."""
+    folder = _cache_folder()
+    missing = [name for name in GPT2_FILES if not _is_whole(folder / _cache_name(name), name)]
+    for name in missing:
+        try:
+            contents = _download(GPT2_URL + name)
+            if hashlib.sha256(contents).hexdigest() != GPT2_FILES[name]:
+                raise ValueError("it sent something else")
+        except Exception as error:  # whatever the network library raises; nothing else is run here
+            raise _no_vocabulary(folder, missing, error) from None
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / _cache_name(name), contents)
+    return tiktoken.get_encoding("gpt2")
+
+
+def file_tokenizer(config: DataConfig, documents: Iterable[str]) -> tiktoken.Encoding:
+    """The tokenizer in the file `config.vocabulary`, which an earlier run or preparation wrote."""
+    return load(Path(str(config.vocabulary)))
+
+
+# GPT-2's vocabulary: the files, their SHA-256, and where OpenAI keeps them.
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+GPT2_FILES = {
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+
+
+def _cache_folder() -> Path:
+    """Where tiktoken keeps the files that it downloads."""
+    for variable in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
+        if variable in os.environ:
+            if not os.environ[variable]:
+                raise InputError(
+                    f"{variable}: is empty, which turns tiktoken's cache off; unset it"
+                )
+            return Path(os.environ[variable])
+    return Path(tempfile.gettempdir()) / "data-gym-cache"
+
+
+def _cache_name(name: str) -> str:
+    """The name under which tiktoken keeps a file: the SHA-1 of its address."""
+    return hashlib.sha1(f"{GPT2_URL}{name}".encode(), usedforsecurity=False).hexdigest()
+
+
+def _is_whole(path: Path, name: str) -> bool:
+    """Whether the file `name` stands at `path`. Asked first, as tiktoken deletes a wrong one.
+
+    Raises:
+        InputError: another file stands there.
+    """
     try:
-        return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # whatever the network library raises; nothing else is run here
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    if found != GPT2_FILES[name]:
         raise InputError(
-            "data.tokenizer: gpt2 needs its vocabulary files, which are neither in "
-            f"TIKTOKEN_CACHE_DIR nor to be had from the network ({type(error).__name__});\n"
-            "put them there, or use data.tokenizer: bpe, which is trained on your own text"
-        ) from None
+            f"{path}: is not GPT-2's {name}: its SHA-256 is {found},\n"
+            f"that of {name} is {GPT2_FILES[name]}; move it away or replace it"
+        )
+    return True
+
+
+def _download(url: str) -> bytes:
+    """A small file; a server that is silent, at first or later, is noticed within `PATIENCE`."""
+    import requests
+
+    ask = functools.partial(requests.get, url, stream=True, timeout=PATIENCE / 2)
+    answer: requests.Response = within(PATIENCE, ask)
+    answer.raise_for_status()
+    return within(60, lambda: answer.content)
+
+
+def _no_vocabulary(folder: Path, missing: list[str], error: Exception) -> InputError:
+    """What GPT-2's tokenizer lacks, where it was looked for, and the ways on."""
+    files = "; ".join(
+        f"{name} as {_cache_name(name)} (SHA-256 {GPT2_FILES[name]})" for name in missing
+    )
+    return UnreachableError(
+        f"data.tokenizer: gpt2 needs {' and '.join(missing)}, found neither in {folder} nor at "
+        f"{GPT2_URL} ({type(error).__name__}).\n"
+        f"Put there by hand, or in another folder that TIKTOKEN_CACHE_DIR names: {files}.\n"
+        "Or train a BPE on your own text (data.tokenizer: bpe); or take a corpus that every "
+        "machine has (data.source: stdlib, with data.tokenizer: bpe or bytes)"
+    )
 
 
 # Each builds the encoding from the options and, where it learns from text, the training documents.
@@ -87,6 +171,7 @@ TOKENIZERS: dict[str, Callable[[DataConfig, Iterable[str]], tiktoken.Encoding]] 
     "chars": chars_tokenizer,
     "bpe": bpe_tokenizer,
     "gpt2": gpt2_tokenizer,
+    "file": file_tokenizer,
 }
 
 
@@ -104,15 +189,25 @@ def encode(encoding: tiktoken.Encoding, text: str, origin: str = "the text") -> 
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"{origin}: holds a broken character at {error.start}") from None
+    check_characters(encoding, text, origin)
+    return encoding.encode_ordinary(text)
+
+
+def check_characters(encoding: tiktoken.Encoding, text: str, origin: str) -> None:
+    """Make sure that the tokenizer has a token for all of `text`, as only `chars` may not.
+
+    Raises:
+        InputError: naming the first character of `text` that it does not know.
+    """
     if encoding.name == "chars":
         known = encoding._mergeable_ranks
-        for char in text:
-            if char.encode() not in known:
-                raise InputError(
-                    f"{origin}: the character {char!r} is not among the {len(known)} that the "
-                    "chars tokenizer knows"
-                )
-    return encoding.encode_ordinary(text)
+        unknown = {char for char in set(text) if char.encode() not in known}
+        if unknown:
+            first = next(char for char in text if char in unknown)
+            raise InputError(
+                f"{origin}: the character {first!r} is not among the {len(known)} that the "
+                "chars tokenizer knows"
+            )
 
 
 def byte_lengths(encoding: tiktoken.Encoding) -> list[int]:
@@ -121,8 +216,8 @@ def byte_lengths(encoding: tiktoken.Encoding) -> list[int]:
     return [lengths.get(token, 0) for token in range(encoding.n_vocab)]
 
 
-def save(encoding: tiktoken.Encoding, path: Path) -> None:
-    """Write `encoding` as JSON; each token's bytes stand as the code points 0-255."""
+def to_json(encoding: tiktoken.Encoding) -> str:
+    """`encoding` as JSON; each token's bytes stand as the code points 0-255."""
     tokens = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.__getitem__)
     tree = {
         "format": FORMAT,
@@ -131,11 +226,11 @@ def save(encoding: tiktoken.Encoding, path: Path) -> None:
         "end_of_text": encoding.eot_token,
         "tokens": [token.decode("latin-1") for token in tokens],
     }
-    path.write_text(json.dumps(tree, ensure_ascii=False) + "\n", "utf-8")
+    return json.dumps(tree, ensure_ascii=False) + "\n"
 
 
 def load(path: Path) -> tiktoken.Encoding:
-    """The encoding in a file that `save` wrote.
+    """The encoding in a file that holds `to_json`'s text.
 
     Raises:
         InputError: the file is missing or is no tokenizer of this format.

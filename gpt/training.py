@@ -24,18 +24,21 @@ import torch
 from torch import Tensor
 
 from gpt import checkpoint as checkpoints
-from gpt import data, metrics, plan, tokenizer
+from gpt import metrics, plan, tokenizer
 from gpt.checkpoint import Checkpoint
 from gpt.config import Config
 from gpt.console import Console
+from gpt.data.preparation import prepare
+from gpt.data.sequences import Batch, TrainingSequences, ValidationSequences, ahead
 from gpt.errors import InputError
+from gpt.files import write_text
 from gpt.generate import continue_text
 from gpt.init import initialize
 from gpt.model import GPT
 from gpt.optim import Optimizer
 from gpt.plot import plot_run
 from gpt.rng import derive
-from gpt.run import Opened, RunResult, Status, open_run, write_text
+from gpt.run import Opened, RunResult, Status, open_run
 from gpt.schedule import rate
 
 DTYPES = {  # of matrix products and attention; weights and their sums stay fp32
@@ -71,6 +74,7 @@ def train(
 
     Raises:
         InputError: the config cannot be run here, or the directory holds another run.
+        StoppedError: `stop` came true while data was prepared; a start goes on from there.
     """
     path = Path(out_dir) if out_dir is not None else Path("runs") / config.name
     device = plan.pick_device(config.training.device)
@@ -79,7 +83,7 @@ def train(
         return opened.result
     forked = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(forked), contextlib.closing(Console(quiet)) as console:
-        return _Training(config, opened, device, console).run(stop)
+        return _Training(config, opened, device, console, stop).run()
 
 
 @dataclass
@@ -110,21 +114,32 @@ class _Training:
     """One run in progress: data, model, optimizer, and the loop over them."""
 
     def __init__(
-        self, config: Config, opened: Opened, device: torch.device, console: Console
+        self,
+        config: Config,
+        opened: Opened,
+        device: torch.device,
+        console: Console,
+        stop: Callable[[], bool],
     ) -> None:
         torch.set_flush_denormal(True)  # a failing run is otherwise many times slower on a CPU
-        self.config, self.device, self.console, self.directory = config, device, console, opened.run
+        self.config, self.device, self.directory = config, device, opened.run
+        self.console, self.stop = console, stop
         context, precision = config.model.context, config.training.precision
-        self.dataset = data.prepare(config.data, console.say)
+        self.dataset = prepare(config.data, console, stop)
         encoding = self.dataset.encoding
         if config.sampling.tokens:
             tokenizer.encode(encoding, config.sampling.prompt, "sampling.prompt")  # now or never
-        self.sequences = data.TrainingSequences(self.dataset.train, context, config.data_seed)
-        self.validation = data.validation_sequences(
+        self.sequences = TrainingSequences(
+            self.dataset.train,
+            context,
+            config.data_seed,
+            weights=self.dataset.weights,
+            windows=config.data.windows,
+        )
+        self.validation = ValidationSequences(
             self.dataset.val, context, config.evaluation.sequences
         )
-        lengths = np.array(tokenizer.byte_lengths(encoding))
-        self.validation_bytes = int(lengths[self.validation[1]].sum())
+        self.byte_lengths = np.array(tokenizer.byte_lengths(encoding))
         self.model = GPT(config.model, encoding.n_vocab)
         initialize(self.model, config.seed)
         self.model.to(device)
@@ -168,7 +183,7 @@ class _Training:
             if step:  # another run's checkpoint is where this one starts from, also after a crash
                 checkpoints.save(run.checkpoints, self._checkpoint())
             write_text(run.config, self.config.to_yaml())  # from here on this is a run
-            tokenizer.save(self.dataset.encoding, run.tokenizer)
+            write_text(run.tokenizer, tokenizer.to_json(self.dataset.encoding))
             run.write_environment(self.device, self.dataset.fingerprint, self.micro_batch)
         if opened.resumed and not going_on:
             self.console.say("no checkpoint had been saved: starting again from step 0")
@@ -177,8 +192,8 @@ class _Training:
 
     # -- The loop --------------------------------------------------------------------------------
 
-    def run(self, stop: Callable[[], bool]) -> RunResult:
-        """Train to the end, to divergence, or until `stop`."""
+    def run(self) -> RunResult:
+        """Train to the end, to divergence, or until a stop is asked for."""
         config, progress = self.config, self.progress
         steps = config.training.steps
         evaluate_every = config.evaluation.every
@@ -191,24 +206,27 @@ class _Training:
                 self.model,
                 device=self.device,
                 micro_batch=self.micro_batch,
-                train_tokens=len(self.dataset.train),
+                train_tokens=self.dataset.train_tokens,
                 directory=self.directory.path,
                 done=progress.step,
             )
         )
-        if stop():
+        if self.stop():
             return self._end("interrupted", f"stopped before step {progress.step + 1}")
         if progress.step == 0:
             failure = self._evaluate()
             if failure is not None:
                 return self._end("diverged", failure)
-        self.console.start(steps, done=progress.step)
+        self.console.start(steps, progress.step)
 
         unread: list[_Update] = []
         unread_since = time.monotonic()
-        for step in range(progress.step + 1, steps + 1):
-            unread.append(self._update(step))
-            last, stopping = step == steps, stop()
+        numbers = range(progress.step + 1, steps + 1)
+        on_gpu = self.device.type == "cuda"
+        batches = ahead(self._batch, numbers) if on_gpu else map(self._batch, numbers)
+        for step, batch in zip(numbers, batches, strict=True):
+            unread.append(self._update(step, *batch))
+            last, stopping = step == steps, self.stop()
             evaluating = last or step % evaluate_every == 0
             saving = last or stopping or step % save_every == 0
             sampling = last or step % sample_every == 0
@@ -230,12 +248,17 @@ class _Training:
             unread, unread_since = [], time.monotonic()
         return self._end("finished", f"all {steps} steps are done")
 
-    def _update(self, step: int) -> _Update:
+    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of update `step`, in memory that the device can copy from."""
+        x, y = self.sequences.batch(step, self.config.batch_sequences)
+        return self._host_tensor(x), self._host_tensor(y)
+
+    def _update(self, step: int, inputs: Tensor, targets: Tensor) -> _Update:
         """One update of the weights. Nothing in it waits for the device, but fp16's scaler."""
         config = self.config
         share = rate(config.schedule, step, config.training.steps)
         self.optimizer.set_rate(share)
-        inputs, targets = map(self._tensor, self.sequences.batch(step, config.batch_sequences))
+        inputs, targets = self._on_device(inputs), self._on_device(targets)
         loss = torch.zeros((), device=self.device)
         parts = zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True)
         for index, (x, y) in enumerate(parts):
@@ -294,7 +317,11 @@ class _Training:
         self.log.write(records)
         if progress.step % config.training.log_every == 0 or progress.step == config.training.steps:
             last = updates[-1]
-            self.console.progress(last.step, losses[-1], last.learning_rate, tokens_per_second)
+            self.console.progress(
+                last.step,
+                f"loss {losses[-1]:.4f}  rate {last.learning_rate:.2e}  "
+                f"{tokens_per_second:,.0f} tokens/s",
+            )
         return failure
 
     @torch.no_grad()
@@ -305,17 +332,18 @@ class _Training:
     def _evaluate(self) -> str | None:
         """Validation loss on the fixed sequences, logged; returns how it failed, or None."""
         progress = self.progress
-        inputs, targets = self.validation
         total = torch.zeros((), device=self.device)
+        tokens = text_bytes = 0
         self.model.eval()
-        for first in range(0, len(inputs), self.micro_batch):
-            x = self._tensor(inputs[first : first + self.micro_batch])
-            y = self._tensor(targets[first : first + self.micro_batch])
+        for inputs, targets in self.validation.batches(self.micro_batch):
+            x, y = (self._on_device(self._host_tensor(each)) for each in (inputs, targets))
             with self._autocast():
                 total += self.loss(x, y) * len(x)
+            tokens += targets.size
+            text_bytes += int(self.byte_lengths[targets].sum())
         self.model.train()
-        loss = total.item() / len(inputs)
-        bits = loss * targets.size / math.log(2) / self.validation_bytes
+        loss = total.item() / len(self.validation)
+        bits = loss * tokens / math.log(2) / text_bytes
         self.log.write([{"step": progress.step, "val_loss": loss, "val_bits_per_byte": bits}])
         self.console.say(
             f"step {progress.step}: validation loss {loss:.4f} nats per token, "
@@ -362,7 +390,12 @@ class _Training:
             "micro_batch": self.micro_batch,
             "data_fingerprint": self.dataset.fingerprint,
         }
-        return Checkpoint(self.model.state_dict(), self.optimizer.state(), state)
+        return Checkpoint(
+            self.model.state_dict(),
+            self.optimizer.state(),
+            state,
+            tokenizer.to_json(self.dataset.encoding),
+        )
 
     def _end(self, status: Status, reason: str) -> RunResult:
         """Write loss.png and result.json."""
@@ -389,11 +422,12 @@ class _Training:
             plot_run(records, self.directory.plot, title=config.name)
         return result
 
-    def _tensor(self, array: data.Batch) -> Tensor:
+    def _host_tensor(self, array: Batch) -> Tensor:
         tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
 
     def _autocast(self) -> torch.autocast:
         precision = self.config.training.precision

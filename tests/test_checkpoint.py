@@ -14,7 +14,8 @@ from gpt.errors import InputError
 
 def make(step: int) -> Checkpoint:
     tensors = {"w": torch.arange(6.0).view(2, 3) + step, "b": torch.tensor(float(step))}
-    return Checkpoint(tensors, {"w|exp_avg": torch.ones(2, 3)}, {"step": step, "seconds": 0.1})
+    moments = {"w|exp_avg": torch.ones(2, 3)}
+    return Checkpoint(tensors, moments, {"step": step, "seconds": 0.1}, '{"tokens": ["a"]}')
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path):
@@ -25,10 +26,12 @@ def test_what_is_saved_is_loaded(tmp_path: Path):
         "model.safetensors",
         "optimizer.safetensors",
         "state.json",
+        "tokenizer.json",
     ]
     loaded = checkpoints.load(folder)
     assert loaded.step == 7
     assert loaded.state == {"step": 7, "seconds": 0.1}
+    assert loaded.tokenizer == '{"tokens": ["a"]}'
     assert torch.equal(loaded.model["w"], make(7).model["w"])
     assert torch.equal(loaded.optimizer["w|exp_avg"], torch.ones(2, 3))
 
@@ -85,7 +88,7 @@ def test_a_pickle_in_a_checkpoints_place_is_not_read(tmp_path: Path):
     folder = checkpoints.save(tmp_path, make(3))
     torch.save({"w": torch.ones(1)}, folder / "model.safetensors")
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["model.safetensors"] = checkpoints._describe(folder / "model.safetensors")
+    manifest["files"]["model.safetensors"] = checkpoints.describe(folder / "model.safetensors")
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="is damaged"):
         checkpoints.load(folder)
@@ -97,7 +100,7 @@ def test_a_save_that_fails_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.M
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "_describe", full)
+    monkeypatch.setattr(checkpoints, "describe", full)
     with pytest.raises(OSError, match="No space"):
         checkpoints.save(tmp_path, make(2))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]

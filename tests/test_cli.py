@@ -296,7 +296,7 @@ def test_a_signal_saves_and_the_run_goes_on(
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 75, stderr
-    assert f"{number.name}: saving after this step" in stderr
+    assert f"{number.name}: saving, then stopping" in stderr
     assert stdout.startswith("interrupted: stopped after step")
     result = json.loads((out / "result.json").read_text())
     assert result["status"] == "interrupted"
@@ -409,7 +409,7 @@ def test_a_damaged_run_is_named(
     elif damage == "weights":
         weights.write_bytes(weights.read_bytes()[:-1])
     elif damage == "tokenizer":
-        (copy / "tokenizer.json").write_text("{}")
+        (weights.parent / "tokenizer.json").write_text("{}")
     elif damage == "config":
         text = (copy / "config.yaml").read_text()
         (copy / "config.yaml").write_text(text.replace("width: 16", "width: 32"))

@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gpt import data, metrics, plan, training
+from gpt import metrics, plan, training
 from gpt.config import Config
+from gpt.data.preparation import prepare
+from gpt.data.sequences import TrainingSequences, ValidationSequences
 from gpt.errors import InputError
 from gpt.init import initialize
 from gpt.model import GPT
@@ -336,8 +338,9 @@ def test_what_is_recorded_is_true_of_the_saved_weights(tiny: Make, tmp_path: Pat
     config = tiny(model={"dropout": 0.3}, evaluation={"sequences": 5})
     result = run(config, tmp_path / "run")
     model, encoding, _ = load_run(tmp_path / "run", "latest")
-    dataset = data.prepare(config.data)
-    inputs, targets = map(torch.from_numpy, data.validation_sequences(dataset.val, 16, 5))
+    dataset = prepare(config.data)
+    (batch,) = ValidationSequences(dataset.val, 16, 5).batches(5)
+    inputs, targets = map(torch.from_numpy, batch)
     with torch.no_grad():
         logs = model(inputs).log_softmax(-1).gather(-1, targets[..., None])
     assert result.val_loss == pytest.approx(-logs.mean().item(), rel=1e-5)
@@ -356,7 +359,7 @@ def test_updates_are_plain_gradient_descent_at_the_schedules_rate(tiny: Make, tm
     run(config, tmp_path / "run")
     model = GPT(config.model, 257)
     initialize(model, config.seed)
-    sequences = data.TrainingSequences(data.prepare(config.data).train, 16, config.seed)
+    sequences = TrainingSequences(prepare(config.data).train, 16, config.seed)
     for step, share in ((1, 0.5), (2, 1.0), (3, 1.0)):
         model.zero_grad()
         model.loss(*map(torch.from_numpy, sequences.batch(step, 4))).backward()

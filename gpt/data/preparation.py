@@ -1,0 +1,622 @@
+"""Preparation: documents -> token files on disk, once, in constant memory and on all cores.
+
+    CACHE_DIR/SOURCE-TOKENIZER-KEY/
+      train.bin, val.bin   token ids, uint16 or uint32, each document followed by end of text; with
+                           several sources train-0.bin, train-1.bin, ...
+      counts.bin           how often each token occurs, int64, a row a file in the order above
+      tokenizer.json       the vocabulary
+      meta.json            what the files hold, their sizes and SHA-256; written last
+
+KEY is a hash of the options and of the source files' names, sizes and times, so a second start
+finds the folder at once and a changed file makes a new one. The work happens in a hidden folder
+beside it, under a lock, and is renamed when it is whole. Every few seconds it notes how far it has
+come, and a start after an interruption goes on from there.
+
+Everything in meta.json is read off the finished token files, not kept while they are written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import tiktoken
+from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
+
+from gpt import tokenizer
+from gpt.config import DataConfig, SourceConfig
+from gpt.console import Console
+from gpt.data.sources import SOURCES, Document, Read, Tokens
+from gpt.errors import InputError, StoppedError, UnreachableError
+from gpt.files import describe, flush, write_text
+
+FORMAT = 2
+JOB = 2**17  # characters or tokens that a worker is given at a time; larger ones ran slower
+NOTE_EVERY = 5.0  # seconds between notes of how far the work has come
+SAY_EVERY = 10.0  # seconds between lines that say so, where there is no terminal
+HASHED = 2**20  # characters or tokens of a document, at its beginning, that decide on its side
+REHASH = (
+    2**30
+)  # bytes up to which a token file is hashed at every start; above, if its time changed
+BLOCK = 2**22  # tokens looked at together when a file is described
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """What one token file holds.
+
+    Attributes:
+        name: train, train-0, ... or val; the file is `name`.bin.
+        documents, tokens: how many; tokens include the end of text after each document.
+        bytes: UTF-8 bytes of the text.
+        longest: tokens of the longest document, without end of text.
+        size, sha256, time: of the file; time in nanoseconds.
+    """
+
+    name: str
+    documents: int
+    tokens: int
+    bytes: int
+    longest: int
+    size: int
+    sha256: str
+    time: int
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared corpus: token ids and what they mean.
+
+    Attributes:
+        train: token ids of each source, memory-mapped.
+        weights: shares of the sources in the training sequences; they add up to 1.
+        val: token ids of the validation text, memory-mapped.
+        encoding: the tokenizer.
+        fingerprint: SHA-256 of the token files and the tokenizer.
+        files: what the token files hold: those of `train`, then that of `val`.
+        counts: how often each token occurs in each of `files`, (files, vocabulary).
+        folder: where they are.
+    """
+
+    train: tuple[Tokens, ...]
+    weights: tuple[float, ...]
+    val: Tokens
+    encoding: tiktoken.Encoding
+    fingerprint: str
+    files: tuple[TokenFile, ...]
+    counts: npt.NDArray[np.int64]
+    folder: Path
+
+    @property
+    def train_tokens(self) -> int:
+        """Training tokens of all sources together."""
+        return sum(len(tokens) for tokens in self.train)
+
+    def unigram_entropy(self) -> float:
+        """H₁, nats per token: what guessing the validation tokens by their frequency costs.
+
+        The cross-entropy of the validation tokens under the training text's unigram distribution,
+        of several sources by their weights, with 1 added to every count so that a token which
+        training never shows has a probability. A model that learnt no more has this loss.
+        """
+        *train, val = self.counts
+        smoothed = [(row + 1) / (row.sum() + len(row)) for row in train]
+        guess = sum(w * p for w, p in zip(self.weights, smoothed, strict=True))
+        return float(-(val / val.sum()) @ np.log(guess))
+
+
+# ---------------------------------------------------------------------------------------------
+# Preparing, or finding what is prepared
+
+
+def find(config: DataConfig) -> Path | None:
+    """The folder in which this corpus stands prepared, or None."""
+    folder, _ = _plan(config)
+    return folder if (folder / "meta.json").is_file() else None
+
+
+def prepare(
+    config: DataConfig,
+    console: Console | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Dataset:
+    """The corpus that `config` describes, tokenized now unless that was done before.
+
+    Args:
+        console: says how far it is; without one, nothing is said.
+        stop: asked again and again; once true, the work ends and is kept for the next start.
+
+    Raises:
+        InputError: the source is missing, damaged or empty; another process prepares the same
+            corpus; the disk is full.
+        StoppedError: `stop` said so.
+    """
+    folder, plan = _plan(config)
+    try:
+        if not (folder / "meta.json").is_file():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _only_one(folder):
+                if not (folder / "meta.json").is_file():  # or it was finished a moment ago
+                    _build(config, plan, folder, console or Console(quiet=True), stop)
+    except OSError as error:
+        raise InputError(f"data.cache_dir: {folder.parent}: {error.strerror}") from None
+    return _open(config, folder)
+
+
+def vocab_size(config: DataConfig) -> int:
+    """Tokens that the tokenizer will have once the corpus is prepared.
+
+    Raises:
+        InputError: as `prepare`, where the text must be read to know.
+    """
+    if config.tokenizer == "bpe":
+        return config.vocab_size
+    _, files = _plan(config)
+    return _learn(config, files).n_vocab
+
+
+@dataclass(frozen=True)
+class _SourceFiles:
+    """One source, the files that it reads, and the token file that its documents go to."""
+
+    config: SourceConfig
+    files: list[Path]
+    target: str
+
+
+def _plan(config: DataConfig) -> tuple[Path, list[_SourceFiles]]:
+    """The folder that belongs to `config`, and what is read to fill it."""
+    plan = [
+        _SourceFiles(source, SOURCES[source.source].files(source), target)
+        for source, target in zip(config.sources, _train_names(config), strict=True)
+    ]
+    if config.validation is not None:
+        files = SOURCES[config.validation.source].files(config.validation)
+        plan.append(_SourceFiles(config.validation, files, "val"))
+    options = config.model_dump(
+        mode="json", include={"tokenizer", "holdout", "val_fraction", "vocabulary", "vocab_size"}
+    )
+    if config.tokenizer != "bpe":
+        del options["vocab_size"]
+    if config.validation is not None:
+        del options["holdout"], options["val_fraction"]
+    if config.vocabulary is not None:
+        options["vocabulary"] = tokenizer.to_json(tokenizer.load(Path(config.vocabulary)))
+    stamps = [
+        [str(path.absolute()), (stat := path.stat()).st_size, stat.st_mtime_ns]
+        for source in plan
+        for path in source.files
+    ]
+    fields = set(SourceConfig.model_fields) - {"path"}
+    sources = [[s.target, s.config.model_dump(mode="json", include=fields)] for s in plan]
+    text = json.dumps([FORMAT, options, sources, stamps])
+    key = hashlib.sha256(text.encode()).hexdigest()
+    name = "mix" if config.mix else config.source
+    return Path(config.cache_dir) / f"{name}-{config.tokenizer}-{key[:12]}", plan
+
+
+def _train_names(config: DataConfig) -> list[str]:
+    return [f"train-{index}" for index in range(len(config.mix))] or ["train"]
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Hold the lock for preparing `folder`; it is given up when this process ends, however.
+
+    Raises:
+        InputError: another process has it.
+    """
+    path = folder.with_name(f".{folder.name}.lock")
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"{folder}: another process is preparing this data; start again when it is done"
+        ) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+def _build(
+    config: DataConfig,
+    plan: list[_SourceFiles],
+    folder: Path,
+    console: Console,
+    stop: Callable[[], bool],
+) -> None:
+    """Make `folder`, whole; what a failure leaves is only kept if the next start can use it."""
+    building = folder.with_name(f".{folder.name}.building")
+    try:
+        _Preparation(config, plan, building, console, stop).run()
+        building.rename(folder)
+        flush(folder.parent)
+    except (UnreachableError, StoppedError):
+        if not (building / "tokenizer.json").is_file():
+            shutil.rmtree(building, ignore_errors=True)
+        raise
+    except Exception:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+# ---------------------------------------------------------------------------------------------
+# The work
+
+Piece = str | Tokens
+Item = tuple[str, Piece, bool]  # token file, text or tokens, whether the document ends with it
+
+
+class _Preparation:
+    """Filling one folder: vocabulary, token files, and what they hold."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        plan: list[_SourceFiles],
+        folder: Path,
+        console: Console,
+        stop: Callable[[], bool],
+    ) -> None:
+        self.config, self.plan, self.folder = config, plan, folder
+        self.console, self.stop = console, stop
+        self.names = [*_train_names(config), "val"]
+        files = [path for source in plan for path in source.files]
+        self.total = sum(path.stat().st_size for path in files) if files else None
+        self.read: int | None = None
+
+    def run(self) -> None:
+        """Do all that an earlier start has not done."""
+        number = sum(len(source.files) for source in self.plan)
+        what = f"{number:,} file{'' if number == 1 else 's'}" if number else "a dataset of the hub"
+        place = self.folder.name.removeprefix(".").removesuffix(".building")
+        self.console.say(
+            f"preparing {what} with the {self.config.tokenizer} tokenizer -> "
+            f"{self.folder.parent / place}"
+        )
+        self.folder.mkdir(exist_ok=True)
+        encoding = self._vocabulary()
+        dtype = np.dtype(np.uint16 if encoding.n_vocab <= 2**16 else np.uint32)
+        self._write(encoding, dtype)
+        counts = np.zeros((len(self.names), encoding.n_vocab), np.int64)
+        files = []
+        for name, row in zip(self.names, counts, strict=True):
+            files.append(_describe(self.folder / f"{name}.bin", dtype, encoding, row))
+            if not files[-1].documents:
+                raise self._nothing_for(name)
+        counts.tofile(self.folder / "counts.bin")
+        others = {name: describe(self.folder / name) for name in ("tokenizer.json", "counts.bin")}
+        meta = {
+            "format": FORMAT,
+            "dtype": dtype.name,
+            "vocabulary": encoding.n_vocab,
+            "fingerprint": hashlib.sha256(
+                "".join(
+                    [*(f.sha256 for f in files), str(others["tokenizer.json"]["sha256"])]
+                ).encode()
+            ).hexdigest(),
+            "files": [asdict(file) for file in files],
+            "others": others,
+        }
+        (self.folder / "progress.json").unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            flush(path)
+        write_text(self.folder / "meta.json", json.dumps(meta, indent=2) + "\n")
+
+    def _nothing_for(self, name: str) -> InputError:
+        config = self.config
+        if name == "val" and config.validation is not None:
+            return InputError("data.validation: holds no text")
+        where = f"data.mix.{name.rpartition('-')[2]}" if config.mix else "data"
+        kind = "validation" if name == "val" else "training"
+        return InputError(
+            f"{where}: no text was left for {kind} (holdout: {config.holdout}, "
+            f"val_fraction: {config.val_fraction});\n"
+            "with few documents use data.holdout: tail, which splits each of them"
+        )
+
+    # -- The vocabulary --------------------------------------------------------------------------
+
+    def _vocabulary(self) -> tiktoken.Encoding:
+        """The tokenizer of an earlier start, or a new one, learnt from the text if it must be."""
+        path = self.folder / "tokenizer.json"
+        if path.is_file():
+            return tokenizer.load(path)
+        self._start("learning a vocabulary from")
+        encoding = _learn(self.config, self.plan, self._has_read, self.stop)
+        self.console.close()
+        if self.config.tokenizer == "bpe" and encoding.n_vocab < self.config.vocab_size:
+            self.console.say(
+                f"the text gave {encoding.n_vocab:,} of the {self.config.vocab_size:,} tokens of "
+                "data.vocab_size"
+            )
+        write_text(path, tokenizer.to_json(encoding))
+        return encoding
+
+    # -- The token files -------------------------------------------------------------------------
+
+    def _write(self, encoding: tiktoken.Encoding, dtype: np.dtype[Any]) -> None:
+        """Append every document's tokens to its token file, in order."""
+        note = self.folder / "progress.json"
+        done: dict[str, int] = {"items": 0, **dict.fromkeys(self.names, 0)}
+        if note.is_file():
+            done = json.loads(note.read_text("utf-8"))
+            self.console.say("going on where an earlier start was stopped")
+        items = _items(self.config, self.plan, self._has_read, encoding.eot_token)
+        self._start("encoding")
+        with contextlib.ExitStack() as stack:
+            files: dict[str, BinaryIO] = {}
+            for name in self.names:
+                files[name] = stack.enter_context((self.folder / f"{name}.bin").open("ab"))
+                files[name].truncate(done[name])
+            stack.callback(self.console.close)
+            pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            encode = lambda job: _encode(job, encoding, dtype)  # noqa: E731
+            count, noted = done["items"], time.monotonic()
+            jobs = _jobs(itertools.islice(items, count, None))
+            for number, arrays in _in_order(pool, encode, jobs):
+                for name, ids in arrays.items():
+                    files[name].write(ids.data)
+                count += number
+                stopping = self.stop()
+                if stopping or time.monotonic() - noted > NOTE_EVERY:
+                    for file in files.values():
+                        file.flush()
+                        os.fsync(file.fileno())
+                    sizes = {name: file.tell() for name, file in files.items()}
+                    write_text(note, json.dumps({"items": count, **sizes}) + "\n")
+                    noted = time.monotonic()
+                if stopping:
+                    raise StoppedError("stopped while preparing data; the same start goes on")
+
+    # -- What is said ----------------------------------------------------------------------------
+
+    def _start(self, what: str) -> None:
+        self.read, self.what = None, what
+
+    def _has_read(self, count: int) -> None:
+        if self.read is None:
+            self.read = 0
+            self.console.start(self.total, what=self.what, unit="B", every=SAY_EVERY)
+        self.read += count
+        self.console.progress(self.read)
+
+
+def _learn(
+    config: DataConfig,
+    plan: list[_SourceFiles],
+    read: Read = lambda count: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> tiktoken.Encoding:
+    """The tokenizer, from the training text; for chars from all, as each one needs a token."""
+
+    def texts() -> Iterator[str]:
+        for target, piece, _ in _items(config, plan, read, end_of_text=-1):
+            if stop():
+                raise StoppedError("stopped while a vocabulary was learnt")
+            if isinstance(piece, str) and (target != "val" or config.tokenizer == "chars"):
+                yield piece
+
+    return tokenizer.TOKENIZERS[config.tokenizer](config, texts())
+
+
+def _items(
+    config: DataConfig, plan: list[_SourceFiles], read: Read, end_of_text: int
+) -> Iterator[Item]:
+    """Every piece of every document with the token file that it goes to, always in one order."""
+    for source in plan:
+        kind = SOURCES[source.config.source]
+        for document in kind.documents(source.config, source.files, read, end_of_text):
+            if config.validation is not None:
+                yield from _one_target(source.target, document.pieces)
+            elif config.holdout == "documents":
+                yield from _by_hash(source.target, document, config.val_fraction)
+            else:
+                yield from _by_tail(source.target, document, config.val_fraction)
+
+
+def _one_target(target: str, pieces: Iterable[Piece]) -> Iterator[Item]:
+    before: Piece | None = None
+    for piece in pieces:
+        if before is not None:
+            yield target, before, False
+        before = piece
+    if before is not None:
+        yield target, before, True
+
+
+def _by_hash(target: str, document: Document, fraction: float) -> Iterator[Item]:
+    """All of a document to one side, by a hash of its beginning, whatever else there is."""
+    pieces: Iterator[Piece] = iter(document.pieces)
+    beginning: list[Piece] = []
+    length, digest = 0, hashlib.sha256()
+    for piece in pieces:
+        beginning.append(piece)
+        digest.update(piece.encode() if isinstance(piece, str) else piece.astype("<u4").data)
+        length += len(piece)
+        if length >= HASHED:
+            break
+    held_out = int.from_bytes(digest.digest()[:8], "little") < fraction * 2**64
+    yield from _one_target("val" if held_out else target, itertools.chain(beginning, pieces))
+
+
+def _by_tail(target: str, document: Document, fraction: float) -> Iterator[Item]:
+    """The last `fraction` of a document to validation, by UTF-8 bytes or by tokens."""
+    left = int(document.size() * (1 - fraction))
+    pieces: Iterator[Piece] = iter(document.pieces)
+    head: list[Piece] = []
+
+    def training() -> Iterator[Piece]:
+        nonlocal left
+        for piece in pieces:
+            size = _size(piece)
+            if size <= left:
+                left -= size
+                yield piece
+                continue
+            cut = _cut(piece, left)
+            if len(piece[:cut]):
+                yield piece[:cut]
+            head.append(piece[cut:])
+            return
+
+    yield from _one_target(target, training())
+    yield from _one_target("val", itertools.chain(head, pieces))
+
+
+def _size(piece: Piece) -> int:
+    if not isinstance(piece, str) or piece.isascii():
+        return len(piece)
+    return len(piece.encode())
+
+
+def _cut(piece: Piece, size: int) -> int:
+    """Where the first `size` bytes or tokens of `piece` end, between two characters."""
+    if not isinstance(piece, str) or piece.isascii():
+        return size
+    return len(piece.encode()[:size].decode(errors="ignore"))
+
+
+def _jobs(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """Items in lists of about `JOB` characters or tokens."""
+    job: list[Item] = []
+    size = 0
+    for item in items:
+        job.append(item)
+        size += len(item[1])
+        if size >= JOB:
+            yield job
+            job, size = [], 0
+    if job:
+        yield job
+
+
+def _encode(
+    job: list[Item], encoding: tiktoken.Encoding, dtype: np.dtype[Any]
+) -> tuple[int, dict[str, Tokens]]:
+    """The number of items, and their tokens for each token file. Runs without the GIL, mostly."""
+    end = np.array([encoding.eot_token], np.uint32)
+    parts: dict[str, list[npt.NDArray[Any]]] = {}
+    for name, piece, last in job:
+        part = parts.setdefault(name, [])
+        if isinstance(piece, str):
+            tokenizer.check_characters(encoding, piece, "data")
+            part.append(encoding.encode_to_numpy(piece, disallowed_special=()))
+        else:
+            part.append(piece)
+        if last:
+            part.append(end)
+    joined = {name: np.concatenate(part).astype(dtype) for name, part in parts.items()}
+    return len(job), joined
+
+
+def _in_order(
+    pool: ThreadPoolExecutor,
+    work: Callable[[list[Item]], tuple[int, dict[str, Tokens]]],
+    jobs: Iterable[list[Item]],
+) -> Iterator[tuple[int, dict[str, Tokens]]]:
+    """`map(work, jobs)` on all workers, with no more jobs in memory than keep them busy."""
+    ahead = 2 * (os.cpu_count() or 1)
+    waiting: deque[Future[tuple[int, dict[str, Tokens]]]] = deque()
+    for job in jobs:
+        waiting.append(pool.submit(work, job))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+# ---------------------------------------------------------------------------------------------
+# What a token file holds
+
+
+def _describe(
+    path: Path, dtype: np.dtype[Any], encoding: tiktoken.Encoding, counts: npt.NDArray[np.int64]
+) -> TokenFile:
+    """Describe a token file, and fill in how often each token occurs in it."""
+    ids: Tokens = _map(path, dtype)
+    start = longest = 0
+    for at in range(0, len(ids), BLOCK):
+        block = ids[at : at + BLOCK]
+        counts += np.bincount(block, minlength=len(counts))
+        ends = at + np.flatnonzero(block == encoding.eot_token)
+        if len(ends):
+            longest = max(longest, int(np.diff(ends, prepend=start - 1).max()) - 1)
+            start = int(ends[-1]) + 1
+    stat = path.stat()
+    return TokenFile(
+        name=path.stem,
+        documents=int(counts[encoding.eot_token]),
+        tokens=len(ids),
+        bytes=int(counts @ np.array(tokenizer.byte_lengths(encoding))),
+        longest=longest,
+        size=stat.st_size,
+        sha256=str(describe(path)["sha256"]),
+        time=stat.st_mtime_ns,
+    )
+
+
+def _map(path: Path, dtype: np.dtype[Any]) -> Tokens:
+    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+
+
+def _open(config: DataConfig, folder: Path) -> Dataset:
+    """A prepared corpus, held against its sidecar.
+
+    Raises:
+        InputError: a file is missing, has been cut short, or is not what was written.
+    """
+    try:
+        meta = json.loads((folder / "meta.json").read_text("utf-8"))
+        files = TypeAdapter(tuple[TokenFile, ...]).validate_python(meta["files"])
+        for name, description in meta["others"].items():
+            if describe(folder / name) != description:
+                raise ValueError(f"{name} is not what was written")
+        for file in files:
+            _verify(folder / f"{file.name}.bin", file)
+        dtype = np.dtype(meta["dtype"])
+        *train, val = (_map(folder / f"{file.name}.bin", dtype) for file in files)
+        encoding = tokenizer.load(folder / "tokenizer.json")
+        return Dataset(
+            train=tuple(train),
+            weights=config.weights,
+            val=val,
+            encoding=encoding,
+            fingerprint=str(meta["fingerprint"]),
+            files=files,
+            counts=np.fromfile(folder / "counts.bin", np.int64).reshape(len(files), -1),
+            folder=folder,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"{folder}: is damaged ({reason}); delete the folder to prepare it again"
+        ) from None
+
+
+def _verify(path: Path, file: TokenFile) -> None:
+    """Hold a token file against its size and SHA-256; a large one is hashed if it was touched."""
+    stat = path.stat()
+    if stat.st_size != file.size:
+        raise ValueError(f"{path.name} has {stat.st_size:,} bytes, {file.size:,} were written")
+    trusted = file.size > REHASH and stat.st_mtime_ns == file.time
+    if not trusted and describe(path)["sha256"] != file.sha256:
+        raise ValueError(f"{path.name} is not what was written")

@@ -1,0 +1,171 @@
+"""Sequences: token files -> batches.
+
+A training batch is a pure function of (data seed, step): sample i of the run is the same whatever
+the batch size, the number of processes, or what was read before. Validation sequences never change.
+
+Batches are NumPy arrays of int64, (sequences, T) inputs and (sequences, T) targets, one place on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from gpt.data.sources import Tokens
+from gpt.errors import InputError
+from gpt.rng import derive
+
+Batch = npt.NDArray[np.int64]
+Made = TypeVar("Made")
+
+CYCLE = 1000  # samples in which each of several sources has its exact share
+
+
+class TrainingSequences:
+    """The training tokens as an endless, seeded stream of windows of `context` tokens.
+
+    With windows "epochs" each epoch of a source is a fresh permutation of its non-overlapping
+    windows, from an offset of its own; the last window runs on into the first tokens, so that every
+    token is an input once an epoch, but for the fewer than T that are left at the end of it. With
+    "random" each window starts anywhere, as in nanoGPT.
+
+    Args:
+        train: token ids of each source.
+        weights: shares of the sources, adding up to 1.
+        context: T, tokens of a sequence; each has T inputs and T targets, one position on.
+        seed: seed of the order.
+        windows: "epochs" or "random".
+
+    Raises:
+        InputError: a source has fewer tokens than one window needs.
+    """
+
+    def __init__(
+        self,
+        train: Sequence[Tokens],
+        context: int,
+        seed: int,
+        *,
+        weights: Sequence[float] = (1.0,),
+        windows: Literal["epochs", "random"] = "epochs",
+    ) -> None:
+        for tokens in train:
+            if len(tokens) <= context:
+                raise InputError(
+                    f"model.context: {context} needs more than the {len(tokens):,} training tokens"
+                )
+        self.train, self.context, self.seed, self.windows = train, context, seed, windows
+        self.slots = _shares(weights)
+        self._cycle = -1, self.slots  # the newest: its number, and its slots' order
+        self._epochs: dict[tuple[int, int], tuple[int, npt.NDArray[np.int64]]] = {}
+
+    def batch(self, step: int, size: int, rank: int = 0, world: int = 1) -> tuple[Batch, Batch]:
+        """Inputs and targets of update `step` (from 1), (size / world, T) each.
+
+        Args:
+            size: sequences of the update, over all processes.
+            rank, world: this process and their number; together they hold what one would.
+        """
+        share = size // world
+        first = (step - 1) * size + rank * share
+        rows = [self._window(index) for index in range(first, first + share)]
+        return _inputs_and_targets(rows)
+
+    def _window(self, index: int) -> Tokens:
+        """The T + 1 tokens of sample `index` of the run."""
+        source, index = self._source(index)
+        tokens, T = self.train[source], self.context
+        if self.windows == "random":
+            start = derive(self.seed, "window", source, index) % (len(tokens) - T)
+        else:
+            epoch, place = divmod(index, len(tokens) // T)
+            offset, order = self._epoch(source, epoch)
+            start = (offset + int(order[place]) * T) % len(tokens)
+        window = tokens[start : start + T + 1]
+        if len(window) <= T:
+            window = np.concatenate([window, tokens[: T + 1 - len(window)]])
+        return window
+
+    def _source(self, index: int) -> tuple[int, int]:
+        """Which source sample `index` comes from, and the how-manieth of that source it is."""
+        if len(self.train) == 1:
+            return 0, index
+        cycle, place = divmod(index, CYCLE)
+        if cycle != self._cycle[0]:
+            random = np.random.default_rng(derive(self.seed, "mix", cycle))
+            self._cycle = cycle, random.permutation(self.slots)
+        order = self._cycle[1]
+        source = int(order[place])
+        before = int(np.count_nonzero(order[:place] == source))
+        return source, cycle * int(np.count_nonzero(order == source)) + before
+
+    def _epoch(self, source: int, epoch: int) -> tuple[int, npt.NDArray[np.int64]]:
+        """Offset of the windows, and their order."""
+        if (source, epoch) not in self._epochs:
+            self._epochs.pop((source, epoch - 2), None)
+            count = len(self.train[source])
+            random = np.random.default_rng(derive(self.seed, "data", source, epoch))
+            offset = int(random.integers(count))
+            self._epochs[source, epoch] = offset, random.permutation(count // self.context)
+        return self._epochs[source, epoch]
+
+
+def _shares(weights: Sequence[float]) -> npt.NDArray[np.int64]:
+    """`CYCLE` slots, of which each source has its share, to the nearest; at least one each."""
+    exact = np.array(weights) * CYCLE
+    counts = np.maximum(1, np.floor(exact).astype(np.int64))
+    while counts.sum() != CYCLE:
+        sign = 1 if counts.sum() < CYCLE else -1
+        counts[np.argmax(sign * (exact - counts))] += sign
+    return np.repeat(np.arange(len(weights)), counts)
+
+
+class ValidationSequences:
+    """The fixed windows to evaluate on: all of the validation tokens', or `limit`, spread evenly.
+
+    Raises:
+        InputError: there are fewer tokens than one window needs.
+    """
+
+    def __init__(self, tokens: Tokens, context: int, limit: int | None) -> None:
+        windows = (len(tokens) - 1) // context
+        if windows < 1:
+            raise InputError(
+                f"model.context: {context} needs more than the {len(tokens):,} validation tokens; "
+                "raise data.val_fraction"
+            )
+        self.tokens, self.context = tokens, context
+        self._windows, self._count = windows, min(windows, limit or windows)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batches(self, size: int) -> Iterator[tuple[Batch, Batch]]:
+        """All of them in order, `size` at a time."""
+        for first in range(0, len(self), size):
+            numbers = range(first, min(first + size, len(self)))
+            starts = (number * self._windows // self._count * self.context for number in numbers)
+            yield _inputs_and_targets(
+                [self.tokens[start : start + self.context + 1] for start in starts]
+            )
+
+
+def _inputs_and_targets(windows: list[Tokens]) -> tuple[Batch, Batch]:
+    rows = np.stack(windows).astype(np.int64)
+    return rows[:, :-1], rows[:, 1:]
+
+
+def ahead(make: Callable[[int], Made], steps: Iterable[int]) -> Iterator[Made]:
+    """`map(make, steps)`, with the next one made in a thread while the last one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for step in steps:
+            made, coming = coming, pool.submit(make, step)
+            if made is not None:
+                yield made.result()
+        if coming is not None:
+            yield coming.result()

@@ -1,0 +1,508 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from filelock import FileLock
+
+from gpt.config import Config, DataConfig
+from gpt.console import Console
+from gpt.data import preparation
+from gpt.data.preparation import Dataset, find, prepare
+from gpt.data.sources import Tokens
+from gpt.errors import InputError, StoppedError
+from gpt.tokenizer import to_json
+
+
+def text_config(folder: Path, *paths: object, **options: Any) -> DataConfig:
+    tree = {"source": "text", "tokenizer": "bytes", "val_fraction": 0.3, **options}
+    if paths:
+        tree["path"] = [str(p) for p in paths]
+    return DataConfig.model_validate({**tree, "cache_dir": str(folder / "cache")})
+
+
+def texts(dataset: Dataset, tokens: Tokens) -> list[str]:
+    joined = dataset.encoding.decode(tokens.tolist())
+    assert joined.endswith("<|endoftext|>")
+    return joined.split("<|endoftext|>")[:-1]
+
+
+def left(config: DataConfig) -> list[str]:
+    """What stands in the cache folder."""
+    folder = Path(config.cache_dir)
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of 30 documents."""
+    (tmp_path / "in").mkdir()
+    for index in range(30):
+        (tmp_path / f"in/{index:02}.txt").write_text(f"document number {index} " * (index + 1))
+    return tmp_path
+
+
+# -- What is in the files ----------------------------------------------------------------------
+
+
+def test_tokens_are_the_documents_each_ended(folder: Path):
+    dataset = prepare(text_config(folder, folder / "in"))
+    (train,) = dataset.train
+    expected = [path.read_text() for path in sorted((folder / "in").iterdir())]
+    train_texts, val_texts = texts(dataset, train), texts(dataset, dataset.val)
+    assert sorted(train_texts + val_texts) == sorted(expected)
+    assert train_texts == [text for text in expected if text in train_texts]
+    assert 0 < len(val_texts) < 20
+
+
+def test_the_held_out_documents_do_not_depend_on_the_others(folder: Path):
+    first = prepare(text_config(folder, folder / "in"))
+    held_out = set(texts(first, first.val))
+    (folder / "in/00.txt").unlink()
+    second = prepare(text_config(folder, folder / "in"))
+    assert held_out - set(texts(second, second.val)) <= {"document number 0 "}
+    assert set(texts(second, second.val)) <= held_out
+
+
+def test_half_a_share_is_about_half_of_many(folder: Path):
+    path = folder / "many.jsonl"
+    path.write_text("".join(json.dumps({"text": f"line {n}"}) + "\n" for n in range(2000)))
+    dataset = prepare(text_config(folder, path, source="jsonl", val_fraction=0.5))
+    assert 900 < dataset.files[-1].documents < 1100
+
+
+@pytest.mark.parametrize("text", ["0123456789", "é" * 10, "a" * 200_000, "日本語 " * 50_000])
+def test_tail_splits_each_document(tmp_path: Path, text: str):
+    (tmp_path / "a.txt").write_text(text)
+    config = text_config(tmp_path, tmp_path / "a.txt", holdout="tail", val_fraction=0.2)
+    dataset = prepare(config)
+    (train,), (val,) = texts(dataset, dataset.train[0]), texts(dataset, dataset.val)
+    assert train + val == text
+    cut = int(len(text.encode()) * 0.8)
+    assert cut - 4 < len(train.encode()) <= cut
+
+
+def test_long_documents_are_tokenized_as_a_whole(tmp_path: Path):
+    text = "".join(f"word{n} and\n  {n * n}; " for n in range(60_000))
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "v.txt").write_text("word1 and")
+    config = text_config(
+        tmp_path, tmp_path / "a.txt", tokenizer="bpe", vocab_size=500, validation={"path": "x"}
+    )
+    config = config.model_copy(update={"validation": text_config(tmp_path, tmp_path / "v.txt")})
+    dataset = prepare(config)
+    expected = [*dataset.encoding.encode_ordinary(text), dataset.encoding.eot_token]
+    assert dataset.train[0].tolist() == expected
+
+
+def test_many_workers_keep_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lines = [f"{n} " * (n % 50) for n in range(3000)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    monkeypatch.setattr(preparation, "JOB", 100)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    dataset = prepare(text_config(tmp_path, path, source="jsonl", validation={"path": str(path)}))
+    assert texts(dataset, dataset.train[0]) == [line for line in lines if line]
+
+
+def test_several_sources_and_a_validation_source(folder: Path):
+    (folder / "v.txt").write_text("validation")
+    (folder / "b.jsonl").write_text('{"body": "from JSON"}\n')
+    mix = [
+        {"path": str(folder / "in"), "weight": 3},
+        {"source": "jsonl", "path": str(folder / "b.jsonl"), "text_field": "body"},
+    ]
+    config = text_config(folder, mix=mix, validation={"path": str(folder / "v.txt")})
+    dataset = prepare(config)
+    assert [file.name for file in dataset.files] == ["train-0", "train-1", "val"]
+    assert [file.documents for file in dataset.files] == [30, 1, 1]
+    assert texts(dataset, dataset.train[1]) == ["from JSON"]
+    assert texts(dataset, dataset.val) == ["validation"]
+    assert dataset.weights == (0.75, 0.25)
+    assert dataset.train_tokens == sum(map(len, dataset.train))
+    other = [{**mix[0], "weight": 1}, mix[1]]
+    again = text_config(folder, mix=other, validation={"path": str(folder / "v.txt")})
+    assert find(again) == dataset.folder  # a weight changes no token
+
+
+def test_held_out_documents_of_several_sources_are_joined(folder: Path):
+    half = [{"path": str(folder / "in/0*.txt")}, {"path": str(folder / "in/[12]*.txt")}]
+    mixed = prepare(text_config(folder, mix=half))
+    whole = prepare(text_config(folder, folder / "in"))
+    assert (mixed.val == whole.val).all()
+    assert sum(file.documents for file in mixed.files) == 30
+
+
+def test_token_files_of_others_are_read(tmp_path: Path):
+    ids = np.array([72, 105, 256, 33, 33, 256], "<u2")
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.bin").write_bytes(ids.tobytes())
+    config = text_config(
+        tmp_path, tmp_path / "train.bin", source="tokens",
+        validation={"path": str(tmp_path / "val.bin")},
+    )  # fmt: skip
+    dataset = prepare(config)
+    assert dataset.train[0].tolist() == ids.tolist()
+    assert texts(dataset, dataset.val) == ["Hi", "!!"]
+
+
+def test_a_prepared_corpus_moves_as_tokens_with_its_vocabulary(folder: Path):
+    first = prepare(text_config(folder, folder / "in", tokenizer="bpe", vocab_size=300))
+    moved = text_config(
+        folder, first.folder / "train.bin", source="tokens", tokenizer="file",
+        vocabulary=str(first.folder / "tokenizer.json"),
+        validation={"path": str(first.folder / "val.bin")},
+    )  # fmt: skip
+    second = prepare(moved)
+    assert second.fingerprint == first.fingerprint
+    assert second.files[0].sha256 == first.files[0].sha256
+
+
+def test_bpe_learns_from_the_training_text_only(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("ab" * 500 + "xyz" * 100)
+    config = text_config(
+        tmp_path, tmp_path / "a.txt", tokenizer="bpe", vocab_size=300, holdout="tail",
+        val_fraction=0.25,
+    )  # fmt: skip
+    tokens = prepare(config).encoding._mergeable_ranks
+    assert b"ab" in tokens
+    assert not [token for token in tokens if len(token) > 1 and b"x" in token[:1]][3:]
+
+
+def test_chars_know_the_validation_text_too(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("abc")
+    (tmp_path / "v.txt").write_text("xyz")
+    config = text_config(
+        tmp_path, tmp_path / "a.txt", tokenizer="chars",
+        validation={"path": str(tmp_path / "v.txt")},
+    )  # fmt: skip
+    dataset = prepare(config)
+    assert texts(dataset, dataset.val) == ["xyz"]
+
+
+def test_a_vocabulary_that_lacks_a_character_is_refused(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("abc" * 10)
+    (tmp_path / "b.txt").write_text("abß" * 10)
+    chars = text_config(tmp_path, tmp_path / "a.txt", tokenizer="chars", holdout="tail")
+    (tmp_path / "t.json").write_text(to_json(prepare(chars).encoding))
+    config = text_config(
+        tmp_path, tmp_path / "b.txt", tokenizer="file", vocabulary=str(tmp_path / "t.json"),
+        holdout="tail",
+    )  # fmt: skip
+    with pytest.raises(InputError, match="'ß' is not among the 3"):
+        prepare(config)
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("".join(map(chr, range(0x4E00, 0x4E00 + 20000))) * 4)
+    (tmp_path / "b.txt").write_text("".join(map(chr, range(0x10000, 0x10000 + 50000))))
+    paths = tmp_path / "a.txt", tmp_path / "b.txt"
+    dataset = prepare(text_config(tmp_path, *paths, tokenizer="chars", holdout="tail"))
+    assert dataset.train[0].dtype == np.uint32
+    assert dataset.encoding.n_vocab == 70001
+
+
+# -- What is said of them ----------------------------------------------------------------------
+
+
+def test_the_sidecar_is_true_of_the_files(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(preparation, "BLOCK", 50)
+    config = text_config(folder, folder / "in", tokenizer="bpe", vocab_size=280)
+    dataset = prepare(config)
+    meta = json.loads((dataset.folder / "meta.json").read_text())
+    assert (meta["dtype"], meta["vocabulary"]) == ("uint16", 280)
+    for file, tokens in zip(dataset.files, (*dataset.train, dataset.val), strict=True):
+        found = texts(dataset, tokens)
+        path = dataset.folder / f"{file.name}.bin"
+        assert file.documents == len(found)
+        assert file.bytes == sum(len(text.encode()) for text in found)
+        assert file.tokens == len(tokens) == path.stat().st_size // 2
+        assert file.longest == max(len(dataset.encoding.encode(text)) for text in found)
+        assert file.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    joined = np.concatenate([*dataset.train, dataset.val])
+    assert (dataset.counts.sum(0) == np.bincount(joined, minlength=280)).all()
+
+
+def test_unigram_entropy_by_hand(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("aaab")
+    (tmp_path / "v.txt").write_text("ab")
+    config = text_config(
+        tmp_path, tmp_path / "a.txt", tokenizer="chars",
+        validation={"path": str(tmp_path / "v.txt")},
+    )  # fmt: skip
+    # Training: a 3, b 1, end 1 of 5; validation: one each. With 1 added: 4, 2, 2 of 8.
+    expected = -(math.log(4 / 8) + 2 * math.log(2 / 8)) / 3
+    assert prepare(config).unigram_entropy() == pytest.approx(expected)
+
+
+def test_unigram_entropy_of_several_sources_goes_by_weight(tmp_path: Path):
+    for name, text in (("a", "aaaa"), ("b", "bbbb"), ("v", "ab")):
+        (tmp_path / name).write_text(text)
+    for weight in (1.0, 3.0):
+        mix = [{"path": str(tmp_path / "a"), "weight": weight}, {"path": str(tmp_path / "b")}]
+        config = text_config(
+            tmp_path, mix=mix, tokenizer="chars", validation={"path": str(tmp_path / "v")}
+        )
+        share = weight / (weight + 1)  # each: 5 and 1 and 2 of 8, with 1 added
+        a, b = share * 5 / 8 + (1 - share) / 8, share / 8 + (1 - share) * 5 / 8
+        expected = -(math.log(a) + math.log(b) + math.log(2 / 8)) / 3
+        assert prepare(config).unigram_entropy() == pytest.approx(expected)
+
+
+# -- The cache ---------------------------------------------------------------------------------
+
+
+def test_a_second_start_finds_the_prepared_corpus(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    config = text_config(folder, folder / "in")
+    assert find(config) is None
+    first = prepare(config, Console())
+    assert "preparing 30 files with the bytes tokenizer" in capsys.readouterr().err
+    monkeypatch.setattr(preparation, "_Preparation", None)
+    second = prepare(config, Console())
+    assert capsys.readouterr().err == ""
+    assert first.fingerprint == second.fingerprint
+    assert find(config) == first.folder
+    assert left(config) == [first.folder.name]
+
+
+@pytest.mark.parametrize("change", ["file", "option", "one more", "field"])
+def test_a_change_is_noticed(folder: Path, change: str):
+    first = prepare(text_config(folder, folder / "in"))
+    options: dict[str, Any] = {}
+    if change == "file":
+        before = (folder / "in/03.txt").stat()
+        (folder / "in/03.txt").write_text("x" * before.st_size)
+    elif change == "option":
+        options = {"val_fraction": 0.5}
+    elif change == "field":
+        options = {"invalid_text": "replace"}
+    else:
+        (folder / "in/more.txt").write_text("more")
+    second = prepare(text_config(folder, folder / "in", **options))
+    assert first.folder != second.folder
+    assert (first.fingerprint == second.fingerprint) == (change == "field")
+
+
+@pytest.mark.parametrize(
+    "name", ["train.bin", "val.bin", "counts.bin", "tokenizer.json", "meta.json"]
+)
+@pytest.mark.parametrize("damage", ["cut", "altered", "missing"])
+def test_a_damaged_file_is_refused(folder: Path, name: str, damage: str):
+    config = text_config(folder, folder / "in")
+    path = prepare(config).folder / name
+    content = path.read_bytes()
+    before = path.stat()
+    if damage == "cut":
+        path.write_bytes(content[:-2])
+    elif damage == "altered":
+        path.write_bytes(content.replace(b"n", b"m", 1) if name != "counts.bin" else content[::-1])
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    else:
+        path.unlink()
+    if (name, damage) == ("meta.json", "missing"):
+        assert find(config) is None
+        return
+    with pytest.raises(InputError, match=r"is damaged .*delete the folder to prepare it again"):
+        prepare(config)
+
+
+def test_a_large_file_is_hashed_again_only_if_it_was_touched(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = text_config(folder, folder / "in")
+    path = prepare(config).folder / "train.bin"
+    monkeypatch.setattr(preparation, "REHASH", 10)
+    content, before = path.read_bytes(), path.stat()
+    path.write_bytes(content[::-1])
+    with pytest.raises(InputError, match=r"train\.bin is not what was written"):
+        prepare(config)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    prepare(config)
+    path.write_bytes(content)
+    prepare(config)
+
+
+# -- Interruptions and failures ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_stopped_anywhere_it_goes_on_to_the_same(
+    folder: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(preparation, "JOB", 100)
+    options: dict[str, Any] = {"tokenizer": tokenizer, "vocab_size": 280}
+    whole = prepare(text_config(folder / "whole", folder / "in", **options))
+    config = text_config(folder, folder / "in", **options)
+    learnt: list[int] = []
+    real = preparation._learn
+    monkeypatch.setattr(preparation, "_learn", lambda *a: learnt.append(1) or real(*a))
+    stops = 0
+    while find(config) is None:
+        learning = tokenizer == "bpe" and not stops  # which asks 30 times
+        limit = 35 if learning else 7
+        asked = iter(range(limit + 1))
+        try:
+            prepare(config, stop=lambda asked=asked, limit=limit: next(asked) == limit)
+        except StoppedError:
+            stops += 1
+            (building,) = left(config)
+            assert building.endswith(".building")
+    pieced = prepare(config)
+    assert stops > 2
+    assert len(learnt) == 1
+    assert pieced.fingerprint == whole.fingerprint
+    assert [file.sha256 for file in pieced.files] == [file.sha256 for file in whole.files]
+    assert left(config) == [pieced.folder.name]
+
+
+def test_what_was_written_after_the_last_note_is_written_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(preparation, "JOB", 100)
+    whole = prepare(text_config(folder / "whole", folder / "in"))
+    config = text_config(folder, folder / "in")
+    asked = iter(range(40))
+    with pytest.raises(StoppedError):
+        prepare(config, stop=lambda: next(asked) == 10)
+    (building,) = left(config)
+    with (Path(config.cache_dir) / building / "train.bin").open("ab") as file:
+        file.write(b"half-written")
+    assert prepare(config).fingerprint == whole.fingerprint
+
+
+def test_stopped_while_a_vocabulary_is_learnt_nothing_is_left(folder: Path):
+    config = text_config(folder, folder / "in", tokenizer="bpe")
+    with pytest.raises(StoppedError):
+        prepare(config, stop=lambda: True)
+    assert left(config) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (None, {}, "no such file, folder or pattern"),
+        (b"", {"holdout": "tail"}, "no text was left for training"),
+        (b"one document", {}, "no text was left for"),
+        (b"good \xff bad", {"holdout": "tail"}, "byte 5"),
+        (b"{}", {"source": "jsonl"}, "a.txt:1: has no field 'text'"),
+        (b"\0\2", {"source": "tokens"}, "beyond a vocabulary of 257"),
+        (b"text", {"tokenizer": "file", "vocabulary": "none.json"}, "none.json: cannot be read"),
+        (b"text", {"validation": {"path": "none.txt"}}, "none.txt: no such file"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_nothing(
+    tmp_path: Path, content: bytes | None, options: dict[str, Any], message: str
+):
+    if content is not None:
+        (tmp_path / "a.txt").write_bytes(content)
+    config = text_config(tmp_path, tmp_path / "a.txt", **options)
+    with pytest.raises(InputError) as caught:
+        prepare(config)
+    assert message in str(caught.value)
+    assert left(config) == []
+
+
+def test_an_empty_source_of_several_is_named(folder: Path):
+    (folder / "empty.txt").write_text("")
+    mix = [{"path": str(folder / "in")}, {"path": str(folder / "empty.txt")}]
+    with pytest.raises(InputError, match=r"data\.mix\.1: no text was left for training"):
+        prepare(text_config(folder, mix=mix))
+    with pytest.raises(InputError, match=r"data\.validation: holds no text"):
+        prepare(text_config(folder, folder / "in", validation={"path": str(folder / "empty.txt")}))
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    config = text_config(folder, folder / "in")
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(preparation, "_describe", full)
+    with pytest.raises(InputError, match=r"data\.cache_dir: .*cache: No space left on device"):
+        prepare(config)
+    assert left(config) == []
+
+
+def test_a_second_preparation_at_the_same_time_is_refused(folder: Path):
+    config = text_config(folder, folder / "in")
+    refused: list[str] = []
+
+    def second() -> bool:
+        if not refused:
+            with pytest.raises(InputError) as caught:
+                prepare(config)
+            refused.append(str(caught.value))
+        return False
+
+    dataset = prepare(config, stop=second)
+    assert "another process is preparing this data" in refused[0]
+    assert left(config) == [dataset.folder.name]
+
+
+def test_a_lock_that_nobody_holds_any_more_is_no_hindrance(folder: Path):
+    config = text_config(folder, folder / "in")
+    place, _ = preparation._plan(config)
+    place.parent.mkdir()
+    path = place.with_name(f".{place.name}.lock")
+    with FileLock(path):
+        pass
+    path.touch()
+    assert left(config) == [path.name]
+    prepare(config)
+    assert left(config) == [place.name]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_preparation_goes_on(
+    tiny: Callable[..., Config], tmp_path: Path, environment: dict[str, str], number: signal.Signals
+):
+    path = tmp_path / "a.jsonl"
+    line = json.dumps({"text": "some words to encode, and more of them; " * 40}) + "\n"
+    path.write_text(line * 60_000)
+    data = {"source": "jsonl", "path": [str(path)], "cache_dir": str(tmp_path / "cache")}
+    config = tiny(data={**data, "holdout": "tail"})
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    command = [sys.executable, "-m", "gpt.data", str(tmp_path / "c.yaml")]
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    place, _ = preparation._plan(config.data)
+    building = place.with_name(f".{place.name}.building")
+    while not (building / "train.bin").is_file() or not (building / "train.bin").stat().st_size:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    if number == signal.SIGTERM:
+        assert process.returncode == 75, stderr
+        assert "stopped while preparing data; the same start goes on" in stderr
+    else:
+        assert process.returncode == -signal.SIGKILL
+    assert (building / "tokenizer.json").is_file()
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert again.returncode == 0, again.stderr
+    assert ("going on where an earlier start was stopped" in again.stderr) == (
+        number == signal.SIGTERM
+    )
+    files = json.loads((place / "meta.json").read_text())["files"]
+    assert sum(file["documents"] for file in files) == 120_000
+    assert sum(file["bytes"] for file in files) == 60_000 * 40 * 40
+    assert left(config.data) == [place.name]
