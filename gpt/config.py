@@ -208,6 +208,8 @@ class DataConfig(SourceConfig):
     """How text becomes tokens; bpe is trained on the corpus, file reads data.vocabulary."""
     vocab_size: Annotated[Int, Field(ge=257)] = 2048
     """Tokens of the bpe tokenizer: 256 bytes, the merges, and end of text."""
+    learn_bytes: Count = 100_000_000
+    """Bytes of training text, spread evenly over it, that the bpe tokenizer learns from at most."""
     vocabulary: str | None = None
     """A tokenizer.json of an earlier run or preparation (tokenizer: file)."""
     holdout: Literal["documents", "tail"] = "documents"
@@ -247,7 +249,8 @@ class DataConfig(SourceConfig):
     def _has_vocabulary(self) -> Self:
         if (self.tokenizer == "file") != (self.vocabulary is not None):
             raise ValueError("tokenizer: file and vocabulary, the file, go together")
-        if self.tokenizer in ("bpe", "chars") and any(s.source == "tokens" for s in self.sources):
+        everything = [*self.sources, *([self.validation] if self.validation else [])]
+        if self.tokenizer in ("bpe", "chars") and any(s.source == "tokens" for s in everything):
             raise ValueError(
                 f"source: tokens has no text that a {self.tokenizer} tokenizer could learn from; "
                 "tokenizer must be the one that made the tokens: gpt2, bytes, or file"

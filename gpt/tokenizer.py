@@ -216,6 +216,20 @@ def byte_lengths(encoding: tiktoken.Encoding) -> list[int]:
     return [lengths.get(token, 0) for token in range(encoding.n_vocab)]
 
 
+def copy(encoding: tiktoken.Encoding) -> tiktoken.Encoding:
+    """An equal encoding that shares no state, for a thread of its own.
+
+    Two threads that encode with one object were measured to run at two thirds of the speed: they
+    compete for the caches of its regular expression.
+    """
+    return tiktoken.Encoding(
+        encoding.name,
+        pat_str=encoding._pat_str,
+        mergeable_ranks=encoding._mergeable_ranks,
+        special_tokens=encoding._special_tokens,
+    )
+
+
 def to_json(encoding: tiktoken.Encoding) -> str:
     """`encoding` as JSON; each token's bytes stand as the code points 0-255."""
     tokens = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.__getitem__)

@@ -23,6 +23,7 @@ import itertools
 import json
 import os
 import shutil
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -177,6 +178,15 @@ class _SourceFiles:
     files: list[Path]
     target: str
 
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """What tells that a file has changed: its size and time."""
+        stats = [(path, path.stat()) for path in self.files]
+        return [(str(path.absolute()), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in self.files)
+
 
 def _plan(config: DataConfig) -> tuple[Path, list[_SourceFiles]]:
     """The folder that belongs to `config`, and what is read to fill it."""
@@ -188,23 +198,23 @@ def _plan(config: DataConfig) -> tuple[Path, list[_SourceFiles]]:
         files = SOURCES[config.validation.source].files(config.validation)
         plan.append(_SourceFiles(config.validation, files, "val"))
     options = config.model_dump(
-        mode="json", include={"tokenizer", "holdout", "val_fraction", "vocabulary", "vocab_size"}
+        mode="json",
+        include={
+            *("tokenizer", "vocab_size", "learn_bytes", "vocabulary", "holdout", "val_fraction")
+        },
     )
     if config.tokenizer != "bpe":
-        del options["vocab_size"]
+        del options["vocab_size"], options["learn_bytes"]
     if config.validation is not None:
         del options["holdout"], options["val_fraction"]
     if config.vocabulary is not None:
         options["vocabulary"] = tokenizer.to_json(tokenizer.load(Path(config.vocabulary)))
-    stamps = [
-        [str(path.absolute()), (stat := path.stat()).st_size, stat.st_mtime_ns]
-        for source in plan
-        for path in source.files
-    ]
     fields = set(SourceConfig.model_fields) - {"path"}
-    sources = [[s.target, s.config.model_dump(mode="json", include=fields)] for s in plan]
-    text = json.dumps([FORMAT, options, sources, stamps])
-    key = hashlib.sha256(text.encode()).hexdigest()
+    sources = [
+        [source.target, source.config.model_dump(mode="json", include=fields), source.stamps()]
+        for source in plan
+    ]
+    key = hashlib.sha256(json.dumps([FORMAT, options, sources]).encode()).hexdigest()
     name = "mix" if config.mix else config.source
     return Path(config.cache_dir) / f"{name}-{config.tokenizer}-{key[:12]}", plan
 
@@ -278,8 +288,7 @@ class _Preparation:
         self.config, self.plan, self.folder = config, plan, folder
         self.console, self.stop = console, stop
         self.names = [*_train_names(config), "val"]
-        files = [path for source in plan for path in source.files]
-        self.total = sum(path.stat().st_size for path in files) if files else None
+        self.total = sum(source.size() for source in plan) or None
         self.read: int | None = None
 
     def run(self) -> None:
@@ -367,9 +376,16 @@ class _Preparation:
                 files[name] = stack.enter_context((self.folder / f"{name}.bin").open("ab"))
                 files[name].truncate(done[name])
             stack.callback(self.console.close)
-            pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
+            own = threading.local()  # an encoding each: threads that share one wait for each other
+
+            def begin() -> None:
+                own.encoding = tokenizer.copy(encoding)
+
+            def encode(job: list[Item]) -> tuple[int, dict[str, Tokens]]:
+                return _encode(job, own.encoding, dtype)
+
+            pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count(), initializer=begin))
             stack.callback(pool.shutdown, cancel_futures=True)
-            encode = lambda job: _encode(job, encoding, dtype)  # noqa: E731
             count, noted = done["items"], time.monotonic()
             jobs = _jobs(itertools.islice(items, count, None))
             for number, arrays in _in_order(pool, encode, jobs):
@@ -406,7 +422,7 @@ def _learn(
     read: Read = lambda count: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> tiktoken.Encoding:
-    """The tokenizer, from the training text; for chars from all, as each one needs a token."""
+    """The tokenizer: chars from all text, as each one needs a token; bpe from training text."""
 
     def texts() -> Iterator[str]:
         for target, piece, _ in _items(config, plan, read, end_of_text=-1):
@@ -415,7 +431,24 @@ def _learn(
             if isinstance(piece, str) and (target != "val" or config.tokenizer == "chars"):
                 yield piece
 
-    return tokenizer.TOKENIZERS[config.tokenizer](config, texts())
+    text = texts()
+    if config.tokenizer == "bpe":
+        size = sum(source.size() for source in plan if source.target != "val")
+        text = _sample(text, config.learn_bytes, size)
+    return tokenizer.TOKENIZERS[config.tokenizer](config, text)
+
+
+def _sample(texts: Iterator[str], most: int, size: int) -> Iterator[str]:
+    """`most` bytes of the texts, spread evenly over their `size`; all, or the first if it is 0."""
+    share = min(1.0, most / size) if size else 1.0
+    seen = taken = 0
+    for text in texts:
+        seen += _size(text)
+        if taken < most and taken <= seen * share:
+            taken += _size(text)
+            yield text
+        elif taken >= most:
+            return
 
 
 def _items(
@@ -552,24 +585,27 @@ def _describe(
     path: Path, dtype: np.dtype[Any], encoding: tiktoken.Encoding, counts: npt.NDArray[np.int64]
 ) -> TokenFile:
     """Describe a token file, and fill in how often each token occurs in it."""
-    ids: Tokens = _map(path, dtype)
-    start = longest = 0
-    for at in range(0, len(ids), BLOCK):
-        block = ids[at : at + BLOCK]
-        counts += np.bincount(block, minlength=len(counts))
-        ends = at + np.flatnonzero(block == encoding.eot_token)
-        if len(ends):
-            longest = max(longest, int(np.diff(ends, prepend=start - 1).max()) - 1)
-            start = int(ends[-1]) + 1
+    digest = hashlib.sha256()
+    at = start = longest = 0  # places of this block and of the document that it begins in
+    with path.open("rb") as file:
+        while raw := file.read(BLOCK * dtype.itemsize):
+            digest.update(raw)
+            block = np.frombuffer(raw, dtype)
+            counts += np.bincount(block, minlength=len(counts))
+            ends = at + np.flatnonzero(block == encoding.eot_token)
+            if len(ends):
+                longest = max(longest, int(np.diff(ends, prepend=start - 1).max()) - 1)
+                start = int(ends[-1]) + 1
+            at += len(block)
     stat = path.stat()
     return TokenFile(
         name=path.stem,
         documents=int(counts[encoding.eot_token]),
-        tokens=len(ids),
+        tokens=at,
         bytes=int(counts @ np.array(tokenizer.byte_lengths(encoding))),
         longest=longest,
         size=stat.st_size,
-        sha256=str(describe(path)["sha256"]),
+        sha256=digest.hexdigest(),
         time=stat.st_mtime_ns,
     )
 
