@@ -48,7 +48,11 @@ def bytes_tokenizer(config: DataConfig, documents: Iterable[str]) -> tiktoken.En
 
 def chars_tokenizer(config: DataConfig, documents: Iterable[str]) -> tiktoken.Encoding:
     """One token a character that occurs in `documents`, in code-point order, and end of text."""
-    characters = set[str]().union(*documents)
+    characters = set[str]()
+    for text in documents:
+        characters.update(text)
+    if not characters:
+        raise InputError("data: holds no text, so there are no characters to make tokens of")
     return _encoding("chars", r"(?s:.)", [char.encode() for char in sorted(characters)])
 
 

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 import tiktoken
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from gpt import tokenizer
 from gpt.config import DataConfig
+from gpt.data.sources import pieces
 from gpt.errors import InputError
-from gpt.tokenizer import TOKENIZERS, encode, to_json
+from gpt.tokenizer import TOKENIZERS, copy, encode, to_json
 
 TEXTS = [
     "def f(x):\n    return x + 1\n" * 20,
@@ -44,14 +47,20 @@ def test_round_trip(encoding: tiktoken.Encoding):
         assert encoding.decode(encode(encoding, text)) == text
 
 
-@pytest.mark.parametrize("name", ["bytes", "bpe"])
-def test_any_text_makes_the_round_trip(name: str):
-    encoding = make(name)
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_any_text_makes_the_round_trip(name: str, tmp_path: Path):
+    (tmp_path / "t.json").write_text(to_json(make("bpe")), "utf-8")
+    options = {"vocabulary": str(tmp_path / "t.json")} if name == "file" else {}
 
     @given(st.text())
     def check(text: str) -> None:
+        if name == "chars":  # it knows what it was made from
+            encoding = TOKENIZERS[name](DataConfig(tokenizer="chars"), [text, "a"])
+        else:
+            encoding = made
         assert encoding.decode(encode(encoding, text)) == text
 
+    made = make(name, **options)
     check()
 
 
@@ -95,8 +104,71 @@ def test_bpe_has_the_size_asked_for_and_merges():
     assert len(encode(encoding, TEXTS[0])) < len(TEXTS[0]) / 2
 
 
+HARD = [
+    "", " ", "  ", "\n", "\r\n\r\n", " \n ", "\t\t x", "a b", "a  b", "a   b ", "trailing   ",
+    "I'm you're he'll we've they'd it's 'S 'LL don't", "''s'", "x's-'re", "1234567890", "1 000,5",
+    "½ ⅷ ٣ 一二三", "naïve café", "e\u0301", "日本語の文章", "한국어", "العربية", "हिन्दी",
+    "🙂👩‍👩‍👧‍👦🏳️‍🌈", "\u200b\u200d\ufeff", "\u00a0\u3000\u2028\u0085\x0b\x0c\x1c\x1f", "\x00\x7f",
+    "<|endoftext|>", " <|endoftext|>x", "def f(x):\n\treturn x**2  # why?\n\n\n", "https://a.b/c?d=e&f#g",
+    "=" * 500, "ab" * 3000, " " * 5000 + "x", "\n" * 3000, "\U0010ffff\uffff", "ß ſ İ ı",
+]  # fmt: skip
+
+
 def test_gpt2_is_tiktokens_own():
-    assert encode(make("gpt2"), "Hello world") == [15496, 995]
+    """Also as a checkpoint has it, and in pieces as preparation reads it."""
+    encoding = make("gpt2")
+    reference = tiktoken.get_encoding("gpt2")
+    assert encode(encoding, "Hello world") == [15496, 995]
+    every_character = [chr(n) for n in range(0x110000) if not 0xD800 <= n < 0xE000]
+    long = " ".join(HARD) + "".join(every_character) + " x".join(every_character[::7])
+    for text in (*HARD, long, long[::-1]):
+        expected = reference.encode_ordinary(text)
+        assert encode(encoding, text) == expected
+        assert encode(copy(encoding), text) == expected
+        pieced = [token for piece in pieces([text]) for token in encode(encoding, piece)]
+        assert pieced == expected
+
+
+def test_gpt2_from_a_file_is_the_same(tmp_path: Path):
+    encoding = make("gpt2")
+    (tmp_path / "t.json").write_text(to_json(encoding), "utf-8")
+    again = tokenizer.load(tmp_path / "t.json")
+    assert again._mergeable_ranks == encoding._mergeable_ranks
+    for text in HARD:
+        assert encode(again, text) == encode(encoding, text)
+
+
+def library_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
+    """The same training without the conversion."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False
+    )
+    trained.train_from_iterator(texts, trainer)
+    return trained
+
+
+def test_bpe_encodes_as_the_library_that_trained_it():
+    corpus = [(ROOT / name).read_text("utf-8") for name in ("README.md", "gpt/config.py")]
+    corpus += [*TEXTS, *HARD]
+    ours = TOKENIZERS["bpe"](DataConfig(vocab_size=1500), corpus)
+    library = library_bpe(corpus, 1500)
+    assert ours.n_vocab == 1500
+
+    @given(st.text() | st.text(alphabet="abc'st \n1é日.") | st.sampled_from(corpus))
+    def check(text: str) -> None:
+        assert encode(ours, text) == library.encode(text).ids
+
+    check()
+
+
+@given(st.lists(st.text(alphabet="ab", max_size=40), max_size=8), st.text(alphabet="ab"))
+def test_bpe_encodes_as_the_library_on_few_letters(texts: list[str], text: str):
+    """Few letters and many merges: the same token can be reached by different merges."""
+    ours = TOKENIZERS["bpe"](DataConfig(vocab_size=400), texts)
+    assert encode(ours, text) == library_bpe(texts, 400).encode(text).ids
 
 
 @pytest.mark.parametrize(

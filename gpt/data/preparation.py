@@ -47,6 +47,7 @@ from gpt.files import describe, flush, write_text
 
 FORMAT = 2
 JOB = 2**17  # characters or tokens that a worker is given at a time; larger ones ran slower
+NOTE = "progress.json"
 NOTE_EVERY = 5.0  # seconds between notes of how far the work has come
 SAY_EVERY = 10.0  # seconds between lines that say so, where there is no terminal
 HASHED = 2**20  # characters or tokens of a document, at its beginning, that decide on its side
@@ -259,7 +260,7 @@ def _build(
         building.rename(folder)
         flush(folder.parent)
     except (UnreachableError, StoppedError):
-        if not (building / "tokenizer.json").is_file():
+        if not (building / NOTE).is_file():
             shutil.rmtree(building, ignore_errors=True)
         raise
     except Exception:
@@ -324,7 +325,7 @@ class _Preparation:
             "files": [asdict(file) for file in files],
             "others": others,
         }
-        (self.folder / "progress.json").unlink(missing_ok=True)
+        (self.folder / NOTE).unlink(missing_ok=True)
         for path in self.folder.iterdir():
             flush(path)
         write_text(self.folder / "meta.json", json.dumps(meta, indent=2) + "\n")
@@ -363,45 +364,62 @@ class _Preparation:
 
     def _write(self, encoding: tiktoken.Encoding, dtype: np.dtype[Any]) -> None:
         """Append every document's tokens to its token file, in order."""
-        note = self.folder / "progress.json"
-        done: dict[str, int] = {"items": 0, **dict.fromkeys(self.names, 0)}
+        own = threading.local()  # an encoding each: threads that share one wait for each other
+
+        def begin() -> None:
+            own.encoding = tokenizer.copy(encoding)
+
+        def encode(job: list[Item]) -> tuple[int, dict[str, Tokens]]:
+            return _encode(job, own.encoding, dtype)
+
+        with contextlib.ExitStack() as stack:
+            count, files = self._open_files(stack)
+            self._start("encoding")
+            stack.callback(self.console.close)
+            pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count(), initializer=begin))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            items = _items(self.config, self.plan, self._has_read, encoding.eot_token)
+            noted = time.monotonic()
+            try:
+                for number, arrays in _in_order(
+                    pool, encode, _jobs(itertools.islice(items, count, None))
+                ):
+                    for name, ids in arrays.items():
+                        files[name].write(ids.data)
+                    count += number
+                    if self.stop():
+                        raise StoppedError("stopped while preparing data; the same start goes on")
+                    if time.monotonic() - noted > NOTE_EVERY:
+                        self._note(count, files)
+                        noted = time.monotonic()
+            except (StoppedError, UnreachableError):
+                if count:
+                    self._note(count, files)
+                raise
+
+    def _open_files(self, stack: contextlib.ExitStack) -> tuple[int, dict[str, BinaryIO]]:
+        """The number of items that an earlier start wrote, and the token files after these."""
+        note = self.folder / NOTE
+        done = dict.fromkeys(["items", *self.names], 0)
         if note.is_file():
             done = json.loads(note.read_text("utf-8"))
             self.console.say("going on where an earlier start was stopped")
-        items = _items(self.config, self.plan, self._has_read, encoding.eot_token)
-        self._start("encoding")
-        with contextlib.ExitStack() as stack:
-            files: dict[str, BinaryIO] = {}
-            for name in self.names:
-                files[name] = stack.enter_context((self.folder / f"{name}.bin").open("ab"))
-                files[name].truncate(done[name])
-            stack.callback(self.console.close)
-            own = threading.local()  # an encoding each: threads that share one wait for each other
+        files: dict[str, BinaryIO] = {}
+        for name in self.names:
+            path = self.folder / f"{name}.bin"
+            path.touch()
+            files[name] = stack.enter_context(path.open("r+b"))
+            files[name].truncate(done[name])
+            files[name].seek(done[name])
+        return done["items"], files
 
-            def begin() -> None:
-                own.encoding = tokenizer.copy(encoding)
-
-            def encode(job: list[Item]) -> tuple[int, dict[str, Tokens]]:
-                return _encode(job, own.encoding, dtype)
-
-            pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count(), initializer=begin))
-            stack.callback(pool.shutdown, cancel_futures=True)
-            count, noted = done["items"], time.monotonic()
-            jobs = _jobs(itertools.islice(items, count, None))
-            for number, arrays in _in_order(pool, encode, jobs):
-                for name, ids in arrays.items():
-                    files[name].write(ids.data)
-                count += number
-                stopping = self.stop()
-                if stopping or time.monotonic() - noted > NOTE_EVERY:
-                    for file in files.values():
-                        file.flush()
-                        os.fsync(file.fileno())
-                    sizes = {name: file.tell() for name, file in files.items()}
-                    write_text(note, json.dumps({"items": count, **sizes}) + "\n")
-                    noted = time.monotonic()
-                if stopping:
-                    raise StoppedError("stopped while preparing data; the same start goes on")
+    def _note(self, count: int, files: dict[str, BinaryIO]) -> None:
+        """Note that `count` items are written, so that the next start can go on from there."""
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        sizes = {name: file.tell() for name, file in files.items()}
+        write_text(self.folder / NOTE, json.dumps({"items": count, **sizes}) + "\n")
 
     # -- What is said ----------------------------------------------------------------------------
 

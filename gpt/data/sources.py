@@ -386,7 +386,7 @@ def _no_dataset(hub: HubConfig, error: Exception, rows: int = 0) -> InputError:
     import huggingface_hub
     from huggingface_hub import errors
 
-    reason = " ".join(str(error).split())[:200]
+    reason = " ".join(f"{error} {error.__cause__ or ''}".split())[:200]
     if isinstance(error, errors.RevisionNotFoundError):
         return InputError(f"data.hub.revision: {hub.name} has no {hub.revision!r}")
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):

@@ -1,0 +1,246 @@
+"""Sources and vocabularies of the network, against servers of this machine.
+
+The libraries read their addresses when they are imported, so each case is a process of its own.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import http.server
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from gpt import tokenizer
+from gpt.tokenizer import GPT2_FILES, GPT2_URL
+
+COMMIT = "a" * 40
+TRAIN = "".join(json.dumps({"text": f"row {n} of the hub"}) + "\n" for n in range(300)).encode()
+TEST = b'{"text": "held out"}\n'
+README = b"""---
+configs:
+- config_name: default
+  data_files:
+  - {split: train, path: train.jsonl.gz}
+  - {split: test, path: test.jsonl}
+---
+"""
+FILES = {"README.md": README, "train.jsonl.gz": gzip.compress(TRAIN), "test.jsonl": TEST}
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as `datasets` asks for: one dataset, me/data, at one commit."""
+
+    def do_GET(self) -> None:
+        path, _, _ = self.path.partition("?")
+        api = "/api/datasets/me/data"
+        if path in (api, f"{api}/revision/{COMMIT}", f"{api}/revision/main"):
+            files = [{"rfilename": name} for name in FILES]
+            self.answer(json.dumps({"id": "me/data", "sha": COMMIT, "siblings": files}).encode())
+        elif path == f"{api}/tree/{COMMIT}":
+            files = [
+                {"type": "file", "path": name, "size": len(content), "oid": "b" * 40}
+                for name, content in FILES.items()
+            ]
+            self.answer(json.dumps(files).encode())
+        elif path.startswith(f"{api}/revision/"):
+            self.answer(b"", 404, "RevisionNotFound")
+        elif path.rpartition("/")[2] in FILES and COMMIT in path:
+            self.answer(FILES[path.rpartition("/")[2]])
+        else:
+            self.answer(b"", 404, "EntryNotFound" if "me/data" in path else "RepoNotFound")
+
+    do_HEAD = do_GET
+
+    def answer(self, content: bytes, code: int = 200, error: str = "") -> None:
+        ranged, total = self.headers.get("Range"), len(content)
+        if ranged and code == 200:
+            first, _, last = ranged.removeprefix("bytes=").partition("-")
+            content = content[int(first) : int(last or total - 1) + 1]
+            code = 206
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Accept-Ranges", "bytes")
+        if code == 206:
+            self.send_header("Content-Range", f"bytes {first}-{last or total - 1}/{total}")
+        if error:
+            self.send_header("X-Error-Code", error)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """A server that accepts and then says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+class Prepare:
+    """Runs `python -m gpt.data` with caches of its own."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder = folder
+        (folder / "tiktoken").mkdir()
+        (folder / "c.yaml").write_text("data: {tokenizer: bytes, val_fraction: 0.2}\n")
+        self.environment = {
+            **environment,
+            "HF_HOME": str(folder / "hf"),
+            "TIKTOKEN_CACHE_DIR": str(folder / "tiktoken"),
+        }
+
+    def __call__(self, *arguments: str, **variables: str) -> tuple[int, str, str, float]:
+        """Exit code, stdout, stderr and seconds."""
+        command = [sys.executable, "-m", "gpt.data", self.folder / "c.yaml", *arguments]
+        command += ["--data.cache-dir", self.folder / "cache"]
+        began = time.monotonic()
+        done = subprocess.run(
+            command, env={**self.environment, **variables}, cwd=ROOT, timeout=100,
+            capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        return done.returncode, done.stdout, done.stderr, time.monotonic() - began
+
+    def left(self) -> list[str]:
+        folder = self.folder / "cache"
+        return [path.name for path in folder.iterdir()] if folder.exists() else []
+
+
+@pytest.fixture
+def prepare(tmp_path: Path, environment: dict[str, str]) -> Prepare:
+    return Prepare(tmp_path, environment)
+
+
+DATASET = ("--data.source", "hub", "--data.hub.name", "me/data")
+
+
+def test_a_dataset_is_streamed_downloaded_and_then_needs_no_network(prepare: Prepare, hub: str):
+    code, streamed, err, _ = prepare(*DATASET, HF_ENDPOINT=hub)
+    assert code == 0, err
+    table = [line.split() for line in streamed.splitlines()]
+    documents = sum(int(row[1]) for row in table if row[0] in ("train", "val"))
+    assert documents == 300
+    again = prepare(*DATASET, HF_ENDPOINT="http://127.0.0.1:9")  # prepared: nothing is asked
+    assert again[:2] == (0, streamed)
+
+    download = (*DATASET, "--data.hub.streaming", "false")
+    validation = ("--data.validation", "{hub: {split: test}}")
+    code, out, err, _ = prepare(*download, *validation, HF_ENDPOINT=hub)
+    assert code == 0, err
+    assert " 300 " in out
+    assert " 8 " in out  # bytes of "held out"
+    code, out, err, _ = prepare(*download, HF_ENDPOINT=hub, HF_HUB_OFFLINE="1")
+    assert code == 0, err
+    assert streamed.splitlines()[1:] == out.splitlines()[1:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data.hub.name", "me/nothing"), "'me/nothing' is neither a folder here nor a dataset"),
+        (("--data.hub.name", "no folder/a/b"), "is neither a folder here nor a dataset"),
+        (("--data.hub.revision", "v9"), "me/data has no 'v9'"),
+        (("--data.hub.split", "dev"), "dev"),
+        (("--data.hub.config", "de"), "default"),
+        (("--data.text-field", "body"), "me/data: row 1: has no field 'body'"),
+    ],
+)
+def test_what_the_hub_does_not_have(
+    prepare: Prepare, hub: str, arguments: tuple[str, ...], message: str
+):
+    base = DATASET[: 2 if "--data.hub.name" in arguments else 4]
+    code, out, err, seconds = prepare(*base, *arguments, HF_ENDPOINT=hub)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert len([line for line in err.splitlines() if "preparing" not in line]) <= 3
+    assert seconds < 20
+    assert prepare.left() == []
+
+
+@pytest.mark.parametrize("server", ["silent", "refusing"])
+def test_an_unreachable_hub_is_noticed_soon(prepare: Prepare, silent: str, server: str):
+    address = silent if server == "silent" else "http://127.0.0.1:9"
+    code, _, err, seconds = prepare(*DATASET, HF_ENDPOINT=address)
+    assert code == 2
+    lines = [line for line in err.splitlines() if "preparing" not in line]
+    assert len(lines) <= 3
+    assert f"me/data cannot be read from {address}" in lines[0]
+    for way in ("data.source: parquet", "HF_HUB_OFFLINE=1", "data.source: text", "bpe"):
+        assert way in err
+    assert seconds < 10 + 5  # of which up to 5 are for Python and the library to start
+    assert prepare.left() == []
+
+
+def test_a_local_folder_is_a_dataset_too(prepare: Prepare):
+    folder = prepare.folder / "mine"
+    folder.mkdir()
+    for name, content in FILES.items():
+        (folder / name).write_bytes(content)
+    arguments = ("--data.source", "hub", "--data.hub.name", str(folder))
+    code, out, err, _ = prepare(*arguments, HF_ENDPOINT="http://127.0.0.1:9")
+    assert code == 0, err
+    (folder / "train.jsonl.gz").write_bytes(gzip.compress(TRAIN + TEST * 4))
+    changed = prepare(*arguments, HF_ENDPOINT="http://127.0.0.1:9")[1]
+    assert out != changed
+
+
+# -- GPT-2's vocabulary ------------------------------------------------------------------------
+
+GPT2 = ("--data.tokenizer", "gpt2")
+
+
+@pytest.mark.parametrize("server", ["silent", "refusing"])
+def test_a_missing_vocabulary_is_noticed_soon(prepare: Prepare, silent: str, server: str):
+    proxy = silent if server == "silent" else "http://127.0.0.1:9"
+    code, _, err, seconds = prepare(*GPT2, HTTPS_PROXY=proxy, https_proxy=proxy)
+    assert code == 2
+    lines = [line for line in err.splitlines() if "preparing" not in line]
+    assert len(lines) <= 3
+    assert str(prepare.folder / "tiktoken") in lines[0]
+    assert GPT2_URL in lines[0]
+    for name, digest in GPT2_FILES.items():
+        assert f"{name} as {tokenizer._cache_name(name)} (SHA-256 {digest})" in lines[1]
+    assert "data.tokenizer: bpe" in lines[2]
+    assert "data.source: stdlib" in lines[2]
+    assert seconds < 10 + 5
+    assert prepare.left() == []
+
+
+def test_a_wrong_vocabulary_file_is_named_and_stays(prepare: Prepare):
+    path = prepare.folder / "tiktoken" / tokenizer._cache_name("vocab.bpe")
+    path.write_text("something else")
+    code, _, err, _ = prepare(*GPT2, HTTPS_PROXY="http://127.0.0.1:9")
+    assert code == 2
+    assert f"{path}: is not GPT-2's vocab.bpe" in err
+    assert GPT2_FILES["vocab.bpe"] in err
+    assert path.read_text() == "something else"
+
+
+def test_names_in_the_cache_are_tiktokens_own():
+    names = {tokenizer._cache_name(name) for name in GPT2_FILES}
+    assert names == {
+        "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+        "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+    }
