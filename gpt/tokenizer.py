@@ -17,6 +17,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tiktoken
 
@@ -24,6 +25,9 @@ from gpt.config import DataConfig
 from gpt.errors import InputError, UnreachableError
 from gpt.files import write_bytes
 from gpt.network import PATIENCE, within
+
+if TYPE_CHECKING:
+    import tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
 FORMAT = 1
@@ -58,16 +62,7 @@ def chars_tokenizer(config: DataConfig, documents: Iterable[str]) -> tiktoken.En
 
 def bpe_tokenizer(config: DataConfig, documents: Iterable[str]) -> tiktoken.Encoding:
     """A byte-level BPE of `config.vocab_size` tokens in all, trained on `documents`."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size - 1,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    trained.train_from_iterator(documents, trainer)
+    trained = train_bpe(documents, config.vocab_size)
     # The library writes each byte as a printable character; ByteLevel's alphabet, sorted, is
     # bytes 33-126, 161-172, 174-255 as themselves and then the other 68 from U+0100 on.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -79,19 +74,40 @@ def bpe_tokenizer(config: DataConfig, documents: Iterable[str]) -> tiktoken.Enco
     return _encoding("bpe", GPT2_PATTERN, tokens)
 
 
+def train_bpe(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """A tokenizer of `vocab_size` tokens, one of them left for end of text, as `tokenizers` has it.
+
+    `bpe_tokenizer` turns it into an encoding that gives the same ids.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    trained.train_from_iterator(documents, trainer)
+    return trained
+
+
 def gpt2_tokenizer(config: DataConfig, documents: Iterable[str]) -> tiktoken.Encoding:
     """GPT-2's own vocabulary of 50,257 tokens, by tiktoken, from its cache or the network."""
-    folder = _cache_folder()
-    missing = [name for name in GPT2_FILES if not _is_whole(folder / _cache_name(name), name)]
+    missing = [name for name in GPT2_FILES if not _is_whole(gpt2_file(name), name)]
     for name in missing:
         try:
             contents = _download(GPT2_URL + name)
             if hashlib.sha256(contents).hexdigest() != GPT2_FILES[name]:
-                raise ValueError("it sent something else")
+                raise ValueError("what it sent is another file")
         except Exception as error:  # whatever the network library raises; nothing else is run here
-            raise _no_vocabulary(folder, missing, error) from None
-        folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(folder / _cache_name(name), contents)
+            raise _no_vocabulary(missing, error) from None
+        path = gpt2_file(name)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(path, contents)
+        except OSError as error:
+            raise InputError(f"{path.parent}: tiktoken's cache: {error.strerror}") from None
     return tiktoken.get_encoding("gpt2")
 
 
@@ -108,21 +124,17 @@ GPT2_FILES = {
 }
 
 
-def _cache_folder() -> Path:
-    """Where tiktoken keeps the files that it downloads."""
+def gpt2_file(name: str) -> Path:
+    """Where tiktoken keeps one of `GPT2_FILES`: in its cache, by the SHA-1 of its address."""
+    hashed = hashlib.sha1(f"{GPT2_URL}{name}".encode(), usedforsecurity=False).hexdigest()
     for variable in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
         if variable in os.environ:
             if not os.environ[variable]:
                 raise InputError(
                     f"{variable}: is empty, which turns tiktoken's cache off; unset it"
                 )
-            return Path(os.environ[variable])
-    return Path(tempfile.gettempdir()) / "data-gym-cache"
-
-
-def _cache_name(name: str) -> str:
-    """The name under which tiktoken keeps a file: the SHA-1 of its address."""
-    return hashlib.sha1(f"{GPT2_URL}{name}".encode(), usedforsecurity=False).hexdigest()
+            return Path(os.environ[variable]) / hashed
+    return Path(tempfile.gettempdir()) / "data-gym-cache" / hashed
 
 
 def _is_whole(path: Path, name: str) -> bool:
@@ -155,10 +167,11 @@ def _download(url: str) -> bytes:
     return within(60, lambda: answer.content)
 
 
-def _no_vocabulary(folder: Path, missing: list[str], error: Exception) -> InputError:
+def _no_vocabulary(missing: list[str], error: Exception) -> InputError:
     """What GPT-2's tokenizer lacks, where it was looked for, and the ways on."""
+    folder = gpt2_file(missing[0]).parent
     files = "; ".join(
-        f"{name} as {_cache_name(name)} (SHA-256 {GPT2_FILES[name]})" for name in missing
+        f"{name} as {gpt2_file(name).name} (SHA-256 {GPT2_FILES[name]})" for name in missing
     )
     return UnreachableError(
         f"data.tokenizer: gpt2 needs {' and '.join(missing)}, found neither in {folder} nor at "

@@ -221,7 +221,7 @@ def test_a_missing_vocabulary_is_noticed_soon(prepare: Prepare, silent: str, ser
     assert str(prepare.folder / "tiktoken") in lines[0]
     assert GPT2_URL in lines[0]
     for name, digest in GPT2_FILES.items():
-        assert f"{name} as {tokenizer._cache_name(name)} (SHA-256 {digest})" in lines[1]
+        assert f"{name} as {tokenizer.gpt2_file(name).name} (SHA-256 {digest})" in lines[1]
     assert "data.tokenizer: bpe" in lines[2]
     assert "data.source: stdlib" in lines[2]
     assert seconds < 10 + 5
@@ -229,7 +229,7 @@ def test_a_missing_vocabulary_is_noticed_soon(prepare: Prepare, silent: str, ser
 
 
 def test_a_wrong_vocabulary_file_is_named_and_stays(prepare: Prepare):
-    path = prepare.folder / "tiktoken" / tokenizer._cache_name("vocab.bpe")
+    path = prepare.folder / "tiktoken" / tokenizer.gpt2_file("vocab.bpe").name
     path.write_text("something else")
     code, _, err, _ = prepare(*GPT2, HTTPS_PROXY="http://127.0.0.1:9")
     assert code == 2
@@ -239,7 +239,7 @@ def test_a_wrong_vocabulary_file_is_named_and_stays(prepare: Prepare):
 
 
 def test_names_in_the_cache_are_tiktokens_own():
-    names = {tokenizer._cache_name(name) for name in GPT2_FILES}
+    names = {tokenizer.gpt2_file(name).name for name in GPT2_FILES}
     assert names == {
         "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
         "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",

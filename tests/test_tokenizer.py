@@ -8,13 +8,12 @@ import tiktoken
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from gpt import tokenizer
 from gpt.config import DataConfig
 from gpt.data.sources import pieces
 from gpt.errors import InputError
-from gpt.tokenizer import TOKENIZERS, copy, encode, to_json
+from gpt.tokenizer import TOKENIZERS, copy, encode, to_json, train_bpe
 
 TEXTS = [
     "def f(x):\n    return x + 1\n" * 20,
@@ -138,23 +137,11 @@ def test_gpt2_from_a_file_is_the_same(tmp_path: Path):
         assert encode(again, text) == encode(encoding, text)
 
 
-def library_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
-    """The same training without the conversion."""
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False
-    )
-    trained.train_from_iterator(texts, trainer)
-    return trained
-
-
 def test_bpe_encodes_as_the_library_that_trained_it():
     corpus = [(ROOT / name).read_text("utf-8") for name in ("README.md", "gpt/config.py")]
     corpus += [*TEXTS, *HARD]
     ours = TOKENIZERS["bpe"](DataConfig(vocab_size=1500), corpus)
-    library = library_bpe(corpus, 1500)
+    library = train_bpe(corpus, 1500)
     assert ours.n_vocab == 1500
 
     @given(st.text() | st.text(alphabet="abc'st \n1é日.") | st.sampled_from(corpus))
@@ -168,7 +155,7 @@ def test_bpe_encodes_as_the_library_that_trained_it():
 def test_bpe_encodes_as_the_library_on_few_letters(texts: list[str], text: str):
     """Few letters and many merges: the same token can be reached by different merges."""
     ours = TOKENIZERS["bpe"](DataConfig(vocab_size=400), texts)
-    assert encode(ours, text) == library_bpe(texts, 400).encode(text).ids
+    assert encode(ours, text) == train_bpe(texts, 400).encode(text).ids
 
 
 @pytest.mark.parametrize(
