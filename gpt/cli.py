@@ -31,7 +31,7 @@ from gpt.errors import InputError, StoppedError, nearest
 from gpt.flags import as_flag, parse
 
 if TYPE_CHECKING:
-    from gpt.data.preparation import Dataset
+    from gpt.data.prepared import Dataset
     from gpt.run import RunResult
 
 EXIT_CODES = {"finished": 0, "diverged": 3, "interrupted": 75}

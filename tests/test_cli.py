@@ -422,6 +422,35 @@ def test_a_damaged_run_is_named(
 # -- The installed command ---------------------------------------------------------------------
 
 
+def test_prepare_says_what_it_found(
+    capsys: pytest.CaptureFixture[str], config_file: Path, tmp_path: Path, monkeypatch
+):
+    arguments = [str(config_file), "--data.cache-dir", str(tmp_path / "cache")]
+    code, out, err = called(capsys, "prepare", *arguments)
+    assert code == 0
+    assert "preparing 40 files with the bytes tokenizer" in err
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert out.startswith(f"{folder}\n")
+    rows = {line.split()[0]: line.split() for line in out.splitlines()[1:]}
+    meta = json.loads((folder / "meta.json").read_text())
+    for file in meta["files"]:
+        numbers = [file["documents"], file["bytes"], file["tokens"]]
+        longest = f"{file['longest']:,}"
+        assert rows[file["name"]][1:] == [*(f"{n:,}" for n in numbers), "1.00", longest, "tokens"]
+    assert rows["vocabulary"][1:3] == ["257", "tokens"]
+    assert 2 < float(rows["unigram"][2]) < 5
+    assert meta["fingerprint"] in out
+    monkeypatch.setattr(sys, "argv", ["steadygpt", "prepare", *arguments])
+    assert cli.main() == 0
+    assert capsys.readouterr() == (out, "")
+
+
+def test_preparing_wrong_input(capsys: pytest.CaptureFixture[str], config_file: Path):
+    code, out, err = called(capsys, "prepare", config_file, "--data.path", "nowhere")
+    assert (code, out) == (2, "")
+    assert err.startswith("prepare: data.path: nowhere: no such file, folder or pattern")
+
+
 def test_the_installed_command_has_the_same_doors(
     capsys: pytest.CaptureFixture[str], config_file: Path, monkeypatch: pytest.MonkeyPatch
 ):

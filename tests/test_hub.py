@@ -142,6 +142,8 @@ def test_a_dataset_is_streamed_downloaded_and_then_needs_no_network(prepare: Pre
     table = [line.split() for line in streamed.splitlines()]
     documents = sum(int(row[1]) for row in table if row[0] in ("train", "val"))
     assert documents == 300
+    (folder,) = (prepare.folder / "cache").iterdir()
+    assert json.loads((folder / "meta.json").read_text())["revisions"] == [COMMIT]
     again = prepare(*DATASET, HF_ENDPOINT="http://127.0.0.1:9")  # prepared: nothing is asked
     assert again[:2] == (0, streamed)
 

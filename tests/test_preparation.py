@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ import pytest
 from conftest import ROOT
 from filelock import FileLock
 
-from gpt.config import Config, DataConfig
+from gpt.config import Config, DataConfig, SourceConfig
 from gpt.console import Console
-from gpt.data import preparation
-from gpt.data.preparation import Dataset, find, prepare
-from gpt.data.sources import Tokens
+from gpt.data import preparation, prepared
+from gpt.data.preparation import find, prepare
+from gpt.data.prepared import Dataset
+from gpt.data.sources import SOURCES, Tokens
 from gpt.errors import InputError, StoppedError
 from gpt.tokenizer import to_json
 
@@ -219,7 +221,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path):
 
 
 def test_the_sidecar_is_true_of_the_files(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(preparation, "BLOCK", 50)
+    monkeypatch.setattr(prepared, "BLOCK", 50)
     config = text_config(folder, folder / "in", tokenizer="bpe", vocab_size=280)
     dataset = prepare(config)
     meta = json.loads((dataset.folder / "meta.json").read_text())
@@ -326,7 +328,7 @@ def test_a_large_file_is_hashed_again_only_if_it_was_touched(
 ):
     config = text_config(folder, folder / "in")
     path = prepare(config).folder / "train.bin"
-    monkeypatch.setattr(preparation, "REHASH", 10)
+    monkeypatch.setattr(prepared, "REHASH", 10)
     content, before = path.read_bytes(), path.stat()
     path.write_bytes(content[::-1])
     with pytest.raises(InputError, match=r"train\.bin is not what was written"):
@@ -385,6 +387,49 @@ def test_what_was_written_after_the_last_note_is_written_again(
     assert prepare(config).fingerprint == whole.fingerprint
 
 
+def test_a_dataset_is_read_at_one_commit_from_the_first_start_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(preparation, "JOB", 100)
+    read: list[str | None] = []
+    real = SOURCES["text"].documents
+
+    def documents(config: SourceConfig, *rest: Any) -> Any:
+        read.append(config.hub.revision)
+        return real(config, *rest)
+
+    monkeypatch.setitem(SOURCES, "text", replace(SOURCES["text"], documents=documents))
+    config = text_config(folder, folder / "in", tokenizer="bpe", vocab_size=280)
+    commits = iter("ab")
+    monkeypatch.setattr(preparation, "commit", lambda config: next(commits))
+    asked = iter(range(40))
+    with pytest.raises(StoppedError):
+        prepare(config, stop=lambda: next(asked) == 35)
+    dataset = prepare(config)
+    assert read == ["a", "a", "a"]  # learning, encoding, going on
+    assert json.loads((dataset.folder / "meta.json").read_text())["revisions"] == ["a"]
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(folder: Path):
+    config = text_config(folder, folder / "in")
+
+    def change() -> bool:
+        (folder / "in/03.txt").write_text("changed")
+        return False
+
+    with pytest.raises(InputError, match="changed while it was read"):
+        prepare(config, stop=change)
+    assert left(config) == []
+
+
+def test_a_folder_without_its_sidecar_is_named(folder: Path):
+    config = text_config(folder, folder / "in")
+    path = prepare(config).folder
+    (path / "meta.json").unlink()
+    with pytest.raises(InputError, match=r"it has no meta\.json"):
+        prepare(config)
+
+
 def test_stopped_while_a_vocabulary_is_learnt_nothing_is_left(folder: Path):
     config = text_config(folder, folder / "in", tokenizer="bpe")
     with pytest.raises(StoppedError):
@@ -434,7 +479,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(folder: Path, monkeypatch: pytes
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(preparation, "_describe", full)
+    monkeypatch.setattr(prepared, "_describe", full)
     with pytest.raises(InputError, match=r"data\.cache_dir: .*cache: No space left on device"):
         prepare(config)
     assert left(config) == []

@@ -17,7 +17,6 @@ from gpt.training import train
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
-DOOR = re.compile(r"(?:python|steadygpt) (?:train|sample)(?:\.py)? ")
 
 
 def test_it_opens_with_the_two_commands():
@@ -31,11 +30,14 @@ def test_it_opens_with_the_two_commands():
     assert [line for line in pinned if "==" not in line and not line.startswith("#")] == []
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "train" in c and "pytest" not in c])
-def test_train_commands(command: str, capsys: pytest.CaptureFixture[str], monkeypatch):
+DOORS = ("train", "train.py", "gpt.data")  # the last one has the options of the others
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(r" (train|gpt\.data)", c)])
+def test_train_and_prepare_commands(command: str, capsys: pytest.CaptureFixture[str], monkeypatch):
     monkeypatch.chdir(ROOT)
     words = shlex.split(command, comments=True)
-    start = next(i for i, word in enumerate(words) if word in ("train", "train.py")) + 1
+    start = next(i for i, word in enumerate(words) if word in DOORS) + 1
     arguments = dict.fromkeys([*words[start:], "--print-config"])
     assert cli.train(list(arguments)) == 0
     assert capsys.readouterr().out

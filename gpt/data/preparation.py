@@ -1,18 +1,10 @@
 """Preparation: documents -> token files on disk, once, in constant memory and on all cores.
 
-    CACHE_DIR/SOURCE-TOKENIZER-KEY/
-      train.bin, val.bin   token ids, uint16 or uint32, each document followed by end of text; with
-                           several sources train-0.bin, train-1.bin, ...
-      counts.bin           how often each token occurs, int64, a row a file in the order above
-      tokenizer.json       the vocabulary
-      meta.json            what the files hold, their sizes and SHA-256; written last
-
-KEY is a hash of the options and of the source files' names, sizes and times, so a second start
-finds the folder at once and a changed file makes a new one. The work happens in a hidden folder
-beside it, under a lock, and is renamed when it is whole. Every few seconds it notes how far it has
-come, and a start after an interruption goes on from there.
-
-Everything in meta.json is read off the finished token files, not kept while they are written.
+The folder CACHE_DIR/SOURCE-TOKENIZER-KEY belongs to a config: KEY is a hash of its options and of
+the source files' names, sizes and times, so a second start finds the folder at once and a changed
+file makes a new one. The work happens in a hidden folder beside it, under a lock, and is renamed
+when it is whole. Every few seconds it notes how far it has come, and a start after an interruption
+goes on from there. What the folder holds in the end: prepared.py.
 """
 
 from __future__ import annotations
@@ -28,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,89 +28,21 @@ import numpy as np
 import numpy.typing as npt
 import tiktoken
 from filelock import FileLock, Timeout
-from pydantic import TypeAdapter
 
 from gpt import tokenizer
 from gpt.config import DataConfig, SourceConfig
 from gpt.console import Console
-from gpt.data.sources import SOURCES, Document, Read, Tokens
+from gpt.data.prepared import FORMAT, Dataset, open_dataset, seal
+from gpt.data.sources import SOURCES, Document, Read, Tokens, commit
 from gpt.errors import InputError, StoppedError, UnreachableError
-from gpt.files import describe, flush, write_text
+from gpt.files import flush, write_text
 
-FORMAT = 2
 JOB = 2**17  # characters or tokens that a worker is given at a time; larger ones ran slower
 NOTE = "progress.json"
+REVISIONS = "revisions.json"
 NOTE_EVERY = 5.0  # seconds between notes of how far the work has come
 SAY_EVERY = 10.0  # seconds between lines that say so, where there is no terminal
 HASHED = 2**20  # characters or tokens of a document, at its beginning, that decide on its side
-REHASH = (
-    2**30
-)  # bytes up to which a token file is hashed at every start; above, if its time changed
-BLOCK = 2**22  # tokens looked at together when a file is described
-
-
-@dataclass(frozen=True)
-class TokenFile:
-    """What one token file holds.
-
-    Attributes:
-        name: train, train-0, ... or val; the file is `name`.bin.
-        documents, tokens: how many; tokens include the end of text after each document.
-        bytes: UTF-8 bytes of the text.
-        longest: tokens of the longest document, without end of text.
-        size, sha256, time: of the file; time in nanoseconds.
-    """
-
-    name: str
-    documents: int
-    tokens: int
-    bytes: int
-    longest: int
-    size: int
-    sha256: str
-    time: int
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A prepared corpus: token ids and what they mean.
-
-    Attributes:
-        train: token ids of each source, memory-mapped.
-        weights: shares of the sources in the training sequences; they add up to 1.
-        val: token ids of the validation text, memory-mapped.
-        encoding: the tokenizer.
-        fingerprint: SHA-256 of the token files and the tokenizer.
-        files: what the token files hold: those of `train`, then that of `val`.
-        counts: how often each token occurs in each of `files`, (files, vocabulary).
-        folder: where they are.
-    """
-
-    train: tuple[Tokens, ...]
-    weights: tuple[float, ...]
-    val: Tokens
-    encoding: tiktoken.Encoding
-    fingerprint: str
-    files: tuple[TokenFile, ...]
-    counts: npt.NDArray[np.int64]
-    folder: Path
-
-    @property
-    def train_tokens(self) -> int:
-        """Training tokens of all sources together."""
-        return sum(len(tokens) for tokens in self.train)
-
-    def unigram_entropy(self) -> float:
-        """H₁, nats per token: what guessing the validation tokens by their frequency costs.
-
-        The cross-entropy of the validation tokens under the training text's unigram distribution,
-        of several sources by their weights, with 1 added to every count so that a token which
-        training never shows has a probability. A model that learnt no more has this loss.
-        """
-        *train, val = self.counts
-        smoothed = [(row + 1) / (row.sum() + len(row)) for row in train]
-        guess = sum(w * p for w, p in zip(self.weights, smoothed, strict=True))
-        return float(-(val / val.sum()) @ np.log(guess))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -148,6 +72,8 @@ def prepare(
         StoppedError: `stop` said so.
     """
     folder, plan = _plan(config)
+    if folder.exists() and not (folder / "meta.json").is_file():
+        raise InputError(f"{folder}: is damaged (it has no meta.json); delete it to prepare again")
     try:
         if not (folder / "meta.json").is_file():
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +82,7 @@ def prepare(
                     _build(config, plan, folder, console or Console(quiet=True), stop)
     except OSError as error:
         raise InputError(f"data.cache_dir: {folder.parent}: {error.strerror}") from None
-    return _open(config, folder)
+    return open_dataset(config, folder)
 
 
 def vocab_size(config: DataConfig) -> int:
@@ -178,6 +104,11 @@ class _SourceFiles:
     config: SourceConfig
     files: list[Path]
     target: str
+
+    def at(self, revision: str | None) -> _SourceFiles:
+        """The same, of a dataset of the hub at one commit."""
+        hub = self.config.hub.model_copy(update={"revision": revision})
+        return replace(self, config=self.config.model_copy(update={"hub": hub}))
 
     def stamps(self) -> list[tuple[str, int, int]]:
         """What tells that a file has changed: its size and time."""
@@ -257,6 +188,8 @@ def _build(
     building = folder.with_name(f".{folder.name}.building")
     try:
         _Preparation(config, plan, building, console, stop).run()
+        if _plan(config)[0] != folder:
+            raise InputError(f"data: a file of {folder.name} changed while it was read")
         building.rename(folder)
         flush(folder.parent)
     except (UnreachableError, StoppedError):
@@ -302,33 +235,25 @@ class _Preparation:
             f"{self.folder.parent / place}"
         )
         self.folder.mkdir(exist_ok=True)
+        self._pin()
         encoding = self._vocabulary()
         dtype = np.dtype(np.uint16 if encoding.n_vocab <= 2**16 else np.uint32)
         self._write(encoding, dtype)
-        counts = np.zeros((len(self.names), encoding.n_vocab), np.int64)
-        files = []
-        for name, row in zip(self.names, counts, strict=True):
-            files.append(_describe(self.folder / f"{name}.bin", dtype, encoding, row))
-            if not files[-1].documents:
+        for name in self.names:
+            if not (self.folder / f"{name}.bin").stat().st_size:
                 raise self._nothing_for(name)
-        counts.tofile(self.folder / "counts.bin")
-        others = {name: describe(self.folder / name) for name in ("tokenizer.json", "counts.bin")}
-        meta = {
-            "format": FORMAT,
-            "dtype": dtype.name,
-            "vocabulary": encoding.n_vocab,
-            "fingerprint": hashlib.sha256(
-                "".join(
-                    [*(f.sha256 for f in files), str(others["tokenizer.json"]["sha256"])]
-                ).encode()
-            ).hexdigest(),
-            "files": [asdict(file) for file in files],
-            "others": others,
-        }
         (self.folder / NOTE).unlink(missing_ok=True)
-        for path in self.folder.iterdir():
-            flush(path)
-        write_text(self.folder / "meta.json", json.dumps(meta, indent=2) + "\n")
+        (self.folder / REVISIONS).unlink()
+        revisions = [source.config.hub.revision for source in self.plan]
+        seal(self.folder, self.names, dtype, encoding, revisions)
+
+    def _pin(self) -> None:
+        """Read datasets of the hub at one commit from the first start to the last."""
+        path = self.folder / REVISIONS
+        if not path.is_file():
+            write_text(path, json.dumps([commit(source.config) for source in self.plan]) + "\n")
+        revisions = json.loads(path.read_text("utf-8"))
+        self.plan = [s.at(revision) for s, revision in zip(self.plan, revisions, strict=True)]
 
     def _nothing_for(self, name: str) -> InputError:
         config = self.config
@@ -593,84 +518,3 @@ def _in_order(
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
-
-
-# ---------------------------------------------------------------------------------------------
-# What a token file holds
-
-
-def _describe(
-    path: Path, dtype: np.dtype[Any], encoding: tiktoken.Encoding, counts: npt.NDArray[np.int64]
-) -> TokenFile:
-    """Describe a token file, and fill in how often each token occurs in it."""
-    digest = hashlib.sha256()
-    at = start = longest = 0  # places of this block and of the document that it begins in
-    with path.open("rb") as file:
-        while raw := file.read(BLOCK * dtype.itemsize):
-            digest.update(raw)
-            block = np.frombuffer(raw, dtype)
-            counts += np.bincount(block, minlength=len(counts))
-            ends = at + np.flatnonzero(block == encoding.eot_token)
-            if len(ends):
-                longest = max(longest, int(np.diff(ends, prepend=start - 1).max()) - 1)
-                start = int(ends[-1]) + 1
-            at += len(block)
-    stat = path.stat()
-    return TokenFile(
-        name=path.stem,
-        documents=int(counts[encoding.eot_token]),
-        tokens=at,
-        bytes=int(counts @ np.array(tokenizer.byte_lengths(encoding))),
-        longest=longest,
-        size=stat.st_size,
-        sha256=digest.hexdigest(),
-        time=stat.st_mtime_ns,
-    )
-
-
-def _map(path: Path, dtype: np.dtype[Any]) -> Tokens:
-    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
-
-
-def _open(config: DataConfig, folder: Path) -> Dataset:
-    """A prepared corpus, held against its sidecar.
-
-    Raises:
-        InputError: a file is missing, has been cut short, or is not what was written.
-    """
-    try:
-        meta = json.loads((folder / "meta.json").read_text("utf-8"))
-        files = TypeAdapter(tuple[TokenFile, ...]).validate_python(meta["files"])
-        for name, description in meta["others"].items():
-            if describe(folder / name) != description:
-                raise ValueError(f"{name} is not what was written")
-        for file in files:
-            _verify(folder / f"{file.name}.bin", file)
-        dtype = np.dtype(meta["dtype"])
-        *train, val = (_map(folder / f"{file.name}.bin", dtype) for file in files)
-        encoding = tokenizer.load(folder / "tokenizer.json")
-        return Dataset(
-            train=tuple(train),
-            weights=config.weights,
-            val=val,
-            encoding=encoding,
-            fingerprint=str(meta["fingerprint"]),
-            files=files,
-            counts=np.fromfile(folder / "counts.bin", np.int64).reshape(len(files), -1),
-            folder=folder,
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"{folder}: is damaged ({reason}); delete the folder to prepare it again"
-        ) from None
-
-
-def _verify(path: Path, file: TokenFile) -> None:
-    """Hold a token file against its size and SHA-256; a large one is hashed if it was touched."""
-    stat = path.stat()
-    if stat.st_size != file.size:
-        raise ValueError(f"{path.name} has {stat.st_size:,} bytes, {file.size:,} were written")
-    trusted = file.size > REHASH and stat.st_mtime_ns == file.time
-    if not trusted and describe(path)["sha256"] != file.sha256:
-        raise ValueError(f"{path.name} is not what was written")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ast
 import codecs
-import functools
 import glob
 import gzip
 import itertools
@@ -346,26 +345,37 @@ def _hub_files(config: SourceConfig) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and _is_shown(p.relative_to(folder)))
 
 
+def commit(config: SourceConfig) -> str | None:
+    """The commit that a dataset of the hub is at; where there is none, the revision asked for.
+
+    Raises:
+        InputError: there is no such dataset, or the hub does not answer within `PATIENCE`.
+    """
+    hub = config.hub
+    if config.source != "hub" or _hub_files(config):
+        return hub.revision
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return hub.revision
+    name = str(hub.name)
+    try:
+        return within(
+            PATIENCE,
+            lambda: HfApi().dataset_info(name, revision=hub.revision, timeout=PATIENCE).sha,
+        )
+    except Exception as error:  # whatever the library raises; nothing else is run here
+        raise _no_dataset(hub, error) from None
+
+
 def _hub(config: SourceConfig, files: list[Path], read: Read, end: int) -> Iterator[Document]:
     """One row, one document: the text in the field `text_field`."""
     import datasets
-    import huggingface_hub
 
-    hub = config.hub
-    assert hub.name is not None
-    revision = hub.revision
-    if not files and not huggingface_hub.constants.HF_HUB_OFFLINE:
-        ask = functools.partial(
-            huggingface_hub.HfApi().dataset_info, hub.name, revision=revision, timeout=PATIENCE
-        )
-        try:
-            revision = within(PATIENCE, ask).sha  # all that follows is of one commit
-        except Exception as error:  # whatever the library raises; nothing else is run here
-            raise _no_dataset(hub, error) from None
-    row = 0
+    hub, row = config.hub, 0
     try:
         rows = datasets.load_dataset(
-            hub.name, hub.config, split=hub.split, revision=revision, streaming=hub.streaming
+            hub.name, hub.config, split=hub.split, revision=hub.revision, streaming=hub.streaming
         )
         for batch in rows.iter(batch_size=256):
             if config.text_field not in batch:
@@ -383,8 +393,7 @@ def _hub(config: SourceConfig, files: list[Path], read: Read, end: int) -> Itera
 
 def _no_dataset(hub: HubConfig, error: Exception, rows: int = 0) -> InputError:
     """What went wrong with a dataset, and the ways on."""
-    import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     reason = " ".join(f"{error} {error.__cause__ or ''}".split())[:200]
     if isinstance(error, errors.RevisionNotFoundError):
@@ -397,7 +406,7 @@ def _no_dataset(hub: HubConfig, error: Exception, rows: int = 0) -> InputError:
     if isinstance(error, ValueError) and not rows:  # a configuration or split that is not there
         return InputError(f"data.hub: {hub.name}: {reason}")
     return UnreachableError(
-        f"data.hub: {hub.name} cannot be read from {huggingface_hub.constants.ENDPOINT}"
+        f"data.hub: {hub.name} cannot be read from {constants.ENDPOINT}"
         + (f" beyond row {rows:,}" if rows else "")
         + f" ({type(error).__name__}: {reason}).\nWithout a network: its Parquet or JSONL files, "
         "downloaded elsewhere, by data.source: parquet or jsonl; what is in the cache of "
