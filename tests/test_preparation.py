@@ -441,9 +441,10 @@ def test_stopped_while_a_vocabulary_is_learnt_nothing_is_left(folder: Path):
     ("content", "options", "message"),
     [
         (None, {}, "no such file, folder or pattern"),
-        (b"", {"holdout": "tail"}, "no text was left for training"),
+        (b"", {"holdout": "tail"}, "data: holds no text"),
         (b"", {"tokenizer": "chars"}, "data: holds no text"),
-        (b"", {"tokenizer": "bpe"}, "no text was left for training"),
+        (b"", {"tokenizer": "bpe"}, "data: holds no text"),
+        (b"a", {"holdout": "tail"}, "no text was left for training"),
         (b"one document", {}, "no text was left for"),
         (b"good \xff bad", {"holdout": "tail"}, "byte 5"),
         (b"{}", {"source": "jsonl"}, "a.txt:1: has no field 'text'"),

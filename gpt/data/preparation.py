@@ -260,6 +260,8 @@ class _Preparation:
         if name == "val" and config.validation is not None:
             return InputError("data.validation: holds no text")
         where = f"data.mix.{name.rpartition('-')[2]}" if config.mix else "data"
+        if not any((self.folder / f"{each}.bin").stat().st_size for each in self.names):
+            return InputError(f"{where}: holds no text")
         kind = "validation" if name == "val" else "training"
         return InputError(
             f"{where}: no text was left for {kind} (holdout: {config.holdout}, "

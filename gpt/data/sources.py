@@ -395,7 +395,8 @@ def _no_dataset(hub: HubConfig, error: Exception, rows: int = 0) -> InputError:
     """What went wrong with a dataset, and the ways on."""
     from huggingface_hub import constants, errors
 
-    reason = " ".join(f"{error} {error.__cause__ or ''}".split())[:200]
+    reasons = dict.fromkeys(str(e) for e in (error, error.__cause__) if e is not None)
+    reason = " ".join("; ".join(reasons).split())[:200]
     if isinstance(error, errors.RevisionNotFoundError):
         return InputError(f"data.hub.revision: {hub.name} has no {hub.revision!r}")
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
