@@ -52,9 +52,8 @@ def test_pieces_are_tokenized_as_the_whole_would_be(texts: list[str], size: int)
     pattern = regex.compile(GPT2_PATTERN)
     whole = "".join(texts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "PIECE", size)
         patch.setattr(sources, "LONGEST", 10**6)
-        cut = list(pieces(texts))
+        cut = list(pieces(texts, size))
     assert "".join(cut) == whole
     assert "" not in cut
     assert [m for piece in cut for m in pattern.findall(piece)] == pattern.findall(whole)

@@ -33,7 +33,7 @@ from gpt import tokenizer
 from gpt.config import DataConfig, SourceConfig
 from gpt.console import Console
 from gpt.data.prepared import FORMAT, Dataset, open_dataset, seal
-from gpt.data.sources import SOURCES, Document, Read, Tokens, commit
+from gpt.data.sources import SOURCES, Document, Read, Tokens, commit, pieces
 from gpt.errors import InputError, StoppedError, UnreachableError
 from gpt.files import flush, write_text
 
@@ -384,10 +384,13 @@ def _learn(
 
 
 def _sample(texts: Iterator[str], most: int, size: int) -> Iterator[str]:
-    """`most` bytes of the texts, spread evenly over their `size`; all, or the first if it is 0."""
+    """`most` bytes of the texts, spread evenly over their `size`; all, or the first if it is 0.
+
+    In small parts, because the library holds some hundred texts at a time, each with its splits.
+    """
     share = min(1.0, most / size) if size else 1.0
     seen = taken = 0
-    for text in texts:
+    for text in pieces(texts, 2**12):
         seen += _size(text)
         if taken < most and taken <= seen * share:
             taken += _size(text)

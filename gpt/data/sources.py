@@ -36,8 +36,8 @@ _ERRORS = {"refuse": "strict", "replace": "replace"}  # of decoding, by `invalid
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 Read = Callable[[int], None]  # is told of each number of bytes that was read, for the progress
 
-CHUNK = 2**20  # bytes read from a file at a time
-PIECE = 2**16  # characters that a piece has at most if the text offers a place to cut
+CHUNK = 2**17  # bytes read from a file at a time; of 2**20 the allocator kept twice the memory
+PIECE = 2**14  # characters that a piece has at most if the text offers a place to cut
 LONGEST = 2**18  # characters at which it is cut anyhow; tiktoken fails on runs of over a million
 
 
@@ -77,16 +77,17 @@ class Source:
 _CUT = re.compile(r"(?s:.*\S)(?=[ \n\r\t])")
 
 
-def pieces(texts: Iterable[str]) -> Iterator[str]:
-    """The same text in pieces of bounded size, none empty, cut where no token can cross.
+def pieces(texts: Iterable[str], size: int = PIECE) -> Iterator[str]:
+    """The same text in pieces of at most `size` characters, cut where no token can cross.
 
-    A run of over `LONGEST` characters without such a place is cut all the same.
+    Where there is no such place a piece is longer, up to `LONGEST`, and is cut all the same.
+    None is empty.
     """
     rest = ""
     for text in texts:
         rest, start = rest + text, 0
-        while len(rest) - start > PIECE:
-            found = _CUT.match(rest, start, start + PIECE + 1)
+        while len(rest) - start > size:
+            found = _CUT.match(rest, start, start + size + 1)
             if found is None and len(rest) - start > LONGEST:
                 found = _CUT.match(rest, start, start + LONGEST + 1)
                 end = start + LONGEST if found is None else found.end()
