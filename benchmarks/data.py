@@ -174,8 +174,8 @@ def write_corpus(path: Path, megabytes: float) -> int:
             texts.append(text)
     every = max(1.0, sum(map(len, texts)) / (megabytes * 1e6))
     chosen = [texts[int(i * every)] for i in range(int(len(texts) / every))]
-    with path.open("w") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in chosen)
+    with path.open("w") as corpus:
+        corpus.writelines(json.dumps({"text": text}) + "\n" for text in chosen)
     return sum(len(text.encode()) for text in chosen)
 
 
@@ -192,7 +192,8 @@ def write_vocabularies(corpus: Path, folder: Path) -> None:
     merges, vocabulary = (tokenizer.gpt2_file(name) for name in ("vocab.bpe", "encoder.json"))
     ids = json.loads(vocabulary.read_text("utf-8"))
     del ids[tokenizer.END_OF_TEXT]
-    pairs = [tuple(line.split()) for line in merges.read_text("utf-8").splitlines()[1:]]
+    lines = merges.read_text("utf-8").splitlines()[1:]
+    pairs = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
     library = Tokenizer(models.BPE(vocab=ids, merges=pairs))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.save(str(folder / "gpt2-library.json"))
@@ -217,9 +218,9 @@ def batch_reading(name: str, config: Config, folder: Path) -> dict[str, Any]:
         sequences.batch(step, config.batch_sequences)
         times.append(time.perf_counter() - began)
     result = train(config, folder / name, quiet=True)
-    step = config.batch_sequences * config.model.context / result.tokens_per_second
+    seconds = config.batch_sequences * config.model.context / result.tokens_per_second
     read = statistics.median(times)
-    return {"config": name, "read": read, "step": step, "share": read / step}
+    return {"config": name, "read": read, "step": seconds, "share": read / seconds}
 
 
 def main() -> None:

@@ -124,9 +124,9 @@ Seed = Annotated[Int, Field(ge=0, lt=2**63)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
-def _parsed(value: object) -> object:
+def _parsed(value: object, name: str) -> object:
     """A flag's text as the YAML that it is, such as `{path: a.txt}`; other values unchanged."""
-    return _parse_yaml(value, "YAML") if isinstance(value, str) else value
+    return _parse_yaml(value, f"{name}: as YAML") if isinstance(value, str) else value
 
 
 class Section(BaseModel):
@@ -231,11 +231,14 @@ class DataConfig(SourceConfig):
             return tree
         shared = {k: tree[k] for k in SourceConfig.model_fields if k in tree and k != "path"}
 
+        validation = _parsed(tree.get("validation"), "validation")
+
         def fill(own: object) -> object:
             return merge(shared, own) if isinstance(own, Mapping) else own
 
-        filled: dict[str, object] = {**tree, "validation": fill(_parsed(tree.get("validation")))}
-        mix = _parsed(tree.get("mix", ()))
+        filled: dict[str, object] = {**tree, "validation": fill(validation)}
+        mix = _parsed(tree.get("mix", ()), "mix")
+        mix = (mix,) if isinstance(mix, Mapping) else mix
         filled["mix"] = tuple(map(fill, mix)) if isinstance(mix, list | tuple) else mix
         return filled
 
@@ -543,8 +546,10 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = tree.pop("base", None)
     if base is None:
         return tree
-    if not isinstance(base, str) or not (path.parent / base).is_file():
+    if not isinstance(base, str):
         raise InputError(f"{path}: base: must be the path of one YAML file, found {base!r}")
+    if not (path.parent / base).is_file():
+        raise InputError(f"{path}: base: {base}: no such file (looked in {path.parent.absolute()})")
     below = _read_with_bases(path.parent / base, (*seen, path.resolve()))
     return merge({key: value for key, value in below.items() if key != "name"}, tree)
 
@@ -599,7 +604,11 @@ def _explain(error: ErrorDetails, options: list[str]) -> tuple[str, str]:
     sections = sorted({option.rpartition(".")[0] for option in options} - {""})
     key, found = ".".join(parts), error["input"]
     if error["type"] == "extra_forbidden":
-        return key, f"no such option{nearest(key, [*sections, *options])}"
+        parent = key.rpartition(".")[0]
+        valid = [*sections, *options]
+        if parent and parent not in sections:  # a source within data.mix or data.validation
+            valid = [f"{parent}.{name}" for name in MixedSource.model_fields]
+        return key, f"no such option{nearest(key, valid)}"
     names = {*MixedSource.model_fields, *(part for place in options for part in place.split("."))}
     while parts and not (parts[-1] in names or parts[-1].isdecimal()):  # a union's branches
         parts.pop()

@@ -18,9 +18,13 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, contents: bytes) -> None:
     """Write a small file whole or not at all."""
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    temporary.write_bytes(contents)
-    flush(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(contents)
+        flush(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     flush(path.parent)
 
 

@@ -43,7 +43,7 @@ def parse(
     given = [a.partition("=")[0].replace("_", "-") for a in arguments if a.startswith("--")]
     twice = [flag for flag in given if given.count(flag) > 1]
     if twice:
-        raise InputError(f"{twice[0]}: is given twice")
+        raise InputError(f"{twice[0]}: is given twice; several values follow one flag")
     both = dataclasses.make_dataclass("Flags", _fields(section), bases=(own,), kw_only=True)
     names = [field.name for field in dataclasses.fields(own)]  # type: ignore[arg-type]
     complaint = io.StringIO()

@@ -14,8 +14,9 @@ import functools
 import hashlib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,13 +25,15 @@ import tiktoken
 from gpt.config import DataConfig
 from gpt.errors import InputError, UnreachableError
 from gpt.files import write_bytes
-from gpt.network import PATIENCE, within
+from gpt.wait import PATIENCE, wait_for
 
 if TYPE_CHECKING:
     import tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
 FORMAT = 1
+PIECE = 2**14  # characters that a piece of text has at most if there is a place to cut
+LONGEST = 2**18  # characters at which it is cut anyhow; tiktoken fails on runs of over a million
 
 # GPT-2's split: contractions, words, numbers and signs with the space before them, white space.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -88,7 +91,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    trained.train_from_iterator(documents, trainer)
+    wait_for(lambda: trained.train_from_iterator(documents, trainer))
     return trained
 
 
@@ -162,9 +165,9 @@ def _download(url: str) -> bytes:
     import requests
 
     ask = functools.partial(requests.get, url, stream=True, timeout=PATIENCE / 2)
-    answer: requests.Response = within(PATIENCE, ask)
+    answer: requests.Response = wait_for(ask, PATIENCE)
     answer.raise_for_status()
-    return within(60, lambda: answer.content)
+    return wait_for(lambda: answer.content, 60)
 
 
 def _no_vocabulary(missing: list[str], error: Exception) -> InputError:
@@ -192,6 +195,37 @@ TOKENIZERS: dict[str, Callable[[DataConfig, Iterable[str]], tiktoken.Encoding]] 
 }
 
 
+# The last place where the text may be cut: between a character that is no white space and white
+# space. No piece of GPT-2's pattern holds both in that order, so either side is tokenized as if the
+# other were there. (Python's \S is a subset of what other engines take for no white space.)
+_CUT = re.compile(r"(?s:.*\S)(?=[ \n\r\t])")
+
+
+def pieces(texts: Iterable[str], size: int = PIECE) -> Iterator[str]:
+    """The same text in pieces of at most `size` characters, cut where no token can cross.
+
+    Where there is no such place a piece is longer, up to `LONGEST`, and is cut all the same.
+    None is empty.
+    """
+    rest = ""
+    for text in texts:
+        rest, start = rest + text, 0
+        while len(rest) - start > size:
+            found = _CUT.match(rest, start, start + size + 1)
+            if found is None and len(rest) - start > LONGEST:
+                found = _CUT.match(rest, start, start + LONGEST + 1)
+                end = start + LONGEST if found is None else found.end()
+            elif found is None:
+                break
+            else:
+                end = found.end()
+            yield rest[start:end]
+            start = end
+        rest = rest[start:]
+    if rest:
+        yield rest
+
+
 def encode(encoding: tiktoken.Encoding, text: str, origin: str = "the text") -> list[int]:
     """Token ids of `text`, in which nothing stands for end of text.
 
@@ -207,7 +241,7 @@ def encode(encoding: tiktoken.Encoding, text: str, origin: str = "the text") -> 
     except UnicodeEncodeError as error:
         raise InputError(f"{origin}: holds a broken character at {error.start}") from None
     check_characters(encoding, text, origin)
-    return encoding.encode_ordinary(text)
+    return [token for piece in pieces([text]) for token in encoding.encode_ordinary(piece)]
 
 
 def check_characters(encoding: tiktoken.Encoding, text: str, origin: str) -> None:
@@ -268,8 +302,10 @@ def load(path: Path) -> tiktoken.Encoding:
     """
     try:
         tree = json.loads(path.read_text("utf-8"))
-        if tree["format"] != FORMAT or tree["end_of_text"] != len(tree["tokens"]):
+        if tree["format"] != FORMAT:
             raise ValueError(f"format {tree['format']!r}, this program reads {FORMAT}")
+        if tree["end_of_text"] != len(tree["tokens"]):
+            raise ValueError("end_of_text is not the id after the last token")
         tokens = [token.encode("latin-1") for token in tree["tokens"]]
         if tree["name"] != "chars" and not {bytes([b]) for b in range(256)} <= set(tokens):
             raise ValueError("it lacks a token for some byte")

@@ -17,10 +17,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import pytest
 from conftest import ROOT
 
 from gpt import tokenizer
+from gpt.config import SourceConfig
+from gpt.data import sources
+from gpt.data.sources import SOURCES
+from gpt.errors import UnreachableError
 from gpt.tokenizer import GPT2_FILES, GPT2_URL
 
 COMMIT = "a" * 40
@@ -193,6 +198,49 @@ def test_an_unreachable_hub_is_noticed_soon(prepare: Prepare, silent: str, serve
         assert way in err
     assert seconds < 10 + 5  # of which up to 5 are for Python and the library to start
     assert prepare.left() == []
+
+
+def test_an_unreachable_hub_is_noticed_soon_when_going_on(prepare: Prepare, hub: str, silent: str):
+    assert prepare(*DATASET, HF_ENDPOINT=hub)[0] == 0
+    (folder,) = (prepare.folder / "cache").iterdir()
+    building = folder.rename(folder.with_name(f".{folder.name}.building"))
+    (building / "meta.json").unlink()
+    (building / "revisions.json").write_text(json.dumps([COMMIT]))
+    (building / "progress.json").write_text('{"items": 3, "train": 0, "val": 0}')
+    code, _, err, seconds = prepare(*DATASET, HF_ENDPOINT=silent)
+    assert code == 2
+    assert "cannot be read from" in err
+    assert seconds < 10 + 5
+    assert prepare.left() == [building.name]
+    code, _, err, _ = prepare(*DATASET, HF_ENDPOINT=hub)
+    assert code == 0
+    assert "going on where an earlier start was stopped" in err
+
+
+@pytest.mark.parametrize("silent_in", ["load_dataset", "a row"])
+def test_a_hub_that_falls_silent_is_noticed(silent_in: str, monkeypatch: pytest.MonkeyPatch):
+    never = threading.Event()
+
+    class Rows:
+        def iter(self, batch_size: int) -> Iterator[dict[str, list[str]]]:
+            yield {"text": ["one", "two"]}
+            never.wait()
+
+    def load_dataset(*arguments: object, **options: object) -> Rows:
+        if silent_in == "load_dataset":
+            never.wait()
+        return Rows()
+
+    monkeypatch.setattr(sources, "STALL", 0.2)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    config = SourceConfig.model_validate({"source": "hub", "hub": {"name": "me/data"}})
+    found: list[str] = []
+    with pytest.raises(UnreachableError) as caught:
+        for document in SOURCES["hub"].documents(config, [], lambda count: None, 0):
+            found.extend(map(str, document.pieces))
+    never.set()
+    assert found == ([] if silent_in == "load_dataset" else ["one", "two"])
+    assert ("beyond row 2" in str(caught.value)) == bool(found)
 
 
 def test_a_local_folder_is_a_dataset_too(prepare: Prepare):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import json
 import math
@@ -26,7 +27,7 @@ from gpt.data.preparation import find, prepare
 from gpt.data.prepared import Dataset
 from gpt.data.sources import SOURCES, Tokens
 from gpt.errors import InputError, StoppedError
-from gpt.tokenizer import to_json
+from gpt.tokenizer import TOKENIZERS, to_json
 
 
 def text_config(folder: Path, *paths: object, **options: Any) -> DataConfig:
@@ -182,6 +183,42 @@ def test_bpe_learns_from_the_training_text_only(tmp_path: Path):
     tokens = prepare(config).encoding._mergeable_ranks
     assert b"ab" in tokens
     assert not [token for token in tokens if len(token) > 1 and b"x" in token[:1]][3:]
+
+
+def test_bpe_learns_no_token_across_documents(tmp_path: Path):
+    names = ["emma", "olivia", "ava"] * 300
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": n}) + "\n" for n in names))
+    config = text_config(
+        tmp_path, tmp_path / "a.jsonl", source="jsonl", tokenizer="bpe", vocab_size=600,
+        validation={"path": str(tmp_path / "a.jsonl")},
+    )  # fmt: skip
+    tokens = prepare(config).encoding._mergeable_ranks
+    assert {b"emma", b"olivia", b"ava"} <= set(tokens)
+    assert max(map(len, tokens)) == len("olivia")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_bpe_learns_from_a_sample_spread_evenly(tmp_path: Path, packed: bool):
+    text = "".join(f"{n:08d} " for n in range(400_000))
+    path = tmp_path / ("a.gz" if packed else "a.txt")
+    path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+    config = text_config(
+        tmp_path, path, tokenizer="bpe", learn_bytes=200_000, validation={"path": str(path)}
+    )
+    sample: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TOKENIZERS, "bpe", lambda config, texts: sample.extend(texts))
+        preparation._learn(config, preparation._plan(config)[1])
+    assert 195_000 < sum(map(len, sample)) < 205_000
+    places = [int(part.split()[1]) for part in sample]
+    counts = np.histogram(places, bins=4, range=(0, 400_000))[0]
+    assert counts.min() > 0.5 * counts.mean(), counts
+    everything = config.model_copy(update={"learn_bytes": 10**9})
+    with pytest.MonkeyPatch.context() as patch:
+        sample.clear()
+        patch.setitem(TOKENIZERS, "bpe", lambda config, texts: sample.extend(texts))
+        preparation._learn(everything, preparation._plan(config)[1])
+    assert "".join(sample) == text
 
 
 def test_chars_know_the_validation_text_too(tmp_path: Path):
@@ -463,6 +500,24 @@ def test_bad_input_is_named_and_leaves_nothing(
         prepare(config)
     assert message in str(caught.value)
     assert left(config) == []
+
+
+def test_a_folder_that_holds_the_cache_is_refused(folder: Path):
+    config = text_config(folder, folder)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"data\.path: .* holds data\.cache_dir"):
+            prepare(config)
+
+
+def test_missing_files_are_named_by_their_option(folder: Path):
+    none = str(folder / "none")
+    for options, place in (
+        ({"path": none}, r"^data\.path: "),
+        ({"path": str(folder / "in"), "validation": {"path": none}}, r"^data\.validation\.path: "),
+        ({"mix": [{"path": str(folder / "in")}, {"path": none}]}, r"^data\.mix\.1\.path: "),
+    ):
+        with pytest.raises(InputError, match=place):
+            prepare(text_config(folder, **options))
 
 
 def test_an_empty_source_of_several_is_named(folder: Path):

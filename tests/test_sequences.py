@@ -110,6 +110,11 @@ def test_sources_have_their_shares_and_epochs_of_their_own():
 def test_a_tiny_weight_still_has_a_slot():
     sequences = TrainingSequences([TOKENS, TOKENS], 10, 0, weights=(1 - 1e-9, 1e-9))
     assert np.bincount(sequences.slots).tolist() == [CYCLE - 1, 1]
+    for weights in ([9997, 1, 1, 1], [9994, 2, 2, 2], [99.9, 0.05, 0.05], [1] * CYCLE):
+        shares = np.array(weights) / sum(weights)
+        slots = np.bincount(TrainingSequences([TOKENS] * len(weights), 10, 0, weights=shares).slots)
+        assert slots.sum() == CYCLE
+        assert slots.min() >= 1
     many = TrainingSequences([TOKENS] * 3, 10, 0, weights=(1 / 3, 1 / 3, 1 / 3))
     assert sorted(np.bincount(many.slots).tolist()) == [333, 333, 334]
 

@@ -12,15 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gpt import config as configs
 from gpt.config import DataConfig, SourceConfig, validate
 from gpt.data import sources
-from gpt.data.sources import LONGEST, PIECE, SOURCES, pieces
+from gpt.data.sources import SOURCES
 from gpt.errors import InputError
-from gpt.tokenizer import GPT2_PATTERN, TOKENIZERS
 
 
 def config_of(source: str, *paths: object, **options: Any) -> SourceConfig:
@@ -39,50 +36,6 @@ def documents(config: SourceConfig, end: int = 256, read=lambda count: None) -> 
         else:
             assert document.size() == sum(len(part.encode()) for part in parts)
             yield "".join(parts)
-
-
-# -- Pieces ------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.text(alphabet="ab 1.\n\t\u3000é日", max_size=30)), st.integers(1, 8))
-def test_pieces_are_tokenized_as_the_whole_would_be(texts: list[str], size: int):
-    """With small bounds on a GPT-2 pattern: the split of the whole is the split of the pieces."""
-    import regex
-
-    pattern = regex.compile(GPT2_PATTERN)
-    whole = "".join(texts)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "LONGEST", 10**6)
-        cut = list(pieces(texts, size))
-    assert "".join(cut) == whole
-    assert "" not in cut
-    assert [m for piece in cut for m in pattern.findall(piece)] == pattern.findall(whole)
-
-
-def test_long_text_comes_in_bounded_pieces():
-    text = "some words, and more words\n" * 40_000
-    cut = list(pieces(text[at : at + 300_000] for at in range(0, len(text), 300_000)))
-    assert "".join(cut) == text
-    assert max(map(len, cut)) <= PIECE
-    assert len(cut) < 1.1 * len(text) / PIECE + 1
-
-
-@pytest.mark.parametrize("char", [" ", "\n", "a", "日", "."])
-@pytest.mark.parametrize("before", ["", "x", " "])
-def test_runs_without_an_end_are_cut(char: str, before: str):
-    text = before + char * 1_000_000 + "x y"
-    cut = list(pieces([text[:600_000], text[600_000:]]))
-    assert "".join(cut) == text
-    assert max(map(len, cut)) <= LONGEST
-
-
-@pytest.mark.parametrize("char", [" ", "\n", "a", "日", ".", "7", "\u3000", "'s"])
-def test_the_longest_piece_is_not_too_long_for_the_tokenizers(char: str):
-    piece = (char * LONGEST)[: LONGEST - 1] + "x"
-    for name in ("bytes", "bpe"):
-        encoding = TOKENIZERS[name](DataConfig(vocab_size=300), ["abc"])
-        ids = encoding.encode_to_numpy(piece, disallowed_special=())
-        assert encoding.decode(ids.tolist()) == piece
 
 
 # -- Files -------------------------------------------------------------------------------------
@@ -286,9 +239,10 @@ def test_a_hub_dataset_and_its_validation_split():
         ({"mix": [{"source": "text"}]}, "mix.0: source: text needs path"),
         ({"mix": [{"source": "txt", "path": "a"}]}, "mix.0.source: 'txt' is none of"),
         ({"mix": [{"weight": -1}]}, "mix.0.weight: input should be greater than 0"),
-        ({"mix": [{"pth": "a"}]}, "mix.0.pth: no such option"),
+        ({"mix": [{"pth": "a"}]}, "mix.0.pth: no such option; perhaps you meant mix.0.path"),
         ({"mix": 3}, "mix: input should be a valid tuple"),
-        ({"mix": "[{path: a"}, "YAML: line 1: expected ',' or '}'"),
+        ({"mix": {"source": "text"}}, "mix.0: source: text needs path"),
+        ({"mix": "[{path: a"}, "mix: as YAML: line 1: expected ',' or '}'"),
         ({"validation": {"hub": 3}}, "validation.hub: must be a mapping"),
         ({"tokenizer": "file"}, "go together"),
         ({"vocabulary": "x.json"}, "go together"),

@@ -11,9 +11,18 @@ from hypothesis import strategies as st
 
 from gpt import tokenizer
 from gpt.config import DataConfig
-from gpt.data.sources import pieces
 from gpt.errors import InputError
-from gpt.tokenizer import TOKENIZERS, copy, encode, to_json, train_bpe
+from gpt.tokenizer import (
+    GPT2_PATTERN,
+    LONGEST,
+    PIECE,
+    TOKENIZERS,
+    copy,
+    encode,
+    pieces,
+    to_json,
+    train_bpe,
+)
 
 TEXTS = [
     "def f(x):\n    return x + 1\n" * 20,
@@ -173,3 +182,54 @@ def test_the_file_is_json_with_the_tokens_in_order():
     tree = json.loads(to_json(make("bytes")))
     assert tree["tokens"][65] == "A"
     assert tree["end_of_text"] == 256
+
+
+# -- Pieces ------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.text(alphabet="ab 1.\n\t\u3000é日", max_size=30)), st.integers(1, 8))
+def test_pieces_are_tokenized_as_the_whole_would_be(texts: list[str], size: int):
+    """With small bounds on a GPT-2 pattern: the split of the whole is the split of the pieces."""
+    import regex
+
+    pattern = regex.compile(GPT2_PATTERN)
+    whole = "".join(texts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "LONGEST", 10**6)
+        cut = list(pieces(texts, size))
+    assert "".join(cut) == whole
+    assert "" not in cut
+    assert [m for piece in cut for m in pattern.findall(piece)] == pattern.findall(whole)
+
+
+def test_long_text_comes_in_bounded_pieces():
+    text = "some words, and more words\n" * 40_000
+    cut = list(pieces(text[at : at + 300_000] for at in range(0, len(text), 300_000)))
+    assert "".join(cut) == text
+    assert max(map(len, cut)) <= PIECE
+    assert len(cut) < 1.1 * len(text) / PIECE + 1
+
+
+@pytest.mark.parametrize("char", [" ", "\n", "a", "日", "."])
+@pytest.mark.parametrize("before", ["", "x", " "])
+def test_runs_without_an_end_are_cut(char: str, before: str):
+    text = before + char * 1_000_000 + "x y"
+    cut = list(pieces([text[:600_000], text[600_000:]]))
+    assert "".join(cut) == text
+    assert max(map(len, cut)) <= LONGEST
+
+
+@pytest.mark.parametrize("char", [" ", "\n", "a", "日", ".", "7", "\u3000", "'s"])
+def test_the_longest_piece_is_not_too_long_for_the_tokenizers(char: str):
+    piece = (char * LONGEST)[: LONGEST - 1] + "x"
+    for name in ("bytes", "bpe"):
+        encoding = TOKENIZERS[name](DataConfig(vocab_size=300), ["abc"])
+        ids = encoding.encode_to_numpy(piece, disallowed_special=())
+        assert encoding.decode(ids.tolist()) == piece
+
+
+def test_a_million_spaces_in_a_prompt(encoding: tiktoken.Encoding):
+    if encoding.name == "chars":
+        return
+    text = "a" + " " * 1_200_000 + "b"
+    assert encoding.decode(encode(encoding, text)) == text

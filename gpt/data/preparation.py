@@ -33,9 +33,10 @@ from gpt import tokenizer
 from gpt.config import DataConfig, SourceConfig
 from gpt.console import Console
 from gpt.data.prepared import FORMAT, Dataset, open_dataset, seal
-from gpt.data.sources import SOURCES, Document, Read, Tokens, commit, pieces
+from gpt.data.sources import SOURCES, Document, Read, Tokens, commit
 from gpt.errors import InputError, StoppedError, UnreachableError
 from gpt.files import flush, write_text
+from gpt.tokenizer import pieces
 
 JOB = 2**17  # characters or tokens that a worker is given at a time; larger ones ran slower
 NOTE = "progress.json"
@@ -71,17 +72,20 @@ def prepare(
             corpus; the disk is full.
         StoppedError: `stop` said so.
     """
-    folder, plan = _plan(config)
-    if folder.exists() and not (folder / "meta.json").is_file():
-        raise InputError(f"{folder}: is damaged (it has no meta.json); delete it to prepare again")
     try:
+        folder, plan = _plan(config)
         if not (folder / "meta.json").is_file():
+            if folder.exists():
+                raise InputError(
+                    f"{folder}: is damaged (it has no meta.json); delete it to prepare it again"
+                )
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _only_one(folder):
                 if not (folder / "meta.json").is_file():  # or it was finished a moment ago
                     _build(config, plan, folder, console or Console(quiet=True), stop)
     except OSError as error:
-        raise InputError(f"data.cache_dir: {folder.parent}: {error.strerror}") from None
+        place = error.filename or f"data.cache_dir: {config.cache_dir}"
+        raise InputError(f"{place}: {error.strerror}") from None
     return open_dataset(config, folder)
 
 
@@ -122,13 +126,13 @@ class _SourceFiles:
 
 def _plan(config: DataConfig) -> tuple[Path, list[_SourceFiles]]:
     """The folder that belongs to `config`, and what is read to fill it."""
+    places = [f"data.mix.{index}" for index in range(len(config.mix))] or ["data"]
     plan = [
-        _SourceFiles(source, SOURCES[source.source].files(source), target)
-        for source, target in zip(config.sources, _train_names(config), strict=True)
+        _source_files(config, source, target, place)
+        for source, target, place in zip(config.sources, _train_names(config), places, strict=True)
     ]
     if config.validation is not None:
-        files = SOURCES[config.validation.source].files(config.validation)
-        plan.append(_SourceFiles(config.validation, files, "val"))
+        plan.append(_source_files(config, config.validation, "val", "data.validation"))
     options = config.model_dump(
         mode="json",
         include={
@@ -149,6 +153,24 @@ def _plan(config: DataConfig) -> tuple[Path, list[_SourceFiles]]:
     key = hashlib.sha256(json.dumps([FORMAT, options, sources]).encode()).hexdigest()
     name = "mix" if config.mix else config.source
     return Path(config.cache_dir) / f"{name}-{config.tokenizer}-{key[:12]}", plan
+
+
+def _source_files(
+    config: DataConfig, source: SourceConfig, target: str, place: str
+) -> _SourceFiles:
+    """The files of the source at the option `place`."""
+    try:
+        files = SOURCES[source.source].files(source)
+    except InputError as error:
+        raise InputError(f"{place}.{error}") from None
+    cache = Path(config.cache_dir).resolve()
+    for path in source.path:
+        if Path(path).is_dir() and cache.is_relative_to(Path(path).resolve()):
+            raise InputError(
+                f"{place}.path: {path} holds data.cache_dir ({config.cache_dir}), where prepared "
+                "files go;\nname the texts more closely, or another data.cache_dir"
+            )
+    return _SourceFiles(source, files, target)
 
 
 def _train_names(config: DataConfig) -> list[str]:
@@ -250,9 +272,11 @@ class _Preparation:
     def _pin(self) -> None:
         """Read datasets of the hub at one commit from the first start to the last."""
         path = self.folder / REVISIONS
-        if not path.is_file():
-            write_text(path, json.dumps([commit(source.config) for source in self.plan]) + "\n")
-        revisions = json.loads(path.read_text("utf-8"))
+        revisions = [commit(source.config) for source in self.plan]  # or it is out of reach
+        if path.is_file():
+            revisions = json.loads(path.read_text("utf-8"))
+        else:
+            write_text(path, json.dumps(revisions) + "\n")
         self.plan = [s.at(revision) for s, revision in zip(self.plan, revisions, strict=True)]
 
     def _nothing_for(self, name: str) -> InputError:
@@ -266,7 +290,7 @@ class _Preparation:
         return InputError(
             f"{where}: no text was left for {kind} (holdout: {config.holdout}, "
             f"val_fraction: {config.val_fraction});\n"
-            "with few documents use data.holdout: tail, which splits each of them"
+            "raise data.val_fraction, or use data.holdout: tail, which splits each document"
         )
 
     # -- The vocabulary --------------------------------------------------------------------------
@@ -303,7 +327,7 @@ class _Preparation:
             count, files = self._open_files(stack)
             self._start("encoding")
             stack.callback(self.console.close)
-            pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count(), initializer=begin))
+            pool = stack.enter_context(ThreadPoolExecutor(_workers(), initializer=begin))
             stack.callback(pool.shutdown, cancel_futures=True)
             items = _items(self.config, self.plan, self._has_read, encoding.eot_token)
             noted = time.monotonic()
@@ -369,34 +393,37 @@ def _learn(
 ) -> tiktoken.Encoding:
     """The tokenizer: chars from all text, as each one needs a token; bpe from training text."""
 
+    place = 0  # how much of the files is read
+
+    def has_read(count: int) -> None:
+        nonlocal place
+        place += count
+        read(count)
+
     def texts() -> Iterator[str]:
-        for target, piece, _ in _items(config, plan, read, end_of_text=-1):
+        for target, piece, _ in _items(config, plan, has_read, end_of_text=-1):
             if stop():
                 raise StoppedError("stopped while a vocabulary was learnt")
             if isinstance(piece, str) and (target != "val" or config.tokenizer == "chars"):
                 yield piece
 
-    text = texts()
-    if config.tokenizer == "bpe":
+    def sample() -> Iterator[str]:
+        """At most `learn_bytes`, spread evenly over the files; of the hub the first.
+
+        In small parts: the library holds some hundred texts at a time, each with its splits.
+        """
+        most, taken = config.learn_bytes, 0
         size = sum(source.size() for source in plan if source.target != "val")
-        text = _sample(text, config.learn_bytes, size)
-    return tokenizer.TOKENIZERS[config.tokenizer](config, text)
+        for text in texts():
+            for part in pieces([text], 2**12):
+                if taken >= most:
+                    return
+                if taken * size <= most * place:
+                    taken += _size(part)
+                    yield part
 
-
-def _sample(texts: Iterator[str], most: int, size: int) -> Iterator[str]:
-    """`most` bytes of the texts, spread evenly over their `size`; all, or the first if it is 0.
-
-    In small parts, because the library holds some hundred texts at a time, each with its splits.
-    """
-    share = min(1.0, most / size) if size else 1.0
-    seen = taken = 0
-    for text in pieces(texts, 2**12):
-        seen += _size(text)
-        if taken < most and taken <= seen * share:
-            taken += _size(text)
-            yield text
-        elif taken >= most:
-            return
+    wanted = sample() if config.tokenizer == "bpe" else texts()
+    return tokenizer.TOKENIZERS[config.tokenizer](config, wanted)
 
 
 def _items(
@@ -499,7 +526,7 @@ def _encode(
     for name, piece, last in job:
         part = parts.setdefault(name, [])
         if isinstance(piece, str):
-            tokenizer.check_characters(encoding, piece, "data")
+            tokenizer.check_characters(encoding, piece, f"data: a document for {name}.bin")
             part.append(encoding.encode_to_numpy(piece, disallowed_special=()))
         else:
             part.append(piece)
@@ -509,13 +536,18 @@ def _encode(
     return len(job), joined
 
 
+def _workers() -> int:
+    """Threads that encode: one a core, up to what one reader feeds and memory allows."""
+    return min(os.cpu_count() or 1, 16)
+
+
 def _in_order(
     pool: ThreadPoolExecutor,
     work: Callable[[list[Item]], tuple[int, dict[str, Tokens]]],
     jobs: Iterable[list[Item]],
 ) -> Iterator[tuple[int, dict[str, Tokens]]]:
     """`map(work, jobs)` on all workers, with no more jobs in memory than keep them busy."""
-    ahead = 2 * (os.cpu_count() or 1)
+    ahead = 2 * _workers()
     waiting: deque[Future[tuple[int, dict[str, Tokens]]]] = deque()
     for job in jobs:
         waiting.append(pool.submit(work, job))

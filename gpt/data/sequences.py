@@ -53,11 +53,15 @@ class TrainingSequences:
         weights: Sequence[float] = (1.0,),
         windows: Literal["epochs", "random"] = "epochs",
     ) -> None:
-        for tokens in train:
+        for number, tokens in enumerate(train):
             if len(tokens) <= context:
+                of = f" of data.mix.{number}" if len(train) > 1 else ""
                 raise InputError(
-                    f"model.context: {context} needs more than the {len(tokens):,} training tokens"
+                    f"model.context: {context} needs more than the {len(tokens):,} training "
+                    f"tokens{of}"
                 )
+        if len(train) > CYCLE:
+            raise InputError(f"data.mix: holds {len(train):,} sources; at most {CYCLE:,} are mixed")
         self.train, self.context, self.seed, self.windows = train, context, seed, windows
         self.slots = _shares(weights)
         self._cycle = -1, self.slots  # the newest: its number, and its slots' order
@@ -69,7 +73,12 @@ class TrainingSequences:
         Args:
             size: sequences of the update, over all processes.
             rank, world: this process and their number; together they hold what one would.
+
+        Raises:
+            ValueError: the processes cannot share the batch evenly.
         """
+        if size % world:
+            raise ValueError(f"{world} processes cannot share {size} sequences evenly")
         share = size // world
         first = (step - 1) * size + rank * share
         rows = [self._window(index) for index in range(first, first + share)]
@@ -118,9 +127,10 @@ def _shares(weights: Sequence[float]) -> npt.NDArray[np.int64]:
     """`CYCLE` slots, of which each source has its share, to the nearest; at least one each."""
     exact = np.array(weights) * CYCLE
     counts = np.maximum(1, np.floor(exact).astype(np.int64))
-    while counts.sum() != CYCLE:
-        sign = 1 if counts.sum() < CYCLE else -1
-        counts[np.argmax(sign * (exact - counts))] += sign
+    while counts.sum() < CYCLE:
+        counts[np.argmax(exact - counts)] += 1
+    while counts.sum() > CYCLE:
+        counts[np.argmax(np.where(counts > 1, counts - exact, -np.inf))] -= 1
     return np.repeat(np.arange(len(weights)), counts)
 
 
@@ -136,7 +146,7 @@ class ValidationSequences:
         if windows < 1:
             raise InputError(
                 f"model.context: {context} needs more than the {len(tokens):,} validation tokens; "
-                "raise data.val_fraction"
+                "raise data.val_fraction, or give data.validation more text"
             )
         self.tokens, self.context = tokens, context
         self._windows, self._count = windows, min(windows, limit or windows)

@@ -2,7 +2,7 @@
 
 A source names the files that it reads, which tell a changed corpus from an unchanged one, and
 yields documents. A document comes in pieces of bounded size, so that a file of any length is read
-in constant memory; pieces end where no token of GPT-2's pattern can cross (see `pieces`).
+in constant memory, and ends where no token can cross (`gpt.tokenizer.pieces`).
 
 Everything that can be wrong with a user's file is found here and named: the file, and the byte,
 line, row or token. Not here: tokens and token files (preparation.py).
@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import ast
 import codecs
+import functools
 import glob
 import gzip
 import itertools
 import json
-import re
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,16 +29,16 @@ import numpy.typing as npt
 
 from gpt.config import HubConfig, SourceConfig
 from gpt.errors import InputError, UnreachableError, nearest
-from gpt.network import PATIENCE, within
+from gpt.tokenizer import PIECE, pieces
+from gpt.wait import PATIENCE, wait_for
 
 _ERRORS = {"refuse": "strict", "replace": "replace"}  # of decoding, by `invalid_text`
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 Read = Callable[[int], None]  # is told of each number of bytes that was read, for the progress
 
+STALL = 60.0  # seconds without a row until a dataset counts as out of reach
 CHUNK = 2**17  # bytes read from a file at a time; of 2**20 the allocator kept twice the memory
-PIECE = 2**14  # characters that a piece has at most if the text offers a place to cut
-LONGEST = 2**18  # characters at which it is cut anyhow; tiktoken fails on runs of over a million
 
 
 @dataclass(frozen=True)
@@ -59,47 +59,14 @@ class Source:
     """One kind of source.
 
     Attributes:
-        files: the files that `documents` will read, in order; empty for the hub.
+        files: the files that `documents` will read, in order; empty for the hub. Its errors begin
+            with the option that is wrong, such as "path: ".
         documents: the documents in them. The last argument is the id of the end-of-text token,
             which tells documents apart where the source is tokens already.
     """
 
     files: Callable[[SourceConfig], list[Path]]
     documents: Callable[[SourceConfig, list[Path], Read, int], Iterator[Document]]
-
-
-# ---------------------------------------------------------------------------------------------
-# Pieces
-
-# The last place where the text may be cut: between a character that is no white space and white
-# space. No piece of GPT-2's pattern holds both in that order, so either side is tokenized as if the
-# other were there. (Python's \S is a subset of what other engines take for no white space.)
-_CUT = re.compile(r"(?s:.*\S)(?=[ \n\r\t])")
-
-
-def pieces(texts: Iterable[str], size: int = PIECE) -> Iterator[str]:
-    """The same text in pieces of at most `size` characters, cut where no token can cross.
-
-    Where there is no such place a piece is longer, up to `LONGEST`, and is cut all the same.
-    None is empty.
-    """
-    rest = ""
-    for text in texts:
-        rest, start = rest + text, 0
-        while len(rest) - start > size:
-            found = _CUT.match(rest, start, start + size + 1)
-            if found is None and len(rest) - start > LONGEST:
-                found = _CUT.match(rest, start, start + LONGEST + 1)
-                end = start + LONGEST if found is None else found.end()
-            elif found is None:
-                break
-            else:
-                end = found.end()
-            yield rest[start:end]
-            start = end
-        rest = rest[start:]
-    if rest:
-        yield rest
 
 
 def _whole(text: object, where: str, config: SourceConfig) -> Document:
@@ -141,7 +108,7 @@ def _paths(config: SourceConfig, *suffixes: str) -> list[Path]:
         if not found:
             kind = f" ending in {' or '.join(suffixes)}" if path.is_dir() and suffixes else ""
             what = f"holds no files{kind}" if path.is_dir() else "no such file, folder or pattern"
-            raise InputError(f"data.path: {name}: {what} (looked from {Path.cwd()})")
+            raise InputError(f"path: {name}: {what} (looked from {Path.cwd()})")
         files += sorted(found)
     return list(dict.fromkeys(files))
 
@@ -217,7 +184,7 @@ def _stdlib_files(config: SourceConfig) -> list[Path]:
     files = [p for p in root.rglob("*.py") if not left_out & set(p.relative_to(root).parts)]
     if not files:
         raise InputError(
-            f"data.source: stdlib found no Python sources in {root};\n"
+            f"source: stdlib found no Python sources in {root};\n"
             "use data.source: text with data.path, the files or folders to read"
         )
     return sorted(files)
@@ -278,7 +245,7 @@ def _parquet(config: SourceConfig, files: list[Path], read: Read, end: int) -> I
                 if config.text_field not in file.schema_arrow.names:
                     raise _no_field(str(path), config, file.schema_arrow.names)
                 size, rows, row = path.stat().st_size, file.metadata.num_rows, 0
-                for batch in file.iter_batches(batch_size=1024, columns=[config.text_field]):
+                for batch in file.iter_batches(batch_size=32, columns=[config.text_field]):
                     read(size * (row + len(batch)) // rows - size * row // rows)
                     for text in batch.column(0).to_pylist():
                         row += 1
@@ -361,9 +328,9 @@ def commit(config: SourceConfig) -> str | None:
         return hub.revision
     name = str(hub.name)
     try:
-        return within(
-            PATIENCE,
+        return wait_for(
             lambda: HfApi().dataset_info(name, revision=hub.revision, timeout=PATIENCE).sha,
+            PATIENCE,
         )
     except Exception as error:  # whatever the library raises; nothing else is run here
         raise _no_dataset(hub, error) from None
@@ -374,11 +341,16 @@ def _hub(config: SourceConfig, files: list[Path], read: Read, end: int) -> Itera
     import datasets
 
     hub, row = config.hub, 0
+    load = functools.partial(
+        datasets.load_dataset,
+        *(hub.name, hub.config),
+        split=hub.split,
+        revision=hub.revision,
+        streaming=hub.streaming,
+    )
     try:
-        rows = datasets.load_dataset(
-            hub.name, hub.config, split=hub.split, revision=hub.revision, streaming=hub.streaming
-        )
-        for batch in rows.iter(batch_size=256):
+        batches = wait_for(load, STALL if hub.streaming else None).iter(batch_size=256)
+        while (batch := wait_for(lambda: next(batches, None), STALL)) is not None:
             if config.text_field not in batch:
                 raise _no_field(f"{hub.name}: row {row + 1}", config, list(batch))
             for text in batch[config.text_field]:

@@ -1,7 +1,8 @@
-"""What is asked of the network, within a time limit that holds whatever the library does.
+"""Waiting for something that runs in a thread: not for ever, and open to Ctrl-C.
 
 A name server that does not answer, or a server that accepts and is silent, can hold a library for
-minutes. Nothing here retries: whether to go on is for the user to say.
+minutes; and a library that works in another language does not let Python see a signal. Where either
+can happen, the call is made in a thread, and the main one waits for it here.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ Result = TypeVar("Result")
 PATIENCE = 8.0  # seconds until a server that has said nothing counts as out of reach
 
 
-def within(seconds: float, ask: Callable[[], Result]) -> Result:
-    """The result of `ask()`.
+def wait_for(ask: Callable[[], Result], seconds: float | None = None) -> Result:
+    """The result of `ask()`; signal handlers run while it is awaited.
+
+    Args:
+        seconds: how long to wait; None waits as long as it takes.
 
     Raises:
         TimeoutError: `ask` takes longer; it is left behind in a daemon thread.
