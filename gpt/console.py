@@ -68,7 +68,7 @@ class Console:
         if self._quiet or now - self._said < self._every:
             return
         self._said = now
-        rate = (done - self._first) / max(now - self._began, 1e-9)  # a second
+        rate = max(done - self._first, 1) / max(now - self._began, 1e-9)  # a second
         left = "" if self._total is None else f"{duration((self._total - done) / rate)} left"
         if self._unit == "B":
             of = "" if self._total is None else f" of {self._total / 1e6:,.1f}"

@@ -75,14 +75,16 @@ def prepare(
     try:
         folder, plan = _plan(config)
         if not (folder / "meta.json").is_file():
-            if folder.exists():
-                raise InputError(
-                    f"{folder}: is damaged (it has no meta.json); delete it to prepare it again"
-                )
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _only_one(folder):
                 if not (folder / "meta.json").is_file():  # or it was finished a moment ago
-                    _build(config, plan, folder, console or Console(quiet=True), stop)
+                    if folder.exists():
+                        raise InputError(
+                            f"{folder}: is damaged (it has no meta.json); delete the folder to "
+                            "prepare it again"
+                        )
+                    console = console or Console(quiet=True)
+                    _Preparation(config, plan, folder, console, stop).run()
     except OSError as error:
         place = error.filename or f"data.cache_dir: {config.cache_dir}"
         raise InputError(f"{place}: {error.strerror}") from None
@@ -199,30 +201,6 @@ def _only_one(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _build(
-    config: DataConfig,
-    plan: list[_SourceFiles],
-    folder: Path,
-    console: Console,
-    stop: Callable[[], bool],
-) -> None:
-    """Make `folder`, whole; what a failure leaves is only kept if the next start can use it."""
-    building = folder.with_name(f".{folder.name}.building")
-    try:
-        _Preparation(config, plan, building, console, stop).run()
-        if _plan(config)[0] != folder:
-            raise InputError(f"data: a file of {folder.name} changed while it was read")
-        building.rename(folder)
-        flush(folder.parent)
-    except (UnreachableError, StoppedError):
-        if not (building / NOTE).is_file():
-            shutil.rmtree(building, ignore_errors=True)
-        raise
-    except Exception:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-
-
 # ---------------------------------------------------------------------------------------------
 # The work
 
@@ -231,30 +209,45 @@ Item = tuple[str, Piece, bool]  # token file, text or tokens, whether the docume
 
 
 class _Preparation:
-    """Filling one folder: vocabulary, token files, and what they hold."""
+    """Making `final`, in a hidden folder beside it: vocabulary, token files, what they hold."""
 
     def __init__(
         self,
         config: DataConfig,
         plan: list[_SourceFiles],
-        folder: Path,
+        final: Path,
         console: Console,
         stop: Callable[[], bool],
     ) -> None:
-        self.config, self.plan, self.folder = config, plan, folder
+        self.config, self.plan, self.final = config, plan, final
+        self.folder = final.with_name(f".{final.name}.building")
         self.console, self.stop = console, stop
         self.names = [*_train_names(config), "val"]
         self.total = sum(source.size() for source in plan) or None
         self.read: int | None = None
 
     def run(self) -> None:
+        """Make the folder, whole; what a failure leaves is kept if the next start can use it."""
+        try:
+            self._fill()
+            if _plan(self.config)[0] != self.final:
+                raise InputError(f"data: a file of {self.final.name} changed while it was read")
+            self.folder.rename(self.final)
+            flush(self.final.parent)
+        except (UnreachableError, StoppedError):
+            if not (self.folder / NOTE).is_file():
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+        except Exception:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+
+    def _fill(self) -> None:
         """Do all that an earlier start has not done."""
         number = sum(len(source.files) for source in self.plan)
         what = f"{number:,} file{'' if number == 1 else 's'}" if number else "a dataset of the hub"
-        place = self.folder.name.removeprefix(".").removesuffix(".building")
         self.console.say(
-            f"preparing {what} with the {self.config.tokenizer} tokenizer -> "
-            f"{self.folder.parent / place}"
+            f"preparing {what} with the {self.config.tokenizer} tokenizer -> {self.final}"
         )
         self.folder.mkdir(exist_ok=True)
         self._pin()
