@@ -420,7 +420,7 @@ def test_what_was_written_after_the_last_note_is_written_again(
         prepare(config, stop=lambda: next(asked) == 10)
     (building,) = left(config)
     with (Path(config.cache_dir) / building / "train.bin").open("ab") as file:
-        file.write(b"half-written")
+        file.write(b"half-written" * 10_000)
     assert prepare(config).fingerprint == whole.fingerprint
 
 
