@@ -235,6 +235,7 @@ def test_a_hub_dataset_and_its_validation_split():
         ({"source": "hub"}, "needs hub.name"),
         ({"source": "jsonl"}, "source: jsonl needs path"),
         ({"path": "a"}, "source: stdlib reads no path; source: text does"),
+        ({"source": "text", "path": "a", "validation": {}}, "validation: source: text needs path"),
         ({"source": "text", "path": "a", "mix": [{"path": "b"}]}, "path and mix are both given"),
         ({"mix": [{"source": "text"}]}, "mix.0: source: text needs path"),
         ({"mix": [{"source": "txt", "path": "a"}]}, "mix.0.source: 'txt' is none of"),

@@ -11,14 +11,17 @@ from hypothesis import strategies as st
 
 from gpt import tokenizer
 from gpt.config import DataConfig
-from gpt.errors import InputError
+from gpt.errors import InputError, UnreachableError
 from gpt.tokenizer import (
+    GPT2_FILES,
     GPT2_PATTERN,
+    GPT2_URL,
     LONGEST,
     PIECE,
     TOKENIZERS,
     copy,
     encode,
+    gpt2_file,
     pieces,
     to_json,
     train_bpe,
@@ -233,3 +236,28 @@ def test_a_million_spaces_in_a_prompt(encoding: tiktoken.Encoding):
         return
     text = "a" + " " * 1_200_000 + "b"
     assert encoding.decode(encode(encoding, text)) == text
+
+
+def test_a_wrong_download_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(tokenizer, "_download", lambda url: b"<html>please log in</html>")
+    with pytest.raises(UnreachableError, match=r"vocab\.bpe and encoder\.json"):
+        TOKENIZERS["gpt2"](DataConfig(), ())
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_download_goes_where_tiktoken_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    make("gpt2")
+    files = {GPT2_URL + name: gpt2_file(name).read_bytes() for name in GPT2_FILES}
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(tokenizer, "_download", files.__getitem__)
+    TOKENIZERS["gpt2"](DataConfig(), ())
+    for name in GPT2_FILES:
+        assert gpt2_file(name).read_bytes() == files[GPT2_URL + name]
+        assert gpt2_file(name).parent == tmp_path / "cache"
+
+
+def test_an_empty_cache_variable_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    with pytest.raises(InputError, match="TIKTOKEN_CACHE_DIR: is empty"):
+        TOKENIZERS["gpt2"](DataConfig(), ())

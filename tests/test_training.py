@@ -515,3 +515,29 @@ def test_a_device_that_is_not_there_is_named(tiny: Make, tmp_path: Path):
     with pytest.raises(InputError, match="cuda is not available here; usable: auto, cpu"):
         run(tiny(training={"device": "cuda"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_sequences_are_drawn_as_the_options_say(tiny: Make, corpus: Path, tmp_path: Path):
+    """Where they start, and from which source, by the loss of the first update."""
+    mix = [{"path": str(corpus / "0*.txt")}, {"path": str(corpus / "3*.txt")}]
+
+    def first_loss(name: str, **data: Any) -> float:
+        config = tiny(data=data, training={"steps": 1}, sampling={"tokens": 0})
+        loss = run(config, tmp_path / name).train_loss
+        assert loss is not None
+        return loss
+
+    losses = [
+        first_loss("epochs"),
+        first_loss("random", windows="random"),
+        first_loss("first", path=[], mix=[{**mix[0], "weight": 999}, mix[1]]),
+        first_loss("second", path=[], mix=[mix[0], {**mix[1], "weight": 999}]),
+    ]
+    assert len(set(losses)) == 4
+
+
+def test_a_checkpoint_holds_the_tokenizer(tiny: Make, tmp_path: Path):
+    run(tiny(), tmp_path / "run")
+    (tmp_path / "run/tokenizer.json").unlink()
+    _, encoding, _ = load_run(tmp_path / "run")
+    assert encoding.n_vocab == 257
