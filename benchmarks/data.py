@@ -10,7 +10,7 @@ with GPT-2's vocabulary and with a BPE of 16,384 tokens that was trained before.
 Python sources of this interpreter and its packages. Times include reading and parsing the JSON and
 writing the ids, and exclude start-up and imports; steadygpt's include its checksums and counts.
 Memory is the peak over a contestant's processes together, pages that they share counted once (PSS),
-asked for twenty times a second.
+asked for again and again with 50 ms between.
 
 Then the time to read a training batch against a training step on a CPU.
 """

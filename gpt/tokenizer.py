@@ -5,7 +5,7 @@ one file format: a JSON list of the tokens' bytes in the order of their ids, wit
 splits text before merging. Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) merges, among
 adjacent tokens, the pair whose concatenation has the lowest id, until no pair is in the vocabulary.
 
-Not here: reading documents and writing token files (gpt/data.py).
+Not here: reading documents and writing token files (gpt/data/).
 """
 
 from __future__ import annotations

@@ -143,7 +143,8 @@ BAD_FILES = [
     ("text", "a.gz", b"no gzip", r"a.gz: is no whole .gz file"),
     ("text", "a.gz", gzip.compress(b"text " * 9999)[:-9], r"a.gz: is no whole .gz file"),
     ("text", "a.gz", gzip.compress(b"\xff"), r"a.gz: is no UTF-8 text: byte 0 is 0xff"),
-    ("jsonl", "a.jsonl", b'{"text": "a"}\n\n{"text": \n', r"a.jsonl:3: is no JSON"),
+    ("jsonl", "a.jsonl", b'{"text": "a"}\n\n{"text": \n', r"a.jsonl:3: is no JSON: Expecting "
+     r"value, column 10"),
     ("jsonl", "a.jsonl", b'{"text": "a"}\n["text"]\n', r"a.jsonl:2: is no JSON object"),
     ("jsonl", "a.jsonl", b'{"txt": "a", "n": 1}\n', r"a.jsonl:1: has no field 'text'; perhaps "
      r"you meant txt; data.text_field names it, its fields: txt, n"),

@@ -232,9 +232,7 @@ def test_the_longest_piece_is_not_too_long_for_the_tokenizers(char: str):
 
 
 def test_a_million_spaces_in_a_prompt(encoding: tiktoken.Encoding):
-    if encoding.name == "chars":
-        return
-    text = "a" + " " * 1_200_000 + "b"
+    text = "e" + " " * 1_200_000 + "f"
     assert encoding.decode(encode(encoding, text)) == text
 
 

@@ -403,7 +403,7 @@ def _learn(
     def sample() -> Iterator[str]:
         """At most `learn_bytes`, spread evenly over the files; of the hub the first.
 
-        In small parts: the library holds some hundred texts at a time, each with its splits.
+        In small parts, with which the trainer was measured to need less memory.
         """
         most, taken = config.learn_bytes, 0
         size = sum(source.size() for source in plan if source.target != "val")

@@ -225,8 +225,12 @@ def _jsonl(config: SourceConfig, files: list[Path], read: Read, end: int) -> Ite
                     f"{where}: is no UTF-8 text (byte {error.start} of the line); "
                     "data.invalid_text: replace reads it all the same"
                 ) from None
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}: is no JSON: {error}") from None
+            except json.JSONDecodeError as error:
+                raise InputError(
+                    f"{where}: is no JSON: {error.msg}, column {error.colno}"
+                ) from None
+            except (ValueError, RecursionError) as error:  # numbers and nesting beyond all bounds
+                raise InputError(f"{where}: is no JSON that can be read: {error}") from None
             if not isinstance(record, dict):
                 raise InputError(f"{where}: is no JSON object with fields")
             if config.text_field not in record:
