@@ -124,6 +124,14 @@ Seed = Annotated[Int, Field(ge=0, lt=2**63)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
+def _switch(value: object) -> object:
+    """`on` and `off` are true and false to a reader of YAML 1.1."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
+
+
 def _parsed(value: object, name: str) -> object:
     """A flag's text as the YAML that it is, such as `{path: a.txt}`; other values unchanged."""
     return _parse_yaml(value, f"{name}: as YAML") if isinstance(value, str) else value
@@ -273,16 +281,51 @@ class DataConfig(SourceConfig):
 
 
 class NormConfig(Section):
-    """Layer normalisation: where it stands, and its constants."""
+    """Normalisation: where it stands, which one, and its constants."""
 
-    placement: Annotated[str, Choice("gpt.norm", "PLACEMENTS")] = "pre"
-    """Where the norm stands relative to the residual connection."""
+    placement: Annotated[str, Choice("gpt.placement", "PLACEMENTS")] = "pre"
+    """Where the norms stand relative to the residual connections."""
+    type: Annotated[str, Choice("gpt.norm", "NORMS")] | None = None
+    """What they compute; unset, layer norm (nothing where the placement has no norms)."""
     eps: Positive = 1e-5
     """Added to the variance inside the square root."""
+    bias: bool | None = None
+    """Whether layer, batch and dyt have a shift, beta; unset, as model.bias."""
+    final_norm: Switch = "auto"
+    """A norm after the last block; auto is the placement's own."""
+    embedding: bool = False
+    """A norm on the embeddings, before the first block, as in Peri-LN."""
+
+
+class InitConfig(Section):
+    """How weights start: a controlled factor of a comparison."""
+
+    regime: Annotated[str, Choice("gpt.init", "REGIMES")] = "gpt2"
+    """Standard deviations: GPT-2's 0.02, Xavier's of the theory, or SmallInit's."""
+    depth_scaled: Switch = "auto"
+    """1/sqrt(2L) on what writes into the stream; auto: gpt2 has it, where the placement lets it."""
+
+
+class AttentionConfig(Section):
+    """Switches of attention."""
+
+    qk_norm: bool = False
+    """Normalise each head's queries and keys, by the norm of norm.type."""
+    soft_cap: Positive | None = None
+    """Bound attention's logits by c tanh(z/c); null does not. Slower: torch's kernel has none."""
+
+
+class MLPConfig(Section):
+    """The feed-forward network."""
+
+    activation: Annotated[str, Choice("gpt.model", "ACTIVATIONS")] = "gelu_tanh"
+    """What stands between its matrices; gelu_tanh is GPT-2's, swiglu has a third matrix."""
+    multiple: Positive = 4
+    """Its inner width, as a multiple of model.width; swiglu takes two thirds of it."""
 
 
 class ModelConfig(Section):
-    """The shape of the GPT. Vocabulary size comes from the tokenizer."""
+    """The GPT. Vocabulary size comes from the tokenizer."""
 
     layers: Count = 4
     """Number of blocks, L."""
@@ -298,7 +341,12 @@ class ModelConfig(Section):
     """Biases in linear layers and norms, as in GPT-2."""
     tied_head: bool = True
     """The output layer shares its weights with the token embedding, as in GPT-2."""
+    logit_soft_cap: Positive | None = None
+    """Bound the logits of the next token by c tanh(z/c); null does not."""
     norm: NormConfig = NormConfig()
+    init: InitConfig = InitConfig()
+    attention: AttentionConfig = AttentionConfig()
+    mlp: MLPConfig = MLPConfig()
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -339,8 +387,19 @@ class OptimizerConfig(Section):
     """Momentum of sgd and muon, both with Nesterov's form."""
     weight_decay: NonNegative = 0.1
     """Weight decay, times the rate, on matrices and embeddings, never on norms and biases."""
+    independent_decay: bool = False
+    """Decay times the schedule alone, so that a sweep of rates sweeps no decay; 1e-4 is usual."""
     clip: Positive | None = 1.0
     """Largest global gradient norm; null does not clip."""
+
+    @model_validator(mode="after")
+    def _decay_leaves_weights(self) -> Self:
+        if self.independent_decay and self.weight_decay > 0.01:
+            raise ValueError(
+                f"weight_decay ({self.weight_decay:g}): with independent_decay that share of the "
+                "weights is lost at each step; at most 0.01 makes sense, and 1e-4 is usual"
+            )
+        return self
 
 
 class TrainingConfig(Section):
@@ -358,6 +417,8 @@ class TrainingConfig(Section):
     """auto takes cuda, then mps, then cpu."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the forward and backward pass; weights stay fp32. fp16 scales its loss."""
+    z_loss: NonNegative = 0.0
+    """Weight of log² Z of the softmax beside the cross-entropy; 1e-4 is usual."""
     compile: bool = False
     """Compile the model with torch.compile: pays on a GPU, costs half a minute or more on a CPU."""
     log_every: Count = 10

@@ -27,10 +27,11 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """`"; perhaps you meant X"` for the valid name closest to `name`, or an empty string.
 
     A dotted name matches by its whole path first and by its last part next, so that
-    `learning_rate` finds `optimizer.learning_rate`.
+    `learning_rate` finds `optimizer.learning_rate`; `prenorm` finds `pre`, with which it begins.
     """
     names, name = list(names), name.lower()
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    begun = [n for n in names if "." not in name and len(n) > 2 and name.startswith(n)]
+    close = begun or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if not close:
         leaves = {n.rpartition(".")[2]: n for n in reversed(names)}
         leaf = difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1, cutoff=0.7)

@@ -2,21 +2,28 @@
 
     tokens -> token embedding + position embedding -> L blocks -> final norm -> head -> logits
 
-A block is causal self-attention and a feed-forward network, each inside its placement
-(gpt/norm.py), which holds the norm and the residual connection. Shapes: B sequences, T tokens,
-d channels, h heads, V tokens in the vocabulary. Initial weights are set in gpt/init.py, by name.
+A block is causal self-attention and a feed-forward network, joined by a placement
+(gpt/placement.py), which holds the norms (gpt/norm.py) and the residual connections. Shapes: B
+sequences, T tokens, d channels, h heads, V tokens in the vocabulary. Initial weights are set in
+gpt/init.py, by name.
 
 Not here: training (gpt/training.py) and the choice of the next token (gpt/generate.py).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt.config import ModelConfig
-from gpt.norm import PLACEMENTS, make_norm
+from gpt.init import Stacked, logit_scale
+from gpt.norm import make_norm
+from gpt.placement import PLACEMENTS, Placement, Sublayer, check, has_final_norm
 
 
 class KVCache:
@@ -41,9 +48,18 @@ class KVCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-class CausalSelfAttention(nn.Module):
+def soft_cap(z: Tensor, cap: float | None) -> Tensor:
+    """C tanh(z/c): nearly z where it is small, never beyond ±c; z itself without a cap.
+
+    Bello et al. 2017; Gemma 2 caps attention's logits at 50 and the last ones at 30.
+    """
+    return z if cap is None else cap * torch.tanh(z / cap)
+
+
+class CausalSelfAttention(Sublayer):
     """softmax(q k^T / sqrt(d/h) + causal mask) v, in h heads (Vaswani et al. 2017).
 
+    With QK-norm, each head's q and k are normalised (Henry et al. 2020, Dehghani et al. 2023).
     With a `cache`, the input's tokens follow those in the cache, and see them.
     """
 
@@ -51,7 +67,11 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.dropout = config.dropout
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.bias)
+        self.cap = config.attention.soft_cap
+        self.qkv = Stacked(config.width, config.width, ("q", "k", "v"), config.bias)
+        qk_norm, width = config.attention.qk_norm, config.width // config.heads
+        self.q_norm = make_norm(config, width) if qk_norm else nn.Identity()
+        self.k_norm = make_norm(config, width) if qk_norm else nn.Identity()
         self.out = nn.Linear(config.width, config.width, bias=config.bias)
         self.out_dropout = nn.Dropout(config.dropout)
         self.cache: KVCache | None = None
@@ -59,53 +79,84 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, d) -> (B, T, d)."""
         B, T, d = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.heads, d // self.heads)  # (B, T, 3, h, d/h)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, h, T, d/h)
-        mask = None
+        q, k, v = self.project(x)
         if self.cache is not None:
             k, v = self.cache.extend(k, v)  # each (B, h, S, d/h), S >= T
-            if T > 1:  # token t of T stands at S - T + t and sees everything up to there
-                S = k.shape[2]
-                mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=self.cache is None,
-        )  # (B, h, T, d/h)
+        y = self.mix(q, k, v)  # (B, h, T, d/h)
         y = y.transpose(1, 2).reshape(B, T, d)
-        return self.out_dropout(self.out(y))
+        return self.out_dropout(self.out(self.inner_norm(y)))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values: (B, T, d) -> three times (B, h, T, d/h)."""
+        B, T, d = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.heads, d // self.heads)  # (B, T, 3, h, d/h)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The values, weighted: q (B, h, T, d/h), k and v (B, h, S, d/h) -> (B, h, T, d/h).
+
+        torch's kernel never forms the (T, S) weights, but has no soft cap.
+        """
+        T, S = q.shape[2], k.shape[2]
+        dropout = self.dropout if self.training else 0.0
+        if self.cap is None:
+            mask = causal_mask(T, S, q.device) if 1 < T < S else None
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=T == S
+            )
+        weights = F.dropout(self.logits(q, k).softmax(-1), dropout)
+        return weights @ v
+
+    def logits(self, q: Tensor, k: Tensor) -> Tensor:
+        """Q k^T / sqrt(d/h), capped, -inf where k is later: (B, h, T, S)."""
+        T, S = q.shape[2], k.shape[2]
+        logits = soft_cap(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]), self.cap)
+        return logits.masked_fill(~causal_mask(T, S, q.device), -torch.inf)
 
 
-class MLP(nn.Module):
-    """W2 gelu(W1 x), four times as wide inside; GELU in its tanh form, as in GPT-2."""
+def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
+    """(T, S), true where query t of the last T of S positions may see key s: s <= S - T + t."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up; Shazeer 2020. (..., 2 n) -> (..., n)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+# What the feed-forward network applies between its matrices.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-2's
+    "gelu": F.gelu,  # x P(X <= x), X standard normal; Hendrycks and Gimpel 2016
+    "relu": F.relu,  # Vaswani et al. 2017
+    "relu2": lambda x: F.relu(x).square(),  # So et al. 2021
+    "swiglu": swiglu,
+}
+GATED = {"swiglu"}  # those that take two matrices' outputs
+
+
+class MLP(Sublayer):
+    """W2 φ(W1 x), four times as wide inside, φ the activation; GPT-2's is GELU in its tanh form.
+
+    A gated φ needs a third matrix; two thirds of the width, to the nearest multiple of 8, then give
+    about as many parameters (Shazeer 2020).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.width, 4 * config.width, bias=config.bias)
-        self.gelu = nn.GELU(approximate="tanh")
-        self.out = nn.Linear(4 * config.width, config.width, bias=config.bias)
+        gated = config.mlp.activation in GATED
+        hidden = config.mlp.multiple * config.width
+        hidden = 8 * max(1, round(hidden * 2 / 3 / 8)) if gated else round(hidden)
+        self.up = Stacked(config.width, hidden, ("gate", "up") if gated else ("up",), config.bias)
+        self.activation = ACTIVATIONS[config.mlp.activation]
+        self.out = nn.Linear(hidden, config.width, bias=config.bias)
         self.out_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, d) -> (B, T, d)."""
-        return self.out_dropout(self.out(self.gelu(self.up(x))))
-
-
-class Block(nn.Module):
-    """Attention, then feed-forward, each in its placement."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        placement = PLACEMENTS[config.norm.placement]
-        self.attention = placement(config, CausalSelfAttention(config))
-        self.mlp = placement(config, MLP(config))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, d) -> (B, T, d)."""
-        return self.mlp(self.attention(x))
+        return self.out_dropout(self.out(self.inner_norm(self.activation(self.up(x)))))
 
 
 class GPT(nn.Module):
@@ -114,19 +165,28 @@ class GPT(nn.Module):
     Args:
         config: shape and norms.
         vocab_size: V, from the tokenizer.
+
+    Raises:
+        InputError: the placement does not go with the rest (see `gpt.placement.check`).
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
+        check(config)
         self.config = config
         self.vocab_size = vocab_size
         self.token_embedding = nn.Embedding(vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.context, config.width)
         self.embedding_dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        has_final_norm = PLACEMENTS[config.norm.placement].final_norm
-        self.final_norm = make_norm(config) if has_final_norm else nn.Identity()
+        self.embedding_norm = make_norm(config) if config.norm.embedding else nn.Identity()
+        self.placement: type[Placement] = PLACEMENTS[config.norm.placement]
+        self.blocks = nn.ModuleList(
+            self.placement(config, layer, CausalSelfAttention(config), MLP(config))
+            for layer in range(1, config.layers + 1)
+        )
+        self.final_norm = make_norm(config) if has_final_norm(config) else nn.Identity()
         self.head = None if config.tied_head else nn.Linear(config.width, vocab_size, bias=False)
+        self.logit_scale = logit_scale(config)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of the next token at every position: (B, T) integers -> (B, T, V).
@@ -137,24 +197,47 @@ class GPT(nn.Module):
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """The stream after the final norm: (B, T) integers -> (B, T, d)."""
+        stream = self.placement.begin(self.embed(tokens))
+        for block in self.blocks:
+            stream = block(stream)
+        return self.placement.end(stream, self.final_norm)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The stream before the first block: (B, T) integers -> (B, T, d)."""
         start = self.cached
         end = start + tokens.shape[1]
         assert end <= self.config.context, f"{end} tokens in a context of {self.config.context}"
         positions = torch.arange(start, end, device=tokens.device)
         x = self.token_embedding(tokens) + self.position_embedding(positions)
-        x = self.embedding_dropout(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.final_norm(x)
+        return self.embedding_norm(self.embedding_dropout(x))
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., d) after the final norm -> (..., V)."""
-        return F.linear(x, self.token_embedding.weight) if self.head is None else self.head(x)
+        head = self.token_embedding.weight if self.head is None else self.head.weight
+        return soft_cap(F.linear(x, head) * self.logit_scale, self.config.logit_soft_cap)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats per token, a float32 scalar. Both (B, T) integers."""
-        logits = self(tokens).float()
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return self.objective(tokens, targets)[1]
+
+    def objective(
+        self, tokens: Tensor, targets: Tensor, z_loss: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """What training makes small, and the mean cross-entropy in it; float32 scalars.
+
+        The first is cross-entropy + z_loss * mean(log² Z), Z the softmax's denominator: it holds
+        logits near where softmax is exact (Chowdhery et al. 2022, Wortsman et al. 2023: 1e-4).
+        """
+        logits = self(tokens).float().flatten(0, 1)
+        loss = F.cross_entropy(logits, targets.flatten())
+        if z_loss == 0:
+            return loss, loss
+        return loss + z_loss * logits.logsumexp(-1).square().mean(), loss
+
+    @torch.no_grad()
+    def calibrate(self, tokens: Tensor) -> None:
+        """Let the placement set what one batch decides (Admin's ω); (B, T) integers."""
+        self.placement.calibrate(list(self.blocks), self.embed(tokens))  # type: ignore[arg-type]
 
     # -- Generation: a key/value cache in every attention layer ---------------------------------
 

@@ -1,60 +1,118 @@
-"""Normalisation: where it stands around a sublayer.
+"""Normalisation layers, each a few lines: what is made small, and over which numbers.
 
-A placement is one small module round one sublayer (attention or feed-forward): it owns the norm,
-and its `forward` is its equation. A new one is a class and one entry in `PLACEMENTS`. The model
-reads from the class whether a final norm follows the last block, once.
-
-Layer norm itself is torch's: y = gamma * (x - mean) / sqrt(var + eps) + beta over the channels of
-one token, with the biased variance (Ba et al. 2016).
+Where they stand in a block is the other half of the matter: gpt/placement.py.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+import math
+from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from gpt.config import ModelConfig
 
 
-def make_norm(config: ModelConfig) -> nn.Module:
-    """A layer norm over the last axis, (..., d) -> (..., d); gamma starts at 1 and beta at 0."""
-    return nn.LayerNorm(config.width, eps=config.norm.eps, bias=config.bias)
+def layer_norm(x: Tensor, gamma: Tensor | float, beta: Tensor | float, eps: float) -> Tensor:
+    """Layer norm as its formula: γ (x - mean) / sqrt(variance + ε) + β; Ba et al. 2016.
+
+    Mean and variance are those of one token's own channels, so no other token and no padding can
+    change them. The variance is the biased one: divided by d, not d - 1. To be read; the model
+    uses torch's, which is the same in one pass over memory.
+
+    Args:
+        x: (..., d).
+        gamma, beta: (d,), or one number.
+    """
+    mean = x.mean(-1, keepdim=True)
+    variance = ((x - mean) ** 2).mean(-1, keepdim=True)
+    return gamma * (x - mean) / torch.sqrt(variance + eps) + beta
 
 
-class Placement(nn.Module):
-    """A residual connection round `sublayer`, f; `forward` says where its norm stands.
+class BatchNorm(nn.BatchNorm1d):
+    """Each channel by its mean and variance over batch and time; Ioffe and Szegedy 2015.
 
-    (B, T, d) -> (B, T, d).
+    Offered to show why layer norm won: while training, every token's value depends on all the
+    others, later ones and padding included, so the model sees the future that it shall predict.
+    In evaluation it uses running averages, which differ from what training saw.
     """
 
-    final_norm: ClassVar[bool]  # whether a norm follows the last block
+    def __init__(self, width: int, eps: float, bias: bool) -> None:
+        super().__init__(width, eps=eps)
+        if not bias:
+            self.register_parameter("bias", None)
 
-    def __init__(self, config: ModelConfig, sublayer: nn.Module) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
+
+    def reset_parameters(self) -> None:
+        """γ = 1, β = 0, and no averages yet."""
+        self.reset_running_stats()
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class DynamicTanh(nn.Module):
+    """γ tanh(α x) + β, with no statistics at all; α starts at 0.5. Zhu et al. 2025."""
+
+    def __init__(self, width: int, bias: bool) -> None:
         super().__init__()
-        self.norm = make_norm(config)
-        self.sublayer = sublayer
+        self.alpha = nn.Parameter(torch.empty(1))
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
+        self.reset_parameters()
 
-
-class PreNorm(Placement):
-    """x + f(norm(x)); GPT-2, Xiong et al. 2020. Needs the final norm: the stream grows with L."""
-
-    final_norm = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.sublayer(self.norm(x))
-
-
-class PostNorm(Placement):
-    """norm(x + f(x)); Vaswani et al. 2017, GPT-1. Its output is normalised: no final norm."""
-
-    final_norm = False
+    def reset_parameters(self) -> None:
+        """α = 0.5, γ = 1, β = 0."""
+        nn.init.constant_(self.alpha, 0.5)
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + self.sublayer(x))
+        """(..., d) -> (..., d)."""
+        y = self.weight * torch.tanh(self.alpha * x)
+        return y if self.bias is None else y + self.bias
 
 
-PLACEMENTS: dict[str, type[Placement]] = {
-    "pre": PreNorm,
-    "post": PostNorm,
+class ScaleNorm(nn.Module):
+    """g x / ||x||, one trained number g, which starts at sqrt(d); Nguyen and Salazar 2019."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.width, self.eps = width, eps
+        self.g = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """G = sqrt(d): the RMS of the output is 1."""
+        nn.init.constant_(self.g, math.sqrt(self.width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        return self.g * x / x.norm(dim=-1, keepdim=True).clamp(min=self.eps)
+
+
+# A norm over `width` channels, with ε and whether it has a β.
+NORMS: dict[str, Callable[[int, float, bool], nn.Module]] = {
+    "layer": lambda width, eps, bias: nn.LayerNorm(width, eps=eps, bias=bias),  # GPT-2's
+    "rms": lambda width, eps, bias: nn.RMSNorm(width, eps=eps),  # Zhang and Sennrich 2019
+    "batch": BatchNorm,
+    "dyt": lambda width, eps, bias: DynamicTanh(width, bias),
+    "scale": lambda width, eps, bias: ScaleNorm(width, eps),
+    "none": lambda width, eps, bias: nn.Identity(),
 }
+
+
+def make_norm(config: ModelConfig, width: int | None = None) -> nn.Module:
+    """The norm that the config names, (..., width) -> (..., width); the identity at the start.
+
+    Args:
+        width: the model's unless given.
+    """
+    norm = config.norm
+    bias = config.bias if norm.bias is None else norm.bias
+    return NORMS[norm.type or "layer"](width or config.width, norm.eps, bias)

@@ -1,7 +1,8 @@
 """Optimizers: torch's own, over parameter groups in which every parameter stands exactly once.
 
-Weight decay acts on matrices and embeddings, never on biases or norms. All optimizers decouple it
-from the gradient (Loshchilov and Hutter 2019) but SGD, where torch adds it to the gradient.
+Weight decay acts on matrices and embeddings, never on biases, norms or a placement's own weights.
+All optimizers decouple it from the gradient (Loshchilov and Hutter 2019) but SGD, where torch adds
+it to the gradient. Independent decay is not multiplied by the rate (Wortsman et al. 2023).
 
 Not here: the learning rate's course (gpt/schedule.py) and clipping (gpt/training.py).
 """
@@ -102,7 +103,10 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
         self.learning_rate = config.learning_rate
-        groups = decay_groups(model, config.weight_decay)
+        decay = config.weight_decay  # torch's optimizers multiply it by the rate
+        groups = decay_groups(
+            model, decay / config.learning_rate if config.independent_decay else decay
+        )
         self.parts = OPTIMIZERS[config.name](groups, config)
 
     def set_rate(self, share: float) -> None:

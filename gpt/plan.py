@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 
-from gpt.config import Config
+from gpt.config import Config, ModelConfig
 from gpt.errors import InputError
+from gpt.init import depth_scaled
 from gpt.model import GPT
+from gpt.placement import PLACEMENTS, has_final_norm
 
 
 def describe(
@@ -46,16 +48,28 @@ def describe(
     rows = {
         "steps": f"{config.training.steps:,}" + (f", of which {done:,} are done" if done else ""),
         "device": f"{device.type}, {config.training.precision}",
-        "model": f"{parameters:,} parameters, {parameters - embeddings:,} without embeddings; "
-        f"{config.model.norm.placement}-norm, {config.optimizer.name}",
+        "model": f"{parameters:,} parameters, {parameters - embeddings:,} without embeddings",
+        "blocks": _blocks(config.model),
         "batch": f"{batch_tokens:,} tokens a step: {config.batch_sequences} sequences of "
         f"{config.model.context}" + (f", in {parts} micro-batches" if parts > 1 else ""),
-        "rate": f"{config.optimizer.learning_rate:g}, "
+        "rate": f"{config.optimizer.name} at {config.optimizer.learning_rate:g}, "
         f"{'no warm-up' if schedule.warmup == 'none' else warmup}, then {schedule.body}",
         "data": f"{size}; {config.data.tokenizer} vocabulary of {model.vocab_size:,}",
         "directory": str(directory),
     }
     return "\n".join([config.name, *(f"  {name:<10} {text}" for name, text in rows.items())])
+
+
+def _blocks(config: ModelConfig) -> str:
+    """The norm lab's choices in one line."""
+    norm = (config.norm.type or "layer") if PLACEMENTS[config.norm.placement].has_norms else "no"
+    parts = [
+        f"{config.layers} x {config.norm.placement}",
+        f"{norm} norm, {'with' if has_final_norm(config) else 'without'} a final one",
+        config.mlp.activation,
+        f"{config.init.regime} weights" + (" x 1/sqrt(2L)" if depth_scaled(config) else ""),
+    ]
+    return "; ".join(parts)
 
 
 def pick_device(name: str) -> torch.device:

@@ -36,6 +36,7 @@ from gpt.generate import continue_text
 from gpt.init import initialize
 from gpt.model import GPT
 from gpt.optim import Optimizer
+from gpt.placement import check
 from gpt.plot import plot_run
 from gpt.rng import derive
 from gpt.run import Opened, RunResult, Status, open_run
@@ -48,7 +49,8 @@ DTYPES = {  # of matrix products and attention; weights and their sums stay fp32
 }
 
 READ_EVERY = {"cpu": 1}  # steps between reads of the metrics where reading costs nothing
-STATE_FORMAT = 1
+STATE_FORMAT = 2
+CALIBRATION_SEQUENCES = 64  # of the first batch, at most, for what a placement sets from data
 
 
 def train(
@@ -76,6 +78,7 @@ def train(
         InputError: the config cannot be run here, or the directory holds another run.
         StoppedError: `stop` came true while data was prepared; a start goes on from there.
     """
+    check(config.model)
     path = Path(out_dir) if out_dir is not None else Path("runs") / config.name
     device = plan.pick_device(config.training.device)
     opened = open_run(config, path, resume)
@@ -141,9 +144,12 @@ class _Training:
         )
         self.byte_lengths = np.array(tokenizer.byte_lengths(encoding))
         self.model = GPT(config.model, encoding.n_vocab)
-        initialize(self.model, config.seed)
+        initialize(self.model, config.model, config.seed)
         self.model.to(device)
-        self.loss = torch.compile(self.model.loss) if config.training.compile else self.model.loss
+        torch.manual_seed(derive(config.seed, "calibrate"))  # for dropout
+        self.model.calibrate(self._on_device(self._batch(1)[0][:CALIBRATION_SEQUENCES]))
+        objective = self.model.objective
+        self.objective = torch.compile(objective) if config.training.compile else objective
         self.optimizer = Optimizer(self.model, config.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.micro_batch = plan.micro_batch(config, encoding.n_vocab, device)
@@ -265,9 +271,10 @@ class _Training:
             if config.model.dropout:
                 torch.manual_seed(derive(config.seed, "dropout", step, index))
             with self._autocast():
-                part = self.loss(x, y) * (len(x) / config.batch_sequences)
-            self.scaler.scale(part).backward()
-            loss += part.detach()
+                minimised, cross_entropy = self.objective(x, y, config.training.z_loss)
+            share_of_batch = len(x) / config.batch_sequences
+            self.scaler.scale(minimised * share_of_batch).backward()
+            loss += cross_entropy.detach() * share_of_batch
 
         for optimizer in self.optimizer.parts:
             self.scaler.unscale_(optimizer)
@@ -338,7 +345,7 @@ class _Training:
         for inputs, targets in self.validation.batches(self.micro_batch):
             x, y = (self._on_device(self._host_tensor(each)) for each in (inputs, targets))
             with self._autocast():
-                total += self.loss(x, y) * len(x)
+                total += self.objective(x, y)[1] * len(x)
             tokens += targets.size
             text_bytes += int(self.byte_lengths[targets].sum())
         self.model.train()

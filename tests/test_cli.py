@@ -108,7 +108,7 @@ def test_help_names_every_option_and_its_values(capsys: pytest.CaptureFixture[st
     assert code == 0
     for flag in ("--model.norm.placement", "--out-dir", "--optimizer.learning-rate"):
         assert flag in out
-    assert "{pre,post}" in out
+    assert "--model.norm.placement {pre,post,peri," in out
 
 
 def test_print_config_prints_yaml_to_stdout_alone(

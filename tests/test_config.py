@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -202,14 +203,16 @@ def test_option_paths_reach_every_leaf():
 def choices(section: type[configs.Section]) -> list[Choice]:
     found = []
     for info in section.model_fields.values():
-        found += [note for note in info.metadata if isinstance(note, Choice)]
+        kinds = typing.get_args(info.annotation)  # `Choice | None` holds it one deeper
+        notes = [*info.metadata, *(n for k in kinds for n in getattr(k, "__metadata__", ()))]
+        found += [note for note in notes if isinstance(note, Choice)]
         if isinstance(info.annotation, type) and issubclass(info.annotation, configs.Section):
             found += choices(info.annotation)
     return found
 
 
 def test_names_read_from_the_source_are_the_tables_keys(monkeypatch: pytest.MonkeyPatch):
-    assert len(choices(Config)) == 6
+    assert len(choices(Config)) == 9
     for choice in choices(Config):
         table = getattr(importlib.import_module(choice.module), choice.table)
         with monkeypatch.context() as patch:
@@ -218,7 +221,7 @@ def test_names_read_from_the_source_are_the_tables_keys(monkeypatch: pytest.Monk
 
 
 def test_a_variant_added_at_run_time_is_valid(monkeypatch: pytest.MonkeyPatch):
-    from gpt.norm import PLACEMENTS, PreNorm
+    from gpt.placement import PLACEMENTS, PreNorm
 
     monkeypatch.setitem(PLACEMENTS, "mine", PreNorm)
     assert validate(Config, {"model": {"norm": {"placement": "mine"}}})

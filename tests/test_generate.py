@@ -21,7 +21,7 @@ EOT = 256
 @pytest.fixture(scope="module")
 def model() -> GPT:
     made = GPT(ModelConfig(layers=2, heads=2, width=16, context=CONTEXT), EOT + 1)
-    initialize(made, seed=0)
+    initialize(made, made.config, seed=0)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.mul_(5)  # far from a uniform guess

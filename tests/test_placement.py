@@ -1,0 +1,488 @@
+"""Every placement against its equations, written out once more from the weights alone.
+
+The forms are those of the papers and, where there is one, of their authors' code:
+wangqiangneu/dlcl (fairseq/modules/layer_history.py), LiyuanLucasLiu/Transformer-Clinic
+(fairseq/modules/transformer_layer.py), pixeli99/MixLN and lmsdss/LayerNorm-Scaling
+(modeling_llama.py), takase/b2t_connection (transformer_layer.py), microsoft/ResiDual
+(resi_dual_layers.py), microsoft/torchscale (decoder.py: DeepNorm and Sub-LN), THUDM/CogView
+(sparse_transformer.py), allenai/OLMo (model.py, norm_after), majumderb/rezero (rztx.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gpt.config import ModelConfig
+from gpt.errors import InputError
+from gpt.init import initialize
+from gpt.model import GPT
+from gpt.norm import NORMS
+from gpt.placement import PLACEMENTS, DeepNorm, Placement, check
+
+VOCAB, LAYERS, HEADS, WIDTH, EPS = 23, 4, 2, 8, 1e-5
+NORMED = [name for name, placement in PLACEMENTS.items() if placement.has_norms]
+
+
+def shaped(placement: str, norm_type: str | None = None, **options: Any) -> ModelConfig:
+    tree = {
+        "layers": LAYERS,
+        "heads": HEADS,
+        "width": WIDTH,
+        "context": 12,
+        "norm": {"placement": placement, "type": norm_type, "eps": EPS},
+        **options,
+    }
+    return ModelConfig.model_validate(tree)
+
+
+def goes(placement: str, norm: str) -> bool:
+    try:
+        check(shaped(placement, norm))
+    except InputError:
+        return False
+    return True
+
+
+PAIRS = [(placement, norm) for placement in PLACEMENTS for norm in NORMS if goes(placement, norm)]
+
+
+def make(placement: str, norm_type: str | None = None, **options: Any) -> GPT:
+    """In float64, with every parameter away from its start, so that each of them counts."""
+    config = shaped(placement, norm_type, **options)
+    model = GPT(config, VOCAB)
+    initialize(model, config, seed=1)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model.double()
+
+
+def tokens(batch: int = 3, length: int = 12, seed: int = 0) -> Tensor:
+    return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+# -- The references: functions of the weights, with none of the model's own code ------------------
+
+
+class Reference:
+    """The model of a config, computed from a dict of its weights."""
+
+    def __init__(self, model: GPT) -> None:
+        self.w = {name: p.detach() for name, p in model.state_dict().items()}
+        self.norm_type = model.config.norm.type or "layer"
+        self.L = model.config.layers
+
+    def N(self, name: str, x: Tensor) -> Tensor:
+        if self.norm_type == "none":
+            return x
+        w, d = self.w, x.shape[-1]
+        if self.norm_type == "scale":
+            return w[f"{name}.g"] * x / (x**2).sum(-1, keepdim=True).sqrt()
+        gamma, beta = w[f"{name}.weight"], w.get(f"{name}.bias", torch.zeros(()))
+        if self.norm_type == "layer":
+            mean = x.sum(-1, keepdim=True) / d
+            variance = ((x - mean) ** 2).sum(-1, keepdim=True) / d
+            return (x - mean) / (variance + EPS) ** 0.5 * gamma + beta
+        if self.norm_type == "rms":
+            return x / ((x**2).sum(-1, keepdim=True) / d + EPS) ** 0.5 * gamma
+        if self.norm_type == "batch":
+            count = x.shape[0] * x.shape[1]
+            mean = x.sum((0, 1)) / count
+            variance = ((x - mean) ** 2).sum((0, 1)) / count
+            return (x - mean) / (variance + EPS) ** 0.5 * gamma + beta
+        assert self.norm_type == "dyt"
+        return gamma * torch.tanh(w[f"{name}.alpha"] * x) + beta
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return x @ self.w[f"{name}.weight"].T + self.w[f"{name}.bias"]
+
+    def A(self, layer: int, x: Tensor, inner: bool = False) -> Tensor:
+        name = f"blocks.{layer - 1}.attention"
+        _, T, d = x.shape
+        q, k, v = self.linear(f"{name}.qkv", x).split(d, dim=-1)
+        heads = []
+        for head in range(HEADS):
+            part = slice(head * d // HEADS, (head + 1) * d // HEADS)
+            scores = q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(d / HEADS)
+            scores[:, torch.ones(T, T).triu(1).bool()] = -torch.inf
+            heads.append(torch.softmax(scores, -1) @ v[..., part])
+        y = torch.cat(heads, -1)
+        return self.linear(f"{name}.out", self.N(f"{name}.inner_norm", y) if inner else y)
+
+    def F(self, layer: int, x: Tensor, inner: bool = False) -> Tensor:
+        name = f"blocks.{layer - 1}.mlp"
+        z = self.linear(f"{name}.up", x)
+        y = 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+        return self.linear(f"{name}.out", self.N(f"{name}.inner_norm", y) if inner else y)
+
+    def norms(self, layer: int) -> tuple[Callable[[Tensor], Tensor], ...]:
+        names = ("attention_norm", "mlp_norm", "attention_out_norm", "mlp_out_norm")
+        return tuple(lambda x, n=n: self.N(f"blocks.{layer - 1}.{n}", x) for n in names)
+
+    def logits(self, x: Tensor, placement: str) -> Tensor:
+        x = self.w["token_embedding.weight"][x] + self.w["position_embedding.weight"][: x.shape[1]]
+        return STACKS[placement](self, x) @ self.w["token_embedding.weight"].T
+
+
+def blockwise(block: Callable[..., Tensor], final: bool) -> Callable[[Reference, Tensor], Tensor]:
+    def stack(r: Reference, x: Tensor) -> Tensor:
+        for layer in range(1, r.L + 1):
+            x = block(r, layer, x, *r.norms(layer))
+        return r.N("final_norm", x) if final else x
+
+    return stack
+
+
+def pre(r, layer, x, N1, N2, *_):
+    h = x + r.A(layer, N1(x))
+    return h + r.F(layer, N2(h))
+
+
+def post(r, layer, x, N1, N2, *_):
+    h = N1(x + r.A(layer, x))
+    return N2(h + r.F(layer, h))
+
+
+def peri(r, layer, x, N1, N2, N3, N4):
+    h = x + N3(r.A(layer, N1(x)))
+    return h + N4(r.F(layer, N2(h)))
+
+
+def res_post(r, layer, x, N1, N2, *_):
+    h = x + N1(r.A(layer, x))
+    return h + N2(r.F(layer, h))
+
+
+def deepnorm(r, layer, x, N1, N2, *_):
+    alpha = math.sqrt(math.sqrt(2 * r.L))
+    h = N1(alpha * x + r.A(layer, x))
+    return N2(alpha * h + r.F(layer, h))
+
+
+def admin(r, layer, x, N1, N2, *_):
+    h = N1(r.w[f"blocks.{layer - 1}.attention_omega"] * x + r.A(layer, x))
+    return N2(r.w[f"blocks.{layer - 1}.mlp_omega"] * h + r.F(layer, h))
+
+
+def rezero(r, layer, x, *_):
+    h = x + r.w[f"blocks.{layer - 1}.a"] * r.A(layer, x)
+    return h + r.w[f"blocks.{layer - 1}.a"] * r.F(layer, h)
+
+
+def b2t(r, layer, x, N1, N2, *_):
+    h = N1(x + r.A(layer, x))
+    return N2(x + h + r.F(layer, h))
+
+
+def mix(r, layer, x, *norms):
+    return post(r, layer, x, *norms) if layer == 1 else pre(r, layer, x, *norms)  # a quarter of 4
+
+
+def lns(r, layer, x, N1, N2, *_):
+    h = x + r.A(layer, N1(x) / math.sqrt(layer))
+    return h + r.F(layer, N2(h) / math.sqrt(layer))
+
+
+def sub(r, layer, x, N1, N2, *_):
+    h = x + r.A(layer, N1(x), inner=True)
+    return h + r.F(layer, N2(h), inner=True)
+
+
+def none(r, layer, x, *_):
+    h = x + r.A(layer, x)
+    return h + r.F(layer, h)
+
+
+def dlcl(r: Reference, y: Tensor) -> Tensor:
+    z, x = [y], y
+    for layer in range(1, r.L + 1):
+        z.append(r.N(f"blocks.{layer - 1}.output_norm", pre(r, layer, x, *r.norms(layer))))
+        x = torch.einsum("k,kbtd->btd", r.w[f"blocks.{layer - 1}.mix"], torch.stack(z))
+    return r.N("final_norm", x)
+
+
+def residual(r: Reference, x: Tensor) -> Tensor:
+    branches = [x]
+    for layer in range(1, r.L + 1):
+        N1, N2, *_ = r.norms(layer)
+        branches.append(r.A(layer, x))
+        x = N1(x + branches[-1])
+        branches.append(r.F(layer, x))
+        x = N2(x + branches[-1])
+    return x + r.N("final_norm", torch.stack(branches).sum(0))
+
+
+STACKS = {
+    "pre": blockwise(pre, final=True),
+    "post": blockwise(post, final=False),
+    "peri": blockwise(peri, final=True),
+    "res_post": blockwise(res_post, final=True),
+    "deepnorm": blockwise(deepnorm, final=False),
+    "admin": blockwise(admin, final=False),
+    "rezero": blockwise(rezero, final=False),
+    "dlcl": dlcl,
+    "residual": residual,
+    "b2t": blockwise(b2t, final=False),
+    "mix": blockwise(mix, final=True),
+    "lns": blockwise(lns, final=True),
+    "sub": blockwise(sub, final=True),
+    "none": blockwise(none, final=False),
+}
+
+
+@pytest.mark.parametrize(("placement", "norm"), PAIRS)
+def test_equal_to_its_equations_in_float64(placement: str, norm: str):
+    model = make(placement, norm)
+    x = tokens()
+    expected = Reference(model).logits(x, placement)
+    torch.testing.assert_close(model(x), expected, atol=1e-10, rtol=1e-10)
+
+
+def test_every_placement_has_a_reference():
+    assert list(STACKS) == list(PLACEMENTS)
+
+
+@pytest.mark.parametrize(("placement", "norm"), PAIRS)
+def test_gradients_are_those_of_finite_differences(placement: str, norm: str):
+    model = make(placement, norm)
+    x, y = tokens(2, 3), tokens(2, 3, seed=1)
+    names = [name for name, _ in model.named_parameters()]
+
+    def loss(*values: Tensor) -> Tensor:
+        weights = dict(zip(names, values, strict=True))
+        logits = torch.func.functional_call(model, weights, (x,))
+        return nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+    assert torch.autograd.gradcheck(loss, tuple(model.parameters()), fast_mode=True)
+
+
+@pytest.mark.parametrize(("placement", "norm"), PAIRS)
+def test_no_position_sees_a_later_one_but_by_batch_norm_in_training(placement: str, norm: str):
+    model = make(placement, norm)
+    x = tokens(1)
+    for training in (True, False):
+        model.train(training)
+        leaks = training and norm == "batch"
+        for position in (0, 6, 10):
+            changed = x.clone()
+            changed[:, position + 1 :] = (changed[:, position + 1 :] + 1) % VOCAB
+            before, after = model(x), model(changed)
+            assert torch.equal(before[:, : position + 1], after[:, : position + 1]) != leaks
+            assert not torch.allclose(before[:, position + 1 :], after[:, position + 1 :])
+
+
+@pytest.mark.parametrize(("placement", "norm"), PAIRS)
+def test_the_cache_gives_the_uncached_logits(placement: str, norm: str):
+    model = make(placement, norm).eval()
+    x = tokens(2)
+    model.attach_caches(2)
+    cached = torch.cat([model(piece) for piece in x.split([5, 1, 1, 5], dim=1)], dim=1)
+    model.detach_caches()
+    torch.testing.assert_close(cached, model(x), atol=1e-10, rtol=1e-10)
+
+
+# -- Constants, by hand --------------------------------------------------
+
+
+@pytest.mark.parametrize(("layers", "alpha", "beta"), [(8, 2.0, 0.35355339), (2, 1.41421356, 0.5)])
+def test_deepnorms_constants(layers: int, alpha: float, beta: float):
+    assert DeepNorm.alpha(layers) == pytest.approx(alpha)
+    assert weight_ratios("deepnorm", layers) == pytest.approx(
+        {"q": 1, "k": 1, "v": beta, "out": beta, "up": beta, "mlp.out": beta}
+    )
+
+
+@pytest.mark.parametrize(("layers", "gain"), [(2, 1.17741002), (8, 1.66510922)])
+def test_sub_lns_gain(layers: int, gain: float):
+    assert weight_ratios("sub", layers) == pytest.approx(
+        {"q": 1, "k": 1, "v": gain, "out": gain, "up": gain, "mlp.out": gain}
+    )
+
+
+@pytest.mark.parametrize(("layers", "gain"), [(4, 0.5), (16, 0.25)])
+def test_b2ts_gain(layers: int, gain: float):
+    assert list(weight_ratios("b2t", layers).values()) == pytest.approx([gain] * 6)
+
+
+def weight_ratios(placement: str, layers: int) -> dict[str, float]:
+    """Initial weights of the last block, divided by those of post-norm with the same seed."""
+    options = {"layers": layers, "init": {"regime": "xavier"}}
+    made = []
+    for name in (placement, "post"):
+        config = shaped(name, **options)
+        model = GPT(config, VOCAB)
+        initialize(model, config, seed=3)
+        made.append(model.blocks[-1])
+    mine, posts = made
+
+    def ratio(a: Tensor, b: Tensor) -> float:
+        torch.testing.assert_close(a, b * (a / b).median())
+        return (a / b).median().item()
+
+    qkv = zip(mine.attention.qkv.weight.chunk(3), posts.attention.qkv.weight.chunk(3), strict=True)
+    return {name: ratio(*pair) for name, pair in zip("qkv", qkv, strict=True)} | {
+        "out": ratio(mine.attention.out.weight, posts.attention.out.weight),
+        "up": ratio(mine.mlp.up.weight, posts.mlp.up.weight),
+        "mlp.out": ratio(mine.mlp.out.weight, posts.mlp.out.weight),
+    }
+
+
+@pytest.mark.parametrize(("layers", "posts"), [(4, 1), (6, 1), (12, 3), (24, 6)])
+def test_mix_lns_split(layers: int, posts: int):
+    model = make("mix", layers=layers)
+    x = torch.randn(1, 3, WIDTH, dtype=torch.float64) + 5
+    with torch.no_grad():
+        for norm in model.modules():
+            if isinstance(norm, nn.LayerNorm):
+                norm.reset_parameters()
+        normalised = [block(x).mean(-1).abs().max().item() < 1e-6 for block in model.blocks]
+    assert normalised == [True] * posts + [False] * (layers - posts)
+
+
+@pytest.mark.parametrize(("layer", "scale"), [(1, 1.0), (4, 0.5), (9, 1 / 3)])
+def test_lns_divides_by_the_root_of_the_block(layer: int, scale: float):
+    block = make("lns", layers=9).blocks[layer - 1]
+    seen = []
+    for sublayer in (block.attention, block.mlp):
+        sublayer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    block.attention_norm = block.mlp_norm = nn.LayerNorm(WIDTH, elementwise_affine=False).double()
+    block(torch.randn(2, 3, WIDTH, dtype=torch.float64))
+    for x in seen:
+        assert x.std(-1, correction=0).mean().item() == pytest.approx(scale, rel=1e-3)
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+def test_admins_omega_is_the_spread_of_the_branches_so_far(layers: int):
+    model = make("admin", layers=layers)
+    x = tokens(4)
+    model.calibrate(x)
+    r = Reference(model)
+    stream = r.w["token_embedding.weight"][x] + r.w["position_embedding.weight"][: x.shape[1]]
+    omega = 1.0
+    for layer in range(1, layers + 1):
+        N1, N2, *_ = r.norms(layer)
+        for name, f, N in (("attention", r.A, N1), ("mlp", r.F, N2)):
+            assert r.w[f"blocks.{layer - 1}.{name}_omega"].tolist() == pytest.approx(
+                [omega] * WIDTH
+            )
+            branch = f(layer, stream)
+            before, stream = stream, N(omega * stream + branch)
+            omega = math.sqrt(biased(omega * before) + biased(branch))
+    assert abs(omega - 1) > 0.05
+
+
+def biased(x: Tensor) -> float:
+    return ((x - x.mean()) ** 2).mean().item()
+
+
+def test_only_admin_reads_a_batch():
+    for placement in PLACEMENTS:
+        model = make(placement)
+        before = {name: p.clone() for name, p in model.state_dict().items()}
+        model.calibrate(tokens())
+        changed = {n for n, p in model.state_dict().items() if not torch.equal(p, before[n])}
+        expected = {n for n in before if n.endswith("_omega")} if placement == "admin" else set()
+        assert changed == expected
+
+
+def test_branches_that_rezero_starts_with_are_closed():
+    config = shaped("rezero")
+    model = GPT(config, VOCAB)
+    initialize(model, config, seed=0)
+    x = model.embed(tokens())
+    assert torch.equal(model.blocks[0](x), x)
+    assert sum(name.endswith(".a") for name, _ in model.named_parameters()) == LAYERS
+
+
+def test_dlcl_starts_with_the_mean_of_all_outputs():
+    config = shaped("dlcl")
+    model = GPT(config, VOCAB)
+    initialize(model, config, seed=0)
+    x = model.embed(tokens())
+    stream = model.placement.begin(x)
+    for number, block in enumerate(model.blocks, 1):
+        stream = block(stream)
+        assert len(stream) == number + 2
+        torch.testing.assert_close(stream[0], torch.stack(stream[1:]).mean(0))
+    assert torch.equal(stream[1], x)
+
+
+@pytest.mark.parametrize("placement", [p for p in NORMED if goes(p, "none")])
+def test_without_norms_the_simple_placements_are_the_control(placement: str):
+    if placement in ("dlcl", "b2t"):  # theirs are other residual connections
+        return
+    model, control = make(placement, "none"), make("none")
+    control.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(tokens()), control(tokens()))
+
+
+# -- Around the blocks --------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", NORMED)
+@pytest.mark.parametrize("switch", ["auto", "on", "off"])
+def test_final_norm(placement: str, switch: str):
+    norm = {"placement": placement, "final_norm": switch}
+    model = GPT(shaped("pre", norm=norm), VOCAB)
+    expected = {"auto": PLACEMENTS[placement].final_norm, "on": True, "off": False}[switch]
+    assert any(name.startswith("final_norm") for name, _ in model.named_parameters()) == expected
+
+
+def test_the_spec_of_final_norms():
+    final = {name for name, placement in PLACEMENTS.items() if placement.final_norm}
+    assert final == {"pre", "peri", "res_post", "dlcl", "residual", "mix", "lns", "sub"}
+
+
+def test_a_norm_on_the_embeddings():
+    model = GPT(shaped("peri", norm={"placement": "peri", "embedding": True}), VOCAB)
+    initialize(model, model.config, seed=0)
+    x = model.embed(tokens())
+    assert (model.token_embedding.weight.var() < 0.001).item()
+    torch.testing.assert_close(x.var(-1, correction=0), torch.ones(x.shape[:2]), atol=0.1, rtol=0)
+
+
+REFUSED = [
+    ({"norm": {"placement": "rezero", "type": "layer"}}, "type: layer: placement rezero has no"),
+    ({"norm": {"placement": "none", "final_norm": "on"}}, "final_norm: on: placement none has no"),
+    ({"norm": {"placement": "rezero", "embedding": True}}, "embedding: true: placement rezero"),
+    (
+        {"norm": {"placement": "rezero"}, "attention": {"qk_norm": True}},
+        "model.attention.qk_norm: true: placement rezero has no norms",
+    ),
+    ({"norm": {"placement": "admin", "type": "none"}}, "none makes no sense with placement admin"),
+    ({"norm": {"placement": "deepnorm", "type": "none"}}, "α > 1"),
+    ({"norm": {"placement": "residual", "type": "none"}}, "two streams"),
+    ({"norm": {"placement": "lns", "type": "none"}}, "scales what the norms give"),
+    ({"norm": {"placement": "sub", "type": "none"}}, "second norms"),
+    ({"norm": {"type": "none", "final_norm": "on"}}, "norm.type is none, so there is no norm"),
+    ({"norm": {"type": "none"}, "attention": {"qk_norm": True}}, "there is no norm"),
+    ({"norm": {"placement": "mix"}, "layers": 3}, "mix needs at least 4 layers"),
+    ({"norm": {"type": "batch"}, "context": 1}, "a context of more than one token"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), REFUSED)
+def test_what_makes_no_sense_is_refused_with_the_reason(options: dict[str, Any], reason: str):
+    config = ModelConfig.model_validate({"layers": 4, "heads": 2, "width": 8, **options})
+    with pytest.raises(InputError, match=r"model\.") as caught:
+        GPT(config, VOCAB)
+    assert reason in str(caught.value)
+
+
+def test_a_placement_without_norms_has_none():
+    for name in set(PLACEMENTS) - set(NORMED):
+        assert not [n for n, _ in make(name).named_parameters() if "norm" in n]
+
+
+def test_placements_are_blocks():
+    for placement in PLACEMENTS.values():
+        assert issubclass(placement, Placement)
+        assert set(placement.calmer) <= set(PLACEMENTS)
+        assert placement.__doc__
