@@ -1,4 +1,6 @@
-"""The command line: `train.py`, `sample.py` and `python -m gpt.data`; `steadygpt` has them all.
+"""The command line: `train.py`, `sample.py`, `python -m gpt.data` and `python -m gpt.diagnostics`.
+
+`steadygpt train`, `sample`, `prepare` and `diagnose` are the same doors.
 
 Progress goes to stderr, results to stdout. torch is imported only once there is something to run,
 so that `--help` and a complaint about the input come at once.
@@ -26,7 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 from tyro.conf import Positional, arg
 
-from gpt.config import Config, Count, Device, Sampling, Seed, load, validate
+from gpt.config import Config, Count, Device, Sampling, Section, Seed, load, validate
 from gpt.errors import InputError, StoppedError, nearest
 from gpt.flags import as_flag, parse
 
@@ -40,13 +42,13 @@ _RUNS = "(default: runs/NAME)"
 
 def main() -> int:
     """`steadygpt COMMAND ...`."""
-    commands = {"train": train, "sample": sample, "prepare": prepare}
+    commands = {"train": train, "sample": sample, "prepare": prepare, "diagnose": diagnose}
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in commands:
         return commands[name](sys.argv[2:], prog=f"steadygpt {name}")
     usage = (
-        "usage: steadygpt train CONFIG.yaml ... | sample RUN_DIR ... | prepare CONFIG.yaml ...   "
-        "(--help for each)"
+        "usage: steadygpt train CONFIG.yaml ... | sample RUN_DIR ... | prepare CONFIG.yaml ... | "
+        "diagnose RUN_DIR   (--help for each)"
     )
     if name in ("-h", "--help"):
         print(usage)
@@ -184,6 +186,9 @@ def _report(result: RunResult, prog: str) -> str:
     saved = (result.directory / "checkpoints" / "latest").is_file()
     if result.status == "diverged" and saved:
         lines.append("  The last good checkpoint is kept.")
+    if result.failure is not None:
+        lines.append("  The literature would try, one at a time (or all):")
+        lines += [f"    {tip}" for tip in result.failure.advice]
     if result.status == "interrupted":
         lines.append("  Start it again with --resume auto to go on.")
     elif saved:
@@ -400,3 +405,36 @@ def _sample(run_dir: Path, prompt: str, options: SampleOptions, prog: str) -> No
         sys.stdout.write(f"\n{'-' * 60}\n{text}")
     sys.stdout.write("\n")
     sys.stdout.flush()
+
+
+# ---------------------------------------------------------------------------------------------
+# diagnose
+
+
+@dataclass(kw_only=True)
+class DiagnoseFlags:
+    """Draw what a run's layers did: pictures of the measures that diagnostics.every wrote."""
+
+    run_dir: Annotated[
+        Positional[str], arg(metavar="RUN_DIR", help="a run directory, such as runs/pre-norm")
+    ]
+
+
+def diagnose(argv: list[str] | None = None, prog: str = "diagnose") -> int:
+    """`python -m gpt.diagnostics RUN_DIR`; returns the exit code."""
+    with _door(prog):
+        flags, _ = parse(DiagnoseFlags, Section, prog, argv)
+        from gpt import metrics
+        from gpt.plot import plot_layers
+        from gpt.run import RunDirectory
+
+        run = RunDirectory(Path(flags.run_dir))
+        config = run.read_config()
+        records = metrics.read(run.metrics)
+        if not any("layer" in record for record in records):
+            raise InputError(
+                f"{run.path}: has no measures of its layers; train with --diagnostics.every 50"
+            )
+        plot_layers(records, run.layers, title=config.name)
+        print(run.layers)
+    return 0

@@ -434,6 +434,15 @@ class EvaluationConfig(Section):
     """Sequences to evaluate on, spread evenly over the validation text; unset, all of it."""
 
 
+class DiagnosticsConfig(Section):
+    """Looks at what the network does inside, layer by layer; they never disturb training."""
+
+    every: Count | None = None
+    """Steps between looks, the first step included; unset, none, which costs nothing."""
+    sequences: Count = 8
+    """Sequences of the batch on which activations are measured, at most a micro-batch of them."""
+
+
 class CheckpointConfig(Section):
     """When training's state is saved and what is kept."""
 
@@ -480,6 +489,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sampling: SamplingConfig = SamplingConfig()
 

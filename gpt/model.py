@@ -101,21 +101,24 @@ class CausalSelfAttention(Sublayer):
         T, S = q.shape[2], k.shape[2]
         dropout = self.dropout if self.training else 0.0
         if self.cap is None:
-            mask = causal_mask(T, S, q.device) if 1 < T < S else None
+            mask = visible(T, S, q.device) if 1 < T < S else None
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=T == S
             )
-        weights = F.dropout(self.logits(q, k).softmax(-1), dropout)
-        return weights @ v
+        return F.dropout(self.weights(self.scores(q, k)), dropout) @ v
 
-    def logits(self, q: Tensor, k: Tensor) -> Tensor:
-        """Q k^T / sqrt(d/h), capped, -inf where k is later: (B, h, T, S)."""
-        T, S = q.shape[2], k.shape[2]
-        logits = soft_cap(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]), self.cap)
-        return logits.masked_fill(~causal_mask(T, S, q.device), -torch.inf)
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """Inner products q k^T / sqrt(d/h): (B, h, T, d/h), (B, h, S, d/h) -> (B, h, T, S)."""
+        return q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+
+    def weights(self, scores: Tensor) -> Tensor:
+        """The softmax of the capped scores over the keys that a query sees: (B, h, T, S)."""
+        T, S = scores.shape[-2:]
+        hidden = ~visible(T, S, scores.device)
+        return soft_cap(scores, self.cap).masked_fill(hidden, -torch.inf).softmax(-1)
 
 
-def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
+def visible(T: int, S: int, device: torch.device) -> Tensor:
     """(T, S), true where query t of the last T of S positions may see key s: s <= S - T + t."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
@@ -237,7 +240,11 @@ class GPT(nn.Module):
     @torch.no_grad()
     def calibrate(self, tokens: Tensor) -> None:
         """Let the placement set what one batch decides (Admin's ω); (B, T) integers."""
-        self.placement.calibrate(list(self.blocks), self.embed(tokens))  # type: ignore[arg-type]
+        self.placement.calibrate(self.placements(), self.embed(tokens))
+
+    def placements(self) -> list[Placement]:
+        """The blocks, first one first."""
+        return [block for block in self.blocks if isinstance(block, Placement)]
 
     # -- Generation: a key/value cache in every attention layer ---------------------------------
 

@@ -109,6 +109,12 @@ class Optimizer:
         )
         self.parts = OPTIMIZERS[config.name](groups, config)
 
+    @property
+    def eps(self) -> float | None:
+        """What Adam adds to the root of its second moment; None for optimizers without it."""
+        adam = (torch.optim.AdamW, torch.optim.RAdam)
+        return next((p.defaults["eps"] for p in self.parts if isinstance(p, adam)), None)
+
     def set_rate(self, share: float) -> None:
         """The next update is made at `share` of the full rate."""
         for part in self.parts:

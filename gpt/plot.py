@@ -1,11 +1,15 @@
-"""loss.png: a run's losses, learning rate and gradient norm against the step."""
+"""Pictures of a run: losses, learning rate and gradient norm; and what its layers did."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from gpt.diagnostics.layers import MEASURES, Measure
 from gpt.metrics import Record
 
 TRAIN, VALIDATION, OTHER = "#9ecae1", "#08519c", "#d95f02"  # told apart by the colour-blind too
@@ -56,6 +60,47 @@ def plot_run(records: list[Record], path: Path, title: str) -> None:
     for axes in (loss_axes, rate_axes, norm_axes):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def plot_layers(records: list[Record], path: Path, title: str) -> None:
+    """Draw the layers' records of one metrics.jsonl into a PNG: layer against step."""
+    layers = [record for record in records if "layer" in record]
+    shown = [key for key in MEASURES if any(key in record for record in layers)]
+    rows = -(-len(shown) // 2)
+    figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
+    figure.suptitle(title)
+    for axes, key in zip(figure.subplots(rows, 2, squeeze=False).flat, shown, strict=False):
+        own = [record for record in layers if record.get(key) is not None]
+        _plot_measure(axes, own, key, MEASURES[key])
+    for axes in figure.axes[len(shown) : 2 * rows]:
+        axes.set_visible(False)
+    _save(figure, path)
+
+
+def _plot_measure(axes: Axes, records: list[Record], key: str, measure: Measure) -> None:
+    """One measure: a map over the layers that have it, or a line if there is one."""
+    axes.set_title(measure.title, fontsize=9)
+    axes.set_xlabel("step")
+    steps = sorted({record["step"] for record in records})
+    numbers = sorted({record["layer"] for record in records})
+    values = np.full((len(numbers), len(steps)), np.nan)
+    for record in records:
+        values[numbers.index(record["layer"]), steps.index(record["step"])] = record[key]
+    if len(numbers) == 1:
+        axes.plot(steps, values[0], color=OTHER, marker="o", ms=3)
+        axes.grid(alpha=0.25)
+        return
+    positive = values[values > 0]
+    norm = LogNorm(positive.min(), positive.max()) if measure.log and positive.size else None
+    drawn = axes.pcolormesh(range(len(steps)), numbers, values, norm=norm, shading="nearest")
+    marked = range(0, len(steps), max(1, len(steps) // 8))  # looks need not be evenly spaced
+    axes.set_xticks(marked, [str(steps[i]) for i in marked])
+    axes.set_ylabel("layer")
+    axes.figure.colorbar(drawn, ax=axes)
+
+
+def _save(figure: Figure, path: Path) -> None:
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=120, format="png")
     temporary.replace(path)

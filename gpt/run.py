@@ -28,11 +28,29 @@ from gpt import config as configs
 from gpt import tokenizer
 from gpt.checkpoint import Checkpoint
 from gpt.config import Config
+from gpt.diagnostics.failure import Place
 from gpt.errors import InputError
 from gpt.files import write_text
 from gpt.model import GPT
 
 Status = Literal["finished", "diverged", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a run diverged.
+
+    Attributes:
+        step: the update at which it was first seen; 0: before the first.
+        quantity: what was not finite: training loss, gradient norm, weight or validation loss.
+        place: what inside the network was first not finite; None if it could not be found again.
+        advice: what to try next, likeliest first.
+    """
+
+    step: int
+    quantity: str
+    place: Place | None
+    advice: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -50,6 +68,7 @@ class RunResult:
         tokens_per_second: training speed, evaluation and saving left out.
         reason: why it ended, in words.
         directory: the run directory.
+        failure: of a diverged run, what happened where.
     """
 
     status: Status
@@ -63,6 +82,7 @@ class RunResult:
     tokens_per_second: float
     reason: str
     directory: Path = field(compare=False)
+    failure: Failure | None = None
 
 
 class RunDirectory:
@@ -76,6 +96,7 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.result = path / "result.json"
         self.plot = path / "loss.png"
+        self.layers = path / "layers.png"
         self.samples = path / "samples"
         self.checkpoints = path / "checkpoints"
 

@@ -15,9 +15,10 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from gpt.config import Config
 from gpt.console import Console
 from gpt.data.preparation import prepare
 from gpt.data.sequences import Batch, TrainingSequences, ValidationSequences, ahead
+from gpt.diagnostics.failure import Place, advice, describe, first_nonfinite
+from gpt.diagnostics.layers import Look
 from gpt.errors import InputError
 from gpt.files import write_text
 from gpt.generate import continue_text
@@ -39,7 +42,7 @@ from gpt.optim import Optimizer
 from gpt.placement import check
 from gpt.plot import plot_run
 from gpt.rng import derive
-from gpt.run import Opened, RunResult, Status, open_run
+from gpt.run import Failure, Opened, RunResult, Status, open_run
 from gpt.schedule import rate
 
 DTYPES = {  # of matrix products and attention; weights and their sums stay fp32
@@ -50,6 +53,7 @@ DTYPES = {  # of matrix products and attention; weights and their sums stay fp32
 
 READ_EVERY = {"cpu": 1}  # steps between reads of the metrics where reading costs nothing
 STATE_FORMAT = 2
+EPS_ALARM = 10  # times epsilon: gradients below it make Adam's updates shrink
 CALIBRATION_SEQUENCES = 64  # of the first batch, at most, for what a placement sets from data
 
 
@@ -111,6 +115,15 @@ class _Update:
     loss: Tensor
     grad_norm: Tensor
     learning_rate: float
+    look: Look | None
+
+
+class _Fault(NamedTuple):
+    """What was seen not to be finite: after which update, which quantity, and in words."""
+
+    step: int
+    quantity: str
+    text: str
 
 
 class _Training:
@@ -143,26 +156,33 @@ class _Training:
             self.dataset.val, context, config.evaluation.sequences
         )
         self.byte_lengths = np.array(tokenizer.byte_lengths(encoding))
-        self.model = GPT(config.model, encoding.n_vocab)
-        initialize(self.model, config.model, config.seed)
-        self.model.to(device)
-        torch.manual_seed(derive(config.seed, "calibrate"))  # for dropout
-        self.model.calibrate(self._on_device(self._batch(1)[0][:CALIBRATION_SEQUENCES]))
+        self.model = GPT(config.model, encoding.n_vocab).to(device)
         objective = self.model.objective
         self.objective = torch.compile(objective) if config.training.compile else objective
-        self.optimizer = Optimizer(self.model, config.optimizer)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.micro_batch = plan.micro_batch(config, encoding.n_vocab, device)
         self.read_every = READ_EVERY.get(device.type, config.training.log_every)
         self.flops_per_token = plan.flops_per_token(config, self.model)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.peak_flops = plan.peak_flops(name, precision)
         self.progress = _Progress()
+        self.alarmed = False
+        self._set_state(opened.checkpoint)
         if opened.checkpoint is not None:
-            self._restore(opened.checkpoint, same_run=opened.resumed)
+            self._go_on(opened.checkpoint.state, same_run=opened.resumed)
         self._open_directory(opened)
 
-    def _restore(self, checkpoint: Checkpoint, same_run: bool) -> None:
+    def _set_state(self, checkpoint: Checkpoint | None) -> None:
+        """Weights and optimizer as they were at `checkpoint`, or before the first update."""
+        config = self.config
+        initialize(self.model, config.model, config.seed)
+        self.optimizer = Optimizer(self.model, config.optimizer)
+        fp16 = config.training.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
+        if checkpoint is None:
+            torch.manual_seed(derive(config.seed, "calibration"))  # of dropout
+            batch, _ = self._batch(1)
+            self.model.calibrate(self._on_device(batch[:CALIBRATION_SEQUENCES]))
+            return
         state = checkpoint.state
         if state["format"] != STATE_FORMAT:
             raise InputError(f"the checkpoint has format {state['format']}, not {STATE_FORMAT}")
@@ -170,9 +190,12 @@ class _Training:
             raise InputError("data: the tokens are not those that this run was trained on so far")
         self.model.load_state_dict(checkpoint.model)
         self.optimizer.load_state(checkpoint.optimizer)
-        self.progress = _Progress(**state["progress"])
-        if state["scaler"] and self.scaler.is_enabled():
+        if state["scaler"] and fp16:
             self.scaler.load_state_dict(state["scaler"])
+
+    def _go_on(self, state: dict[str, Any], same_run: bool) -> None:
+        """Count on from where a checkpoint's `state` was."""
+        self.progress = _Progress(**state["progress"])
         if same_run:  # as memory was when the run began, so that sums keep their order
             self.micro_batch = state["micro_batch"]
         else:  # `best` is the best of this directory
@@ -220,9 +243,9 @@ class _Training:
         if self.stop():
             return self._end("interrupted", f"stopped before step {progress.step + 1}")
         if progress.step == 0:
-            failure = self._evaluate()
-            if failure is not None:
-                return self._end("diverged", failure)
+            fault = self._evaluate()
+            if fault is not None:
+                return self._diverged(fault)
         self.console.start(steps, progress.step)
 
         unread: list[_Update] = []
@@ -238,13 +261,13 @@ class _Training:
             sampling = last or step % sample_every == 0
             if not (evaluating or saving or sampling or step % self.read_every == 0):
                 continue
-            failure = self._record(unread, unread_since)
-            if failure is None and saving and not self._weights_are_finite():
-                failure = f"a weight became non-finite at step {step}"
-            if failure is None and evaluating:
-                failure = self._evaluate()
-            if failure is not None:
-                return self._end("diverged", failure)
+            fault = self._record(unread, unread_since)
+            if fault is None and saving and not self._weights_are_finite():
+                fault = _Fault(step, "weight", f"a weight became non-finite at step {step}")
+            if fault is None and evaluating:
+                fault = self._evaluate()
+            if fault is not None:
+                return self._diverged(fault)
             if sampling:
                 self._sample()
             if saving:
@@ -262,14 +285,35 @@ class _Training:
     def _update(self, step: int, inputs: Tensor, targets: Tensor) -> _Update:
         """One update of the weights. Nothing in it waits for the device, but fp16's scaler."""
         config = self.config
-        share = rate(config.schedule, step, config.training.steps)
-        self.optimizer.set_rate(share)
         inputs, targets = self._on_device(inputs), self._on_device(targets)
-        loss = torch.zeros((), device=self.device)
+        loss, norm = self._gradients(step, inputs, targets)
+        look = None
+        every = config.diagnostics.every
+        if every is not None and (step == 1 or step % every == 0):
+            look = Look(self.model, self.optimizer.eps)
+            with self._autocast():
+                look.forward(inputs[: min(config.diagnostics.sequences, self.micro_batch)])
+        share = rate(config.schedule, step, config.training.steps)
+        self._apply(share, norm)
+        if look is not None:
+            look.after()
+        return _Update(step, loss, norm, share * config.optimizer.learning_rate, look)
+
+    def _micro_batches(
+        self, step: int, inputs: Tensor, targets: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The parts of a batch, each with its own dropout."""
         parts = zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True)
-        for index, (x, y) in enumerate(parts):
-            if config.model.dropout:
-                torch.manual_seed(derive(config.seed, "dropout", step, index))
+        for index, part in enumerate(parts):
+            if self.config.model.dropout:
+                torch.manual_seed(derive(self.config.seed, "dropout", step, index))
+            yield part
+
+    def _gradients(self, step: int, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Forward and backward: the loss, and the norm of the gradients, which the weights hold."""
+        config = self.config
+        loss = torch.zeros((), device=self.device)
+        for x, y in self._micro_batches(step, inputs, targets):
             with self._autocast():
                 minimised, cross_entropy = self.objective(x, y, config.training.z_loss)
             share_of_batch = len(x) / config.batch_sequences
@@ -278,18 +322,22 @@ class _Training:
 
         for optimizer in self.optimizer.parts:
             self.scaler.unscale_(optimizer)
-        parameters = list(self.model.parameters())
-        norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
-        if config.optimizer.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip, norm)
+        gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
+        return loss, torch.nn.utils.get_total_norm(gradients)
+
+    def _apply(self, share: float, norm: Tensor) -> None:
+        """Clip the gradients of that norm and update the weights, at `share` of the full rate."""
+        clip = self.config.optimizer.clip
+        if clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), clip, norm)
+        self.optimizer.set_rate(share)
         if not self.scaler.is_enabled() or norm.isfinite():  # an fp16 overflow skips all parts
             for optimizer in self.optimizer.parts:
                 self.scaler.step(optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        return _Update(step, loss, norm, share * config.optimizer.learning_rate)
 
-    def _record(self, updates: list[_Update], since: float) -> str | None:
+    def _record(self, updates: list[_Update], since: float) -> _Fault | None:
         """Read and log `updates`, made since the time `since`; returns how they failed, or None."""
         config, progress = self.config, self.progress
         losses = torch.stack([update.loss for update in updates]).tolist()
@@ -298,7 +346,7 @@ class _Training:
         batch_tokens = config.batch_sequences * config.model.context
         tokens_per_second = len(updates) * batch_tokens / seconds
         progress.update_seconds += seconds
-        failure = None
+        fault = None
         records: list[metrics.Record] = []
         speed: metrics.Record = {
             "tokens_per_second": tokens_per_second,
@@ -317,9 +365,17 @@ class _Training:
                     **speed,
                 }
             )
+            if update.look is not None:
+                layers = update.look.read(update.step)
+                records += layers
+                self._warn(layers)
             progress.step, progress.train_loss = update.step, _finite(loss)
-            if not math.isfinite(loss):
-                failure = f"the training loss became {loss} at step {update.step}"
+            for quantity, value in (("training loss", loss), ("gradient norm", norm)):
+                skipped = quantity == "gradient norm" and self.scaler.is_enabled()
+                if fault is None and not math.isfinite(value) and not skipped:
+                    text = f"the {quantity} became {value} at step {update.step}"
+                    fault = _Fault(update.step, quantity, text)
+            if fault is not None:
                 break
         self.log.write(records)
         if progress.step % config.training.log_every == 0 or progress.step == config.training.steps:
@@ -329,14 +385,25 @@ class _Training:
                 f"loss {losses[-1]:.4f}  rate {last.learning_rate:.2e}  "
                 f"{tokens_per_second:,.0f} tokens/s",
             )
-        return failure
+        return fault
+
+    def _warn(self, layers: list[metrics.Record]) -> None:
+        """Say once that gradients have come near Adam's epsilon, which then damps the updates."""
+        for record in layers:
+            if not self.alarmed and record.get("grad_over_eps", math.inf) < EPS_ALARM:
+                self.alarmed = True
+                self.console.say(
+                    f"step {record['step']}: the gradients of layer {record['layer']} have an RMS "
+                    f"of {record['grad_rms']:.1e}, under {EPS_ALARM} times optimizer.eps: "
+                    "its updates shrink"
+                )
 
     @torch.no_grad()
     def _weights_are_finite(self) -> bool:
         return bool(torch.stack([p.isfinite().all() for p in self.model.parameters()]).all())
 
     @torch.no_grad()
-    def _evaluate(self) -> str | None:
+    def _evaluate(self) -> _Fault | None:
         """Validation loss on the fixed sequences, logged; returns how it failed, or None."""
         progress = self.progress
         total = torch.zeros((), device=self.device)
@@ -358,7 +425,8 @@ class _Training:
         )
         progress.val_loss, progress.val_bits_per_byte = _finite(loss), _finite(bits)
         if not math.isfinite(loss):
-            return f"the validation loss became {loss} at step {progress.step}"
+            text = f"the validation loss became {loss} at step {progress.step}"
+            return _Fault(progress.step, "validation loss", text)
         progress.best_val_loss = _lower(loss, progress.best_val_loss)
         return None
 
@@ -404,7 +472,56 @@ class _Training:
             tokenizer.to_json(self.dataset.encoding),
         )
 
-    def _end(self, status: Status, reason: str) -> RunResult:
+    # -- Divergence ------------------------------------------------------------------------------
+
+    def _diverged(self, fault: _Fault) -> RunResult:
+        """End with what was seen, where it began, and what to try next."""
+        place = self._first_place(fault)
+        reason = fault.text
+        if place is not None:
+            reason += f", first {describe(place, self.config.model.layers)}"
+        tips = advice(self.config, place)
+        return self._end(
+            "diverged", reason, Failure(fault.step, fault.quantity, place, tuple(tips))
+        )
+
+    def _first_place(self, fault: _Fault) -> Place | None:
+        """What was first not finite, inside the network.
+
+        A validation loss fails on weights that are still there. An update that fails has spoilt its
+        weights, so the run is repeated from the last checkpoint to the last weights that were good.
+        """
+        if fault.quantity == "validation loss":
+            self.model.eval()
+            batches = self.validation.batches(self.micro_batch)
+            tensors = (map(self._host_tensor, batch) for batch in batches)
+            return self._look_for_nonfinite((x, y) for x, y in tensors)
+        newest = checkpoints.newest(self.directory.checkpoints)
+        checkpoint = checkpoints.load(newest) if newest else None
+        self._set_state(checkpoint)
+        first = checkpoint.step + 1 if checkpoint else 1
+        if first < fault.step:
+            self.console.say(f"looking for where it began: steps {first} to {fault.step} once more")
+        for step in range(first, fault.step + 1):
+            if self.stop():
+                return None
+            inputs, targets = map(self._on_device, self._batch(step))
+            loss, norm = self._gradients(step, inputs, targets)
+            if not loss.isfinite() or not (norm.isfinite() or self.scaler.is_enabled()):
+                return self._look_for_nonfinite(self._micro_batches(step, inputs, targets))
+            self._apply(rate(self.config.schedule, step, self.config.training.steps), norm)
+        return self._look_for_nonfinite(self._micro_batches(fault.step, inputs, targets))
+
+    def _look_for_nonfinite(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Place | None:
+        z_loss = self.config.training.z_loss
+        for x, y in batches:
+            with self._autocast():
+                place = first_nonfinite(self.model, self._on_device(x), self._on_device(y), z_loss)
+            if place is not None:
+                return place
+        return None
+
+    def _end(self, status: Status, reason: str, failure: Failure | None = None) -> RunResult:
         """Write loss.png and result.json."""
         progress, config = self.progress, self.config
         self.log.close()
@@ -422,6 +539,7 @@ class _Training:
             tokens_per_second=tokens / progress.update_seconds if tokens else 0.0,
             reason=reason,
             directory=self.directory.path,
+            failure=failure,
         )
         self.directory.write_result(result)
         records = metrics.read(self.directory.metrics)

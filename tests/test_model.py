@@ -8,7 +8,7 @@ from torch import nn
 
 from gpt.config import ModelConfig
 from gpt.init import initialize
-from gpt.model import GPT
+from gpt.model import ACTIVATIONS, GPT, MLP, soft_cap
 from gpt.placement import PLACEMENTS
 
 VOCAB = 61
@@ -16,8 +16,8 @@ SHAPE = ModelConfig(layers=4, heads=4, width=32, context=24)
 
 
 def shaped(placement: str = "pre", **options: object) -> ModelConfig:
-    tree = {**SHAPE.model_dump(), **options}
-    return ModelConfig.model_validate({**tree, "norm": {"placement": placement}})
+    tree = {**SHAPE.model_dump(), "norm": {"placement": placement}, **options}
+    return ModelConfig.model_validate(tree)
 
 
 def make(placement: str = "pre", **options: object) -> GPT:
@@ -109,32 +109,6 @@ def test_pre_norm_has_a_final_norm_and_post_norm_has_none():
     assert not list(make("post").final_norm.parameters())
 
 
-def test_initial_weights_have_gpt2s_spread():
-    model = GPT(shaped(layers=8, width=128, context=128), 1000)
-    initialize(model, model.config, seed=0)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            assert (parameter == (1 if name.endswith("weight") else 0)).all()
-        elif name.endswith("bias"):
-            assert not parameter.any()
-        else:
-            sigma = 0.02 / math.sqrt(16) if name.endswith(".out.weight") else 0.02
-            assert parameter.std().item() == pytest.approx(sigma, rel=0.03), name
-            assert abs(parameter.mean().item()) < 0.1 * sigma
-
-
-def test_models_share_the_initial_weights_that_they_have_in_common():
-    pre, post = dict(make("pre").named_parameters()), dict(make("post").named_parameters())
-    assert set(pre) - set(post) == {"final_norm.weight", "final_norm.bias"}
-    assert all(torch.equal(pre[name], post[name]) for name in post)
-    deeper = dict(make("pre", layers=5, width=32).named_parameters())
-    name = "blocks.1.attention.qkv.weight"
-    assert torch.equal(pre[name], deeper[name])
-    other = GPT(SHAPE, VOCAB)
-    initialize(other, other.config, seed=2)
-    assert not torch.equal(dict(other.named_parameters())[name], pre[name])
-
-
 def test_sizes():
     model = GPT(ModelConfig(layers=12, heads=12, width=768, context=1024), 50257)
     assert model.num_parameters() == 124_439_808  # GPT-2 small
@@ -157,3 +131,111 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(model(x), model(x))
     model.eval()
     assert torch.equal(model(x), model(x))
+
+
+# -- Switches ---------------------------------------------------------------------------------
+
+
+def logits_of(**options: object) -> torch.Tensor:
+    model = make(**options)
+    shake(model)
+    return model.eval()(tokens())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention": {"qk_norm": True}},
+        {"attention": {"soft_cap": 0.5}},
+        {"logit_soft_cap": 0.5},
+        {"init": {"regime": "xavier"}},
+        *({"mlp": {"activation": name}} for name in ACTIVATIONS if name != "gelu_tanh"),
+    ],
+)
+def test_every_switch_changes_the_logits_and_keeps_the_cache_right(options: dict[str, object]):
+    assert not torch.allclose(logits_of(**options), logits_of(), atol=1e-5)
+    model = make(**options).eval()
+    shake(model)
+    x = tokens()
+    model.attach_caches(2)
+    cached = torch.cat([model(piece) for piece in x.split([5, 1, 1, 10, 7], dim=1)], dim=1)
+    model.detach_caches()
+    torch.testing.assert_close(cached, model(x), atol=1e-5, rtol=1e-5)
+
+
+def test_a_soft_cap_so_high_that_it_does_nothing_leaves_torchs_kernel_equal_to_ours():
+    plain = logits_of()
+    torch.testing.assert_close(logits_of(attention={"soft_cap": 1e6}), plain)
+    torch.testing.assert_close(logits_of(logit_soft_cap=1e6), plain)
+
+
+def test_soft_caps_bound():
+    z = torch.tensor([-1e9, -1.0, 0.0, 0.01, 1e9])
+    capped = soft_cap(z, 2.0)
+    torch.testing.assert_close(capped, torch.tensor([-2.0, -0.92423431, 0.0, 0.0099999, 2.0]))
+    assert soft_cap(z, None) is z
+    assert logits_of(logit_soft_cap=0.1).abs().max() <= 0.1
+
+
+def test_qk_norm_bounds_attention_whatever_the_weights():
+    model = make(attention={"qk_norm": True})
+    attention = model.placements()[0].attention
+    with torch.no_grad():
+        attention.qkv.weight *= 1e4
+    q, k, _ = attention.project(torch.randn(2, 24, 32))
+    assert q.shape == (2, 4, 24, 8)
+    for each in (q, k):  # per head, of its 8 channels
+        torch.testing.assert_close(each.mean(-1), torch.zeros(2, 4, 24), atol=1e-5, rtol=0)
+        torch.testing.assert_close(each.norm(dim=-1), torch.full((2, 4, 24), math.sqrt(8)))
+    assert attention.scores(q, k).abs().max() <= math.sqrt(8) + 1e-4
+
+
+def test_attention_dropout_is_there_with_a_soft_cap_too():
+    model = make(dropout=0.5, attention={"soft_cap": 30.0})
+    attention = model.placements()[0].attention
+    attention.out_dropout.p = 0.0
+    x = torch.randn(2, 24, 32)
+    assert not torch.equal(attention(x), attention(x))
+
+
+ACTIVATIONS_AT_MINUS_1_AND_2 = {
+    "gelu_tanh": [-0.158808, 1.954597],
+    "gelu": [-0.158655, 1.954500],
+    "relu": [0.0, 2.0],
+    "relu2": [0.0, 4.0],
+    "swiglu": [-0.537883],  # silu(-1) * 2
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_by_hand(name: str):
+    y = ACTIVATIONS[name](torch.tensor([-1.0, 2.0]))
+    assert y.tolist() == pytest.approx(ACTIVATIONS_AT_MINUS_1_AND_2[name], abs=1e-6)
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(768, 2048), (96, 256), (64, 168)])
+def test_swiglu_has_about_as_many_parameters(width: int, hidden: int):
+    gated, plain = (
+        MLP(ModelConfig.model_validate({"width": width, "heads": 1, "mlp": {"activation": name}}))
+        for name in ("swiglu", "gelu")
+    )
+    assert gated.out.in_features == hidden
+    sizes = [sum(p.numel() for p in mlp.parameters()) for mlp in (gated, plain)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.02)
+
+
+@pytest.mark.parametrize(("multiple", "hidden"), [(1, 32), (2.5, 80), (4, 128)])
+def test_the_inner_width_is_a_multiple(multiple: float, hidden: int):
+    model = make(mlp={"multiple": multiple})
+    assert {b.mlp.up.weight.shape for b in model.placements()} == {(hidden, 32)}
+
+
+def test_z_loss_adds_the_mean_square_of_log_z():
+    model = make()
+    shake(model)
+    x, y = tokens(), tokens(seed=1)
+    minimised, loss = model.objective(x, y, z_loss=0.5)
+    log_z = model(x).exp().sum(-1).log()
+    torch.testing.assert_close(minimised, loss + 0.5 * (log_z**2).mean())
+    assert torch.equal(loss, model.loss(x, y))
+    assert torch.equal(model.objective(x, y)[0], loss)
