@@ -1,0 +1,362 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gpt import cli, metrics, training
+from gpt.config import Config, ModelConfig
+from gpt.diagnostics.failure import Place, advice, describe, first_nonfinite
+from gpt.diagnostics.layers import MEASURES, Look, layer_of
+from gpt.init import initialize
+from gpt.model import GPT
+from gpt.placement import PLACEMENTS
+from gpt.run import RunDirectory, RunResult
+from gpt.training import train
+
+Make = Callable[..., Config]
+VOCAB, LAYERS, CONTEXT = 31, 4, 12
+
+
+def make(placement: str = "pre", **options: Any) -> GPT:
+    shape = {"layers": LAYERS, "heads": 2, "width": 16, "context": CONTEXT}
+    tree = {**shape, "norm": {"placement": placement}, **options}
+    model = GPT(ModelConfig.model_validate(tree), VOCAB)
+    initialize(model, model.config, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def tokens(seed: int = 0) -> torch.Tensor:
+    return torch.randint(VOCAB, (3, CONTEXT), generator=torch.Generator().manual_seed(seed))
+
+
+def looked(model: GPT, eps: float | None = 1e-8) -> list[metrics.Record]:
+    """The records of one update that halves every matrix of block 2."""
+    model.zero_grad()
+    model.loss(tokens(), tokens(1)).backward()
+    look = Look(model, eps)
+    look.forward(tokens())
+    with torch.no_grad():
+        for parameter in model.placements()[1].parameters():
+            if parameter.ndim == 2:
+                parameter /= 2
+    look.after()
+    return look.read(step=5)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_every_layer_has_its_measures(placement: str):
+    records = looked(make(placement))
+    assert [record["layer"] for record in records] == list(range(LAYERS + 2))
+    assert {record["step"] for record in records} == {5}
+    inside = set(MEASURES) - {"log_z"} | {"grad_rms"}
+    for record in records[1:-1]:
+        assert set(record) == {"step", "layer", *inside}
+        assert all(math.isfinite(value) for value in record.values())
+        assert record["attention_beta"] > 0
+        assert 0 < record["attention_entropy"] < math.log(CONTEXT)
+    assert "log_z" in records[-1]
+    assert ("grad_norm" in records[-1]) == PLACEMENTS[placement].final_norm
+
+
+def test_measures_by_hand():
+    model = make()
+    before = model.state_dict()
+    before = {name: value.clone() for name, value in before.items()}
+    records = looked(model)
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.load_state_dict(before)
+    model.requires_grad_(False)
+
+    x = model.embed(tokens())
+    assert records[0]["stream_rms"] == pytest.approx(x.square().mean().sqrt().item())
+    for number, (record, block) in enumerate(zip(records[1:], model.placements(), strict=False), 1):
+        own = [g for name, g in gradients.items() if name.startswith(f"blocks.{number - 1}.")]
+        squares = sum(g.square().sum().item() for g in own)
+        count = sum(g.numel() for g in own)
+        assert record["grad_norm"] == pytest.approx(math.sqrt(squares))
+        assert record["grad_rms"] == pytest.approx(math.sqrt(squares / count))
+        assert record["grad_over_eps"] == pytest.approx(math.sqrt(squares / count) / 1e-8)
+        w2 = gradients[f"blocks.{number - 1}.mlp.out.weight"]
+        assert record["w2_grad_norm"] == pytest.approx(w2.norm().item())
+        assert record["update_ratio"] == pytest.approx(0.5 if number == 2 else 0)
+
+        normed = block.attention_norm(x)
+        q, k, _ = block.attention.project(normed)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(8)
+        scores = scores.masked_fill(torch.ones(CONTEXT, CONTEXT).triu(1).bool(), -torch.inf)
+        assert record["attention_logit"] == pytest.approx(scores.max().item())
+        weights = scores.softmax(-1)
+        entropy = -(weights * weights.clamp(min=1e-30).log()).sum(-1).mean().item()
+        assert record["attention_entropy"] == pytest.approx(entropy, rel=1e-5)
+
+        branch = block.attention(normed)
+        h = x + branch
+        assert record["attention_beta"] == pytest.approx((branch.var() / h.var()).item())
+        branch = block.mlp(block.mlp_norm(h))
+        x = h + branch
+        assert record["mlp_beta"] == pytest.approx((branch.var() / x.var()).item())
+        assert record["stream_rms"] == pytest.approx(x.square().mean().sqrt().item())
+    log_z = model(tokens()).exp().sum(-1).log().mean().item()
+    assert records[-1]["log_z"] == pytest.approx(log_z)
+
+
+def test_without_adam_there_is_no_epsilon():
+    assert "grad_over_eps" not in looked(make(), eps=None)[1]
+
+
+def test_looking_leaves_no_hook_and_no_mode():
+    model = make(dropout=0.5)
+    looked(model)
+    assert model.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_layers_of_names():
+    model = make(tied_head=False, norm={"embedding": True})
+    expected = {"token_embedding.weight": 0, "embedding_norm.weight": 0, "head.weight": LAYERS + 1}
+    expected |= {"blocks.0.mlp.up.weight": 1, "blocks.3.attention_norm.bias": 4}
+    expected |= {"final_norm.bias": LAYERS + 1}
+    names = {name for name, _ in model.named_parameters()}
+    assert {name: layer_of(name, model) for name in expected} == expected
+    assert set(expected) <= names
+
+
+# -- In a run ---------------------------------------------------------------------------------
+
+
+def run(config: Config, out: Path) -> RunResult:
+    return train(config, out, quiet=True)
+
+
+def lines(out: Path, layers: bool) -> list[metrics.Record]:
+    timing = {"tokens_per_second", "step_seconds"}
+    return [
+        {key: value for key, value in record.items() if key not in timing}
+        for record in metrics.read(out / "metrics.jsonl")
+        if ("layer" in record) == layers
+    ]
+
+
+@pytest.mark.parametrize("norm_type", ["layer", "batch"])
+def test_looking_changes_nothing(tiny: Make, tmp_path: Path, norm_type: str):
+    options = {"model": {"dropout": 0.2, "norm": {"type": norm_type}}}
+    run(tiny(**options), tmp_path / "off")
+    run(tiny(**options, diagnostics={"every": 3}), tmp_path / "on")
+    assert lines(tmp_path / "off", layers=False) == lines(tmp_path / "on", layers=False)
+    assert lines(tmp_path / "off", layers=True) == []
+    seen = lines(tmp_path / "on", layers=True)
+    assert [r["step"] for r in seen if r["layer"] == 0] == [1, 3, 6, 9, 12, 15, 18]
+
+
+def test_a_resumed_run_has_each_look_once(tiny: Make, tmp_path: Path):
+    config = tiny(diagnostics={"every": 4})
+    run(config, tmp_path / "whole")
+    count = iter(range(100))
+    train(config, tmp_path / "parts", quiet=True, stop=lambda: next(count) == 9)
+    run(config, tmp_path / "parts")
+    assert lines(tmp_path / "whole", layers=True) == lines(tmp_path / "parts", layers=True)
+
+
+def test_gradients_near_epsilon_are_an_alarm(tiny: Make, tmp_path: Path, capsys):
+    config = tiny(diagnostics={"every": 5}, optimizer={"eps": 1.0}, sampling={"tokens": 0})
+    train(config, tmp_path / "run")
+    said = [line for line in capsys.readouterr().err.splitlines() if "optimizer.eps" in line]
+    assert len(said) == 1
+    assert said[0].startswith("step 1: the gradients of layer 0 have an RMS of ")
+    train(tiny(diagnostics={"every": 5}, sampling={"tokens": 0}), tmp_path / "usual")
+    assert "optimizer.eps" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_picture(tiny: Make, tmp_path: Path, capsys, precision: str):
+    config = tiny(diagnostics={"every": 5}, training={"precision": precision})
+    run(config, tmp_path / "run")
+    assert cli.diagnose([str(tmp_path / "run")]) == 0
+    picture = Path(capsys.readouterr().out.strip())
+    assert picture == RunDirectory(tmp_path / "run").layers
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_of_nothing_is_refused(tiny: Make, tmp_path: Path, capsys):
+    run(tiny(), tmp_path / "run")
+    for folder, words in ((tmp_path / "run", "--diagnostics.every"), (tmp_path, "holds no run")):
+        with pytest.raises(SystemExit) as caught:
+            cli.diagnose([str(folder)])
+        assert caught.value.code == 2
+        assert words in capsys.readouterr().err
+
+
+# -- Divergence -------------------------------------------------------------------------------
+
+
+def test_a_weight_is_found_first():
+    model = make()
+    with torch.no_grad():
+        model.placements()[2].mlp.up.weight[3, 3] = math.inf
+    place = first_nonfinite(model, tokens(), tokens(1), 0.0)
+    assert place == Place("weight", 3, "blocks.2.mlp.up.weight")
+    assert describe(place, LAYERS) == "as a non-finite weight in block 3 of 4 (mlp.up.weight)"
+
+
+@pytest.mark.parametrize("name", ["token_embedding", "blocks.1.attention.qkv", "final_norm"])
+def test_an_activation_is_found_where_it_arises(name: str):
+    model = make()
+
+    def spoil(module: nn.Module, inputs: Any, out: torch.Tensor) -> torch.Tensor:
+        return out.clone().index_fill_(-1, torch.tensor([2]), math.nan)
+
+    module = model.get_submodule(name)
+    module.register_forward_hook(spoil)
+    place = first_nonfinite(model, tokens(), tokens(1), 0.0)
+    assert place == Place("activation", layer_of(name, model), name)
+
+
+def test_overflowing_logits_are_the_heads():
+    model = make(tied_head=False)
+    with torch.no_grad():
+        model.head.weight.fill_(3e38)
+    place = first_nonfinite(model, tokens(), tokens(1), 0.0)
+    assert place == Place("logit", LAYERS + 1, "head")
+    assert describe(place, LAYERS) == "as a non-finite logit behind the last block (head)"
+
+
+def test_a_gradient_is_found_from_the_loss_backwards():
+    model = make()
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * math.nan
+
+    add = model.placements()[1].add
+    add.register_forward_hook(lambda module, inputs, out: out.register_hook(spoil) and None)
+    place = first_nonfinite(model, tokens(), tokens(1), 0.0)
+    assert place is not None
+    assert (place.quantity, place.layer) == ("gradient", 2)
+
+
+def test_nothing_is_found_where_all_is_well():
+    assert first_nonfinite(make(), tokens(), tokens(1), 1e-4) is None
+
+
+WILD = {
+    "model": {"norm": {"placement": "none"}, "init": {"regime": "xavier"}},
+    "optimizer": {"name": "sgd", "momentum": 0.0, "clip": None},
+    "schedule": {"warmup": "linear", "warmup_steps": 20},
+    "sampling": {"tokens": 0},
+}
+
+
+def wild(tiny: Make, rate: float, **options: Any) -> Config:
+    optimizer = {**WILD["optimizer"], "learning_rate": rate}
+    return tiny(**{**WILD, "optimizer": optimizer, **options})
+
+
+@pytest.mark.parametrize("read_every", [{"cpu": 1}, {}])
+def test_a_diverged_run_says_what_where_and_what_next(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_every: dict[str, int]
+):
+    """Also after a checkpoint, and where losses are read late, as from a GPU."""
+    monkeypatch.setattr(training, "READ_EVERY", read_every)
+    config = wild(tiny, 10.0, checkpoint={"every": 2}, training={"log_every": 5})
+    result = run(config, tmp_path / "run")
+    assert result.status == "diverged"
+    failure = result.failure
+    assert failure is not None
+    assert failure.step == result.step > 2
+    assert failure.quantity in ("training loss", "gradient norm")
+    assert failure.place is not None
+    assert failure.place.quantity in ("activation", "gradient", "logit", "loss")
+    assert f"step {failure.step}, first as a non-finite {failure.place.quantity}" in result.reason
+    assert failure.advice[0].startswith("--model.norm.placement pre ")
+    saved = json.loads((tmp_path / "run/result.json").read_text())
+    assert saved["failure"]["place"]["name"] == failure.place.name
+    assert train(config, tmp_path / "run", quiet=True).failure == failure  # read back
+
+
+def test_both_ways_of_reading_find_the_same(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = wild(tiny, 10.0, training={"log_every": 7})
+    first = run(config, tmp_path / "each")
+    monkeypatch.setattr(training, "READ_EVERY", {})
+    assert run(config, tmp_path / "late").failure == first.failure
+
+
+def test_a_validation_loss_that_fails_is_looked_into(tiny: Make, tmp_path: Path):
+    config = wild(tiny, 1e30, training={"steps": 1}, schedule={"warmup": "none"})
+    result = run(config, tmp_path / "run")
+    assert result.failure is not None
+    assert result.failure.quantity == "validation loss"
+    assert result.failure.place is not None
+    assert result.failure.advice[0].startswith("--schedule.warmup linear --schedule.warmup-steps 1")
+
+
+def test_a_non_finite_gradient_is_divergence_before_the_weights_are_spoilt(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    objective = GPT.objective
+
+    def spoilt(self: GPT, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        minimised, loss = objective(self, *arguments)
+        return minimised + (self.final_norm.weight[0] - 1).abs().sqrt(), loss  # slope inf at 1
+
+    monkeypatch.setattr(GPT, "objective", spoilt)
+    result = run(tiny(sampling={"tokens": 0}), tmp_path / "run")
+    assert (result.status, result.step) == ("diverged", 1)
+    assert result.failure is not None
+    assert result.failure.quantity == "gradient norm"
+    assert result.failure.place == Place("gradient", 3, "final_norm.weight")
+
+
+def test_advice_follows_the_config(tiny: Make):
+    cold = tiny(
+        model={"norm": {"placement": "post"}},
+        schedule={"warmup": "none"},
+        optimizer={"clip": None, "learning_rate": 3e-3},
+        training={"steps": 500},
+    )
+    flags = [tip.partition("  ")[0] for tip in advice(cold, None)]
+    assert flags == [
+        "--schedule.warmup linear --schedule.warmup-steps 50",
+        "--model.norm.placement pre",
+        "--optimizer.learning-rate 0.001",
+        "--optimizer.clip 1.0",
+    ]
+    done = tiny(
+        model={"norm": {"placement": "peri"}},
+        schedule={"warmup_steps": 50},
+        training={"steps": 500, "precision": "bf16"},
+    )
+    place = Place("activation", 1, "blocks.0.attention.qkv")
+    flags = [tip.partition("  ")[0] for tip in advice(done, place)]
+    assert flags == [
+        "--optimizer.learning-rate 0.00033",
+        "--model.attention.qk-norm true",
+        "--training.precision fp32",
+    ]
+    flags = [tip.partition("  ")[0] for tip in advice(done, Place("logit", 3, "head"))]
+    assert "--training.z-loss 1e-4" in flags
+    bare = tiny(model={"norm": {"type": "none"}}, optimizer={"name": "sgd"})
+    flags = [tip.partition("  ")[0] for tip in advice(bare, None)]
+    assert flags[:2] == ["--model.norm.type layer", "--optimizer.name adamw"]
+
+
+@pytest.mark.parametrize("place", [None, Place("logit", 3, "head")])
+def test_advice_is_made_of_flags_that_train_takes(tiny: Make, tmp_path: Path, capsys, place):
+    path = tmp_path / "c.yaml"
+    config = wild(tiny, 0.1, training={"precision": "bf16"})
+    path.write_text(config.to_yaml())
+    for tip in advice(config, place):
+        flags = tip.partition("  ")[0].split()
+        assert cli.train([str(path), *flags, "--print-config"]) == 0
+        assert capsys.readouterr().out != config.to_yaml()
