@@ -103,6 +103,20 @@ def test_help_comes_without_torch(name: str, environment: dict[str, str]):
     assert "--help" in done.stdout
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_combination_that_makes_no_sense_is_refused_before_anything_is_done(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch, dry: list[str]
+):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model.norm.placement", "rezero", "--model.norm.type", "rms", *dry]
+    code, out, err = called(capsys, "train", str(ROOT / "configs/pre-norm.yaml"), *flags)
+    assert (code, out) == (2, "")
+    assert err == (
+        "train.py: model.norm.type: rms: placement rezero has no norms at all; leave it out\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_help_names_every_option_and_its_values(capsys: pytest.CaptureFixture[str]):
     code, out, _ = called(capsys, "train", "--help")
     assert code == 0

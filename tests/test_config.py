@@ -196,6 +196,22 @@ def test_the_resolved_config_reads_back_equal(tmp_path: Path):
     assert set(yaml.safe_load(config.to_yaml())) == set(Config.model_fields)
 
 
+def test_a_switch_may_be_written_as_yaml_reads_it(tmp_path: Path):
+    path = tmp_path / "c.yaml"
+    for word, expected in (("on", "on"), ("off", "off"), ("'off'", "off"), ("auto", "auto")):
+        path.write_text(f"model: {{norm: {{final_norm: {word}}}}}")
+        config = load(path)
+        assert config.model.norm.final_norm == expected
+        path.write_text(config.to_yaml())
+        assert load(path) == config
+
+
+def test_independent_decay_that_would_eat_the_weights_is_refused():
+    message = error_of({"optimizer": {"independent_decay": True}})
+    assert "weight_decay (0.1): with independent_decay that share of the weights is lost" in message
+    assert validate(Config, {"optimizer": {"independent_decay": True, "weight_decay": 1e-4}})
+
+
 def test_option_paths_reach_every_leaf():
     assert {"seed", "model.norm.placement", "sampling.top_p"} <= set(option_paths(Config))
 

@@ -45,6 +45,23 @@ def test_matrices_and_embeddings_decay_and_nothing_else(name: str):
                 assert group["weight_decay"] == expected, names[id(parameter)]
 
 
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "sgd"])
+@pytest.mark.parametrize("rate", [1e-2, 1e-3])
+def test_independent_decay_does_not_depend_on_the_rate(name: str, rate: float):
+    """Where the gradient is zero, only decay moves a weight: by itself, times the schedule."""
+    model, optimizer = make(
+        name, learning_rate=rate, weight_decay=0.01, independent_decay=True, momentum=0.0
+    )
+    matrix = model.blocks[0].mlp.up.weight
+    before = matrix.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.set_rate(0.5)
+    for part in optimizer.parts:
+        part.step()
+    torch.testing.assert_close(matrix.detach(), before * (1 - 0.5 * 0.01))
+
+
 def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
     model, optimizer = make("muon")
     muon, adamw = optimizer.parts

@@ -542,3 +542,34 @@ def test_a_checkpoint_holds_the_tokenizer(tiny: Make, tmp_path: Path):
     (tmp_path / "run/tokenizer.json").unlink()
     _, encoding, _ = load_run(tmp_path / "run")
     assert encoding.n_vocab == 257
+
+
+def test_z_loss_is_minimised_and_not_reported(tiny: Make, tmp_path: Path):
+    plain = tiny(sampling={"tokens": 0})
+    pressed = tiny(sampling={"tokens": 0}, training={"z_loss": 1.0})
+    losses = []
+    for name, config in (("plain", plain), ("pressed", pressed)):
+        run(config, tmp_path / name)
+        losses.append([line["loss"] for line in records(tmp_path / name) if "loss" in line])
+    assert losses[0][0] == losses[1][0]  # the same cross-entropy before the first update
+    assert losses[0][-1] != losses[1][-1]
+    models = [load_run(tmp_path / name, "latest")[0] for name in ("plain", "pressed")]
+    x = torch.arange(16)[None] + 97
+    log_z = [model(x).logsumexp(-1).square().mean().item() for model in models]
+    assert log_z[1] < log_z[0] - 0.2
+
+
+def test_admin_starts_from_a_profile_of_the_first_batch(tiny: Make, tmp_path: Path):
+    config = tiny(
+        model={"norm": {"placement": "admin"}, "init": {"regime": "xavier"}, "dropout": 0.1},
+        optimizer={"learning_rate": 1e-12},
+        training={"steps": 1},
+    )
+    run(config, tmp_path / "run")
+    model = load_run(tmp_path / "run", "latest")[0]
+    omegas = [p.unique().tolist() for n, p in model.named_parameters() if n.endswith("omega")]
+    assert all(len(omega) == 1 for omega in omegas)
+    values = [omega[0] for omega in omegas]
+    assert values[0] == 1.0
+    assert values == sorted(values)
+    assert values[-1] > 1.1
