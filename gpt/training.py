@@ -242,39 +242,41 @@ class _Training:
         )
         if self.stop():
             return self._end("interrupted", f"stopped before step {progress.step + 1}")
-        if progress.step == 0:
-            fault = self._evaluate()
-            if fault is not None:
-                return self._diverged(fault)
+        fault = self._evaluate() if progress.step == 0 else None
+        if fault is not None:
+            return self._diverged(fault)
         self.console.start(steps, progress.step)
 
         unread: list[_Update] = []
         unread_since = time.monotonic()
         numbers = range(progress.step + 1, steps + 1)
         on_gpu = self.device.type == "cuda"
-        batches = ahead(self._batch, numbers) if on_gpu else map(self._batch, numbers)
-        for step, batch in zip(numbers, batches, strict=True):
-            unread.append(self._update(step, *batch))
-            last, stopping = step == steps, self.stop()
-            evaluating = last or step % evaluate_every == 0
-            saving = last or stopping or step % save_every == 0
-            sampling = last or step % sample_every == 0
-            if not (evaluating or saving or sampling or step % self.read_every == 0):
-                continue
-            fault = self._record(unread, unread_since)
-            if fault is None and saving and not self._weights_are_finite():
-                fault = _Fault(step, "weight", f"a weight became non-finite at step {step}")
-            if fault is None and evaluating:
-                fault = self._evaluate()
-            if fault is not None:
-                return self._diverged(fault)
-            if sampling:
-                self._sample()
-            if saving:
-                self._save(evaluated=evaluating)
-            if stopping and not last:
-                return self._end("interrupted", f"stopped after step {step}, and saved")
-            unread, unread_since = [], time.monotonic()
+        batches = ahead(self._batch, numbers) if on_gpu else (self._batch(n) for n in numbers)
+        with contextlib.closing(batches):
+            for step, batch in zip(numbers, batches, strict=True):
+                unread.append(self._update(step, *batch))
+                last, stopping = step == steps, self.stop()
+                evaluating = last or step % evaluate_every == 0
+                saving = last or stopping or step % save_every == 0
+                sampling = last or step % sample_every == 0
+                if not (evaluating or saving or sampling or step % self.read_every == 0):
+                    continue
+                fault = self._record(unread, unread_since)
+                if fault is None and saving and not self._weights_are_finite():
+                    fault = _Fault(step, "weight", f"a weight became non-finite at step {step}")
+                if fault is None and evaluating:
+                    fault = self._evaluate()
+                if fault is not None:
+                    break
+                if sampling:
+                    self._sample()
+                if saving:
+                    self._save(evaluated=evaluating)
+                if stopping and not last:
+                    return self._end("interrupted", f"stopped after step {step}, and saved")
+                unread, unread_since = [], time.monotonic()
+        if fault is not None:
+            return self._diverged(fault)
         return self._end("finished", f"all {steps} steps are done")
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ Batches are NumPy arrays of int64, (sequences, T) inputs and (sequences, T) targ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, TypeVar
 
@@ -169,7 +169,7 @@ def _inputs_and_targets(windows: list[Tokens]) -> tuple[Batch, Batch]:
     return rows[:, :-1], rows[:, 1:]
 
 
-def ahead(make: Callable[[int], Made], steps: Iterable[int]) -> Iterator[Made]:
+def ahead(make: Callable[[int], Made], steps: Iterable[int]) -> Generator[Made]:
     """`map(make, steps)`, with the next one made in a thread while the last one is used."""
     with ThreadPoolExecutor(1) as pool:
         coming = None
