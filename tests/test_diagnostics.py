@@ -222,6 +222,17 @@ def test_an_activation_is_found_where_it_arises(name: str):
     assert place == Place("activation", layer_of(name, model), name)
 
 
+def test_attention_that_overflows_is_found_at_the_matrix_that_reads_it():
+    """No module stands for a placement's norms where it has none."""
+    model = make(norm={"type": "none"})
+    with torch.no_grad():
+        qkv = model.placements()[0].attention.qkv
+        qkv.weight[:32] = 1e20  # q k^T is infinite, and its softmax not a number
+        qkv.bias[:32] = 0
+    place = first_nonfinite(model, tokens(), tokens(1), 0.0)
+    assert place == Place("activation", 1, "blocks.0.attention.out")
+
+
 def test_overflowing_logits_are_the_heads():
     model = make(tied_head=False)
     with torch.no_grad():

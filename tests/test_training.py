@@ -573,3 +573,12 @@ def test_admin_starts_from_a_profile_of_the_first_batch(tiny: Make, tmp_path: Pa
     assert values[0] == 1.0
     assert values == sorted(values)
     assert values[-1] > 1.1
+
+
+def test_a_soft_cap_takes_memory_and_so_makes_micro_batches_smaller(tiny: Make):
+    sizes = []
+    for cap in (None, 50.0):
+        model = {"width": 64, "heads": 8, "context": 512, "attention": {"soft_cap": cap}}
+        config = tiny(model=model, training={"batch_sequences": 64})
+        sizes.append(plan.micro_batch(config, 257, torch.device("cpu")))
+    assert sizes[0] > sizes[1] >= 1
