@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import typing
 from pathlib import Path
@@ -11,7 +12,7 @@ import yaml
 from conftest import ROOT
 
 from gpt import config as configs
-from gpt.config import Choice, Config, load, option_paths, validate
+from gpt.config import Choice, Config, ModelConfig, load, option_paths, validate
 from gpt.errors import InputError
 
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -234,6 +235,32 @@ def test_names_read_from_the_source_are_the_tables_keys(monkeypatch: pytest.Monk
         with monkeypatch.context() as patch:
             patch.delitem(sys.modules, choice.module)
             assert choice.names() == tuple(table)
+
+
+def test_the_norm_lab_shows_every_variant():
+    text = (ROOT / "configs/norm-lab.yaml").read_text("utf-8")
+    shown = {
+        key: {word.strip() for word in f"{value}|{others.partition(';')[0]}".split("|")} - {""}
+        for key, value, others in re.findall(r"^ +(\w+): (\S+) # ?(\|.*)$", text, re.MULTILINE)
+    }
+    tables = {
+        "placement": ("gpt.placement", "PLACEMENTS"),
+        "type": ("gpt.norm", "NORMS"),
+        "regime": ("gpt.init", "REGIMES"),
+        "activation": ("gpt.model", "ACTIVATIONS"),
+        "warmup": ("gpt.schedule", "WARMUPS"),
+        "body": ("gpt.schedule", "BODIES"),
+        "name": ("gpt.optim", "OPTIMIZERS"),
+    }
+    for key, (module, table) in tables.items():
+        assert shown[key] - {"null"} == set(Choice(module, table).names()), key
+    model = load(ROOT / "configs/norm-lab.yaml").model
+    assert set(ModelConfig.model_fields) - set(yaml.safe_load(text)["model"]) == {
+        *("layers", "heads", "width", "context")
+    }
+    assert model == load(ROOT / "configs/pre-norm.yaml").model.model_copy(
+        update={"norm": model.norm}
+    )
 
 
 def test_a_variant_added_at_run_time_is_valid(monkeypatch: pytest.MonkeyPatch):
