@@ -413,7 +413,9 @@ def check(config: ModelConfig) -> None:
     }
     asked = [option for option, wants in wanting.items() if wants]
     if asked and not placement.has_norms:
-        raise InputError(f"{asked[0]}: placement {name} has no norms at all; leave it out")
+        raise InputError(
+            f"{asked[0]}: placement {name} has no norms at all; leave that at its default"
+        )
     if asked and norm.type == "none":
         raise InputError(
             f"{asked[0]}: norm.type is none, so there is no norm; leave one of them out"

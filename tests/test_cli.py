@@ -112,7 +112,7 @@ def test_a_combination_that_makes_no_sense_is_refused_before_anything_is_done(
     code, out, err = called(capsys, "train", str(ROOT / "configs/pre-norm.yaml"), *flags)
     assert (code, out) == (2, "")
     assert err == (
-        "train.py: model.norm.type: rms: placement rezero has no norms at all; leave it out\n"
+        "train.py: model.norm.type: rms: placement rezero has no norms at all; leave that at its default\n"
     )
     assert list(tmp_path.iterdir()) == []
 
