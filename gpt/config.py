@@ -288,7 +288,7 @@ class NormConfig(Section):
     type: Annotated[str, Choice("gpt.norm", "NORMS")] | None = None
     """What they compute; unset, layer norm (nothing where the placement has no norms)."""
     eps: Positive = 1e-5
-    """Added to the variance inside the square root."""
+    """Added to the variance inside the root (layer, rms, batch); the least length (scale)."""
     bias: bool | None = None
     """Whether layer, batch and dyt have a shift, beta; unset, as model.bias."""
     final_norm: Switch = "auto"
@@ -352,6 +352,8 @@ class ModelConfig(Section):
     def _heads_divide_width(self) -> Self:
         if self.width % self.heads:
             raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
+        if self.width * self.mlp.multiple < 1:
+            raise ValueError(f"mlp.multiple ({self.mlp.multiple:g}) leaves no channel inside")
         return self
 
 

@@ -30,8 +30,11 @@ def nearest(name: str, names: Iterable[str]) -> str:
     `learning_rate` finds `optimizer.learning_rate`; `prenorm` finds `pre`, with which it begins.
     """
     names, name = list(names), name.lower()
-    begun = [n for n in names if "." not in name and len(n) > 2 and name.startswith(n)]
-    close = begun or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+    if not close and "." not in name:
+        close = [n for n in names if len(n) > 2 and name.startswith(n)]
+    if not close:
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if not close:
         leaves = {n.rpartition(".")[2]: n for n in reversed(names)}
         leaf = difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1, cutoff=0.7)

@@ -109,7 +109,7 @@ class CausalSelfAttention(Sublayer):
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Inner products q k^T / sqrt(d/h): (B, h, T, d/h), (B, h, S, d/h) -> (B, h, T, S)."""
-        return q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+        return (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
 
     def weights(self, scores: Tensor) -> Tensor:
         """The softmax of the capped scores over the keys that a query sees: (B, h, T, S)."""
@@ -240,7 +240,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def calibrate(self, tokens: Tensor) -> None:
         """Let the placement set what one batch decides (Admin's ω); (B, T) integers."""
-        self.placement.calibrate(self.placements(), self.embed(tokens))
+        if self.placement.calibrates:
+            self.placement.calibrate(self.placements(), self.embed(tokens))
 
     def placements(self) -> list[Placement]:
         """The blocks, first one first."""

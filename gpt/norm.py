@@ -35,7 +35,8 @@ class BatchNorm(nn.BatchNorm1d):
 
     Offered to show why layer norm won: while training, every token's value depends on all the
     others, later ones and padding included, so the model sees the future that it shall predict.
-    In evaluation it uses running averages, which differ from what training saw.
+    In evaluation it uses running averages, which differ from what training saw; before the first
+    update there are none, so the evaluation there says nothing.
     """
 
     def __init__(self, width: int, eps: float, bias: bool) -> None:
@@ -96,15 +97,24 @@ class ScaleNorm(nn.Module):
         return self.g * x / x.norm(dim=-1, keepdim=True).clamp(min=self.eps)
 
 
-# A norm over `width` channels, with ε and whether it has a β.
+class RMSNorm(nn.RMSNorm):
+    """γ x / sqrt(mean(x²) + ε), no mean taken off and no shift; Zhang and Sennrich 2019."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d), in the weights' precision also under autocast."""
+        return super().forward(x.to(self.weight.dtype))
+
+
+# A norm over `width` channels, with ε and whether it has a shift β.
 NORMS: dict[str, Callable[[int, float, bool], nn.Module]] = {
     "layer": lambda width, eps, bias: nn.LayerNorm(width, eps=eps, bias=bias),  # GPT-2's
-    "rms": lambda width, eps, bias: nn.RMSNorm(width, eps=eps),  # Zhang and Sennrich 2019
+    "rms": lambda width, eps, bias: RMSNorm(width, eps=eps),
     "batch": BatchNorm,
     "dyt": lambda width, eps, bias: DynamicTanh(width, bias),
     "scale": lambda width, eps, bias: ScaleNorm(width, eps),
     "none": lambda width, eps, bias: nn.Identity(),
 }
+SHIFTED = {"layer", "batch", "dyt"}  # those that can have a β
 
 
 def make_norm(config: ModelConfig, width: int | None = None) -> nn.Module:

@@ -109,11 +109,11 @@ class Optimizer:
         )
         self.parts = OPTIMIZERS[config.name](groups, config)
 
-    @property
-    def eps(self) -> float | None:
-        """What Adam adds to the root of its second moment; None for optimizers without it."""
+    def eps(self) -> dict[str, float]:
+        """What Adam adds to the root of its second moment, for each parameter that it updates."""
         adam = (torch.optim.AdamW, torch.optim.RAdam)
-        return next((p.defaults["eps"] for p in self.parts if isinstance(p, adam)), None)
+        parts = [part for part in self.parts if isinstance(part, adam)]
+        return {name: part.defaults["eps"] for part in parts for name, _ in _named(part)}
 
     def set_rate(self, share: float) -> None:
         """The next update is made at `share` of the full rate."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gpt.config import ModelConfig
 from gpt.errors import InputError
-from gpt.norm import make_norm
+from gpt.norm import SHIFTED, make_norm
 
 
 class Sublayer(nn.Module):
@@ -59,6 +59,7 @@ class Placement(nn.Module):
         least_layers: the fewest blocks with which it is itself.
         scales_depth: it has its own answer to depth, in place of the factor 1/sqrt(2 L).
         calmer: placements that were found to be more stable, for advice when a run fails.
+        calibrates: whether `calibrate` has anything to do.
     """
 
     final_norm: ClassVar[bool] = True
@@ -67,6 +68,7 @@ class Placement(nn.Module):
     least_layers: ClassVar[int] = 1
     scales_depth: ClassVar[bool] = False
     calmer: ClassVar[tuple[str, ...]] = ()
+    calibrates: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig, layer: int, attention: Sublayer, mlp: Sublayer) -> None:
         super().__init__()
@@ -93,7 +95,7 @@ class Placement(nn.Module):
 
     @classmethod
     def calibrate(cls, blocks: Sequence[Placement], x: Tensor) -> None:
-        """Set what the first batch decides, from its embeddings x; most have nothing to set."""
+        """Set what the first batch decides, from its embeddings x."""
 
 
 class PreNorm(Placement):
@@ -184,6 +186,7 @@ class Admin(Placement):
     final_norm = False
     needs_norms = "its ω weigh branches that follow a norm"
     calmer = ("pre",)
+    calibrates = True
 
     def __init__(self, config: ModelConfig, layer: int, attention: Sublayer, mlp: Sublayer) -> None:
         super().__init__(config, layer, attention, mlp)
@@ -420,6 +423,8 @@ def check(config: ModelConfig) -> None:
         raise InputError(
             f"{asked[0]}: norm.type is none, so there is no norm; leave one of them out"
         )
+    if norm.bias and (norm.type or "layer") not in SHIFTED:
+        raise InputError(f"model.norm.bias: true: norm.type {norm.type} has no shift to switch on")
     if norm.type == "none" and placement.needs_norms:
         raise InputError(
             f"model.norm.type: none makes no sense with placement {name}: {placement.needs_norms}"

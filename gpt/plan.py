@@ -62,10 +62,11 @@ def describe(
 
 def _blocks(config: ModelConfig) -> str:
     """The norm lab's choices in one line."""
-    norm = (config.norm.type or "layer") if PLACEMENTS[config.norm.placement].has_norms else "no"
+    kind = (config.norm.type or "layer") if PLACEMENTS[config.norm.placement].has_norms else "none"
+    final = "with" if has_final_norm(config) else "without"
     parts = [
         f"{config.layers} x {config.norm.placement}",
-        f"{norm} norm, {'with' if has_final_norm(config) else 'without'} a final one",
+        "no norms" if kind == "none" else f"{kind} norm, {final} a final one",
         config.mlp.activation,
         f"{config.init.regime} weights" + (" x 1/sqrt(2L)" if depth_scaled(config) else ""),
     ]

@@ -66,7 +66,7 @@ def plot_run(records: list[Record], path: Path, title: str) -> None:
 def plot_layers(records: list[Record], path: Path, title: str) -> None:
     """Draw the layers' records of one metrics.jsonl into a PNG: layer against step."""
     layers = [record for record in records if "layer" in record]
-    shown = [key for key in MEASURES if any(key in record for record in layers)]
+    shown = [key for key in MEASURES if any(record.get(key) is not None for record in layers)]
     rows = -(-len(shown) // 2)
     figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
     figure.suptitle(title)

@@ -292,7 +292,7 @@ class _Training:
         look = None
         every = config.diagnostics.every
         if every is not None and (step == 1 or step % every == 0):
-            look = Look(self.model, self.optimizer.eps)
+            look = Look(self.model, self.optimizer.eps())
             with self._autocast():
                 look.forward(inputs[: min(config.diagnostics.sequences, self.micro_batch)])
         share = rate(config.schedule, step, config.training.steps)
@@ -482,7 +482,8 @@ class _Training:
         reason = fault.text
         if place is not None:
             reason += f", first {describe(place, self.config.model.layers)}"
-        tips = advice(self.config, place)
+        spoilt_by_update = fault.quantity in ("weight", "validation loss")
+        tips = advice(self.config, place, fault.step if spoilt_by_update else fault.step - 1)
         return self._end(
             "diverged", reason, Failure(fault.step, fault.quantity, place, tuple(tips))
         )

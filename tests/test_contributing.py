@@ -20,17 +20,24 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the program with the example's two blocks in gpt/placement.py."""
+    """A copy of the project with the example's blocks where it says."""
     folder = tmp_path_factory.mktemp("extended")
-    shutil.copytree(ROOT / "gpt", folder / "gpt", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("train.py", "sample.py"):
+    for name in ("gpt", "tests", "configs"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("train.py", "sample.py", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
-    source, entry = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    path = folder / "gpt/placement.py"
-    before, table, after = path.read_text("utf-8").partition("PLACEMENTS: ")
-    first, brace, rest = after.partition("{\n")
-    path.write_text(f"{before}{source}\n\n{table}{first}{brace}{entry}{rest}", "utf-8")
+    code, entry, reference, its_entry = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    insert(folder / "gpt/placement.py", "PLACEMENTS: ", code, entry)
+    insert(folder / "tests/test_placement.py", "STACKS = ", reference, its_entry)
     return folder
+
+
+def insert(path: Path, table: str, code: str, entry: str) -> None:
+    """`code` before the `table`, and `entry` as its last line."""
+    before, start, after = path.read_text("utf-8").partition(f"\n{table}")
+    inside, _, rest = after.partition("\n}\n")
+    path.write_text(f"{before}\n{code}\n{start}{inside}\n{entry}}}\n{rest}", "utf-8")
 
 
 def test_it_trains_samples_and_is_looked_into(
@@ -60,23 +67,20 @@ def test_it_trains_samples_and_is_looked_into(
     assert "layer_scale" in run("train.py", "--help").stdout
 
 
-def test_its_equation(extended: Path, environment: dict[str, str]):
-    code = """
-import torch
-from gpt.config import ModelConfig
-from gpt.init import initialize
-from gpt.model import GPT
-tree = {"layers": 2, "heads": 1, "width": 8, "norm": {"placement": "layer_scale", "type": "rms"}}
-model = GPT(ModelConfig.model_validate(tree), 11)
-initialize(model, model.config, seed=0)
-block = model.blocks[0]
-x = torch.randn(2, 5, 8)
-rms = lambda z: z / (z.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-h = x + 0.1 * block.attention(rms(x))
-torch.testing.assert_close(block(x), h + 0.1 * block.mlp(rms(h)))
-"""
+def test_the_tests_cover_it(extended: Path, environment: dict[str, str]):
+    """All of them on placements, options and the command line's help, with the schema made anew."""
     here = {**environment, "PYTHONPATH": str(extended)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=extended, env=here, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+
+    def run(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", *words], cwd=extended, env=here, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    (extended / "configs/schema.json").write_text(run("gpt.config"), "utf-8")
+    chosen = "layer_scale or placements or reference or config or help"
+    files = [f"tests/test_{name}.py" for name in ("placement", "config", "cli", "init", "optim")]
+    said = run("pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files, "-rA")
+    for norm in ("layer", "rms", "batch", "dyt", "scale", "none"):
+        assert f"test_equal_to_its_equations_in_float64[layer_scale-{norm}]" in said

@@ -40,11 +40,11 @@ def tokens(seed: int = 0) -> torch.Tensor:
     return torch.randint(VOCAB, (3, CONTEXT), generator=torch.Generator().manual_seed(seed))
 
 
-def looked(model: GPT, eps: float | None = 1e-8) -> list[metrics.Record]:
+def looked(model: GPT, adams: bool = True) -> list[metrics.Record]:
     """The records of one update that halves every matrix of block 2."""
     model.zero_grad()
     model.loss(tokens(), tokens(1)).backward()
-    look = Look(model, eps)
+    look = Look(model, {name: 1e-8 for name, _ in model.named_parameters() if adams})
     look.forward(tokens())
     with torch.no_grad():
         for parameter in model.placements()[1].parameters():
@@ -112,7 +112,29 @@ def test_measures_by_hand():
 
 
 def test_without_adam_there_is_no_epsilon():
-    assert "grad_over_eps" not in looked(make(), eps=None)[1]
+    assert "grad_over_eps" not in looked(make(), adams=False)[1]
+
+
+def test_epsilon_counts_where_adam_updates_and_nowhere_else(tiny: Make, tmp_path: Path):
+    """Muon's matrices know no epsilon."""
+    options = {"diagnostics": {"every": 20}, "sampling": {"tokens": 0}}
+    ratios = {}
+    for name in ("muon", "adamw", "sgd"):
+        run(tiny(**options, optimizer={"name": name, "eps": 1e-4}), tmp_path / name)
+        ratios[name] = [r.get("grad_over_eps") for r in lines(tmp_path / name, layers=True)]
+    rms = [r["grad_rms"] for r in lines(tmp_path / "adamw", layers=True)]
+    assert ratios["adamw"][:4] == pytest.approx([value / 1e-4 for value in rms[:4]])
+    assert ratios["muon"][0] == pytest.approx(ratios["adamw"][0])  # the embeddings are Adam's
+    assert ratios["muon"][1] != pytest.approx(ratios["adamw"][1], rel=0.01)
+    assert set(ratios["sgd"]) == {None}
+
+
+def test_as_many_sequences_as_the_config_says(tiny: Make, tmp_path: Path):
+    seen = []
+    for count in (1, 4):
+        run(tiny(diagnostics={"every": 20, "sequences": count}), tmp_path / str(count))
+        seen.append(lines(tmp_path / str(count), layers=True)[0]["stream_rms"])
+    assert seen[0] != seen[1]
 
 
 def test_looking_leaves_no_hook_and_no_mode():
@@ -188,6 +210,15 @@ def test_the_picture(tiny: Make, tmp_path: Path, capsys, precision: str):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_of_a_run_that_failed_at_once(tiny: Make, tmp_path: Path):
+    """Some measures have no number at all then."""
+    optimizer = {"name": "sgd", "learning_rate": 1e22, "clip": None}
+    config = tiny(diagnostics={"every": 1}, optimizer=optimizer, schedule={"warmup": "none"})
+    assert run(config, tmp_path / "run").status == "diverged"
+    assert any(r["grad_norm"] is None for r in lines(tmp_path / "run", layers=True)[4:])
+    assert cli.diagnose([str(tmp_path / "run")]) == 0
+
+
 def test_a_picture_of_nothing_is_refused(tiny: Make, tmp_path: Path, capsys):
     run(tiny(), tmp_path / "run")
     for folder, words in ((tmp_path / "run", "--diagnostics.every"), (tmp_path, "holds no run")):
@@ -253,6 +284,44 @@ def test_a_gradient_is_found_from_the_loss_backwards():
     place = first_nonfinite(model, tokens(), tokens(1), 0.0)
     assert place is not None
     assert (place.quantity, place.layer) == ("gradient", 2)
+
+
+def test_the_gradient_that_came_first_is_named():
+    """A number that is none at the output of a block's first matrix spoils that matrix first."""
+    model = make()
+    up = model.placements()[1].mlp.up
+    up.register_forward_hook(
+        lambda module, inputs, out: out.register_hook(lambda g: g * math.nan) and None
+    )
+    place = first_nonfinite(model, tokens(), tokens(1), 0.0)
+    assert place is not None
+    assert place.quantity == "gradient"
+    assert place.name in ("blocks.1.mlp.up.weight", "blocks.1.mlp.up.bias")
+
+
+def test_a_norm_that_overflows_where_no_gradient_does():
+    model = make()
+    big = model.placements()[2].mlp.out
+    big.register_forward_hook(
+        lambda module, inputs, out: out.register_hook(lambda g: g * 1e25) and None
+    )
+    place = first_nonfinite(model, tokens(), tokens(1), 0.0)
+    assert place is not None
+    assert (place.quantity, place.layer) == ("gradient norm", 3)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_with_dropout_the_same_mask_is_looked_at():
+    model = make(dropout=0.5)
+    masks = []
+    model.final_norm.register_forward_hook(lambda module, inputs, out: masks.append(out))
+    assert first_nonfinite(model, tokens(), tokens(1), 0.0) is None
+    assert len(masks) == 1
+
+
+def test_what_arises_between_the_modules_is_the_blocks():
+    place = Place("activation", 2, "blocks.1")
+    assert describe(place, 4) == "as a non-finite activation in block 2 of 4"
 
 
 def test_nothing_is_found_where_all_is_well():
@@ -336,7 +405,7 @@ def test_advice_follows_the_config(tiny: Make):
         optimizer={"clip": None, "learning_rate": 3e-3},
         training={"steps": 500},
     )
-    flags = [tip.partition("  ")[0] for tip in advice(cold, None)]
+    flags = [tip.partition("  ")[0] for tip in advice(cold, None, 7)]
     assert flags == [
         "--schedule.warmup linear --schedule.warmup-steps 50",
         "--model.norm.placement pre",
@@ -349,17 +418,35 @@ def test_advice_follows_the_config(tiny: Make):
         training={"steps": 500, "precision": "bf16"},
     )
     place = Place("activation", 1, "blocks.0.attention.qkv")
-    flags = [tip.partition("  ")[0] for tip in advice(done, place)]
+    flags = [tip.partition("  ")[0] for tip in advice(done, place, 7)]
     assert flags == [
         "--optimizer.learning-rate 0.00033",
         "--model.attention.qk-norm true",
         "--training.precision fp32",
     ]
-    flags = [tip.partition("  ")[0] for tip in advice(done, Place("logit", 3, "head"))]
+    flags = [tip.partition("  ")[0] for tip in advice(done, Place("logit", 3, "head"), 7)]
     assert "--training.z-loss 1e-4" in flags
     bare = tiny(model={"norm": {"type": "none"}}, optimizer={"name": "sgd"})
-    flags = [tip.partition("  ")[0] for tip in advice(bare, None)]
+    flags = [tip.partition("  ")[0] for tip in advice(bare, None, 7)]
     assert flags[:2] == ["--model.norm.type layer", "--optimizer.name adamw"]
+    control = tiny(model={"norm": {"placement": "none", "type": "none"}})
+    assert advice(control, None, 7)[0].startswith("--model.norm.placement pre --model.norm.type l")
+    unbounded = tiny(model={"norm": {"final_norm": "off"}})
+    assert advice(unbounded, None, 7)[0].startswith("--model.norm.final-norm auto ")
+
+
+def test_before_the_first_update_the_rate_is_not_to_blame(tiny: Make):
+    config = tiny(
+        model={"norm": {"placement": "none"}, "init": {"regime": "xavier"}},
+        schedule={"warmup": "none"},
+        optimizer={"name": "sgd", "clip": None},
+    )
+    flags = [tip.partition("  ")[0] for tip in advice(config, None, 0)]
+    assert flags == [
+        "--model.norm.placement pre",
+        "--model.init.regime gpt2",
+        "--model.init.depth-scaled on",
+    ]
 
 
 @pytest.mark.parametrize("place", [None, Place("logit", 3, "head")])
@@ -367,7 +454,7 @@ def test_advice_is_made_of_flags_that_train_takes(tiny: Make, tmp_path: Path, ca
     path = tmp_path / "c.yaml"
     config = wild(tiny, 0.1, training={"precision": "bf16"})
     path.write_text(config.to_yaml())
-    for tip in advice(config, place):
+    for tip in advice(config, place, 0) + advice(config, place, 7):
         flags = tip.partition("  ")[0].split()
         assert cli.train([str(path), *flags, "--print-config"]) == 0
         assert capsys.readouterr().out != config.to_yaml()

@@ -129,6 +129,7 @@ def test_dropout_acts_in_training_only():
     model = make(dropout=0.5)
     x = tokens()
     assert not torch.equal(model(x), model(x))
+    assert (model.embed(x) == 0).float().mean().item() == pytest.approx(0.5, abs=0.1)
     model.eval()
     assert torch.equal(model(x), model(x))
 
@@ -239,3 +240,8 @@ def test_z_loss_adds_the_mean_square_of_log_z():
     torch.testing.assert_close(minimised, loss + 0.5 * (log_z**2).mean())
     assert torch.equal(loss, model.loss(x, y))
     assert torch.equal(model.objective(x, y)[0], loss)
+
+
+def test_a_feed_forward_network_without_width_is_refused():
+    with pytest.raises(ValueError, match=r"mlp\.multiple \(0\.001\) leaves no channel inside"):
+        make(mlp={"multiple": 0.001})

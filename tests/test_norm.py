@@ -144,3 +144,10 @@ def test_batch_norm_uses_its_running_averages_in_evaluation():
     norm.eval()
     alone = norm(numbers(1, 1, WIDTH))
     torch.testing.assert_close(alone, (numbers(1, 1, WIDTH) - 1) / 3, atol=0.1, rtol=0.1)
+
+
+def test_rms_norm_of_a_bf16_branch_is_in_full_precision_and_without_a_warning(recwarn):
+    with torch.autocast("cpu", torch.bfloat16):
+        y = make("rms")(numbers(2, 3, WIDTH).bfloat16())
+    assert y.dtype == torch.float32
+    assert [str(warning.message) for warning in recwarn.list] == []

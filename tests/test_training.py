@@ -552,6 +552,8 @@ def test_z_loss_is_minimised_and_not_reported(tiny: Make, tmp_path: Path):
         run(config, tmp_path / name)
         losses.append([line["loss"] for line in records(tmp_path / name) if "loss" in line])
     assert losses[0][0] == losses[1][0]  # the same cross-entropy before the first update
+    before = [records(tmp_path / name)[0]["val_loss"] for name in ("plain", "pressed")]
+    assert before[0] == before[1]
     assert losses[0][-1] != losses[1][-1]
     models = [load_run(tmp_path / name, "latest")[0] for name in ("plain", "pressed")]
     x = torch.arange(16)[None] + 97
@@ -582,3 +584,24 @@ def test_a_soft_cap_takes_memory_and_so_makes_micro_batches_smaller(tiny: Make):
         config = tiny(model=model, training={"batch_sequences": 64})
         sizes.append(plan.micro_batch(config, 257, torch.device("cpu")))
     assert sizes[0] > sizes[1] >= 1
+
+
+def test_admins_profile_depends_on_the_seed_alone(tiny: Make, tmp_path: Path):
+    """With dropout as well, whatever was drawn before."""
+    config = tiny(model={"norm": {"placement": "admin"}, "dropout": 0.5}, training={"steps": 1})
+    for number in (1, 2):
+        torch.manual_seed(number)
+        run(config, tmp_path / str(number))
+    assert_same_run(tmp_path / "1", tmp_path / "2", step=1)
+
+
+def test_fp16s_scale_is_kept_over_a_stop(tiny: Make, tmp_path: Path):
+    config = tiny(training={"precision": "fp16", "steps": 3}, optimizer={"learning_rate": 1e-12})
+    run(config, tmp_path / "run", stop=stop_after(1))
+    (folder,) = (tmp_path / "run/checkpoints").glob("step-*")
+    path = folder / "state.json"
+    state = json.loads(path.read_text())
+    assert state["scaler"]["_growth_tracker"] == 1
+    run(config, tmp_path / "run")
+    folder = max((tmp_path / "run/checkpoints").glob("step-*"))
+    assert json.loads((folder / "state.json").read_text())["scaler"]["_growth_tracker"] == 3

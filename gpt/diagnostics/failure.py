@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gpt.config import Config
 from gpt.diagnostics.layers import layer_of
+from gpt.init import depth_scaled
 from gpt.model import GPT
-from gpt.placement import PLACEMENTS
+from gpt.placement import PLACEMENTS, has_final_norm
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Place:
     """The first thing that was not finite.
 
     Attributes:
-        quantity: weight, activation, logit, loss or gradient.
+        quantity: weight, activation, logit, loss, gradient or gradient norm.
         layer: 0 the embeddings, 1 ... L the blocks, L + 1 the final norm, the head and the loss.
         name: of the module or parameter, such as blocks.2.mlp.up.
     """
@@ -31,42 +34,57 @@ class Place:
 def first_nonfinite(model: GPT, tokens: Tensor, targets: Tensor, z_loss: float) -> Place | None:
     """Look for what is not finite, in the order of computation; None if all is finite.
 
-    Weights come first, then the outputs of all modules in the forward pass, logits and loss, then
-    the gradients of the parameters, from the loss backwards. Gradients are left behind.
+    Weights come first; then the outputs of all modules in the forward pass, logits and loss; then
+    the gradients of the parameters, as they come from the loss backwards; last their norm, which
+    can be too large for a number where no gradient is. Gradients are left behind.
     """
-    top = model.config.layers + 1
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             return Place("weight", layer_of(name, model), name)
 
     found: list[Place] = []
+    names = {m: n for n, m in model.named_modules() if not isinstance(m, nn.Identity)}
 
     def watch(module: nn.Module, inputs: Any, out: Any) -> None:
         outputs = out if isinstance(out, tuple) else (out,)
         if not found and not all(each.isfinite().all() for each in outputs):
             name = names[module]
-            found.append(Place("activation", layer_of(name, model), name))
+            if name:
+                found.append(Place("activation", layer_of(name, model), name))
+            else:  # the model itself: its output is the logits
+                found.append(Place("logit", model.config.layers + 1, "head"))
 
-    names = {m: n for n, m in model.named_modules() if n and not isinstance(m, nn.Identity)}
+    norms: dict[str, Tensor] = {}  # of the gradients, in the order in which they come
+
+    def arrived(name: str, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            norms[name] = parameter.grad.norm()
+            if not found and not parameter.grad.isfinite().all():
+                found.append(Place("gradient", layer_of(name, model), name))
+
+    parameters = dict(model.named_parameters())
     hooks = [module.register_forward_hook(watch) for module in names]
+    hooks += [
+        parameter.register_post_accumulate_grad_hook(partial(arrived, name))
+        for name, parameter in parameters.items()
+    ]
+    model.zero_grad()
     try:
-        logits = model(tokens)
+        minimised, _ = model.objective(tokens, targets, z_loss)
+        if not found and not minimised.isfinite():
+            found.append(Place("loss", model.config.layers + 1, "loss"))
+        if not found:
+            minimised.backward()
     finally:
         for hook in hooks:
             hook.remove()
     if found:
         return found[0]
-    if not logits.isfinite().all():
-        return Place("logit", top, "head")
-    minimised, _ = model.objective(tokens, targets, z_loss)
-    if not minimised.isfinite():
-        return Place("loss", top, "loss")
-    model.zero_grad()
-    minimised.backward()
-    for name, parameter in reversed(list(model.named_parameters())):
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
-            return Place("gradient", layer_of(name, model), name)
-    return None
+    if torch.stack(list(norms.values())).norm().isfinite():
+        return None
+    largest = max(norms, key=lambda name: norms[name].item())
+    name = next((name for name, norm in norms.items() if not norm.isfinite()), largest)
+    return Place("gradient norm", layer_of(name, model), name)
 
 
 def describe(place: Place, layers: int) -> str:
@@ -74,45 +92,56 @@ def describe(place: Place, layers: int) -> str:
     if place.layer == 0:
         where = f"in the embeddings ({place.name})"
     elif place.layer <= layers:
-        name = place.name.split(".", 2)[-1]
-        where = f"in block {place.layer} of {layers} ({name})"
+        inside = place.name.split(".")[2:]  # nothing if it is the block itself
+        where = f"in block {place.layer} of {layers}" + (f" ({'.'.join(inside)})" if inside else "")
     else:
         where = f"behind the last block ({place.name})"
     return f"as a non-finite {place.quantity} {where}"
 
 
-def advice(config: Config, place: Place | None) -> list[str]:
-    """What to try next, likeliest first: flags, and why. Only what the config does not do yet."""
+def advice(config: Config, place: Place | None, updates: int) -> list[str]:
+    """What to try next, likeliest first: flags, and why. Only what the config does not do yet.
+
+    Args:
+        updates: made before it failed; before the first one, no rate and no warm-up matters.
+    """
     schedule, optimizer, training = config.schedule, config.optimizer, config.training
-    placement = PLACEMENTS[config.model.norm.placement]
+    model, norm = config.model, config.model.norm
+    placement = PLACEMENTS[norm.placement]
     tips = []
     tenth = max(1, training.steps // 10)
     warming = 0 if schedule.warmup == "none" else schedule.warmup_steps
-    if warming < tenth:
+    if updates and warming < tenth:
         tips.append(
             f"--schedule.warmup linear --schedule.warmup-steps {tenth}"
             f"  ({'a longer' if warming else 'a'} warm-up; Xiong et al. 2020)"
         )
-    if placement.has_norms and config.model.norm.type == "none":
+    if placement.final_norm and not has_final_norm(config.model):
+        tips.append("--model.norm.final-norm auto  (the stream grows, and nothing bounds it)")
+    if placement.has_norms and norm.type == "none":
         tips.append("--model.norm.type layer  (norms)")
     elif placement.calmer:
+        with_norms = " --model.norm.type layer" if norm.type == "none" else ""
         others = ", ".join(placement.calmer[1:])
         tips.append(
-            f"--model.norm.placement {placement.calmer[0]}"
-            f"  (calmer than {config.model.norm.placement}"
-            + (f"; also {others})" if others else ")")
+            f"--model.norm.placement {placement.calmer[0]}{with_norms}"
+            f"  (calmer than {norm.placement}" + (f"; also {others})" if others else ")")
         )
-    if optimizer.name == "sgd":
+    if not updates and model.init.regime != "gpt2":
+        tips.append("--model.init.regime gpt2  (smaller first weights)")
+    if not updates and not depth_scaled(model):
+        tips.append("--model.init.depth-scaled on  (1/sqrt(2L) on what writes into the stream)")
+    if updates and optimizer.name == "sgd":
         tips.append("--optimizer.name adamw  (its steps do not grow with the gradient)")
-    tips.append(
-        f"--optimizer.learning-rate {optimizer.learning_rate / 3:.2g}  (a third of the rate)"
-    )
-    if optimizer.clip is None:
+    if updates:
+        rate = optimizer.learning_rate / 3
+        tips.append(f"--optimizer.learning-rate {rate:.2g}  (a third of the rate)")
+    if updates and optimizer.clip is None:
         tips.append("--optimizer.clip 1.0  (clipping: it hides an instability, and gets past it)")
-    in_attention = place is not None and ".attention" in place.name
-    if in_attention and placement.has_norms and not config.model.attention.qk_norm:
+    in_attention = place is not None and ".attention." in place.name
+    if in_attention and placement.has_norms and norm.type != "none" and not model.attention.qk_norm:
         tips.append("--model.attention.qk-norm true  (bounded attention; Dehghani et al. 2023)")
-    at_the_end = place is not None and place.layer > config.model.layers
+    at_the_end = place is not None and place.layer > model.layers
     if at_the_end and training.z_loss == 0:
         tips.append("--training.z-loss 1e-4  (holds the logits; Wortsman et al. 2023)")
     if training.precision != "fp32":

@@ -53,10 +53,10 @@ class Look:
 
     Args:
         model: not compiled; its gradients are of this update, unscaled and not clipped yet.
-        eps: Adam's, or None if the optimizer has none.
+        eps: Adam's, for each parameter that Adam updates, by name.
     """
 
-    def __init__(self, model: GPT, eps: float | None) -> None:
+    def __init__(self, model: GPT, eps: dict[str, float]) -> None:
         self.model, self.eps = model, eps
         self.layers: list[dict[str, Tensor]] = [{} for _ in range(model.config.layers + 2)]
         self.before = {name: p.detach().clone() for name, p in self._matrices()}
@@ -67,16 +67,19 @@ class Look:
 
     def _gradients(self) -> None:
         groups: list[list[Tensor]] = [[] for _ in self.layers]
+        over_eps: list[list[Tensor]] = [[] for _ in self.layers]
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:
-                groups[layer_of(name, self.model)].append(parameter.grad)
-        for measures, gradients in zip(self.layers, groups, strict=True):
+                layer = layer_of(name, self.model)
+                groups[layer].append(parameter.grad)
+                if name in self.eps:
+                    over_eps[layer].append(parameter.grad / self.eps[name])
+        for measures, gradients, ratios in zip(self.layers, groups, over_eps, strict=True):
             if gradients:
-                norm = _norm(gradients)
-                measures["grad_norm"] = norm
-                measures["grad_rms"] = norm / sum(g.numel() for g in gradients) ** 0.5
-                if self.eps is not None:
-                    measures["grad_over_eps"] = measures["grad_rms"] / self.eps
+                measures["grad_norm"] = _norm(gradients)
+                measures["grad_rms"] = _joint_rms(gradients)
+            if ratios:
+                measures["grad_over_eps"] = _joint_rms(ratios)
         for measures, block in zip(self.layers[1:], self.model.placements(), strict=False):
             gradient = block.mlp.out.weight.grad
             if gradient is not None:
@@ -137,6 +140,7 @@ class Look:
         for measures, changes, values in zip(self.layers, moved, weights, strict=True):
             if values:
                 measures["update_ratio"] = _norm(changes) / _norm(values)
+        self.before.clear()
 
     def read(self, step: int) -> list[Record]:
         """The records of all layers, as numbers."""
@@ -169,6 +173,10 @@ def _attention(module: CausalSelfAttention, x: Tensor) -> dict[str, Tensor]:
 
 def _norm(tensors: Iterable[Tensor]) -> Tensor:
     return torch.nn.utils.get_total_norm(tensors)
+
+
+def _joint_rms(tensors: list[Tensor]) -> Tensor:
+    return _norm(tensors) / sum(t.numel() for t in tensors) ** 0.5
 
 
 def _rms(x: Tensor) -> Tensor:
