@@ -51,6 +51,7 @@ def looked(model: GPT, adams: bool = True) -> list[metrics.Record]:
             if parameter.ndim == 2:
                 parameter /= 2
     look.after()
+    assert look.before == {}  # a copy of all matrices is not kept until it is read
     return look.read(step=5)
 
 
@@ -396,6 +397,7 @@ def test_a_non_finite_gradient_is_divergence_before_the_weights_are_spoilt(
     assert result.failure is not None
     assert result.failure.quantity == "gradient norm"
     assert result.failure.place == Place("gradient", 3, "final_norm.weight")
+    assert not [tip for tip in result.failure.advice if "learning-rate" in tip]
 
 
 def test_advice_follows_the_config(tiny: Make):
@@ -424,6 +426,8 @@ def test_advice_follows_the_config(tiny: Make):
         "--model.attention.qk-norm true",
         "--training.precision fp32",
     ]
+    norm = Place("activation", 1, "blocks.0.attention_norm")
+    assert not [tip for tip in advice(done, norm, 7) if "qk-norm" in tip]
     flags = [tip.partition("  ")[0] for tip in advice(done, Place("logit", 3, "head"), 7)]
     assert "--training.z-loss 1e-4" in flags
     bare = tiny(model={"norm": {"type": "none"}}, optimizer={"name": "sgd"})

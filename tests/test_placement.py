@@ -390,6 +390,9 @@ def test_only_admin_reads_a_batch():
         changed = {n for n, p in model.state_dict().items() if not torch.equal(p, before[n])}
         expected = {n for n in before if n.endswith("_omega")} if placement == "admin" else set()
         assert changed == expected
+    model = make("pre", norm={"type": "batch", "embedding": True})
+    model.calibrate(tokens())
+    assert not model.embedding_norm.num_batches_tracked
 
 
 def test_branches_that_rezero_starts_with_are_closed():

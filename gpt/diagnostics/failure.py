@@ -82,9 +82,8 @@ def first_nonfinite(model: GPT, tokens: Tensor, targets: Tensor, z_loss: float) 
         return found[0]
     if torch.stack(list(norms.values())).norm().isfinite():
         return None
-    largest = max(norms, key=lambda name: norms[name].item())
-    name = next((name for name, norm in norms.items() if not norm.isfinite()), largest)
-    return Place("gradient norm", layer_of(name, model), name)
+    largest = max(norms, key=lambda name: norms[name].item())  # of infinite ones, the first
+    return Place("gradient norm", layer_of(largest, model), largest)
 
 
 def describe(place: Place, layers: int) -> str:
