@@ -187,7 +187,9 @@ def _report(result: RunResult, prog: str) -> str:
     if result.status == "diverged" and saved:
         lines.append("  The last good checkpoint is kept.")
     if result.failure is not None:
-        lines.append("  The literature would try, one at a time (or all):")
+        lines.append(
+            "  To try next, one at a time, in place of what was given, in another --out-dir:"
+        )
         lines += [f"    {tip}" for tip in result.failure.advice]
     if result.status == "interrupted":
         lines.append("  Start it again with --resume auto to go on.")
@@ -429,12 +431,12 @@ def diagnose(argv: list[str] | None = None, prog: str = "diagnose") -> int:
         from gpt.run import RunDirectory
 
         run = RunDirectory(Path(flags.run_dir))
-        config = run.read_config()
+        run.read_config()  # this is a run
         records = metrics.read(run.metrics)
         if not any("layer" in record for record in records):
             raise InputError(
                 f"{run.path}: has no measures of its layers; train with --diagnostics.every 50"
             )
-        plot_layers(records, run.layers, title=config.name)
+        plot_layers(records, run.layers, title=str(run.path))
         print(run.layers)
     return 0

@@ -29,14 +29,17 @@ def nearest(name: str, names: Iterable[str]) -> str:
     A dotted name matches by its whole path first and by its last part next, so that
     `learning_rate` finds `optimizer.learning_rate`; `prenorm` finds `pre`, with which it begins.
     """
-    names, name = list(names), name.lower()
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+    names, name = list(names), name.lower().replace("-", "_")
+    leaf = name.rpartition(".")[2]
+    close = [n for n in names if n.rpartition(".")[2] == leaf]
+    if not close:
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
     if not close and "." not in name:
         close = [n for n in names if len(n) > 2 and name.startswith(n)]
     if not close:
         close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if not close:
         leaves = {n.rpartition(".")[2]: n for n in reversed(names)}
-        leaf = difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1, cutoff=0.7)
-        close = [leaves[leaf[0]]] if leaf else []
+        near = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)
+        close = [leaves[near[0]]] if near else []
     return f"; perhaps you meant {close[0]}" if close else ""

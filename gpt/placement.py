@@ -423,11 +423,14 @@ def check(config: ModelConfig) -> None:
         raise InputError(
             f"{asked[0]}: norm.type is none, so there is no norm; leave one of them out"
         )
-    if norm.bias and (norm.type or "layer") not in SHIFTED:
-        raise InputError(f"model.norm.bias: true: norm.type {norm.type} has no shift to switch on")
     if norm.type == "none" and placement.needs_norms:
         raise InputError(
             f"model.norm.type: none makes no sense with placement {name}: {placement.needs_norms}"
+        )
+    if norm.bias and (norm.type or "layer") not in SHIFTED:
+        raise InputError(
+            f"model.norm.bias: true: norm.type {norm.type} has no shift to switch on; "
+            "leave that null"
         )
     if config.layers < placement.least_layers:
         raise InputError(

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from gpt.diagnostics.layers import MEASURES, Measure
 from gpt.metrics import Record
@@ -69,7 +70,8 @@ def plot_layers(records: list[Record], path: Path, title: str) -> None:
     shown = [key for key in MEASURES if any(record.get(key) is not None for record in layers)]
     rows = -(-len(shown) // 2)
     figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
-    figure.suptitle(title)
+    last = max(record["layer"] for record in layers)
+    figure.suptitle(f"{title}: layer 0 the embeddings, {last} the final norm and head")
     for axes, key in zip(figure.subplots(rows, 2, squeeze=False).flat, shown, strict=False):
         own = [record for record in layers if record.get(key) is not None]
         _plot_measure(axes, own, key, MEASURES[key])
@@ -83,19 +85,29 @@ def _plot_measure(axes: Axes, records: list[Record], key: str, measure: Measure)
     axes.set_title(measure.title, fontsize=9)
     axes.set_xlabel("step")
     steps = sorted({record["step"] for record in records})
-    numbers = sorted({record["layer"] for record in records})
+    numbers = range(
+        min(record["layer"] for record in records), max(record["layer"] for record in records) + 1
+    )
     values = np.full((len(numbers), len(steps)), np.nan)
     for record in records:
-        values[numbers.index(record["layer"]), steps.index(record["step"])] = record[key]
+        values[record["layer"] - numbers[0], steps.index(record["step"])] = record[key]
     if len(numbers) == 1:
         axes.plot(steps, values[0], color=OTHER, marker="o", ms=3)
         axes.grid(alpha=0.25)
         return
     positive = values[values > 0]
-    norm = LogNorm(positive.min(), positive.max()) if measure.log and positive.size else None
-    drawn = axes.pcolormesh(range(len(steps)), numbers, values, norm=norm, shading="nearest")
+    if measure.log and positive.size:
+        norm: Normalize = LogNorm(positive.min(), positive.max())
+    else:  # from 0, so that noise does not look like structure
+        norm = Normalize(min(0.0, float(np.nanmin(values))), float(np.nanmax(values)))
+    columns, lines = np.arange(len(steps) + 1) - 0.5, np.arange(len(numbers) + 1) - 0.5
+    drawn = axes.pcolormesh(columns, lines + numbers[0], values, norm=norm)
+    if measure.alarm is not None:
+        low_layers, low_steps = np.nonzero(values < measure.alarm)
+        axes.plot(low_steps, low_layers + numbers[0], "o", color=OTHER, ms=3)
     marked = range(0, len(steps), max(1, len(steps) // 8))  # looks need not be evenly spaced
     axes.set_xticks(marked, [str(steps[i]) for i in marked])
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("layer")
     axes.figure.colorbar(drawn, ax=axes)
 

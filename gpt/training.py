@@ -32,7 +32,7 @@ from gpt.console import Console
 from gpt.data.preparation import prepare
 from gpt.data.sequences import Batch, TrainingSequences, ValidationSequences, ahead
 from gpt.diagnostics.failure import Place, advice, describe, first_nonfinite
-from gpt.diagnostics.layers import Look
+from gpt.diagnostics.layers import EPS_ALARM, Look
 from gpt.errors import InputError
 from gpt.files import write_text
 from gpt.generate import continue_text
@@ -53,7 +53,6 @@ DTYPES = {  # of matrix products and attention; weights and their sums stay fp32
 
 READ_EVERY = {"cpu": 1}  # steps between reads of the metrics where reading costs nothing
 STATE_FORMAT = 2
-EPS_ALARM = 10  # times epsilon: gradients below it make Adam's updates shrink
 CALIBRATION_SEQUENCES = 64  # of the first batch, at most, for what a placement sets from data
 
 

@@ -282,6 +282,20 @@ def test_the_nearest_variant(typed: str, meant: str):
     assert nearest(typed, names) == f"; perhaps you meant {meant}"
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("model.qk_norm", "model.attention.qk_norm"),
+        ("log_every", "training.log_every"),
+        ("model.widht", "model.width"),
+        ("learning_rate", "optimizer.learning_rate"),
+        ("data_sed", "data.seed"),
+    ],
+)
+def test_the_nearest_option(typed: str, meant: str):
+    assert nearest(typed, option_paths(Config)) == f"; perhaps you meant {meant}"
+
+
 def test_a_variant_added_at_run_time_is_valid(monkeypatch: pytest.MonkeyPatch):
     from gpt.placement import PLACEMENTS, PreNorm
 

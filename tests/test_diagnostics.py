@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
-from gpt import cli, metrics, training
+from gpt import cli, metrics, plot, training
 from gpt.config import Config, ModelConfig
 from gpt.diagnostics.failure import Place, advice, describe, first_nonfinite
 from gpt.diagnostics.layers import MEASURES, Look, layer_of
@@ -209,6 +210,16 @@ def test_the_picture(tiny: Make, tmp_path: Path, capsys, precision: str):
     picture = Path(capsys.readouterr().out.strip())
     assert picture == RunDirectory(tmp_path / "run").layers
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_single_look_is_drawn_too():
+    records = [{"step": 1, "layer": layer, "grad_norm": 1.0 + layer} for layer in range(3)]
+    axes = Figure().subplots()
+    plot._plot_measure(axes, records, "grad_norm", MEASURES["grad_norm"])
+    (mesh,) = axes.collections
+    corners = mesh.get_coordinates()
+    assert corners[0, -1, 0] - corners[0, 0, 0] == 1  # as wide as any other
+    assert mesh.get_array().tolist() == [[1.0], [2.0], [3.0]]
 
 
 def test_a_picture_of_a_run_that_failed_at_once(tiny: Make, tmp_path: Path):
@@ -432,7 +443,8 @@ def test_advice_follows_the_config(tiny: Make):
     assert "--training.z-loss 1e-4" in flags
     bare = tiny(model={"norm": {"type": "none"}}, optimizer={"name": "sgd"})
     flags = [tip.partition("  ")[0] for tip in advice(bare, None, 7)]
-    assert flags[:2] == ["--model.norm.type layer", "--optimizer.name adamw"]
+    assert flags[0] == "--model.norm.type layer"
+    assert flags[1] == "--optimizer.name adamw --optimizer.learning-rate 1e-3"
     control = tiny(model={"norm": {"placement": "none", "type": "none"}})
     assert advice(control, None, 7)[0].startswith("--model.norm.placement pre --model.norm.type l")
     unbounded = tiny(model={"norm": {"final_norm": "off"}})

@@ -131,10 +131,13 @@ def advice(config: Config, place: Place | None, updates: int) -> list[str]:
     if not updates and not depth_scaled(model):
         tips.append("--model.init.depth-scaled on  (1/sqrt(2L) on what writes into the stream)")
     if updates and optimizer.name == "sgd":
-        tips.append("--optimizer.name adamw  (its steps do not grow with the gradient)")
+        tips.append(
+            "--optimizer.name adamw --optimizer.learning-rate 1e-3"
+            "  (its steps do not grow with the gradient)"
+        )
     if updates:
         rate = optimizer.learning_rate / 3
-        tips.append(f"--optimizer.learning-rate {rate:.2g}  (a third of the rate)")
+        tips.append(f"--optimizer.learning-rate {rate:.2g}  (a third, and again until it holds)")
     if updates and optimizer.clip is None:
         tips.append("--optimizer.clip 1.0  (clipping: it hides an instability, and gets past it)")
     in_attention = place is not None and ".attention." in place.name

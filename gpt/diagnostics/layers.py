@@ -28,16 +28,23 @@ class Measure:
 
     Attributes:
         log: whether it spans orders of magnitude.
+        alarm: values under it are marked.
     """
 
     title: str
     log: bool = True
+    alarm: float | None = None
+
+
+EPS_ALARM = 10  # times epsilon: gradients below it make Adam's updates shrink
 
 
 MEASURES: dict[str, Measure] = {
     "grad_norm": Measure("gradient norm, all parameters of the layer"),
     "w2_grad_norm": Measure("gradient norm of the feed-forward's last matrix"),
-    "grad_over_eps": Measure("RMS of the gradient / optimizer.eps (alarm under 10)"),
+    "grad_over_eps": Measure(
+        f"RMS of the gradient / optimizer.eps (dots: under {EPS_ALARM})", alarm=EPS_ALARM
+    ),
     "update_ratio": Measure("RMS of the update / RMS of the weights (matrices)"),
     "stream_rms": Measure("RMS of the residual stream after the layer"),
     "attention_beta": Measure("residual dependency β, attention", log=False),
