@@ -349,7 +349,7 @@ class ModelConfig(Section):
     mlp: MLPConfig = MLPConfig()
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
+    def _shape_is_whole(self) -> Self:
         if self.width % self.heads:
             raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
         if self.width * self.mlp.multiple < 1:

@@ -31,15 +31,13 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """
     names, name = list(names), name.lower().replace("-", "_")
     leaf = name.rpartition(".")[2]
-    close = [n for n in names if n.rpartition(".")[2] == leaf]
-    if not close:
-        close = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
-    if not close and "." not in name:
-        close = [n for n in names if len(n) > 2 and name.startswith(n)]
-    if not close:
-        close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    if not close:
-        leaves = {n.rpartition(".")[2]: n for n in reversed(names)}
-        near = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)
-        close = [leaves[near[0]]] if near else []
-    return f"; perhaps you meant {close[0]}" if close else ""
+    leaves = {n.rpartition(".")[2]: n for n in reversed(names)}
+    begun = [n for n in names if "." not in name and len(n) > 2 and name.startswith(n)]
+    found = [  # the surest first
+        leaves.get(leaf),
+        *difflib.get_close_matches(name, names, n=1, cutoff=0.8),
+        *begun,
+        *difflib.get_close_matches(name, names, n=1, cutoff=0.6),
+        *(leaves[near] for near in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)),
+    ]
+    return next((f"; perhaps you meant {n}" for n in found if n), "")

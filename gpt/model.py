@@ -49,7 +49,7 @@ class KVCache:
 
 
 def soft_cap(z: Tensor, cap: float | None) -> Tensor:
-    """C tanh(z/c): nearly z where it is small, never beyond ±c; z itself without a cap.
+    """The value of c tanh(z/c): nearly z if it is small, never beyond ±c; z itself without a cap.
 
     Bello et al. 2017; Gemma 2 caps attention's logits at 50 and the last ones at 30.
     """
@@ -240,8 +240,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def calibrate(self, tokens: Tensor) -> None:
         """Let the placement set what one batch decides (Admin's ω); (B, T) integers."""
-        if self.placement.calibrates:
-            self.placement.calibrate(self.placements(), self.embed(tokens))
+        self.placement.calibrate(self.placements(), partial(self.embed, tokens))
 
     def placements(self) -> list[Placement]:
         """The blocks, first one first."""

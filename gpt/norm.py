@@ -89,7 +89,7 @@ class ScaleNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """G = sqrt(d): the RMS of the output is 1."""
+        """With g = sqrt(d) the RMS of the output is 1."""
         nn.init.constant_(self.g, math.sqrt(self.width))
 
     def forward(self, x: Tensor) -> Tensor:

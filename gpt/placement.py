@@ -11,7 +11,7 @@ blocks, l = 1 ... L the block's own. A block has two sublayers, so the model has
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -59,7 +59,6 @@ class Placement(nn.Module):
         least_layers: the fewest blocks with which it is itself.
         scales_depth: it has its own answer to depth, in place of the factor 1/sqrt(2 L).
         calmer: placements that were found to be more stable, for advice when a run fails.
-        calibrates: whether `calibrate` has anything to do.
     """
 
     final_norm: ClassVar[bool] = True
@@ -68,7 +67,6 @@ class Placement(nn.Module):
     least_layers: ClassVar[int] = 1
     scales_depth: ClassVar[bool] = False
     calmer: ClassVar[tuple[str, ...]] = ()
-    calibrates: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig, layer: int, attention: Sublayer, mlp: Sublayer) -> None:
         super().__init__()
@@ -94,8 +92,8 @@ class Placement(nn.Module):
         return final_norm(stream)
 
     @classmethod
-    def calibrate(cls, blocks: Sequence[Placement], x: Tensor) -> None:
-        """Set what the first batch decides, from its embeddings x."""
+    def calibrate(cls, blocks: Sequence[Placement], embed: Callable[[], Tensor]) -> None:
+        """Set what the first batch decides, whose embeddings `embed` gives; mostly nothing."""
 
 
 class PreNorm(Placement):
@@ -186,7 +184,6 @@ class Admin(Placement):
     final_norm = False
     needs_norms = "its ω weigh branches that follow a norm"
     calmer = ("pre",)
-    calibrates = True
 
     def __init__(self, config: ModelConfig, layer: int, attention: Sublayer, mlp: Sublayer) -> None:
         super().__init__(config, layer, attention, mlp)
@@ -201,8 +198,9 @@ class Admin(Placement):
 
     @classmethod
     @torch.no_grad()
-    def calibrate(cls, blocks: Sequence[Placement], x: Tensor) -> None:
+    def calibrate(cls, blocks: Sequence[Placement], embed: Callable[[], Tensor]) -> None:
         """Profile: ω₁ = 1, then the recursion; variances over the whole batch, biased."""
+        x = embed()
         variance = torch.ones((), device=x.device)
         for block in blocks:
             assert isinstance(block, Admin)

@@ -28,29 +28,12 @@ from gpt import config as configs
 from gpt import tokenizer
 from gpt.checkpoint import Checkpoint
 from gpt.config import Config
-from gpt.diagnostics.failure import Place
+from gpt.diagnostics.failure import Failure
 from gpt.errors import InputError
 from gpt.files import write_text
 from gpt.model import GPT
 
 Status = Literal["finished", "diverged", "interrupted"]
-
-
-@dataclass(frozen=True)
-class Failure:
-    """How a run diverged.
-
-    Attributes:
-        step: the update at which it was first seen; 0: before the first.
-        quantity: what was not finite: training loss, gradient norm, weight or validation loss.
-        place: what inside the network was first not finite; None if it could not be found again.
-        advice: what to try next, likeliest first.
-    """
-
-    step: int
-    quantity: str
-    place: Place | None
-    advice: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from gpt.config import Config
 from gpt.console import Console
 from gpt.data.preparation import prepare
 from gpt.data.sequences import Batch, TrainingSequences, ValidationSequences, ahead
-from gpt.diagnostics.failure import Place, advice, describe, first_nonfinite
+from gpt.diagnostics.failure import Failure, Place, advice, describe, first_nonfinite
 from gpt.diagnostics.layers import EPS_ALARM, Look
 from gpt.errors import InputError
 from gpt.files import write_text
@@ -42,7 +42,7 @@ from gpt.optim import Optimizer
 from gpt.placement import check
 from gpt.plot import plot_run
 from gpt.rng import derive
-from gpt.run import Failure, Opened, RunResult, Status, open_run
+from gpt.run import Opened, RunResult, Status, open_run
 from gpt.schedule import rate
 
 DTYPES = {  # of matrix products and attention; weights and their sums stay fp32

@@ -71,6 +71,17 @@ def test_every_layer_has_its_measures(placement: str):
     assert ("grad_norm" in records[-1]) == PLACEMENTS[placement].final_norm
 
 
+def test_a_placement_that_adds_in_another_way_has_no_beta(monkeypatch: pytest.MonkeyPatch):
+    class Plain(PLACEMENTS["none"]):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.attention(x) + self.mlp(x)
+
+    monkeypatch.setitem(PLACEMENTS, "plain", Plain)
+    record = looked(make("plain"))[1]
+    assert "attention_beta" not in record
+    assert record["stream_rms"] > 0
+
+
 def test_measures_by_hand():
     model = make()
     before = model.state_dict()

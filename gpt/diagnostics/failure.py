@@ -31,6 +31,23 @@ class Place:
     name: str
 
 
+@dataclass(frozen=True)
+class Failure:
+    """How a run diverged.
+
+    Attributes:
+        step: the update at which it was first seen; 0: before the first.
+        quantity: what was not finite: training loss, gradient norm, weight or validation loss.
+        place: what inside the network was first not finite; None if it could not be found again.
+        advice: what to try next, likeliest first.
+    """
+
+    step: int
+    quantity: str
+    place: Place | None
+    advice: tuple[str, ...]
+
+
 def first_nonfinite(model: GPT, tokens: Tensor, targets: Tensor, z_loss: float) -> Place | None:
     """Look for what is not finite, in the order of computation; None if all is finite.
 

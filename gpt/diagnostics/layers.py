@@ -131,7 +131,8 @@ class Look:
             for hook in hooks:
                 hook.remove()
         for measures, seen in zip(self.layers[1:], betas, strict=False):
-            measures.update(zip(("attention_beta", "mlp_beta"), seen, strict=True))
+            if len(seen) == 2:  # a placement may add in another way, which is not watched
+                measures["attention_beta"], measures["mlp_beta"] = seen
         self.layers[-1]["stream_rms"] = _rms(hidden)
         self.layers[-1]["log_z"] = model.logits(hidden).float().logsumexp(-1).mean()
 
