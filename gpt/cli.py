@@ -1,6 +1,6 @@
-"""The command line: `train.py`, `sample.py`, `python -m gpt.data` and `python -m gpt.diagnostics`.
+"""The command line: `train.py`, `sample.py`, `compare.py`, `python -m gpt.data`, `gpt.diagnostics`.
 
-`steadygpt train`, `sample`, `prepare` and `diagnose` are the same doors.
+`steadygpt train`, `sample`, `compare`, `prepare` and `diagnose` are the same doors.
 
 Progress goes to stderr, results to stdout. torch is imported only once there is something to run,
 so that `--help` and a complaint about the input come at once.
@@ -33,6 +33,7 @@ from gpt.errors import InputError, StoppedError, nearest
 from gpt.flags import as_flag, parse
 
 if TYPE_CHECKING:
+    from gpt.compare.grid import Cell, Grid
     from gpt.data.prepared import Dataset
     from gpt.run import RunResult
 
@@ -42,13 +43,19 @@ _RUNS = "(default: runs/NAME)"
 
 def main() -> int:
     """`steadygpt COMMAND ...`."""
-    commands = {"train": train, "sample": sample, "prepare": prepare, "diagnose": diagnose}
+    commands = {
+        "train": train,
+        "sample": sample,
+        "compare": compare,
+        "prepare": prepare,
+        "diagnose": diagnose,
+    }
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in commands:
         return commands[name](sys.argv[2:], prog=f"steadygpt {name}")
     usage = (
-        "usage: steadygpt train CONFIG.yaml ... | sample RUN_DIR ... | prepare CONFIG.yaml ... | "
-        "diagnose RUN_DIR   (--help for each)"
+        "usage: steadygpt train CONFIG.yaml ... | sample RUN_DIR ... | compare GRID.yaml ... | "
+        "prepare CONFIG.yaml ... | diagnose RUN_DIR   (--help for each)"
     )
     if name in ("-h", "--help"):
         print(usage)
@@ -407,6 +414,93 @@ def _sample(run_dir: Path, prompt: str, options: SampleOptions, prog: str) -> No
         sys.stdout.write(f"\n{'-' * 60}\n{text}")
     sys.stdout.write("\n")
     sys.stdout.flush()
+
+
+# ---------------------------------------------------------------------------------------------
+# compare
+
+
+@dataclass(kw_only=True)
+class CompareFlags:
+    """Compare arms over rates, places and seeds. Every option of the cells is a flag too."""
+
+    grid: Annotated[
+        Positional[str],
+        arg(metavar="GRID.yaml", help="the grid file, or the directory of a comparison"),
+    ]
+    out_dir: Annotated[
+        str | None,
+        arg(metavar="DIR", help="the comparison directory", help_behavior_hint=_RUNS),
+    ] = None
+    workers: Annotated[
+        str,
+        arg(
+            metavar="INT",
+            help="processes; on a CPU each has one thread",
+            help_behavior_hint="(default: one for each core, on a GPU at most 8)",
+        ),
+    ] = ""
+    dry_run: Annotated[
+        bool, arg(help="list the cells, their tokens, FLOPs and time, and write nothing")
+    ] = False
+    report_only: Annotated[bool, arg(help="write the report again from what was run")] = False
+    beside: Annotated[
+        str | None,
+        arg(
+            metavar="DIR",
+            help="show another comparison next to this one in the report",
+            help_behavior_hint="(default: none)",
+        ),
+    ] = None
+
+
+def compare(argv: list[str] | None = None, prog: str = "compare.py") -> int:
+    """`compare.py GRID.yaml ...`; returns the exit code."""
+    with _door(prog):
+        flags, options = parse(CompareFlags, Config, prog, argv)
+        workers = flags.workers
+        if workers and not (workers.isdecimal() and int(workers)):
+            raise InputError(f"--workers {workers}: must be a number of processes, 1 or more")
+        if flags.dry_run and flags.report_only:
+            raise InputError("give --dry-run or --report-only, not both")
+        path = Path(flags.grid)
+        directory = Path(flags.out_dir) if flags.out_dir else Path("runs") / path.stem
+        if path.is_dir():
+            if flags.out_dir:
+                raise InputError(f"--out-dir: {path} is a comparison directory already")
+            path, directory = path / "grid.yaml", path
+        from gpt.compare import grid as grids
+
+        grid, cells = grids.load(path, options)
+        return _compare(grid, cells, directory, flags)
+
+
+def _compare(grid: Grid, cells: list[Cell], directory: Path, flags: CompareFlags) -> int:
+    from gpt.compare import comparison
+    from gpt.compare.runner import default_workers
+    from gpt.console import Console
+
+    beside = Path(flags.beside) if flags.beside else None
+    if beside is not None:
+        comparison.read_comparison(beside)  # now or never
+    if flags.report_only:
+        comparison.check_directory(grid, directory)
+        summary = comparison.report(grid, cells, directory, beside)
+    else:
+        workers = int(flags.workers) if flags.workers else default_workers(cells)
+        if flags.dry_run:
+            print(comparison.dry_run(grid, cells, directory, workers))
+            return 0
+        with StopSignals() as stop, contextlib.closing(Console()) as console:
+            done = comparison.compare(
+                grid, cells, directory, workers=workers, console=console, stop=stop, beside=beside
+            )
+        if done is None:
+            print("interrupted: cells are saved; the same command goes on", file=sys.stderr)
+            return EXIT_CODES["interrupted"]
+        summary = done
+    print(comparison.told(summary, directory))
+    return 1 if "error" in summary.lost.values() else 0
 
 
 # ---------------------------------------------------------------------------------------------

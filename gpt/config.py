@@ -14,6 +14,7 @@ that holds the variants; see `Choice`.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
 import json
@@ -57,18 +58,8 @@ class Choice:
 
     def names(self) -> tuple[str, ...]:
         """The valid values, in the table's order."""
-        if self.module not in sys.modules:
-            spec = importlib.util.find_spec(self.module)
-            if spec is not None and spec.origin is not None:
-                for node in ast.parse(Path(spec.origin).read_text("utf-8")).body:
-                    if (
-                        isinstance(node, ast.AnnAssign)
-                        and isinstance(node.target, ast.Name)
-                        and node.target.id == self.table
-                        and isinstance(node.value, ast.Dict)
-                    ):
-                        return tuple(ast.literal_eval(key) for key in node.value.keys if key)
-        return tuple(getattr(importlib.import_module(self.module), self.table))
+        unread = None if self.module in sys.modules else _keys(self.module, self.table)
+        return unread or tuple(getattr(importlib.import_module(self.module), self.table))
 
     def _check(self, value: str) -> str:
         names = self.names()
@@ -89,6 +80,22 @@ class Choice:
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
         return {**handler(schema), "enum": list(self.names())}
+
+
+@functools.cache
+def _keys(module: str, table: str) -> tuple[str, ...] | None:
+    """The keys of a dict display in a module's source; None if there is no such display."""
+    spec = importlib.util.find_spec(module)
+    if spec is not None and spec.origin is not None:
+        for node in ast.parse(Path(spec.origin).read_text("utf-8")).body:
+            if (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(node.target, ast.Name)
+                and node.target.id == table
+                and isinstance(node.value, ast.Dict)
+            ):
+                return tuple(ast.literal_eval(key) for key in node.value.keys if key)
+    return None
 
 
 def _number(value: object) -> object:
@@ -434,6 +441,8 @@ class EvaluationConfig(Section):
     """Steps between evaluations; there is always one before the first step and after the last."""
     sequences: Count | None = None
     """Sequences to evaluate on, spread evenly over the validation text; unset, all of it."""
+    give_up_after: Count | None = None
+    """Evaluations in a row within 0.05 nats of guessing by token frequency that end a run."""
 
 
 class DiagnosticsConfig(Section):
@@ -533,7 +542,7 @@ class Config(Section):
 
     def differences(self, other: Config) -> list[str]:
         """The options in which two configs differ, as `path: mine -> theirs` lines."""
-        mine, theirs = dict(_leaves(self.model_dump())), dict(_leaves(other.model_dump()))
+        mine, theirs = dict(leaves(self.model_dump())), dict(leaves(other.model_dump()))
         return [
             f"{key}: {mine.get(key)} -> {theirs.get(key)}"
             for key in dict.fromkeys([*mine, *theirs])
@@ -612,7 +621,12 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """What a YAML file and its bases say, not validated.
+
+    Raises:
+        InputError: a file is missing or no valid YAML, or a base leads back to its file.
+    """
     if path.resolve() in seen:
         raise InputError(f"{path}: base: leads back to this file")
     tree = read_yaml(path)
@@ -623,7 +637,7 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise InputError(f"{path}: base: must be the path of one YAML file, found {base!r}")
     if not (path.parent / base).is_file():
         raise InputError(f"{path}: base: {base}: no such file (looked in {path.parent.absolute()})")
-    below = _read_with_bases(path.parent / base, (*seen, path.resolve()))
+    below = read(path.parent / base, (*seen, path.resolve()))
     return merge({key: value for key, value in below.items() if key != "name"}, tree)
 
 
@@ -634,8 +648,8 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config
         InputError: with every error at once, by dotted path, and the nearest valid name.
     """
     path, overrides = Path(path), overrides or {}
-    tree = {"name": path.stem, **_read_with_bases(path)}
-    flags = {key for key, _ in _leaves(overrides)}
+    tree = {"name": path.stem, **read(path)}
+    flags = {key for key, _ in leaves(overrides)}
     origin = lambda key: f"--{key}" if key in flags else f"{path}: {key}" if key else str(path)  # noqa: E731
     return validate(Config, merge(tree, overrides), origin)
 
@@ -700,11 +714,11 @@ def _explain(error: ErrorDetails, options: list[str]) -> tuple[str, str]:
     return key, f"{message[0].lower()}{message[1:]}, found {shown}"
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every option of a dumped config as (dotted path, value)."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -11,9 +11,11 @@ them; that is what lets pre-norm and post-norm be compared from one starting poi
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +120,28 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
                 module.bias.zero_()
         elif hasattr(module, "reset_parameters"):  # norms, and placements with weights
             module.reset_parameters()
+
+
+@torch.no_grad()
+def fingerprints(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What tells whether two models start alike, parameter by parameter.
+
+    `sha256` is of the numbers, `signs` of their signs alone: equal signs under unequal numbers are
+    one draw at two scales, such as a placement's gain makes; `rms` is the scale.
+    """
+    return {
+        name: {
+            "shape": list(parameter.shape),
+            "sha256": _digest(parameter),
+            "signs": _digest(parameter.sign().to(torch.int8)),
+            "rms": parameter.square().mean().sqrt().item(),
+        }
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def _draw(weight: Tensor, seed: int, name: str) -> Tensor:

@@ -1,8 +1,9 @@
 """metrics.jsonl: one JSON object a line, appended as training goes.
 
 Training lines hold step (from 1), tokens, loss (nats per token), learning_rate, grad_norm (before
-clipping), tokens_per_second and step_seconds; evaluation lines step (0: before the first update),
-val_loss (nats per token) and val_bits_per_byte. A non-finite number is written as null.
+clipping), batches (a digest of all inputs up to this step), tokens_per_second and step_seconds;
+evaluation lines step (0: before the first update), val_loss (nats per token) and val_bits_per_byte.
+A non-finite number is written as null.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 from gpt.errors import InputError
 
 Record = dict[str, Any]
+
+LEARNT = 0.05  # nats under the unigram entropy H₁ that count as having learnt more than frequencies
 
 
 class MetricsLog:

@@ -111,10 +111,13 @@ class RunDirectory:
         del tree["directory"]
         write_text(self.result, json.dumps(tree, indent=2, allow_nan=False) + "\n")
 
-    def write_environment(
-        self, device: torch.device, data_fingerprint: str, micro_batch: int
-    ) -> None:
-        """Write environment.json: all that the config does not say about how this run was made."""
+    def write_environment(self, device: torch.device, **facts: Any) -> None:
+        """Write environment.json: all that the config does not say about how this run was made.
+
+        Args:
+            facts: what training knows: micro_batch, data_fingerprint, unigram_entropy (H₁) and
+                initial_weights (see `gpt.init.fingerprints`).
+        """
         packages = ("numpy", "safetensors", "steadygpt", "tiktoken", "tokenizers", "torch")
         versions = {"python": platform.python_version()}
         for name in packages:
@@ -129,9 +132,8 @@ class RunDirectory:
             "device": device.type if gpu is None else f"{device.type}: {gpu}",
             "threads": torch.get_num_threads(),
             "git_commit": _git_commit(),
-            "micro_batch": micro_batch,
-            "data_fingerprint": data_fingerprint,
             "argv": sys.argv,
+            **facts,
         }
         write_text(self.environment, json.dumps(tree, indent=2) + "\n")
 

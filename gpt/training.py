@@ -13,6 +13,7 @@ Nothing here is specific to a placement, an optimizer or a schedule: they come f
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -36,7 +37,7 @@ from gpt.diagnostics.layers import EPS_ALARM, Look
 from gpt.errors import InputError
 from gpt.files import write_text
 from gpt.generate import continue_text
-from gpt.init import initialize
+from gpt.init import fingerprints, initialize
 from gpt.model import GPT
 from gpt.optim import Optimizer
 from gpt.placement import check
@@ -52,7 +53,7 @@ DTYPES = {  # of matrix products and attention; weights and their sums stay fp32
 }
 
 READ_EVERY = {"cpu": 1}  # steps between reads of the metrics where reading costs nothing
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 CALIBRATION_SEQUENCES = 64  # of the first batch, at most, for what a placement sets from data
 
 
@@ -104,6 +105,8 @@ class _Progress:
     val_bits_per_byte: float | None = None
     best_val_loss: float | None = None  # of all evaluations
     best_saved_val_loss: float | None = None  # of those whose step was saved: `best`
+    batches: str = ""  # SHA-256 of this field one batch ago, and of the batch: all that was seen
+    idle: int = 0  # evaluations in a row at which it knew no more than token frequencies
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ class _Update:
     loss: Tensor
     grad_norm: Tensor
     learning_rate: float
+    batches: str
     look: Look | None
 
 
@@ -165,6 +169,7 @@ class _Training:
         self.peak_flops = plan.peak_flops(name, precision)
         self.progress = _Progress()
         self.alarmed = False
+        self.unigram_entropy = self.dataset.unigram_entropy()
         self._set_state(opened.checkpoint)
         if opened.checkpoint is not None:
             self._go_on(opened.checkpoint.state, same_run=opened.resumed)
@@ -212,7 +217,13 @@ class _Training:
                 checkpoints.save(run.checkpoints, self._checkpoint())
             write_text(run.config, self.config.to_yaml())  # from here on this is a run
             write_text(run.tokenizer, tokenizer.to_json(self.dataset.encoding))
-            run.write_environment(self.device, self.dataset.fingerprint, self.micro_batch)
+            run.write_environment(
+                self.device,
+                micro_batch=self.micro_batch,
+                data_fingerprint=self.dataset.fingerprint,
+                unigram_entropy=self.unigram_entropy,
+                initial_weights=fingerprints(self.model),
+            )
         if opened.resumed and not going_on:
             self.console.say("no checkpoint had been saved: starting again from step 0")
         run.result.unlink(missing_ok=True)
@@ -271,6 +282,9 @@ class _Training:
                     self._sample()
                 if saving:
                     self._save(evaluated=evaluating)
+                if evaluating and not last and self._gives_up():
+                    known = f"no more than token frequencies at {progress.idle} evaluations"
+                    return self._end("finished", f"given up at step {step}: {known} in a row")
                 if stopping and not last:
                     return self._end("interrupted", f"stopped after step {step}, and saved")
                 unread, unread_since = [], time.monotonic()
@@ -286,6 +300,8 @@ class _Training:
     def _update(self, step: int, inputs: Tensor, targets: Tensor) -> _Update:
         """One update of the weights. Nothing in it waits for the device, but fp16's scaler."""
         config = self.config
+        seen = self.progress.batches.encode() + inputs.numpy().tobytes()
+        self.progress.batches = hashlib.sha256(seen).hexdigest()
         inputs, targets = self._on_device(inputs), self._on_device(targets)
         loss, norm = self._gradients(step, inputs, targets)
         look = None
@@ -298,7 +314,8 @@ class _Training:
         self._apply(share, norm)
         if look is not None:
             look.after()
-        return _Update(step, loss, norm, share * config.optimizer.learning_rate, look)
+        learning_rate = share * config.optimizer.learning_rate
+        return _Update(step, loss, norm, learning_rate, self.progress.batches[:16], look)
 
     def _micro_batches(
         self, step: int, inputs: Tensor, targets: Tensor
@@ -363,6 +380,7 @@ class _Training:
                     "loss": loss,
                     "learning_rate": update.learning_rate,
                     "grad_norm": norm,
+                    "batches": update.batches,
                     **speed,
                 }
             )
@@ -429,7 +447,13 @@ class _Training:
             text = f"the validation loss became {loss} at step {progress.step}"
             return _Fault(progress.step, "validation loss", text)
         progress.best_val_loss = _lower(loss, progress.best_val_loss)
+        learnt = loss < self.unigram_entropy - metrics.LEARNT
+        progress.idle = 0 if learnt or progress.step == 0 else progress.idle + 1
         return None
+
+    def _gives_up(self) -> bool:
+        patience = self.config.evaluation.give_up_after
+        return patience is not None and self.progress.idle >= patience
 
     def _sample(self) -> None:
         """Text of the model as it is now, into samples/."""

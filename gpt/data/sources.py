@@ -17,6 +17,7 @@ import glob
 import gzip
 import itertools
 import json
+import os
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator
@@ -181,7 +182,10 @@ def _stdlib_files(config: SourceConfig) -> list[Path]:
     """The Python sources of the running interpreter's standard library, without its tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    files = [p for p in root.rglob("*.py") if not left_out & set(p.relative_to(root).parts)]
+    files = []
+    for folder, inside, names in os.walk(root):  # never into site-packages, which may be large
+        inside[:] = [name for name in inside if name not in left_out]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
     if not files:
         raise InputError(
             f"source: stdlib found no Python sources in {root};\n"

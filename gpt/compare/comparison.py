@@ -1,0 +1,267 @@
+"""A comparison from beginning to end: grid -> cells -> runs -> summary -> report.
+
+    runs/NAME/
+      grid.yaml       the grid, its base spelt out: it alone reproduces the comparison
+      command.json    the commands that ran it, and when
+      cells/CELL/     a run directory each
+      lost.json       cells that ended without a result, and why; only if there are any
+      probes.json     the networks at their start
+      cells.csv       one row a cell
+      summary.json    arms, contrasts, verdict
+      report.html, report.md, figures/
+
+A directory belongs to one grid: its contrast was registered there before the runs.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gpt.compare import grid as grids
+from gpt.compare.estimate import Estimate, check_affordable, check_cells, estimate, free_bytes
+from gpt.compare.grid import Cell, Grid
+from gpt.compare.outcomes import Outcome, csv_rows, read_outcome
+from gpt.compare.report import write_report
+from gpt.compare.runner import has_ended, only_one, read_lost, run_cells
+from gpt.compare.starts import measure_starts, read_starts
+from gpt.compare.summary import Summary, summarize
+from gpt.config import DataConfig, leaves, read_yaml
+from gpt.console import Console, duration
+from gpt.data import preparation
+from gpt.errors import InputError
+from gpt.files import write_text
+
+
+def compare(
+    grid: Grid,
+    cells: Sequence[Cell],
+    directory: Path,
+    *,
+    workers: int,
+    console: Console,
+    stop: Callable[[], bool],
+    beside: Path | None = None,
+) -> Summary | None:
+    """Run what is missing of a comparison, and write its report.
+
+    Args:
+        workers: processes.
+        beside: see `report`.
+
+    Returns:
+        The summary; None if `stop` came true, and then nothing is reported.
+
+    Raises:
+        InputError: the directory holds another comparison, or the grid cannot be run here.
+        StoppedError: `stop` came true while data was prepared.
+    """
+    check_cells(cells)
+    check_directory(grid, directory)
+    with only_one(directory):
+        vocabulary = [
+            preparation.prepare(data, console, stop).encoding.n_vocab for data in _datas(cells)
+        ]
+        todo = [cell for cell in cells if not has_ended(directory, cell)]
+        if todo:
+            estimated = estimate(
+                todo, max(vocabulary), workers, keep_checkpoints=grid.keep_checkpoints
+            )
+            check_affordable(estimated, directory, grid.hours)
+            console.say(describe(grid, cells, directory, estimated, workers))
+        write_text(directory / "grid.yaml", _to_yaml(grid))
+        _note_command(directory)
+        finished = run_cells(
+            cells,
+            directory,
+            workers=workers,
+            keep_checkpoints=grid.keep_checkpoints,
+            console=console,
+            stop=stop,
+            verdict=lambda cell: _said(read_outcome(cell, directory)),
+        )
+        if not finished:
+            return None
+        if grid.probes and not (directory / "probes.json").is_file():
+            console.say("measuring the networks at their start")
+            tree = [asdict(each) for each in measure_starts(cells)]
+            write_text(directory / "probes.json", json.dumps(tree, indent=2) + "\n")
+        return report(grid, cells, directory, beside)
+
+
+def report(
+    grid: Grid, cells: Sequence[Cell], directory: Path, beside: Path | None = None
+) -> Summary:
+    """Write cells.csv, summary.json, report.html, report.md and figures/ from what was run.
+
+    Args:
+        beside: another comparison directory, to be shown next to this one.
+
+    Raises:
+        InputError: no cell has a result, or a file is damaged.
+    """
+    outcomes = read_outcomes(cells, directory)
+    summary = summarize(grid, outcomes)
+    write_text(directory / "cells.csv", _to_csv(csv_rows(outcomes)))
+    write_text(directory / "summary.json", json.dumps(asdict(summary), indent=2) + "\n")
+    other = None if beside is None else (beside, read_comparison(beside))
+    write_report(directory, grid, summary, outcomes, read_starts(directory), other)
+    return summary
+
+
+def read_comparison(directory: Path) -> tuple[Grid, Summary, list[Outcome]]:
+    """A comparison from its directory alone.
+
+    Raises:
+        InputError: it is none, or has no result yet.
+    """
+    if not (directory / "grid.yaml").is_file():
+        raise InputError(f"{directory}: holds no comparison (no grid.yaml)")
+    grid, cells = grids.load(directory / "grid.yaml")
+    outcomes = read_outcomes(cells, directory)
+    return grid, summarize(grid, outcomes), outcomes
+
+
+def read_outcomes(cells: Sequence[Cell], directory: Path) -> list[Outcome]:
+    """All cells' outcomes; at least one has a result.
+
+    Raises:
+        InputError: none has.
+    """
+    lost = read_lost(directory)
+    outcomes = [read_outcome(cell, directory, lost.get(cell.id)) for cell in cells]
+    if not any(outcome.verdict is not None for outcome in outcomes):
+        raise InputError(f"{directory}: no cell has a result yet")
+    return outcomes
+
+
+def check_directory(grid: Grid, directory: Path) -> None:
+    """Refuse a directory that belongs to something else.
+
+    Raises:
+        InputError: it holds another grid, or no comparison.
+    """
+    path = directory / "grid.yaml"
+    if not path.is_file():
+        if directory.exists() and (not directory.is_dir() or _strangers(directory)):
+            raise InputError(f"{directory}: exists and is no comparison; choose another --out-dir")
+        return
+    mine = dict(leaves(yaml.safe_load(_to_yaml(grid))))
+    theirs = dict(leaves(read_yaml(path)))
+    different = [key for key in {**theirs, **mine} if mine.get(key) != theirs.get(key)]
+    if different:
+        key = different[0]
+        more = f", and {len(different) - 1} more" if len(different) > 1 else ""
+        raise InputError(
+            f"{directory}: holds a comparison of another grid ({key}: {theirs.get(key)} -> "
+            f"{mine.get(key)}{more});\nchoose another --out-dir: what was registered before the "
+            "runs is not changed after them"
+        )
+
+
+def _strangers(directory: Path) -> bool:
+    return any(path.name != ".lock" for path in directory.iterdir())
+
+
+def dry_run(grid: Grid, cells: Sequence[Cell], directory: Path, workers: int) -> str:
+    """What would be run, and its cells.
+
+    Raises:
+        InputError: as `compare`.
+    """
+    check_cells(cells)
+    check_directory(grid, directory)
+    vocabulary = max(preparation.vocab_size(data) for data in _datas(cells))
+    todo = [cell for cell in cells if not has_ended(directory, cell)]
+    estimated = estimate(todo, vocabulary, workers, keep_checkpoints=grid.keep_checkpoints)
+    check_affordable(estimated, directory, grid.hours)
+    names = {cell.id for cell in todo}
+    lines = [f"  {cell.id}{'' if cell.id in names else '  (has ended)'}" for cell in cells]
+    return "\n".join([describe(grid, cells, directory, estimated, workers), *lines])
+
+
+def told(summary: Summary, directory: Path) -> str:
+    """The verdict, and where the report is."""
+    lines = [*summary.verdict]
+    if summary.lost:
+        counts = Counter(summary.lost.values())
+        some = ", ".join(f"{count} {status}" for status, count in counts.items())
+        lines.append(
+            f"{len(summary.lost)} of {summary.planned} cells have no result ({some}); "
+            "started again, they are tried again"
+        )
+    if summary.match.exceptions:
+        lines.append(f"NOT MATCHED: {summary.match.exceptions[0]}")
+    return "\n".join([*lines, f"  report  {directory / 'report.html'}"])
+
+
+def describe(
+    grid: Grid, cells: Sequence[Cell], directory: Path, estimated: Estimate, workers: int
+) -> str:
+    """A few lines on what is about to happen."""
+    arms = grid.all_arms()
+    done = len(cells) - estimated.cells
+    rows = {
+        "question": grid.contrast.question if grid.contrast else "none is registered",
+        "arms": "; ".join(arm.name for arm in arms),
+        "cells": f"{len(cells)}: {len(arms)} arms, {len(grid.seeds)} seeds"
+        + "".join(f", {len(values)} x {axis}" for axis, values in grid.grid.items())
+        + (f"; {done} have ended before" if done else ""),
+        "tokens": f"{estimated.tokens:,} to train on, {estimated.flops:.2g} FLOPs",
+        "time": f"about {duration(estimated.seconds)} with {workers} "
+        f"worker{'s' if workers > 1 else ''}, by a short timing here",
+        "disk": f"at most {estimated.disk / 1e6:,.0f} MB of "
+        f"{free_bytes(directory) / 1e9:,.0f} GB free",
+        "directory": str(directory),
+    }
+    return "\n".join([grid.title, *(f"  {name:<10} {text}" for name, text in rows.items())])
+
+
+def _datas(cells: Sequence[Cell]) -> list[DataConfig]:
+    """The corpora that cells read, once each."""
+    datas: list[DataConfig] = []
+    for cell in cells:
+        if cell.config.data not in datas:
+            datas.append(cell.config.data)
+    return datas
+
+
+def _said(outcome: Outcome) -> str:
+    """A cell's verdict in a few words."""
+    found = outcome.verdict
+    assert found is not None
+    step = f" at step {found.step}" if found.status == "diverged" else ""
+    loss = "" if found.final_val_loss is None else f", {found.final_val_loss:.3f}"
+    return f"{found.status}{step}{loss}"
+
+
+def _to_yaml(grid: Grid) -> str:
+    return yaml.safe_dump(grid.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _to_csv(rows: Sequence[dict[str, Any]]) -> str:
+    most = max(rows, key=len)  # a cell without a result has fewer
+    columns = list(dict.fromkeys([*most, *(key for row in rows for key in row)]))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _note_command(directory: Path) -> None:
+    """Append this command line to command.json."""
+    path = directory / "command.json"
+    before = json.loads(path.read_text("utf-8")) if path.is_file() else []
+    now = {"argv": sys.argv, "began": datetime.now(UTC).isoformat(timespec="seconds")}
+    write_text(path, json.dumps([*before, now], indent=2) + "\n")

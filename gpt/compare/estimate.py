@@ -1,0 +1,171 @@
+"""What a comparison amounts to, before it runs: cells, tokens, FLOPs, time and disk.
+
+The time comes from timing one update of each size of model here, for a moment, on one thread. It
+is an estimate: workers that slow each other down, and runs that diverge early, are not in it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gpt import plan
+from gpt.compare.grid import Cell
+from gpt.config import Config
+from gpt.errors import InputError
+from gpt.init import initialize
+from gpt.model import GPT
+from gpt.optim import Optimizer
+from gpt.placement import check
+from gpt.training import DTYPES
+
+TIMED_SECONDS = 0.4  # for each size of model, at least one update
+TIMED_FLOPS = {"cpu": 2e10, "mps": 2e11, "cuda": 2e13}  # of an update; a longer one is scaled up
+START_SECONDS = 1.5  # of a cell: reading the data, making the model, drawing loss.png
+METRICS_BYTES = 250  # a step
+CHECKPOINT_BYTES = 12  # a parameter: its weight and Adam's two moments, fp32
+KEPT = 3  # checkpoints of a cell at once, while it runs
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is to come.
+
+    Attributes:
+        cells: that have no result yet.
+        tokens, flops: of their training; evaluation left out.
+        seconds: with that many workers.
+        disk: bytes at most.
+    """
+
+    cells: int
+    tokens: int
+    flops: float
+    seconds: float
+    disk: int
+
+
+def check_cells(cells: Sequence[Cell]) -> None:
+    """Refuse what cannot run here, before anything runs.
+
+    Raises:
+        InputError: a placement does not go with the rest, or the device is not there.
+    """
+    for cell in cells:
+        try:
+            check(cell.config.model)
+        except InputError as error:
+            raise InputError(f"arm {cell.arm!r}: {error}") from None
+    for device in {cell.config.training.device for cell in cells}:
+        plan.pick_device(device)
+
+
+def estimate(
+    cells: Sequence[Cell], vocab_size: int, workers: int, *, keep_checkpoints: bool
+) -> Estimate:
+    """Time one update of each size of model, and add up.
+
+    Args:
+        cells: those to run.
+        vocab_size: tokens of the vocabulary.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a worker
+    sizes: dict[str, tuple[float, int, int]] = {}
+    tokens, flops, seconds, disk, largest = 0, 0.0, 0.0, 0, 0
+    for cell in cells:
+        config = cell.config
+        size = repr(_size(config))
+        if size not in sizes:
+            sizes[size] = _measure(config, vocab_size)
+        update, per_token, parameters = sizes[size]
+        steps, batch = config.training.steps, config.batch_sequences
+        evaluations = 2 + (steps - 1) // config.evaluation.every
+        evaluated = (config.evaluation.sequences or batch) * evaluations
+        seconds += START_SECONDS + update * (steps + evaluated / batch / 3)  # forward: a third
+        tokens += steps * batch * config.model.context
+        flops += float(per_token) * steps * batch * config.model.context
+        disk += METRICS_BYTES * steps
+        checkpoint = CHECKPOINT_BYTES * parameters * KEPT
+        largest = max(largest, checkpoint)
+        disk += checkpoint if keep_checkpoints else 0
+    torch.set_num_threads(threads)
+    disk += 0 if keep_checkpoints else workers * largest
+    return Estimate(len(cells), tokens, flops, seconds / max(1, min(workers, len(cells))), disk)
+
+
+def check_affordable(estimated: Estimate, directory: Path, hours: float) -> None:
+    """Refuse what does not fit.
+
+    Raises:
+        InputError: the disk is too small, or the time longer than the grid allows.
+    """
+    free = free_bytes(directory)
+    if estimated.disk > free:
+        raise InputError(
+            f"{directory}: needs about {estimated.disk / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are "
+            "free; choose another --out-dir, or shrink the grid"
+        )
+    if estimated.seconds > 3600 * hours:
+        raise InputError(
+            f"is estimated to take {estimated.seconds / 3600:,.1f} hours, and the grid allows "
+            f"{hours:g};\nraise its `hours`, give more --workers, or shrink it"
+        )
+
+
+def free_bytes(directory: Path) -> int:
+    """Free space where `directory` is, or will be."""
+    path = directory.absolute()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    return shutil.disk_usage(there).free
+
+
+def _size(config: Config) -> tuple[object, ...]:
+    """What decides how long an update takes, as far as an estimate needs to know."""
+    model, training = config.model, config.training
+    shape = (model.layers, model.width, model.heads, model.context, model.mlp, model.tied_head)
+    return (*shape, config.batch_sequences, training.precision, training.device)
+
+
+def _measure(config: Config, vocab_size: int) -> tuple[float, int, int]:
+    """Seconds of an update, FLOPs of a token, and parameters."""
+    device = plan.pick_device(config.training.device)
+    model = GPT(config.model, vocab_size).to(device)
+    initialize(model, config.model, seed=0)
+    optimizer = Optimizer(model, config.optimizer)
+    flops, context = plan.flops_per_token(config, model), config.model.context
+    batch = config.batch_sequences * context
+    affordable = int(TIMED_FLOPS[device.type] // flops)
+    length = min(context, max(1, affordable))
+    sequences = min(plan.micro_batch(config, vocab_size, device), max(1, affordable // length))
+    x = torch.randint(vocab_size, (sequences, length), device=device)
+    precision = config.training.precision
+    learning = updating = 0.0
+    count = -1  # the first update warms up
+    while count < 1 or learning + updating < TIMED_SECONDS:
+        began = _now(device)
+        with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
+            loss, _ = model.objective(x, x)
+        loss.backward()
+        between = _now(device)
+        optimizer.set_rate(1.0)
+        for part in optimizer.parts:
+            part.step()
+        optimizer.zero_grad()
+        count += 1
+        if count:
+            learning += between - began
+            updating += _now(device) - between
+    seconds = (learning * batch / x.numel() + updating) / count
+    return seconds, flops, model.num_parameters()
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()

@@ -1,0 +1,357 @@
+"""A grid file: which runs a comparison consists of, and the question that they are to answer.
+
+    base: ../pre-norm.yaml                     # the config that every cell builds on
+    options: {training.steps: 300}             # on top of it, for all cells
+    arms:                                      # what is compared: one level of each factor
+      placement:
+        pre: {model.norm.placement: pre}
+        post: {model.norm.placement: post}
+      warm-up:
+        cold: {schedule.warmup: none}
+        warm: {schedule.warmup: linear}
+    grid:                                      # where: every value of every axis
+      optimizer.learning_rate: [1e-3, 3e-3]
+      model.layers, model.width: [[6, 96], [12, 64]]
+    seeds: 3
+
+has 2 x 2 arms, 2 x 2 places and 3 seeds, so 48 cells. Cells of one place and seed differ in the arm
+alone: a cell's seed is that of its weights and of its data order. An arm that lists values of an
+axis has those in place of the grid's: Adafactor's rates are not AdamW's.
+
+This module imports no torch and runs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from gpt.config import (
+    Config,
+    Positive,
+    Section,
+    Seed,
+    leaves,
+    merge,
+    option_paths,
+    read,
+    read_yaml,
+    validate,
+)
+from gpt.errors import InputError, nearest
+
+RATE = "optimizer.learning_rate"
+MOST_CELLS = 10_000
+Options = dict[str, Any]  # dotted option -> value
+Measure = Literal["log_lr50", "failure", "loss"]
+
+
+def _flat(value: object) -> object:
+    """Options may be nested as in a config, or dotted; here they become dotted."""
+    return dict(leaves(value)) if isinstance(value, Mapping) else value
+
+
+def _seeds(value: object) -> object:
+    """A number of seeds is that many, from 0."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return list(range(value))
+    return value
+
+
+Level = Annotated[Options, BeforeValidator(lambda v: {} if v is None else _flat(v))]
+Name = Annotated[str, Field(pattern=r"^[^\s,][^,]*$", max_length=40)]
+
+
+class Contrast(Section):
+    """The question that a comparison is made to answer, said before it runs.
+
+    The contrast is (a - b) - (c - d), of the arms `of: [a, b]` and `against: [c, d]`, or a - b
+    alone; the claim is that it is above 0.
+    """
+
+    question: str
+    """In words; the report begins with it."""
+    of: tuple[str, str]
+    """Two arms, such as post with warm-up and post without."""
+    against: tuple[str, str] | None = None
+    """Two arms whose difference is subtracted, such as those of pre."""
+    measure: Measure = "log_lr50"
+    """Threshold of the rate (log_lr50), share of failed runs, or mean loss, over the grid."""
+
+
+class Grid(Section):
+    """A grid file."""
+
+    title: str = ""
+    """Heading of the report; the file's name unless given."""
+    base: str | dict[str, Any]
+    """The config that cells build on: a YAML file, relative to this one, or the options."""
+    options: Level = Field(default_factory=dict)
+    """On top of the base, for all cells; dotted or nested."""
+    arms: Annotated[dict[Name, dict[Name, Level]], Field(min_length=1)]
+    """Factor -> level -> its options. An arm is one level of each factor."""
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
+    """Axis -> values. An axis is one dotted option, or several with commas and tuples of values."""
+    seeds: Annotated[tuple[Seed, ...], BeforeValidator(_seeds), Field(min_length=1)] = (0, 1, 2)
+    """Seeds of weights and data order, or how many of them."""
+    exclude: tuple[dict[str, Any], ...] = ()
+    """Cells to leave out: those of which every entry holds; `arm`, factors, options, `seed`."""
+    contrast: Contrast | None = None
+    """The primary contrast, registered before the runs."""
+    pairs: tuple[tuple[str, str], ...] = ()
+    """Pairs of arms to compare besides, corrected together by Holm's method."""
+    probes: bool = True
+    """Measure each arm's network at its start, at several depths."""
+    hours: Positive = 24.0
+    """A comparison that is estimated to take longer is refused."""
+    keep_checkpoints: bool = False
+    """Keep the cells' checkpoints, which are large; without them cells cannot be sampled from."""
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        known = set(option_paths(Config)) - {"name", "seed"}
+        arms = self.all_arms()
+        used = [("options", key) for key in self.options]
+        used += [("grid", key) for axis in self.grid for key in split(axis)]
+        for factor, levels in self.arms.items():
+            for name, level in levels.items():
+                used += [(f"arms.{factor}.{name}", key) for key in level if key not in self.grid]
+        for where, key in used:
+            if key not in known:
+                raise ValueError(f"{where}: {key}: no such option of a cell{nearest(key, known)}")
+        for arm in arms:
+            for axis in self.grid:
+                for key in split(axis):
+                    if key in arm.options:
+                        raise ValueError(
+                            f"{key}: is set by both arm {arm.name!r} and axis {axis!r}"
+                        )
+        twice = [
+            key for key, n in Counter(k for axis in self.grid for k in split(axis)).items() if n > 1
+        ]
+        if twice:
+            raise ValueError(f"grid: {twice[0]} stands in two axes")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: one stands twice")
+        names = [arm.name for arm in arms]
+        asked = [name for pair in self.pairs for name in pair]
+        if self.contrast is not None:
+            asked += [*self.contrast.of, *(self.contrast.against or ())]
+        for name in asked:
+            if name not in names:
+                raise ValueError(f"{name!r} is none of the arms: {'; '.join(names)}")
+        return self
+
+    def all_arms(self) -> list[Arm]:
+        """Every combination of levels, the last factor changing fastest.
+
+        Raises:
+            ValueError: two levels of one arm set the same option.
+        """
+        arms = []
+        for chosen in itertools.product(*(levels.items() for levels in self.arms.values())):
+            levels = dict(zip(self.arms, (name for name, _ in chosen), strict=True))
+            options: Options = {}
+            for name, level in chosen:
+                both = sorted(options.keys() & level.keys())
+                if both:
+                    raise ValueError(f"arms: {both[0]} is set by {name!r} and by another factor")
+                options |= level
+            own = {key: v for key, v in options.items() if key in self.grid and isinstance(v, list)}
+            options = {key: value for key, value in options.items() if key not in own}
+            arms.append(Arm(", ".join(levels.values()), levels, options, own))
+        return arms
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is compared.
+
+    Attributes:
+        name: its levels, joined by commas.
+        levels: factor -> level.
+        options: what makes it.
+        axes: axes on which it has values of its own.
+    """
+
+    name: str
+    levels: dict[str, str]
+    options: Options
+    axes: dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes:
+        id: names its folder.
+        factors: every option in which cells differ, by its dotted name, and its value here.
+        place: those of them that stand on the grid's axes, without the learning rate.
+    """
+
+    id: str
+    arm: str
+    factors: Options
+    place: Options
+    config: Config
+
+
+def split(axis: str) -> list[str]:
+    """The options of an axis: one, or several with commas between."""
+    return [key.strip() for key in axis.split(",")]
+
+
+def load(path: Path, overrides: Mapping[str, Any] | None = None) -> tuple[Grid, list[Cell]]:
+    """The grid in a YAML file, and its cells.
+
+    Args:
+        overrides: options for all cells, a nested mapping, on top of the file's.
+
+    Returns:
+        The grid with base and options as one mapping, so that it needs no other file; the cells,
+        seed by seed.
+
+    Raises:
+        InputError: the file, its base or a cell's config is wrong; with the place.
+    """
+    grid = validate(
+        Grid, {"title": path.stem, **read_yaml(path)}, lambda key: f"{path}: {key}".rstrip(": ")
+    )
+    given, varied = dict(leaves(overrides or {})), _varied(grid)
+    for key in given:
+        if key in {*varied, "seed", "name"}:
+            raise InputError(f"--{key}: the cells of {path} differ in it; change that file")
+    base = grid.base
+    if isinstance(base, str):
+        if not (path.parent / base).is_file():
+            raise InputError(f"{path}: base: {base}: no such file (looked in {path.parent})")
+        base = read(path.parent / base)
+    base = {key: value for key, value in base.items() if key not in ("name", "seed")}
+    count = len(grid.seeds) * sum(
+        math.prod(len(values) for values in {**grid.grid, **arm.axes}.values())
+        for arm in grid.all_arms()
+    )
+    if count > MOST_CELLS:
+        raise InputError(f"{path}: describes {count:,} cells; at most {MOST_CELLS:,} are run")
+    base = merge(merge(base, nested(grid.options)), overrides or {})
+    grid = grid.model_copy(update={"base": base, "options": {}})
+    return grid, _cells(grid, str(path))
+
+
+def _varied(grid: Grid) -> list[str]:
+    """Every option in which cells may differ."""
+    of_arms = [key for arm in grid.all_arms() for key in arm.options]
+    return list(dict.fromkeys([*of_arms, *(key for axis in grid.grid for key in split(axis))]))
+
+
+def _cells(grid: Grid, origin: str) -> list[Cell]:
+    combinations = [
+        (seed, arm, dict(zip({**grid.grid, **arm.axes}, values, strict=True)))
+        for seed, arm in itertools.product(grid.seeds, grid.all_arms())
+        for values in itertools.product(*{**grid.grid, **arm.axes}.values())
+    ]
+    cells: dict[str, Cell] = {}
+    fitting = set()
+    for seed, arm, values in combinations:
+        cell = _cell(grid, arm, values, seed, origin)
+        known = {"arm": arm.name, "seed": seed, **arm.levels, **cell.factors}
+        entries = {
+            number
+            for number, entry in enumerate(grid.exclude)
+            if _matches(entry, known, f"{origin}: exclude.{number}")
+        }
+        fitting |= entries
+        if entries:
+            continue
+        if cell.id in cells:
+            raise InputError(f"{origin}: two cells are called {cell.id}: a value stands twice")
+        cells[cell.id] = cell
+    for number, entry in enumerate(grid.exclude):
+        if number not in fitting:
+            raise InputError(f"{origin}: exclude.{number}: {entry} fits no cell")
+    if not cells:
+        raise InputError(f"{origin}: exclude leaves no cell")
+    return list(cells.values())
+
+
+def _cell(grid: Grid, arm: Arm, values: Options, seed: int, origin: str) -> Cell:
+    assert isinstance(grid.base, dict)
+    placed: Options = {}
+    for axis, value in values.items():
+        placed |= _assign(axis, value, origin)
+    name = _id(arm, placed, seed)
+    tree = merge(grid.base, nested({**arm.options, **placed, "seed": seed, "name": name}))
+    where = f"{origin}: arm {arm.name!r}"
+    config = validate(Config, tree, lambda key: f"{where}: {key}".rstrip(": "))
+    factors = {key: _value(config, key) for key in _varied(grid)}
+    place = {key: factors[key] for key in placed if key != RATE}
+    return Cell(name, arm.name, factors, place, config)
+
+
+def _assign(axis: str, value: Any, origin: str) -> Options:
+    """The options that one value of an axis sets."""
+    keys = split(axis)
+    if len(keys) == 1:
+        return {axis: value}
+    if not isinstance(value, list) or len(value) != len(keys):
+        raise InputError(
+            f"{origin}: grid: {axis}: needs tuples of {len(keys)} values, found {value!r}"
+        )
+    return dict(zip(keys, value, strict=True))
+
+
+def _matches(entry: Options, known: Options, origin: str) -> bool:
+    """Whether a cell is one of those that an entry of `exclude` describes."""
+    for key, wanted in entry.items():
+        if key not in known:
+            raise InputError(f"{origin}: {key}: nothing that cells differ in{nearest(key, known)}")
+        several = wanted if isinstance(wanted, list) else [wanted]
+        if _text(known[key]) not in map(_text, several):
+            return False
+    return True
+
+
+def _text(value: Any) -> str:
+    """A value as it stands in names: `1e-3`, `0.001` and 0.001 are one."""
+    try:
+        return f"{float(value):g}" if not isinstance(value, bool) else str(value)
+    except (TypeError, ValueError):
+        return str(value)
+
+
+def _id(arm: Arm, options: Options, seed: int) -> str:
+    """`post_cold_learning_rate-0.003_seed-0`."""
+    parts = [*arm.levels.values()]
+    parts += [f"{key.rpartition('.')[2]}-{_text(value)}" for key, value in options.items()]
+    name = "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", part).strip("-.") or "x" for part in parts)
+    name = name.replace("+", "") + f"_seed-{seed}"
+    if len(name) > 90:
+        name = name[:80] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+    return name
+
+
+def nested(options: Options) -> dict[str, Any]:
+    """`{"model.layers": 4}` -> `{"model": {"layers": 4}}`."""
+    tree: dict[str, Any] = {}
+    for key, value in options.items():
+        section, _, rest = key.partition(".")
+        tree = merge(tree, {section: nested({rest: value}) if rest else value})
+    return tree
+
+
+def _value(config: Config, key: str) -> Any:
+    """The value of a dotted option."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value

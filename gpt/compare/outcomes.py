@@ -1,0 +1,212 @@
+"""What the cells' directories say: each cell's verdict, and whether the arms were matched.
+
+Everything is read from files that training wrote, so a report can be made anywhere, and again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt import metrics
+from gpt.compare.grid import Cell
+from gpt.compare.runner import Lost, cell_directory
+from gpt.compare.statistics import capped
+from gpt.compare.verdicts import Verdict, verdict
+from gpt.errors import InputError
+from gpt.run import RunDirectory
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell.
+
+    Attributes:
+        verdict: None of a cell without a result, which is left out of all statistics.
+        lost: why it has none; None if it was not tried, or has one.
+        seconds: wall-clock time.
+        unigram_entropy: H₁, nats per token.
+        environment: environment.json.
+        batches: step -> digest of all inputs up to it.
+    """
+
+    cell: Cell
+    directory: Path
+    verdict: Verdict | None
+    lost: Lost | None = None
+    seconds: float = 0.0
+    unigram_entropy: float = 0.0
+    environment: dict[str, Any] | None = None
+    batches: dict[int, str] | None = None
+
+    @property
+    def status(self) -> str:
+        """The verdict's, or why there is none."""
+        if self.verdict is not None:
+            return self.verdict.status
+        return self.lost.status if self.lost is not None else "missing"
+
+    @property
+    def rate(self) -> float:
+        """The full learning rate."""
+        return float(self.cell.config.optimizer.learning_rate)
+
+    @property
+    def seed(self) -> int:
+        """The cell's seed."""
+        return self.cell.config.seed
+
+    @property
+    def loss(self) -> float:
+        """Final validation loss; of a failed run at most the loss at the start, never left out."""
+        assert self.verdict is not None
+        return capped(self.verdict.final_val_loss, self.initial_loss)
+
+    @property
+    def initial_loss(self) -> float:
+        """Validation loss before the first update; H₁ where that was not finite."""
+        assert self.verdict is not None
+        initial = self.verdict.initial_loss
+        return self.unigram_entropy if initial is None else initial
+
+
+def read_outcome(cell: Cell, directory: Path, lost: Lost | None = None) -> Outcome:
+    """The outcome of a cell, from its run directory.
+
+    Raises:
+        InputError: a file in it is damaged.
+    """
+    run = RunDirectory(cell_directory(directory, cell))
+    result = run.read_result()
+    if result is None or result.status == "interrupted":
+        return Outcome(cell, run.path, None, lost)
+    try:
+        environment = json.loads(run.environment.read_text("utf-8"))
+        entropy = float(environment["unigram_entropy"])
+    except (OSError, ValueError, TypeError, KeyError):
+        raise InputError(f"{run.environment}: is damaged") from None
+    records = metrics.read(run.metrics)
+    failure = result.failure
+    place = failure.place if failure is not None else None
+    found = verdict(
+        records,
+        unigram_entropy=entropy,
+        diverged_at=result.step if result.status == "diverged" else None,
+        diverged_layer=place.layer if place is not None else None,
+        reason=result.reason if result.status == "diverged" else "",
+        clip=cell.config.optimizer.clip,
+    )
+    return Outcome(
+        cell,
+        run.path,
+        found,
+        seconds=result.seconds,
+        unigram_entropy=entropy,
+        environment=environment,
+        batches={r["step"]: r["batches"] for r in records if "batches" in r},
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Whether the arms were matched
+
+
+@dataclass(frozen=True)
+class Match:
+    """What cells of one seed and place had in common, counted over all pairs with the first arm's.
+
+    Attributes:
+        cells: cells that were held against another.
+        same_batches: those that saw the same inputs, as far as both went.
+        parameters: parameters that both have, by name and shape.
+        equal: those that started with the same numbers.
+        rescaled: those that started from the same draw at another scale.
+        exceptions: what did not match, in words.
+    """
+
+    cells: int
+    same_batches: int
+    parameters: int
+    equal: int
+    rescaled: int
+    exceptions: tuple[str, ...]
+
+
+def match(outcomes: Sequence[Outcome]) -> Match:
+    """Hold every cell against the first one of its seed and place."""
+    first: dict[str, Outcome] = {}
+    cells = same = parameters = equal = rescaled = 0
+    exceptions = []
+    for outcome in outcomes:
+        if outcome.verdict is None:
+            continue
+        key = repr((outcome.seed, outcome.cell.place))
+        other = first.setdefault(key, outcome)
+        if other is outcome:
+            continue
+        cells += 1
+        names = f"{outcome.cell.id} and {other.cell.id}"
+        mine, theirs = outcome.batches or {}, other.batches or {}
+        step = max(mine.keys() & theirs.keys(), default=0)
+        if step and mine[step] == theirs[step]:
+            same += 1
+        else:
+            exceptions.append(f"{names} saw other batches")
+        ours, others = _weights(outcome), _weights(other)
+        for name in ours.keys() & others.keys():
+            a, b = ours[name], others[name]
+            if a["shape"] != b["shape"]:
+                continue
+            parameters += 1
+            equal += a["sha256"] == b["sha256"]
+            rescaled += a["sha256"] != b["sha256"] and a["signs"] == b["signs"]
+            if a["signs"] != b["signs"]:
+                exceptions.append(f"{names} start with other numbers in {name}")
+    return Match(cells, same, parameters, equal, rescaled, tuple(exceptions))
+
+
+def _weights(outcome: Outcome) -> dict[str, Any]:
+    return (outcome.environment or {}).get("initial_weights", {})
+
+
+# ---------------------------------------------------------------------------------------------
+# cells.csv
+
+
+def csv_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """One row a cell: its id, arm, factors and seed, and what became of it."""
+    rows = []
+    for outcome in outcomes:
+        found, cell = outcome.verdict, outcome.cell
+        row: dict[str, Any] = {"id": cell.id, **cell.factors, "seed": outcome.seed}
+        row |= {"arm": cell.arm, "status": outcome.status}
+        if found is None:
+            rows.append(row | {"reason": outcome.lost.reason if outcome.lost else "not run"})
+            continue
+        rows.append(
+            row
+            | {
+                "diverged_at": found.step if found.status == "diverged" else None,
+                "final_val_loss": found.final_val_loss,
+                "best_val_loss": found.best_val_loss,
+                "spikes": found.loss_spikes,
+                "max_grad_norm": found.max_grad_norm,
+                "seconds": round(outcome.seconds, 2),
+                "failed": found.failed,
+                "seen_at": found.step,
+                "layer": found.layer,
+                "initial_val_loss": found.initial_loss,
+                "capped_loss": outcome.loss,
+                "final_train_loss": found.final_train_loss,
+                "spike_score": found.loss_spike_score,
+                "grad_norm_spikes": found.grad_spikes,
+                "grad_norm_spike_score": found.grad_spike_score,
+                "clipped": found.clipped,
+                "steps": found.steps,
+                "reason": found.reason,
+            }
+        )
+    return rows

@@ -1,0 +1,195 @@
+"""Networks at their start, measured without training: what theory says of each placement.
+
+Gradient norms by layer and depth (Xiong et al. 2020), residual dependency and amplification (Liu et
+al. 2020), and the residual stream, from a few forward and backward passes on the CPU. Dropout is
+off, and batch norm uses the statistics of the batch at hand, as in its first update: its running
+averages have seen nothing yet.
+
+The theory of the gradients is of one token. Mean gradients over many tokens of real text are
+another quantity, with other slopes; for the theory's own picture, give batches of one token.
+
+Not here: measures of a training run (gpt/diagnostics/layers.py, whose `Look` is used here).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpt.compare.statistics import loglog_slope
+from gpt.config import ModelConfig
+from gpt.diagnostics.layers import Look
+from gpt.init import Stacked, initialize
+from gpt.model import GPT
+from gpt.placement import PLACEMENTS
+from gpt.rng import generator
+
+Batch = tuple[Tensor, Tensor]  # inputs and targets, both (B, T) integers
+
+DEPTHS = (2, 4, 6, 12, 24)  # numbers of blocks, L
+SHARE = 0.01  # of a matrix's standard deviation: that of its random change
+ADAM_RATE = 1e-5  # of the one update: small, so that outputs move in proportion at any depth
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One model at its start; means over seeds. Tuples hold a value for each block, first to last.
+
+    Attributes:
+        layers: L.
+        initial_loss: nats per token.
+        gradient_norms: Frobenius norm of d mean loss / d W2, the feed-forward's last matrix, with
+            gradients averaged over the batches before the norm is taken.
+        betas: residual dependency Var[f] / Var[x + f] of attention and of the feed-forward, x as
+            the placement weights it; None where a placement adds in another way than by its `add`.
+        stream_rms: RMS of the residual stream after the block.
+        amplification: E|out(W) - out(W + δ)|² per channel over δ's relative variance, SHARE². `out`
+            is the stream after the final norm; δ is normal, its standard deviation SHARE times that
+            of the matrix, for each of a block's matrices (q, k and v are three).
+        adam_amplification: E|out(W) - out(W')|² per channel, W' after Adam's first update of the
+            blocks' matrices on the batches, at ADAM_RATE.
+    """
+
+    layers: int
+    initial_loss: float
+    gradient_norms: tuple[float, ...]
+    betas: tuple[tuple[float, float], ...] | None
+    stream_rms: tuple[float, ...]
+    amplification: float
+    adam_amplification: float
+
+    @property
+    def last_gradient(self) -> float:
+        """The gradient norm of the last block."""
+        return self.gradient_norms[-1]
+
+
+def probe(
+    config: ModelConfig, vocab_size: int, batches: Sequence[Batch], seeds: Sequence[int]
+) -> Probe:
+    """Measure a model at its start; the same numbers each time.
+
+    Args:
+        vocab_size: V, from the tokenizer.
+        batches: at least one; all of one T. Gradients are averaged over them with equal weights,
+            activations are measured on all at once, and the first sets what one batch decides
+            (Admin's ω).
+        seeds: of initial weights; at least one.
+
+    Raises:
+        InputError: the placement does not go with the rest (see `gpt.placement.check`).
+    """
+    starts = [_measure(config, vocab_size, batches, seed) for seed in seeds]
+
+    def mean(key: str) -> Any:
+        return torch.tensor([start[key] for start in starts], dtype=torch.float64).mean(0).tolist()
+
+    return Probe(
+        layers=config.layers,
+        initial_loss=mean("initial_loss"),
+        gradient_norms=tuple(mean("gradient_norms")),
+        betas=tuple(map(tuple, mean("betas"))) if "betas" in starts[0] else None,
+        stream_rms=tuple(mean("stream_rms")),
+        amplification=mean("amplification"),
+        adam_amplification=mean("adam_amplification"),
+    )
+
+
+def probe_depths(
+    config: ModelConfig,
+    vocab_size: int,
+    batches: Sequence[Batch],
+    seeds: Sequence[int],
+    depths: Sequence[int] = DEPTHS,
+) -> list[Probe]:
+    """`probe` with `layers` at each of `depths` that the placement can have.
+
+    Raises:
+        InputError: as `probe`.
+    """
+    least = PLACEMENTS[config.norm.placement].least_layers
+    return [
+        probe(config.model_copy(update={"layers": layers}), vocab_size, batches, seeds)
+        for layers in depths
+        if layers >= least
+    ]
+
+
+def gradient_slope(probes: Sequence[Probe]) -> float:
+    """Slope of log g_L against log L, by least squares; g_L is the gradient norm of block L.
+
+    Theory, with one token: 0 for post-norm, about -0.45 for pre-norm (Xiong et al. 2020). NaN where
+    the gradient is 0: in ReZero.
+    """
+    return loglog_slope([p.layers for p in probes], [p.last_gradient for p in probes])
+
+
+def amplification_slope(probes: Sequence[Probe]) -> float:
+    """Slope of log amplification against log 2L, the number of sublayers, by least squares.
+
+    Theory: 1 for post-norm, less for pre-norm and Admin (Liu et al. 2020). NaN for ReZero.
+    """
+    return loglog_slope([2 * p.layers for p in probes], [p.amplification for p in probes])
+
+
+def _measure(
+    config: ModelConfig, vocab_size: int, batches: Sequence[Batch], seed: int
+) -> dict[str, Any]:
+    """What `Probe` holds, by name, for one seed."""
+    tokens = torch.cat([inputs for inputs, _ in batches])
+    model = _start(config, vocab_size, batches[0][0], seed)
+    losses = torch.stack([model.loss(inputs, targets) for inputs, targets in batches])
+    losses.mean().backward()
+    look = Look(model, {})
+    look.forward(tokens)
+    blocks = look.read(step=0)[1:-1]
+    measures = {
+        "initial_loss": losses.mean().item(),
+        "gradient_norms": [block["w2_grad_norm"] for block in blocks],
+        "stream_rms": [block["stream_rms"] for block in blocks],
+    }
+    if all("mlp_beta" in block for block in blocks):
+        measures["betas"] = [(block["attention_beta"], block["mlp_beta"]) for block in blocks]
+
+    with torch.no_grad():
+        before = model.hidden(tokens)
+        change = _disturbed(model, seed).hidden(tokens) - before
+        measures["amplification"] = change.square().mean().item() / SHARE**2
+        torch.optim.Adam([linear.weight for _, linear in _linears(model)], ADAM_RATE).step()
+        measures["adam_amplification"] = (model.hidden(tokens) - before).square().mean().item()
+    return measures
+
+
+def _start(config: ModelConfig, vocab_size: int, inputs: Tensor, seed: int) -> GPT:
+    """A model before its first update, in evaluation mode."""
+    with torch.random.fork_rng([]):  # torch draws weights of its own, which are then replaced
+        model = GPT(config, vocab_size).eval()
+    initialize(model, config, seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):  # without averages it uses the batch, in any mode
+            module.running_mean = module.running_var = None
+    model.calibrate(inputs)
+    return model
+
+
+def _linears(model: GPT) -> list[tuple[str, nn.Linear]]:
+    """The blocks' linear layers, by name."""
+    named = model.blocks.named_modules()
+    return [(name, module) for name, module in named if isinstance(module, nn.Linear)]
+
+
+@torch.no_grad()
+def _disturbed(model: GPT, seed: int) -> GPT:
+    """A copy with SHARE of their own standard deviation in noise on the blocks' matrices."""
+    model = copy.deepcopy(model)
+    for name, linear in _linears(model):
+        parts = len(linear.parts) if isinstance(linear, Stacked) else 1
+        noise = torch.randn(linear.weight.shape, generator=generator(seed, "probe", name))
+        for matrix, change in zip(linear.weight.chunk(parts), noise.chunk(parts), strict=True):
+            matrix += SHARE * matrix.std() * change
+    return model

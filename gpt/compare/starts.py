@@ -1,0 +1,83 @@
+"""The arms' networks at their start, at several depths: probes.json, and reading it back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter
+
+from gpt.compare.grid import Cell
+from gpt.compare.probes import Batch, Probe, probe_depths
+from gpt.data import preparation
+from gpt.data.prepared import Dataset
+from gpt.data.sequences import TrainingSequences
+from gpt.errors import InputError
+
+SEEDS = (0, 1)
+BATCHES, SEQUENCES = 2, 8  # of the training text
+TOKEN_SEEDS = tuple(range(16))  # with one token each: the theory's setting
+
+
+@dataclass(frozen=True)
+class Start:
+    """One network of the comparison before training.
+
+    Attributes:
+        arms: the arms that start from it; they differ in what is no matter of the model.
+        regime: of its initial weights.
+        text: probes on batches of the training text, by depth.
+        token: the same on single tokens, one a seed.
+    """
+
+    arms: tuple[str, ...]
+    regime: str
+    text: tuple[Probe, ...]
+    token: tuple[Probe, ...]
+
+
+def measure_starts(cells: Sequence[Cell]) -> list[Start]:
+    """Probe every network of the comparison, at the depths of `probes.DEPTHS`."""
+    models: dict[str, list[Cell]] = {}
+    for cell in cells:
+        alike = cell.config.model.model_copy(update={"layers": 0})
+        models.setdefault(repr((alike, cell.config.data)), []).append(cell)
+    starts = []
+    for alike_cells in models.values():
+        config = alike_cells[0].config
+        dataset = preparation.prepare(config.data)
+        vocabulary = dataset.encoding.n_vocab
+        text = _batches(dataset, config.model.context, SEQUENCES, BATCHES)
+        token = _batches(dataset, 1, 1, 1)
+        starts.append(
+            Start(
+                arms=tuple(dict.fromkeys(cell.arm for cell in alike_cells)),
+                regime=config.model.init.regime,
+                text=tuple(probe_depths(config.model, vocabulary, text, SEEDS)),
+                token=tuple(probe_depths(config.model, vocabulary, token, TOKEN_SEEDS)),
+            )
+        )
+    return starts
+
+
+def _batches(dataset: Dataset, context: int, size: int, count: int) -> list[Batch]:
+    sequences = TrainingSequences(dataset.train, context, seed=0, weights=dataset.weights)
+    arrays = (sequences.batch(step, size) for step in range(1, count + 1))
+    return [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in arrays]
+
+
+def read_starts(directory: Path) -> list[Start]:
+    """What probes.json says; nothing if it is not there.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    path = directory / "probes.json"
+    if not path.is_file():
+        return []
+    try:
+        return TypeAdapter(list[Start]).validate_json(path.read_text("utf-8"))
+    except ValueError:
+        raise InputError(f"{path}: is damaged; delete it to measure again") from None

@@ -1,0 +1,302 @@
+"""What became of a run, from its records: trained, spiked, regressed, plateaued or diverged.
+
+The final loss alone cannot tell a run that learnt no more than token counts from one that learnt
+and fell back, nor a smooth run from one that a spike nearly ended. So a run gets a status, the step
+where it was seen, and two spike scores. All of it comes from metrics.jsonl and one number of the
+data, the unigram entropy H1: the cross-entropy of the validation tokens under the training text's
+unigram distribution.
+
+A verdict is about one run. Whether arms differ is a matter of many runs, and of statistics.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeGuard, get_args
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from gpt.metrics import Record
+
+Status = Literal["trained", "spiked", "regressed", "plateaued", "diverged"]
+STATUSES: tuple[Status, ...] = get_args(Status)  # the gravest last
+FAILED = frozenset({"regressed", "plateaued", "diverged"})
+
+# Nats under H1 that show learning. A model that only counts tokens ends within a few hundredths of
+# H1, on either side; one that reads a single token back gains several tenths.
+MARGIN = 0.05
+# Nats above its lowest at which a run's loss may end: less than that is everyday wandering.
+REGRESSION = 0.2
+# With small batches noise alone does more. Five standard errors rather than two: the lowest of
+# hundreds of windows is a lucky one, near three of them under the rest even if nothing changes.
+STANDARD_ERRORS = 5
+# A spike stands so many standard deviations above the mean of so many values (OLMo 2, OLMo-core).
+SIGMAS = 6
+WINDOW = 128
+# Least sigma, as a share of the mean. float32 rounds to 1e-7 of a number, and next to a constant
+# window, whose sigma is 0, that would be a spike.
+SIGMA_FLOOR = 1e-6
+# Gradients under 10 epsilon: gpt.diagnostics.layers.EPS_ALARM, whose module needs torch.
+EPS_ALARM = 10
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a run. Losses in nats per token.
+
+    Attributes:
+        status: one of STATUSES.
+        failed: whether the status is in FAILED.
+        step: diverged: the failing step; plateaued: from here on, the mean training loss of the
+            last K updates was never again clearly under H1 - MARGIN (the first step: it never was;
+            the last: only the validation loss shows it); regressed: the last update of the lowest
+            window; spiked: the first spike; trained: None.
+        layer: diverged: where, if the caller knows; plateaued: the lowest block whose gradients
+            were under EPS_ALARM epsilon at the earliest look that saw one, None without such a
+            look; otherwise None.
+        reason: the finding in words.
+        initial_loss: validation loss before the first update; None if it is unknown or not finite.
+        final_val_loss: of the last evaluation; None of a diverged run, whose final loss is none.
+        best_val_loss: the lowest finite one; None if there is none.
+        final_train_loss: mean of the last K updates; None of a diverged run.
+        loss_spikes, grad_spikes: how many, in the training loss and in the gradient norm.
+        loss_spike_score, grad_spike_score: share of the scored steps that are spikes.
+        max_grad_norm: the largest finite one, before clipping; None if there is none.
+        clipped: share of the finite gradient norms above the clip; None where nothing is clipped.
+        steps: updates seen.
+    """
+
+    status: Status
+    failed: bool
+    step: int | None
+    layer: int | None
+    reason: str
+    initial_loss: float | None
+    final_val_loss: float | None
+    best_val_loss: float | None
+    final_train_loss: float | None
+    loss_spikes: int
+    grad_spikes: int
+    loss_spike_score: float
+    grad_spike_score: float
+    max_grad_norm: float | None
+    clipped: float | None
+    steps: int
+
+
+def spikes(values: Sequence[float | None]) -> list[int]:
+    """Indices of the spikes in a series.
+
+    A spike is a value more than SIGMAS standard deviations (of a population) above the mean of the
+    last W finite values before it, where W = min(WINDOW, max(50, a tenth of the series)). Nothing
+    is scored before W finite values have been seen. None, nan and inf are no spikes and in no
+    window: they are divergence.
+
+    A spike stays in the windows that follow it, as in OLMo-core's StabilityMonitorCallback. So it
+    hides smaller spikes for W values, and a burst counts as few; but a lasting rise is one spike,
+    or a few, and not a spike at every step ever after.
+    """
+    scored, is_spike = _scored(values)
+    return [int(index) for index in scored[is_spike]]
+
+
+def spike_score(values: Sequence[float | None]) -> float:
+    """Share of the scored values that are `spikes`; 0 if none could be scored."""
+    _, is_spike = _scored(values)
+    return float(is_spike.mean()) if len(is_spike) else 0.0
+
+
+def verdict(
+    records: Sequence[Record],
+    *,
+    unigram_entropy: float,
+    diverged_at: int | None = None,
+    diverged_layer: int | None = None,
+    reason: str = "",
+    clip: float | None = None,
+) -> Verdict:
+    """What became of the run that wrote `records`. The first rule that holds decides.
+
+    1. diverged: `diverged_at` is given, or a training or validation loss is not finite. A gradient
+       norm that is not finite is none by itself: the scaler of fp16 skips such updates.
+    2. plateaued: the final validation loss is not more than MARGIN under `unigram_entropy`.
+    3. regressed: the mean training loss of the last K updates is above the lowest such mean of K
+       updates before them by more than max(REGRESSION, STANDARD_ERRORS * e), where
+       e = sqrt(s1^2 + s2^2) / sqrt(K), s1 and s2 the standard deviations of the two windows. That
+       is Welch's standard error, with batches as independent draws. A trend within a window makes
+       it larger, and the rule more lenient.
+    4. spiked: there is a spike in the training loss.
+    5. trained.
+
+    K = max(10, 5% of the updates), but at most half of the updates, so that there are two windows.
+
+    Args:
+        records: of a run that has ended: a run that did not diverge was evaluated after its last
+            update.
+        unigram_entropy: H1, nats per token.
+        diverged_at: the step at which the run ended with something non-finite.
+        diverged_layer: where that was: 0 the embeddings, 1 ... L the blocks, L + 1 the head.
+        reason: of the divergence, in words.
+        clip: the largest gradient norm that was let through; None: no clipping.
+    """
+    updates = [record for record in records if "loss" in record]
+    steps = [int(record["step"]) for record in updates]
+    losses: list[float | None] = [record["loss"] for record in updates]
+    norms: list[float | None] = [record["grad_norm"] for record in updates]
+    val_losses = {r["step"]: r["val_loss"] for r in records if _is_finite(r.get("val_loss"))}
+    finite_norms = [norm for norm in norms if _is_finite(norm)]
+    loss_spikes = spikes(losses)
+
+    final_val_loss = final_train_loss = None
+    finding = _divergence(records, diverged_at, diverged_layer, reason)
+    if finding is None:
+        assert steps, "a finished run has updates"
+        assert steps[-1] in val_losses, "and is evaluated after the last"
+        final_val_loss = val_losses[steps[-1]]
+        windows = _windows(losses)
+        final_train_loss = float(windows[-1].mean())
+        below = f"{unigram_entropy - final_val_loss:.3f} under H1 = {unigram_entropy:.3f}"
+        finding = (
+            _plateau(final_val_loss, unigram_entropy, windows, steps, records)
+            or _regression(windows, steps)
+            or _spike(loss_spikes, steps)
+            or _Finding("trained", None, None, f"final loss {final_val_loss:.3f} is {below}")
+        )
+    clipped = None
+    if clip is not None and finite_norms:
+        clipped = sum(norm > clip for norm in finite_norms) / len(finite_norms)
+    return Verdict(
+        **finding._asdict(),
+        failed=finding.status in FAILED,
+        initial_loss=val_losses.get(0),
+        final_val_loss=final_val_loss,
+        best_val_loss=min(val_losses.values(), default=None),
+        final_train_loss=final_train_loss,
+        loss_spikes=len(loss_spikes),
+        grad_spikes=len(spikes(norms)),
+        loss_spike_score=spike_score(losses),
+        grad_spike_score=spike_score(norms),
+        max_grad_norm=max(finite_norms, default=None),
+        clipped=clipped,
+        steps=len(updates),
+    )
+
+
+class _Finding(NamedTuple):
+    status: Status
+    step: int | None
+    layer: int | None
+    reason: str
+
+
+def _divergence(
+    records: Sequence[Record], step: int | None, layer: int | None, reason: str
+) -> _Finding | None:
+    if step is not None:
+        return _Finding("diverged", step, layer, reason or f"not finite at step {step}")
+    for record in records:
+        for key, quantity in (("loss", "training loss"), ("val_loss", "validation loss")):
+            if key in record and not _is_finite(record[key]):
+                words = reason or f"{quantity} not finite at step {record['step']}"
+                return _Finding("diverged", record["step"], layer, words)
+    return None
+
+
+def _plateau(
+    final_val_loss: float,
+    unigram_entropy: float,
+    windows: NDArray[np.float64],
+    steps: list[int],
+    records: Sequence[Record],
+) -> _Finding | None:
+    bar = unigram_entropy - MARGIN
+    if final_val_loss < bar:
+        return None
+    # Clearly under: a run that never learnt hovers about the bar, and noise takes it under all the
+    # time, the more so as H1 is of the validation text, and the training text may be easier.
+    seen = steps[0]
+    for index in reversed(range(len(windows))):
+        window = windows[index]
+        mean = window.mean()
+        if mean < bar and mean + STANDARD_ERRORS * _standard_error(window) < bar:
+            seen = steps[min(index + windows.shape[1], len(steps) - 1)]
+            break
+    words = f"final loss {final_val_loss:.3f} is not {MARGIN} under H1 = {unigram_entropy:.3f}"
+    return _Finding("plateaued", seen, _starved_block(records), words)
+
+
+def _starved_block(records: Sequence[Record]) -> int | None:
+    """The lowest block of the first look that saw a block with gradients under EPS_ALARM epsilon.
+
+    The embeddings (layer 0) and the head (the last) are no blocks: see gpt.diagnostics.layers.
+    """
+    looks = [record for record in records if "layer" in record]
+    head = max((record["layer"] for record in looks), default=0)
+    starved = [
+        (record["step"], record["layer"])
+        for record in looks
+        if 0 < record["layer"] < head
+        and _is_finite(record.get("grad_over_eps"))
+        and record["grad_over_eps"] < EPS_ALARM
+    ]
+    return min(starved)[1] if starved else None
+
+
+def _regression(windows: NDArray[np.float64], steps: list[int]) -> _Finding | None:
+    count, length = windows.shape
+    if count <= length:  # a single update, and nothing before it
+        return None
+    means = windows.mean(axis=1)
+    lowest = int(means[: count - length].argmin())  # of those that share no update with the last
+    rise = means[-1] - means[lowest]
+    error = math.hypot(_standard_error(windows[lowest]), _standard_error(windows[-1]))
+    allowed = max(REGRESSION, STANDARD_ERRORS * error)
+    if rise <= allowed:
+        return None
+    words = (
+        f"training loss {means[-1]:.3f} is {rise:.3f} above its lowest {means[lowest]:.3f}, "
+        f"and {allowed:.3f} is allowed"
+    )
+    return _Finding("regressed", steps[lowest + length - 1], None, words)
+
+
+def _spike(loss_spikes: list[int], steps: list[int]) -> _Finding | None:
+    if not loss_spikes:
+        return None
+    first = steps[loss_spikes[0]]
+    return _Finding("spiked", first, None, f"{len(loss_spikes)} in the loss, first at step {first}")
+
+
+def _windows(losses: Sequence[float | None]) -> NDArray[np.float64]:
+    """All runs of K losses in a row, (updates - K + 1, K)."""
+    length = min(max(10, len(losses) // 20), len(losses) // 2)
+    return sliding_window_view(np.array(losses, dtype=np.float64), max(1, length))
+
+
+def _standard_error(window: NDArray[np.float64]) -> float:
+    """Of the window's mean; unknown, so infinite, for a single value."""
+    length = len(window)
+    return float(window.std(ddof=1)) / math.sqrt(length) if length > 1 else math.inf
+
+
+def _scored(values: Sequence[float | None]) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+    """Indices of the values that can be scored, and which of them are spikes."""
+    series = np.array(values, dtype=np.float64)  # None becomes nan
+    places = np.flatnonzero(np.isfinite(series))
+    finite = series[places]
+    length = min(WINDOW, max(50, len(series) // 10))
+    if len(finite) <= length:
+        return places[:0], np.zeros(0, dtype=np.bool_)
+    # Not from cumulative sums, which one huge value would spoil for all that follow it.
+    past = sliding_window_view(finite, length)[:-1]
+    mean = past.mean(axis=1)
+    sigma = np.maximum(past.std(axis=1), SIGMA_FLOOR * np.abs(mean))
+    return places[length:], finite[length:] > mean + SIGMAS * sigma
+
+
+def _is_finite(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)

@@ -1,0 +1,369 @@
+"""The statistics of the comparison, against textbooks, other implementations and hands."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import statsmodels.api as sm
+from scipy import optimize, stats
+from statsmodels.stats import contingency_tables, multitest
+from statsmodels.tools.sm_exceptions import ConvergenceWarning, PerfectSeparationWarning
+
+from gpt.compare.statistics import (
+    Interval,
+    Threshold,
+    bootstrap,
+    capped,
+    firth,
+    highest_stable_rate,
+    holm,
+    loglog_slope,
+    lr50,
+    lr_sensitivity,
+    mcnemar,
+    mean_interval,
+    paired_difference,
+    sign_flip_p,
+    wilson,
+)
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+# Twice the heights in Darwin's maize, crossed less selfed (Fisher 1935, The Design of Experiments).
+DARWIN = [49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48]
+
+
+@pytest.mark.parametrize(("n", "high"), [(3, 0.5615), (5, 0.4345), (10, 0.2775)])
+def test_no_failure_in_n_seeds_only_bounds_the_rate(n: int, high: float):
+    interval = wilson(0, n)
+    assert (interval.low, interval.high) == pytest.approx((0, high), abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("failures", "n", "low", "high"), [(81, 263, 0.2553, 0.3662), (1, 29, 0.0061, 0.1718)]
+)
+def test_wilsons_interval_is_that_of_newcombes_table(
+    failures: int, n: int, low: float, high: float
+):
+    """Newcombe 1998, Table I, method 3."""
+    interval = wilson(failures, n)
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_the_interval_of_a_mean_is_scipys_bca_interval():
+    # Integers, whose sums are exact, so that resamples tie with the estimate there as here.
+    skewed = [1.0, 2.0, 2.0, 3.0, 5.0, 19.0]
+    expected = stats.bootstrap((skewed,), np.mean, method="BCa", rng=0).confidence_interval
+    assert mean_interval(skewed) == Interval(*expected)
+    percentile = stats.bootstrap((skewed,), np.mean, method="percentile", rng=0)
+    assert expected.high > percentile.confidence_interval.high + 0.5
+
+
+def test_the_interval_of_any_statistic_is_scipys_bca_interval():
+    x = np.array([1.0, 2.0, 2.0, 3.0, 5.0, 19.0])
+    expected = stats.bootstrap((x,), np.std, method="BCa", rng=0).confidence_interval
+    interval = bootstrap(6, lambda seeds: x[seeds].std())
+    assert (interval.low, interval.high) == pytest.approx(tuple(expected), rel=1e-3)
+
+
+def test_an_interval_is_drawn_again_the_same():
+    values = np.random.default_rng(0).normal(size=8).tolist()
+    assert mean_interval(values) == mean_interval(values)
+
+
+@pytest.mark.parametrize("values", [[], [1.0]])
+def test_fewer_than_two_seeds_have_no_interval(values: list[float]):
+    assert mean_interval(values) is None
+
+
+def test_the_interval_of_two_seeds_is_their_range():
+    """Resamples give 1, 2, 3 with probabilities 1/4, 1/2, 1/4."""
+    assert mean_interval([3.0, 1.0]) == Interval(1.0, 3.0)
+
+
+def test_the_interval_of_equal_values_is_the_value():
+    assert mean_interval([2.5] * 5) == Interval(2.5, 2.5)
+
+
+def test_equal_jackknife_values_leave_the_percentile_interval():
+    """Most copies of one seed among five: at most 1, 3, 4 with chances 0.0384, 0.966, 0.998."""
+    assert bootstrap(5, lambda seeds: np.bincount(seeds).max()) == Interval(1, 4)
+
+
+def test_an_estimate_beyond_all_resamples_leaves_the_percentile_interval():
+    """Distinct seeds of 18: at most 8, 9, 13, 14 with chances 0.009, 0.057, 0.932, 0.989."""
+    interval = bootstrap(18, lambda seeds: len(set(seeds.tolist())) + seeds.mean() / 1000)
+    assert (interval.low, interval.high) == pytest.approx((9, 14), abs=0.02)
+
+
+def test_few_seeds_need_few_calls_of_the_statistic():
+    """Three have 10 resamples and 3 jackknife samples."""
+    calls: list[list[int]] = []
+
+    def statistic(seeds: np.ndarray) -> float:
+        calls.append(seeds.tolist())
+        return float(seeds.mean())
+
+    bootstrap(3, statistic)
+    assert len({tuple(call) for call in calls}) == 10 + 3
+    assert len(calls) < 20
+    assert all(call == sorted(call) for call in calls)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_sign_flip_p_of_darwins_maize_is_fishers(sign: int):
+    """1726 of the 2^15 sums are as far from 0 as 314."""
+    assert sign_flip_p([sign * difference for difference in DARWIN]) == 1726 / 2**15
+
+
+def test_sign_flips_are_scipys_permutation_test_where_sums_tie_but_for_rounding():
+    values = [0.1, 0.2, 0.3, -0.6, 0.7]
+    exact = stats.permutation_test(
+        ([1, 2, 3, -6, 7], [-1, -2, -3, 6, -7]),
+        lambda x, y: np.sum(x) - np.sum(y),
+        permutation_type="samples",
+        n_resamples=np.inf,
+    )
+    assert sign_flip_p(values) == exact.pvalue
+
+
+def test_three_seeds_cannot_give_a_p_under_a_quarter():
+    assert sign_flip_p([5.0, 6.0, 7.0]) == 0.25
+
+
+def test_no_difference_at_all_has_a_p_of_1():
+    assert sign_flip_p([0.0, 0.0, 0.0]) == 1
+
+
+def test_more_than_20_differences_are_refused():
+    with pytest.raises(AssertionError):
+        sign_flip_p([1.0] * 21)
+
+
+def test_a_paired_difference_is_of_the_first_less_the_second():
+    difference = paired_difference([5.0, 3.0, 9.0, 4.0], [4.0, 1.0, 1.0, 5.0])  # 1, 2, 8, -1
+    assert (difference.mean, difference.median, difference.n) == (2.5, 1.5, 4)
+    assert difference.interval == mean_interval([1.0, 2.0, 8.0, -1.0])
+    # Sums as far from 0 as 10: itself, 12 (-1 flipped), 10 (1 and -1 flipped), and their opposites.
+    assert difference.p == 6 / 16
+    assert difference.least_p == 2 / 16
+
+
+def test_one_pair_has_a_difference_and_nothing_else():
+    difference = paired_difference([2.0], [0.5])
+    assert (difference.mean, difference.interval) == (1.5, None)
+    assert difference.p == difference.least_p == 1
+
+
+def outcomes(both: int, only_a: int, only_b: int, neither: int) -> tuple[list[bool], list[bool]]:
+    pairs = [(True, True)] * both + [(True, False)] * only_a
+    pairs += [(False, True)] * only_b + [(False, False)] * neither
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def test_mcnemars_exact_p_is_that_of_the_textbook():
+    """Fagerland, Lydersen and Laake 2013: airway hyper-responsiveness, 1 against 7 of 21 pairs."""
+    result = mcnemar(*outcomes(1, 1, 7, 12))
+    assert (result.both, result.only_a, result.only_b, result.neither) == (1, 1, 7, 12)
+    assert result.p == pytest.approx(2 * (1 + 8) / 2**8)
+
+
+@pytest.mark.parametrize("counts", [(0, 5, 0, 0), (2, 6, 1, 3), (4, 3, 3, 0), (1, 0, 9, 2)])
+def test_mcnemars_exact_p_is_that_of_statsmodels(counts: tuple[int, int, int, int]):
+    both, only_a, only_b, neither = counts
+    table = [[both, only_a], [only_b, neither]]
+    expected = contingency_tables.mcnemar(table, exact=True).pvalue
+    assert mcnemar(*outcomes(*counts)).p == pytest.approx(expected)
+
+
+def test_without_discordant_pairs_mcnemars_p_is_1():
+    assert mcnemar(*outcomes(2, 0, 0, 3)).p == 1
+
+
+@pytest.mark.parametrize(("n", "least"), [(0, 1.0), (1, 1.0), (3, 0.25), (5, 0.0625)])
+def test_the_least_p_of_n_pairs_is_reached_when_all_are_discordant(n: int, least: float):
+    result = mcnemar(*outcomes(0, n, 0, 0))
+    assert result.least_p == least
+    assert result.p == pytest.approx(least)
+
+
+def test_holms_adjustment_is_the_textbooks():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+@pytest.mark.parametrize("ps", [[], [0.3], [0.5, 0.6, 0.5, 0.04], [0.011, 0.02, 0.011, 0.9, 0.012]])
+def test_holms_adjustment_is_that_of_statsmodels(ps: list[float]):
+    expected = multitest.multipletests(ps, method="holm")[1].tolist() if ps else []
+    assert holm(ps) == pytest.approx(expected)
+
+
+def test_firths_estimate_of_separated_data_is_finite_where_the_plain_one_is_not():
+    x, y = [-7.0, -6.0, -4.0, -3.0], [0, 0, 1, 1]
+    intercept, slope = firth(x, y)
+    assert -intercept / slope == pytest.approx(-5, abs=1e-9)  # half-way, by symmetry
+    assert 0.5 < slope < 2
+    with pytest.warns((PerfectSeparationWarning, ConvergenceWarning)):
+        plain = sm.Logit(y, sm.add_constant(x)).fit(disp=False)
+    assert plain.params[1] > 10
+
+
+def maximized(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The penalised likelihood's maximum, by a general method."""
+    X = np.column_stack([np.ones_like(x), x])
+
+    def loss(beta: np.ndarray) -> float:
+        p = 1 / (1 + np.exp(-X @ beta))
+        information = sum(q * (1 - q) * np.outer(row, row) for q, row in zip(p, X, strict=True))
+        likelihood = np.where(y, np.log(p), np.log(1 - p)).sum()
+        return -likelihood - 0.5 * np.log(np.linalg.det(information))
+
+    options = {"xatol": 1e-8, "fatol": 1e-12, "maxiter": 2000}
+    return optimize.minimize(loss, np.zeros(2), method="Nelder-Mead", options=options).x
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_firths_estimate_maximizes_the_penalised_likelihood(seed: int):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(1, 2, size=15)
+    y = rng.random(15) < 1 / (1 + np.exp(1 - x))
+    assert 0 < y.sum() < 15
+    assert firth(x.tolist(), y.tolist()) == pytest.approx(maximized(x, y), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("failures_0", "n_0", "failures_1", "n_1"), [(2, 9, 5, 7), (0, 4, 6, 6), (1, 1, 0, 1)]
+)
+def test_firths_estimate_of_a_saturated_table_adds_a_half_to_each_cell(
+    failures_0: int, n_0: int, failures_1: int, n_1: int
+):
+    x = [0.0] * n_0 + [1.0] * n_1
+    y = [i < failures_0 for i in range(n_0)] + [i < failures_1 for i in range(n_1)]
+    logit_0 = math.log((failures_0 + 0.5) / (n_0 - failures_0 + 0.5))
+    logit_1 = math.log((failures_1 + 0.5) / (n_1 - failures_1 + 0.5))
+    assert firth(x, y) == pytest.approx((logit_0, logit_1 - logit_0), abs=1e-6)
+
+
+def test_firths_estimate_does_not_depend_on_the_unit_of_x():
+    x, y = [1.0, 2.0, 3.0, 4.0, 6.0], [0, 1, 0, 1, 1]
+    intercept, slope = firth(x, y)
+    moved = firth([1e6 + 1e-3 * z for z in x], y)
+    assert moved[1] == pytest.approx(1e3 * slope, rel=1e-6)
+    assert moved[0] + 1e6 * moved[1] == pytest.approx(intercept, abs=1e-4)
+
+
+RATES = [1e-4, 1e-3, 1e-2, 1e-1]
+
+
+def grid(*failures: int, seeds: int = 4) -> tuple[list[float], list[bool]]:
+    """So many of the seeds failed at each of `RATES`."""
+    runs = [(r, i < n) for i in range(seeds) for r, n in zip(RATES, failures, strict=True)]
+    return [r for r, _ in runs], [fails for _, fails in runs]
+
+
+def test_lr50_of_a_symmetric_grid_is_its_geometric_middle():
+    threshold = lr50(*grid(0, 0, 4, 4))
+    assert threshold.rate == pytest.approx(10**-2.5)
+    assert (threshold.bound, threshold.low, threshold.high) == ("", 1e-3, 1e-2)
+
+
+def test_lr50_is_interpolated_in_log_rate_between_two_rates():
+    """1 of 10 and 7 of 10 fail: the logits are log(1.5 / 9.5) and log(7.5 / 3.5)."""
+    rates = [1e-3] * 10 + [1e-1] * 10
+    failed = [i < 1 for i in range(10)] + [i < 7 for i in range(10)]
+    lower, upper = math.log(1.5 / 9.5), math.log(7.5 / 3.5)
+    threshold = lr50(rates, failed)
+    assert threshold.rate == pytest.approx(1e-3 * 100 ** (-lower / (upper - lower)), rel=1e-6)
+    assert threshold.bound == ""
+
+
+def test_lr50_does_not_depend_on_the_order_of_the_runs():
+    rates, failed = grid(0, 1, 3, 4)
+    shuffled = np.random.default_rng(0).permutation(16)
+    other = lr50([rates[i] for i in shuffled], [failed[i] for i in shuffled])
+    assert other.rate == pytest.approx(lr50(rates, failed).rate)
+    assert other.low == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("failures", "expected"),
+    [
+        ((0, 0, 0, 0), Threshold(1e-1, "above", 1e-1, None)),
+        ((4, 4, 4, 4), Threshold(1e-4, "below", None, 1e-4)),
+        ((0, 0, 0, 1), Threshold(1e-1, "above", 1e-1, None)),
+        ((3, 4, 4, 4), Threshold(1e-4, "below", None, 1e-4)),
+        ((4, 4, 0, 0), Threshold(math.sqrt(1e-5), "unclear", None, None)),
+        ((1, 1, 1, 1), Threshold(math.sqrt(1e-5), "unclear", 1e-1, None)),
+    ],
+)
+def test_lr50_beyond_the_rates_tried_is_marked(failures: tuple[int, ...], expected: Threshold):
+    assert lr50(*grid(*failures)) == expected
+
+
+def test_lr50_of_one_rate_is_unclear_unless_all_agree():
+    assert lr50([1e-3] * 3, [True, False, True]) == Threshold(1e-3, "unclear", None, 1e-3)
+    assert lr50([1e-3] * 3, [False] * 3).bound == "above"
+
+
+def test_the_bracket_of_lr50_stops_at_the_first_and_last_turn():
+    """Most fail at the second rate but not at the third."""
+    threshold = lr50(*grid(0, 3, 1, 4))
+    assert (threshold.low, threshold.high) == (1e-4, 1e-1)
+
+
+def test_half_of_the_runs_failed_is_still_the_lower_side():
+    threshold = lr50(*grid(0, 2, 3, 4))
+    assert (threshold.low, threshold.high) == (1e-3, 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("failures", "rate"),
+    [((0, 0, 0, 0), 1e-1), ((0, 0, 1, 4), 1e-3), ((0, 1, 0, 0), 1e-4), ((1, 0, 0, 0), None)],
+)
+def test_the_highest_stable_rate_has_no_failure_at_or_below_it(
+    failures: tuple[int, ...], rate: float | None
+):
+    assert highest_stable_rate(*grid(*failures)) == rate
+
+
+@pytest.mark.parametrize("loss", [None, math.nan, math.inf, -math.inf, 5.0])
+def test_a_failure_counts_as_the_initial_loss(loss: float | None):
+    assert capped(loss, 4.0) == 4
+
+
+def test_a_loss_under_the_initial_one_is_kept():
+    assert capped(3.0, 4.0) == 3
+
+
+def test_the_sensitivity_is_the_mean_excess_over_the_best_rate():
+    """Losses 3, 2, 4, 4 after capping at 4: excesses 1, 0, 2, 2."""
+    sensitivity = lr_sensitivity(RATES, [3.0, 2.0, 9.0, None], 4.0)
+    assert (sensitivity.value, sensitivity.best_rate) == (1.25, 1e-3)
+    assert not sensitivity.at_edge
+
+
+@pytest.mark.parametrize("losses", [[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]])
+def test_a_best_rate_at_either_edge_of_the_grid_is_marked(losses: list[float]):
+    assert lr_sensitivity(RATES, losses, 4.0).at_edge
+
+
+def test_the_edges_of_a_grid_are_its_extremes_in_any_order():
+    sensitivity = lr_sensitivity([1e-2, 1e-4, 1e-3], [2.0, 3.0, 3.0], 4.0)
+    assert sensitivity.at_edge
+    assert not lr_sensitivity([1e-3, 1e-4, 1e-2], [2.0, 3.0, 3.0], 4.0).at_edge
+
+
+def test_a_seed_that_learns_nowhere_has_sensitivity_0():
+    sensitivity = lr_sensitivity(RATES, [None, 5.0, math.nan, 6.0], 4.0)
+    assert (sensitivity.value, sensitivity.best_rate) == (0, 1e-4)
+
+
+def test_the_slope_of_a_power_law_is_its_exponent():
+    depths = [2.0, 4.0, 6.0, 12.0, 24.0]
+    assert loglog_slope(depths, [3 * n**-0.45 for n in depths]) == pytest.approx(-0.45)
+
+
+def test_the_loglog_slope_is_by_least_squares_of_log_y():
+    """The logs (0, 0), (1, 1), (2, 1) have slope 1/2; regressed the other way it would be 2/3."""
+    assert loglog_slope([1, math.e, math.e**2], [1, math.e, math.e]) == pytest.approx(0.5)
