@@ -3,8 +3,8 @@
 A figure's artists carry ids that mean something: `arm-3` belongs to the fourth arm, `cell-ID` to a
 cell. report.py turns them into what can be hovered over, followed, and switched off.
 
-Colours are Okabe and Ito's, told apart by the colour-blind; a colour stands for a level of the first
-factor, a line's dashes and a point's shape for a level of the others.
+Colours are Okabe and Ito's, told apart by the colour-blind; a colour stands for a level of the
+first factor, a line's dashes and a point's shape for a level of the others.
 """
 
 from __future__ import annotations
@@ -183,8 +183,8 @@ def beside(material: Material, other: Material, names: tuple[str, str]) -> Pictu
     return Picture(
         "beside",
         f"{names[0]} and {names[1]}",
-        "Final loss against learning rate in two comparisons, on one scale of losses. Arms of one colour and "
-        "dash have one place in their lists; the legend is the first one's.",
+        "Final loss against learning rate in two comparisons, on one scale of losses. Arms of one "
+        "colour and dash have one place in their lists; the legend is the first one's.",
         f"{names[0]}: {_losses_in_words(material)}. {names[1]}: {_losses_in_words(other)}",
         figure,
     )
@@ -287,8 +287,8 @@ def failures(material: Material) -> Picture:
     return Picture(
         "failures",
         "Which runs failed",
-        "Failed seeds of all seeds: a loss that is no longer finite, that ends no more than 0.05 nats under H₁, "
-        "or that ends well above its own minimum.",
+        "Failed seeds of all seeds. Failed is a loss that is no longer finite, that ends no more "
+        "than 0.05 nats under H₁, or that ends well above its own minimum.",
         "; ".join(
             f"{a.arm}{f' ({a.place})' if a.place else ''}: {a.failures} of {a.runs} runs failed"
             for a in material.summary.arms
@@ -360,9 +360,10 @@ def thresholds(material: Material) -> Picture:
     return Picture(
         "thresholds",
         "The rate at which half of the runs fail, and the highest stable rate",
-        "Points: the rate at which a logistic fit (Firth's) of failure on log rate passes one half; a triangle "
-        "is a bound, where none or all of the runs failed. Lines: 95% intervals over seeds and within the "
-        "grid's spacing. Bars across: the highest rate up to which no seed failed.",
+        "Points: the rate at which a logistic fit (Firth's) of failure on log rate passes 1/2; "
+        "a triangle is a bound, where none or all of the runs failed. Lines: 95% intervals over "
+        "seeds and within the grid's spacing. Bars across: the highest rate up to which no seed "
+        "failed.",
         "; ".join(f"{_arm_and_place(a)}: {threshold_text(a)}" for a in arms),
         figure,
     )
@@ -414,8 +415,9 @@ def sensitivity(material: Material) -> Picture | None:
     return Picture(
         "sensitivity",
         "Learning-rate sensitivity",
-        "Mean over the rates tried of the loss, at most that at the start, above the arm's best (Wortsman et "
-        f"al. 2023), with 95% intervals over seeds. Rates: {grid}; on another grid the value is another.{own}{edges}",
+        "Mean over the rates tried of the loss, at most that at the start, above the arm's best "
+        f"(Wortsman et al. 2023), with 95% intervals over seeds. Rates: {grid}; on another grid "
+        f"the value is another.{own}{edges}",
         "; ".join(f"{_arm_and_place(a)}: {a.lr_sensitivity:.2f} nats" for a in arms),
         figure,
     )
@@ -435,9 +437,9 @@ def gradient_by_depth(material: Material) -> Picture | None:
         "gradient-by-depth",
         "Gradient of the last block at the start, by depth",
         "gradient norm of the last block's W₂",
-        "One token at a time, mean over initial weights: the setting of Xiong et al. 2020, where post-norm is "
-        "flat and pre-norm falls with a slope of about -0.45 under `xavier` weights. In the `gpt2` regime at small widths "
-        "both are near 0.",
+        "For one token, a mean over initial weights, as in the theory of Xiong et al. 2020: under "
+        "xavier weights flat in post-norm, and in pre-norm falling with a slope near -0.45. In the "
+        "gpt2 regime at small widths both are near 0.",
     )
 
 
@@ -445,14 +447,15 @@ def amplification(material: Material) -> Picture | None:
     """Change of the output by a change of the weights, against 2L."""
     return _by_depth(
         material,
-        [start.text for start in material.starts],
+        [start.token for start in material.starts],
         lambda probe: probe.amplification,
         amplification_slope,
         "amplification",
         "How much a change of the weights is amplified, by depth",
         "E|Δout|² per channel / δ²",
-        "Every matrix is moved by 1% of its spread. Theory (Liu et al. 2020): as the number of sublayers in "
-        "post-norm (slope 1), as its logarithm in pre-norm.",
+        "For one token, every matrix moved at random by 1% of its spread. Theory (Liu et al. "
+        "2020): under xavier weights as the number of sublayers in post-norm, a slope of 1, and as its "
+        "logarithm in pre-norm.",
         factor=2,
         label="sublayers, 2L",
     )
@@ -476,7 +479,9 @@ def _by_depth(
     figure, (axes,) = _panels(1, width=6.0, height=3.6)
     slopes = []
     for start, some in zip(material.starts, probes, strict=True):
-        text = f"{_start_name(material, start)}: slope {slope(some):+.2f}"
+        zero = not all(value(probe) for probe in some)  # ReZero's branches, which start at 0
+        grows = "0 throughout" if zero else f"slope {slope(some):+.2f}"
+        text = f"{_start_name(material, start)}: {grows}"
         slopes.append(text)
         axes.plot(
             [factor * probe.layers for probe in some],
@@ -522,7 +527,7 @@ def start_by_layer(material: Material) -> Picture | None:
             )
         panels[2].plot(blocks, probe.stream_rms, label=_start_name(material, start), **style)
         words.append(
-            f"{_start_name(material, start)}: gradient {probe.gradient_norms[0]:.2g} in block 1 and "
+            f"{_start_name(material, start)}: gradient {probe.gradient_norms[0]:.2g} in block 1, "
             f"{probe.gradient_norms[-1]:.2g} in block {depth}"
         )
     for axes, title in zip(
@@ -540,9 +545,9 @@ def start_by_layer(material: Material) -> Picture | None:
     return Picture(
         "start-by-layer",
         f"Inside the networks at their start, {depth} blocks",
-        "On batches of the training text, before any update. Theory: gradients rise with the block in post-norm "
-        "and are about flat in pre-norm; β = Var[f]/Var[x + f] stays level in post-norm and falls in pre-norm, "
-        "whose stream grows.",
+        "On batches of the training text, before any update. β = Var[f]/Var[x + f] is a sublayer's "
+        "share in its sum: it falls with depth where the stream grows, as in pre-norm, and stays "
+        "where every sum is normalised, as in post-norm.",
         "; ".join(words),
         figure,
     )
@@ -585,9 +590,9 @@ def layers_while_training(material: Material) -> Picture | None:
     return Picture(
         "layers",
         "Inside the networks while they train",
-        f"Runs at rate {rate:g}{f' ({place})' if place else ''} that trained, at step {step}, a line a run; "
-        "where a placement adds in another way than x + f, β is not measured.",
-        "Residual dependency and root mean square of the stream, block by block, of the runs named above",
+        f"Runs at rate {rate:g}{f' ({place})' if place else ''} that trained, at step {step}, a "
+        "line a run; where a placement adds in another way than x + f, β is not measured.",
+        f"Residual dependency and RMS of the stream by block at step {step}, a line a run",
         figure,
     )
 
@@ -599,9 +604,11 @@ def _last_look(outcome: Outcome) -> list[metrics.Record]:
 
 
 def _start_name(material: Material, start: Start) -> str:
-    """The levels that a network's arms have in common; those in which they differ are no model's."""
+    """The levels that a network's arms have in common: what they differ in is no matter of it."""
     levels = [arm.levels for arm in material.grid.all_arms() if arm.name in start.arms]
-    common = [name for factor, name in levels[0].items() if all(l[factor] == name for l in levels)]
+    common = [
+        name for factor, name in levels[0].items() if all(each[factor] == name for each in levels)
+    ]
     return ", ".join(common) or start.arms[0]
 
 

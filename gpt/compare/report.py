@@ -1,8 +1,8 @@
 """report.html, one file that opens offline and reads like a short paper, and report.md beside it.
 
 The page is a Jinja template; whatever comes from configs or files is escaped by it. Pictures stand
-in it as SVG, in the page's own colours, light or dark. A few lines of script let a reader hover over
-a run, follow it to its row, and switch arms off; without the script nothing is missing but that.
+in it as SVG, in the page's own colours, light or dark. A few lines of script let a reader hover
+over a run, follow it to its row, and switch arms off; without them only that is missing.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def _templates(name: str) -> Any:
 def inline(svg: str, name: str, tips: dict[str, str]) -> Markup:
     """An SVG of matplotlib's as a part of the page.
 
-    Ids become the picture's own; what belongs to an arm or a cell gets a class to be switched by, and a
-    cell a title to hover over, and a link to its row. Text and axes take the page's colour.
+    Ids become the picture's own. What belongs to an arm gets a class to be switched by; a cell also
+    a title to hover over and a link to its row. Text and axes take the page's colour.
     """
     ElementTree.register_namespace("", SVG)
     ElementTree.register_namespace("xlink", XLINK)
@@ -211,15 +211,14 @@ def limits(grid: Grid, summary: Summary) -> list[str]:
     seeds = len(grid.seeds)
     assert isinstance(grid.base, dict)
     found = [
-        f"With {seeds} seed{'s' if seeds > 1 else ''}, no failure in all of them only bounds the failure rate "
-        f"under {_none_failed(seeds):.0%}; the smallest p-value that a paired test can give is "
-        f"{min(1.0, 2 * 0.5**seeds):.2g}. A bootstrap over so few seeds is too narrow."
-        if seeds < 10
-        else f"{seeds} seeds: no failure in all of them bounds the failure rate under {_none_failed(seeds):.0%}.",
-        "Runs this short measure the onset of instability, not the quality of a model trained to its end.",
-        "Learning-rate sensitivity and thresholds belong to the rates tried; on another grid they are others.",
+        f"No failure in {seeds} seed{'s' if seeds > 1 else ''} only bounds the failure rate under "
+        f"{wilson(0, seeds).high:.0%}; the smallest p-value of a paired test of so many is "
+        f"{min(1.0, 2 * 0.5**seeds):.2g}."
+        + (" A bootstrap over so few is too narrow." if seeds < 10 else ""),
+        "Short runs measure the onset of instability, not the quality of a finished model.",
+        "Sensitivity and thresholds belong to the rates tried; on another grid they are others.",
         "The best rate of an arm is picked on the very seeds that its loss is shown for.",
-        "One size of model, one corpus and one precision: what holds here may not hold elsewhere.",
+        "One size of model, one corpus, one precision: what holds here may not hold elsewhere.",
     ]
     sums = {round(arm.summed_rate, 6) for arm in summary.arms}
     if len(sums) > 1:
@@ -232,10 +231,6 @@ def limits(grid: Grid, summary: Summary) -> list[str]:
             "Gradients are clipped in some arms, which hides instability; see the share clipped."
         )
     return found
-
-
-def _none_failed(n: int) -> float:
-    return wilson(0, n).high
 
 
 def _command(directory: Path) -> list[str]:
