@@ -94,8 +94,7 @@ def compare(
             return None
         if grid.probes and not (directory / "probes.json").is_file():
             console.say("measuring the networks at their start")
-            tree = [asdict(each) for each in measure_starts(cells)]
-            write_text(directory / "probes.json", json.dumps(tree, indent=2) + "\n")
+            write_text(directory / "probes.json", _starts_json(cells))
         return report(grid, cells, directory, beside)
 
 
@@ -243,6 +242,10 @@ def _said(outcome: Outcome) -> str:
     step = f" at step {found.step}" if found.status == "diverged" else ""
     loss = "" if found.final_val_loss is None else f", {found.final_val_loss:.3f}"
     return f"{found.status}{step}{loss}"
+
+
+def _starts_json(cells: Sequence[Cell]) -> str:
+    return json.dumps([asdict(start) for start in measure_starts(cells)], indent=2) + "\n"
 
 
 def _to_yaml(grid: Grid) -> str:

@@ -454,8 +454,8 @@ def amplification(material: Material) -> Picture | None:
         "How much a change of the weights is amplified, by depth",
         "E|Δout|² per channel / δ²",
         "For one token, every matrix moved at random by 1% of its spread. Theory (Liu et al. "
-        "2020): under xavier weights as the number of sublayers in post-norm, a slope of 1, and as its "
-        "logarithm in pre-norm.",
+        "2020): under xavier weights as the number of sublayers in post-norm, a slope of 1, and in "
+        "pre-norm as its logarithm.",
         factor=2,
         label="sublayers, 2L",
     )

@@ -439,8 +439,9 @@ def failures_text(failures: int, n: int, interval: Interval) -> str:
     if failures == 0:
         return f"no failure in {seeds} (at most {interval.high:.0%})"
     if failures == n:
-        return f"failure in all of {seeds} (at least {interval.low:.0%})"
-    return f"{failures} failures in {seeds} ({interval.low:.0%} to {interval.high:.0%})"
+        return f"failure in {'all of ' if n > 1 else ''}{seeds} (at least {interval.low:.0%})"
+    several = "s" if failures > 1 else ""
+    return f"{failures} failure{several} in {seeds} ({interval.low:.0%} to {interval.high:.0%})"
 
 
 def _words(

@@ -1,0 +1,512 @@
+"""A comparison as its user meets it: runs, losses of runs, starting again, reports."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from conftest import ROOT
+
+from gpt import metrics
+from gpt.compare import comparison, runner
+from gpt.compare.grid import load
+from gpt.compare.outcomes import match, read_outcome
+from gpt.config import Config
+from gpt.console import Console
+from gpt.run import RunDirectory
+
+Make = Callable[..., Config]
+
+
+def grid_tree(base: Config, **changes: Any) -> dict[str, Any]:
+    tree = base.model_dump(mode="json")
+    return {
+        "title": "Is it & <b>stable</b>?",
+        "base": {key: value for key, value in tree.items() if key not in ("name", "seed")},
+        "arms": {
+            "placement": {
+                "pre": {"model.norm.placement": "pre"},
+                "deepnorm": {"model.norm.placement": "deepnorm"},
+            }
+        },
+        "grid": {"optimizer.learning_rate": [0.01, 3e4]},
+        "seeds": 2,
+        "contrast": {
+            "question": "Does <i>anything</i> move?", "measure": "failure", "of": ["pre", "deepnorm"],
+        },
+        "pairs": [["pre", "deepnorm"]],
+        **changes,
+    }  # fmt: skip
+
+
+def write(path: Path, tree: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return path
+
+
+def door(
+    *arguments: object, environment: dict[str, str], **options: Any
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "compare.py"), *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=300, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def grid_file(tiny: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tiny(
+        diagnostics={"every": 10},
+        sampling={"tokens": 0},
+        optimizer={"clip": None, "weight_decay": 0},
+    )
+    return write(tmp_path_factory.mktemp("grid") / "small.yaml", grid_tree(base))
+
+
+@pytest.fixture(scope="module")
+def done(
+    grid_file: Path, tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A comparison that has ended, and what was printed."""
+    directory = tmp_path_factory.mktemp("runs") / "small"
+    return directory, door(grid_file, "--out-dir", directory, environment=environment)
+
+
+@pytest.fixture
+def copy(done: tuple[Path, Any], tmp_path: Path) -> Path:
+    """A copy of it to spoil."""
+    return Path(shutil.copytree(done[0], tmp_path / "small"))
+
+
+def test_it_ends_with_a_verdict_and_a_report(done: tuple[Path, subprocess.CompletedProcess[str]]):
+    directory, ran = done
+    assert ran.returncode == 0, ran.stderr
+    assert f"{directory}/report.html" in ran.stdout
+    assert "2 failures in 2 seeds" not in ran.stdout
+    assert "failure in all of 2 seeds (at least 34%)" in ran.stdout
+    names = {path.name for path in directory.iterdir()} - {".lock"}
+    assert names == {
+        "grid.yaml", "command.json", "cells", "probes.json", "cells.csv", "summary.json",
+        "report.html", "report.md", "figures",
+    }  # fmt: skip
+
+
+def test_each_cell_is_a_run_directory_without_checkpoints(done: tuple[Path, Any]):
+    cells = sorted((done[0] / "cells").iterdir())
+    assert len(cells) == 8
+    for path in cells:
+        run = RunDirectory(path)
+        assert run.read_config().name == path.name
+        assert run.read_result() is not None
+        assert metrics.read(run.metrics)
+        assert not run.checkpoints.exists()
+
+
+def test_divergence_is_a_recorded_result(done: tuple[Path, Any]):
+    with (done[0] / "cells.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    first = ["id", "model.norm.placement", "optimizer.learning_rate", "seed"]
+    assert list(rows[0])[:4] == first
+    wanted = {
+        "status",
+        "diverged_at",
+        "final_val_loss",
+        "best_val_loss",
+        "spikes",
+        "max_grad_norm",
+        "seconds",
+    }
+    assert wanted <= set(rows[0])
+    for row in rows:
+        wild = row["optimizer.learning_rate"] == "30000.0"
+        assert (row["failed"] == "True") == wild
+        if row["status"] == "diverged":
+            assert int(row["diverged_at"]) <= 20
+            assert row["final_val_loss"] == ""
+    assert {row["status"] for row in rows if row["failed"] == "True"} & {"diverged", "plateaued"}
+
+
+def test_summary_json_agrees_with_the_cells(done: tuple[Path, Any]):
+    tree = json.loads((done[0] / "summary.json").read_text())
+    assert [(arm["arm"], arm["failures"], arm["runs"]) for arm in tree["arms"]] == [
+        ("pre", 2, 4), ("deepnorm", 2, 4),
+    ]  # fmt: skip
+    assert tree["arms"][0]["highest_stable_rate"] == 0.01
+    assert tree["contrast"]["value"] == 0.0
+    assert tree["contrast"]["answer"] == "open"
+
+
+def test_arms_are_matched_and_the_report_says_so(done: tuple[Path, Any], grid_file: Path):
+    _, cells = load(grid_file)
+    found = match([read_outcome(cell, done[0]) for cell in cells])
+    assert (found.cells, found.same_batches, found.exceptions) == (6, 6, ())
+    assert found.equal + found.rescaled == found.parameters
+    assert found.rescaled > 0  # deepnorm's gain
+    text = (done[0] / "report.md").read_text()
+    assert "6 of 6 runs saw the inputs" in text
+
+
+def test_other_batches_and_other_draws_are_found(copy: Path, grid_file: Path):
+    _, cells = load(grid_file)
+    victim, other = (c for c in cells if c.arm == "deepnorm" and c.config.seed == 1)
+    log = copy / "cells" / victim.id / "metrics.jsonl"
+    records = metrics.read(log)
+    log.write_text(
+        "".join(
+            json.dumps({**r, **({"batches": "0"} if "batches" in r else {})}) + "\n"
+            for r in records
+        )
+    )
+    facts = copy / "cells" / other.id / "environment.json"
+    tree = json.loads(facts.read_text())
+    tree["initial_weights"]["token_embedding.weight"] |= {"sha256": "0", "signs": "0"}
+    facts.write_text(json.dumps(tree))
+    found = match([read_outcome(cell, copy) for cell in cells])
+    assert found.same_batches == 5
+    assert any(victim.id in text and "other batches" in text for text in found.exceptions)
+    assert any(other.id in text and "token_embedding.weight" in text for text in found.exceptions)
+
+
+def test_started_again_it_runs_nothing_and_reports(
+    copy: Path, grid_file: Path, environment: dict[str, str]
+):
+    before = {path: path.stat().st_mtime_ns for path in copy.glob("cells/*/*")}
+    (copy / "report.html").unlink()
+    ran = door(grid_file, "--out-dir", copy, environment=environment)
+    assert ran.returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in copy.glob("cells/*/*")} == before
+    assert (copy / "report.html").is_file()
+
+
+def test_started_again_it_runs_what_is_missing(
+    copy: Path, grid_file: Path, environment: dict[str, str]
+):
+    _, cells = load(grid_file)
+    shutil.rmtree(copy / "cells" / cells[3].id)
+    old = metrics.read(copy / "cells" / cells[2].id / "metrics.jsonl")
+    ran = door(grid_file, "--out-dir", copy, "--workers", 1, environment=environment)
+    assert ran.returncode == 0, ran.stderr
+    lines = [line for line in ran.stderr.splitlines() if "/8  " in line]
+    assert len(lines) == 1
+    assert cells[3].id in lines[0]
+    assert metrics.read(copy / "cells" / cells[2].id / "metrics.jsonl") == old
+
+
+def test_report_only_redraws_from_the_files(
+    copy: Path, grid_file: Path, capsys: pytest.CaptureFixture[str]
+):
+    from gpt import cli
+
+    for name in ("report.html", "report.md", "summary.json", "cells.csv"):
+        (copy / name).unlink()
+    shutil.rmtree(copy / "figures")
+    assert cli.compare([str(copy), "--report-only"]) == 0
+    assert "report.html" in capsys.readouterr().out
+    for name in ("report.html", "report.md", "summary.json", "cells.csv"):
+        assert (copy / name).is_file()
+    for kind in ("png", "svg"):
+        assert (copy / f"figures/loss-by-rate.{kind}").stat().st_size > 1000
+
+
+def test_two_comparisons_side_by_side(
+    copy: Path, done: tuple[Path, Any], capsys: pytest.CaptureFixture[str]
+):
+    from gpt import cli
+
+    assert cli.compare([str(copy), "--report-only", "--beside", str(done[0])]) == 0
+    assert (copy / "figures/beside.png").is_file()
+    assert "beside" in (copy / "report.html").read_text()
+    assert str(done[0]) in (copy / "report.html").read_text()
+    capsys.readouterr()
+
+
+def test_a_dry_run_lists_cells_and_writes_nothing(
+    grid_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from gpt import cli
+
+    assert cli.compare([str(grid_file), "--dry-run", "--out-dir", str(tmp_path / "new")]) == 0
+    out = capsys.readouterr().out
+    _, cells = load(grid_file)
+    for cell in cells:
+        assert cell.id in out
+    for word in ("8: 2 arms, 2 seeds", "10,240 to train on", "FLOPs", "time", "disk"):
+        assert word in out
+    assert not (tmp_path / "new").exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--workers", "0"], ["--workers 0", "1 or more"]),
+        (["--workers", "two"], ["--workers two"]),
+        (["--optimizer.learning-rate", "1e-3"], ["--optimizer.learning_rate", "change that file"]),
+        (["--training.stepz", "1"], ["--training.stepz: no such option"]),
+        (["--dry-run", "--report-only"], ["not both"]),
+        (["--beside", "nowhere"], ["nowhere", "holds no comparison"]),
+        (["--report-only"], ["no cell has a result yet"]),
+        (["--model.heads", "3", "--dry-run"], ["arm 'pre'", "heads (3) must divide width (16)"]),
+        (["--model.layers", "2", "--training.device", "cuda", "--dry-run"], ["cuda is not available"]),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_exit_2(
+    grid_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: list[str],
+):
+    from gpt import cli
+
+    with pytest.raises(SystemExit) as end:
+        cli.compare([str(grid_file), "--out-dir", str(tmp_path / "new"), *arguments])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert 1 <= len(error.splitlines()) <= 3
+    for word in words:
+        assert word in error
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_was_registered_is_not_changed_after_the_runs(
+    copy: Path, tmp_path: Path, grid_file: Path, capsys: pytest.CaptureFixture[str]
+):
+    from gpt import cli
+
+    tree = yaml.safe_load(grid_file.read_text())
+    tree["contrast"]["of"] = ["deepnorm", "pre"]
+    changed = write(tmp_path / "changed.yaml", tree)
+    with pytest.raises(SystemExit) as end:
+        cli.compare([str(changed), "--out-dir", str(copy)])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert "holds a comparison of another grid (contrast.of" in error
+    assert "choose another --out-dir" in error
+
+
+def test_a_folder_of_something_else_is_left_alone(
+    grid_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from gpt import cli
+
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters/dear.txt").write_text("hello")
+    with pytest.raises(SystemExit) as end:
+        cli.compare([str(grid_file), "--out-dir", str(tmp_path / "letters")])
+    assert end.value.code == 2
+    assert "exists and is no comparison" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "letters").iterdir()] == ["dear.txt"]
+
+
+def test_too_long_or_too_large_is_said_before_it_starts(
+    grid_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    from gpt import cli
+    from gpt.compare import estimate
+
+    tree = yaml.safe_load(grid_file.read_text())
+    short = write(tmp_path / "short.yaml", {**tree, "hours": 1e-6})
+    out = str(tmp_path / "new")
+    with pytest.raises(SystemExit):
+        cli.compare([str(short), "--out-dir", out])
+    assert "the grid allows 1e-06" in capsys.readouterr().err
+    monkeypatch.setattr(estimate, "free_bytes", lambda path: 10)
+    with pytest.raises(SystemExit):
+        cli.compare([str(grid_file), "--out-dir", out])
+    assert "are free" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_two_at_once_in_one_directory_are_refused(
+    grid_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from gpt import cli
+
+    with runner.only_one(tmp_path / "new"), pytest.raises(SystemExit) as end:
+        cli.compare([str(grid_file), "--out-dir", str(tmp_path / "new")])
+    assert end.value.code == 2
+    assert "another process runs this comparison" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------
+# Cells that are lost, and stopping
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def slow(
+    tiny: Make, tmp_path: Path, environment: dict[str, str]
+) -> Iterator[tuple[Path, Path, subprocess.Popen[str]]]:
+    """A comparison whose cells take long: its grid, its directory and its process."""
+    base = tiny(training={"steps": 4000}, evaluation={"every": 4000}, sampling={"tokens": 0})
+    tree = grid_tree(base, grid={"optimizer.learning_rate": [0.01]}, seeds=1, probes=False)
+    path, directory = write(tmp_path / "slow.yaml", tree), tmp_path / "slow"
+    command = [sys.executable, str(ROOT / "compare.py"), str(path), "--out-dir", str(directory)]
+    process = subprocess.Popen(
+        [*command, "--workers", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    wait_until(
+        lambda: all(
+            _updates(directory / "cells" / f"{a}_learning-rate-0.01_seed-0") > 3
+            for a in ("pre", "deepnorm")
+        )
+    )
+    yield path, directory, process
+    if process.poll() is None:
+        process.kill()
+    process.communicate()
+
+
+def _updates(run: Path) -> int:
+    log = run / "metrics.jsonl"
+    return sum(b'"loss"' in line for line in log.read_bytes().splitlines()) if log.is_file() else 0
+
+
+def test_a_killed_cell_is_recorded_and_the_others_go_on(
+    slow: tuple[Path, Path, subprocess.Popen[str]], environment: dict[str, str]
+):
+    path, directory, process = slow
+    workers = [
+        child for child in psutil.Process(process.pid).children()
+        if any("spawn_main" in word for word in child.cmdline())
+    ]  # fmt: skip
+    assert len(workers) == 2
+    workers[0].kill()
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0
+    assert "1 of 2 cells have no result (1 killed)" in out
+    lost = json.loads((directory / "lost.json").read_text())
+    (name,) = lost
+    assert lost[name]["status"] == "killed"
+    assert "SIGKILL" in lost[name]["reason"]
+    report = (directory / "report.html").read_text()
+    assert "1 of 2 cells have no result" in report
+    with (directory / "cells.csv").open() as file:
+        assert {row["id"]: row["status"] for row in csv.DictReader(file)}[name] == "killed"
+
+    again = door(path, "--out-dir", directory, environment=environment)
+    assert again.returncode == 0, again.stderr
+    assert not (directory / "lost.json").exists()
+    assert json.loads((directory / "summary.json").read_text())["with_result"] == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_cells_and_they_go_on(
+    slow: tuple[Path, Path, subprocess.Popen[str]], number: int
+):
+    _, directory, process = slow
+    os.kill(process.pid, number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "the same command goes on" in error
+    for arm in ("pre", "deepnorm"):
+        run = RunDirectory(directory / "cells" / f"{arm}_learning-rate-0.01_seed-0")
+        result = run.read_result()
+        assert result is not None
+        assert result.status == "interrupted"
+        assert 3 < result.step < 4000
+        assert (run.checkpoints / "latest").is_file()
+
+
+def test_a_cell_that_needs_too_much_memory_is_recorded(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def exhausted(*arguments: object, **options: object) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+
+    monkeypatch.setattr(runner, "train", exhausted)
+    monkeypatch.setattr(runner, "_worker", _idle(), raising=False)
+    lost = runner._train_cell(tiny(), tmp_path / "run", 0, keep_checkpoints=False)
+    assert lost is not None
+    assert lost.status == "out of memory"
+    assert "can't allocate memory" in lost.reason
+
+
+def test_a_fault_of_the_program_is_recorded_with_its_place(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def faulty(*arguments: object, **options: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(runner, "train", faulty)
+    monkeypatch.setattr(runner, "_worker", _idle(), raising=False)
+    lost = runner._train_cell(tiny(), tmp_path / "run", 0, keep_checkpoints=False)
+    assert lost is not None
+    assert lost.status == "error"
+    assert "ZeroDivisionError: division by zero (test_comparison.py:" in lost.reason
+
+
+def _idle() -> Any:
+    class Idle:
+        class stopping:  # noqa: N801
+            value = 0
+
+        steps = [0]
+        parent = os.getppid()
+
+    return Idle
+
+
+def test_a_faulty_cell_is_exit_1_and_the_others_have_results(
+    grid_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """One cell's directory cannot be made, for a file stands in its place."""
+    from gpt import cli
+
+    _, cells = load(grid_file)
+    directory = tmp_path / "new"
+    grid, _ = load(grid_file)
+    (directory / "cells").mkdir(parents=True)
+    (directory / "cells" / cells[0].id).write_text("in the way")
+    (directory / "grid.yaml").write_text(comparison._to_yaml(grid))
+    assert cli.compare([str(grid_file), "--out-dir", str(directory), "--workers", "2"]) == 1
+    out, _ = capsys.readouterr()
+    assert "1 of 8 cells have no result (1 error)" in out
+    assert cells[0].id in json.loads((directory / "lost.json").read_text())
+
+
+def test_two_workers_give_what_one_gives(done: tuple[Path, Any], grid_file: Path, tmp_path: Path):
+    """Cell by cell the same losses, whoever trained them."""
+    grid, cells = load(grid_file)
+    assert comparison.compare(
+        grid.model_copy(update={"probes": False}), cells[:2], tmp_path / "solo", workers=1,
+        console=Console(quiet=True), stop=lambda: False,
+    )  # fmt: skip
+    for cell in cells[:2]:
+        pair = [
+            [
+                r.get("loss", r.get("val_loss"))
+                for r in metrics.read(d / "cells" / cell.id / "metrics.jsonl")
+            ]
+            for d in (done[0], tmp_path / "solo")
+        ]
+        assert pair[0] == pair[1]

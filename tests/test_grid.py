@@ -1,0 +1,251 @@
+"""A grid file becomes cells, and mistakes in it are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from gpt.compare.grid import MOST_CELLS, Grid, load
+from gpt.config import Config
+from gpt.errors import InputError
+from gpt.placement import PLACEMENTS
+
+SHIPPED = sorted((ROOT / "configs/compare").glob("*.yaml"))
+
+TREE: dict[str, Any] = {
+    "base": {"model": {"width": 16, "heads": 2}, "data": {"tokenizer": "bytes"}},
+    "options": {"training.steps": 7, "evaluation": {"every": 7}},
+    "arms": {
+        "placement": {
+            "pre": {"model.norm.placement": "pre", "model.norm.final_norm": "on"},
+            "post": {"model": {"norm": {"placement": "post", "final_norm": "off"}}},
+        },
+        "warm-up": {"cold": {"schedule.warmup": "none"}, "warm": {"schedule.warmup": "linear"}},
+    },
+    "grid": {
+        "optimizer.learning_rate": ["1e-3", 0.01, 0.1],
+        "model.layers, model.context": [[2, 16], [3, 8]],
+    },
+    "seeds": 2,
+}
+
+
+def cells(folder: Path, **changes: Any) -> list[Any]:
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump({**TREE, **changes}, sort_keys=False))
+    return load(path)[1]
+
+
+def message(folder: Path, **changes: Any) -> str:
+    with pytest.raises(InputError) as error:
+        cells(folder, **changes)
+    assert 1 <= len(str(error.value).splitlines()) <= 3
+    return str(error.value)
+
+
+def test_cells_are_every_arm_at_every_place_rate_and_seed(tmp_path: Path):
+    found = cells(tmp_path)
+    assert len(found) == 2 * 2 * 3 * 2 * 2
+    assert len({cell.id for cell in found}) == len(found)
+    assert [cell.config.seed for cell in found] == [0] * 24 + [1] * 24  # a seed is whole first
+    cell = next(c for c in found if c.arm == "post, warm" and c.config.seed == 1)
+    config = cell.config
+    assert isinstance(config, Config)
+    assert (config.model.norm.placement, config.model.norm.final_norm) == ("post", "off")
+    assert config.schedule.warmup == "linear"
+    assert (config.training.steps, config.evaluation.every, config.model.width) == (7, 7, 16)
+    assert config.optimizer.learning_rate == 1e-3
+    assert cell.place == {"model.layers": 2, "model.context": 16}
+    assert cell.factors == {
+        "model.norm.placement": "post",
+        "model.norm.final_norm": "off",
+        "schedule.warmup": "linear",
+        "optimizer.learning_rate": 1e-3,
+        "model.layers": 2,
+        "model.context": 16,
+    }
+    assert cell.id == "post_warm_learning_rate-0.001_layers-2_context-16_seed-1".replace(
+        "_rate", "-rate"
+    )
+
+
+def test_linked_options_move_together(tmp_path: Path):
+    places = {(c.config.model.layers, c.config.model.context) for c in cells(tmp_path)}
+    assert places == {(2, 16), (3, 8)}
+
+
+def test_cells_of_one_seed_and_place_differ_in_their_arm_alone(tmp_path: Path):
+    a, b = (
+        c
+        for c in cells(tmp_path)
+        if c.arm in ("pre, cold", "post, cold")
+        and c.config.seed == 0
+        and c.place["model.layers"] == 2
+        and c.config.optimizer.learning_rate == 0.1
+    )
+    changed = {line.split(":")[0] for line in a.config.differences(b.config)}
+    assert changed == {"name", "model.norm.placement", "model.norm.final_norm"}
+
+
+def test_an_arm_may_have_rates_of_its_own(tmp_path: Path):
+    arms = {
+        "optimizer": {
+            "adamw": {},
+            "adafactor": {"optimizer.name": "adafactor", "optimizer.learning_rate": [0.5, 0.7]},
+        }
+    }
+    found = cells(tmp_path, arms=arms)
+    rates = {
+        arm: {c.config.optimizer.learning_rate for c in found if c.arm == arm}
+        for arm in arms["optimizer"]
+    }
+    assert rates == {"adamw": {1e-3, 0.01, 0.1}, "adafactor": {0.5, 0.7}}
+
+
+def test_excluded_cells_are_left_out(tmp_path: Path):
+    everything = cells(tmp_path)
+    exclude = [{"placement": "post", "optimizer.learning_rate": ["1e-1", 0.01]}, {"seed": 1}]
+    left = {c.id for c in cells(tmp_path, exclude=exclude)}
+    wanted = {
+        c.id
+        for c in everything
+        if c.config.seed == 0
+        and not (c.arm.startswith("post") and c.config.optimizer.learning_rate >= 0.01)
+    }
+    assert left == wanted
+    assert 0 < len(left) < len(everything)
+
+
+def test_a_resolved_grid_gives_the_same_cells(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(TREE))
+    grid, first = load(path, {"training": {"batch_sequences": 3}})
+    again = tmp_path / "elsewhere"
+    again.mkdir()
+    (again / "grid.yaml").write_text(yaml.safe_dump(grid.model_dump(mode="json")))
+    same, second = load(again / "grid.yaml")
+    assert same == grid
+    assert [(c.id, c.config) for c in second] == [(c.id, c.config) for c in first]
+    assert all(c.config.batch_sequences == 3 for c in second)
+
+
+def test_the_base_may_be_a_file_beside_the_grid(tmp_path: Path):
+    (tmp_path / "below.yaml").write_text("model: {width: 24, heads: 2}\nseed: 5\nname: other\n")
+    found = cells(tmp_path, base="below.yaml")
+    assert {c.config.model.width for c in found} == {24}
+    assert {c.config.seed for c in found} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"base": "gone.yaml"}, ["base: gone.yaml: no such file"]),
+        ({"arms": {}}, ["arms"]),
+        ({"arms": {"a": {}}, "x": 1}, ["x: no such option"]),
+        ({"grid": {"optimizer.rate": [1]}}, ["grid: optimizer.rate: no such option", "perhaps"]),
+        ({"grid": {"optimizer.learning_rate": []}}, ["grid.optimizer.learning_rate"]),
+        ({"grid": {"model.layers, model.width": [[1, 2, 3]]}}, ["needs 2 values", "[1, 2, 3]"]),
+        ({"grid": {"model.norm.placement": ["pre"]}}, ["is set by arm", "and by the grid"]),
+        ({"grid": {"seed": [1, 2]}}, ["seed: no such option of a cell"]),
+        ({"grid": {"model.layers": [2], "model.layers, model.width": [[2, 16]]}}, ["two axes"]),
+        ({"grid": {"model.layers": [2, "2"]}}, ["a value stands twice"]),
+        ({"grid": {"model.layers": ["many"]}}, ["arm 'pre, cold': model.layers", "'many'"]),
+        ({"grid": {"model.width": [15]}}, ["heads (2) must divide width (15)"]),
+        ({"arms": {"a": {"x": {"model.bias": True}}, "b": {"y": {"model.bias": False}}}},
+         ["model.bias is set by 'y' and by another factor"]),
+        ({"arms": {"a": {"x, y": {}}}}, ["x, y"]),
+        ({"seeds": [1, 1]}, ["seeds: one stands twice"]),
+        ({"seeds": 0}, ["seeds"]),
+        ({"exclude": [{"colour": "red"}]}, ["exclude.0: colour"]),
+        ({"exclude": [{"seed": 9}]}, ["exclude.0", "fits no cell"]),
+        ({"exclude": [{"seed": [0, 1]}]}, ["exclude leaves no cell"]),
+        ({"seeds": list(range(2000))}, ["48,000 cells", f"{MOST_CELLS:,}"]),
+        ({"contrast": {"question": "?", "of": ["pre, warm", "pre, hot"]}}, ["'pre, hot' is none", "pre, cold"]),
+        ({"contrast": {"question": "?", "of": ["pre, warm"]}}, ["contrast.of"]),
+        ({"pairs": [["a", "b"]]}, ["'a' is none of the arms"]),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], words: list[str]):
+    text = message(tmp_path, **changes)
+    assert "mine.yaml" in text
+    for word in words:
+        assert word in text
+
+
+@pytest.mark.parametrize("key", ["seed", "optimizer.learning_rate", "model.norm.placement"])
+def test_what_cells_differ_in_is_no_flag(tmp_path: Path, key: str):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(TREE))
+    section, _, name = key.rpartition(".")
+    tree: dict[str, Any] = {name: 1}
+    for part in reversed(section.split(".") if section else []):
+        tree = {part: tree}
+    with pytest.raises(InputError, match=f"--{key}: the cells of"):
+        load(path, tree)
+
+
+def test_long_names_are_cut_and_stay_apart(tmp_path: Path):
+    arms = {f"factor {n}": {f"level {'x' * 30} {n}": {}} for n in range(3)}
+    found = cells(tmp_path, arms=arms)
+    assert all(len(cell.id) <= 100 for cell in found)
+    assert len({cell.id for cell in found}) == len(found)
+
+
+# ---------------------------------------------------------------------------------------------
+# The shipped ones
+
+
+def test_the_promised_grids_are_shipped():
+    assert {path.stem for path in SHIPPED} == {
+        "quick", "placements", "depth", "norms", "remedies", "single-gpu", "gpu-day",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_grid_is_fair(path: Path):
+    grid, found = load(path)
+    assert grid.contrast is not None
+    assert len(grid.seeds) >= 3
+    for cell in found:  # nothing hides an instability, but where that is what is compared
+        assert cell.config.optimizer.clip is None or cell.arm == "clipping"
+        decay = cell.config.optimizer
+        assert decay.weight_decay == 0 or decay.independent_decay
+        assert cell.config.evaluation.give_up_after is None
+        assert cell.config.sampling.tokens == 0
+    assert path.read_text("utf-8").startswith("# ")
+
+
+def test_quick_crosses_placement_and_warm_up_at_four_rates_or_more():
+    grid, found = load(ROOT / "configs/compare/quick.yaml")
+    assert [arm.name for arm in grid.all_arms()] == [
+        "pre, no warm-up", "pre, warm-up", "post, no warm-up", "post, warm-up",
+    ]  # fmt: skip
+    assert len({cell.config.optimizer.learning_rate for cell in found}) >= 4
+    assert grid.contrast is not None
+    assert grid.contrast.measure == "log_lr50"
+
+
+def test_placements_has_them_all():
+    _, found = load(ROOT / "configs/compare/placements.yaml")
+    assert {cell.config.model.norm.placement for cell in found} == set(PLACEMENTS)
+
+
+def test_depth_has_the_depths():
+    _, found = load(ROOT / "configs/compare/depth.yaml")
+    assert {cell.config.model.layers for cell in found} == {6, 12, 24, 48}
+
+
+def test_single_gpu_has_the_promised_size():
+    _, found = load(ROOT / "configs/compare/single-gpu.yaml")
+    model = found[0].config.model
+    assert (model.layers, model.width, model.context) == (12, 256, 256)
+    assert found[0].config.training.steps == 1000
+    assert len(found) == 180
+
+
+def test_a_grid_is_documented():
+    assert all(info.description for info in Grid.model_fields.values())

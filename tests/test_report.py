@@ -1,0 +1,253 @@
+"""The report opened in a browser, as its reader does, and what strangers' words do to it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+
+from gpt.compare import comparison
+from gpt.compare.figures import DRAWINGS, Material, draw
+from gpt.compare.grid import load
+from gpt.compare.report import inline
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None and "CI" not in os.environ, reason="no Chromium on this machine"
+)
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync", "--no-first-run",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def directory(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison of two placements with and without warm-up, in two depths, trained here."""
+    from gpt.training import train
+
+    base = tiny(
+        diagnostics={"every": 10},
+        sampling={"tokens": 0},
+        training={"steps": 20, "batch_sequences": 4},
+    )
+    tree = base.model_dump(mode="json")
+    grid = {
+        "title": "</title><script>document.title = 'owned'</script>",
+        "base": {key: value for key, value in tree.items() if key not in ("name", "seed")},
+        "arms": {
+            "placement": {"pre": {"model.norm.placement": "pre"}, "<b>post</b>": {"model.norm.placement": "post"}},
+            "warm-up": {"cold": {"schedule.warmup": "none"}, "warm & slow": {"schedule.warmup": "linear"}},
+        },
+        "grid": {"model.layers": [1, 2], "optimizer.learning_rate": [0.01, 3e4]},
+        "seeds": 2,
+        "contrast": {
+            "question": "<img src=x onerror=alert(1)> Does it?", "measure": "log_lr50",
+            "of": ["pre, cold", "pre, warm & slow"], "against": ["<b>post</b>, cold", "<b>post</b>, warm & slow"],
+        },
+        "pairs": [["pre, cold", "<b>post</b>, cold"]],
+    }  # fmt: skip
+    folder = tmp_path_factory.mktemp("report")
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump(grid, sort_keys=False))
+    resolved, cells = load(path)
+    path.write_text(comparison._to_yaml(resolved))
+    for cell in cells[:-1]:
+        train(cell.config, folder / "cells" / cell.id, quiet=True)
+    (folder / "probes.json").write_text(comparison._starts_json(cells[:1]))
+    comparison.report(resolved, cells, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def html(directory: Path) -> str:
+    return (directory / "report.html").read_text("utf-8")
+
+
+def test_nothing_in_it_points_elsewhere(html: str):
+    attributes = re.findall(r"""(?:href|src|srcset|action)=["']([^"']*)["']""", html)
+    assert attributes
+    assert [a for a in attributes if not a.startswith(("#", "data:,"))] == []
+    assert not re.search(r"@import|url\((?!#)", html)
+
+
+def test_names_from_the_grid_are_text(html: str):
+    assert "<script>document.title" not in html
+    assert "<b>post</b>" not in html
+    assert "<img" not in html
+    assert "&lt;b&gt;post&lt;/b&gt;" in html
+
+
+def test_every_cell_has_a_row_and_every_row_a_curve(directory: Path, html: str):
+    _, cells = load(directory / "grid.yaml")
+    for cell in cells[:-1]:
+        row = re.search(rf'<tr id="row-{re.escape(cell.id)}".*?</tr>', html, re.DOTALL)
+        assert row
+        target = re.search(r'<a href="#(curves-\d+)"', row[0])
+        assert target
+        figure = re.search(rf'<figure id="{target[1]}">.*?</figure>', html, re.DOTALL)
+        assert figure
+        assert f'data-cell="row-{cell.id}"' in figure[0]
+    assert "1 of 16 cells have no result" in html
+
+
+def test_every_id_is_there_once_and_every_link_leads_somewhere(html: str):
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    assert {link for link in re.findall(r'href="#([^"]+)"', html)} <= set(ids)
+
+
+def test_every_picture_says_in_words_what_it_shows(html: str):
+    figures = re.findall(r"<figure.*?</figure>", html, re.DOTALL)
+    assert len(figures) >= len(DRAWINGS)
+    for figure in figures:
+        label = re.search(r'aria-labelledby="([^"]+)"', figure)
+        assert label
+        assert re.search(rf'id="{label[1]}">[^<]{{20,}}', figure)
+
+
+def test_all_pictures_are_drawn_and_have_files(directory: Path):
+    grid, summary, outcomes = comparison.read_comparison(directory)
+    starts = comparison.read_starts(directory)
+    pictures = draw(Material(grid, summary, outcomes, starts))
+    names = [picture.name for picture in pictures]
+    assert names[: len(DRAWINGS)] == list(DRAWINGS)
+    assert len([name for name in names if name.startswith("curves")]) == 4
+    for name in names:
+        assert (directory / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
+        ElementTree.parse(directory / f"figures/{name}.svg")
+
+
+def test_markdown_names_its_pictures_and_breaks_no_table(directory: Path):
+    text = (directory / "report.md").read_text("utf-8")
+    for name in re.findall(r"\]\((figures/[^)]+)\)", text):
+        assert (directory / name).is_file()
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("| ")}
+    assert widths <= {8, 6}
+    assert "H₁ is" in text
+
+
+def test_text_of_a_picture_takes_the_pages_colour(directory: Path):
+    svg = (directory / "figures/loss-by-rate.svg").read_text("utf-8")
+    assert "#1f1f1f" in svg
+    _, cells = load(directory / "grid.yaml")
+    shown = inline(svg, "x", {cell.id: "a tip" for cell in cells})
+    assert "#1f1f1f" not in shown
+    assert "currentColor" in shown
+
+
+# ---------------------------------------------------------------------------------------------
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any, directory: Path) -> Iterator[Any]:
+    """The report in a window; whatever it complains of or asks for fails the test."""
+    context = browser.new_context(viewport={"width": 1100, "height": 800})
+    page = context.new_page()
+    wrong: list[str] = []
+    page.on("console", lambda message: wrong.append(message.text))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on(
+        "request",
+        lambda request: (
+            wrong.append(request.url) if not request.url.startswith(("file:", "data:")) else None
+        ),
+    )
+    page.goto((directory / "report.html").as_uri())
+    yield page
+    assert wrong == []
+    context.close()
+
+
+@needs_browser
+def test_it_opens_and_draws(page: Any):
+    assert page.title() == "</title><script>document.title = 'owned'</script>"
+    for svg in page.query_selector_all("figure svg"):
+        box = svg.bounding_box()
+        assert box["width"] > 200
+        assert box["height"] > 100
+    assert page.locator("figure svg path").count() > 100
+
+
+@needs_browser
+def test_hovering_shows_a_cells_values(page: Any):
+    drawn = page.locator("#loss-by-rate [data-cell]").first
+    drawn.scroll_into_view_if_needed()
+    drawn.hover(force=True)
+    tip = page.locator("#tip")
+    assert tip.is_visible()
+    assert re.search(r"rate .*, seed \d: \w+", tip.text_content())
+
+
+@needs_browser
+def test_arms_can_be_switched_off_and_on(page: Any):
+    box = page.locator(".arms input").first
+    lines = page.locator("svg .arm-0")
+    rows = page.locator("tr.arm-0")
+    assert lines.first.is_visible()
+    box.uncheck()
+    assert all(not line.is_visible() for line in lines.all())
+    assert all(not row.is_visible() for row in rows.all())
+    assert page.locator("svg .arm-1").first.is_visible()
+    box.check()
+    assert lines.first.is_visible()
+
+
+@needs_browser
+def test_a_row_leads_to_its_curve_which_is_marked(page: Any):
+    link = page.locator("[data-show]").first
+    link.click()
+    assert page.url.rpartition("#")[2].startswith("curves-")
+    assert page.locator(".chosen").count() >= 1
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [360, 1400])
+def test_it_fits_a_phone_and_a_screen(page: Any, width: int):
+    page.set_viewport_size({"width": width, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_in_light_and_dark(page: Any, scheme: str):
+    page.emulate_media(color_scheme=scheme)
+
+    def light(colour: str) -> float:
+        r, g, b = map(int, re.findall(r"\d+", colour)[:3])
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+    paper = light(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    ink = light(page.evaluate("getComputedStyle(document.querySelector('p')).color"))
+    label = light(page.evaluate("getComputedStyle(document.querySelector('figure svg text')).fill"))
+    assert (paper > ink) == (scheme == "light")
+    assert abs(paper - ink) > 120
+    assert abs(paper - label) > 120
+
+
+@needs_browser
+def test_it_can_be_printed(page: Any, tmp_path: Path):
+    page.emulate_media(media="print")
+    assert not page.locator(".arms").is_visible()
+    page.pdf(path=tmp_path / "report.pdf")
+    assert (tmp_path / "report.pdf").stat().st_size > 10_000
