@@ -21,7 +21,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 from gpt import metrics
 from gpt.compare.grid import Grid
@@ -417,7 +423,8 @@ def sensitivity(material: Material) -> Picture | None:
         "Learning-rate sensitivity",
         "Mean over the rates tried of the loss, at most that at the start, above the arm's best "
         f"(Wortsman et al. 2023), with 95% intervals over seeds. Rates: {grid}; on another grid "
-        f"the value is another.{own}{edges}",
+        "the value is another. An arm that learns at no rate has a value near 0: read it with "
+        f"its loss.{own}{edges}",
         "; ".join(f"{_arm_and_place(a)}: {a.lr_sensitivity:.2f} nats" for a in arms),
         figure,
     )
@@ -498,6 +505,7 @@ def _by_depth(
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(label)
     axes.set_ylabel(quantity)
+    _plain_numbers(axes)
     figure.legend(loc="outside lower center", ncols=2 if len(slopes) < 9 else 3)
     return Picture(name, title, caption, "; ".join(slopes), figure)
 
@@ -512,35 +520,25 @@ def start_by_layer(material: Material) -> Picture | None:
     )
     if depth is None:
         return None
-    figure, panels = _panels(3, width=3.0, height=3.3)
+    figure, panels = _panels(4, width=2.8, height=3.2)
     words = []
     for start in material.starts:
         probe = next(probe for probe in start.text if probe.layers == depth)
         style = {**_start_style(material, start), "marker": "o", "ms": 3}
         blocks = range(1, depth + 1)
-        panels[0].plot(blocks, probe.gradient_norms, **style)
+        if all(probe.gradient_norms):  # ReZero's are 0
+            panels[0].plot(blocks, probe.gradient_norms, **style)
         if probe.betas is not None:
-            panels[1].plot(
-                [n / 2 + 0.5 for n in range(1, 2 * depth + 1)],
-                [b for pair in probe.betas for b in pair],
-                **style,
-            )
-        panels[2].plot(blocks, probe.stream_rms, label=_start_name(material, start), **style)
+            panels[1].plot(blocks, [attention for attention, _ in probe.betas], **style)
+            panels[2].plot(blocks, [mlp for _, mlp in probe.betas], **style)
+        panels[3].plot(blocks, probe.stream_rms, label=_start_name(material, start), **style)
         words.append(
             f"{_start_name(material, start)}: gradient {probe.gradient_norms[0]:.2g} in block 1, "
             f"{probe.gradient_norms[-1]:.2g} in block {depth}"
         )
-    for axes, title in zip(
-        panels,
-        ("gradient norm of W₂", "residual dependency β", "RMS of the residual stream"),
-        strict=True,
-    ):
-        axes.set_title(title)
-        axes.set_xlabel("block")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _by_block(panels, ("gradient norm of W₂", *INSIDE))
     panels[0].set_yscale("log")
-    panels[1].set_ylim(bottom=0)
-    panels[2].set_yscale("log")
+    _plain_numbers(panels[0])
     figure.legend(loc="outside lower center", ncols=2 if len(words) < 9 else 3)
     return Picture(
         "start-by-layer",
@@ -564,27 +562,21 @@ def layers_while_training(material: Material) -> Picture | None:
         where,
         key=lambda key: len({o.cell.arm for o, w in zip(trained, where, strict=True) if w == key}),
     )
-    figure, panels = _panels(2, width=3.6, height=3.3)
+    figure, panels = _panels(3, width=3.4, height=3.2)
     for outcome, key in zip(trained, where, strict=True):
-        if key != (place, rate):
-            continue
-        style = _line(material, outcome)
-        blocks = [r for r in looks[outcome.cell.id] if "mlp_beta" in r]
-        panels[0].plot(
-            [r["layer"] + shift for r in blocks for shift in (0, 0.5)],
-            [r[key] for r in blocks for key in ("attention_beta", "mlp_beta")],
-            **style,
-        )
-        stream = [r for r in looks[outcome.cell.id] if "attention_logit" in r]
-        panels[1].plot([r["layer"] for r in stream], [r["stream_rms"] for r in stream], **style)
-    for axes, title in zip(
-        panels, ("residual dependency β", "RMS of the residual stream"), strict=True
-    ):
-        axes.set_title(title)
-        axes.set_xlabel("block")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    panels[0].set_ylim(bottom=0)
-    panels[1].set_yscale("log")
+        if key == (place, rate):
+            for axes, measure in zip(
+                panels, ("attention_beta", "mlp_beta", "stream_rms"), strict=True
+            ):
+                blocks = [
+                    r for r in looks[outcome.cell.id] if "attention_logit" in r and measure in r
+                ]
+                axes.plot(
+                    [r["layer"] for r in blocks],
+                    [r[measure] for r in blocks],
+                    **_line(material, outcome),
+                )
+    _by_block(panels, INSIDE)
     _legend(figure, material)
     step = max(record["step"] for records in looks.values() for record in records)
     return Picture(
@@ -595,6 +587,27 @@ def layers_while_training(material: Material) -> Picture | None:
         f"Residual dependency and RMS of the stream by block at step {step}, a line a run",
         figure,
     )
+
+
+INSIDE = ("attention's residual dependency β", "feed-forward's β", "RMS of the residual stream")
+
+
+def _by_block(panels: Sequence[Axes], titles: Sequence[str]) -> None:
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set_title(title)
+        axes.set_xlabel("block")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in panels[-3:-1]:
+        axes.set_ylim(bottom=0)
+    panels[-1].set_yscale("log")
+    _plain_numbers(panels[-1])
+
+
+def _plain_numbers(axes: Axes) -> None:
+    """0.3 and not 3 x 10^-1 on a logarithmic axis, and few of them."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _last_look(outcome: Outcome) -> list[metrics.Record]:
@@ -628,23 +641,24 @@ def _curves(material: Material) -> Iterator[Picture]:
     for outcome in material.outcomes:
         if outcome.verdict is not None:
             groups.setdefault((place_text(outcome.cell.place), outcome.rate), []).append(outcome)
-    for number, ((place, rate), outcomes) in enumerate(
-        sorted(groups.items(), key=lambda g: g[0]), 1
-    ):
-        figure, panels = _panels(3, width=3.6, height=3.3)
+    order = sorted(groups, key=lambda group: (material.places.index(group[0]), group[1]))
+    for number, (place, rate) in enumerate(order, 1):
+        outcomes = groups[place, rate]
+        long = any(o.cell.config.training.steps > EARLY_STEPS for o in outcomes)
+        early = [("loss", f"its first {EARLY_STEPS} steps", EARLY_STEPS)] if long else []
+        drawn = [("loss", "training loss", None), *early, ("grad_norm", "gradient norm", None)]
+        figure, panels = _panels(len(drawn), width=3.6, height=3.3)
         for outcome in outcomes:
-            _draw_run(panels, material, outcome)
-        entropy = material.summary.unigram_entropy
-        for axes in panels[:2]:
-            axes.axhline(entropy, color=PALE, lw=1, linestyle="--")
-        for axes, title in zip(
-            panels,
-            ("training loss", f"its first {EARLY_STEPS} steps", "gradient norm"),
-            strict=True,
-        ):
+            records = [r for r in metrics.read(outcome.directory / "metrics.jsonl") if "loss" in r]
+            for axes, (key, _, last) in zip(panels, drawn, strict=True):
+                _draw_run(axes, records, key, last, _line(material, outcome))
+        for axes, (key, title, _) in zip(panels, drawn, strict=True):
             axes.set_title(title)
             axes.set_xlabel("step")
-        panels[2].set_yscale("log")
+            if key == "loss":
+                axes.axhline(material.summary.unigram_entropy, color=PALE, lw=1, linestyle="--")
+        panels[-1].set_yscale("log")
+        _plain_numbers(panels[-1])
         _legend(figure, material)
         statuses = ", ".join(f"{o.cell.arm}, seed {o.seed}: {o.status}" for o in outcomes)
         yield Picture(
@@ -657,21 +671,17 @@ def _curves(material: Material) -> Iterator[Picture]:
         )
 
 
-def _draw_run(panels: Sequence[Axes], material: Material, outcome: Outcome) -> None:
-    records = [r for r in metrics.read(outcome.directory / "metrics.jsonl") if "loss" in r]
-    style = _line(material, outcome)
-    steps = [record["step"] for record in records]
-    for axes, key in ((panels[0], "loss"), (panels[1], "loss"), (panels[2], "grad_norm")):
-        values = [record[key] for record in records]
-        early = axes is panels[1]
-        xs, ys = _thinned(steps, values, EARLY_STEPS if early else None)
-        axes.plot(xs, ys, **{**style, "lw": 1.0})
-        found = [n for n in spikes(values) if not early or steps[n] <= EARLY_STEPS]
-        axes.plot(
-            [steps[n] for n in found],
-            [values[n] for n in found],
-            **{**style, "linestyle": "none", "marker": "o", "ms": 6, "mfc": "none"},
-        )
+def _draw_run(
+    axes: Axes, records: Sequence[metrics.Record], key: str, last: int | None, style: dict[str, Any]
+) -> None:
+    steps, values = [r["step"] for r in records], [r[key] for r in records]
+    axes.plot(*_thinned(steps, values, last), **{**style, "lw": 1.0})
+    found = [n for n in spikes(values) if last is None or steps[n] <= last]
+    axes.plot(
+        [steps[n] for n in found],
+        [values[n] for n in found],
+        **{**style, "linestyle": "none", "marker": "o", "ms": 6, "mfc": "none"},
+    )
 
 
 def _thinned(

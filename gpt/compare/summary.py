@@ -354,8 +354,8 @@ def _threshold(outcomes: Iterable[Outcome]) -> Threshold:
 
 def _bound(name: str, place: str, threshold: Threshold) -> str:
     words = {
-        "above": f"no run of it failed: its threshold lies above {threshold.rate:g}",
-        "below": f"every run of it failed: its threshold lies below {threshold.rate:g}",
+        "above": f"its threshold lies above {threshold.rate:g}, the highest rate tried",
+        "below": f"its threshold lies below {threshold.rate:g}, the lowest rate tried",
         "unclear": "its failures do not rise with the rate: it has no one threshold",
     }
     return f"{name}{f' ({place})' if place else ''}: {words[threshold.bound]}"
@@ -459,47 +459,42 @@ def _words(
     return tuple(words)
 
 
+ANSWERS: dict[Answer, str] = {
+    "supported": "these runs support the claim",
+    "contradicted": "these runs contradict the claim",
+    "open": "these runs leave the question open",
+}
+
+
 def _contrast_words(result: ContrastResult, contrast: Contrast) -> str:
-    a, b = contrast.of
-    names = [f"from {b!r} to {a!r}"]
-    if contrast.against is not None:
-        names.append(f"from {contrast.against[1]!r} to {contrast.against[0]!r}")
+    pairs = [contrast.of, *([contrast.against] if contrast.against else [])]
     if result.measure == "log_lr50":
-        moved = [
-            f"{name} the rate at which half of the runs fail changes {math.exp(part):.2g}-fold"
-            for name, part in zip(names, result.parts, strict=True)
-        ]
-        size = f"the ratio of the two is {math.exp(result.value):.2g}" if len(names) > 1 else ""
-        interval = _interval_text(result.interval, math.exp, "{:.2g}")
+        what, form, read = "the rate at which half of the runs fail", _fold, math.exp
+        size = f"the ratio of the two is {math.exp(result.value):.2g}"
+        plain = "{:.2g}"
     else:
-        unit, form = (
-            ("of the runs", "{:+.0%}") if result.measure == "failure" else ("nats", "{:+.3f}")
-        )
-        what = "the share of failures" if result.measure == "failure" else "the mean loss"
-        moved = [
-            f"{name} {what} changes by {form.format(part)} {unit}"
-            for name, part in zip(names, result.parts, strict=True)
-        ]
-        size = f"the difference is {form.format(result.value)}" if len(names) > 1 else ""
-        interval = _interval_text(result.interval, lambda x: x, form)
-    answers = {
-        "supported": "so these runs support the claim",
-        "contradicted": "so these runs contradict the claim",
-        "open": "so these runs leave the question open",
-    }
-    sentence = "; ".join([", and ".join(moved), *([size] if size else [])])
+        what = "the share of failed runs" if result.measure == "failure" else "the mean loss"
+        plain = "{:+.0%}" if result.measure == "failure" else "{:+.3f} nats"
+        form, read = (lambda part: f"changes by {plain.format(part)}"), float
+        size = f"the difference of the two is {plain.format(result.value)}"
+    moved = [
+        f"from {b!r} to {a!r} {what} {form(part)}"
+        for (a, b), part in zip(pairs, result.parts, strict=True)
+    ]
+    sentence = "; ".join([*moved, *([size] if len(pairs) > 1 else [])])
+    if result.interval is None:
+        interval = "one seed gives no interval"
+    else:
+        ends = (plain.format(read(x)) for x in (result.interval.low, result.interval.high))
+        interval = f"95% interval {' to '.join(ends)}"
     bounds = f" ({'; '.join(result.bounds)})" if result.bounds else ""
-    sentence = sentence[0].upper() + sentence[1:]
-    return f"{sentence} {interval}, {answers[result.answer]}{bounds}."
+    text = f"{sentence} ({interval}): {ANSWERS[result.answer]}{bounds}."
+    return text[0].upper() + text[1:]
 
 
-def _interval_text(
-    interval: Interval | None, transform: Callable[[float], float], form: str
-) -> str:
-    if interval is None:
-        return "(one seed gives no interval)"
-    low, high = (form.format(transform(x)) for x in (interval.low, interval.high))
-    return f"(95% interval {low} to {high})"
+def _fold(part: float) -> str:
+    """A change of a logarithm in words."""
+    return f"{'rises' if part >= 0 else 'falls'} {math.exp(abs(part)):.2g}-fold"
 
 
 def _widest(arms: Sequence[ArmSummary], names: Sequence[str]) -> str:
