@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -44,11 +45,13 @@ def grid_tree(base: Config, **changes: Any) -> dict[str, Any]:
         "grid": {"optimizer.learning_rate": [0.01, 3e4]},
         "seeds": 2,
         "contrast": {
-            "question": "Does <i>anything</i> move?", "measure": "failure", "of": ["pre", "deepnorm"],
+            "question": "Does <i>anything</i> move?",
+            "measure": "failure",
+            "of": ["pre", "deepnorm"],
         },
         "pairs": [["pre", "deepnorm"]],
         **changes,
-    }  # fmt: skip
+    }
 
 
 def write(path: Path, tree: dict[str, Any]) -> Path:
@@ -98,9 +101,16 @@ def test_it_ends_with_a_verdict_and_a_report(done: tuple[Path, subprocess.Comple
     assert "failure in all of 2 seeds (at least 34%)" in ran.stdout
     names = {path.name for path in directory.iterdir()} - {".lock"}
     assert names == {
-        "grid.yaml", "command.json", "cells", "probes.json", "cells.csv", "summary.json",
-        "report.html", "report.md", "figures",
-    }  # fmt: skip
+        "grid.yaml",
+        "command.json",
+        "cells",
+        "probes.json",
+        "cells.csv",
+        "summary.json",
+        "report.html",
+        "report.md",
+        "figures",
+    }
 
 
 def test_each_cell_is_a_run_directory_without_checkpoints(done: tuple[Path, Any]):
@@ -142,8 +152,9 @@ def test_divergence_is_a_recorded_result(done: tuple[Path, Any]):
 def test_summary_json_agrees_with_the_cells(done: tuple[Path, Any]):
     tree = json.loads((done[0] / "summary.json").read_text())
     assert [(arm["arm"], arm["failures"], arm["runs"]) for arm in tree["arms"]] == [
-        ("pre", 2, 4), ("deepnorm", 2, 4),
-    ]  # fmt: skip
+        ("pre", 2, 4),
+        ("deepnorm", 2, 4),
+    ]
     assert tree["arms"][0]["highest_stable_rate"] == 0.01
     assert tree["contrast"]["value"] == 0.0
     assert tree["contrast"]["answer"] == "open"
@@ -263,9 +274,12 @@ def test_a_dry_run_lists_cells_and_writes_nothing(
         (["--beside", "nowhere"], ["nowhere", "holds no comparison"]),
         (["--report-only"], ["no cell has a result yet"]),
         (["--model.heads", "3", "--dry-run"], ["arm 'pre'", "heads (3) must divide width (16)"]),
-        (["--model.layers", "2", "--training.device", "cuda", "--dry-run"], ["cuda is not available"]),
+        (
+            ["--model.layers", "2", "--training.device", "cuda", "--dry-run"],
+            ["cuda is not available"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_input_is_exit_2(
     grid_file: Path,
     tmp_path: Path,
@@ -396,9 +410,10 @@ def test_a_killed_cell_is_recorded_and_the_others_go_on(
 ):
     path, directory, process = slow
     workers = [
-        child for child in psutil.Process(process.pid).children()
+        child
+        for child in psutil.Process(process.pid).children()
         if any("spawn_main" in word for word in child.cmdline())
-    ]  # fmt: skip
+    ]
     assert len(workers) == 2
     workers[0].kill()
     out, _ = process.communicate(timeout=200)
@@ -466,14 +481,9 @@ def test_a_fault_of_the_program_is_recorded_with_its_place(
 
 
 def _idle() -> Any:
-    class Idle:
-        class stopping:  # noqa: N801
-            value = 0
-
-        steps = [0]
-        parent = os.getppid()
-
-    return Idle
+    """What a worker shares with its parent, when nothing is asked of it."""
+    stopping = SimpleNamespace(value=0)
+    return SimpleNamespace(stopping=stopping, steps=[0], parent=os.getppid())
 
 
 def test_a_faulty_cell_is_exit_1_and_the_others_have_results(
@@ -498,9 +508,13 @@ def test_two_workers_give_what_one_gives(done: tuple[Path, Any], grid_file: Path
     """Cell by cell the same losses, whoever trained them."""
     grid, cells = load(grid_file)
     assert comparison.compare(
-        grid.model_copy(update={"probes": False}), cells[:2], tmp_path / "solo", workers=1,
-        console=Console(quiet=True), stop=lambda: False,
-    )  # fmt: skip
+        grid.model_copy(update={"probes": False}),
+        cells[:2],
+        tmp_path / "solo",
+        workers=1,
+        console=Console(quiet=True),
+        stop=lambda: False,
+    )
     for cell in cells[:2]:
         pair = [
             [

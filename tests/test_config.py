@@ -15,7 +15,7 @@ from gpt import config as configs
 from gpt.config import Choice, Config, ModelConfig, load, option_paths, validate
 from gpt.errors import InputError, nearest
 
-SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 def write(path: Path, text: str) -> Path:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from gpt.compare.grid import MOST_CELLS, Grid, load
+from gpt.compare.grid import MOST_CELLS, Contrast, Grid, load, schema
 from gpt.config import Config
 from gpt.errors import InputError
 from gpt.placement import PLACEMENTS
@@ -155,8 +155,10 @@ def test_the_base_may_be_a_file_beside_the_grid(tmp_path: Path):
         ({"grid": {"model.layers": [2, "2"]}}, ["a value stands twice"]),
         ({"grid": {"model.layers": ["many"]}}, ["arm 'pre, cold': model.layers", "'many'"]),
         ({"grid": {"model.width": [15]}}, ["heads (2) must divide width (15)"]),
-        ({"arms": {"a": {"x": {"model.bias": True}}, "b": {"y": {"model.bias": False}}}},
-         ["model.bias is set by 'y' and by another factor"]),
+        (
+            {"arms": {"a": {"x": {"model.bias": True}}, "b": {"y": {"model.bias": False}}}},
+            ["model.bias is set by 'y' and by another factor"],
+        ),
         ({"arms": {"a": {"x, y": {}}}}, ["x, y"]),
         ({"seeds": [1, 1]}, ["seeds: one stands twice"]),
         ({"seeds": 0}, ["seeds"]),
@@ -164,11 +166,14 @@ def test_the_base_may_be_a_file_beside_the_grid(tmp_path: Path):
         ({"exclude": [{"seed": 9}]}, ["exclude.0", "fits no cell"]),
         ({"exclude": [{"seed": [0, 1]}]}, ["exclude leaves no cell"]),
         ({"seeds": list(range(2000))}, ["48,000 cells", f"{MOST_CELLS:,}"]),
-        ({"contrast": {"question": "?", "of": ["pre, warm", "pre, hot"]}}, ["'pre, hot' is none", "pre, cold"]),
+        (
+            {"contrast": {"question": "?", "of": ["pre, warm", "pre, hot"]}},
+            ["'pre, hot' is none", "pre, cold"],
+        ),
         ({"contrast": {"question": "?", "of": ["pre, warm"]}}, ["contrast.of"]),
         ({"pairs": [["a", "b"]]}, ["'a' is none of the arms"]),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], words: list[str]):
     text = message(tmp_path, **changes)
     assert "mine.yaml" in text
@@ -201,8 +206,14 @@ def test_long_names_are_cut_and_stay_apart(tmp_path: Path):
 
 def test_the_promised_grids_are_shipped():
     assert {path.stem for path in SHIPPED} == {
-        "quick", "placements", "depth", "norms", "remedies", "single-gpu", "gpu-day",
-    }  # fmt: skip
+        "quick",
+        "placements",
+        "depth",
+        "norms",
+        "remedies",
+        "single-gpu",
+        "gpu-day",
+    }
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -216,14 +227,17 @@ def test_every_shipped_grid_is_fair(path: Path):
         assert decay.weight_decay == 0 or decay.independent_decay
         assert cell.config.evaluation.give_up_after is None
         assert cell.config.sampling.tokens == 0
-    assert path.read_text("utf-8").startswith("# ")
+    assert path.read_text("utf-8").startswith("# yaml-language-server: $schema=schema.json\n")
 
 
 def test_quick_crosses_placement_and_warm_up_at_four_rates_or_more():
     grid, found = load(ROOT / "configs/compare/quick.yaml")
     assert [arm.name for arm in grid.all_arms()] == [
-        "pre, no warm-up", "pre, warm-up", "post, no warm-up", "post, warm-up",
-    ]  # fmt: skip
+        "pre, no warm-up",
+        "pre, warm-up",
+        "post, no warm-up",
+        "post, warm-up",
+    ]
     assert len({cell.config.optimizer.learning_rate for cell in found}) >= 4
     assert grid.contrast is not None
     assert grid.contrast.measure == "log_lr50"
@@ -247,5 +261,8 @@ def test_single_gpu_has_the_promised_size():
     assert len(found) == 180
 
 
-def test_a_grid_is_documented():
-    assert all(info.description for info in Grid.model_fields.values())
+def test_a_grid_is_documented_and_its_schema_is_current():
+    for section in (Grid, Contrast):
+        assert all(info.description for info in section.model_fields.values())
+    shipped = (ROOT / "configs/compare/schema.json").read_text("utf-8")
+    assert shipped == schema(), "python -m gpt.compare.grid > configs/compare/schema.json"

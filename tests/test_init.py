@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from gpt.config import ModelConfig
-from gpt.init import REGIMES, initialize, logit_scale
+from gpt.config import ModelConfig, NormConfig
+from gpt.init import REGIMES, fingerprints, initialize, logit_scale
 from gpt.model import GPT
 from gpt.placement import PLACEMENTS
 
@@ -144,3 +144,21 @@ def test_initialize_sets_everything_again():
     model(torch.arange(128)[None])
     initialize(model, model.config, seed=0)
     assert not model.final_norm.running_mean.any()
+
+
+def test_fingerprints_tell_one_draw_at_two_scales_from_two_draws():
+    def prints(placement: str, seed: int) -> dict[str, dict[str, object]]:
+        config = ModelConfig(layers=2, heads=2, width=16, norm=NormConfig(placement=placement))
+        model = GPT(config, 40)
+        initialize(model, config, seed)
+        return fingerprints(model)
+
+    pre, post, deepnorm = (prints(name, 0) for name in ("pre", "post", "deepnorm"))
+    other = prints("pre", 1)
+    name = "blocks.1.mlp.up.weight"
+    assert pre[name] == post[name]
+    assert pre[name]["shape"] == [64, 16]
+    assert pre[name]["sha256"] != deepnorm[name]["sha256"]
+    assert pre[name]["signs"] == deepnorm[name]["signs"]
+    assert deepnorm[name]["rms"] == pytest.approx(pre[name]["rms"] * (8 * 2) ** -0.25, rel=1e-5)
+    assert pre[name]["signs"] != other[name]["signs"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 from gpt import cli
+from gpt.compare import grid as grids
 from gpt.config import Config
 from gpt.training import train
 
@@ -41,6 +43,28 @@ def test_train_and_prepare_commands(command: str, capsys: pytest.CaptureFixture[
     arguments = [word for word in words[start:] if word != "--print-config"]
     assert cli.train([*arguments, "--print-config"]) == 0
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "compare.py configs/" in c])
+def test_compare_commands(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    _, _, rest = command.partition("compare.py ")
+    arguments = [word for word in shlex.split(rest, comments=True) if word != "--dry-run"]
+    arguments += [] if "--out-dir" in arguments else ["--out-dir", str(tmp_path / "new")]
+    assert cli.compare([*arguments, "--dry-run"]) == 0
+    assert capsys.readouterr().out
+
+
+def test_its_grid_loads(tmp_path: Path):
+    (example,) = re.findall(r"```yaml\n(base: .*?)```", README, re.DOTALL)
+    (tmp_path / "compare").mkdir()
+    (tmp_path / "compare/mine.yaml").write_text(example)
+    shutil.copy(ROOT / "configs/pre-norm.yaml", tmp_path)
+    grid, cells = grids.load(tmp_path / "compare/mine.yaml")
+    assert len(grid.all_arms()) == 4
+    assert len(cells) == (4 * 3 - 2) * 2 * 5
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(r"\bsample(\.py)? ", c)])

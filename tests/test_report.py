@@ -25,9 +25,13 @@ needs_browser = pytest.mark.skipif(
     CHROMIUM is None and "CI" not in os.environ, reason="no Chromium on this machine"
 )
 FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-    "--disable-sync", "--no-first-run",
-]  # fmt: skip
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +49,25 @@ def directory(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "title": "</title><script>document.title = 'owned'</script>",
         "base": {key: value for key, value in tree.items() if key not in ("name", "seed")},
         "arms": {
-            "placement": {"pre": {"model.norm.placement": "pre"}, "<b>post</b>": {"model.norm.placement": "post"}},
-            "warm-up": {"cold": {"schedule.warmup": "none"}, "warm & slow": {"schedule.warmup": "linear"}},
+            "placement": {
+                "pre": {"model.norm.placement": "pre"},
+                "<b>post</b>": {"model.norm.placement": "post"},
+            },
+            "warm-up": {
+                "cold": {"schedule.warmup": "none"},
+                "warm & slow": {"schedule.warmup": "linear"},
+            },
         },
         "grid": {"model.layers": [1, 2], "optimizer.learning_rate": [0.01, 3e4]},
         "seeds": 2,
         "contrast": {
-            "question": "<img src=x onerror=alert(1)> Does it?", "measure": "log_lr50",
-            "of": ["pre, cold", "pre, warm & slow"], "against": ["<b>post</b>, cold", "<b>post</b>, warm & slow"],
+            "question": "<img src=x onerror=alert(1)> Does it?",
+            "measure": "log_lr50",
+            "of": ["pre, cold", "pre, warm & slow"],
+            "against": ["<b>post</b>, cold", "<b>post</b>, warm & slow"],
         },
         "pairs": [["pre, cold", "<b>post</b>, cold"]],
-    }  # fmt: skip
+    }
     folder = tmp_path_factory.mktemp("report")
     path = folder / "grid.yaml"
     path.write_text(yaml.safe_dump(grid, sort_keys=False))
@@ -103,7 +115,7 @@ def test_every_cell_has_a_row_and_every_row_a_curve(directory: Path, html: str):
 def test_every_id_is_there_once_and_every_link_leads_somewhere(html: str):
     ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids))
-    assert {link for link in re.findall(r'href="#([^"]+)"', html)} <= set(ids)
+    assert set(re.findall(r'href="#([^"]+)"', html)) <= set(ids)
 
 
 def test_every_picture_says_in_words_what_it_shows(html: str):

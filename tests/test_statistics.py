@@ -26,6 +26,7 @@ from gpt.compare.statistics import (
     mean_interval,
     paired_difference,
     sign_flip_p,
+    threshold_interval,
     wilson,
 )
 
@@ -367,3 +368,50 @@ def test_the_slope_of_a_power_law_is_its_exponent():
 def test_the_loglog_slope_is_by_least_squares_of_log_y():
     """The logs (0, 0), (1, 1), (2, 1) have slope 1/2; regressed the other way it would be 2/3."""
     assert loglog_slope([1, math.e, math.e**2], [1, math.e, math.e]) == pytest.approx(0.5)
+
+
+# ---------------------------------------------------------------------------------------------
+# Intervals of thresholds
+
+
+def runs_of(threshold: float) -> list[tuple[float, bool]]:
+    return [(rate, rate >= threshold) for rate in (0.01, 0.1, 1.0, 10.0)]
+
+
+def test_seeds_that_agree_leave_the_grids_spacing():
+    """The 95% of one uniform draw as wide as the bracket, around the fitted threshold."""
+    interval = threshold_interval([[runs_of(1.0)] * 3])
+    fitted = math.log(lr50(*zip(*runs_of(1.0) * 3, strict=True)).rate)
+    assert interval is not None
+    assert interval.low == pytest.approx(fitted - 0.475 * math.log(10), abs=0.05)
+    assert interval.high == pytest.approx(fitted + 0.475 * math.log(10), abs=0.05)
+
+
+def test_a_difference_of_thresholds_has_the_spread_of_two():
+    """The sum of two uniform draws is triangular: its central 95% is 2 (1 - sqrt(0.05)) w / 2."""
+    arms = [[runs_of(1.0)] * 3, [runs_of(0.1)] * 3]
+    interval = threshold_interval(arms, (1, -1))
+    assert interval is not None
+    half = (1 - math.sqrt(0.05)) * math.log(10)
+    assert (interval.high - interval.low) / 2 == pytest.approx(half, abs=0.06)
+    assert (interval.high + interval.low) / 2 == pytest.approx(math.log(10), abs=0.06)
+
+
+def test_seeds_that_differ_widen_the_interval_and_are_resampled_together():
+    seeds = [runs_of(0.1), runs_of(1.0), runs_of(10.0)]
+    alone = threshold_interval([seeds])
+    agreed = threshold_interval([[runs_of(1.0)] * 3])
+    assert alone is not None
+    assert agreed is not None
+    assert alone.high - alone.low > 1.2 * (agreed.high - agreed.low)
+    paired = threshold_interval([seeds, seeds], (1, -1))  # the seeds' part cancels
+    assert paired is not None
+    assert (paired.low + paired.high) / 2 == pytest.approx(0, abs=0.1)
+
+
+def test_a_bound_is_not_moved_and_one_seed_has_no_interval():
+    never = [(rate, False) for rate in (0.01, 0.1)]
+    interval = threshold_interval([[never] * 3])
+    assert interval is not None
+    assert interval.low == interval.high == pytest.approx(math.log(0.1))
+    assert threshold_interval([[never]]) is None

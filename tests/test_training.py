@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from gpt.config import Config
 from gpt.data.preparation import prepare
 from gpt.data.sequences import TrainingSequences, ValidationSequences
 from gpt.errors import InputError
-from gpt.init import initialize
+from gpt.init import fingerprints, initialize
 from gpt.model import GPT
 from gpt.optim import OPTIMIZERS
 from gpt.placement import PLACEMENTS
@@ -182,7 +183,8 @@ def test_what_a_run_leaves(tiny: Make, tmp_path: Path):
     updates = [line for line in lines if "loss" in line]
     assert [line["step"] for line in updates] == list(range(1, 21))
     assert set(updates[0]) == {
-        "step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second",
+        "step", "tokens", "loss", "learning_rate", "grad_norm", "batches",
+        "tokens_per_second",
         "step_seconds",
     }  # fmt: skip
     assert updates[0]["learning_rate"] == pytest.approx(1e-3 / 5)
@@ -605,3 +607,61 @@ def test_fp16s_scale_is_kept_over_a_stop(tiny: Make, tmp_path: Path):
     run(config, tmp_path / "run")
     folder = max((tmp_path / "run/checkpoints").glob("step-*"))
     assert json.loads((folder / "state.json").read_text())["scaler"]["_growth_tracker"] == 3
+
+
+# ---------------------------------------------------------------------------------------------
+# What tells that two runs are matched
+
+
+def batches(out: Path) -> list[str]:
+    return [line["batches"] for line in metrics.read(out / "metrics.jsonl") if "loss" in line]
+
+
+def test_the_digest_of_batches_is_of_all_inputs_so_far(tiny: Make, tmp_path: Path):
+    """Equal for equal seeds whatever the model, until the first batch that is another."""
+    run(tiny(), tmp_path / "a")
+    run(tiny(model={"norm": {"placement": "post"}}, optimizer={"name": "sgd"}), tmp_path / "b")
+    run(tiny(data={"seed": 1}), tmp_path / "c")
+    a, b, c = (batches(tmp_path / name) for name in "abc")
+    assert a == b
+    assert len(set(a)) == len(a) == 20
+    assert not set(a) & set(c)
+
+    dataset = prepare(tiny().data)
+    sequences = TrainingSequences(dataset.train, tiny().model.context, tiny().data_seed)
+    seen = ""
+    for step, digest in enumerate(a, 1):
+        inputs, _ = sequences.batch(step, tiny().batch_sequences)
+        seen = hashlib.sha256(seen.encode() + inputs.tobytes()).hexdigest()
+        assert seen.startswith(digest)
+
+
+def test_first_weights_and_h1_are_on_record(tiny: Make, tmp_path: Path):
+    run(tiny(), tmp_path / "run")
+    environment = json.loads((tmp_path / "run/environment.json").read_text())
+    model = GPT(tiny().model, prepare(tiny().data).encoding.n_vocab)
+    initialize(model, tiny().model, tiny().seed)
+    assert environment["initial_weights"] == fingerprints(model)
+    assert environment["unigram_entropy"] == prepare(tiny().data).unigram_entropy()
+
+
+def test_a_run_that_learns_nothing_may_be_given_up(tiny: Make, tmp_path: Path):
+    still = {"optimizer": {"learning_rate": 1e-9}, "evaluation": {"every": 4, "give_up_after": 2}}
+    result = run(tiny(**still), tmp_path / "still")
+    assert (result.status, result.step) == ("finished", 8)
+    assert "given up at step 8" in result.reason
+    assert (tmp_path / "still/checkpoints/step-00000008").is_dir()
+    again = run(tiny(**still), tmp_path / "still")
+    assert again.step == 8
+
+    learning = run(
+        tiny(optimizer={"learning_rate": 0.01}, evaluation={"every": 4, "give_up_after": 5}),
+        tmp_path / "learning",
+    )
+    assert learning.step == 20
+
+
+def test_giving_up_counts_on_over_a_stop(tiny: Make, tmp_path: Path):
+    config = tiny(optimizer={"learning_rate": 1e-9}, evaluation={"every": 4, "give_up_after": 3})
+    assert run(config, tmp_path / "run", stop=stop_after(9)).status == "interrupted"
+    assert run(config, tmp_path / "run").step == 12

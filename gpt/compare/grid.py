@@ -18,15 +18,18 @@ has 2 x 2 arms, 2 x 2 places and 3 seeds, so 48 cells. Cells of one place and se
 alone: a cell's seed is that of its weights and of its data order. An arm that lists values of an
 axis has those in place of the grid's: Adafactor's rates are not AdamW's.
 
-This module imports no torch and runs nothing.
+`python -m gpt.compare.grid` prints the JSON schema that editors use. This module imports no torch
+and runs nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -355,3 +358,12 @@ def _value(config: Config, key: str) -> Any:
     for part in key.split("."):
         value = getattr(value, part)
     return value
+
+
+def schema() -> str:
+    """The JSON schema of a grid file, for editors."""
+    return json.dumps(Grid.model_json_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(schema())

@@ -498,25 +498,23 @@ def _fold(part: float) -> str:
 
 
 def _widest(arms: Sequence[ArmSummary], names: Sequence[str]) -> str:
-    """What failed and what did not, at the rate and place where the arms differ the most."""
+    """What failed and what did not, at the rate and place where the first two arms differ most."""
     cells: dict[tuple[float, str], dict[str, AtRate]] = {}
     for arm in arms:
         for at in arm.by_rate:
             if arm.arm in names:
                 cells.setdefault((at.rate, arm.place), {})[arm.arm] = at
-    shares = {key: [at.failures / at.n for at in by_arm.values()] for key, by_arm in cells.items()}
+    if not any(at.failures for by_arm in cells.values() for at in by_arm.values()):
+        most = max((at for by_arm in cells.values() for at in by_arm.values()), key=lambda at: at.n)
+        return f"No run failed: {failures_text(0, most.n, most.interval)} at each rate."
 
-    def contrast(key: tuple[float, str]) -> tuple[float, float]:
-        known = cells[key]
-        of = [known[name].failures / known[name].n for name in names[:2] if name in known]
-        return (abs(of[0] - of[-1]), max(shares[key]) - min(shares[key]))
+    def spread(by_arm: dict[str, AtRate], of: Sequence[str]) -> float:
+        shares = [by_arm[name].failures / by_arm[name].n for name in of if name in by_arm]
+        return max(shares, default=0.0) - min(shares, default=0.0)
 
-    rate, place = max(cells, key=contrast)
+    rate, place = max(cells, key=lambda k: (spread(cells[k], names[:2]), spread(cells[k], names)))
     parts = [
         f"{name}: {failures_text(at.failures, at.n, at.interval)}"
         for name, at in cells[rate, place].items()
     ]
-    where = f" ({place})" if place else ""
-    if not any(max(each) for each in shares.values()):
-        return f"No run failed; at rate {rate:g}{where}, for one, {'; '.join(parts)}."
-    return f"At rate {rate:g}{where}, {'; '.join(parts)}."
+    return f"At rate {rate:g}{f' ({place})' if place else ''}, {'; '.join(parts)}."
