@@ -697,8 +697,8 @@ def _explain(error: ErrorDetails, options: list[str]) -> tuple[str, str]:
             valid = [f"{parent}.{name}" for name in MixedSource.model_fields]
         return key, f"no such option{nearest(key, valid)}"
     names = {*MixedSource.model_fields, *(part for place in options for part in place.split("."))}
-    while parts and not (parts[-1] in names or parts[-1].isdecimal()):  # a union's branches
-        parts.pop()
+    while parts and not (parts[-1] in names or "." in parts[-1] or parts[-1].isdecimal()):
+        parts.pop()  # a union's branches
     key = ".".join(parts)
     if error["type"] == "value_error":
         return key, str(error["ctx"]["error"])

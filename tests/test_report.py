@@ -42,7 +42,7 @@ def directory(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tiny(
         diagnostics={"every": 10},
         sampling={"tokens": 0},
-        training={"steps": 20, "batch_sequences": 4},
+        training={"steps": 20, "batch_sequences": 8},
     )
     tree = base.model_dump(mode="json")
     grid = {
@@ -58,8 +58,8 @@ def directory(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "warm & slow": {"schedule.warmup": "linear"},
             },
         },
-        "grid": {"model.layers": [1, 2], "optimizer.learning_rate": [0.01, 3e4]},
-        "seeds": 2,
+        "grid": {"model.layers": [1, 2], "optimizer.learning_rate": [0.03, 3e4]},
+        "seeds": 1,
         "contrast": {
             "question": "<img src=x onerror=alert(1)> Does it?",
             "measure": "log_lr50",

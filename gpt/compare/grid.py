@@ -135,9 +135,7 @@ class Grid(Section):
             for axis in self.grid:
                 for key in split(axis):
                     if key in arm.options:
-                        raise ValueError(
-                            f"{key}: is set by both arm {arm.name!r} and axis {axis!r}"
-                        )
+                        raise ValueError(f"{key}: is set by arm {arm.name!r} and by the grid")
         twice = [
             key for key, n in Counter(k for axis in self.grid for k in split(axis)).items() if n > 1
         ]
@@ -307,9 +305,7 @@ def _assign(axis: str, value: Any, origin: str) -> Options:
     if len(keys) == 1:
         return {axis: value}
     if not isinstance(value, list) or len(value) != len(keys):
-        raise InputError(
-            f"{origin}: grid: {axis}: needs tuples of {len(keys)} values, found {value!r}"
-        )
+        raise InputError(f"{origin}: grid: {axis}: needs {len(keys)} values, found {value!r}")
     return dict(zip(keys, value, strict=True))
 
 

@@ -512,7 +512,15 @@ def _widest(arms: Sequence[ArmSummary], names: Sequence[str]) -> str:
         shares = [by_arm[name].failures / by_arm[name].n for name in of if name in by_arm]
         return max(shares, default=0.0) - min(shares, default=0.0)
 
-    rate, place = max(cells, key=lambda k: (spread(cells[k], names[:2]), spread(cells[k], names)))
+    def telling(key: tuple[float, str]) -> tuple[float, float, int]:
+        found = cells[key]
+        return (
+            spread(found, names[:2]),
+            spread(found, names),
+            sum(a.failures for a in found.values()),
+        )
+
+    rate, place = max(cells, key=telling)
     parts = [
         f"{name}: {failures_text(at.failures, at.n, at.interval)}"
         for name, at in cells[rate, place].items()
