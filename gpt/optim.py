@@ -9,7 +9,7 @@ Not here: the learning rate's course (gpt/schedule.py) and clipping (gpt/trainin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -111,9 +111,23 @@ class Optimizer:
 
     def eps(self) -> dict[str, float]:
         """What Adam adds to the root of its second moment, for each parameter that it updates."""
+        return {name: part.defaults["eps"] for part, name, _ in self._adams()}
+
+    def second_moments(self) -> dict[str, Tensor]:
+        """Adam's estimate of each squared gradient, without bias; none before the first update."""
+        found = {}
+        for part, name, parameter in self._adams():
+            state = part.state[parameter]
+            if "exp_avg_sq" in state:
+                bias = 1 - part.defaults["betas"][1] ** state["step"].item()
+                found[name] = state["exp_avg_sq"] / bias
+        return found
+
+    def _adams(self) -> Iterator[tuple[torch.optim.Optimizer, str, nn.Parameter]]:
         adam = (torch.optim.AdamW, torch.optim.RAdam)
-        parts = [part for part in self.parts if isinstance(part, adam)]
-        return {name: part.defaults["eps"] for part in parts for name, _ in _named(part)}
+        for part in self.parts:
+            if isinstance(part, adam):
+                yield from ((part, name, parameter) for name, parameter in _named(part))
 
     def set_rate(self, share: float) -> None:
         """The next update is made at `share` of the full rate."""

@@ -307,7 +307,8 @@ class _Training:
         look = None
         every = config.diagnostics.every
         if every is not None and (step == 1 or step % every == 0):
-            look = Look(self.model, self.optimizer.eps())
+            optimizer = self.optimizer
+            look = Look(self.model, optimizer.eps(), optimizer.second_moments())
             with self._autocast():
                 look.forward(inputs[: min(config.diagnostics.sequences, self.micro_batch)])
         share = rate(config.schedule, step, config.training.steps)

@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from gpt import cli, metrics, plot, training
-from gpt.config import Config, ModelConfig
+from gpt.config import Config, ModelConfig, OptimizerConfig
 from gpt.diagnostics.failure import Place, advice, describe, first_nonfinite
 from gpt.diagnostics.layers import MEASURES, Look, layer_of
 from gpt.init import initialize
 from gpt.model import GPT
+from gpt.optim import Optimizer
 from gpt.placement import PLACEMENTS
 from gpt.run import RunDirectory, RunResult
 from gpt.training import train
@@ -45,7 +46,7 @@ def looked(model: GPT, adams: bool = True) -> list[metrics.Record]:
     """The records of one update that halves every matrix of block 2."""
     model.zero_grad()
     model.loss(tokens(), tokens(1)).backward()
-    look = Look(model, {name: 1e-8 for name, _ in model.named_parameters() if adams})
+    look = Look(model, {name: 1e-8 for name, _ in model.named_parameters() if adams}, {})
     look.forward(tokens())
     with torch.no_grad():
         for parameter in model.placements()[1].parameters():
@@ -122,6 +123,29 @@ def test_measures_by_hand():
         assert record["stream_rms"] == pytest.approx(x.square().mean().sqrt().item())
     log_z = model(tokens()).exp().sum(-1).log().mean().item()
     assert records[-1]["log_z"] == pytest.approx(log_z)
+
+
+def test_a_gradient_is_held_against_the_root_of_adams_second_moment():
+    """Written once more from Adam's definition: v after two updates, without bias."""
+    model = make()
+    optimizer = Optimizer(model, OptimizerConfig(beta2=0.9, eps=1e-8))
+    assert optimizer.second_moments() == {}
+    squares = []
+    for seed in (3, 4):
+        model.loss(tokens(seed), tokens(1)).backward()
+        squares.append({n: p.grad.square().clone() for n, p in model.named_parameters()})
+        optimizer.parts[0].step()
+        optimizer.zero_grad()
+    model.loss(tokens(), tokens(1)).backward()
+    look = Look(model, optimizer.eps(), optimizer.second_moments())
+    ratios = []
+    for name, parameter in model.named_parameters():
+        if name.startswith("blocks.0."):
+            v = (0.9 * 0.1 * squares[0][name] + 0.1 * squares[1][name]) / (1 - 0.9**2)
+            ratios.append((parameter.grad / (v.sqrt() + 1e-8)).flatten())
+    wanted = torch.cat(ratios).square().mean().sqrt().item()
+    look.forward(tokens())
+    assert look.read(step=3)[1]["grad_over_root_v"] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_without_adam_there_is_no_epsilon():

@@ -14,11 +14,10 @@ from gpt.compare.probes import (
     ADAM_RATE,
     DEPTHS,
     Probe,
-    amplification_slope,
-    gradient_slope,
     probe,
     probe_depths,
 )
+from gpt.compare.statistics import loglog_slope
 from gpt.config import ModelConfig
 from gpt.errors import InputError
 from gpt.init import initialize
@@ -184,24 +183,15 @@ def test_amplification_grows_with_depth_as_in_theory(placement: str, least: floa
     mlp = {"activation": "relu", "multiple": 1}
     config = shaped(placement, width=64, context=1, tied_head=False, mlp=mlp)
     found = probe_depths(config, VOCAB, [batch(0, 16, 1)], range(4), (2, 12))
-    assert least < amplification_slope(found) < most
+    sublayers = [2 * each.layers for each in found]
+    assert least < loglog_slope(sublayers, [each.amplification for each in found]) < most
 
 
-def test_slopes_of_power_laws_are_their_exponents():
-    def made(layers: int) -> Probe:
-        last, amplification = 3 * layers**-0.5, 5 * layers**1.5
-        return Probe(layers, 0.0, (9.0, last), None, (1.0, 1.0), amplification, 1.0)
-
-    probes = [made(layers) for layers in (2, 3, 8)]
-    assert gradient_slope(probes) == pytest.approx(-0.5)
-    assert amplification_slope(probes) == pytest.approx(1.5)
-
-
-@pytest.mark.filterwarnings("ignore:divide by zero")
-def test_closed_branches_have_no_slopes():
-    probes = probe_depths(shaped("rezero"), VOCAB, [batch(0)], [0], (2, 4))
-    assert math.isnan(gradient_slope(probes))
-    assert math.isnan(amplification_slope(probes))
+def test_closed_branches_have_no_gradient_and_amplify_nothing():
+    """ReZero's start: a = 0."""
+    for each in probe_depths(shaped("rezero"), VOCAB, [batch(0)], [0], (2, 4)):
+        assert set(each.gradient_norms) == {0.0}
+        assert each.amplification == each.adam_amplification == 0.0
 
 
 def test_depths_that_a_placement_cannot_have_are_left_out():

@@ -32,8 +32,9 @@ from matplotlib.ticker import (
 from gpt import metrics
 from gpt.compare.grid import Grid
 from gpt.compare.outcomes import Outcome
-from gpt.compare.probes import Probe, amplification_slope, gradient_slope
+from gpt.compare.probes import Probe
 from gpt.compare.starts import Start
+from gpt.compare.statistics import loglog_slope
 from gpt.compare.summary import ArmSummary, Summary, place_text
 from gpt.compare.verdicts import spikes
 
@@ -126,6 +127,7 @@ def _look() -> Iterator[None]:
     options: dict[Any, Any] = {
         "font.size": 9,
         "axes.titlesize": 9.5,
+        "axes.facecolor": "none",
         "text.color": INK,
         "axes.labelcolor": INK,
         "axes.edgecolor": INK,
@@ -436,90 +438,76 @@ def sensitivity(material: Material) -> Picture | None:
 
 def gradient_by_depth(material: Material) -> Picture | None:
     """g_L against L, log-log."""
-    return _by_depth(
-        material,
-        [start.token for start in material.starts],
-        lambda probe: probe.last_gradient,
-        gradient_slope,
+    if not material.starts:
+        return None
+    figure, (axes,) = _panels(1, width=6.0, height=3.6)
+    slopes = _by_depth(axes, material, lambda probe: probe.last_gradient)
+    axes.set_ylabel("gradient norm of the last block's W₂")
+    figure.legend(loc="outside lower center", ncols=2 if len(slopes) < 9 else 3)
+    return Picture(
         "gradient-by-depth",
         "Gradient of the last block at the start, by depth",
-        "gradient norm of the last block's W₂",
         "For one token, a mean over initial weights, as in the theory of Xiong et al. 2020: under "
         "xavier weights flat in post-norm, and in pre-norm falling with a slope near -0.45. In the "
-        "gpt2 regime at small widths both are near 0.",
+        f"gpt2 regime at small widths both are near 0. Slopes: {'; '.join(slopes)}.",
+        "; ".join(slopes),
+        figure,
     )
 
 
 def amplification(material: Material) -> Picture | None:
     """Change of the output by a change of the weights, against 2L."""
-    return _by_depth(
-        material,
-        [start.token for start in material.starts],
-        lambda probe: probe.amplification,
-        amplification_slope,
+    if not material.starts:
+        return None
+    figure, panels = _panels(2, width=4.6, height=3.6)
+    random = _by_depth(panels[0], material, lambda probe: probe.amplification, sublayers=True)
+    adam = _by_depth(panels[1], material, lambda probe: probe.adam_amplification, sublayers=True)
+    panels[0].set_title("weights moved at random: E|Δout|² / δ²")
+    panels[1].set_title("one update by Adam: E|Δout|²")
+    names = [_start_name(material, start) for start in material.starts]
+    figure.legend(panels[0].lines, names, loc="outside lower center", ncols=min(len(names), 5))
+    return Picture(
         "amplification",
         "How much a change of the weights is amplified, by depth",
-        "E|Δout|² per channel / δ²",
-        "For one token, every matrix moved at random by 1% of its spread. Theory (Liu et al. "
-        "2020): under xavier weights as the number of sublayers in post-norm, a slope of 1, and in "
-        "pre-norm as its logarithm.",
-        factor=2,
-        label="sublayers, 2L",
+        "For one token, per channel: every matrix of the blocks moved at random by 1% of its "
+        "spread, and by Adam's first update at rate 1e-5. Theory (Liu et al. 2020) of the first, "
+        "under xavier weights: as the number of sublayers in post-norm, a slope of 1, and in "
+        f"pre-norm as its logarithm. Slopes: at random {'; '.join(random)}; by Adam "
+        f"{'; '.join(adam)}.",
+        f"At random: {'; '.join(random)}. By Adam: {'; '.join(adam)}",
+        figure,
     )
 
 
 def _by_depth(
-    material: Material,
-    probes: Sequence[Sequence[Probe]],
-    value: Callable[[Probe], float],
-    slope: Callable[[Sequence[Probe]], float],
-    name: str,
-    title: str,
-    quantity: str,
-    caption: str,
-    *,
-    factor: int = 1,
-    label: str = "blocks, L",
-) -> Picture | None:
-    if not probes:
-        return None
-    figure, (axes,) = _panels(1, width=6.0, height=3.6)
-    slopes = []
-    for start, some in zip(material.starts, probes, strict=True):
-        zero = not all(value(probe) for probe in some)  # ReZero's branches, which start at 0
-        grows = "0 throughout" if zero else f"slope {slope(some):+.2f}"
-        text = f"{_start_name(material, start)}: {grows}"
-        slopes.append(text)
-        axes.plot(
-            [factor * probe.layers for probe in some],
-            [value(probe) for probe in some],
-            marker="o",
-            ms=4,
-            label=text,
-            **_start_style(material, start),
-        )
+    axes: Axes, material: Material, value: Callable[[Probe], float], *, sublayers: bool = False
+) -> list[str]:
+    """Draw a measure of one token against depth; returns each network's slope in words."""
+    factor, slopes = 2 if sublayers else 1, []
+    depths: set[int] = set()
+    for start in material.starts:
+        xs = [factor * probe.layers for probe in start.token]
+        ys = [value(probe) for probe in start.token]
+        zero = not all(ys)  # ReZero's branches start at 0
+        grows = "0 throughout" if zero else f"{loglog_slope(xs, ys):+.2f}"
+        slopes.append(f"{_start_name(material, start)} {grows}")
+        style = _start_style(material, start)
+        axes.plot(xs, ys, marker="o", ms=4, label=slopes[-1], **style)
+        depths |= set(xs)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    depths = [factor * probe.layers for probe in max(probes, key=len)]
-    axes.set_xticks(depths, [str(depth) for depth in depths])
+    axes.set_xticks(sorted(depths), [str(depth) for depth in sorted(depths)])
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel(label)
-    axes.set_ylabel(quantity)
+    axes.set_xlabel("sublayers, 2L" if sublayers else "blocks, L")
     _plain_numbers(axes)
-    figure.legend(loc="outside lower center", ncols=2 if len(slopes) < 9 else 3)
-    return Picture(name, title, caption, "; ".join(slopes), figure)
+    return slopes
 
 
 def start_by_layer(material: Material) -> Picture | None:
     """Gradient norm, residual dependency and stream by layer, before training."""
     if not material.starts:
         return None
-    depth = max(
-        set.intersection(*({p.layers for p in start.text} for start in material.starts)),
-        default=None,
-    )
-    if depth is None:
-        return None
+    depth = max(set.intersection(*({p.layers for p in start.text} for start in material.starts)))
     figure, panels = _panels(4, width=2.8, height=3.2)
     words = []
     for start in material.starts:

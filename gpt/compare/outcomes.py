@@ -6,8 +6,8 @@ Everything is read from files that training wrote, so a report can be made anywh
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Outcome:
         unigram_entropy: H₁, nats per token.
         environment: environment.json.
         batches: step -> digest of all inputs up to it.
+        extremes: what the looks into the layers saw at their worst; empty without diagnostics.
     """
 
     cell: Cell
@@ -41,6 +42,7 @@ class Outcome:
     unigram_entropy: float = 0.0
     environment: dict[str, Any] | None = None
     batches: dict[int, str] | None = None
+    extremes: dict[str, float] = field(default_factory=dict)
 
     @property
     def status(self) -> str:
@@ -89,6 +91,7 @@ def read_outcome(cell: Cell, directory: Path, lost: Lost | None = None) -> Outco
     except (OSError, ValueError, TypeError, KeyError):
         raise InputError(f"{run.environment}: is damaged") from None
     records = metrics.read(run.metrics)
+    given_up = f"; {result.reason}" if result.reason.startswith("given up") else ""
     failure = result.failure
     place = failure.place if failure is not None else None
     found = verdict(
@@ -102,12 +105,33 @@ def read_outcome(cell: Cell, directory: Path, lost: Lost | None = None) -> Outco
     return Outcome(
         cell,
         run.path,
-        found,
+        replace(found, reason=found.reason + given_up),
         seconds=result.seconds,
         unigram_entropy=entropy,
         environment=environment,
         batches={r["step"]: r["batches"] for r in records if "batches" in r},
+        extremes=_extremes(records),
     )
+
+
+# The worst of each measure of the layers: column of cells.csv -> (key of a record, which of all).
+EXTREMES: dict[str, tuple[str, Callable[[list[float]], float]]] = {
+    "max_attention_logit": ("attention_logit", max),
+    "min_attention_entropy": ("attention_entropy", min),
+    "max_update_ratio": ("update_ratio", max),
+    "max_grad_over_root_v": ("grad_over_root_v", max),
+    "min_grad_over_eps": ("grad_over_eps", min),
+    "max_stream_rms": ("stream_rms", max),
+}
+
+
+def _extremes(records: Sequence[metrics.Record]) -> dict[str, float]:
+    found = {}
+    for column, (key, worst) in EXTREMES.items():
+        values = [record[key] for record in records if record.get(key) is not None]
+        if values:
+            found[column] = worst(values)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------
@@ -119,7 +143,7 @@ class Match:
     """What cells of one seed and place had in common, counted over all pairs with the first arm's.
 
     Attributes:
-        cells: cells that were held against another.
+        cells: cells whose inputs were held against another's.
         same_batches: those that saw the same inputs, as far as both went.
         parameters: parameters that both have, by name and shape.
         equal: those that started with the same numbers.
@@ -147,14 +171,14 @@ def match(outcomes: Sequence[Outcome]) -> Match:
         other = first.setdefault(key, outcome)
         if other is outcome:
             continue
-        cells += 1
         names = f"{outcome.cell.id} and {other.cell.id}"
         mine, theirs = outcome.batches or {}, other.batches or {}
-        step = max(mine.keys() & theirs.keys(), default=0)
-        if step and mine[step] == theirs[step]:
-            same += 1
-        else:
-            exceptions.append(f"{names} saw other batches")
+        step = max(mine.keys() & theirs.keys(), default=None)
+        if step is not None:  # one that diverged before its first update saw none
+            cells += 1
+            same += mine[step] == theirs[step]
+            if mine[step] != theirs[step]:
+                exceptions.append(f"{names} saw other batches")
         ours, others = _weights(outcome), _weights(other)
         for name in ours.keys() & others.keys():
             a, b = ours[name], others[name]
@@ -207,6 +231,7 @@ def csv_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
                 "clipped": found.clipped,
                 "steps": found.steps,
                 "reason": found.reason,
+                **outcome.extremes,
             }
         )
     return rows

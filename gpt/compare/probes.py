@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpt.compare.statistics import loglog_slope
 from gpt.config import ModelConfig
 from gpt.diagnostics.layers import Look
 from gpt.init import Stacked, initialize
@@ -120,23 +119,6 @@ def probe_depths(
     ]
 
 
-def gradient_slope(probes: Sequence[Probe]) -> float:
-    """Slope of log g_L against log L, by least squares; g_L is the gradient norm of block L.
-
-    Theory, with one token: 0 for post-norm, about -0.45 for pre-norm (Xiong et al. 2020). NaN where
-    the gradient is 0: in ReZero.
-    """
-    return loglog_slope([p.layers for p in probes], [p.last_gradient for p in probes])
-
-
-def amplification_slope(probes: Sequence[Probe]) -> float:
-    """Slope of log amplification against log 2L, the number of sublayers, by least squares.
-
-    Theory: 1 for post-norm, less for pre-norm and Admin (Liu et al. 2020). NaN for ReZero.
-    """
-    return loglog_slope([2 * p.layers for p in probes], [p.amplification for p in probes])
-
-
 def _measure(
     config: ModelConfig, vocab_size: int, batches: Sequence[Batch], seed: int
 ) -> dict[str, Any]:
@@ -145,7 +127,7 @@ def _measure(
     model = _start(config, vocab_size, batches[0][0], seed)
     losses = torch.stack([model.loss(inputs, targets) for inputs, targets in batches])
     losses.mean().backward()
-    look = Look(model, {})
+    look = Look(model, {}, {})
     look.forward(tokens)
     blocks = look.read(step=0)[1:-1]
     measures = {

@@ -215,7 +215,8 @@ def limits(grid: Grid, summary: Summary) -> list[str]:
         f"{wilson(0, seeds).high:.0%}; the smallest p-value of a paired test of so many is "
         f"{min(1.0, 2 * 0.5**seeds):.2g}."
         + (" A bootstrap over so few is too narrow." if seeds < 10 else ""),
-        "Short runs measure the onset of instability, not the quality of a finished model.",
+        "Short runs measure the onset of instability, not the quality of a finished model; and a "
+        "run that is only slow, by its rate or its optimizer, counts as plateaued too.",
         "Sensitivity and thresholds belong to the rates tried; on another grid they are others.",
         "The best rate of an arm is picked on the very seeds that its loss is shown for.",
         "One size of model, one corpus, one precision: what holds here may not hold elsewhere.",

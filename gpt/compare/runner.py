@@ -172,24 +172,25 @@ def run_cells(
             for index, cell in enumerate(waiting)
         }
         pending = set(futures)
-        while pending:
-            done, pending = wait(pending, SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
-            if stop():
-                stopping.value = 1
-            for future in done:
-                cell = futures[future]
-                why = _why_lost(future)
-                if why is not None:
-                    lost[cell.id] = why
-                    _write_lost(directory, lost)
-                    steps[waiting.index(cell)] = cell.config.training.steps
-                elif not has_ended(directory, cell):
-                    continue  # stopped
-                number += 1
-                said = verdict(cell) if why is None else f"{why.status}: {why.reason}"
-                console.say(f"{number}/{len(cells)}  {cell.id}: {said}")
-            console.progress(sum(steps))
-    return not stopping.value
+        try:
+            while pending:
+                done, pending = wait(pending, SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
+                if stop():
+                    stopping.value = 1
+                for cell, why in ((futures[future], _why_lost(future)) for future in done):
+                    if why is not None:
+                        lost[cell.id] = why
+                        _write_lost(directory, lost)
+                        steps[waiting.index(cell)] = cell.config.training.steps
+                    elif not has_ended(directory, cell):
+                        continue  # stopped
+                    number += 1
+                    said = verdict(cell) if why is None else f"{why.status}: {why.reason}"
+                    console.say(f"{number}/{len(cells)}  {cell.id}: {said}")
+                console.progress(sum(steps))
+            return not stopping.value
+        finally:
+            stopping.value = 1  # after a fault here, workers do not go on alone
 
 
 def _why_lost(future: Future[Lost | None]) -> Lost | None:

@@ -478,10 +478,10 @@ def _contrast_words(result: ContrastResult, contrast: Contrast) -> str:
         form, read = (lambda part: f"changes by {plain.format(part)}"), float
         size = f"the difference of the two is {plain.format(result.value)}"
     moved = [
-        f"from {b!r} to {a!r} {what} {form(part)}"
+        f"{form(part)} from {b!r} to {a!r}"
         for (a, b), part in zip(pairs, result.parts, strict=True)
     ]
-    sentence = "; ".join([*moved, *([size] if len(pairs) > 1 else [])])
+    sentence = f"{what} {', and '.join(moved)}{f'; {size}' if len(pairs) > 1 else ''}"
     if result.interval is None:
         interval = "one seed gives no interval"
     else:

@@ -10,7 +10,7 @@ nothing. Every measure is a scalar tensor on the model's device until `read` fet
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,7 @@ MEASURES: dict[str, Measure] = {
     "grad_over_eps": Measure(
         f"RMS of the gradient / optimizer.eps (dots: under {EPS_ALARM})", alarm=EPS_ALARM
     ),
+    "grad_over_root_v": Measure("RMS of the gradient / root of Adam's second moment"),
     "update_ratio": Measure("RMS of the update / RMS of the weights (matrices)"),
     "stream_rms": Measure("RMS of the residual stream after the layer"),
     "attention_beta": Measure("residual dependency β, attention", log=False),
@@ -61,10 +62,14 @@ class Look:
     Args:
         model: not compiled; its gradients are of this update, unscaled and not clipped yet.
         eps: Adam's, for each parameter that Adam updates, by name.
+        second_moments: Adam's v of the updates so far, bias-corrected, for the same parameters. A
+            gradient well over its root means that v is stale (Wortsman et al. 2023).
     """
 
-    def __init__(self, model: GPT, eps: dict[str, float]) -> None:
-        self.model, self.eps = model, eps
+    def __init__(
+        self, model: GPT, eps: dict[str, float], second_moments: Mapping[str, Tensor]
+    ) -> None:
+        self.model, self.eps, self.second_moments = model, eps, second_moments
         self.layers: list[dict[str, Tensor]] = [{} for _ in range(model.config.layers + 2)]
         self.before = {name: p.detach().clone() for name, p in self._matrices()}
         self._gradients()
@@ -75,18 +80,26 @@ class Look:
     def _gradients(self) -> None:
         groups: list[list[Tensor]] = [[] for _ in self.layers]
         over_eps: list[list[Tensor]] = [[] for _ in self.layers]
+        over_root_v: list[list[Tensor]] = [[] for _ in self.layers]
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:
                 layer = layer_of(name, self.model)
                 groups[layer].append(parameter.grad)
                 if name in self.eps:
                     over_eps[layer].append(parameter.grad / self.eps[name])
-        for measures, gradients, ratios in zip(self.layers, groups, over_eps, strict=True):
+                if name in self.second_moments:
+                    root = self.second_moments[name].sqrt() + self.eps[name]
+                    over_root_v[layer].append(parameter.grad / root)
+        for measures, gradients, ratios, moved in zip(
+            self.layers, groups, over_eps, over_root_v, strict=True
+        ):
             if gradients:
                 measures["grad_norm"] = _norm(gradients)
                 measures["grad_rms"] = _joint_rms(gradients)
             if ratios:
                 measures["grad_over_eps"] = _joint_rms(ratios)
+            if moved:
+                measures["grad_over_root_v"] = _joint_rms(moved)
         for measures, block in zip(self.layers[1:], self.model.placements(), strict=False):
             gradient = block.mlp.out.weight.grad
             if gradient is not None:
