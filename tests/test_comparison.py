@@ -150,6 +150,18 @@ def test_divergence_is_a_recorded_result(done: tuple[Path, Any]):
     assert {row["status"] for row in rows if row["failed"] == "True"} & {"diverged", "plateaued"}
 
 
+def test_the_worst_that_the_looks_saw_is_in_the_table(done: tuple[Path, Any]):
+    with (done[0] / "cells.csv").open() as file:
+        row = next(row for row in csv.DictReader(file) if row["status"] == "trained")
+    looks = metrics.read(done[0] / "cells" / row["id"] / "metrics.jsonl")
+    logits = [r["attention_logit"] for r in looks if "attention_logit" in r]
+    assert len(logits) == 2 * 3  # two blocks, at steps 1, 10 and 20
+    assert float(row["max_attention_logit"]) == max(logits)
+    entropies = [r["attention_entropy"] for r in looks if "attention_entropy" in r]
+    assert float(row["min_attention_entropy"]) == min(entropies)
+    assert float(row["max_grad_over_root_v"]) > 0
+
+
 def test_summary_json_agrees_with_the_cells(done: tuple[Path, Any]):
     tree = json.loads((done[0] / "summary.json").read_text())
     assert [(arm["arm"], arm["failures"], arm["runs"]) for arm in tree["arms"]] == [
@@ -312,7 +324,7 @@ def test_what_was_registered_is_not_changed_after_the_runs(
         cli.compare([str(changed), "--out-dir", str(copy)])
     assert end.value.code == 2
     error = capsys.readouterr().err
-    assert "holds a comparison of another grid (contrast.of" in error
+    assert "holds a comparison of another grid (other contrast)" in error
     assert "choose another --out-dir" in error
 
 

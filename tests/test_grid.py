@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,7 @@ def test_cells_are_every_arm_at_every_place_rate_and_seed(tmp_path: Path):
         "model.layers": 2,
         "model.context": 16,
     }
-    assert cell.id == "post_warm_learning_rate-0.001_layers-2_context-16_seed-1".replace(
-        "_rate", "-rate"
-    )
+    assert cell.id == "post_warm_learning-rate-0.001_layers-2_context-16_seed-1"
 
 
 def test_linked_options_move_together(tmp_path: Path):
@@ -152,7 +151,7 @@ def test_the_base_may_be_a_file_beside_the_grid(tmp_path: Path):
         ({"grid": {"model.norm.placement": ["pre"]}}, ["is set by arm", "and by the grid"]),
         ({"grid": {"seed": [1, 2]}}, ["seed: no such option of a cell"]),
         ({"grid": {"model.layers": [2], "model.layers, model.width": [[2, 16]]}}, ["two axes"]),
-        ({"grid": {"model.layers": [2, "2"]}}, ["a value stands twice"]),
+        ({"grid": {"model.layers": [2, "2"]}}, ["a value or name stands twice"]),
         ({"grid": {"model.layers": ["many"]}}, ["arm 'pre, cold': model.layers", "'many'"]),
         ({"grid": {"model.width": [15]}}, ["heads (2) must divide width (15)"]),
         (
@@ -172,6 +171,16 @@ def test_the_base_may_be_a_file_beside_the_grid(tmp_path: Path):
         ),
         ({"contrast": {"question": "?", "of": ["pre, warm"]}}, ["contrast.of"]),
         ({"pairs": [["a", "b"]]}, ["'a' is none of the arms"]),
+        ({"pairs": [["pre, warm", "pre, warm"]]}, ["'pre, warm' is compared with itself"]),
+        (
+            {"pairs": [["pre, warm", "pre, cold"], ["pre, cold", "pre, warm"]]},
+            ["pairs: one stands twice"],
+        ),
+        ({"arms": {"seed": {"a": {}}}}, ["'seed' can not name a factor"]),
+        (
+            {"arms": {"a": {"x": {"optimizer.learning_rate": []}}}},
+            ["'x' has no value of optimizer.learning_rate"],
+        ),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], words: list[str]):
@@ -198,6 +207,30 @@ def test_long_names_are_cut_and_stay_apart(tmp_path: Path):
     found = cells(tmp_path, arms=arms)
     assert all(len(cell.id) <= 100 for cell in found)
     assert len({cell.id for cell in found}) == len(found)
+
+
+def test_names_in_any_script_stay_apart(tmp_path: Path):
+    found = cells(tmp_path, arms={"norm": {"前": {}, "後": {}, "$\\alpha$": {}}})
+    assert len({cell.id for cell in found}) == len(found) == 3 * 6 * 2
+    assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", cell.id) for cell in found)
+
+
+def test_on_and_off_may_be_excluded_as_yaml_reads_them(tmp_path: Path):
+    found = cells(tmp_path, exclude=[{"model.norm.final_norm": False}])
+    assert {cell.config.model.norm.final_norm for cell in found} == {"on"}
+
+
+def test_flags_stand_above_the_files_options(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(TREE))
+    _, found = load(path, {"training": {"steps": "9"}})
+    assert {cell.config.training.steps for cell in found} == {9}
+
+
+def test_rates_of_an_arms_own_count_towards_the_limit(tmp_path: Path):
+    many = [0.001 * n for n in range(1, 9000)]
+    arms = {"a": {"x": {"optimizer.learning_rate": many}}}
+    assert "35,996 cells" in message(tmp_path, arms=arms)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from gpt.compare import comparison
 from gpt.compare.figures import DRAWINGS, Material, draw
 from gpt.compare.grid import load
 from gpt.compare.report import inline
+from gpt.compare.starts import measure_starts
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -75,7 +76,7 @@ def directory(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path.write_text(comparison._to_yaml(resolved))
     for cell in cells[:-1]:
         train(cell.config, folder / "cells" / cell.id, quiet=True)
-    (folder / "probes.json").write_text(comparison._starts_json(cells[:1]))
+    (folder / "probes.json").write_text(comparison._starts_json(measure_starts(cells[:1]) or []))
     comparison.report(resolved, cells, folder)
     return folder
 

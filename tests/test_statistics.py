@@ -411,9 +411,35 @@ def test_seeds_that_differ_widen_the_interval_and_are_resampled_together():
     assert (paired.low + paired.high) / 2 == pytest.approx(0, abs=0.1)
 
 
-def test_a_bound_is_not_moved_and_one_seed_has_no_interval():
+def test_a_bound_leaves_its_end_open():
     never = [(rate, False) for rate in (0.01, 0.1)]
     interval = threshold_interval([[never] * 3])
     assert interval is not None
-    assert interval.low == interval.high == pytest.approx(math.log(0.1))
+    assert interval.low == pytest.approx(math.log(0.1))
+    assert interval.high == math.inf
+    difference = threshold_interval([[runs_of(1.0)] * 3, [never] * 3], (1, -1))
+    assert difference is not None
+    assert difference.low == -math.inf
+    fitted = math.log(lr50(*zip(*runs_of(1.0) * 3, strict=True)).rate)
+    most = fitted + 0.475 * math.log(10) - math.log(0.1)
+    assert difference.high == pytest.approx(most, abs=0.05)
+
+
+def test_seeds_of_which_some_never_fail_leave_the_interval_open():
+    never = [(rate, False) for rate in (0.01, 0.1, 1.0, 10.0)]
+    interval = threshold_interval([[runs_of(10.0), never, never]])
+    assert interval is not None
+    assert interval.high == math.inf
+    assert 0 < interval.low < math.log(11)
+
+
+def test_failures_that_do_not_rise_leave_both_ends_open():
+    falling = [(rate, rate < 1) for rate in (0.01, 0.1, 1.0, 10.0)]
+    interval = threshold_interval([[falling] * 3])
+    assert interval is not None
+    assert (interval.low, interval.high) == (-math.inf, math.inf)
+
+
+def test_one_seed_has_no_interval_of_its_threshold():
+    never = [(0.01, False), (0.1, False)]
     assert threshold_interval([[never]]) is None

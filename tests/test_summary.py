@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gpt import schedule
 from gpt.compare.grid import Cell, Grid
 from gpt.compare.outcomes import Outcome, csv_rows
 from gpt.compare.runner import Lost
-from gpt.compare.statistics import wilson
+from gpt.compare.statistics import holm, wilson
 from gpt.compare.summary import Summary, failures_text, summarize
 from gpt.compare.verdicts import Verdict
 from gpt.config import Config, validate
@@ -29,7 +31,7 @@ def grid(**changes: Any) -> Grid:
             "warm-up": {"cold": {"schedule.warmup": "none"}, "warm": {}},
         },
         "grid": {"optimizer.learning_rate": list(RATES)},
-        "seeds": 3,
+        "seeds": 6,
         "contrast": {
             "question": "Does it?",
             "of": ["post, warm", "post, cold"],
@@ -76,11 +78,13 @@ def outcome(
     return Outcome(cell, Path("nowhere"), found, unigram_entropy=3.3)
 
 
-def outcomes(threshold: Callable[[str, int], float], **options: Any) -> list[Outcome]:
+def outcomes(
+    threshold: Callable[[str, int], float], seeds: int = 6, **options: Any
+) -> list[Outcome]:
     """Runs that fail at and above a threshold of their arm and seed."""
     found = []
     for arm in ARMS:
-        for seed in range(3):
+        for seed in range(seeds):
             for rate in RATES:
                 failed = rate >= threshold(arm, seed)
                 status = "plateaued" if failed else "trained"
@@ -103,14 +107,14 @@ MOVED = by_arm({"pre, cold": 0.1, "pre, warm": 0.1, "post, cold": 0.01, "post, w
 
 def test_an_arm_is_counted_rate_by_rate():
     arm = summary(MOVED).arms[2]
-    assert (arm.arm, arm.runs, arm.failures, arm.seeds) == ("post, cold", 12, 9, 3)
-    assert [at.failures for at in arm.by_rate] == [0, 3, 3, 3]
-    assert arm.by_rate[0].interval.high == pytest.approx(0.5615, abs=1e-4)
+    assert (arm.arm, arm.runs, arm.failures, arm.seeds) == ("post, cold", 24, 18, 6)
+    assert [at.failures for at in arm.by_rate] == [0, 6, 6, 6]
+    assert arm.by_rate[0].interval.high == pytest.approx(0.3903, abs=1e-4)
     assert arm.highest_stable_rate == 1e-3
     assert arm.lr50.rate == pytest.approx(10**-2.5, rel=0.2)
     assert (arm.best_rate, arm.best_loss) == (1e-3, 2.5)
     assert arm.lr_sensitivity == pytest.approx(0.75 * 0.9)
-    assert arm.best_at_edge == 3
+    assert arm.best_at_edge == 6
 
 
 def test_the_contrast_is_the_difference_of_two_shifts_of_log_lr50():
@@ -161,6 +165,8 @@ def test_a_bound_counts_only_where_it_cannot_turn_the_answer(
     assert found is not None
     assert found.answer == answer
     assert len(found.bounds) >= 1
+    assert found.interval is not None
+    assert math.isinf(found.interval.high if answer == "supported" else found.interval.low)
 
 
 def test_failures_that_do_not_rise_with_the_rate_leave_the_question_open():
@@ -182,10 +188,10 @@ def test_failure_and_loss_are_paired_by_seed():
     runs = outcomes(lambda arm, seed: 0.01 if arm == "post, cold" and seed else 1.0)
     failure = summarize(grid(contrast={**contrast, "measure": "failure"}), runs).contrast
     assert failure is not None
-    assert failure.value == pytest.approx((0 + 0.5 + 0.5) / 3)
+    assert failure.value == pytest.approx(0.5 * 5 / 6)
     loss = summarize(grid(contrast={**contrast, "measure": "loss"}), runs).contrast
     assert loss is not None
-    assert loss.value == pytest.approx(0.9 * (0 + 0.5 + 0.5) / 3)
+    assert loss.value == pytest.approx(0.9 * 0.5 * 5 / 6)
     assert loss.interval is not None
     assert 0 <= loss.interval.low < loss.value < loss.interval.high
 
@@ -206,10 +212,10 @@ def test_lost_cells_are_in_no_number_and_are_named():
     runs = outcomes(MOVED)
     gone = Outcome(runs[0].cell, Path("nowhere"), None, Lost("killed", "by SIGKILL"))
     found = summarize(grid(), [gone, *runs[1:]])
-    assert (found.planned, found.with_result) == (48, 47)
+    assert (found.planned, found.with_result) == (96, 95)
     assert found.lost == {runs[0].cell.id: "killed"}
     assert found.arms[0].lost == 1
-    assert found.arms[0].by_rate[0].n == 2
+    assert found.arms[0].by_rate[0].n == 5
     row = csv_rows([gone])[0]
     assert (row["status"], row["reason"]) == ("killed", "by SIGKILL")
 
@@ -219,13 +225,17 @@ def test_pairs_are_tested_seed_by_seed_and_corrected_together():
     found = summarize(grid(pairs=[["post, cold", "pre, cold"], ["post, warm", "pre, warm"]]), runs)
     first, second = found.pairs
     assert first.loss.mean == pytest.approx(0.9 / 4)
-    assert (first.loss.n, first.loss.p, first.loss.least_p) == (3, 0.25, 0.25)
+    assert (first.loss.n, first.loss.p, first.loss.least_p) == (6, 1 / 32, 1 / 32)
     at = next(test for test in first.by_rate if test.rate == 1e-2)
-    assert (at.failures.only_a, at.failures.only_b) == (3, 0)
-    assert at.failures.p == 0.25
-    tests = 2 + len(first.by_rate) + len(second.by_rate)
-    assert tests == 10
-    assert first.holm_p == 1.0
+    assert (at.failures.only_a, at.failures.only_b) == (6, 0)
+    assert at.failures.p == 1 / 32
+    ps = [first.loss.p, *(t.failures.p for t in first.by_rate)]
+    ps += [second.loss.p, *(t.failures.p for t in second.by_rate)]
+    assert len(ps) == 10
+    adjusted = [first.holm_p, *(t.holm_p for t in first.by_rate)]
+    adjusted += [second.holm_p, *(t.holm_p for t in second.by_rate)]
+    assert adjusted == holm(ps)
+    assert adjusted[0] == 10 / 32
 
 
 def test_pairs_with_rates_of_their_own_use_the_common_ones():
@@ -234,6 +244,77 @@ def test_pairs_with_rates_of_their_own_use_the_common_ones():
     (pair,) = summarize(grid(contrast=None), runs).pairs
     assert [test.rate for test in pair.by_rate] == [1e-2]
     assert pair.loss.mean == 1.0
+    assert pair.dropped == 2
+
+
+def test_a_lost_cell_takes_its_rate_from_all_arms_of_a_contrast():
+    """Or else arms that are alike would differ by what is missing."""
+    alike = outcomes(by_arm(dict.fromkeys(ARMS, 1.0)))
+    left = [r for r in alike if not (r.cell.arm == "pre, cold" and r.rate == 1.0 and r.seed == 2)]
+    contrast = {"question": "?", "measure": "failure", "of": ["post, cold", "pre, cold"]}
+    found = summarize(grid(contrast=contrast), left)
+    assert found.contrast is not None
+    assert found.contrast.value == 0.0
+    assert found.contrast.dropped == 1
+    assert "left out" in found.verdict[0]
+    assert len(found.pairs[0].by_rate) == 3
+
+
+def test_arms_without_a_common_rate_have_no_contrast():
+    runs = [outcome("post, cold", 1e-3, s, 3.0) for s in range(6)]
+    runs += [outcome("pre, cold", 1e-1, s, 2.0) for s in range(6)]
+    contrast = {"question": "?", "of": ["post, cold", "pre, cold"]}
+    found = summarize(grid(contrast=contrast), runs)
+    assert found.contrast is None
+    assert found.pairs == ()
+    assert "no rate in common" in found.verdict[0]
+
+
+def test_a_contrast_of_lost_arms_is_said_and_does_not_fail():
+    runs = [run for run in outcomes(MOVED) if run.cell.arm == "pre, cold"]
+    contrast = {"question": "?", "of": ["post, warm", "post, cold"]}
+    words = summarize(grid(contrast=contrast), runs).verdict
+    assert "no rate in common" in words[0]
+    assert "None of the contrast's arms has a result" in words[1]
+
+
+def test_a_seed_that_one_place_lacks_is_no_fault():
+    runs = outcomes(MOVED, layers=6) + [r for r in outcomes(MOVED, layers=12) if r.seed]
+    found = summarize(grid(), runs).contrast
+    assert found is not None
+    assert found.dropped == len(RATES)
+
+
+def test_a_run_not_finite_at_its_start_counts_as_knowing_nothing():
+    run = outcome("pre, cold", 1.0, 0, None, status="diverged")
+    assert run.verdict is not None
+    lost = replace(run, verdict=replace(run.verdict, initial_loss=None), vocabulary=256)
+    assert lost.loss == pytest.approx(math.log(256))
+
+
+def test_arms_are_described_by_medians_means_and_shares():
+    runs = [
+        outcome("pre, cold", rate, seed, loss)
+        for seed, losses in enumerate([(2.0, 3.0), (2.2, 3.0), (2.6, 4.0)])
+        for rate, loss in zip((1e-3, 1e-2), losses, strict=True)
+    ]
+    spiked = replace(runs[0], verdict=replace(runs[0].verdict, loss_spikes=1, clipped=0.5))
+    rest = [replace(r, verdict=replace(r.verdict, clipped=0.1)) for r in runs[1:]]
+    (arm,) = summarize(grid(contrast=None, pairs=[]), [spiked, *rest]).arms
+    assert (arm.by_rate[0].mean_loss, arm.by_rate[0].median_loss) == (pytest.approx(6.8 / 3), 2.2)
+    assert arm.by_rate[0].loss_interval is not None
+    assert 2.0 <= arm.by_rate[0].loss_interval.low < arm.by_rate[0].loss_interval.high <= 2.6
+    assert (arm.best_rate, arm.best_loss) == (1e-3, 2.2)
+    assert arm.median_loss == 2.8  # of 2, 2.2, 2.6, 3, 3 and 4
+    assert arm.spiked == 1
+    assert arm.clipped == pytest.approx(1 / 6)
+    assert arm.initial_loss == 5.0
+    config = runs[0].cell.config
+    shares = [schedule.rate(config.schedule, n, config.training.steps) for n in range(1, 1001)]
+    assert arm.summed_rate == pytest.approx(sum(shares))
+    assert arm.lr50_interval is not None
+    assert arm.lr50_interval.low == pytest.approx(1e-2)  # no run failed: it lies above
+    assert arm.lr50_interval.high == math.inf
 
 
 def test_places_are_summarized_apart_and_their_contrasts_averaged():
@@ -262,12 +343,32 @@ def test_words_are_bounded_by_the_interval(failures: int, n: int, words: str):
 
 
 def test_three_seeds_never_support_that_an_arm_does_not_fail():
-    for sentence in summary(by_arm(dict.fromkeys(ARMS, math.inf))).verdict:
-        assert "never" not in sentence
-        assert "does not" not in sentence
-    last = summary(by_arm(dict.fromkeys(ARMS, math.inf))).verdict[1]
-    assert last.startswith("No run failed")
-    assert "at most 56%" in last
+    calm = summarize(grid(), outcomes(by_arm(dict.fromkeys(ARMS, math.inf)), seeds=3))
+    assert calm.contrast is not None
+    assert calm.contrast.answer == "open"
+    assert "open at both ends" in calm.verdict[0]
+    assert calm.verdict[1] == "No run failed: no failure in 3 seeds (at most 56%) at each rate."
+
+
+def test_the_bound_of_no_failure_is_that_of_the_fewest_seeds():
+    runs = outcomes(by_arm(dict.fromkeys(ARMS, math.inf)))
+    left = [r for r in runs if not (r.cell.arm == "post, warm" and r.rate == 1.0 and r.seed)]
+    assert "no failure in 1 seed (at most 79%)" in summarize(grid(), left).verdict[1]
+
+
+@pytest.mark.parametrize("measure", ["log_lr50", "failure", "loss"])
+@pytest.mark.parametrize(("seeds", "answer"), [(3, "open"), (5, "open"), (6, "supported")])
+def test_few_seeds_settle_nothing_however_clear_they_are(measure: str, seeds: int, answer: str):
+    """A paired test of five seeds gives p = 1/16 at least."""
+    sure = by_arm({"pre, cold": 0.1, "pre, warm": 0.1, "post, cold": 1.0, "post, warm": 0.01})
+    of = ["post, warm", "post, cold"] if measure != "log_lr50" else ["post, cold", "post, warm"]
+    contrast = {"question": "?", "measure": measure, "of": of}
+    found = summarize(grid(contrast=contrast), outcomes(sure, seeds=seeds)).contrast
+    assert found is not None
+    assert found.interval is not None
+    assert found.interval.low > 0
+    assert found.answer == answer
+    assert ("can not settle" in found.why) == (answer == "open")
 
 
 def test_the_verdict_is_two_sentences():
@@ -275,7 +376,8 @@ def test_the_verdict_is_two_sentences():
     assert len(words) == 2
     assert "support the claim" in words[0]
     assert "At rate" in words[1]
-    assert "post, cold: failure in all of 3 seeds (at least 44%)" in words[1]
+    assert "post, cold: failure in all of 6 seeds (at least 61%)" in words[1]
+    assert "picked after the runs" in words[1]
 
 
 def test_one_seed_gives_no_interval_and_no_answer():
@@ -291,4 +393,4 @@ def test_an_arm_without_a_result_leaves_no_contrast():
     runs = [run for run in outcomes(MOVED) if run.cell.arm != "post, warm"]
     found = summarize(grid(), runs)
     assert found.contrast is None
-    assert "could not be computed" in found.verdict[0]
+    assert "can not be computed" in found.verdict[0]

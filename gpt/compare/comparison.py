@@ -18,6 +18,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -32,11 +33,11 @@ from gpt.compare import grid as grids
 from gpt.compare.estimate import Estimate, check_affordable, check_cells, estimate, free_bytes
 from gpt.compare.grid import Cell, Grid
 from gpt.compare.outcomes import Outcome, csv_rows, read_outcome
-from gpt.compare.report import write_report
+from gpt.compare.report import Command, read_commands, write_report
 from gpt.compare.runner import has_ended, only_one, read_lost, run_cells
-from gpt.compare.starts import measure_starts, read_starts
+from gpt.compare.starts import Start, measure_starts, read_starts
 from gpt.compare.summary import Summary, summarize
-from gpt.config import DataConfig, leaves, read_yaml
+from gpt.config import DataConfig, read_yaml
 from gpt.console import Console, duration
 from gpt.data import preparation
 from gpt.errors import InputError
@@ -94,7 +95,10 @@ def compare(
             return None
         if grid.probes and not (directory / "probes.json").is_file():
             console.say("measuring the networks at their start")
-            write_text(directory / "probes.json", _starts_json(cells))
+            starts = measure_starts(cells, stop)
+            if starts is None:
+                return None
+            write_text(directory / "probes.json", _starts_json(starts))
         return report(grid, cells, directory, beside)
 
 
@@ -112,7 +116,7 @@ def report(
     outcomes = read_outcomes(cells, directory)
     summary = summarize(grid, outcomes)
     write_text(directory / "cells.csv", _to_csv(csv_rows(outcomes)))
-    write_text(directory / "summary.json", json.dumps(asdict(summary), indent=2) + "\n")
+    write_text(directory / "summary.json", _to_json(asdict(summary)))
     other = None if beside is None else (beside, read_comparison(beside))
     write_report(directory, grid, summary, outcomes, read_starts(directory), other)
     return summary
@@ -155,17 +159,18 @@ def check_directory(grid: Grid, directory: Path) -> None:
         if directory.exists() and (not directory.is_dir() or _strangers(directory)):
             raise InputError(f"{directory}: exists and is no comparison; choose another --out-dir")
         return
-    mine = dict(leaves(yaml.safe_load(_to_yaml(grid))))
-    theirs = dict(leaves(read_yaml(path)))
-    different = [key for key in {**theirs, **mine} if mine.get(key) != theirs.get(key)]
+    mine, theirs = yaml.safe_load(_to_yaml(grid)), read_yaml(path)
+    different = [
+        key for key in {**theirs, **mine} if key not in FREE and mine.get(key) != theirs.get(key)
+    ]
     if different:
-        key = different[0]
-        more = f", and {len(different) - 1} more" if len(different) > 1 else ""
         raise InputError(
-            f"{directory}: holds a comparison of another grid ({key}: {theirs.get(key)} -> "
-            f"{mine.get(key)}{more});\nchoose another --out-dir: what was registered before the "
-            "runs is not changed after them"
+            f"{directory}: holds a comparison of another grid (other {', '.join(different)});\n"
+            "choose another --out-dir: what was registered before the runs is not changed after"
         )
+
+
+FREE = {"hours", "keep_checkpoints", "probes"}  # of a grid, what may be changed in its directory
 
 
 def _strangers(directory: Path) -> bool:
@@ -244,8 +249,8 @@ def _said(outcome: Outcome) -> str:
     return f"{found.status}{step}{loss}"
 
 
-def _starts_json(cells: Sequence[Cell]) -> str:
-    return json.dumps([asdict(start) for start in measure_starts(cells)], indent=2) + "\n"
+def _starts_json(starts: Sequence[Start]) -> str:
+    return json.dumps([asdict(start) for start in starts], indent=2) + "\n"
 
 
 def _to_yaml(grid: Grid) -> str:
@@ -262,9 +267,21 @@ def _to_csv(rows: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
+def _to_json(tree: dict[str, Any]) -> str:
+    """Strict JSON: the open end of an interval, which is infinite here, is null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(tree), indent=2, allow_nan=False) + "\n"
+
+
 def _note_command(directory: Path) -> None:
     """Append this command line to command.json."""
-    path = directory / "command.json"
-    before = json.loads(path.read_text("utf-8")) if path.is_file() else []
-    now = {"argv": sys.argv, "began": datetime.now(UTC).isoformat(timespec="seconds")}
-    write_text(path, json.dumps([*before, now], indent=2) + "\n")
+    now = Command(sys.argv, datetime.now(UTC).isoformat(timespec="seconds"))
+    commands = [asdict(command) for command in (*read_commands(directory), now)]
+    write_text(directory / "command.json", json.dumps(commands, indent=2) + "\n")

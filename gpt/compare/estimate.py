@@ -27,7 +27,8 @@ from gpt.training import DTYPES
 TIMED_SECONDS = 0.4  # for each size of model, at least one update
 TIMED_FLOPS = {"cpu": 2e10, "mps": 2e11, "cuda": 2e13}  # of an update; a longer one is scaled up
 START_SECONDS = 1.5  # of a cell: reading the data, making the model, drawing loss.png
-METRICS_BYTES = 250  # a step
+METRICS_BYTES = 300  # a step
+CELL_BYTES = 400_000  # loss.png, the digests of its weights, its part of the report
 CHECKPOINT_BYTES = 12  # a parameter: its weight and Adam's two moments, fp32
 KEPT = 3  # checkpoints of a cell at once, while it runs
 
@@ -90,7 +91,7 @@ def estimate(
         seconds += START_SECONDS + update * (steps + evaluated / batch / 3)  # forward: a third
         tokens += steps * batch * config.model.context
         flops += float(per_token) * steps * batch * config.model.context
-        disk += METRICS_BYTES * steps
+        disk += METRICS_BYTES * steps + CELL_BYTES
         checkpoint = CHECKPOINT_BYTES * parameters * KEPT
         largest = max(largest, checkpoint)
         disk += checkpoint if keep_checkpoints else 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +71,15 @@ class Picture:
 class Style:
     """How one arm is drawn, everywhere."""
 
-    index: int
+    index: int | None
     colour: str
     dashes: Any
     shape: str
 
     @property
     def gid(self) -> str:
-        """What marks its artists."""
-        return f"arm-{self.index}"
+        """What marks its artists; nothing of an arm that another comparison alone has."""
+        return "" if self.index is None else f"arm-{self.index}"
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ def _look() -> Iterator[None]:
         "grid.alpha": 0.25,
         "legend.frameon": False,
         "svg.fonttype": "none",
+        "text.parse_math": False,  # an arm may be called $1
         "svg.hashsalt": "steadygpt",
         "path.simplify_threshold": 0.3,
     }
@@ -156,10 +157,10 @@ def signature(material: Material) -> Picture:
     places = material.places
     figure, panels = _panels(len(places), width=7.2 if len(places) == 1 else 4.2, height=4.0)
     for axes, place in zip(panels, places, strict=True):
-        draw_losses(axes, material, place)
+        draw_losses(axes, material, place, material.styles)
         axes.set_title(place)
     panels[0].set_ylabel("final validation loss (nats per token)")
-    _legend(figure, material)
+    _legend(figure, material.styles)
     return Picture(
         "loss-by-rate",
         "Final loss against learning rate",
@@ -172,7 +173,10 @@ def signature(material: Material) -> Picture:
 
 
 def beside(material: Material, other: Material, names: tuple[str, str]) -> Picture:
-    """The signature picture of two comparisons next to each other."""
+    """The signature picture of two comparisons next to each other; arms of one name look alike."""
+    strangers = {name: style for name, style in other.styles.items() if name not in material.styles}
+    others = {name: replace(style, index=None) for name, style in strangers.items()}
+    styles = {**others, **material.styles}
     pairs = [
         (m, place, name)
         for m, name in zip((material, other), names, strict=True)
@@ -181,29 +185,31 @@ def beside(material: Material, other: Material, names: tuple[str, str]) -> Pictu
     with _look():
         figure, panels = _panels(len(pairs), width=4.2, height=4.0)
         for axes, (shown, place, name) in zip(panels, pairs, strict=True):
-            draw_losses(axes, shown, place)
+            draw_losses(axes, shown, place, styles, mark=shown is material)
             axes.set_title(f"{name}{f': {place}' if place else ''}")
         low, high = zip(*(axes.get_ylim() for axes in panels), strict=True)
         for axes in panels:
             axes.set_ylim(min(low), max(high))
         panels[0].set_ylabel("final validation loss (nats per token)")
-        _legend(figure, material)
+        _legend(figure, styles)
     return Picture(
         "beside",
         f"{names[0]} and {names[1]}",
         "Final loss against learning rate in two comparisons, on one scale of losses. Arms of one "
-        "colour and dash have one place in their lists; the legend is the first one's.",
+        "name look alike.",
         f"{names[0]}: {_losses_in_words(material)}. {names[1]}: {_losses_in_words(other)}",
         figure,
     )
 
 
-def draw_losses(axes: Axes, material: Material, place: str) -> None:
-    """The signature picture's panel."""
+def draw_losses(
+    axes: Axes, material: Material, place: str, styles: dict[str, Style], *, mark: bool = True
+) -> None:
+    """The signature picture's panel; `mark` its cells, where they have a row in the report."""
     for arm in material.summary.arms:
         if arm.place != place:
             continue
-        style = material.styles[arm.arm]
+        style = styles[arm.arm]
         axes.plot(
             [at.rate for at in arm.by_rate],
             [at.median_loss for at in arm.by_rate],
@@ -215,7 +221,7 @@ def draw_losses(axes: Axes, material: Material, place: str) -> None:
     for outcome in material.outcomes:
         if outcome.verdict is None or place_text(outcome.cell.place) != place:
             continue
-        style = material.styles[outcome.cell.arm]
+        style = styles[outcome.cell.arm]
         failed = outcome.verdict.failed
         axes.plot(
             [outcome.rate],
@@ -225,7 +231,7 @@ def draw_losses(axes: Axes, material: Material, place: str) -> None:
             mew=1.4 if failed else 0,
             color=style.colour,
             linestyle="none",
-            gid=f"{style.gid} cell-{outcome.cell.id}",
+            gid=f"{style.gid} cell-{outcome.cell.id}" if mark else style.gid,
         )
     axes.axhline(material.summary.unigram_entropy, color=PALE, lw=1, linestyle="--")
     axes.annotate(
@@ -315,9 +321,10 @@ def thresholds(material: Material) -> Picture:
     arms = material.summary.arms
     figure, (axes,) = _panels(1, width=7.2, height=4.0 if depths else 1.2 + 0.32 * len(arms))
     names = list(material.styles)
+    rates = sorted({o.rate for o in material.outcomes})
     for arm in arms:
         style = material.styles[arm.arm]
-        shift = 1 + 0.02 * (style.index - len(names) / 2)
+        shift = 1 + 0.02 * (names.index(arm.arm) - len(names) / 2)
         at = depths[arm.place] * shift if depths else float(arms.index(arm))
         half, stable = arm.lr50, arm.highest_stable_rate
         xs, ys = ([at], [half.rate]) if depths else ([half.rate], [at])
@@ -332,7 +339,7 @@ def thresholds(material: Material) -> Picture:
             )
         interval = arm.lr50_interval
         if interval is not None and half.bound != "unclear":
-            span = [interval.low, interval.high]
+            span = list(np.clip([interval.low, interval.high], min(rates) / 2, max(rates) * 2))
             axes.plot(
                 *(([at, at], span) if depths else (span, [at, at])),
                 color=style.colour,
@@ -360,7 +367,7 @@ def thresholds(material: Material) -> Picture:
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("blocks, L")
         axes.set_ylabel("learning rate")
-        _legend(figure, material)
+        _legend(figure, material.styles)
     else:
         _rate_axis(axes, rates)
         axes.set_yticks(range(len(arms)), [_arm_and_place(arm) for arm in arms])
@@ -369,7 +376,7 @@ def thresholds(material: Material) -> Picture:
         "thresholds",
         "The rate at which half of the runs fail, and the highest stable rate",
         "Points: the rate at which a logistic fit (Firth's) of failure on log rate passes 1/2; "
-        "a triangle is a bound, where none or all of the runs failed. Lines: 95% intervals over "
+        "a triangle points to where it lies beyond the rates tried. Lines: 95% intervals over "
         "seeds and within the grid's spacing. Bars across: the highest rate up to which no seed "
         "failed.",
         "; ".join(f"{_arm_and_place(a)}: {threshold_text(a)}" for a in arms),
@@ -565,7 +572,7 @@ def layers_while_training(material: Material) -> Picture | None:
                     **_line(material, outcome),
                 )
     _by_block(panels, INSIDE)
-    _legend(figure, material)
+    _legend(figure, material.styles)
     step = max(record["step"] for records in looks.values() for record in records)
     return Picture(
         "layers",
@@ -647,7 +654,7 @@ def _curves(material: Material) -> Iterator[Picture]:
                 axes.axhline(material.summary.unigram_entropy, color=PALE, lw=1, linestyle="--")
         panels[-1].set_yscale("log")
         _plain_numbers(panels[-1])
-        _legend(figure, material)
+        _legend(figure, material.styles)
         statuses = ", ".join(f"{o.cell.arm}, seed {o.seed}: {o.status}" for o in outcomes)
         yield Picture(
             f"curves-{number:02}",
@@ -725,7 +732,7 @@ def _panels(count: int, *, width: float, height: float) -> tuple[Figure, list[Ax
     return figure, list(grid.flat[:count])
 
 
-def _legend(figure: Figure, material: Material) -> None:
+def _legend(figure: Figure, styles: dict[str, Style]) -> None:
     """All arms under the panels."""
     handles = [
         Line2D(
@@ -737,11 +744,11 @@ def _legend(figure: Figure, material: Material) -> None:
             ms=4,
             label=name,
         )
-        for name, style in material.styles.items()
+        for name, style in styles.items()
     ]
     legend = figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
     for handle, text, style in zip(
-        legend.legend_handles, legend.get_texts(), material.styles.values(), strict=True
+        legend.legend_handles, legend.get_texts(), styles.values(), strict=True
     ):
         text.set_gid(style.gid)
         if handle is not None:

@@ -143,6 +143,18 @@ class Grid(Section):
             raise ValueError(f"grid: {twice[0]} stands in two axes")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds: one stands twice")
+        for factor in self.arms:
+            if factor in ("arm", "seed"):
+                raise ValueError(f"arms: {factor!r} can not name a factor")
+        for arm in arms:
+            for axis, values in arm.axes.items():
+                if not values:
+                    raise ValueError(f"arms: {arm.name!r} has no value of {axis}")
+        for a, b in [*self.pairs, *([self.contrast.of] if self.contrast else [])]:
+            if a == b:
+                raise ValueError(f"{a!r} is compared with itself")
+        if len(set(map(frozenset, self.pairs))) < len(self.pairs):
+            raise ValueError("pairs: one stands twice")
         names = [arm.name for arm in arms]
         asked = [name for pair in self.pairs for name in pair]
         if self.contrast is not None:
@@ -275,7 +287,9 @@ def _cells(grid: Grid, origin: str) -> list[Cell]:
         if entries:
             continue
         if cell.id in cells:
-            raise InputError(f"{origin}: two cells are called {cell.id}: a value stands twice")
+            raise InputError(
+                f"{origin}: two cells are called {cell.id}: a value or name stands twice"
+            )
         cells[cell.id] = cell
     for number, entry in enumerate(grid.exclude):
         if number not in fitting:
@@ -315,6 +329,8 @@ def _matches(entry: Options, known: Options, origin: str) -> bool:
         if key not in known:
             raise InputError(f"{origin}: {key}: nothing that cells differ in{nearest(key, known)}")
         several = wanted if isinstance(wanted, list) else [wanted]
+        if known[key] in ("on", "off"):  # which YAML 1.1 reads as truth values
+            several = [{True: "on", False: "off"}.get(each, each) for each in several]
         if _text(known[key]) not in map(_text, several):
             return False
     return True
@@ -329,14 +345,15 @@ def _text(value: Any) -> str:
 
 
 def _id(arm: Arm, options: Options, seed: int) -> str:
-    """`post_cold_learning_rate-0.003_seed-0`."""
-    parts = [*arm.levels.values()]
-    parts += [f"{key.rpartition('.')[2]}-{_text(value)}" for key, value in options.items()]
-    name = "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", part).strip("-.") or "x" for part in parts)
-    name = name.replace("+", "") + f"_seed-{seed}"
-    if len(name) > 90:
-        name = name[:80] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
-    return name
+    """`post_cold_learning-rate-0.003_seed-0`, with a hash where signs had to go."""
+    options_text = [f"{key.rpartition('.')[2]}-{_text(value)}" for key, value in options.items()]
+    parts = [*arm.levels.values(), *options_text]
+    slugs = [re.sub(r"[^A-Za-z0-9.-]+", "-", part).strip("-.") for part in parts]
+    name = "_".join(slugs)
+    told = all(re.fullmatch(r"[\w .,+-]+", part, re.ASCII) and part.strip() for part in parts)
+    if not told or len(name) > 80:
+        name = f"{name[:70]}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}".lstrip("_-.")
+    return f"{name}_seed-{seed}"
 
 
 def nested(options: Options) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Everything is read from files that training wrote, so a report can be made anywh
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from gpt import metrics
 from gpt.compare.grid import Cell
-from gpt.compare.runner import Lost, cell_directory
+from gpt.compare.runner import Lost, cell_directory, has_ended
 from gpt.compare.statistics import capped
 from gpt.compare.verdicts import Verdict, verdict
 from gpt.errors import InputError
@@ -31,6 +32,7 @@ class Outcome:
         unigram_entropy: H₁, nats per token.
         environment: environment.json.
         batches: step -> digest of all inputs up to it.
+        vocabulary: V, tokens.
         extremes: what the looks into the layers saw at their worst; empty without diagnostics.
     """
 
@@ -42,6 +44,7 @@ class Outcome:
     unigram_entropy: float = 0.0
     environment: dict[str, Any] | None = None
     batches: dict[int, str] | None = None
+    vocabulary: int = 2
     extremes: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -69,28 +72,34 @@ class Outcome:
 
     @property
     def initial_loss(self) -> float:
-        """Validation loss before the first update; H₁ where that was not finite."""
+        """Validation loss before the first update; ln V, that of no knowledge, if not finite."""
         assert self.verdict is not None
         initial = self.verdict.initial_loss
-        return self.unigram_entropy if initial is None else initial
+        return math.log(self.vocabulary) if initial is None else initial
 
 
 def read_outcome(cell: Cell, directory: Path, lost: Lost | None = None) -> Outcome:
     """The outcome of a cell, from its run directory.
 
     Raises:
-        InputError: a file in it is damaged.
+        InputError: it holds a run of another config, or a file in it is damaged.
     """
     run = RunDirectory(cell_directory(directory, cell))
-    result = run.read_result()
-    if result is None or result.status == "interrupted":
+    result = run.read_result() if has_ended(directory, cell) else None
+    if result is None:
         return Outcome(cell, run.path, None, lost)
     try:
         environment = json.loads(run.environment.read_text("utf-8"))
         entropy = float(environment["unigram_entropy"])
-    except (OSError, ValueError, TypeError, KeyError):
+        vocabulary = int(environment["initial_weights"]["token_embedding.weight"]["shape"][0])
+    except (OSError, ValueError, TypeError, LookupError):
         raise InputError(f"{run.environment}: is damaged") from None
     records = metrics.read(run.metrics)
+    updates = [r["step"] for r in records if {"loss", "grad_norm", "batches"} <= r.keys()]
+    evaluated = [r["step"] for r in records if "val_loss" in r]
+    whole = updates == list(range(1, result.step + 1)) and evaluated[-1:] == [result.step]
+    if result.status == "finished" and not whole:
+        raise InputError(f"{run.metrics}: is damaged: it does not hold all {result.step} steps")
     given_up = f"; {result.reason}" if result.reason.startswith("given up") else ""
     failure = result.failure
     place = failure.place if failure is not None else None
@@ -110,6 +119,7 @@ def read_outcome(cell: Cell, directory: Path, lost: Lost | None = None) -> Outco
         unigram_entropy=entropy,
         environment=environment,
         batches={r["step"]: r["batches"] for r in records if "batches" in r},
+        vocabulary=vocabulary,
         extremes=_extremes(records),
     )
 
@@ -165,21 +175,24 @@ def match(outcomes: Sequence[Outcome]) -> Match:
     cells = same = parameters = equal = rescaled = 0
     exceptions = []
     for outcome in outcomes:
-        if outcome.verdict is None:
+        if outcome.verdict is None or not outcome.batches:  # diverged before its first update
             continue
         key = repr((outcome.seed, outcome.cell.place))
         other = first.setdefault(key, outcome)
         if other is outcome:
             continue
         names = f"{outcome.cell.id} and {other.cell.id}"
-        mine, theirs = outcome.batches or {}, other.batches or {}
-        step = max(mine.keys() & theirs.keys(), default=None)
-        if step is not None:  # one that diverged before its first update saw none
-            cells += 1
-            same += mine[step] == theirs[step]
-            if mine[step] != theirs[step]:
-                exceptions.append(f"{names} saw other batches")
-        ours, others = _weights(outcome), _weights(other)
+        mine, theirs = outcome.batches, other.batches or {}
+        cells += 1
+        step = max(mine.keys() & theirs.keys())
+        same += mine[step] == theirs[step]
+        if mine[step] != theirs[step]:
+            exceptions.append(f"{names} saw other batches")
+        for fact in SAME_FACTS:
+            one, two = (_fact(each, fact) for each in (outcome, other))
+            if one != two:
+                exceptions.append(f"{names} differ in {fact}: {one} and {two}")
+        ours, others = (_fact(each, "initial_weights") for each in (outcome, other))
         for name in ours.keys() & others.keys():
             a, b = ours[name], others[name]
             if a["shape"] != b["shape"]:
@@ -192,8 +205,12 @@ def match(outcomes: Sequence[Outcome]) -> Match:
     return Match(cells, same, parameters, equal, rescaled, tuple(exceptions))
 
 
-def _weights(outcome: Outcome) -> dict[str, Any]:
-    return (outcome.environment or {}).get("initial_weights", {})
+SAME_FACTS = ("data_fingerprint", "device", "torch", "git_commit")
+
+
+def _fact(outcome: Outcome, name: str) -> Any:
+    environment = outcome.environment or {}
+    return {**environment, **environment.get("versions", {})}.get(name)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -7,16 +7,18 @@ over a run, follow it to its row, and switch arms off; without them only that is
 
 from __future__ import annotations
 
-import json
+import math
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from pydantic import TypeAdapter
 
 from gpt.compare import figures
 from gpt.compare.figures import INK, Material, draw, save, threshold_text
@@ -24,7 +26,15 @@ from gpt.compare.grid import Grid
 from gpt.compare.outcomes import Outcome
 from gpt.compare.starts import Start
 from gpt.compare.statistics import wilson
-from gpt.compare.summary import Summary, failures_text, place_text
+from gpt.compare.summary import (
+    ArmSummary,
+    Summary,
+    ends_text,
+    failures_text,
+    place_text,
+    rates_text,
+)
+from gpt.errors import InputError
 from gpt.files import write_text
 
 SVG = "http://www.w3.org/2000/svg"
@@ -75,7 +85,12 @@ def write_report(
         "grid_yaml": (directory / "grid.yaml").read_text("utf-8"),
         "limits": limits(grid, summary),
         "beside": other,
-        "beside_name": beside[0] if beside else "",
+        "names": (directory.name, beside[0].name if beside else ""),
+        "ends": lambda interval: ends_text(interval, "{:+.3f}".format),
+        "losses": lambda interval: ends_text(interval, "{:.3f}".format),
+        "rates_text": rates_text,
+        "vocabulary": math.log(next(o.vocabulary for o in outcomes if o.verdict is not None)),
+        "side_by_side": _side_by_side(summary, other.summary) if other else {},
         "failures_text": failures_text,
         "threshold_text": threshold_text,
     }
@@ -150,6 +165,17 @@ def inline(svg: str, name: str, tips: dict[str, str]) -> Markup:
     return Markup(ElementTree.tostring(root, encoding="unicode"))  # noqa: S704 - escaped by it
 
 
+def _side_by_side(
+    mine: Summary, theirs: Summary
+) -> dict[str, tuple[ArmSummary | None, ArmSummary | None]]:
+    """The arms of two comparisons by name and place; None where one has no such arm."""
+    one, two = ({(arm.arm, arm.place): arm for arm in each.arms} for each in (mine, theirs))
+    return {
+        f"{arm}{f' ({place})' if place else ''}": (one.get((arm, place)), two.get((arm, place)))
+        for arm, place in {**one, **two}
+    }
+
+
 def _shorter(svg: str) -> str:
     """Lines drawn to a tenth of a point are fine enough."""
     tenth = lambda number: f"{float(number[0]):.1f}".removesuffix(".0")  # noqa: E731
@@ -219,14 +245,16 @@ def limits(grid: Grid, summary: Summary) -> list[str]:
         "run that is only slow, by its rate or its optimizer, counts as plateaued too.",
         "Sensitivity and thresholds belong to the rates tried; on another grid they are others.",
         "The best rate of an arm is picked on the very seeds that its loss is shown for.",
-        "One size of model, one corpus, one precision: what holds here may not hold elsewhere.",
+        "What holds for this corpus, this size and this precision may not hold for others.",
     ]
-    sums = {round(arm.summed_rate, 6) for arm in summary.arms}
-    if len(sums) > 1:
-        found.append(
-            "Warm-up lowers the sum of the rates as well: over all updates the arms spend "
-            f"{min(sums):,.0f} to {max(sums):,.0f} times their full rate."
-        )
+    for place in dict.fromkeys(arm.place for arm in summary.arms):
+        sums = [arm.summed_rate for arm in summary.arms if arm.place == place]
+        if max(sums) > 1.001 * min(sums):
+            found.append(
+                "Schedules differ in the sum of their rates too: over all updates "
+                f"{min(sums):,.0f} to {max(sums):,.0f} times the full rate; warm-up lowers it."
+            )
+            break
     if any(arm.clipped is not None for arm in summary.arms):
         found.append(
             "Gradients are clipped in some arms, which hides instability; see the share clipped."
@@ -234,14 +262,31 @@ def limits(grid: Grid, summary: Summary) -> list[str]:
     return found
 
 
-def _command(directory: Path) -> list[str]:
+@dataclass(frozen=True)
+class Command:
+    """A command line, and when it began."""
+
+    argv: list[str]
+    began: str
+
+
+def read_commands(directory: Path) -> list[Command]:
+    """The command lines that ran a comparison.
+
+    Raises:
+        InputError: command.json is damaged.
+    """
     path = directory / "command.json"
     if not path.is_file():
         return []
-    return [
-        f"{each['began']}  {shlex.join(each['argv'])}"
-        for each in json.loads(path.read_text("utf-8"))
-    ]
+    try:
+        return TypeAdapter(list[Command]).validate_json(path.read_text("utf-8"))
+    except ValueError:
+        raise InputError(f"{path}: is damaged; delete it to go on") from None
+
+
+def _command(directory: Path) -> list[str]:
+    return [f"{each.began}  {shlex.join(each.argv)}" for each in read_commands(directory)]
 
 
 def _environment(outcomes: Sequence[Outcome]) -> dict[str, Any]:

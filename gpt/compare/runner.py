@@ -142,12 +142,12 @@ def run_cells(
         Whether all were tried; false if `stop` came true.
     """
     waiting = [cell for cell in cells if not has_ended(directory, cell)]
-    lost = {
-        name: why
-        for name, why in read_lost(directory).items()
-        if name not in {cell.id for cell in waiting}
-    }
+    names = {cell.id for cell in waiting}
+    lost = {name: why for name, why in read_lost(directory).items() if name in names}
     _write_lost(directory, lost)
+    for cell in cells:
+        if cell.id not in names and not keep_checkpoints:  # of a worker killed before it did this
+            shutil.rmtree(cell_directory(directory, cell) / "checkpoints", ignore_errors=True)
     if not waiting:
         return True
     context = multiprocessing.get_context("spawn")
@@ -165,10 +165,10 @@ def run_cells(
             context=context,
         ) as pool,
     ):
-        futures: dict[Future[Lost | None], Cell] = {
+        futures: dict[Future[Lost | None], int] = {
             pool.schedule(
                 _train_cell, (cell.config, cell_directory(directory, cell), index, keep_checkpoints)
-            ): cell
+            ): index
             for index, cell in enumerate(waiting)
         }
         pending = set(futures)
@@ -177,13 +177,16 @@ def run_cells(
                 done, pending = wait(pending, SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
                 if stop():
                     stopping.value = 1
-                for cell, why in ((futures[future], _why_lost(future)) for future in done):
+                for index, why in ((futures[future], _why_lost(future)) for future in done):
+                    cell = waiting[index]
                     if why is not None:
                         lost[cell.id] = why
-                        _write_lost(directory, lost)
-                        steps[waiting.index(cell)] = cell.config.training.steps
-                    elif not has_ended(directory, cell):
+                    elif has_ended(directory, cell):
+                        lost.pop(cell.id, None)
+                    else:
                         continue  # stopped
+                    _write_lost(directory, lost)
+                    steps[index] = cell.config.training.steps
                     number += 1
                     said = verdict(cell) if why is None else f"{why.status}: {why.reason}"
                     console.say(f"{number}/{len(cells)}  {cell.id}: {said}")

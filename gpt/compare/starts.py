@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,14 +38,18 @@ class Start:
     token: tuple[Probe, ...]
 
 
-def measure_starts(cells: Sequence[Cell]) -> list[Start]:
-    """Probe every network of the comparison, at the depths of `probes.DEPTHS`."""
+def measure_starts(
+    cells: Sequence[Cell], stop: Callable[[], bool] = lambda: False
+) -> list[Start] | None:
+    """Probe every network of the comparison, at `probes.DEPTHS`; None once `stop` comes true."""
     models: dict[str, list[Cell]] = {}
     for cell in cells:
         alike = cell.config.model.model_copy(update={"layers": 0})
         models.setdefault(repr((alike, cell.config.data)), []).append(cell)
     starts = []
     for alike_cells in models.values():
+        if stop():
+            return None
         config = alike_cells[0].config
         dataset = preparation.prepare(config.data)
         vocabulary = dataset.encoding.n_vocab

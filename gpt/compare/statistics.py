@@ -328,7 +328,8 @@ def threshold_interval(
     grid a threshold lies. So each of 999 resamples of the seeds, the same for all arms, has its
     thresholds fitted, and each of these is moved ten times by a uniform draw as wide as its own
     bracket. Were only seeds resampled, seeds that agree would look like knowledge without error,
-    however coarse the grid.
+    however coarse the grid. A threshold beyond the rates tried may lie anywhere there, so the
+    interval may be open: an end of it infinite.
 
     Args:
         arms: for each arm the runs of each seed, seeds in the same order.
@@ -342,19 +343,37 @@ def threshold_interval(
     random = np.random.default_rng(0)
     rows = np.sort(random.integers(n, size=(999, n)))
     distinct, inverse = np.unique(rows, axis=0, return_inverse=True)
-    fits = []
-    for row in distinct:
-        resampled = [[run for seed in row for run in seeds[seed]] for seeds in arms]
-        found = [lr50(*zip(*runs, strict=True)) for runs in resampled]
-        fits.append([(math.log(threshold.rate), _log_width(threshold)) for threshold in found])
-    logs, widths = np.moveaxis(np.tile(np.array(fits)[inverse], (10, 1, 1)), -1, 0)  # (draws, arms)
-    drawn = logs + widths * random.uniform(-0.5, 0.5, size=logs.shape)
-    low, high = np.percentile(drawn @ np.asarray(weights), [2.5, 97.5])
+    lows, highs = np.moveaxis(
+        np.array(
+            [
+                [_log_span(seeds, row, w) for seeds, w in zip(arms, weights, strict=True)]
+                for row in distinct
+            ]
+        ),
+        -1,
+        0,
+    )
+    place = random.random((len(rows) * 10, len(arms)))
+    lows, highs = (np.tile(ends[inverse], (10, 1)) for ends in (lows, highs))
+    width = np.where(np.isfinite(highs - lows), highs - lows, 0.0)
+    low = np.percentile((lows + width * place).sum(1), 2.5, method="lower")
+    high = np.percentile((highs - width * (1 - place)).sum(1), 97.5, method="higher")
     return Interval(float(low), float(high))
 
 
-def _log_width(threshold: Threshold) -> float:
-    """Of the bracket; 0 where it is open, as the threshold then stands at the edge as a bound."""
-    if threshold.low is None or threshold.high is None or threshold.bound:
-        return 0.0
-    return math.log(threshold.high / threshold.low)
+def _log_span(
+    seeds: Sequence[Runs], chosen: NDArray[np.int_], weight: float
+) -> tuple[float, float]:
+    """Where weight * log `lr50` of resampled seeds may lie: within the bracket around the fit."""
+    found = lr50(*zip(*(run for seed in chosen for run in seeds[seed]), strict=True))
+    fit, half = math.log(found.rate), 0.0
+    if found.low is not None and found.high is not None:
+        half = math.log(found.high / found.low) / 2
+    ends = {
+        "": (fit - half, fit + half),
+        "above": (fit, math.inf),
+        "below": (-math.inf, fit),
+        "unclear": (-math.inf, math.inf),
+    }[found.bound]
+    low, high = sorted(weight * end for end in ends)
+    return low, high

@@ -29,6 +29,7 @@ from gpt.compare.statistics import (
     mcnemar,
     mean_interval,
     paired_difference,
+    sign_flip_p,
     threshold_interval,
     wilson,
 )
@@ -106,7 +107,8 @@ class ContrastResult:
         parts: a - b, and c - d.
         bounds: which thresholds could only be bounded, in words.
         value, interval: log_lr50 in natural logarithms; failure as a share; loss in nats per token.
-        answer: whether the interval is all above 0, all below, or neither.
+        answer, why: whether the claim stands, and what decides it.
+        dropped: places and rates left out, because an arm or a seed has no run there.
     """
 
     question: str
@@ -116,7 +118,9 @@ class ContrastResult:
     value: float
     interval: Interval | None
     answer: Answer
+    why: str
     seeds: int
+    dropped: int
 
 
 @dataclass(frozen=True)
@@ -131,12 +135,17 @@ class PairAtRate:
 
 @dataclass(frozen=True)
 class PairResult:
-    """Two arms, paired by seed: mean loss over their common rates, and failures at each."""
+    """Two arms, paired by seed: mean loss over their common rates, and failures at each.
+
+    Attributes:
+        dropped: as of a contrast.
+    """
 
     a: str
     b: str
     loss: PairedDifference
     holm_p: float
+    dropped: int
     by_rate: tuple[PairAtRate, ...]
 
 
@@ -204,7 +213,8 @@ def _arm(arm: str, place: str, group: Sequence[Outcome]) -> ArmSummary:
         _at_rate(rate, some) for rate, some in sorted(_grouped(ended, lambda o: o.rate).items())
     )
     seeds = _grouped(ended, lambda o: o.seed)
-    curves = [_sensitivity(some) for some in seeds.values()]
+    whole = [some for some in seeds.values() if len(some) == len(by_rate)]
+    curves = [_sensitivity(some) for some in whole or seeds.values()]
     best = min(by_rate, key=lambda at: at.median_loss)
     config = ended[0].cell.config
     clipped = [o.verdict.clipped for o in ended if o.verdict and o.verdict.clipped is not None]
@@ -273,58 +283,86 @@ def _sensitivity(outcomes: Sequence[Outcome]) -> Sensitivity:
 # Contrasts
 
 
+SIGNS = (1, -1, -1, 1)  # of the arms in (a - b) - (c - d)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """The runs that arms have in common: every arm has every seed at every spot.
+
+    Attributes:
+        spots: (place, rate).
+        dropped: spots that some arm lacks, or lacks a seed at.
+        runs: (arm, seed, spot) -> its outcome.
+    """
+
+    seeds: list[int]
+    spots: list[tuple[str, float]]
+    dropped: int
+    runs: dict[tuple[str, int, tuple[str, float]], Outcome]
+
+    def at(self, arm: str, seed: int, place: str | None = None) -> list[Outcome]:
+        """An arm's runs of a seed, over all spots or those of a place."""
+        spots = [spot for spot in self.spots if place in (None, spot[0])]
+        return [self.runs[arm, seed, spot] for spot in spots]
+
+
+def _shared(arms: Sequence[str], outcomes: Sequence[Outcome]) -> _Shared | None:
+    runs = {
+        (o.cell.arm, o.seed, (place_text(o.cell.place), o.rate)): o
+        for o in outcomes
+        if o.cell.arm in arms
+    }
+    every = list(dict.fromkeys(spot for _, _, spot in runs))
+    by_arm = [{seed for arm, seed, _ in runs if arm == name} for name in arms]
+    seeds = sorted(set.intersection(*by_arm))
+    spots = [s for s in every if all((arm, seed, s) in runs for arm in arms for seed in seeds)]
+    return _Shared(seeds, spots, len(every) - len(spots), runs) if seeds and spots else None
+
+
 def _contrast(contrast: Contrast, outcomes: Sequence[Outcome]) -> ContrastResult | None:
-    """The primary contrast: a mean over the places, by the seeds, that all of its arms have."""
+    """The primary contrast: a mean over places, by the runs that all of its arms have."""
     names = [*contrast.of, *(contrast.against or ())]
-    arms = [[o for o in outcomes if o.cell.arm == name] for name in names]
-    places = _common([place_text(o.cell.place) for o in arm] for arm in arms)
-    seeds = _common([o.seed for o in arm] for arm in arms)
-    if not places or not seeds:
+    shared = _shared(names, outcomes)
+    if shared is None:
         return None
-    cells = [
-        [
-            [
-                [o for o in arm if o.seed == seed and place_text(o.cell.place) == place]
-                for seed in seeds
-            ]
-            for place in places
-        ]
-        for arm in arms
-    ]
-    weights = [sign / len(places) for sign in (1, -1, -1, 1)]
     bounds: list[str] = []
-    directions: set[str] = set()  # in which the true value may lie beyond the one found
     if contrast.measure == "log_lr50":
-        values = []
-        for name, sign, by_place in zip(names, (1, -1, -1, 1), cells, strict=False):
-            found = [_threshold(itertools.chain(*by_seed)) for by_seed in by_place]
-            values.append(float(np.mean([math.log(threshold.rate) for threshold in found])))
-            for place, threshold in zip(places, found, strict=True):
-                if threshold.bound:
-                    bounds.append(_bound(name, place, threshold))
-                    directions |= _directions(threshold, sign)
-        flat = [
-            ([[(o.rate, _failed(o)) for o in some] for some in by_seed], weight)
-            for by_place, weight in zip(cells, weights, strict=False)
-            for by_seed in by_place
+        places = list(dict.fromkeys(place for place, _ in shared.spots))
+        runs = {
+            (name, place): [
+                [(o.rate, _failed(o)) for o in shared.at(name, seed, place)]
+                for seed in shared.seeds
+            ]
+            for name in names
+            for place in places
+        }
+        found = {
+            key: lr50(*zip(*itertools.chain(*each), strict=True)) for key, each in runs.items()
+        }
+        bounds = [_bound(*key, threshold) for key, threshold in found.items() if threshold.bound]
+        values = [
+            float(np.mean([math.log(found[name, place].rate) for place in places]))
+            for name in names
         ]
-        interval = threshold_interval([runs for runs, _ in flat], [weight for _, weight in flat])
+        weights = [SIGNS[names.index(name)] / len(places) for name, _ in runs]
+        interval = threshold_interval(list(runs.values()), weights)
+        least_p = 1.0 if interval is None else _least_p(len(shared.seeds))
     else:
         measure = _failed if contrast.measure == "failure" else (lambda o: o.loss)
         by_arm = [
-            [
-                float(np.mean([measure(o) for by_seed in by_place for o in by_seed[index]]))
-                for index in range(len(seeds))
-            ]
-            for by_place in cells
+            [float(np.mean([measure(o) for o in shared.at(name, seed)])) for seed in shared.seeds]
+            for name in names
         ]
         values = [float(np.mean(by_seed)) for by_seed in by_arm]
         differences = [
-            sum(sign * value for sign, value in zip((1, -1, -1, 1), each, strict=False))
+            sum(sign * value for sign, value in zip(SIGNS, each, strict=False))
             for each in zip(*by_arm, strict=True)
         ]
         interval = mean_interval(differences)
+        least_p = sign_flip_p(differences)
     parts = tuple(values[i] - values[i + 1] for i in range(0, len(values), 2))
+    answer, why = _answer(interval, least_p, len(shared.seeds))
     return ContrastResult(
         question=contrast.question,
         measure=contrast.measure,
@@ -332,24 +370,11 @@ def _contrast(contrast: Contrast, outcomes: Sequence[Outcome]) -> ContrastResult
         bounds=tuple(bounds),
         value=parts[0] - (parts[1] if len(parts) > 1 else 0.0),
         interval=interval,
-        answer=_answer(interval, directions),
-        seeds=len(seeds),
+        answer=answer,
+        why=why,
+        seeds=len(shared.seeds),
+        dropped=shared.dropped,
     )
-
-
-def _of(outcomes: Sequence[Outcome], place: str, seed: int) -> list[Outcome]:
-    return [o for o in outcomes if o.seed == seed and place_text(o.cell.place) == place]
-
-
-def _common(lists: Iterable[Iterable[Any]]) -> list[Any]:
-    """What all lists hold, in the order of the first."""
-    first, *others = map(list, lists)
-    return [item for item in dict.fromkeys(first) if all(item in other for other in others)]
-
-
-def _threshold(outcomes: Iterable[Outcome]) -> Threshold:
-    runs = [(o.rate, _failed(o)) for o in outcomes]
-    return lr50(*zip(*runs, strict=True))
 
 
 def _bound(name: str, place: str, threshold: Threshold) -> str:
@@ -361,72 +386,66 @@ def _bound(name: str, place: str, threshold: Threshold) -> str:
     return f"{name}{f' ({place})' if place else ''}: {words[threshold.bound]}"
 
 
-def _directions(threshold: Threshold, sign: int) -> set[str]:
-    """Where a threshold that is only bounded lets the contrast lie."""
-    if threshold.bound == "unclear":
-        return {"higher", "lower"}
-    return {"higher" if (threshold.bound == "above") == (sign > 0) else "lower"}
+def _least_p(seeds: int) -> float:
+    """The smallest p of a paired test of so many."""
+    return min(1.0, 2 * 0.5**seeds)
 
 
-def _answer(interval: Interval | None, directions: set[str]) -> Answer:
-    """Supported or contradicted only if neither the interval nor a bound reaches across 0."""
-    if interval is not None and interval.low > 0 and "lower" not in directions:
-        return "supported"
-    if interval is not None and interval.high < 0 and "higher" not in directions:
-        return "contradicted"
-    return "open"
+def _answer(interval: Interval | None, p: float, seeds: int) -> tuple[Answer, str]:
+    """Supported or contradicted only if the interval is on one side and the seeds can tell.
+
+    Args:
+        p: of a paired test; of thresholds, the least that one could give.
+    """
+    if interval is None:
+        return "open", "one seed tells nothing of the next"
+    if interval.low <= 0 <= interval.high:
+        return "open", "the interval holds both answers"
+    if p > 0.05:
+        return (
+            "open",
+            f"the interval points one way, but {seeds} seeds can not settle it (p = {p:.2g})",
+        )
+    return ("supported" if interval.low > 0 else "contradicted"), "the interval is on one side"
 
 
 def _pairs(pairs: Sequence[tuple[str, str]], outcomes: Sequence[Outcome]) -> tuple[PairResult, ...]:
-    """All pairs, with one correction by Holm over all of their tests."""
-    found = []
-    for a, b in pairs:
-        losses, tests = _pair(a, b, outcomes)
-        if losses is not None:
-            found.append((a, b, losses, tests))
-    ps = [p for _, _, losses, tests in found for p in (losses.p, *(test.p for *_, test in tests))]
+    """All pairs that have runs in common, with one correction by Holm over all of their tests."""
+    found = [(a, b, shared) for a, b in pairs if (shared := _shared((a, b), outcomes)) is not None]
+    losses = [
+        paired_difference(
+            *(
+                [float(np.mean([o.loss for o in shared.at(arm, seed)])) for seed in shared.seeds]
+                for arm in (a, b)
+            )
+        )
+        for a, b, shared in found
+    ]
+    tests = [
+        [
+            mcnemar(*([_failed(shared.runs[arm, s, spot]) for s in shared.seeds] for arm in (a, b)))
+            for spot in shared.spots
+        ]
+        for a, b, shared in found
+    ]
+    ps = [
+        p for loss, each in zip(losses, tests, strict=True) for p in (loss.p, *(t.p for t in each))
+    ]
     adjusted = iter(holm(ps))
     return tuple(
         PairResult(
             a,
             b,
-            losses,
+            loss,
             next(adjusted),
-            tuple(PairAtRate(rate, place, test, next(adjusted)) for rate, place, test in tests),
+            shared.dropped,
+            tuple(
+                PairAtRate(rate, place, test, next(adjusted))
+                for (place, rate), test in zip(shared.spots, each, strict=True)
+            ),
         )
-        for a, b, losses, tests in found
+        for (a, b, shared), loss, each in zip(found, losses, tests, strict=True)
     )
-
-
-def _pair(
-    a: str, b: str, outcomes: Sequence[Outcome]
-) -> tuple[PairedDifference | None, list[tuple[float, str, McNemar]]]:
-    """Differences a - b of the mean loss over common rates and places, and failures at each."""
-    cells = {
-        name: {
-            (o.seed, place_text(o.cell.place), o.rate): o for o in outcomes if o.cell.arm == name
-        }
-        for name in (a, b)
-    }
-    places = _common([(place, rate) for _, place, rate in cells[name]] for name in (a, b))
-    seeds = [
-        seed
-        for seed in _common([seed for seed, _, _ in cells[name]] for name in (a, b))
-        if all((seed, *place) in cells[name] for place in places for name in (a, b))
-    ]
-    if not places or not seeds:
-        return None, []
-    losses = {
-        name: [float(np.mean([cells[name][seed, *p].loss for p in places])) for seed in seeds]
-        for name in (a, b)
-    }
-    tests = []
-    for place, rate in places:
-        failed = {
-            name: [_failed(cells[name][seed, place, rate]) for seed in seeds] for name in (a, b)
-        }
-        tests.append((rate, place, mcnemar(failed[a], failed[b])))
-    return paired_difference(losses[a], losses[b]), tests
 
 
 # ---------------------------------------------------------------------------------------------
@@ -452,7 +471,7 @@ def _words(
     if contrast is not None and grid.contrast is not None:
         words.append(_contrast_words(contrast, grid.contrast))
     elif grid.contrast is not None:
-        words.append("The primary contrast could not be computed: an arm of it has no result.")
+        words.append("The primary contrast can not be computed: its arms have no rate in common.")
     shown = list(grid.contrast.of + (grid.contrast.against or ())) if grid.contrast else []
     shown = shown or list(dict.fromkeys(arm.arm for arm in arms))
     words.append(_widest(arms, shown))
@@ -466,35 +485,73 @@ ANSWERS: dict[Answer, str] = {
 }
 
 
+# What changes, what the difference of two changes is called, and how its numbers read.
+MEASURES: dict[str, tuple[str, str, Callable[[float], str]]] = {
+    "log_lr50": (
+        "the rate at which half of the runs fail",
+        "the ratio of the two is",
+        lambda value: f"{math.exp(value):.2g}",
+    ),
+    "failure": (
+        "the share of failed runs changes",
+        "the difference of the two is",
+        lambda value: f"{100 * value:+.0f} points",
+    ),
+    "loss": (
+        "the mean loss changes",
+        "the difference of the two is",
+        lambda value: f"{value:+.3f} nats",
+    ),
+}
+
+
 def _contrast_words(result: ContrastResult, contrast: Contrast) -> str:
     pairs = [contrast.of, *([contrast.against] if contrast.against else [])]
-    if result.measure == "log_lr50":
-        what, form, read = "the rate at which half of the runs fail", _fold, math.exp
-        size = f"the ratio of the two is {math.exp(result.value):.2g}"
-        plain = "{:.2g}"
-    else:
-        what = "the share of failed runs" if result.measure == "failure" else "the mean loss"
-        plain = "{:+.0%}" if result.measure == "failure" else "{:+.3f} nats"
-        form, read = (lambda part: f"changes by {plain.format(part)}"), float
-        size = f"the difference of the two is {plain.format(result.value)}"
+    what, size, number = MEASURES[result.measure]
+    change = _fold if result.measure == "log_lr50" else (lambda part: f"by {number(part)}")
     moved = [
-        f"{form(part)} from {b!r} to {a!r}"
+        f"{change(part)} from {b!r} to {a!r}"
         for (a, b), part in zip(pairs, result.parts, strict=True)
     ]
-    sentence = f"{what} {', and '.join(moved)}{f'; {size}' if len(pairs) > 1 else ''}"
-    if result.interval is None:
-        interval = "one seed gives no interval"
-    else:
-        ends = (plain.format(read(x)) for x in (result.interval.low, result.interval.high))
-        interval = f"95% interval {' to '.join(ends)}"
-    bounds = f" ({'; '.join(result.bounds)})" if result.bounds else ""
-    text = f"{sentence} ({interval}): {ANSWERS[result.answer]}{bounds}."
+    sentence = f"{what} {', and '.join(moved)}"
+    if len(pairs) > 1:
+        sentence += f"; {size} {number(result.value)}"
+    interval = "one seed gives no interval"
+    if result.interval is not None:
+        interval = f"95% interval {ends_text(result.interval, number)}"
+    notes = [*result.bounds]
+    if result.dropped:
+        notes.append(
+            f"{result.dropped} rates or places are left out, where an arm or seed is missing"
+        )
+    noted = f" ({'; '.join(notes)})" if notes else ""
+    text = f"{sentence} ({interval}): {ANSWERS[result.answer]}, as {result.why}{noted}."
     return text[0].upper() + text[1:]
+
+
+def ends_text(interval: Interval, form: Callable[[float], str]) -> str:
+    """`0.2 to 5`; an end that lies beyond the rates tried is said to be open."""
+    low, high = interval.low, interval.high
+    if math.isinf(low) and math.isinf(high):
+        return "open at both ends"
+    if math.isinf(high):
+        return f"{form(low)} or more"
+    if math.isinf(low):
+        return f"{form(high)} or less"
+    return f"{form(low)} to {form(high)}"
+
+
+def rates_text(interval: Interval) -> str:
+    """`ends_text` of an interval of rates, whose lower open end is 0."""
+    low = -math.inf if interval.low == 0 else interval.low
+    return ends_text(Interval(low, interval.high), lambda rate: f"{rate:.2g}")
 
 
 def _fold(part: float) -> str:
     """A change of a logarithm in words."""
-    return f"{'rises' if part >= 0 else 'falls'} {math.exp(abs(part)):.2g}-fold"
+    if abs(part) < 0.005:
+        return "does not change"
+    return f"{'rises' if part > 0 else 'falls'} {math.exp(abs(part)):.2g}-fold"
 
 
 def _widest(arms: Sequence[ArmSummary], names: Sequence[str]) -> str:
@@ -504,9 +561,11 @@ def _widest(arms: Sequence[ArmSummary], names: Sequence[str]) -> str:
         for at in arm.by_rate:
             if arm.arm in names:
                 cells.setdefault((at.rate, arm.place), {})[arm.arm] = at
+    if not cells:
+        return "None of the contrast's arms has a result."
     if not any(at.failures for by_arm in cells.values() for at in by_arm.values()):
-        most = max((at for by_arm in cells.values() for at in by_arm.values()), key=lambda at: at.n)
-        return f"No run failed: {failures_text(0, most.n, most.interval)} at each rate."
+        fewest = min((at for each in cells.values() for at in each.values()), key=lambda at: at.n)
+        return f"No run failed: {failures_text(0, fewest.n, fewest.interval)} at each rate."
 
     def spread(by_arm: dict[str, AtRate], of: Sequence[str]) -> float:
         shares = [by_arm[name].failures / by_arm[name].n for name in of if name in by_arm]
@@ -525,4 +584,8 @@ def _widest(arms: Sequence[ArmSummary], names: Sequence[str]) -> str:
         f"{name}: {failures_text(at.failures, at.n, at.interval)}"
         for name, at in cells[rate, place].items()
     ]
-    return f"At rate {rate:g}{f' ({place})' if place else ''}, {'; '.join(parts)}."
+    where = f" ({place})" if place else ""
+    return (
+        f"At rate {rate:g}{where}, picked after the runs because the arms differ most there, "
+        f"{'; '.join(parts)}."
+    )
