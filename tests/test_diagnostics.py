@@ -46,7 +46,9 @@ def looked(model: GPT, adams: bool = True) -> list[metrics.Record]:
     """The records of one update that halves every matrix of block 2."""
     model.zero_grad()
     model.loss(tokens(), tokens(1)).backward()
-    look = Look(model, {name: 1e-8 for name, _ in model.named_parameters() if adams}, {})
+    adam = dict(model.named_parameters()) if adams else {}
+    moments = {name: torch.ones_like(parameter) for name, parameter in adam.items()}
+    look = Look(model, dict.fromkeys(adam, 1e-8), moments)
     look.forward(tokens())
     with torch.no_grad():
         for parameter in model.placements()[1].parameters():

@@ -11,7 +11,7 @@
         warm: {schedule.warmup: linear}
     grid:                                      # where: every value of every axis
       optimizer.learning_rate: [1e-3, 3e-3]
-      model.layers, model.width: [[6, 96], [12, 64]]
+      model.layers, model.width: [[6, 96], [12, 48]]
     seeds: 3
 
 has 2 x 2 arms, 2 x 2 places and 3 seeds, so 48 cells. Cells of one place and seed differ in the arm
