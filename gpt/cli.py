@@ -469,6 +469,8 @@ def compare(argv: list[str] | None = None, prog: str = "compare.py") -> int:
             if flags.out_dir:
                 raise InputError(f"--out-dir: {path} is a comparison directory already")
             path, directory = path / "grid.yaml", path
+            if not path.is_file():
+                raise InputError(f"{directory}: holds no comparison (no grid.yaml)")
         from gpt.compare import grid as grids
 
         grid, cells = grids.load(path, options)

@@ -99,7 +99,7 @@ def test_it_ends_with_a_verdict_and_a_report(done: tuple[Path, subprocess.Comple
     assert ran.returncode == 0, ran.stderr
     assert f"{directory}/report.html" in ran.stdout
     assert "2 failures in 2 seeds" not in ran.stdout
-    assert "failure in all of 2 seeds (at least 34%)" in ran.stdout
+    assert "the arms failed alike" in ran.stdout
     names = {path.name for path in directory.iterdir()} - {".lock"}
     assert names == {
         "grid.yaml",
@@ -324,7 +324,7 @@ def test_what_was_registered_is_not_changed_after_the_runs(
         cli.compare([str(changed), "--out-dir", str(copy)])
     assert end.value.code == 2
     error = capsys.readouterr().err
-    assert "holds a comparison of another grid (other contrast)" in error
+    assert "holds a comparison of another grid (other contrast), and what was registered" in error
     assert "choose another --out-dir" in error
 
 
@@ -361,6 +361,33 @@ def test_too_long_or_too_large_is_said_before_it_starts(
     with pytest.raises(SystemExit):
         cli.compare([str(grid_file), "--out-dir", out])
     assert "are free" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("configs/quickstart.yaml", "is a config for train.py; a grid has arms"),
+        ("docs", "docs: holds no comparison (no grid.yaml)"),
+        ("configs/compare/quik.yaml", "quik.yaml: cannot be read"),
+    ],
+)
+def test_what_is_no_grid_is_said(
+    path: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from gpt import cli
+
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as end:
+        cli.compare([path])
+    assert end.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_warm_up_as_long_as_the_run_is_said(grid_file: Path):
+    _, cells = load(grid_file, {"schedule": {"warmup_steps": 20}})
+    assert comparison.too_long_warmups(cells) == ["pre", "deepnorm"]
+    _, cells = load(grid_file, {"schedule": {"warmup_steps": 19}})
+    assert comparison.too_long_warmups(cells) == []
 
 
 def test_two_at_once_in_one_directory_are_refused(

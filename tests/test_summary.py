@@ -167,6 +167,8 @@ def test_a_bound_counts_only_where_it_cannot_turn_the_answer(
     assert len(found.bounds) >= 1
     assert found.interval is not None
     assert math.isinf(found.interval.high if answer == "supported" else found.interval.low)
+    assert found.reach == (("at least", "") if answer == "supported" else found.reach)
+    assert "at least" in found.reach
 
 
 def test_failures_that_do_not_rise_with_the_rate_leave_the_question_open():
@@ -347,6 +349,8 @@ def test_three_seeds_never_support_that_an_arm_does_not_fail():
     assert calm.contrast is not None
     assert calm.contrast.answer == "open"
     assert "open at both ends" in calm.verdict[0]
+    assert calm.verdict[0].count("moves by an unknown factor") == 2
+    assert "ratio" not in calm.verdict[0]
     assert calm.verdict[1] == "No run failed: no failure in 3 seeds (at most 56%) at each rate."
 
 
@@ -394,3 +398,8 @@ def test_an_arm_without_a_result_leaves_no_contrast():
     found = summarize(grid(), runs)
     assert found.contrast is None
     assert "can not be computed" in found.verdict[0]
+
+
+def test_arms_that_fail_alike_are_not_told_apart():
+    words = summary(by_arm(dict.fromkeys(ARMS, 0.0))).verdict
+    assert words[1] == "At every rate tried the arms failed alike: the runs do not tell them apart."

@@ -80,6 +80,8 @@ def compare(
             )
             check_affordable(estimated, directory, grid.hours)
             console.say(describe(grid, cells, directory, estimated, workers))
+        else:
+            console.say(f"{directory}: all {len(cells)} cells have ended before; reporting again")
         write_text(directory / "grid.yaml", _to_yaml(grid))
         _note_command(directory)
         finished = run_cells(
@@ -94,7 +96,7 @@ def compare(
         if not finished:
             return None
         if grid.probes and not (directory / "probes.json").is_file():
-            console.say("measuring the networks at their start")
+            console.say("measuring the networks at their start, half a minute or more")
             starts = measure_starts(cells, stop)
             if starts is None:
                 return None
@@ -165,8 +167,9 @@ def check_directory(grid: Grid, directory: Path) -> None:
     ]
     if different:
         raise InputError(
-            f"{directory}: holds a comparison of another grid (other {', '.join(different)});\n"
-            "choose another --out-dir: what was registered before the runs is not changed after"
+            f"{directory}: holds a comparison of another grid (other {', '.join(different)}), "
+            "and what was registered before its runs is not changed after;\n"
+            "choose another --out-dir"
         )
 
 
@@ -223,12 +226,28 @@ def describe(
         + (f"; {done} have ended before" if done else ""),
         "tokens": f"{estimated.tokens:,} to train on, {estimated.flops:.2g} FLOPs",
         "time": f"about {duration(estimated.seconds)} with {workers} "
-        f"worker{'s' if workers > 1 else ''}, by a short timing here",
+        f"worker{'s' if workers > 1 else ''}, by a short timing here; start"
+        + (", probes (probes: false skips them)" if grid.probes else "")
+        + " and report come on top",
         "disk": f"at most {estimated.disk / 1e6:,.0f} MB of "
         f"{free_bytes(directory) / 1e9:,.0f} GB free",
         "directory": str(directory),
     }
+    slow = too_long_warmups(cells)
+    if slow:
+        rows["warm-up"] = f"is longer than the run in {', '.join(slow)}: no full rate there"
     return "\n".join([grid.title, *(f"  {name:<10} {text}" for name, text in rows.items())])
+
+
+def too_long_warmups(cells: Sequence[Cell]) -> list[str]:
+    """Arms that never come to their full rate, the one that they are shown at."""
+    arms = {
+        cell.arm: None
+        for cell in cells
+        if cell.config.schedule.warmup != "none"
+        and cell.config.schedule.warmup_steps >= cell.config.training.steps
+    }
+    return list(arms)
 
 
 def _datas(cells: Sequence[Cell]) -> list[DataConfig]:

@@ -26,7 +26,7 @@ from gpt.training import DTYPES
 
 TIMED_SECONDS = 0.4  # for each size of model, at least one update
 TIMED_FLOPS = {"cpu": 2e10, "mps": 2e11, "cuda": 2e13}  # of an update; a longer one is scaled up
-START_SECONDS = 1.5  # of a cell: reading the data, making the model, drawing loss.png
+START_SECONDS = 2.0  # of a cell: reading the data, making the model, drawing loss.png
 METRICS_BYTES = 300  # a step
 CELL_BYTES = 400_000  # loss.png, the digests of its weights, its part of the report
 CHECKPOINT_BYTES = 12  # a parameter: its weight and Adam's two moments, fp32

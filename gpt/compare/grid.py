@@ -237,9 +237,10 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> tuple[Grid, 
     Raises:
         InputError: the file, its base or a cell's config is wrong; with the place.
     """
-    grid = validate(
-        Grid, {"title": path.stem, **read_yaml(path)}, lambda key: f"{path}: {key}".rstrip(": ")
-    )
+    tree = read_yaml(path)
+    if "arms" not in tree and set(tree) & set(Config.model_fields):
+        raise InputError(f"{path}: is a config for train.py; a grid has arms, see configs/compare/")
+    grid = validate(Grid, {"title": path.stem, **tree}, lambda key: f"{path}: {key}".rstrip(": "))
     given, varied = dict(leaves(overrides or {})), _varied(grid)
     for key in given:
         if key in {*varied, "seed", "name"}:

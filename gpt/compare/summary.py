@@ -106,6 +106,7 @@ class ContrastResult:
     Attributes:
         parts: a - b, and c - d.
         bounds: which thresholds could only be bounded, in words.
+        reach: of each part: "at least", "at most" or "unknown" where bounds make it that.
         value, interval: log_lr50 in natural logarithms; failure as a share; loss in nats per token.
         answer, why: whether the claim stands, and what decides it.
         dropped: places and rates left out, because an arm or a seed has no run there.
@@ -115,6 +116,7 @@ class ContrastResult:
     measure: str
     parts: tuple[float, ...]
     bounds: tuple[str, ...]
+    reach: tuple[str, ...]
     value: float
     interval: Interval | None
     answer: Answer
@@ -327,6 +329,7 @@ def _contrast(contrast: Contrast, outcomes: Sequence[Outcome]) -> ContrastResult
     if shared is None:
         return None
     bounds: list[str] = []
+    reach = [""] * (len(names) // 2)
     if contrast.measure == "log_lr50":
         places = list(dict.fromkeys(place for place, _ in shared.spots))
         runs = {
@@ -341,6 +344,13 @@ def _contrast(contrast: Contrast, outcomes: Sequence[Outcome]) -> ContrastResult
             key: lr50(*zip(*itertools.chain(*each), strict=True)) for key, each in runs.items()
         }
         bounds = [_bound(*key, threshold) for key, threshold in found.items() if threshold.bound]
+        reach = [
+            _reach(
+                [found[a, place].bound for place in places],
+                [found[b, place].bound for place in places],
+            )
+            for a, b in zip(names[::2], names[1::2], strict=True)
+        ]
         values = [
             float(np.mean([math.log(found[name, place].rate) for place in places]))
             for name in names
@@ -368,6 +378,7 @@ def _contrast(contrast: Contrast, outcomes: Sequence[Outcome]) -> ContrastResult
         measure=contrast.measure,
         parts=parts,
         bounds=tuple(bounds),
+        reach=tuple(reach),
         value=parts[0] - (parts[1] if len(parts) > 1 else 0.0),
         interval=interval,
         answer=answer,
@@ -384,6 +395,15 @@ def _bound(name: str, place: str, threshold: Threshold) -> str:
         "unclear": "its failures do not rise with the rate: it has no one threshold",
     }
     return f"{name}{f' ({place})' if place else ''}: {words[threshold.bound]}"
+
+
+def _reach(of: Sequence[str], less: Sequence[str]) -> str:
+    """What the bounds of two arms' thresholds leave of the difference: a bound, or nothing."""
+    more = "above" in of or "below" in less
+    fewer = "below" in of or "above" in less
+    if "unclear" in (*of, *less) or (more and fewer):
+        return "unknown"
+    return "at least" if more else "at most" if fewer else ""
 
 
 def _least_p(seeds: int) -> float:
@@ -471,7 +491,10 @@ def _words(
     if contrast is not None and grid.contrast is not None:
         words.append(_contrast_words(contrast, grid.contrast))
     elif grid.contrast is not None:
-        words.append("The primary contrast can not be computed: its arms have no rate in common.")
+        words.append(
+            "The registered contrast can not be computed yet: its arms have no rate in common at "
+            "which every seed has a result."
+        )
     shown = list(grid.contrast.of + (grid.contrast.against or ())) if grid.contrast else []
     shown = shown or list(dict.fromkeys(arm.arm for arm in arms))
     words.append(_widest(arms, shown))
@@ -508,13 +531,13 @@ MEASURES: dict[str, tuple[str, str, Callable[[float], str]]] = {
 def _contrast_words(result: ContrastResult, contrast: Contrast) -> str:
     pairs = [contrast.of, *([contrast.against] if contrast.against else [])]
     what, size, number = MEASURES[result.measure]
-    change = _fold if result.measure == "log_lr50" else (lambda part: f"by {number(part)}")
     moved = [
-        f"{change(part)} from {b!r} to {a!r}"
-        for (a, b), part in zip(pairs, result.parts, strict=True)
+        f"{_fold(part, reach) if result.measure == 'log_lr50' else f'by {number(part)}'} "
+        f"from {b!r} to {a!r}"
+        for (a, b), part, reach in zip(pairs, result.parts, result.reach, strict=True)
     ]
     sentence = f"{what} {', and '.join(moved)}"
-    if len(pairs) > 1:
+    if len(pairs) > 1 and not any(result.reach):
         sentence += f"; {size} {number(result.value)}"
     interval = "one seed gives no interval"
     if result.interval is not None:
@@ -547,8 +570,12 @@ def rates_text(interval: Interval) -> str:
     return ends_text(Interval(low, interval.high), lambda rate: f"{rate:.2g}")
 
 
-def _fold(part: float) -> str:
+def _fold(part: float, reach: str) -> str:
     """A change of a logarithm in words."""
+    if reach == "unknown":
+        return "moves by an unknown factor"
+    if reach:
+        return f"becomes {reach} {math.exp(part):.2g} times as high"
     if abs(part) < 0.005:
         return "does not change"
     return f"{'rises' if part > 0 else 'falls'} {math.exp(abs(part)):.2g}-fold"
@@ -580,6 +607,8 @@ def _widest(arms: Sequence[ArmSummary], names: Sequence[str]) -> str:
         )
 
     rate, place = max(cells, key=telling)
+    if telling((rate, place))[1] == 0:
+        return "At every rate tried the arms failed alike: the runs do not tell them apart."
     parts = [
         f"{name}: {failures_text(at.failures, at.n, at.interval)}"
         for name, at in cells[rate, place].items()
