@@ -377,8 +377,8 @@ def thresholds(material: Material) -> Picture:
         "The rate at which half of the runs fail, and the highest stable rate",
         "Points: the rate at which a logistic fit (Firth's) of failure on log rate passes 1/2; "
         "a triangle points to where it lies beyond the rates tried, as a line does that runs on "
-        "past them. Lines: 95% intervals over seeds and within the grid's spacing. Bars across: the "
-        "highest rate up to which no seed failed.",
+        "past them. Lines: 95% intervals over seeds and within the grid's spacing. Bars across: "
+        "the highest rate up to which no seed failed.",
         "; ".join(f"{_arm_and_place(a)}: {threshold_text(a)}" for a in arms),
         figure,
     )
@@ -538,10 +538,10 @@ def start_by_layer(material: Material) -> Picture | None:
     return Picture(
         "start-by-layer",
         f"Inside the networks at their start, {depth} blocks",
-        f"The arms' networks made {depth} blocks deep, whatever the grid's depth. On batches of "
-        "the training text, before any update. β = Var[f]/Var[x + f] is a sublayer's share in its sum: "
-        "it falls with depth where the stream grows, as in pre-norm, and stays where every sum is "
-        "normalised, as in post-norm.",
+        f"The arms' networks made {depth} blocks deep, whatever the grid's depth. On "
+        "batches of the training text, before any update. β = Var[f]/Var[x + f] is a "
+        "sublayer's share in its sum: it falls with depth where the stream grows, as in pre-norm, "
+        "and stays where every sum is normalised, as in post-norm.",
         "; ".join(words),
         figure,
     )
