@@ -126,7 +126,8 @@ def test_one_batch_is_learnt_by_heart(name: str, placement: str):
     config = ModelConfig.model_validate({**shape, "init": {"regime": "xavier"}})
     model = GPT(config, 29)
     initialize(model, config, seed=0)
-    optimizer = Optimizer(model, OptimizerConfig(name=name, learning_rate=5e-3, weight_decay=0))
+    rate = 1e-3 if placement == "none" else 5e-3  # without norms it is at the edge of stability
+    optimizer = Optimizer(model, OptimizerConfig(name=name, learning_rate=rate, weight_decay=0))
     x = torch.randint(29, (4, 17), generator=torch.Generator().manual_seed(0))
     model.calibrate(x[:, :-1])
     for step in range(150):
