@@ -84,6 +84,6 @@ def test_the_tests_cover_it(extended: Path, environment: dict[str, str]):
     (extended / "configs/schema.json").write_text(run("gpt.config"), "utf-8")
     chosen = "layer_scale or placements or reference or config or help"
     files = [f"tests/test_{name}.py" for name in ("placement", "config", "cli", "init", "optim")]
-    said = run("pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files, "-rA")
+    said = run("pytest", "-q", "-n0", "-p", "no:cacheprovider", "-k", chosen, *files, "-rA")
     for norm in ("layer", "rms", "batch", "dyt", "scale", "none"):
         assert f"test_equal_to_its_equations_in_float64[layer_scale-{norm}]" in said
