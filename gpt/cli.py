@@ -20,11 +20,12 @@ import shlex
 import signal
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 from tyro.conf import Positional, arg
 
@@ -39,6 +40,14 @@ if TYPE_CHECKING:
 
 EXIT_CODES = {"finished": 0, "diverged": 3, "interrupted": 75}
 _RUNS = "(default: runs/NAME)"
+MaxSeconds = Annotated[
+    str,
+    arg(
+        metavar="SECONDS",
+        help="save and end with exit code 75 after that long, for batch queues",
+        help_behavior_hint="(default: no limit)",
+    ),
+]
 
 
 def main() -> int:
@@ -48,6 +57,7 @@ def main() -> int:
         "sample": sample,
         "compare": compare,
         "prepare": prepare,
+        "checkpoint": checkpoint,
         "diagnose": diagnose,
     }
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -55,7 +65,7 @@ def main() -> int:
         return commands[name](sys.argv[2:], prog=f"steadygpt {name}")
     usage = (
         "usage: steadygpt train CONFIG.yaml ... | sample RUN_DIR ... | compare GRID.yaml ... | "
-        "prepare CONFIG.yaml ... | diagnose RUN_DIR   (--help for each)"
+        "prepare CONFIG.yaml ... | checkpoint verify DIR | diagnose RUN_DIR   (--help for each)"
     )
     if name in ("-h", "--help"):
         print(usage)
@@ -119,6 +129,7 @@ class TrainFlags:
     ] = "auto"
     dry_run: Annotated[bool, arg(help="say what would be trained, and write nothing")] = False
     print_config: Annotated[bool, arg(help="print the resolved config as YAML")] = False
+    max_seconds: MaxSeconds = ""
 
 
 def train(argv: list[str] | None = None, prog: str = "train.py") -> int:
@@ -135,7 +146,7 @@ def train(argv: list[str] | None = None, prog: str = "train.py") -> int:
             return 0
         from gpt.training import train as run
 
-        with StopSignals() as stop:
+        with StopSignals(flags.max_seconds) as stop:
             result = run(config, out_dir, resume=flags.resume, stop=stop)
         print(_report(result, prog))
     return EXIT_CODES[result.status]
@@ -214,16 +225,32 @@ def _python() -> str:
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM as a request to save and end; calling it tells whether one came.
+    """Ctrl-C, SIGTERM and time as a request to save and end; calling it tells whether one came.
 
     A second signal meets the default action and ends the process at once.
+
+    Args:
+        max_seconds: from now, as given on the command line; empty is no limit.
+
+    Raises:
+        InputError: `max_seconds` is no time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_seconds: str = "") -> None:
+        try:
+            seconds = float(max_seconds or "inf")
+        except ValueError:
+            seconds = math.nan
+        if not seconds > 0:
+            raise InputError(f"--max-seconds {max_seconds}: must be a number of seconds above 0")
         self._asked = False
+        self._end = time.monotonic() + seconds
         self._before: dict[int, Any] = {}
 
     def __call__(self) -> bool:
+        if not self._asked and time.monotonic() > self._end:
+            self._asked = True
+            print("\n--max-seconds are over: saving, then stopping", file=sys.stderr, flush=True)
         return self._asked
 
     def __enter__(self) -> StopSignals:
@@ -452,6 +479,7 @@ class CompareFlags:
             help_behavior_hint="(default: none)",
         ),
     ] = None
+    max_seconds: MaxSeconds = ""
 
 
 def compare(argv: list[str] | None = None, prog: str = "compare.py") -> int:
@@ -493,7 +521,7 @@ def _compare(grid: Grid, cells: list[Cell], directory: Path, flags: CompareFlags
         if flags.dry_run:
             print(comparison.dry_run(grid, cells, directory, workers))
             return 0
-        with StopSignals() as stop, contextlib.closing(Console()) as console:
+        with StopSignals(flags.max_seconds) as stop, contextlib.closing(Console()) as console:
             done = comparison.compare(
                 grid, cells, directory, workers=workers, console=console, stop=stop, beside=beside
             )
@@ -503,6 +531,47 @@ def _compare(grid: Grid, cells: list[Cell], directory: Path, flags: CompareFlags
         summary = done
     print(comparison.told(summary, directory))
     return 1 if "error" in summary.lost.values() else 0
+
+
+# ---------------------------------------------------------------------------------------------
+# checkpoint
+
+
+@dataclass(kw_only=True)
+class CheckpointFlags:
+    """Hold checkpoints against their manifests: is every file what was written?"""
+
+    command: Annotated[Positional[Literal["verify"]], arg(metavar="verify", help="the only one")]
+    directory: Annotated[
+        Positional[str],
+        arg(metavar="DIR", help="a run directory, its checkpoints/, or one of them"),
+    ]
+
+
+def checkpoint(argv: list[str] | None = None, prog: str = "gpt.checkpoint") -> int:
+    """`python -m gpt.checkpoint verify DIR`; exit code 2 if one of them is damaged."""
+    with _door(prog):
+        flags, _ = parse(CheckpointFlags, Section, prog, argv)
+        from gpt import checkpoint as checkpoints
+
+        given = Path(flags.directory)
+        folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
+        found = list(checkpoints.steps(folder).values())
+        if checkpoints.STEP_NAME.fullmatch(given.absolute().name):
+            found = [given]
+        if not found:
+            raise InputError(f"{given}: holds no checkpoint")
+        damaged = 0
+        for path in found:
+            try:
+                checkpoints.load(path)
+                print(f"{path}: whole")
+            except InputError as error:
+                damaged += 1
+                print(error)
+        if damaged:
+            raise InputError(f"{given}: {damaged} of {len(found)} checkpoints damaged")
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------

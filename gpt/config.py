@@ -430,6 +430,11 @@ class TrainingConfig(Section):
     """Weight of log² Z of the softmax beside the cross-entropy; 1e-4 is usual."""
     compile: bool = False
     """Compile the model with torch.compile: pays on a GPU, costs half a minute or more on a CPU."""
+    nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """What a non-finite loss or gradient does: end the run, lose that update, or go back and pass
+    over the batches since the last checkpoint (Chowdhery et al. 2022)."""
+    nonfinite_limit: Count = 20
+    """Updates skipped in a row, or times rolled back, after which the run ends as diverged."""
     log_every: Count = 10
     """Steps between progress lines, and between reads of the metrics from a GPU."""
 
@@ -461,6 +466,10 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; unset, those of evaluation. There is always one at the end."""
     keep: Count = 2
     """Newest checkpoints to keep, beside the best."""
+    keep_every: Count | None = None
+    """Checkpoints at multiples of this step are kept too; unset, only the newest and the best."""
+    spare_dir: str | None = None
+    """Takes the state when the run's directory cannot be written; unset, the temporary folder."""
 
 
 class Sampling(Section):
@@ -548,6 +557,34 @@ class Config(Section):
             for key in dict.fromkeys([*mine, *theirs])
             if mine.get(key) != theirs.get(key)
         ]
+
+
+# What a run may be told anew when it goes on: its length, what is logged and saved, and where
+# things are. Everything else would make it another run.
+MAY_CHANGE = (
+    "name",
+    "data.path",  # the tokens must be the same ones
+    "data.cache_dir",
+    "data.vocabulary",
+    "training.steps",
+    "training.micro_batch",
+    "training.device",
+    "training.compile",
+    "training.nonfinite",
+    "training.nonfinite_limit",
+    "training.log_every",
+    "evaluation.every",
+    "evaluation.give_up_after",
+    "diagnostics",
+    "checkpoint",
+    "sampling",
+)
+
+
+def may_change(difference: str) -> bool:
+    """Whether a run can go on with what `Config.differences` says has changed."""
+    key = difference.partition(":")[0]
+    return any(key == each or key.startswith(f"{each}.") for each in MAY_CHANGE)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -15,6 +15,10 @@ class InputError(ValueError):
     """The user's input is wrong. The message is one to three finished lines."""
 
 
+class OutOfMemoryError(InputError):
+    """The device's memory does not hold what the config asks for."""
+
+
 class UnreachableError(InputError):
     """Something on the network does not answer: the same start may succeed later."""
 

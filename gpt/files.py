@@ -5,9 +5,19 @@ Checkpoints, run directories and prepared data all stand on these few functions.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from gpt.errors import InputError
+
+LOCK = ".lock"  # in a directory that one process at a time works in
+WRITING = ".writing-"  # how the names of files and folders begin that are not whole yet
 
 
 def write_text(path: Path, text: str) -> None:
@@ -17,13 +27,16 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, contents: bytes) -> None:
     """Write a small file whole or not at all."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary = path.with_name(f"{WRITING}{path.name}-{os.getpid()}")
     try:
-        temporary.write_bytes(contents)
+        temporary.unlink(missing_ok=True)  # of a killed process with this number
+        with temporary.open("xb") as file:
+            file.write(contents)
         flush(temporary)
         temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
     flush(path.parent)
 
@@ -46,3 +59,67 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def only_one(lock: Path, refusal: str) -> Iterator[None]:
+    """Hold the file `lock`, which is there only meanwhile or after a kill, and then held by none.
+
+    Raises:
+        InputError: another process holds it; with the text `refusal`.
+    """
+    held = FileLock(lock)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise InputError(refusal) from None
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        held.release()
+
+
+@contextlib.contextmanager
+def only_one_in(directory: Path, refusal: str) -> Iterator[None]:
+    """Hold a directory, which is made if need be, and is gone again if nothing came into it.
+
+    Raises:
+        InputError: another process holds it (with the text `refusal`), or it cannot be made.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be made: {error.strerror}") from None
+    try:
+        with only_one(directory / LOCK, refusal):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # something is in it, or it is gone
+            directory.rmdir()
+
+
+def is_scrap(path: Path) -> bool:
+    """Whether a name in a directory is that of its lock, or of what a kill left half written."""
+    return path.name == LOCK or path.name.startswith(WRITING)
+
+
+def stays_inside(directory: Path) -> None:
+    """Nothing in a directory is a link to outside it, so that what is written there stays there.
+
+    Raises:
+        InputError: naming the link.
+    """
+    inside = directory.resolve()
+    for path in directory.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            raise InputError(f"{path}: is a link that leads out of {directory}")
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a process that was killed while writing left half done in `folder`."""
+    for path in folder.glob(f"{WRITING}*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

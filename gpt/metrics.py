@@ -8,6 +8,8 @@ A non-finite number is written as null.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.errors import InputError
+from gpt.files import write_text
 
 Record = dict[str, Any]
 
@@ -27,32 +30,59 @@ class MetricsLog:
 
     Args:
         path: the file.
-        after: keep only the lines up to this step, so that a resumed run has no step twice; None
-            keeps nothing.
+        kept: what it holds to begin with, in place of what it held; see `up_to`.
     """
 
-    def __init__(self, path: Path, after: int | None) -> None:
-        kept = [] if after is None else [r for r in read(path) if r["step"] <= after]
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(map(_line, kept))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, path: Path, kept: Iterable[Record] = ()) -> None:
+        write_text(path, "".join(map(_line, kept)))
+        self._path = path
+        self._file = path.open("a+b", buffering=0)
+        self._waiting = b""  # what the disk has not taken yet
 
     def write(self, records: Iterable[Record]) -> None:
-        """Append `records` and hand them to the operating system."""
-        self._file.writelines(map(_line, records))
-        self._file.flush()
+        """Append `records` and hand them to the operating system.
+
+        What a full disk does not take waits for the next call, and at the latest for `sync`.
+        """
+        self._waiting += "".join(map(_line, records)).encode()
+        with contextlib.suppress(OSError):
+            self._hand_over()
 
     def sync(self) -> None:
-        """Flush to disk, so that a checkpoint never knows more steps than the log."""
+        """Flush to disk, so that a checkpoint never knows more steps than the log.
+
+        Raises:
+            OSError: the file cannot be written, or has been deleted.
+        """
+        self._hand_over()
         os.fsync(self._file.fileno())
+        if not self._path.is_file() or not os.fstat(self._file.fileno()).st_nlink:
+            raise OSError(errno.ENOENT, "was deleted or moved while in use", str(self._path))
+
+    def contents(self) -> bytes:
+        """All that was written, also where the disk has not taken it or the file was deleted."""
+        self._file.seek(0)
+        return self._file.read() + self._waiting
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _hand_over(self) -> None:
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
+
+
+def up_to(path: Path, step: int) -> list[Record]:
+    """The records of a metrics.jsonl up to a step, so that a run that goes on has no step twice.
+
+    Raises:
+        InputError: as `read`.
+    """
+    return [record for record in read(path) if record["step"] <= step]
 
 
 def read(path: Path) -> list[Record]:

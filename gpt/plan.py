@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from gpt.config import Config, ModelConfig
-from gpt.errors import InputError
+from gpt.errors import InputError, OutOfMemoryError
 from gpt.init import depth_scaled
 from gpt.model import GPT
 from gpt.placement import PLACEMENTS, has_final_norm
@@ -108,6 +108,21 @@ def micro_batch(config: Config, vocab_size: int, device: torch.device) -> int:
     fitting = max(1, _memory(device) // (token * model.context))
     batch = config.batch_sequences
     return max(n for n in range(1, min(batch, fitting) + 1) if batch % n == 0)
+
+
+def smaller(micro_batch: int, batch: int) -> int | None:
+    """The largest divisor of the batch that is at most half of `micro_batch`; None after 1."""
+    fitting = (n for n in range(micro_batch // 2, 0, -1) if batch % n == 0)
+    return next(fitting, None)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory was not enough, of a GPU or of the machine."""
+    text = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError | OutOfMemoryError) or (
+        isinstance(error, RuntimeError)
+        and ("can't allocate memory" in text or "not enough memory" in text)
+    )
 
 
 def _memory(device: torch.device) -> int:

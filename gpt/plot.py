@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gpt.diagnostics.layers import MEASURES, Measure
+from gpt.files import WRITING
 from gpt.metrics import Record
 
 TRAIN, VALIDATION, OTHER = "#9ecae1", "#08519c", "#d95f02"  # told apart by the colour-blind too
@@ -113,6 +114,6 @@ def _plot_measure(axes: Axes, records: list[Record], key: str, measure: Measure)
 
 
 def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}")
+    temporary = path.with_name(f"{WRITING}{path.name}")
     figure.savefig(temporary, dpi=120, format="png")
     temporary.replace(path)

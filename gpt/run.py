@@ -1,7 +1,7 @@
 """A run directory: what stands where, whether training may start in it, and reading it back.
 
-    runs/NAME/config.yaml, environment.json, tokenizer.json, metrics.jsonl, result.json, loss.png,
-              samples/, checkpoints/
+    runs/NAME/config.yaml, environment.json, tokenizer.json, metrics.jsonl, history.jsonl,
+              result.json, loss.png, samples/, checkpoints/
 
 A directory that holds a run is never overwritten. `open_run` decides, before anything is written,
 between a fresh start, going on, and a finished run whose result stands; `load_run` gives sampling
@@ -16,6 +16,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,10 +28,10 @@ from gpt import checkpoint as checkpoints
 from gpt import config as configs
 from gpt import tokenizer
 from gpt.checkpoint import Checkpoint
-from gpt.config import Config
+from gpt.config import Config, may_change
 from gpt.diagnostics.failure import Failure
 from gpt.errors import InputError
-from gpt.files import write_text
+from gpt.files import is_scrap, stays_inside, write_text
 from gpt.model import GPT
 
 Status = Literal["finished", "diverged", "interrupted"]
@@ -52,6 +53,9 @@ class RunResult:
         reason: why it ended, in words.
         directory: the run directory.
         failure: of a diverged run, what happened where.
+        skipped_updates: updates lost to a non-finite loss or gradient (training.nonfinite: skip, or
+            an overflow of fp16).
+        rollbacks: times that the run went back to a checkpoint (training.nonfinite: rollback).
     """
 
     status: Status
@@ -66,6 +70,8 @@ class RunResult:
     reason: str
     directory: Path = field(compare=False)
     failure: Failure | None = None
+    skipped_updates: int = 0
+    rollbacks: int = 0
 
 
 class RunDirectory:
@@ -77,6 +83,7 @@ class RunDirectory:
         self.environment = path / "environment.json"
         self.tokenizer = path / "tokenizer.json"
         self.metrics = path / "metrics.jsonl"
+        self.history = path / "history.jsonl"
         self.result = path / "result.json"
         self.plot = path / "loss.png"
         self.layers = path / "layers.png"
@@ -110,6 +117,13 @@ class RunDirectory:
         tree = asdict(result)
         del tree["directory"]
         write_text(self.result, json.dumps(tree, indent=2, allow_nan=False) + "\n")
+
+    def note(self, event: str, step: int, **facts: Any) -> None:
+        """Append to history.jsonl what happened to the run, beside training."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        line = json.dumps({"time": now, "step": step, "event": event, **facts}) + "\n"
+        with self.history.open("a", encoding="utf-8") as file:
+            file.write(line)
 
     def write_environment(self, device: torch.device, **facts: Any) -> None:
         """Write environment.json: all that the config does not say about how this run was made.
@@ -146,12 +160,33 @@ class Opened:
         checkpoint: to go on from; None starts from nothing.
         result: of a run that has ended, so that nothing is left to do.
         resumed: whether the directory held this run before.
+        changes: options that a resumed run's config says otherwise than before.
+        skipped: what is wrong with checkpoints newer than `checkpoint`.
     """
 
     run: RunDirectory
     checkpoint: Checkpoint | None = None
     result: RunResult | None = None
     resumed: bool = False
+    changes: tuple[str, ...] = ()
+    skipped: tuple[InputError, ...] = ()
+
+
+def ended_run(config: Config, path: Path, resume: str) -> RunResult | None:
+    """The result of a run in `path` that has ended; None where there is something to train.
+
+    Raises:
+        InputError: as `open_run`.
+    """
+    run = RunDirectory(path)
+    if not run.config.is_file():
+        return None
+    changes, result = _same_run(run, config, resume)
+    if result is None or result.status == "interrupted":
+        return None
+    longer = any(change.startswith("training.steps:") for change in changes)
+    on = result.status == "finished" and longer and config.training.steps > result.step
+    return None if on else result
 
 
 def open_run(config: Config, path: Path, resume: str) -> Opened:
@@ -162,30 +197,60 @@ def open_run(config: Config, path: Path, resume: str) -> Opened:
             directory; anything else is a checkpoint folder to start a fresh directory from.
 
     Raises:
-        InputError: the directory holds something else, and would have to be overwritten.
+        InputError: the directory holds something else, and would have to be overwritten; or no
+            checkpoint of it is whole.
     """
     run = RunDirectory(path)
     if not run.config.is_file():
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or not _unborn(run, resume)):
             raise InputError(f"{path}: exists and is no run; choose another --out-dir")
         return Opened(run, _start_from(config, resume))
+    ended = ended_run(config, path, resume)
+    if ended is not None:
+        return Opened(run, result=ended, resumed=True)
+    changes, result = _same_run(run, config, resume)
+    stays_inside(path)
+    checkpoint, skipped = checkpoints.newest_whole(run.checkpoints)
+    if checkpoint is None and result is not None and result.step:
+        raise InputError(f"{path}: has no checkpoint to go on from; choose another --out-dir")
+    steps = config.training.steps
+    if checkpoint is not None and checkpoint.step > steps:
+        raise InputError(f"{path}: is at step {checkpoint.step}, past training.steps ({steps})")
+    return Opened(run, checkpoint, resumed=True, changes=tuple(changes), skipped=tuple(skipped))
+
+
+def _same_run(run: RunDirectory, config: Config, resume: str) -> tuple[list[str], RunResult | None]:
+    """What `config` says otherwise than the run's, none of which makes it another; its result."""
     if resume != "auto":
         raise InputError(
-            f"{path}: holds a run, which --resume {resume} would overwrite;\n"
+            f"{run.path}: holds a run, which --resume {resume} would overwrite;\n"
             "choose another --out-dir, or go on with it by --resume auto"
         )
-    differences = run.read_config().differences(config)
-    if differences:
-        shown = "; ".join(differences[:5]) + ("; ..." if len(differences) > 5 else "")
+    changes = run.read_config().differences(config)
+    refused = [change for change in changes if not may_change(change)]
+    if refused:
+        shown = "; ".join(refused[:5]) + ("; ..." if len(refused) > 5 else "")
         raise InputError(
-            f"{path}: holds a run of another config ({shown});\n"
+            f"{run.path}: holds a run of another config ({shown});\n"
             "choose another --out-dir or name, or give that run's config to go on with it"
         )
-    result = run.read_result()
-    if result is not None and result.status != "interrupted":
-        return Opened(run, result=result, resumed=True)
-    newest = checkpoints.newest(run.checkpoints)
-    return Opened(run, checkpoints.load(newest) if newest else None, resumed=True)
+    return changes, run.read_result()
+
+
+def _unborn(run: RunDirectory, resume: str) -> bool:
+    """Whether a directory holds nothing, or only what a start wrote that was killed just then.
+
+    That is folders without files, or with the checkpoint that the start was from.
+    """
+    origin = {"latest", Path(resume).name} if resume not in ("auto", "never") else set()
+    return all(
+        is_scrap(path)
+        or (
+            (path in (run.samples, run.checkpoints) and path.is_dir())
+            and all(is_scrap(inner) or inner.name in origin for inner in path.iterdir())
+        )
+        for path in run.path.iterdir()
+    )
 
 
 def _start_from(config: Config, resume: str) -> Checkpoint | None:
@@ -232,7 +297,7 @@ def load_run(
     if checkpoint == "best":
         folder = checkpoints.pointed(run.checkpoints, "best") or available[max(available)]
     elif checkpoint == "latest":
-        folder = checkpoints.newest(run.checkpoints) or available[max(available)]
+        folder = checkpoints.pointed(run.checkpoints, "latest") or available[max(available)]
     elif checkpoint.isdecimal() and int(checkpoint) in available:
         folder = available[int(checkpoint)]
     else:

@@ -5,7 +5,8 @@
 One update is: learning rate for this step, forward and backward over the micro-batches of the
 step's batch, gradient norm, clipping, optimizer. After it come, when due, evaluation, a sample and
 a checkpoint. Everything random is a function of (seed, step), so a resumed run repeats the
-undisturbed one bit for bit on one machine. A non-finite loss is a result, not an exception.
+undisturbed one bit for bit on one machine. A non-finite loss is a result, not an exception; what
+comes of it is training.nonfinite.
 
 Nothing here is specific to a placement, an optimizer or a schedule: they come from their tables.
 """
@@ -14,15 +15,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
+import shutil
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter
 from torch import Tensor
 
 from gpt import checkpoint as checkpoints
@@ -34,8 +40,8 @@ from gpt.data.preparation import prepare
 from gpt.data.sequences import Batch, TrainingSequences, ValidationSequences, ahead
 from gpt.diagnostics.failure import Failure, Place, advice, describe, first_nonfinite
 from gpt.diagnostics.layers import EPS_ALARM, Look
-from gpt.errors import InputError
-from gpt.files import write_text
+from gpt.errors import InputError, OutOfMemoryError
+from gpt.files import only_one_in, sweep, write_bytes, write_text
 from gpt.generate import continue_text
 from gpt.init import fingerprints, initialize
 from gpt.model import GPT
@@ -43,7 +49,7 @@ from gpt.optim import Optimizer
 from gpt.placement import check
 from gpt.plot import plot_run
 from gpt.rng import derive
-from gpt.run import Opened, RunResult, Status, open_run
+from gpt.run import Opened, RunDirectory, RunResult, Status, ended_run, open_run
 from gpt.schedule import rate
 
 DTYPES = {  # of matrix products and attention; weights and their sums stay fp32
@@ -53,7 +59,7 @@ DTYPES = {  # of matrix products and attention; weights and their sums stay fp32
 }
 
 READ_EVERY = {"cpu": 1}  # steps between reads of the metrics where reading costs nothing
-STATE_FORMAT = 3
+STATE_FORMAT = 4
 CALIBRATION_SEQUENCES = 64  # of the first batch, at most, for what a placement sets from data
 
 
@@ -79,23 +85,33 @@ def train(
         stays.
 
     Raises:
-        InputError: the config cannot be run here, or the directory holds another run.
+        InputError: the config cannot be run here; the directory holds another run, or another
+            process trains there, or it cannot be written (then the state is saved elsewhere, where
+            there is somewhere).
+        OutOfMemoryError: not even one sequence at a time fits, or not as many as the config says.
         StoppedError: `stop` came true while data was prepared; a start goes on from there.
     """
     check(config.model)
     path = Path(out_dir) if out_dir is not None else Path("runs") / config.name
     device = plan.pick_device(config.training.device)
-    opened = open_run(config, path, resume)
-    if opened.result is not None:
-        return opened.result
+    ended = ended_run(config, path, resume)
+    if ended is not None:
+        return ended
     forked = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(forked), contextlib.closing(Console(quiet)) as console:
+    with (
+        only_one_in(path, f"{path}: another process trains there"),
+        torch.random.fork_rng(forked),
+        contextlib.closing(Console(quiet)) as console,
+    ):
+        opened = open_run(config, path, resume)
         return _Training(config, opened, device, console, stop).run()
 
 
 @dataclass
 class _Progress:
     """What a run knows of itself beside weights and optimizer; saved in state.json."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
     step: int = 0
     seconds: float = 0.0  # wall clock
@@ -107,6 +123,23 @@ class _Progress:
     best_saved_val_loss: float | None = None  # of those whose step was saved: `best`
     batches: str = ""  # SHA-256 of this field one batch ago, and of the batch: all that was seen
     idle: int = 0  # evaluations in a row at which it knew no more than token frequencies
+    skipped: int = 0  # updates, for what was not finite
+    skipped_in_a_row: int = 0
+    rollbacks: int = 0
+    passed_over: int = 0  # batches, in rollbacks: update n sees batch n + passed_over
+
+
+@dataclass
+class _State:
+    """What state.json holds, beside its format and the step."""
+
+    progress: _Progress
+    scaler: dict[str, float | int]
+    micro_batch: Annotated[int, Field(ge=1)]
+    data_fingerprint: str
+
+
+_STATE = TypeAdapter(_State)
 
 
 @dataclass(frozen=True)
@@ -118,6 +151,7 @@ class _Update:
     grad_norm: Tensor
     learning_rate: float
     batches: str
+    skipped: bool
     look: Look | None
 
 
@@ -167,16 +201,22 @@ class _Training:
         self.flops_per_token = plan.flops_per_token(config, self.model)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.peak_flops = plan.peak_flops(name, precision)
-        self.progress = _Progress()
+        self.skips = config.training.nonfinite == "skip" or precision == "fp16"
         self.alarmed = False
         self.unigram_entropy = self.dataset.unigram_entropy()
-        self._set_state(opened.checkpoint)
-        if opened.checkpoint is not None:
-            self._go_on(opened.checkpoint.state, same_run=opened.resumed)
+        self.progress = self._set_state(opened.checkpoint)
+        if not opened.resumed:  # `best` is the best of this directory
+            self.progress.best_val_loss = self.progress.best_saved_val_loss = None
+        elif opened.checkpoint is not None and not _changed(opened, "training.micro_batch"):
+            self.micro_batch = opened.checkpoint.state["micro_batch"]  # sums keep their order
         self._open_directory(opened)
 
-    def _set_state(self, checkpoint: Checkpoint | None) -> None:
-        """Weights and optimizer as they were at `checkpoint`, or before the first update."""
+    def _set_state(self, checkpoint: Checkpoint | None) -> _Progress:
+        """Weights and optimizer as they were at `checkpoint`, or before the first update.
+
+        Returns:
+            What the run knew of itself then.
+        """
         config = self.config
         initialize(self.model, config.model, config.seed)
         self.optimizer = Optimizer(self.model, config.optimizer)
@@ -184,39 +224,51 @@ class _Training:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         if checkpoint is None:
             torch.manual_seed(derive(config.seed, "calibration"))  # of dropout
-            batch, _ = self._batch(1)
-            self.model.calibrate(self._on_device(batch[:CALIBRATION_SEQUENCES]))
-            return
-        state = checkpoint.state
-        if state["format"] != STATE_FORMAT:
-            raise InputError(f"the checkpoint has format {state['format']}, not {STATE_FORMAT}")
-        if state["data_fingerprint"] != self.dataset.fingerprint:
+            batch, _ = self.sequences.batch(1, config.batch_sequences)
+            first = self._host_tensor(batch[:CALIBRATION_SEQUENCES])
+            self.model.calibrate(self._on_device(first))
+            return _Progress()
+        found = checkpoint.state.get("format")
+        if found != STATE_FORMAT:
+            raise InputError(f"the checkpoint has format {found!r}, not {STATE_FORMAT}")
+        try:
+            state = _STATE.validate_json(json.dumps(checkpoint.state))
+            self.model.load_state_dict(checkpoint.model)
+            self.optimizer.load_state(checkpoint.optimizer)
+            if state.scaler and fp16:
+                self.scaler.load_state_dict(state.scaler)
+        except (ValueError, KeyError, RuntimeError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"the checkpoint of step {checkpoint.step} does not fit its config: {said}"
+            ) from None
+        if state.data_fingerprint != self.dataset.fingerprint:
             raise InputError("data: the tokens are not those that this run was trained on so far")
-        self.model.load_state_dict(checkpoint.model)
-        self.optimizer.load_state(checkpoint.optimizer)
-        if state["scaler"] and fp16:
-            self.scaler.load_state_dict(state["scaler"])
-
-    def _go_on(self, state: dict[str, Any], same_run: bool) -> None:
-        """Count on from where a checkpoint's `state` was."""
-        self.progress = _Progress(**state["progress"])
-        if same_run:  # as memory was when the run began, so that sums keep their order
-            self.micro_batch = state["micro_batch"]
-        else:  # `best` is the best of this directory
-            self.progress.best_val_loss = self.progress.best_saved_val_loss = None
+        return state.progress
 
     def _open_directory(self, opened: Opened) -> None:
-        run, step = self.directory, self.progress.step
-        try:
-            run.samples.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{run.path}: cannot be made: {error.strerror}") from None
+        run, step, config = self.directory, self.progress.step, self.config.checkpoint
         going_on = opened.resumed and opened.checkpoint is not None
-        if not going_on:
+        kept = metrics.up_to(run.metrics, step) if going_on else []
+        try:
+            run.samples.mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{run.samples}: cannot be made: {error.strerror}") from None
+        for folder in (run.path, run.samples, run.checkpoints):
+            sweep(folder)
+        for damage in opened.skipped:
+            self.console.say(f"skipped: {damage}")
+        if opened.skipped:
+            self.console.say(f"going on from step {step}")
+            for path in checkpoints.steps(run.checkpoints).values():
+                if not checkpoints.is_whole(path):
+                    self.console.say(f"set aside: {checkpoints.set_aside(path)}")
+        if going_on:  # what a kill kept from being deleted
+            checkpoints.prune(run.checkpoints, config.keep, config.keep_every)
+        else:
             if step:  # another run's checkpoint is where this one starts from, also after a crash
                 checkpoints.save(run.checkpoints, self._checkpoint())
-            write_text(run.config, self.config.to_yaml())  # from here on this is a run
-            write_text(run.tokenizer, tokenizer.to_json(self.dataset.encoding))
+            self._write_identity(run)
             run.write_environment(
                 self.device,
                 micro_batch=self.micro_batch,
@@ -224,20 +276,32 @@ class _Training:
                 unigram_entropy=self.unigram_entropy,
                 initial_weights=fingerprints(self.model),
             )
+        self.environment = run.environment.read_text("utf-8") if run.environment.is_file() else "{}"
         if opened.resumed and not going_on:
             self.console.say("no checkpoint had been saved: starting again from step 0")
+        if opened.changes:
+            write_text(run.config, self.config.to_yaml())
+            self.console.say("changed: " + "; ".join(opened.changes))
+        if opened.resumed:
+            run.note(
+                "went on",
+                step,
+                changes=opened.changes,
+                skipped=[str(damage) for damage in opened.skipped],
+                command=sys.argv,
+            )
         run.result.unlink(missing_ok=True)
-        self.log = metrics.MetricsLog(run.metrics, step if going_on else None)
+        self.log = metrics.MetricsLog(run.metrics, kept)
+
+    def _write_identity(self, run: RunDirectory) -> None:
+        write_text(run.config, self.config.to_yaml())  # from here on the directory is this run
+        write_text(run.tokenizer, tokenizer.to_json(self.dataset.encoding))
 
     # -- The loop --------------------------------------------------------------------------------
 
     def run(self) -> RunResult:
         """Train to the end, to divergence, or until a stop is asked for."""
         config, progress = self.config, self.progress
-        steps = config.training.steps
-        evaluate_every = config.evaluation.every
-        save_every = config.checkpoint.every or evaluate_every
-        sample_every = config.sampling.every or evaluate_every
         self.began = time.monotonic() - progress.seconds
         self.console.say(
             plan.describe(
@@ -250,13 +314,32 @@ class _Training:
                 done=progress.step,
             )
         )
+        try:
+            while True:
+                ended = self._updates()
+                if isinstance(ended, RunResult):
+                    return ended
+                if not self._rolled_back(ended):
+                    return self._diverged(ended)
+        except Exception as error:
+            if not plan.is_out_of_memory(error):
+                raise
+            said = str(error).partition("\n")[0]
+        raise OutOfMemoryError(self._what_fits(said))  # here, where nothing holds that memory
+
+    def _updates(self) -> RunResult | _Fault:
+        """Update after update, from where the progress is; returns how the run ended or failed."""
+        config, progress = self.config, self.progress
+        steps = config.training.steps
+        evaluate_every = config.evaluation.every
+        save_every = config.checkpoint.every or evaluate_every
+        sample_every = config.sampling.every or evaluate_every
         if self.stop():
             return self._end("interrupted", f"stopped before step {progress.step + 1}")
         fault = self._evaluate() if progress.step == 0 else None
         if fault is not None:
-            return self._diverged(fault)
+            return fault
         self.console.start(steps, progress.step)
-
         unread: list[_Update] = []
         unread_since = time.monotonic()
         numbers = range(progress.step + 1, steps + 1)
@@ -277,24 +360,26 @@ class _Training:
                 if fault is None and evaluating:
                     fault = self._evaluate()
                 if fault is not None:
-                    break
-                if sampling:
-                    self._sample()
-                if saving:
-                    self._save(evaluated=evaluating)
+                    return fault
+                try:
+                    if sampling:
+                        self._sample()
+                    if saving:
+                        self._save(evaluated=evaluating)
+                except OSError as error:
+                    raise self._saved_elsewhere(error, evaluated=evaluating) from None
                 if evaluating and not last and self._gives_up():
                     known = f"no more than token frequencies at {progress.idle} evaluations"
                     return self._end("finished", f"given up at step {step}: {known} in a row")
                 if stopping and not last:
                     return self._end("interrupted", f"stopped after step {step}, and saved")
                 unread, unread_since = [], time.monotonic()
-        if fault is not None:
-            return self._diverged(fault)
         return self._end("finished", f"all {steps} steps are done")
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of update `step`, in memory that the device can copy from."""
-        x, y = self.sequences.batch(step, self.config.batch_sequences)
+        number = step + self.progress.passed_over
+        x, y = self.sequences.batch(number, self.config.batch_sequences)
         return self._host_tensor(x), self._host_tensor(y)
 
     def _update(self, step: int, inputs: Tensor, targets: Tensor) -> _Update:
@@ -303,7 +388,7 @@ class _Training:
         seen = self.progress.batches.encode() + inputs.numpy().tobytes()
         self.progress.batches = hashlib.sha256(seen).hexdigest()
         inputs, targets = self._on_device(inputs), self._on_device(targets)
-        loss, norm = self._gradients(step, inputs, targets)
+        loss, norm = self._gradients_that_fit(step, inputs, targets)
         look = None
         every = config.diagnostics.every
         if every is not None and (step == 1 or step % every == 0):
@@ -312,11 +397,11 @@ class _Training:
             with self._autocast():
                 look.forward(inputs[: min(config.diagnostics.sequences, self.micro_batch)])
         share = rate(config.schedule, step, config.training.steps)
-        self._apply(share, norm)
+        skipped = self._apply(share, loss, norm)
         if look is not None:
             look.after()
         learning_rate = share * config.optimizer.learning_rate
-        return _Update(step, loss, norm, learning_rate, self.progress.batches[:16], look)
+        return _Update(step, loss, norm, learning_rate, self.progress.batches[:16], skipped, look)
 
     def _micro_batches(
         self, step: int, inputs: Tensor, targets: Tensor
@@ -327,6 +412,26 @@ class _Training:
             if self.config.model.dropout:
                 torch.manual_seed(derive(self.config.seed, "dropout", step, index))
             yield part
+
+    def _gradients_that_fit(
+        self, step: int, inputs: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`_gradients`, with a smaller micro-batch where auto had chosen one that does not fit."""
+        while True:
+            try:
+                return self._gradients(step, inputs, targets)
+            except Exception as error:
+                smaller = plan.smaller(self.micro_batch, self.config.batch_sequences)
+                automatic = self.config.training.micro_batch == "auto"
+                if not plan.is_out_of_memory(error) or not automatic or smaller is None:
+                    raise
+            self.optimizer.zero_grad()
+            self._release_memory()
+            self.console.say(
+                f"step {step}: out of memory with micro-batches of {self.micro_batch} sequences; "
+                f"going on with {smaller}"
+            )
+            self.micro_batch = smaller
 
     def _gradients(self, step: int, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Forward and backward: the loss, and the norm of the gradients, which the weights hold."""
@@ -344,17 +449,23 @@ class _Training:
         gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
         return loss, torch.nn.utils.get_total_norm(gradients)
 
-    def _apply(self, share: float, norm: Tensor) -> None:
-        """Clip the gradients of that norm and update the weights, at `share` of the full rate."""
+    def _apply(self, share: float, loss: Tensor, norm: Tensor) -> bool:
+        """Clip the gradients of that norm and update the weights, at `share` of the full rate.
+
+        Returns:
+            Whether the update was skipped, all parts of it, because something was not finite.
+        """
         clip = self.config.optimizer.clip
         if clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), clip, norm)
         self.optimizer.set_rate(share)
-        if not self.scaler.is_enabled() or norm.isfinite():  # an fp16 overflow skips all parts
+        skipped = self.skips and not (loss + norm).isfinite().item()
+        if not skipped:
             for optimizer in self.optimizer.parts:
                 self.scaler.step(optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+        return skipped
 
     def _record(self, updates: list[_Update], since: float) -> _Fault | None:
         """Read and log `updates`, made since the time `since`; returns how they failed, or None."""
@@ -382,6 +493,7 @@ class _Training:
                     "learning_rate": update.learning_rate,
                     "grad_norm": norm,
                     "batches": update.batches,
+                    **({"skipped": True} if update.skipped else {}),
                     **speed,
                 }
             )
@@ -390,11 +502,9 @@ class _Training:
                 records += layers
                 self._warn(layers)
             progress.step, progress.train_loss = update.step, _finite(loss)
-            for quantity, value in (("training loss", loss), ("gradient norm", norm)):
-                skipped = quantity == "gradient norm" and self.scaler.is_enabled()
-                if fault is None and not math.isfinite(value) and not skipped:
-                    text = f"the {quantity} became {value} at step {update.step}"
-                    fault = _Fault(update.step, quantity, text)
+            progress.skipped += update.skipped
+            progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if update.skipped else 0
+            fault = self._fault(update, loss, norm)
             if fault is not None:
                 break
         self.log.write(records)
@@ -406,6 +516,19 @@ class _Training:
                 f"{tokens_per_second:,.0f} tokens/s",
             )
         return fault
+
+    def _fault(self, update: _Update, loss: float, norm: float) -> _Fault | None:
+        """What is not finite after an update, unless that update was skipped for it."""
+        config, step, in_a_row = self.config.training, update.step, self.progress.skipped_in_a_row
+        for quantity, value in (("training loss", loss), ("gradient norm", norm)):
+            overflow = quantity == "gradient norm" and config.precision == "fp16"
+            forgiven = update.skipped and (overflow or config.nonfinite == "skip")
+            too_often = config.nonfinite == "skip" and in_a_row > config.nonfinite_limit
+            if not math.isfinite(value) and (too_often or not forgiven):
+                again = f", after {in_a_row - 1} skipped updates in a row" if too_often else ""
+                text = f"the {quantity} became {value} at step {step}{again}"
+                return _Fault(step, quantity, text)
+        return None
 
     def _warn(self, layers: list[metrics.Record]) -> None:
         """Say once that gradients have come near Adam's epsilon, which then damps the updates."""
@@ -480,7 +603,68 @@ class _Training:
         progress.seconds = time.monotonic() - self.began
         best = progress.best_saved_val_loss != before
         checkpoints.save(folder, self._checkpoint(), best=best)
-        checkpoints.prune(folder, self.config.checkpoint.keep)
+        checkpoints.prune(folder, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
+
+    def _saved_elsewhere(self, why: OSError, *, evaluated: bool) -> InputError:
+        """Make a directory of this run, as it is now, where it can be written; in words for a user.
+
+        What stands in the run's own directory is not touched.
+        """
+        own, step = self.directory, self.progress.step
+        reason = f"{why.filename or own.path}: {why.strerror}"
+        if not own.config.is_file():
+            reason = f"{own.path}: was deleted or moved while training"
+        place = Path(self.config.checkpoint.spare_dir or tempfile.gettempdir())
+        made: Path | None = None
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            made = Path(tempfile.mkdtemp(prefix=f"{self.config.name}-", dir=place))
+            run = self.directory = RunDirectory(made)
+            self._write_identity(run)
+            write_text(run.environment, self.environment)
+            write_bytes(run.metrics, self.log.contents())
+            self.log.close()
+            self.log = metrics.MetricsLog(run.metrics, metrics.up_to(run.metrics, step))
+            self.progress.best_saved_val_loss = None
+            self._save(evaluated=evaluated)
+        except OSError as error:
+            if made is not None:
+                shutil.rmtree(made, ignore_errors=True)
+            return InputError(
+                f"{reason};\nnor can the state of step {step} be saved in {place}: "
+                f"{error.strerror}\nwhat was saved in {own.checkpoints} before is untouched"
+            )
+        return InputError(
+            f"{reason};\nwhat was saved in {own.checkpoints} before is untouched, and the state of "
+            f"step {step} is in {run.path}:\n--out-dir {run.path} goes on from there"
+        )
+
+    # -- Out of memory ---------------------------------------------------------------------------
+
+    def _release_memory(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _what_fits(self, error: str) -> str:
+        """In words for a user, the largest micro-batch with which an update does fit."""
+        tried = self.micro_batch
+        inputs, targets = map(self._on_device, self._batch(self.progress.step + 1))
+        while (smaller := plan.smaller(self.micro_batch, self.config.batch_sequences)) is not None:
+            self.micro_batch = smaller
+            self.optimizer.zero_grad()
+            self._release_memory()
+            try:
+                self._gradients(self.progress.step + 1, inputs, targets)
+            except Exception as another:
+                if not plan.is_out_of_memory(another):
+                    raise
+                continue
+            return (
+                f"training.micro_batch: out of memory with {tried} sequences at a time; {smaller} "
+                f"would fit;\n--training.micro-batch {smaller}, or auto, which finds what fits, "
+                "goes on from the last checkpoint"
+            )
+        return f"training.micro_batch: out of memory with a single sequence at a time ({error})"
 
     def _checkpoint(self) -> Checkpoint:
         state = {
@@ -499,6 +683,33 @@ class _Training:
         )
 
     # -- Divergence ------------------------------------------------------------------------------
+
+    def _rolled_back(self, fault: _Fault) -> bool:
+        """Go back to the last good checkpoint, and over the batches that were seen since.
+
+        Returns:
+            False, with nothing done, if training.nonfinite wants none, it was done too often, or
+            no checkpoint is whole any more.
+        """
+        training, before = self.config.training, self.progress
+        if training.nonfinite != "rollback" or before.rollbacks >= training.nonfinite_limit:
+            return False
+        try:
+            checkpoint, _ = checkpoints.newest_whole(self.directory.checkpoints)
+        except InputError:
+            return False
+        now = self.progress = self._set_state(checkpoint)
+        now.rollbacks = before.rollbacks + 1
+        now.passed_over = before.passed_over + fault.step - now.step
+        self.log.close()
+        log = self.directory.metrics
+        self.log = metrics.MetricsLog(log, metrics.up_to(log, now.step) if checkpoint else ())
+        self.directory.note("rolled back", now.step, why=fault.text, passed_over=now.passed_over)
+        self.console.close()
+        self.console.say(
+            f"{fault.text}: back to step {now.step}, and past the batches since ({now.rollbacks})"
+        )
+        return True
 
     def _diverged(self, fault: _Fault) -> RunResult:
         """End with what was seen, where it began, and what to try next."""
@@ -523,8 +734,10 @@ class _Training:
             batches = self.validation.batches(self.micro_batch)
             tensors = (map(self._host_tensor, batch) for batch in batches)
             return self._look_for_nonfinite((x, y) for x, y in tensors)
-        newest = checkpoints.newest(self.directory.checkpoints)
-        checkpoint = checkpoints.load(newest) if newest else None
+        try:
+            checkpoint, _ = checkpoints.newest_whole(self.directory.checkpoints)
+        except InputError:
+            return None
         self._set_state(checkpoint)
         first = checkpoint.step + 1 if checkpoint else 1
         if first < fault.step:
@@ -536,7 +749,7 @@ class _Training:
             loss, norm = self._gradients(step, inputs, targets)
             if not loss.isfinite() or not (norm.isfinite() or self.scaler.is_enabled()):
                 return self._look_for_nonfinite(self._micro_batches(step, inputs, targets))
-            self._apply(rate(self.config.schedule, step, self.config.training.steps), norm)
+            self._apply(rate(self.config.schedule, step, self.config.training.steps), loss, norm)
         return self._look_for_nonfinite(self._micro_batches(fault.step, inputs, targets))
 
     def _look_for_nonfinite(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Place | None:
@@ -567,11 +780,12 @@ class _Training:
             reason=reason,
             directory=self.directory.path,
             failure=failure,
+            skipped_updates=progress.skipped,
+            rollbacks=progress.rollbacks,
         )
-        self.directory.write_result(result)
-        records = metrics.read(self.directory.metrics)
         if progress.step:
-            plot_run(records, self.directory.plot, title=config.name)
+            plot_run(metrics.read(self.directory.metrics), self.directory.plot, title=config.name)
+        self.directory.write_result(result)  # last: with it the run has ended
         return result
 
     def _host_tensor(self, array: Batch) -> Tensor:
@@ -584,6 +798,10 @@ class _Training:
     def _autocast(self) -> torch.autocast:
         precision = self.config.training.precision
         return torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+def _changed(opened: Opened, option: str) -> bool:
+    return any(change.startswith(f"{option}:") for change in opened.changes)
 
 
 def _lower(loss: float, than: float | None) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from gpt import checkpoint as checkpoints
 from gpt.config import Config, merge, validate
+from gpt.files import describe
 
 ROOT = Path(__file__).parents[1]
 VERSE = "The quick brown fox jumps over the lazy dog, {} times; then it sleeps.\n"
@@ -59,6 +62,14 @@ def tiny(tree: dict[str, Any]) -> Callable[..., Config]:
 def environment() -> dict[str, str]:
     """Environment of a subprocess that runs a door: one thread, as a test's model is tiny."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def vouch(folder: Path) -> None:
+    """Write a checkpoint's manifest anew, so that it vouches for whatever its files are now."""
+    path = folder / checkpoints.MANIFEST
+    step = json.loads(path.read_text())["step"]
+    files = {name: describe(folder / name) for name in checkpoints.FILES}
+    path.write_text(checkpoints._to_text({"step": step, "files": files}))
 
 
 @pytest.fixture(autouse=True)

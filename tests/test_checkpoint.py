@@ -1,13 +1,15 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import vouch
+from safetensors import SafetensorError
 
 from gpt import checkpoint as checkpoints
+from gpt import files
 from gpt.checkpoint import Checkpoint
 from gpt.errors import InputError
 
@@ -84,12 +86,127 @@ def test_damage_is_found_before_use(tmp_path: Path, file: str, damage: str):
         checkpoints.load(folder)
 
 
+@pytest.mark.parametrize("other", ["optimizer.safetensors", "../step-00000002/model.safetensors"])
+def test_swapped_files_are_found(tmp_path: Path, other: str):
+    checkpoints.save(tmp_path, make(2))
+    folder = checkpoints.save(tmp_path, make(3))
+    one, two = folder / "model.safetensors", folder / other
+    kept = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(kept)
+    with pytest.raises(InputError, match=r"model\.safetensors: is damaged"):
+        checkpoints.load(folder)
+
+
+def test_a_checkpoint_under_another_steps_name_is_found(tmp_path: Path):
+    checkpoints.save(tmp_path, make(3)).rename(tmp_path / "step-00000004")
+    with pytest.raises(InputError, match="holds the checkpoint of another step"):
+        checkpoints.load(tmp_path / "step-00000004")
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "elsewhere"])
+def test_a_link_in_a_files_place_is_not_followed(tmp_path: Path, target: str):
+    folder = checkpoints.save(tmp_path, make(3))
+    path = folder / "model.safetensors"
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / target)
+    with pytest.raises(InputError, match="is no file of its own"):
+        checkpoints.verify(folder)
+
+
+def test_the_newest_whole_one_is_taken(tmp_path: Path):
+    assert checkpoints.newest_whole(tmp_path) == (None, [])
+    folders = [checkpoints.save(tmp_path, make(step)) for step in (1, 2, 3, 4)]
+    checkpoints.point(tmp_path, "latest", "step-00000003")  # 4 was not pointed at before a kill
+    loaded, skipped = checkpoints.newest_whole(tmp_path)
+    assert (loaded.step, skipped) == (3, [])
+    (folders[2] / "state.json").unlink()
+    (folders[3] / "manifest.json").write_text("[" * 100_000)
+    loaded, skipped = checkpoints.newest_whole(tmp_path)
+    assert loaded.step == 2
+    assert ["step-00000003" in str(skipped[0]), "step-00000004" in str(skipped[1])] == [True] * 2
+    for folder in folders[:2]:
+        (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=r"step-00000003.*;\nno checkpoint in .* \(of 4\)"):
+        checkpoints.newest_whole(tmp_path)
+
+
+def test_a_damaged_step_is_set_aside_when_it_is_saved_again(tmp_path: Path):
+    for round_ in (1, 2):
+        folder = checkpoints.save(tmp_path, make(3))
+        assert checkpoints.load(folder).step == 3
+        (folder / "state.json").write_text(f"{round_}")
+    checkpoints.save(tmp_path, make(3))
+    assert checkpoints.is_whole(folder)
+    for name, text in (("damaged-step-00000003", "1"), ("damaged-step-00000003-2", "2")):
+        assert (tmp_path / name / "state.json").read_text() == text
+
+
+def test_a_manifest_is_written_last_and_all_is_flushed_before_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    order: list[str] = []
+    flush, rename = checkpoints.flush, Path.rename
+    written = files.write_bytes
+
+    def note(path: Path) -> None:
+        order.append("flush " + ("folder" if path.name.startswith(".writing-") else path.name))
+        flush(path)
+
+    def moved(self: Path, target: Path) -> Path:
+        order.append(f"rename to {target.name}")
+        return rename(self, target)
+
+    def wrote(path: Path, contents: bytes) -> None:
+        written(path, contents)
+        order.append(f"{path.name} written and flushed")
+
+    monkeypatch.setattr(checkpoints, "flush", note)
+    monkeypatch.setattr(files, "write_bytes", wrote)
+    monkeypatch.setattr(Path, "rename", moved)
+    checkpoints.save(tmp_path, make(3), best=True)
+    assert order == [
+        *(f"flush {name}" for name in checkpoints.FILES),
+        "manifest.json written and flushed",
+        "rename to step-00000003",
+        f"flush {tmp_path.name}",
+        "best written and flushed",
+        "latest written and flushed",
+    ]
+
+
+def test_pruning_keeps_every_so_many(tmp_path: Path):
+    for step in range(1, 11):
+        checkpoints.save(tmp_path, make(step))
+        checkpoints.prune(tmp_path, keep=1, every=4)
+    assert list(checkpoints.steps(tmp_path)) == [4, 8, 10]
+
+
+def test_a_full_disk_is_told_by_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*args: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as told:
+        checkpoints.save(tmp_path, make(2))
+    assert (told.value.errno, Path(told.value.filename).name) == (28, "model.safetensors")
+
+
 def test_a_pickle_in_a_checkpoints_place_is_not_read(tmp_path: Path):
     folder = checkpoints.save(tmp_path, make(3))
     torch.save({"w": torch.ones(1)}, folder / "model.safetensors")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["model.safetensors"] = checkpoints.describe(folder / "model.safetensors")
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    vouch(folder)
+    checkpoints.verify(folder)
+    with pytest.raises(InputError, match="is damaged"):
+        checkpoints.load(folder)
+
+
+def test_a_header_that_promises_the_moon_is_refused(tmp_path: Path):
+    """A safetensors file begins with the length of its header; the manifest vouches for it."""
+    folder = checkpoints.save(tmp_path, make(3))
+    (folder / "model.safetensors").write_bytes(b"\xff" * 7 + b"\x7f" + b"{}")
+    vouch(folder)
+    checkpoints.verify(folder)
     with pytest.raises(InputError, match="is damaged"):
         checkpoints.load(folder)
 

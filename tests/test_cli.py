@@ -226,8 +226,6 @@ def test_resume_wants_a_checkpoint_folder(
         ("metrics.jsonl", b"\xff\n"),
         ("config.yaml", b"model: ["),
         ("config.yaml", b"\xff"),
-        ("checkpoints/step-00000020/manifest.json", b"[]"),
-        ("checkpoints/step-00000020/state.json", b"{}"),
     ],
 )
 def test_a_damaged_file_is_named_when_a_run_goes_on(
@@ -315,6 +313,83 @@ def test_a_signal_saves_and_the_run_goes_on(
     assert result["status"] == "interrupted"
     assert (out / f"checkpoints/step-{result['step']:08d}/manifest.json").is_file()
     assert len(list((out / "checkpoints").glob("step-*"))) == 1
+
+
+def test_after_max_seconds_it_saves_and_the_run_goes_on(
+    capsys: pytest.CaptureFixture[str], tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path, out = tmp_path / "tiny.yaml", tmp_path / "run"
+    path.write_text(tiny().to_yaml())
+    calls = iter(range(1000))
+    clock = time.monotonic
+    monkeypatch.setattr(cli.time, "monotonic", lambda: clock() + (100 if next(calls) > 9 else 0))
+    code, stdout, stderr = called(capsys, "train", path, "--out-dir", out, "--max-seconds", "50")
+    monkeypatch.undo()
+    assert code == 75
+    assert stderr.count("--max-seconds are over: saving, then stopping") == 1
+    step = json.loads((out / "result.json").read_text())["step"]
+    assert 0 < step < 20
+    assert stdout.startswith(f"interrupted: stopped after step {step}, and saved")
+    assert called(capsys, "train", path, "--out-dir", out, "--max-seconds", "50")[0] == 0
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "soon"])
+@pytest.mark.parametrize("name", ["train", "compare"])
+def test_max_seconds_is_a_time(
+    capsys: pytest.CaptureFixture[str], name: str, seconds: str, config_file: Path, tmp_path: Path
+):
+    file = {"train": config_file, "compare": ROOT / "configs/compare/quick.yaml"}[name]
+    command = [name, file, "--out-dir", tmp_path / "run", f"--max-seconds={seconds}"]
+    code, _, stderr = called(capsys, *command)
+    assert (code, stderr) == (
+        2,
+        f"{name}.py: --max-seconds {seconds}: must be a number of seconds above 0\n",
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_start_in_one_directory_is_refused(
+    tiny: Make,
+    tmp_path: Path,
+    environment: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+):
+    path, out = tmp_path / "long.yaml", tmp_path / "run"
+    path.write_text(tiny(training={"steps": 3000}, evaluation={"every": 3000}).to_yaml())
+    command = [sys.executable, ROOT / "train.py", path, "--out-dir", out]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, env=environment, **quiet) as first:
+        deadline = time.monotonic() + 60
+        while not (out / "metrics.jsonl").is_file():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        code, _, stderr = called(capsys, "train", path, "--out-dir", out)
+        assert (code, stderr) == (2, f"train.py: {out}: another process trains there\n")
+        first.kill()
+    assert called(capsys, "train", path, "--out-dir", out, "--max-seconds=0.001")[0] == 75
+
+
+# -- checkpoint --------------------------------------------------------------------------------
+
+
+def test_verify_tells_of_every_checkpoint(
+    capsys: pytest.CaptureFixture[str], run_dir: Path, tmp_path: Path
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    ten, twenty = (copy / f"checkpoints/step-{step:08d}" for step in (10, 20))
+    whole = f"{ten}: whole\n{twenty}: whole\n"
+    assert called(capsys, "checkpoint", "verify", copy) == (0, whole, "")
+    assert called(capsys, "checkpoint", "verify", copy / "checkpoints") == (0, whole, "")
+    path = twenty / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    for given, of in ((copy, 2), (twenty, 1)):
+        code, stdout, stderr = called(capsys, "checkpoint", "verify", given)
+        assert code == 2
+        assert stdout.splitlines()[-1] == f"{path}: is damaged: it is not what was written"
+        assert stderr == f"gpt.checkpoint: {given}: 1 of {of} checkpoints damaged\n"
+    code, _, stderr = called(capsys, "checkpoint", "verify", tmp_path)
+    assert (code, stderr) == (2, f"gpt.checkpoint: {tmp_path}: holds no checkpoint\n")
 
 
 # -- sample ------------------------------------------------------------------------------------

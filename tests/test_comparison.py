@@ -20,7 +20,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from gpt import metrics
+from gpt import files, metrics
 from gpt.compare import comparison, runner
 from gpt.compare.grid import load
 from gpt.compare.outcomes import match, read_outcome
@@ -395,7 +395,7 @@ def test_two_at_once_in_one_directory_are_refused(
 ):
     from gpt import cli
 
-    with runner.only_one(tmp_path / "new"), pytest.raises(SystemExit) as end:
+    with files.only_one_in(tmp_path / "new", "held"), pytest.raises(SystemExit) as end:
         cli.compare([str(grid_file), "--out-dir", str(tmp_path / "new")])
     assert end.value.code == 2
     assert "another process runs this comparison" in capsys.readouterr().err

@@ -4,12 +4,12 @@ import json
 import math
 from pathlib import Path
 
-from gpt.metrics import MetricsLog, read
+from gpt.metrics import MetricsLog, read, up_to
 
 
 def test_lines_are_appended_and_read_back(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path, after=None)
+    log = MetricsLog(path)
     log.write([{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0}])
     log.write([{"step": 2, "val_loss": 2.1}])
     log.close()
@@ -22,7 +22,7 @@ def test_lines_are_appended_and_read_back(tmp_path: Path):
 
 def test_non_finite_numbers_stay_valid_json(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path, after=None)
+    log = MetricsLog(path)
     log.write([{"step": 1, "loss": math.nan, "grad_norm": math.inf}])
     log.close()
     assert json.loads(path.read_text()) == {"step": 1, "loss": None, "grad_norm": None}
@@ -31,7 +31,7 @@ def test_non_finite_numbers_stay_valid_json(tmp_path: Path):
 def test_a_resumed_log_is_cut_back_to_its_step(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 3, "val_')
-    log = MetricsLog(path, after=2)
+    log = MetricsLog(path, up_to(path, 2))
     log.write([{"step": 3, "again": True}])
     log.close()
     assert read(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
@@ -40,7 +40,7 @@ def test_a_resumed_log_is_cut_back_to_its_step(tmp_path: Path):
 def test_a_fresh_log_keeps_nothing(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n')
-    MetricsLog(path, after=None).close()
+    MetricsLog(path).close()
     assert read(path) == []
 
 

@@ -34,14 +34,14 @@ from gpt.compare.estimate import Estimate, check_affordable, check_cells, estima
 from gpt.compare.grid import Cell, Grid
 from gpt.compare.outcomes import Outcome, csv_rows, read_outcome
 from gpt.compare.report import Command, read_commands, write_report
-from gpt.compare.runner import has_ended, only_one, read_lost, run_cells
+from gpt.compare.runner import has_ended, read_lost, run_cells
 from gpt.compare.starts import Start, measure_starts, read_starts
 from gpt.compare.summary import Summary, summarize
 from gpt.config import DataConfig, read_yaml
 from gpt.console import Console, duration
 from gpt.data import preparation
 from gpt.errors import InputError
-from gpt.files import write_text
+from gpt.files import is_scrap, only_one_in, write_text
 
 
 def compare(
@@ -69,7 +69,7 @@ def compare(
     """
     check_cells(cells)
     check_directory(grid, directory)
-    with only_one(directory):
+    with only_one_in(directory, f"{directory}: another process runs this comparison"):
         vocabulary = [
             preparation.prepare(data, console, stop).encoding.n_vocab for data in _datas(cells)
         ]
@@ -158,7 +158,9 @@ def check_directory(grid: Grid, directory: Path) -> None:
     """
     path = directory / "grid.yaml"
     if not path.is_file():
-        if directory.exists() and (not directory.is_dir() or _strangers(directory)):
+        if directory.exists() and (
+            not directory.is_dir() or not all(map(is_scrap, directory.iterdir()))
+        ):
             raise InputError(f"{directory}: exists and is no comparison; choose another --out-dir")
         return
     mine, theirs = yaml.safe_load(_to_yaml(grid)), read_yaml(path)
@@ -174,10 +176,6 @@ def check_directory(grid: Grid, directory: Path) -> None:
 
 
 FREE = {"hours", "keep_checkpoints", "probes"}  # of a grid, what may be changed in its directory
-
-
-def _strangers(directory: Path) -> bool:
-    return any(path.name != ".lock" for path in directory.iterdir())
 
 
 def dry_run(grid: Grid, cells: Sequence[Cell], directory: Path, workers: int) -> str:

@@ -27,7 +27,6 @@ from typing import Any
 
 import pebble
 import torch
-from filelock import FileLock, Timeout
 
 from gpt import plan
 from gpt.compare.grid import Cell
@@ -97,25 +96,6 @@ def default_workers(cells: Sequence[Cell]) -> int:
     )
     device = plan.pick_device(cells[0].config.training.device)
     return min(len(cells), cores if device.type == "cpu" else min(GPU_WORKERS, cores))
-
-
-@contextlib.contextmanager
-def only_one(directory: Path) -> Iterator[None]:
-    """Hold the comparison directory; it is free again when this process ends, however that is.
-
-    Raises:
-        InputError: another process runs this comparison.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"{directory}: another process runs this comparison") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -268,24 +248,13 @@ def _train_cell(config: Config, path: Path, index: int, keep_checkpoints: bool) 
         return None
     try:
         result = train(config, path, quiet=True, stop=stop)
-    except (MemoryError, RuntimeError) as error:
-        if _is_out_of_memory(error):
-            return Lost("out of memory", str(error).partition("\n")[0])
-        return _fault(error)
     except Exception as error:
+        if plan.is_out_of_memory(error):
+            return Lost("out of memory", str(error).partition("\n")[0])
         return _fault(error)
     if result.status != "interrupted" and not keep_checkpoints:
         shutil.rmtree(path / "checkpoints", ignore_errors=True)
     return None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    text = str(error)
-    return (
-        isinstance(error, MemoryError | torch.OutOfMemoryError)
-        or "can't allocate memory" in text
-        or "not enough memory" in text
-    )
 
 
 def _fault(error: Exception) -> Lost:

@@ -27,7 +27,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 import tiktoken
-from filelock import FileLock, Timeout
 
 from gpt import tokenizer
 from gpt.config import DataConfig, SourceConfig
@@ -35,7 +34,7 @@ from gpt.console import Console
 from gpt.data.prepared import FORMAT, Dataset, open_dataset, seal
 from gpt.data.sources import SOURCES, Document, Read, Tokens, commit
 from gpt.errors import InputError, StoppedError, UnreachableError
-from gpt.files import flush, write_text
+from gpt.files import flush, only_one, write_text
 from gpt.tokenizer import pieces
 
 JOB = 2**17  # characters or tokens that a worker is given at a time; larger ones ran slower
@@ -76,7 +75,11 @@ def prepare(
         folder, plan = _plan(config)
         if not (folder / "meta.json").is_file():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with _only_one(folder):
+            lock = folder.with_name(f".{folder.name}.lock")
+            with only_one(
+                lock,
+                f"{folder}: another process is preparing this data; start again when it is done",
+            ):
                 if not (folder / "meta.json").is_file():  # or it was finished a moment ago
                     if folder.exists():
                         raise InputError(
@@ -177,28 +180,6 @@ def _source_files(
 
 def _train_names(config: DataConfig) -> list[str]:
     return [f"train-{index}" for index in range(len(config.mix))] or ["train"]
-
-
-@contextlib.contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Hold the lock for preparing `folder`; it is given up when this process ends, however.
-
-    Raises:
-        InputError: another process has it.
-    """
-    path = folder.with_name(f".{folder.name}.lock")
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(
-            f"{folder}: another process is preparing this data; start again when it is done"
-        ) from None
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        lock.release()
 
 
 # ---------------------------------------------------------------------------------------------

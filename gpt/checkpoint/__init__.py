@@ -1,0 +1,262 @@
+"""Checkpoints: all that a run needs to go on, on disk whole or not at all, and verified.
+
+    checkpoints/step-00001000/model.safetensors, optimizer.safetensors, state.json,
+                              tokenizer.json, manifest.json
+    checkpoints/latest, checkpoints/best      one line each: the name of a checkpoint folder
+
+A checkpoint is written to a temporary folder, every file flushed to disk, its manifest (step, sizes
+and SHA-256) last; the folder is flushed, renamed into place, the rename flushed, and only then the
+pointer replaced. So a name `step-...` always holds a whole checkpoint, and `load` refuses one that
+was altered since. Tensors are safetensors and the rest is JSON: to read a checkpoint runs no code.
+
+`python -m gpt.checkpoint verify DIR` tells of every checkpoint whether it is whole. This module
+knows tensors, names and files, not models.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gpt.errors import InputError
+from gpt.files import WRITING, describe, flush, write_text
+
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json")
+MANIFEST = "manifest.json"
+STEP_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint folder holds.
+
+    Attributes:
+        model, optimizer: tensors by name.
+        state: everything else, JSON values; `step` is the number of updates made.
+        tokenizer: the vocabulary, as `gpt.tokenizer.to_json` writes it.
+    """
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+    tokenizer: str
+
+    @property
+    def step(self) -> int:
+        """Updates made."""
+        return int(self.state["step"])
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing
+
+
+def save(folder: Path, checkpoint: Checkpoint, *, best: bool = False) -> Path:
+    """Write `checkpoint` below `folder` (checkpoints/), and point `latest` (and `best`) at it.
+
+    A whole checkpoint of that step that stands there already is left as it is; a damaged one is
+    set aside.
+
+    Raises:
+        OSError: it cannot be written; what stood there before is as it was.
+    """
+    folder.mkdir(exist_ok=True)
+    final = folder / f"step-{checkpoint.step:08d}"
+    if not (final.exists() and is_whole(final)):
+        temporary = Path(tempfile.mkdtemp(prefix=WRITING, dir=folder))
+        try:
+            _write(temporary, checkpoint)
+            temporary.chmod(0o755)
+            if final.exists():
+                set_aside(final)
+            temporary.rename(final)
+            flush(folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    if best:
+        point(folder, "best", final.name)
+    point(folder, "latest", final.name)  # last: a run that stops before this makes the step again
+    return final
+
+
+def _write(folder: Path, checkpoint: Checkpoint) -> None:
+    for name, tensors in (("model", checkpoint.model), ("optimizer", checkpoint.optimizer)):
+        on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        try:
+            save_file(on_cpu, folder / f"{name}.safetensors")
+        except SafetensorError as error:  # whose number is only in its text
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            code = int(number[1])
+            raise OSError(code, os.strerror(code), str(folder / f"{name}.safetensors")) from None
+    (folder / "state.json").write_text(json.dumps(checkpoint.state, indent=2) + "\n", "utf-8")
+    (folder / "tokenizer.json").write_text(checkpoint.tokenizer, "utf-8")
+    for name in FILES:
+        flush(folder / name)
+    files = {name: describe(folder / name) for name in FILES}
+    write_text(folder / MANIFEST, _to_text({"step": checkpoint.step, "files": files}))
+
+
+def _to_text(manifest: dict[str, Any]) -> str:
+    return json.dumps(manifest, indent=2) + "\n"
+
+
+def set_aside(folder: Path) -> Path:
+    """Give a damaged checkpoint another name, so that its step can be saved again."""
+    number, aside = 1, folder.with_name(f"damaged-{folder.name}")
+    while aside.exists() or aside.is_symlink():
+        number += 1
+        aside = folder.with_name(f"damaged-{folder.name}-{number}")
+    folder.rename(aside)
+    flush(folder.parent)
+    return aside
+
+
+def point(folder: Path, pointer: str, name: str) -> None:
+    """Make `pointer` (latest or best) name the checkpoint `name`, atomically."""
+    write_text(folder / pointer, name + "\n")
+
+
+def prune(folder: Path, keep: int, every: int | None = None) -> None:
+    """Delete all checkpoints but the `keep` newest and those that `latest` and `best` name.
+
+    Args:
+        every: steps that are a multiple of this stay too.
+    """
+    found = steps(folder)
+    kept = [*list(found.values())[-keep:], pointed(folder, "latest"), pointed(folder, "best")]
+    for step, path in found.items():
+        if path not in kept and (every is None or step % every):
+            doomed = folder / f"{WRITING}{path.name}"  # a name step-... is never half a checkpoint
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read and verify one checkpoint folder.
+
+    Raises:
+        InputError: a file is missing, has another size or hash than was written, or is no valid
+            file of its kind.
+    """
+    verify(folder)
+    try:
+        checkpoint = Checkpoint(
+            model=load_file(folder / "model.safetensors"),
+            optimizer=load_file(folder / "optimizer.safetensors"),
+            state=json.loads((folder / "state.json").read_text("utf-8")),
+            tokenizer=(folder / "tokenizer.json").read_text("utf-8"),
+        )
+        if not isinstance(checkpoint.state, dict) or checkpoint.state.get("step") != _step(folder):
+            raise ValueError("state.json is of another step")
+    except (SafetensorError, ValueError, OSError, RecursionError, MemoryError) as error:
+        raise InputError(f"{folder}: is damaged: {error}") from None
+    return checkpoint
+
+
+def verify(folder: Path) -> None:
+    """Hold every file of a checkpoint against its manifest.
+
+    Raises:
+        InputError: naming the first file that differs.
+    """
+    try:
+        text = (folder / MANIFEST).read_text("utf-8")
+        manifest = json.loads(text)
+        if text != _to_text(manifest):
+            raise ValueError
+        if manifest["step"] != _step(folder):
+            raise InputError(f"{folder}: holds the checkpoint of another step")
+        files: dict[str, Any] = manifest["files"]
+        for name in FILES:
+            path = folder / name
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                raise InputError(f"{path}: is damaged: it is no file of its own")
+            if path.stat().st_size != files[name]["size"] or files[name] != describe(path):
+                raise InputError(f"{path}: is damaged: it is not what was written")
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename}: is missing, so this is no checkpoint") from None
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(f"{folder / MANIFEST}: is damaged") from None
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint folder is what was written."""
+    try:
+        verify(folder)
+    except InputError:
+        return False
+    return True
+
+
+def _step(folder: Path) -> int | None:
+    match = STEP_NAME.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[InputError]]:
+    """The checkpoint to go on from, and why newer ones are not taken.
+
+    It is the one that `latest` names, as long as that is whole, else the highest step that is.
+
+    Returns:
+        The checkpoint, None if there is none at all; what is wrong with each that was skipped.
+
+    Raises:
+        InputError: there are checkpoints, and all are damaged.
+    """
+    skipped: list[InputError] = []
+    for path in dict.fromkeys(_newest_first(folder)):
+        try:
+            return load(path), skipped
+        except InputError as error:
+            skipped.append(error)
+    if skipped:
+        raise InputError(
+            f"{skipped[0]};\nno checkpoint in {folder} is whole (of {len(skipped)}); "
+            "delete that folder to start again from step 0"
+        )
+    return None, []
+
+
+def _newest_first(folder: Path) -> Iterator[Path]:
+    latest = pointed(folder, "latest")
+    if latest is not None:
+        yield latest
+    yield from reversed(steps(folder).values())
+
+
+def pointed(folder: Path, pointer: str) -> Path | None:
+    """The checkpoint folder that `latest` or `best` names, or None."""
+    try:
+        name = (folder / pointer).read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return folder / name if STEP_NAME.fullmatch(name) and (folder / name).is_dir() else None
+
+
+def steps(folder: Path) -> dict[int, Path]:
+    """The checkpoints below `folder` by step, oldest first."""
+    found = ((_step(path), path) for path in folder.glob("step-*"))
+    return dict(sorted((step, path) for step, path in found if step is not None))

@@ -1,0 +1,609 @@
+"""What machines do to a run, and what becomes of it: nothing is lost, nothing is overwritten."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import vouch
+from test_training import assert_same_run, records, run, stop_after, tensors
+
+from gpt import checkpoint as checkpoints
+from gpt import plan
+from gpt.config import Config
+from gpt.data.preparation import prepare
+from gpt.data.sequences import TrainingSequences
+from gpt.errors import InputError, OutOfMemoryError
+from gpt.files import only_one_in
+from gpt.model import GPT
+
+Make = Callable[..., Config]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def history(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[torch.Tensor], bool]], None]:
+    """`spoil(when)` makes the training loss NaN for inputs of which `when` is true."""
+    objective = GPT.objective
+
+    def install(when: Callable[[torch.Tensor], bool]) -> None:
+        def spoilt(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
+            minimised, loss = objective(self, x, *rest)
+            nan = float("nan") if self.training and when(x) else 1.0
+            return minimised * nan, loss * nan
+
+        monkeypatch.setattr(GPT, "objective", spoilt)
+
+    return install
+
+
+def batch(config: Config, number: int) -> torch.Tensor:
+    """Inputs of a run's batch of that number."""
+    data = prepare(config.data)
+    sequences = TrainingSequences(data.train, config.model.context, config.data_seed)
+    return torch.from_numpy(sequences.batch(number, config.batch_sequences)[0])
+
+
+def later(step: int, then: Callable[[], None]) -> Callable[[], bool]:
+    """A `stop` that never stops, and calls `then` after that update."""
+    asked = [-1]
+
+    def stop() -> bool:
+        asked[0] += 1
+        if asked[0] == step:
+            then()
+        return False
+
+    return stop
+
+
+def power_cut() -> None:
+    raise RuntimeError("power cut")
+
+
+# -- Numbers -----------------------------------------------------------------------------------
+
+
+def test_a_spoilt_update_is_skipped_and_counted(tiny: Make, tmp_path: Path, spoil: Any):
+    config = tiny(training={"nonfinite": "skip"}, diagnostics={"every": 7})
+    bad = batch(config, 7)
+    spoil(lambda x: torch.equal(x, bad))
+    whole = run(config, tmp_path / "whole")
+    assert (whole.status, whole.step, whole.skipped_updates) == ("finished", 20, 1)
+    lines = {r["step"]: r for r in records(tmp_path / "whole") if "loss" in r}
+    assert [step for step in lines if lines[step]["loss"] is None] == [7]
+    assert [step for step in lines if lines[step].get("skipped")] == [7]
+    for _ in range(5):
+        parts = run(config, tmp_path / "parts", stop=stop_after(4))
+    assert parts.skipped_updates == 1
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_skipped_update_leaves_weights_and_moments_as_they_were(
+    tiny: Make, tmp_path: Path, spoil: Any
+):
+    config = tiny(
+        training={"nonfinite": "skip"}, checkpoint={"every": 1, "keep": 30}, sampling={"tokens": 0}
+    )
+    bad = batch(config, 7)
+    spoil(lambda x: torch.equal(x, bad))
+    run(config, tmp_path / "run")
+    before, after, next_one = (tensors(tmp_path / "run", step) for step in (6, 7, 8))
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert [name for name in after if not torch.equal(after[name], next_one[name])] != []
+
+
+def test_skipping_without_end_is_divergence(tiny: Make, tmp_path: Path, spoil: Any):
+    config = tiny(training={"nonfinite": "skip", "nonfinite_limit": 3})
+    bad = [batch(config, number) for number in (2, 3, *range(6, 21))]
+    spoil(lambda x: any(torch.equal(x, each) for each in bad))
+    result = run(config, tmp_path / "run")
+    assert (result.status, result.step, result.skipped_updates) == ("diverged", 9, 6)
+    assert "after 3 skipped updates in a row" in result.reason
+
+
+@pytest.mark.parametrize(("fails", "back"), [(13, 10), (3, 0)])
+def test_it_rolls_back_and_passes_over_the_batches_since(
+    tiny: Make, tmp_path: Path, spoil: Any, fails: int, back: int
+):
+    config = tiny(training={"nonfinite": "rollback"}, model={"dropout": 0.1})
+    plain = run(config, tmp_path / "plain")
+    bad = batch(config, fails)
+    seen: list[torch.Tensor] = []
+
+    def when(x: torch.Tensor) -> bool:
+        seen.append(x.clone())
+        return torch.equal(x, bad)
+
+    spoil(when)
+    whole = run(config, tmp_path / "whole")
+    assert (whole.status, whole.step, whole.rollbacks) == ("finished", 20, 1)
+    assert whole.val_loss != plain.val_loss
+    passed = fails - back
+    order = [*range(1, fails + 1), *range(fails + 1, 21 + passed)]
+    assert len(seen) == len(order)
+    assert all(torch.equal(x, batch(config, n)) for x, n in zip(seen, order, strict=True))
+    steps = [r["step"] for r in records(tmp_path / "whole") if "loss" in r]
+    assert steps == list(range(1, 21))
+    evaluated = [r["step"] for r in records(tmp_path / "whole") if "val_loss" in r]
+    assert evaluated == [0, 10, 20]
+    (event,) = history(tmp_path / "whole")
+    assert (event["event"], event["step"], event["passed_over"]) == ("rolled back", back, passed)
+    for updates in (4, 11, 5, 2):  # cut off before, at and after it, it is the same run
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(config, tmp_path / "parts", stop=later(updates, power_cut))
+    assert run(config, tmp_path / "parts").rollbacks == 1
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_rolling_back_without_end_is_divergence(tiny: Make, tmp_path: Path, spoil: Any):
+    config = tiny(training={"nonfinite": "rollback", "nonfinite_limit": 3})
+    good = [batch(config, number) for number in range(1, 13)]
+    spoil(lambda x: not any(torch.equal(x, each) for each in good))
+    result = run(config, tmp_path / "run")
+    assert (result.status, result.step, result.rollbacks) == ("diverged", 11, 3)
+    assert list(checkpoints.steps(tmp_path / "run/checkpoints")) == [10]
+
+
+# -- Disks -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """`full(folder)` lets no checkpoint be written below a folder any more."""
+    write = checkpoints._write
+
+    def install(below: Path) -> None:
+        def refuse(folder: Path, checkpoint: checkpoints.Checkpoint) -> None:
+            if folder.is_relative_to(below):
+                (folder / "model.safetensors").write_bytes(b"half")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+            write(folder, checkpoint)
+
+        monkeypatch.setattr(checkpoints, "_write", refuse)
+
+    return install
+
+
+def test_on_a_full_disk_the_state_is_saved_elsewhere(tiny: Make, tmp_path: Path, full: Any):
+    spare, out = tmp_path / "spare", tmp_path / "run"
+    config = tiny(checkpoint={"spare_dir": str(spare), "every": 5}, model={"dropout": 0.1})
+    run(config, tmp_path / "whole")
+    saved: dict[str, str] = {}
+
+    def fill() -> None:
+        saved.update(contents(out / "checkpoints"))
+        full(out)
+
+    with pytest.raises(InputError, match="No space left on device") as told:
+        run(config, out, stop=later(12, fill))
+    assert contents(out / "checkpoints") == saved != {}
+    (place,) = spare.iterdir()
+    assert f"the state of step 15 is in {place}" in str(told.value)
+    assert f"--out-dir {place} goes on" in str(told.value)
+    assert run(config, place).status == "finished"
+    assert_same_run(tmp_path / "whole", place)
+
+
+def test_a_directory_that_is_lost_is_made_again_elsewhere(tiny: Make, tmp_path: Path):
+    spare, out = tmp_path / "spare", tmp_path / "run"
+    config = tiny(checkpoint={"spare_dir": str(spare)})
+    run(config, tmp_path / "whole")
+    with pytest.raises(InputError, match=r"run: was deleted or moved while training"):
+        run(config, out, stop=later(14, lambda: shutil.rmtree(out)))
+    assert not out.exists()
+    (place,) = spare.iterdir()
+    result = run(config, place)  # the last step was saved: nothing is left to train
+    assert (result.status, result.step) == ("finished", 20)
+    assert_same_run(tmp_path / "whole", place)
+
+
+def test_a_directory_that_was_moved_is_not_made_again_in_its_place(tiny: Make, tmp_path: Path):
+    spare, out = tmp_path / "spare", tmp_path / "run"
+    config = tiny(checkpoint={"spare_dir": str(spare)})
+    with pytest.raises(InputError, match="deleted or moved"):
+        run(config, out, stop=later(14, lambda: (out.rename(tmp_path / "moved"), None)[1]))
+    assert not out.exists()
+    assert list(checkpoints.steps(tmp_path / "moved/checkpoints")) == [10]
+
+
+def test_with_nowhere_to_go_it_says_so(tiny: Make, tmp_path: Path, full: Any):
+    config = tiny(checkpoint={"spare_dir": str(tmp_path / "spare"), "every": 5})
+    with pytest.raises(InputError, match="nor can the state of step 15 be saved") as told:
+        run(config, tmp_path / "run", stop=later(12, lambda: full(tmp_path)))
+    assert len(str(told.value).splitlines()) <= 3
+    assert list((tmp_path / "spare").iterdir()) == []
+    assert list(checkpoints.steps(tmp_path / "run/checkpoints")) == [5, 10]
+
+
+def test_a_disk_that_is_full_for_a_while_loses_no_line(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from gpt.metrics import MetricsLog
+
+    run(tiny(), tmp_path / "whole")
+    hand_over = MetricsLog._hand_over
+    calls = [0]
+
+    def sometimes(self: MetricsLog) -> None:
+        calls[0] += 1
+        if 5 < calls[0] < 12:
+            self._file.write(self._waiting[:7])  # as much as there was room for
+            self._waiting = self._waiting[7:]
+            raise OSError(errno.ENOSPC, "No space left on device")
+        hand_over(self)
+
+    monkeypatch.setattr(MetricsLog, "_hand_over", sometimes)
+    run(tiny(), tmp_path / "full")
+    assert calls[0] > 20
+    assert_same_run(tmp_path / "whole", tmp_path / "full")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB, where one may be mounted."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_disk_that_is_really_full(tiny: Make, tmp_path: Path, small_disk: Path):
+    options = {"checkpoint": {"spare_dir": str(tmp_path / "spare"), "every": 5, "keep": 9}}
+    config = tiny(**options)
+    run(config, tmp_path / "whole")
+    with pytest.raises(InputError, match="No space left on device"):
+        run(config, small_disk / "run")
+    steps = checkpoints.steps(small_disk / "run/checkpoints")
+    assert steps
+    assert all(map(checkpoints.is_whole, steps.values()))
+    (place,) = (tmp_path / "spare").iterdir()
+    assert run(config, place).status == "finished"
+    assert records(place) == records(tmp_path / "whole")
+
+
+def test_a_folder_that_may_not_be_written_is_wrong_input(tiny: Make, tmp_path: Path):
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        place.chmod(0o555)
+        root = os.geteuid() == 0  # who may write anywhere
+        if root:
+            os.seteuid(65534)
+        try:
+            with pytest.raises(InputError, match="run: cannot be made: Permission denied"):
+                run(tiny(), place / "run")
+        finally:
+            if root:
+                os.seteuid(0)
+            place.chmod(0o755)
+
+
+# -- Two at once -------------------------------------------------------------------------------
+
+
+def test_two_runs_in_one_directory_are_refused(tiny: Make, tmp_path: Path):
+    run(tiny(), tmp_path / "run", stop=stop_after(5))
+    before = contents(tmp_path / "run")
+    with only_one_in(tmp_path / "run", "held"):
+        with pytest.raises(InputError, match="another process trains there"):
+            run(tiny(), tmp_path / "run")
+        assert {**before, ".lock": hashlib.sha256(b"").hexdigest()} == contents(tmp_path / "run")
+    assert run(tiny(), tmp_path / "run").status == "finished"
+
+
+def test_a_finished_run_tells_its_result_whoever_holds_it(tiny: Make, tmp_path: Path):
+    done = run(tiny(), tmp_path / "run")
+    with only_one_in(tmp_path / "run", "held"):
+        assert run(tiny(), tmp_path / "run") == done
+
+
+def test_the_lock_dies_with_its_process(tiny: Make, tmp_path: Path, environment: dict[str, str]):
+    hold = (
+        "import sys, time; from pathlib import Path; from gpt.files import only_one_in\n"
+        "with only_one_in(Path(sys.argv[1]), 'held'): print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(InputError, match="another process trains there"):
+            run(tiny(), tmp_path / "run")
+        other.kill()
+    assert run(tiny(), tmp_path / "run").status == "finished"
+
+
+def test_what_cannot_start_leaves_no_directory(tiny: Make, tmp_path: Path):
+    with pytest.raises(InputError):
+        run(tiny(data={"path": [str(tmp_path / "none")]}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# -- Changes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"width": 32}},
+        {"model": {"norm": {"placement": "post"}}},
+        {"data": {"tokenizer": "chars"}},
+        {"data": {"val_fraction": 0.3}},
+        {"optimizer": {"learning_rate": 0.5}},
+        {"schedule": {"warmup": "none"}},
+        {"training": {"batch_sequences": 8}},
+        {"training": {"precision": "bf16"}},
+        {"evaluation": {"sequences": 4}},
+        {"seed": 1},
+    ],
+)
+def test_what_makes_it_another_run_is_refused(tiny: Make, tmp_path: Path, change: dict[str, Any]):
+    run(tiny(), tmp_path / "run", stop=stop_after(5))
+    before = contents(tmp_path / "run")
+    ((section, value),) = change.items()
+    option = next(iter(value)) if isinstance(value, dict) else section
+    with pytest.raises(InputError, match=rf"another config \(.*{option}.* -> ") as told:
+        run(tiny(**change), tmp_path / "run")
+    assert "choose another --out-dir" in str(told.value)
+    assert contents(tmp_path / "run") == before
+
+
+def test_length_logging_and_paths_may_change(tiny: Make, tmp_path: Path, corpus: Path):
+    constant = {"body": "constant"}
+    run(tiny(schedule=constant), tmp_path / "whole")
+    first = tiny(schedule=constant, training={"steps": 9})
+    run(first, tmp_path / "run")
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus, copy)
+    second = tiny(
+        schedule=constant,
+        data={"path": [str(copy)]},
+        training={"log_every": 3},
+        checkpoint={"every": 7},
+        sampling={"tokens": 4},
+    )
+    assert run(second, tmp_path / "run").step == 20
+    (event,) = history(tmp_path / "run")
+    assert (event["event"], event["step"]) == ("went on", 9)
+    assert "training.steps: 9 -> 20" in event["changes"]
+    assert len(event["changes"]) == 5
+    assert f"steps: {20}" in (tmp_path / "run/config.yaml").read_text()
+    one, two = tensors(tmp_path / "whole"), tensors(tmp_path / "run")
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+def test_a_run_is_not_made_shorter_than_it_is(tiny: Make, tmp_path: Path):
+    run(tiny(), tmp_path / "run", stop=stop_after(12))
+    before = contents(tmp_path / "run")
+    with pytest.raises(InputError, match=r"is at step 12, past training.steps \(11\)"):
+        run(tiny(training={"steps": 11}), tmp_path / "run")
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_run_without_checkpoints_is_not_made_longer(tiny: Make, tmp_path: Path):
+    run(tiny(), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    before = contents(tmp_path / "run")
+    with pytest.raises(InputError, match="has no checkpoint to go on from"):
+        run(tiny(training={"steps": 30}), tmp_path / "run")
+    assert contents(tmp_path / "run") == before
+
+
+# -- Damage ------------------------------------------------------------------------------------
+
+
+def test_a_damaged_checkpoint_is_skipped_and_set_aside(
+    tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from gpt.training import train
+
+    config = tiny(checkpoint={"every": 4, "keep": 9})
+    run(config, tmp_path / "whole")
+    out = tmp_path / "run"
+    run(config, out, stop=stop_after(14))
+    for step, name in ((14, "model.safetensors"), (12, "state.json")):
+        path = out / f"checkpoints/step-{step:08d}/{name}"
+        path.write_bytes(path.read_bytes()[:-1])
+    assert train(config, out).status == "finished"
+    said = capsys.readouterr().err
+    for step, name in ((14, "model.safetensors"), (12, "state.json")):
+        path = out / f"checkpoints/step-{step:08d}/{name}"
+        assert f"skipped: {path}: is damaged: it is not what was written" in said
+        assert path.parent.with_name(f"damaged-step-{step:08d}").is_dir()
+    assert "going on from step 8\n" in said
+    assert len(history(out)[0]["skipped"]) == 2
+    assert list(checkpoints.steps(out / "checkpoints")) == [4, 8, 12, 16, 20]
+    assert_same_run(tmp_path / "whole", out)
+
+
+def test_with_no_whole_checkpoint_it_is_not_trained_over(tiny: Make, tmp_path: Path):
+    out = tmp_path / "run"
+    run(tiny(), out, stop=stop_after(12))
+    for path in checkpoints.steps(out / "checkpoints").values():
+        (path / "state.json").unlink()
+    before = contents(out)
+    with pytest.raises(InputError, match=r"no checkpoint in .* is whole \(of 2\)"):
+        run(tiny(), out)
+    assert contents(out) == before
+
+
+def test_damaged_metrics_are_refused_before_anything_is_changed(tiny: Make, tmp_path: Path):
+    out = tmp_path / "run"
+    run(tiny(), out, stop=stop_after(12))
+    (out / "metrics.jsonl").write_text('{"step": 1}\n[]\n{"step": 2}\n')
+    before = contents(out)
+    with pytest.raises(InputError, match=r"metrics.jsonl: line 2 is damaged"):
+        run(tiny(training={"log_every": 2}), out)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("progress", []),
+        ("progress", {"step": "x"}),
+        ("progress", {"stop": 1}),
+        ("scaler", 5),
+        ("micro_batch", 0),
+        ("micro_batch", "all"),
+        ("data_fingerprint", None),
+        ("format", [4]),
+    ],
+)
+def test_a_state_of_the_wrong_types_is_refused(tiny: Make, tmp_path: Path, key: str, value: object):
+    """With a manifest that vouches for it, as a stranger would write."""
+    out = tmp_path / "run"
+    run(tiny(), out, stop=stop_after(5))
+    folder = out / "checkpoints/step-00000005"
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, key: value}))
+    vouch(folder)
+    before = contents(out)
+    with pytest.raises(InputError, match="the checkpoint"):
+        run(tiny(), out)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("link", ["samples", "checkpoints/step-00000005", "metrics.jsonl"])
+def test_a_link_out_of_the_directory_is_not_written_through(tiny: Make, tmp_path: Path, link: str):
+    out, outside = tmp_path / "run", tmp_path / "outside"
+    run(tiny(), out, stop=stop_after(5))
+    (out / link).rename(outside)
+    (out / link).symlink_to(outside)
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match="is a link that leads out of"):
+        run(tiny(), out)
+    assert contents(tmp_path) == before
+
+
+# -- Memory ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that can train on two sequences at a time."""
+    objective = GPT.objective
+
+    def limited(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
+        if self.training and len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+        return objective(self, x, *rest)
+
+    monkeypatch.setattr(GPT, "objective", limited)
+
+
+@pytest.mark.usefixtures("small_memory")
+def test_out_of_memory_names_what_would_fit(tiny: Make, tmp_path: Path):
+    config = tiny(training={"micro_batch": 4})
+    with pytest.raises(OutOfMemoryError) as told:
+        run(config, tmp_path / "run")
+    assert "out of memory with 4 sequences at a time; 2 would fit" in str(told.value)
+    assert "--training.micro-batch 2, or auto" in str(told.value)
+    assert run(tiny(training={"micro_batch": "auto"}), tmp_path / "run").status == "finished"
+
+
+def test_auto_finds_what_fits(
+    tiny: Make, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+):
+    from gpt.training import train
+
+    run(tiny(training={"micro_batch": 2}, model={"dropout": 0.1}), tmp_path / "two")
+    request.getfixturevalue("small_memory")
+    train(tiny(model={"dropout": 0.1}), tmp_path / "auto")
+    assert "out of memory with micro-batches of 4 sequences; going on with 2" in (
+        capsys.readouterr().err
+    )
+    assert_same_run(tmp_path / "two", tmp_path / "auto")
+
+
+def test_nothing_fits(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def none(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(GPT, "objective", none)
+    with pytest.raises(OutOfMemoryError, match="with a single sequence at a time"):
+        run(tiny(), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("now", "batch", "then"), [(12, 12, 6), (6, 12, 3), (4, 6, 2), (1, 6, None)]
+)
+def test_smaller_micro_batches_divide_the_batch(now: int, batch: int, then: int | None):
+    assert plan.smaller(now, batch) == then
+
+
+# -- Killed before it was a run ------------------------------------------------------------------
+
+
+def test_a_start_that_was_killed_at_once_can_be_made_again(tiny: Make, tmp_path: Path):
+    out = tmp_path / "run"
+    for name in ("samples", "checkpoints/.writing-x"):
+        (out / name).mkdir(parents=True)
+    for name in (".lock", ".writing-config.yaml-7"):
+        (out / name).touch()
+    assert run(tiny(), out).status == "finished"
+    assert sorted(path.name for path in out.glob(".*")) == []
+    assert sorted(path.name for path in (out / "checkpoints").glob(".*")) == []
+
+
+def test_a_fork_that_was_killed_at_once_can_be_made_again(tiny: Make, tmp_path: Path):
+    run(tiny(), tmp_path / "origin")
+    origin = tmp_path / "origin/checkpoints/step-00000010"
+    out = tmp_path / "run"
+    shutil.copytree(origin, out / "checkpoints" / origin.name)
+    (out / "checkpoints/latest").write_text(f"{origin.name}\n")
+    before = contents(out)
+    with pytest.raises(InputError, match="exists and is no run"):
+        run(tiny(), out)
+    assert contents(out) == before
+    assert run(tiny(), out, resume=str(origin)).step == 20
+    assert records(out)[0]["step"] == 11
+
+
+@pytest.mark.parametrize("stranger", ["notes.txt", "samples/mine.txt", "checkpoints/mine.pt"])
+def test_a_strangers_directory_is_left_alone(tiny: Make, tmp_path: Path, stranger: str):
+    path = tmp_path / "run" / stranger
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(InputError, match="exists and is no run"):
+        run(tiny(), tmp_path / "run")
+    assert path.read_text() == "mine"
+
+
+def test_a_picture_that_a_kill_prevented_is_drawn_at_the_next_start(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from gpt import training
+
+    def killed(*args: Any, **options: Any) -> None:
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr(training, "plot_run", killed)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tiny(), tmp_path / "run")
+    assert not (tmp_path / "run/result.json").exists()
+    monkeypatch.undo()
+    assert run(tiny(), tmp_path / "run").status == "finished"
+    assert (tmp_path / "run/loss.png").is_file()
