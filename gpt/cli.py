@@ -27,10 +27,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
+from pydantic import Field
 from tyro.conf import Positional, arg
 
-from gpt.config import Config, Count, Device, Sampling, Section, Seed, load, validate
-from gpt.errors import InputError, StoppedError, nearest
+from gpt.config import Config, Count, Device, FileName, Sampling, Section, Seed, load, validate
+from gpt.errors import InputError, StoppedError, nearest, told
 from gpt.flags import as_flag, parse
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from gpt.run import RunResult
 
 EXIT_CODES = {"finished": 0, "diverged": 3, "interrupted": 75}
+LONGEST_PROMPT = 2**26  # bytes
 _RUNS = "(default: runs/NAME)"
 MaxSeconds = Annotated[
     str,
@@ -77,7 +79,10 @@ def main() -> int:
 # What the machine, not the program, is to blame for: rights, space, names.
 _ENVIRONMENT = {
     getattr(errno, name)
-    for name in ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "ENAMETOOLONG", "ENOTDIR", "EIO")
+    for name in (
+        *("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EIO"),
+        *("ENAMETOOLONG", "ENOTDIR", "EISDIR", "ELOOP"),
+    )
     if hasattr(errno, name)
 }
 
@@ -90,7 +95,7 @@ def _door(prog: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        print("\n".join(f"{prog}: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        print("\n".join(f"{prog}: {line}" for line in told(error)), file=sys.stderr)
         raise SystemExit(2) from None
     except StoppedError as stopped:
         print(f"{prog}: {stopped}", file=sys.stderr)
@@ -330,9 +335,9 @@ class SampleOptions(Sampling):
 
     prompt: str | None = None
     """Text to continue; without it, --prompt-file or what is piped in, else a new document."""
-    prompt_file: str | None = None
+    prompt_file: FileName | None = None
     """A UTF-8 file whose text is continued."""
-    num_samples: Count = 1
+    num_samples: Annotated[Count, Field(le=10_000)] = 1
     """Texts to write, made side by side in one batch."""
     max_new_tokens: Count = 200
     """Tokens to add to the prompt, unless end of text comes first."""
@@ -377,7 +382,11 @@ def _prompt(options: SampleOptions, prog: str) -> str:
         return ""
     try:
         path = options.prompt_file
-        return (sys.stdin.buffer.read() if path is None else Path(path).read_bytes()).decode()
+        with contextlib.nullcontext(sys.stdin.buffer) if path is None else open(path, "rb") as file:
+            raw = file.read(LONGEST_PROMPT + 1)
+        if len(raw) > LONGEST_PROMPT:
+            raise InputError(f"{origin}: is longer than {LONGEST_PROMPT:,} bytes")
+        return raw.decode()
     except OSError as error:
         raise InputError(f"{origin}: {error.strerror}") from None
     except UnicodeDecodeError as error:

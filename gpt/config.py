@@ -27,6 +27,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -118,8 +119,15 @@ def _several(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _nul_free(value: str) -> str:
+    if "\0" in value:
+        raise PydanticCustomError("nul", "holds a NUL character, as no file's name does")
+    return value
+
+
+FileName = Annotated[str, AfterValidator(_nul_free)]
 Strings = Annotated[
-    tuple[str, ...], BeforeValidator(_several, json_schema_input_type=str | list[str])
+    tuple[FileName, ...], BeforeValidator(_several, json_schema_input_type=str | list[str])
 ]
 Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
@@ -162,7 +170,7 @@ class Section(BaseModel):
 class HubConfig(Section):
     """A dataset on the Hugging Face hub (source: hub), read with the `datasets` library."""
 
-    name: str | None = None
+    name: FileName | None = None
     """The dataset, such as roneneldan/TinyStories, or a local folder that holds one."""
     config: str | None = None
     """Which of the dataset's configurations, where it has several."""
@@ -225,7 +233,7 @@ class DataConfig(SourceConfig):
     """Tokens of the bpe tokenizer: 256 bytes, the merges, and end of text."""
     learn_bytes: Count = 100_000_000
     """Bytes of training text, spread evenly over it, that the bpe tokenizer learns from at most."""
-    vocabulary: str | None = None
+    vocabulary: FileName | None = None
     """A tokenizer.json of an earlier run or preparation (tokenizer: file)."""
     holdout: Literal["documents", "tail"] = "documents"
     """Validation is whole documents, chosen by a hash of their text, or the tail of each."""
@@ -235,7 +243,7 @@ class DataConfig(SourceConfig):
     """Training sequences: each window once an epoch, or drawn at random places as in nanoGPT."""
     seed: Seed | None = None
     """Seed of the order in which training sequences are drawn; unset, the run's seed."""
-    cache_dir: str = "cache"
+    cache_dir: FileName = "cache"
     """Folder for prepared token files, one sub-folder a combination of corpus and tokenizer."""
 
     @model_validator(mode="before")
@@ -591,6 +599,9 @@ def may_change(difference: str) -> bool:
 # Reading
 
 
+LONGEST = 2**22  # bytes of a YAML file
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses duplicate keys, and aliases (a few lines of them can fill memory)."""
 
@@ -621,7 +632,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         InputError: the file cannot be read, is no valid YAML, or holds no mapping.
     """
     try:
-        tree = _parse_yaml(path.read_text("utf-8"), str(path))
+        with path.open("rb") as file:
+            raw = file.read(LONGEST + 1)
+        if len(raw) > LONGEST:
+            raise InputError(f"{path}: is no config: it has more than {LONGEST:,} bytes")
+        tree = _parse_yaml(raw.decode(), str(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -664,9 +679,9 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     Raises:
         InputError: a file is missing or no valid YAML, or a base leads back to its file.
     """
+    tree = read_yaml(path)
     if path.resolve() in seen:
         raise InputError(f"{path}: base: leads back to this file")
-    tree = read_yaml(path)
     base = tree.pop("base", None)
     if base is None:
         return tree

@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+HALF = 1000  # characters at either end of a line that are always shown
+
 
 class InputError(ValueError):
     """The user's input is wrong. The message is one to three finished lines."""
@@ -25,6 +27,19 @@ class UnreachableError(InputError):
 
 class StoppedError(Exception):
     """The user asked to stop, and what was done so far is kept for the next start."""
+
+
+def told(error: InputError) -> list[str]:
+    """The message as one to three lines, of a length and of characters that a terminal can show.
+
+    Words of the input stand in it, and may hold anything: escapes of a terminal, or 5,000 letters.
+    """
+    lines = []
+    for line in str(error).split("\n", 2):
+        shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        cut = len(shown) > 2 * HALF
+        lines.append(f"{shown[:HALF]} ... {shown[-HALF:]}" if cut else shown)
+    return lines
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

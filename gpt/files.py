@@ -112,8 +112,13 @@ def stays_inside(directory: Path) -> None:
     """
     inside = directory.resolve()
     for path in directory.rglob("*"):
-        if path.is_symlink() and not path.resolve().is_relative_to(inside):
-            raise InputError(f"{path}: is a link that leads out of {directory}")
+        if path.is_symlink():
+            try:
+                stays = path.resolve(strict=True).is_relative_to(inside)
+            except (OSError, RuntimeError):  # it leads nowhere, or to itself
+                stays = False
+            if not stays:
+                raise InputError(f"{path}: is a link that leads out of {directory}")
 
 
 def sweep(folder: Path) -> None:

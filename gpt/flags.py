@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import sys
@@ -40,11 +41,14 @@ def parse(
         InputError: a flag that does not exist or lacks its value, or a missing argument.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    for argument in arguments:
+        if "\0" in argument:
+            raise InputError(f"{argument!r}: holds a NUL character")
     given = [a.partition("=")[0].replace("_", "-") for a in arguments if a.startswith("--")]
     twice = [flag for flag in given if given.count(flag) > 1]
     if twice:
         raise InputError(f"{twice[0]}: is given twice; several values follow one flag")
-    both = dataclasses.make_dataclass("Flags", _fields(section), bases=(own,), kw_only=True)
+    both = _both(own, section)  # type: ignore[arg-type]
     names = [field.name for field in dataclasses.fields(own)]  # type: ignore[arg-type]
     complaint = io.StringIO()
     try:
@@ -78,6 +82,12 @@ def parse(
     return parsed, _given(options, section)
 
 
+@functools.cache
+def _both(own: type[Any], section: type[Section]) -> type[Any]:
+    """A dataclass of the door's own arguments and the section's options."""
+    return dataclasses.make_dataclass("Flags", _fields(section), bases=(own,), kw_only=True)
+
+
 def _is_rule(row: str) -> bool:
     return not row.strip("- ")
 
@@ -99,7 +109,10 @@ def _fields(section: type[Section]) -> list[tuple[str, Any, Any]]:
         if isinstance(below, type) and issubclass(below, Section):
             nested = dataclasses.make_dataclass(below.__name__, _fields(below))
             nested.__doc__ = below.__doc__
-            fields.append((name, nested, dataclasses.field(default_factory=nested)))
+            told: Any = tyro.conf.arg(help=below.__doc__)  # or tyro looks for it in the source
+            fields.append(
+                (name, Annotated[(nested, told)], dataclasses.field(default_factory=nested))
+            )
             continue
         branches = schema[name].get("anyOf", [schema[name]])
         several = any(branch.get("items") == {"type": "string"} for branch in branches)
@@ -108,7 +121,7 @@ def _fields(section: type[Section]) -> list[tuple[str, Any, Any]]:
             metavar="PATH..." if several else _metavar(schema[name]),
             help_behavior_hint=f"(default: {_as_text(info.default)})",
         )
-        kind: Any = tuple[str, ...] if several else str
+        kind = tuple[str, ...] if several else str
         fields.append((name, Annotated[kind, arg], (UNSET,) if several else UNSET))
     return fields
 

@@ -22,6 +22,7 @@ from gpt.files import write_text
 
 Record = dict[str, Any]
 
+MOST_LAYERS = 10_000  # no run has more; a picture has a row for each
 LEARNT = 0.05  # nats under the unigram entropy H₁ that count as having learnt more than frequencies
 
 
@@ -89,21 +90,40 @@ def read(path: Path) -> list[Record]:
     """The records of a metrics.jsonl, without a last line that was cut off while being written.
 
     Raises:
-        InputError: another line is no record.
+        InputError: another line is no record, or this is no file.
     """
     records: list[Record] = []
-    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return records
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     for number, line in enumerate(lines, 1):
         if number == len(lines) and not line.endswith(b"\n"):
             break
         try:
             record = json.loads(line)
-            if not isinstance(record["step"], int):
-                raise TypeError
-        except (ValueError, KeyError, TypeError):
+            if not _is_record(record):
+                raise ValueError
+        except (ValueError, RecursionError):
             raise InputError(f"{path}: line {number} is damaged") from None
         records.append(record)
     return records
+
+
+def _is_record(record: Any) -> bool:
+    """Whether a line holds what training writes: a step, numbers, and all of an update."""
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return False
+    numbers = (value for key, value in record.items() if key != "batches")
+    return (
+        all(n is None or (isinstance(n, int | float) and abs(n) < 1e300) for n in numbers)
+        and type(record.get("layer", 0)) is int
+        and 0 <= record.get("layer", 0) < MOST_LAYERS
+        and isinstance(record.get("batches", ""), str)
+        and ("loss" not in record or {"grad_norm", "batches", "learning_rate"} <= record.keys())
+    )
 
 
 def _line(record: Record) -> str:

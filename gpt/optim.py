@@ -150,8 +150,22 @@ class Optimizer:
             if value is not None
         }
 
+    @property
+    def has_memory(self) -> bool:
+        """Whether updates leave anything in `state`; plain gradient descent's leave nothing."""
+        return any(part.defaults.get("momentum", 1) for part in self.parts)
+
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over a copy of what `state` returned."""
+        """Take over a copy of what `state` returned.
+
+        Raises:
+            ValueError: it is of other parameters.
+        """
+        parameters = {name: p for part in self.parts for name, p in _named(part)}
+        for key, value in tensors.items():
+            name = key.partition("|")[0]
+            if name not in parameters or not _fits(value, parameters[name]):
+                raise ValueError(f"optimizer state of another model: {key} {list(value.shape)}")
         for part in self.parts:
             names = [name for name, _ in _named(part)]
             state: dict[int, dict[str, Tensor]] = {}
@@ -161,6 +175,14 @@ class Optimizer:
                     state.setdefault(names.index(name), {})[quantity] = value.clone()
             groups = part.state_dict()["param_groups"]
             part.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _fits(value: Tensor, parameter: nn.Parameter) -> bool:
+    """Whether it is a number, or one for each number of a parameter, or of its rows or columns."""
+    return value.ndim == 0 or (
+        value.ndim == parameter.ndim
+        and all(n in (1, full) for n, full in zip(value.shape, parameter.shape, strict=True))
+    )
 
 
 def _named(part: torch.optim.Optimizer) -> Iterable[tuple[str, nn.Parameter]]:

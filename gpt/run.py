@@ -90,6 +90,20 @@ class RunDirectory:
         self.samples = path / "samples"
         self.checkpoints = path / "checkpoints"
 
+    def check_places(self) -> None:
+        """What stands in the run's places is of its kind, and nothing leads out of the directory.
+
+        Raises:
+            InputError: naming what is not.
+        """
+        stays_inside(self.path)
+        for folder in (self.samples, self.checkpoints):
+            if folder.exists() and not folder.is_dir():
+                raise InputError(f"{folder}: is no folder")
+        for file in (self.metrics, self.history, self.result, self.environment, self.tokenizer):
+            if file.exists() and not file.is_file():
+                raise InputError(f"{file}: is no file")
+
     def read_config(self) -> Config:
         """The run's config.
 
@@ -108,7 +122,7 @@ class RunDirectory:
         try:
             tree = json.loads(self.result.read_text("utf-8"))
             result = TypeAdapter(RunResult).validate_python({**tree, "directory": self.path})
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise InputError(f"{self.result}: is damaged") from None
         return result
 
@@ -209,7 +223,7 @@ def open_run(config: Config, path: Path, resume: str) -> Opened:
     if ended is not None:
         return Opened(run, result=ended, resumed=True)
     changes, result = _same_run(run, config, resume)
-    stays_inside(path)
+    run.check_places()
     checkpoint, skipped = checkpoints.newest_whole(run.checkpoints)
     if checkpoint is None and result is not None and result.step:
         raise InputError(f"{path}: has no checkpoint to go on from; choose another --out-dir")

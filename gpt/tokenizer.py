@@ -307,10 +307,12 @@ def load(path: Path) -> tiktoken.Encoding:
         if tree["end_of_text"] != len(tree["tokens"]):
             raise ValueError("end_of_text is not the id after the last token")
         tokens = [token.encode("latin-1") for token in tree["tokens"]]
+        if len(set(tokens)) < len(tokens):
+            raise ValueError("a token stands twice")
         if tree["name"] != "chars" and not {bytes([b]) for b in range(256)} <= set(tokens):
             raise ValueError("it lacks a token for some byte")
         return _encoding(tree["name"], tree["pattern"], tokens)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: is no tokenizer file: {error}") from None

@@ -15,20 +15,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter
 from torch import Tensor
 
 from gpt import checkpoint as checkpoints
@@ -51,6 +49,7 @@ from gpt.plot import plot_run
 from gpt.rng import derive
 from gpt.run import Opened, RunDirectory, RunResult, Status, ended_run, open_run
 from gpt.schedule import rate
+from gpt.state import Progress, State, read_state
 
 DTYPES = {  # of matrix products and attention; weights and their sums stay fp32
     "fp32": torch.float32,
@@ -59,7 +58,6 @@ DTYPES = {  # of matrix products and attention; weights and their sums stay fp32
 }
 
 READ_EVERY = {"cpu": 1}  # steps between reads of the metrics where reading costs nothing
-STATE_FORMAT = 4
 CALIBRATION_SEQUENCES = 64  # of the first batch, at most, for what a placement sets from data
 
 
@@ -105,41 +103,6 @@ def train(
     ):
         opened = open_run(config, path, resume)
         return _Training(config, opened, device, console, stop).run()
-
-
-@dataclass
-class _Progress:
-    """What a run knows of itself beside weights and optimizer; saved in state.json."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
-
-    step: int = 0
-    seconds: float = 0.0  # wall clock
-    update_seconds: float = 0.0  # of it, in updates
-    train_loss: float | None = None
-    val_loss: float | None = None
-    val_bits_per_byte: float | None = None
-    best_val_loss: float | None = None  # of all evaluations
-    best_saved_val_loss: float | None = None  # of those whose step was saved: `best`
-    batches: str = ""  # SHA-256 of this field one batch ago, and of the batch: all that was seen
-    idle: int = 0  # evaluations in a row at which it knew no more than token frequencies
-    skipped: int = 0  # updates, for what was not finite
-    skipped_in_a_row: int = 0
-    rollbacks: int = 0
-    passed_over: int = 0  # batches, in rollbacks: update n sees batch n + passed_over
-
-
-@dataclass
-class _State:
-    """What state.json holds, beside its format and the step."""
-
-    progress: _Progress
-    scaler: dict[str, float | int]
-    micro_batch: Annotated[int, Field(ge=1)]
-    data_fingerprint: str
-
-
-_STATE = TypeAdapter(_State)
 
 
 @dataclass(frozen=True)
@@ -211,7 +174,7 @@ class _Training:
             self.micro_batch = opened.checkpoint.state["micro_batch"]  # sums keep their order
         self._open_directory(opened)
 
-    def _set_state(self, checkpoint: Checkpoint | None) -> _Progress:
+    def _set_state(self, checkpoint: Checkpoint | None) -> Progress:
         """Weights and optimizer as they were at `checkpoint`, or before the first update.
 
         Returns:
@@ -227,21 +190,19 @@ class _Training:
             batch, _ = self.sequences.batch(1, config.batch_sequences)
             first = self._host_tensor(batch[:CALIBRATION_SEQUENCES])
             self.model.calibrate(self._on_device(first))
-            return _Progress()
-        found = checkpoint.state.get("format")
-        if found != STATE_FORMAT:
-            raise InputError(f"the checkpoint has format {found!r}, not {STATE_FORMAT}")
+            return Progress()
+        state = read_state(checkpoint)
         try:
-            state = _STATE.validate_json(json.dumps(checkpoint.state))
             self.model.load_state_dict(checkpoint.model)
             self.optimizer.load_state(checkpoint.optimizer)
+            updates = state.progress.step - state.progress.skipped
+            if updates and self.optimizer.has_memory and not checkpoint.optimizer:
+                raise ValueError("the optimizer's state is missing")
             if state.scaler and fp16:
                 self.scaler.load_state_dict(state.scaler)
         except (ValueError, KeyError, RuntimeError) as error:
             said = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"the checkpoint of step {checkpoint.step} does not fit its config: {said}"
-            ) from None
+            raise InputError(f"{checkpoint.name}: does not fit the config: {said}") from None
         if state.data_fingerprint != self.dataset.fingerprint:
             raise InputError("data: the tokens are not those that this run was trained on so far")
         return state.progress
@@ -667,18 +628,17 @@ class _Training:
         return f"training.micro_batch: out of memory with a single sequence at a time ({error})"
 
     def _checkpoint(self) -> Checkpoint:
-        state = {
-            "format": STATE_FORMAT,
-            "step": self.progress.step,
-            "progress": vars(self.progress),
-            "scaler": self.scaler.state_dict(),
-            "micro_batch": self.micro_batch,
-            "data_fingerprint": self.dataset.fingerprint,
-        }
+        state = State(
+            step=self.progress.step,
+            progress=self.progress,
+            scaler=self.scaler.state_dict(),
+            micro_batch=self.micro_batch,
+            data_fingerprint=self.dataset.fingerprint,
+        )
         return Checkpoint(
             self.model.state_dict(),
             self.optimizer.state(),
-            state,
+            asdict(state),
             tokenizer.to_json(self.dataset.encoding),
         )
 

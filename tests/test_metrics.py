@@ -6,16 +6,18 @@ from pathlib import Path
 
 from gpt.metrics import MetricsLog, read, up_to
 
+REST = {"grad_norm": 1.0, "learning_rate": 0.1, "batches": "0"}
+
 
 def test_lines_are_appended_and_read_back(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path)
-    log.write([{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0}])
+    log.write([{"step": 1, "loss": 2.5, **REST}, {"step": 2, "loss": 2.0, **REST}])
     log.write([{"step": 2, "val_loss": 2.1}])
     log.close()
     assert read(path) == [
-        {"step": 1, "loss": 2.5},
-        {"step": 2, "loss": 2.0},
+        {"step": 1, "loss": 2.5, **REST},
+        {"step": 2, "loss": 2.0, **REST},
         {"step": 2, "val_loss": 2.1},
     ]
 

@@ -57,6 +57,11 @@ class Checkpoint:
         """Updates made."""
         return int(self.state["step"])
 
+    @property
+    def name(self) -> str:
+        """What its folder is called."""
+        return f"step-{self.step:08d}"
+
 
 # ---------------------------------------------------------------------------------------------
 # Writing
@@ -72,7 +77,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, best: bool = False) -> Path:
         OSError: it cannot be written; what stood there before is as it was.
     """
     folder.mkdir(exist_ok=True)
-    final = folder / f"step-{checkpoint.step:08d}"
+    final = folder / checkpoint.name
     if not (final.exists() and is_whole(final)):
         temporary = Path(tempfile.mkdtemp(prefix=WRITING, dir=folder))
         try:
@@ -178,6 +183,10 @@ def verify(folder: Path) -> None:
         InputError: naming the first file that differs.
     """
     try:
+        for name in (MANIFEST, *FILES):
+            path = folder / name
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                raise InputError(f"{path}: is damaged: it is no file of its own")
         text = (folder / MANIFEST).read_text("utf-8")
         manifest = json.loads(text)
         if text != _to_text(manifest):
@@ -187,8 +196,6 @@ def verify(folder: Path) -> None:
         files: dict[str, Any] = manifest["files"]
         for name in FILES:
             path = folder / name
-            if path.is_symlink() or (path.exists() and not path.is_file()):
-                raise InputError(f"{path}: is damaged: it is no file of its own")
             if path.stat().st_size != files[name]["size"] or files[name] != describe(path):
                 raise InputError(f"{path}: is damaged: it is not what was written")
     except FileNotFoundError as error:

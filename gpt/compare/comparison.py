@@ -115,12 +115,13 @@ def report(
     Raises:
         InputError: no cell has a result, or a file is damaged.
     """
-    outcomes = read_outcomes(cells, directory)
+    outcomes, starts = read_outcomes(cells, directory), read_starts(directory)
+    commands = read_commands(directory)
     summary = summarize(grid, outcomes)
+    other = None if beside is None else (beside, read_comparison(beside))
     write_text(directory / "cells.csv", _to_csv(csv_rows(outcomes)))
     write_text(directory / "summary.json", _to_json(asdict(summary)))
-    other = None if beside is None else (beside, read_comparison(beside))
-    write_report(directory, grid, summary, outcomes, read_starts(directory), other)
+    write_report(directory, grid, summary, outcomes, starts, commands, other)
     return summary
 
 

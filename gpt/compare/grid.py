@@ -66,7 +66,7 @@ def _flat(value: object) -> object:
 def _seeds(value: object) -> object:
     """A number of seeds is that many, from 0."""
     if isinstance(value, int) and not isinstance(value, bool):
-        return list(range(value))
+        return list(range(min(value, MOST_CELLS + 1)))
     return value
 
 

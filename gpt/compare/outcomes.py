@@ -5,12 +5,13 @@ Everything is read from files that training wrote, so a report can be made anywh
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt
 
 from gpt import metrics
 from gpt.compare.grid import Cell
@@ -78,6 +79,23 @@ class Outcome:
         return math.log(self.vocabulary) if initial is None else initial
 
 
+class Weight(BaseModel):
+    """What environment.json says of a parameter's first numbers; see gpt.init.fingerprints."""
+
+    shape: list[PositiveInt]
+    sha256: str
+    signs: str
+
+
+class Environment(BaseModel):
+    """What a report needs of environment.json; the rest is shown as it is."""
+
+    model_config = ConfigDict(extra="allow")
+    versions: dict[str, str]
+    unigram_entropy: FiniteFloat
+    initial_weights: dict[str, Weight]
+
+
 def read_outcome(cell: Cell, directory: Path, lost: Lost | None = None) -> Outcome:
     """The outcome of a cell, from its run directory.
 
@@ -89,15 +107,19 @@ def read_outcome(cell: Cell, directory: Path, lost: Lost | None = None) -> Outco
     if result is None:
         return Outcome(cell, run.path, None, lost)
     try:
-        environment = json.loads(run.environment.read_text("utf-8"))
-        entropy = float(environment["unigram_entropy"])
-        vocabulary = int(environment["initial_weights"]["token_embedding.weight"]["shape"][0])
-    except (OSError, ValueError, TypeError, LookupError):
+        environment = Environment.model_validate_json(run.environment.read_bytes())
+        vocabulary = environment.initial_weights["token_embedding.weight"].shape[0]
+    except (OSError, ValueError, LookupError):
         raise InputError(f"{run.environment}: is damaged") from None
+    entropy = environment.unigram_entropy
     records = metrics.read(run.metrics)
     updates = [r["step"] for r in records if {"loss", "grad_norm", "batches"} <= r.keys()]
     evaluated = [r["step"] for r in records if "val_loss" in r]
-    whole = updates == list(range(1, result.step + 1)) and evaluated[-1:] == [result.step]
+    whole = (
+        result.step > 0
+        and updates == list(range(1, result.step + 1))
+        and evaluated[-1:] == [result.step]
+    )
     if result.status == "finished" and not whole:
         raise InputError(f"{run.metrics}: is damaged: it does not hold all {result.step} steps")
     given_up = f"; {result.reason}" if result.reason.startswith("given up") else ""
@@ -117,7 +139,7 @@ def read_outcome(cell: Cell, directory: Path, lost: Lost | None = None) -> Outco
         replace(found, reason=found.reason + given_up),
         seconds=result.seconds,
         unigram_entropy=entropy,
-        environment=environment,
+        environment=environment.model_dump(),
         batches={r["step"]: r["batches"] for r in records if "batches" in r},
         vocabulary=vocabulary,
         extremes=_extremes(records),

@@ -49,12 +49,14 @@ def write_report(
     summary: Summary,
     outcomes: Sequence[Outcome],
     starts: Sequence[Start],
+    commands: Sequence[Command],
     beside: tuple[Path, Comparison] | None = None,
 ) -> None:
     """Write report.html, report.md and figures/ into a comparison directory.
 
     Args:
         starts: probes of the networks; empty if there are none.
+        commands: the command lines that ran it.
         beside: the directory of another comparison and what it holds, to be set next to this one.
     """
     material = Material(grid, summary, outcomes, starts)
@@ -77,7 +79,7 @@ def write_report(
         "pictures": pictures,
         "styles": material.styles,
         "svg": {name: inline(svg, name, tips) for name, svg in drawings.items()},
-        "command": _command(directory),
+        "command": [f"{each.began}  {shlex.join(each.argv)}" for each in commands],
         "environment": _environment(outcomes),
         "cells": [_row(outcome) for outcome in outcomes],
         "curve_of": {cell: picture.name for picture in pictures for cell in picture.cells},
@@ -283,10 +285,6 @@ def read_commands(directory: Path) -> list[Command]:
         return TypeAdapter(list[Command]).validate_json(path.read_text("utf-8"))
     except ValueError:
         raise InputError(f"{path}: is damaged; delete it to go on") from None
-
-
-def _command(directory: Path) -> list[str]:
-    return [f"{each.began}  {shlex.join(each.argv)}" for each in read_commands(directory)]
 
 
 def _environment(outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def read_lost(directory: Path) -> dict[str, Lost]:
         return {}
     try:
         return {cell: Lost(**lost) for cell, lost in json.loads(path.read_text("utf-8")).items()}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OSError, RecursionError):
         raise InputError(f"{path}: is damaged; delete it to try its cells again") from None
 
 

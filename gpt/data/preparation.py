@@ -22,20 +22,23 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import tiktoken
+from pydantic import NonNegativeInt, TypeAdapter
 
 from gpt import tokenizer
 from gpt.config import DataConfig, SourceConfig
 from gpt.console import Console
-from gpt.data.prepared import FORMAT, Dataset, open_dataset, seal
+from gpt.data.prepared import FORMAT, Dataset, open_dataset, seal, train_names
 from gpt.data.sources import SOURCES, Document, Read, Tokens, commit
 from gpt.errors import InputError, StoppedError, UnreachableError
 from gpt.files import flush, only_one, write_text
 from gpt.tokenizer import pieces
+
+T = TypeVar("T")
 
 JOB = 2**17  # characters or tokens that a worker is given at a time; larger ones ran slower
 NOTE = "progress.json"
@@ -134,7 +137,7 @@ def _plan(config: DataConfig) -> tuple[Path, list[_SourceFiles]]:
     places = [f"data.mix.{index}" for index in range(len(config.mix))] or ["data"]
     plan = [
         _source_files(config, source, target, place)
-        for source, target, place in zip(config.sources, _train_names(config), places, strict=True)
+        for source, target, place in zip(config.sources, train_names(config), places, strict=True)
     ]
     if config.validation is not None:
         plan.append(_source_files(config, config.validation, "val", "data.validation"))
@@ -178,10 +181,6 @@ def _source_files(
     return _SourceFiles(source, files, target)
 
 
-def _train_names(config: DataConfig) -> list[str]:
-    return [f"train-{index}" for index in range(len(config.mix))] or ["train"]
-
-
 # ---------------------------------------------------------------------------------------------
 # The work
 
@@ -203,7 +202,7 @@ class _Preparation:
         self.config, self.plan, self.final = config, plan, final
         self.folder = final.with_name(f".{final.name}.building")
         self.console, self.stop = console, stop
-        self.names = [*_train_names(config), "val"]
+        self.names = [*train_names(config), "val"]
         self.total = sum(source.size() for source in plan) or None
         self.read: int | None = None
 
@@ -248,7 +247,9 @@ class _Preparation:
         path = self.folder / REVISIONS
         revisions = [commit(source.config) for source in self.plan]  # or it is out of reach
         if path.is_file():
-            revisions = json.loads(path.read_text("utf-8"))
+            revisions = _noted(path, list[str | None])
+            if len(revisions) != len(self.plan):
+                raise InputError(f"{path}: is damaged; the next start prepares anew")
         else:
             write_text(path, json.dumps(revisions) + "\n")
         self.plan = [s.at(revision) for s, revision in zip(self.plan, revisions, strict=True)]
@@ -327,7 +328,7 @@ class _Preparation:
         note = self.folder / NOTE
         done = dict.fromkeys(["items", *self.names], 0)
         if note.is_file():
-            done = json.loads(note.read_text("utf-8"))
+            done |= _noted(note, dict[str, NonNegativeInt])
             self.console.say("going on where an earlier start was stopped")
         files: dict[str, BinaryIO] = {}
         for name in self.names:
@@ -357,6 +358,14 @@ class _Preparation:
             self.console.start(self.total, what=self.what, unit="B", every=SAY_EVERY)
         self.read += count
         self.console.progress(self.read)
+
+
+def _noted(path: Path, kind: type[T]) -> T:
+    """What an earlier start noted of its work."""
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except ValueError:
+        raise InputError(f"{path}: is damaged; the next start prepares anew") from None
 
 
 def _learn(

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import tiktoken
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from gpt import tokenizer
 from gpt.config import DataConfig
@@ -32,6 +32,8 @@ from gpt.errors import InputError
 from gpt.files import describe, flush, write_text
 
 FORMAT = 2
+DTYPES = ("uint16", "uint32")
+OTHERS = ("tokenizer.json", "counts.bin")  # files beside the token files
 BLOCK = 2**22  # tokens looked at together when a file is described
 REHASH = 2**30  # bytes of a token file beyond which it is only hashed again if its time changed
 
@@ -104,6 +106,11 @@ class Dataset:
 # Closing a folder of token files
 
 
+def train_names(config: DataConfig) -> list[str]:
+    """The token files of the training text: one, or one for each source of a mix."""
+    return [f"train-{index}" for index in range(len(config.mix))] or ["train"]
+
+
 def seal(
     folder: Path,
     names: Sequence[str],
@@ -125,7 +132,7 @@ def seal(
         for name, row in zip(names, counts, strict=True)
     ]
     counts.tofile(folder / "counts.bin")
-    others = {name: describe(folder / name) for name in ("tokenizer.json", "counts.bin")}
+    others = {name: describe(folder / name) for name in OTHERS}
     digests = [*(file.sha256 for file in files), str(others["tokenizer.json"]["sha256"])]
     meta = {
         "format": FORMAT,
@@ -187,8 +194,16 @@ def open_dataset(config: DataConfig, folder: Path) -> Dataset:
     try:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         files = TypeAdapter(tuple[TokenFile, ...]).validate_python(meta["files"])
-        for name, description in meta["others"].items():
-            if describe(folder / name) != description:
+        if [file.name for file in files] != [*train_names(config), "val"]:
+            raise ValueError("meta.json describes other files")
+        if meta["dtype"] not in DTYPES:
+            raise ValueError(f"meta.json: dtype is neither {' nor '.join(DTYPES)}")
+        for name in OTHERS:
+            size = int(meta["others"][name]["size"])
+            if (
+                not _has_size(folder / name, size)
+                or describe(folder / name) != meta["others"][name]
+            ):
                 raise ValueError(f"{name} is not what was written")
         for file in files:
             _verify(folder / f"{file.name}.bin", file)
@@ -202,20 +217,30 @@ def open_dataset(config: DataConfig, folder: Path) -> Dataset:
             encoding=encoding,
             fingerprint=str(meta["fingerprint"]),
             files=files,
-            counts=np.fromfile(folder / "counts.bin", np.int64).reshape(len(files), -1),
+            counts=np.fromfile(folder / "counts.bin", np.int64).reshape(
+                len(files), encoding.n_vocab
+            ),
             folder=folder,
         )
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"{folder}: is damaged ({reason}); delete the folder to prepare it again"
-        ) from None
+    except ValidationError as error:
+        raise _damaged(folder, f"meta.json: files: {error.errors()[0]['msg']}") from None
+    except (ValueError, LookupError, TypeError, OSError, OverflowError, RecursionError) as error:
+        raise _damaged(folder, str(error).partition("\n")[0]) from None
+
+
+def _damaged(folder: Path, reason: str) -> InputError:
+    return InputError(f"{folder}: is damaged ({reason}); delete the folder to prepare it again")
+
+
+def _has_size(path: Path, size: int) -> bool:
+    """Whether a plain file of that size is there; a device would be read without end."""
+    return path.is_file() and path.stat().st_size == size
 
 
 def _verify(path: Path, file: TokenFile) -> None:
     """Hold a token file against its size and SHA-256; a large one is hashed if it was touched."""
     stat = path.stat()
-    if stat.st_size != file.size:
+    if not _has_size(path, file.size):
         raise ValueError(f"{path.name} has {stat.st_size:,} bytes, {file.size:,} were written")
     trusted = file.size > REHASH and stat.st_mtime_ns == file.time
     if not trusted and describe(path)["sha256"] != file.sha256:
