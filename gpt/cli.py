@@ -249,13 +249,13 @@ class StopSignals:
         if not seconds > 0:
             raise InputError(f"--max-seconds {max_seconds}: must be a number of seconds above 0")
         self._asked = False
-        self._end = time.monotonic() + seconds
+        self._end, self._seconds = time.monotonic() + seconds, seconds
         self._before: dict[int, Any] = {}
 
     def __call__(self) -> bool:
         if not self._asked and time.monotonic() > self._end:
             self._asked = True
-            print("\n--max-seconds are over: saving, then stopping", file=sys.stderr, flush=True)
+            print(f"\n{self._seconds:g} s are over: saving, then stopping", file=sys.stderr)
         return self._asked
 
     def __enter__(self) -> StopSignals:

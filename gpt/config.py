@@ -439,8 +439,7 @@ class TrainingConfig(Section):
     compile: bool = False
     """Compile the model with torch.compile: pays on a GPU, costs half a minute or more on a CPU."""
     nonfinite: Literal["stop", "skip", "rollback"] = "stop"
-    """What a non-finite loss or gradient does: end the run, lose that update, or go back and pass
-    over the batches since the last checkpoint (Chowdhery et al. 2022)."""
+    """Whether a non-finite loss or gradient ends the run, loses the update, or rolls it back."""
     nonfinite_limit: Count = 20
     """Updates skipped in a row, or times rolled back, after which the run ends as diverged."""
     log_every: Count = 10
@@ -540,6 +539,21 @@ class Config(Section):
                 f"{self.batch_sequences} sequences"
             )
         return self
+
+    @model_validator(mode="after")
+    def _kept_is_saved(self) -> Self:
+        kept, saved = self.checkpoint.keep_every, self.save_every
+        if kept is not None and kept % saved:
+            raise ValueError(
+                f"checkpoint.keep_every ({kept}) must be a multiple of the {saved} steps between "
+                "checkpoints (checkpoint.every, or else evaluation.every)"
+            )
+        return self
+
+    @property
+    def save_every(self) -> int:
+        """Steps between checkpoints."""
+        return self.checkpoint.every or self.evaluation.every
 
     @property
     def batch_sequences(self) -> int:

@@ -34,7 +34,9 @@ def write_bytes(path: Path, contents: bytes) -> None:
             file.write(contents)
         flush(temporary)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk names none
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise

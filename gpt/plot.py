@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gpt.diagnostics.layers import MEASURES, Measure
-from gpt.files import WRITING
+from gpt.files import write_bytes
 from gpt.metrics import Record
 
 TRAIN, VALIDATION, OTHER = "#9ecae1", "#08519c", "#d95f02"  # told apart by the colour-blind too
@@ -114,6 +115,6 @@ def _plot_measure(axes: Axes, records: list[Record], key: str, measure: Measure)
 
 
 def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f"{WRITING}{path.name}")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=120, format="png")
+    write_bytes(path, png.getvalue())

@@ -198,9 +198,12 @@ def ended_run(config: Config, path: Path, resume: str) -> RunResult | None:
     changes, result = _same_run(run, config, resume)
     if result is None or result.status == "interrupted":
         return None
-    longer = any(change.startswith("training.steps:") for change in changes)
-    on = result.status == "finished" and longer and config.training.steps > result.step
-    return None if on else result
+    steps, changed = config.training.steps, any(c.startswith("training.steps:") for c in changes)
+    if result.status == "finished" and changed and steps != result.step:
+        if steps < result.step:
+            raise InputError(f"{path}: is at step {result.step}, past training.steps ({steps})")
+        return None
+    return result
 
 
 def open_run(config: Config, path: Path, resume: str) -> Opened:
@@ -243,6 +246,7 @@ def _same_run(run: RunDirectory, config: Config, resume: str) -> tuple[list[str]
     changes = run.read_config().differences(config)
     refused = [change for change in changes if not may_change(change)]
     if refused:
+        refused += [change for change in changes if change.startswith("data.path:")]
         shown = "; ".join(refused[:5]) + ("; ..." if len(refused) > 5 else "")
         raise InputError(
             f"{run.path}: holds a run of another config ({shown});\n"
@@ -272,7 +276,10 @@ def _start_from(config: Config, resume: str) -> Checkpoint | None:
         return None
     folder = Path(resume).absolute()
     if not checkpoints.STEP_NAME.fullmatch(folder.name) or not folder.is_dir():
-        raise InputError(f"--resume {resume}: is neither auto, never nor a checkpoint folder")
+        raise InputError(
+            f"--resume {resume}: is neither auto, never nor a checkpoint folder, such as "
+            "runs/NAME/checkpoints/step-00001000"
+        )
     origin = RunDirectory(folder.parents[1])
     different = [
         line
@@ -318,7 +325,12 @@ def load_run(
         raise InputError(
             f"--checkpoint {checkpoint}: {path} has best, latest, {', '.join(map(str, available))}"
         )
-    loaded = checkpoints.load(folder)
+    try:
+        loaded = checkpoints.load(folder)
+    except InputError as error:
+        whole = [step for step, path in available.items() if checkpoints.is_whole(path)]
+        others = f";\n--checkpoint {whole[-1]} is whole" if whole else ""
+        raise InputError(f"{error}{others}") from None
     encoding = tokenizer.load(folder / "tokenizer.json")
     model = GPT(config.model, encoding.n_vocab)
     try:

@@ -167,12 +167,24 @@ class _Training:
         self.skips = config.training.nonfinite == "skip" or precision == "fp16"
         self.alarmed = False
         self.unigram_entropy = self.dataset.unigram_entropy()
+        self._check_tokens(opened)
         self.progress = self._set_state(opened.checkpoint)
         if not opened.resumed:  # `best` is the best of this directory
             self.progress.best_val_loss = self.progress.best_saved_val_loss = None
         elif opened.checkpoint is not None and not _changed(opened, "training.micro_batch"):
             self.micro_batch = opened.checkpoint.state["micro_batch"]  # sums keep their order
         self._open_directory(opened)
+
+    def _check_tokens(self, opened: Opened) -> None:
+        if opened.checkpoint is None:
+            return
+        if read_state(opened.checkpoint).data_fingerprint != self.dataset.fingerprint:
+            data = [change for change in opened.changes if change.startswith("data.")]
+            raise InputError(
+                f"{self.directory.path}: the tokens are not those that this run was trained on so "
+                f"far ({'; '.join(data) or 'the text is another'});\n"
+                "give it the same text, or choose another --out-dir"
+            )
 
     def _set_state(self, checkpoint: Checkpoint | None) -> Progress:
         """Weights and optimizer as they were at `checkpoint`, or before the first update.
@@ -203,29 +215,36 @@ class _Training:
         except (ValueError, KeyError, RuntimeError) as error:
             said = " ".join(str(error).split())[:200]
             raise InputError(f"{checkpoint.name}: does not fit the config: {said}") from None
-        if state.data_fingerprint != self.dataset.fingerprint:
-            raise InputError("data: the tokens are not those that this run was trained on so far")
         return state.progress
 
     def _open_directory(self, opened: Opened) -> None:
         run, step, config = self.directory, self.progress.step, self.config.checkpoint
         going_on = opened.resumed and opened.checkpoint is not None
         kept = metrics.up_to(run.metrics, step) if going_on else []
-        try:
-            run.samples.mkdir(exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{run.samples}: cannot be made: {error.strerror}") from None
+        spare = Path(config.spare_dir) if config.spare_dir else None
+        for folder in (run.samples, spare):
+            try:
+                if folder is not None:
+                    folder.mkdir(parents=folder is spare, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"{folder}: cannot be made: {error.strerror}") from None
         for folder in (run.path, run.samples, run.checkpoints):
             sweep(folder)
         for damage in opened.skipped:
             self.console.say(f"skipped: {damage}")
+        later = self._later_state() if going_on else None
+        if later is not None:
+            self.console.say(f"a later state of this run is in {later}: --out-dir {later} has it")
         if opened.skipped:
             self.console.say(f"going on from step {step}")
             for path in checkpoints.steps(run.checkpoints).values():
                 if not checkpoints.is_whole(path):
                     self.console.say(f"set aside: {checkpoints.set_aside(path)}")
-        if going_on:  # what a kill kept from being deleted
-            checkpoints.prune(run.checkpoints, config.keep, config.keep_every)
+        self.spared: list[int] = []
+        if _changed(opened, "checkpoint.keep") or _changed(opened, "checkpoint.keep_every"):
+            self.spared = list(checkpoints.steps(run.checkpoints))  # other options kept them
+        if going_on:
+            self._prune()  # what a kill kept from being deleted
         else:
             if step:  # another run's checkpoint is where this one starts from, also after a crash
                 checkpoints.save(run.checkpoints, self._checkpoint())
@@ -293,10 +312,9 @@ class _Training:
         config, progress = self.config, self.progress
         steps = config.training.steps
         evaluate_every = config.evaluation.every
-        save_every = config.checkpoint.every or evaluate_every
         sample_every = config.sampling.every or evaluate_every
         if self.stop():
-            return self._end("interrupted", f"stopped before step {progress.step + 1}")
+            return self._end("interrupted", f"stopped before step {progress.step + 1} was made")
         fault = self._evaluate() if progress.step == 0 else None
         if fault is not None:
             return fault
@@ -311,7 +329,7 @@ class _Training:
                 unread.append(self._update(step, *batch))
                 last, stopping = step == steps, self.stop()
                 evaluating = last or step % evaluate_every == 0
-                saving = last or stopping or step % save_every == 0
+                saving = last or stopping or step % config.save_every == 0
                 sampling = last or step % sample_every == 0
                 if not (evaluating or saving or sampling or step % self.read_every == 0):
                     continue
@@ -465,6 +483,11 @@ class _Training:
             progress.step, progress.train_loss = update.step, _finite(loss)
             progress.skipped += update.skipped
             progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if update.skipped else 0
+            if update.skipped and config.training.nonfinite == "skip":
+                self.console.say(
+                    f"step {update.step}: skipped: loss {loss:g}, gradient norm {norm:g} "
+                    f"({progress.skipped} skipped so far)"
+                )
             fault = self._fault(update, loss, norm)
             if fault is not None:
                 break
@@ -486,7 +509,7 @@ class _Training:
             forgiven = update.skipped and (overflow or config.nonfinite == "skip")
             too_often = config.nonfinite == "skip" and in_a_row > config.nonfinite_limit
             if not math.isfinite(value) and (too_often or not forgiven):
-                again = f", after {in_a_row - 1} skipped updates in a row" if too_often else ""
+                again = f", and {in_a_row} updates in a row were skipped" if too_often else ""
                 text = f"the {quantity} became {value} at step {step}{again}"
                 return _Fault(step, quantity, text)
         return None
@@ -564,7 +587,29 @@ class _Training:
         progress.seconds = time.monotonic() - self.began
         best = progress.best_saved_val_loss != before
         checkpoints.save(folder, self._checkpoint(), best=best)
-        checkpoints.prune(folder, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
+        self._prune()
+
+    def _prune(self) -> None:
+        config = self.config.checkpoint
+        checkpoints.prune(self.directory.checkpoints, config.keep, config.keep_every, self.spared)
+
+    def _spare_place(self) -> Path:
+        return Path(self.config.checkpoint.spare_dir or tempfile.gettempdir())
+
+    def _later_state(self) -> Path | None:
+        """Where `_saved_elsewhere` put a later state of this run before, if it is still there."""
+        for path in self._spare_place().glob(f"{self.config.name}-*"):
+            run = RunDirectory(path)
+            with contextlib.suppress(InputError, OSError):
+                same = run.config.is_file() and not run.read_config().differences(self.config)
+                steps = checkpoints.steps(run.checkpoints)
+                if (
+                    same
+                    and path != self.directory.path
+                    and max(steps, default=0) > self.progress.step
+                ):
+                    return path
+        return None
 
     def _saved_elsewhere(self, why: OSError, *, evaluated: bool) -> InputError:
         """Make a directory of this run, as it is now, where it can be written; in words for a user.
@@ -575,7 +620,9 @@ class _Training:
         reason = f"{why.filename or own.path}: {why.strerror}"
         if not own.config.is_file():
             reason = f"{own.path}: was deleted or moved while training"
-        place = Path(self.config.checkpoint.spare_dir or tempfile.gettempdir())
+        saved = checkpoints.pointed(own.checkpoints, "latest")
+        before = f"{saved} is untouched" if saved else "no checkpoint is left there"
+        place = self._spare_place()
         made: Path | None = None
         try:
             place.mkdir(parents=True, exist_ok=True)
@@ -593,11 +640,11 @@ class _Training:
                 shutil.rmtree(made, ignore_errors=True)
             return InputError(
                 f"{reason};\nnor can the state of step {step} be saved in {place}: "
-                f"{error.strerror}\nwhat was saved in {own.checkpoints} before is untouched"
+                f"{error.strerror}\n{before}; the same command goes on from there"
             )
         return InputError(
-            f"{reason};\nwhat was saved in {own.checkpoints} before is untouched, and the state of "
-            f"step {step} is in {run.path}:\n--out-dir {run.path} goes on from there"
+            f"{reason};\n{before}, and the state of step {step} is in {run.path}:\n"
+            f"--out-dir {run.path} goes on from there"
         )
 
     # -- Out of memory ---------------------------------------------------------------------------
@@ -646,6 +693,8 @@ class _Training:
 
     def _rolled_back(self, fault: _Fault) -> bool:
         """Go back to the last good checkpoint, and over the batches that were seen since.
+
+        So did Chowdhery et al. 2022 (PaLM, section 5.1) by hand, and the spikes did not come again.
 
         Returns:
             False, with nothing done, if training.nonfinite wants none, it was done too often, or

@@ -326,7 +326,7 @@ def test_after_max_seconds_it_saves_and_the_run_goes_on(
     code, stdout, stderr = called(capsys, "train", path, "--out-dir", out, "--max-seconds", "50")
     monkeypatch.undo()
     assert code == 75
-    assert stderr.count("--max-seconds are over: saving, then stopping") == 1
+    assert stderr.count("50 s are over: saving, then stopping") == 1
     step = json.loads((out / "result.json").read_text())["step"]
     assert 0 < step < 20
     assert stdout.startswith(f"interrupted: stopped after step {step}, and saved")

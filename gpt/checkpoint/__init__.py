@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,16 +135,17 @@ def point(folder: Path, pointer: str, name: str) -> None:
     write_text(folder / pointer, name + "\n")
 
 
-def prune(folder: Path, keep: int, every: int | None = None) -> None:
+def prune(folder: Path, keep: int, every: int | None = None, spared: Collection[int] = ()) -> None:
     """Delete all checkpoints but the `keep` newest and those that `latest` and `best` name.
 
     Args:
         every: steps that are a multiple of this stay too.
+        spared: and so do these.
     """
     found = steps(folder)
     kept = [*list(found.values())[-keep:], pointed(folder, "latest"), pointed(folder, "best")]
     for step, path in found.items():
-        if path not in kept and (every is None or step % every):
+        if path not in kept and step not in spared and (every is None or step % every):
             doomed = folder / f"{WRITING}{path.name}"  # a name step-... is never half a checkpoint
             path.rename(doomed)
             shutil.rmtree(doomed)
@@ -242,7 +243,7 @@ def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[InputError]]:
     if skipped:
         raise InputError(
             f"{skipped[0]};\nno checkpoint in {folder} is whole (of {len(skipped)}); "
-            "delete that folder to start again from step 0"
+            "choose another --out-dir to start again"
         )
     return None, []
 
