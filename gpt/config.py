@@ -441,7 +441,7 @@ class TrainingConfig(Section):
     nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     """Whether a non-finite loss or gradient ends the run, loses the update, or rolls it back."""
     nonfinite_limit: Count = 20
-    """Updates skipped in a row, or times rolled back, after which the run ends as diverged."""
+    """Updates skipped in a row, fp16's too, or rollbacks, after which the run has diverged."""
     log_every: Count = 10
     """Steps between progress lines, and between reads of the metrics from a GPU."""
 
@@ -475,7 +475,7 @@ class CheckpointConfig(Section):
     """Newest checkpoints to keep, beside the best."""
     keep_every: Count | None = None
     """Checkpoints at multiples of this step are kept too; unset, only the newest and the best."""
-    spare_dir: str | None = None
+    spare_dir: FileName | None = None
     """Takes the state when the run's directory cannot be written; unset, the temporary folder."""
 
 

@@ -73,12 +73,17 @@ def only_one(lock: Path, refusal: str) -> Iterator[None]:
     held = FileLock(lock)
     try:
         held.acquire(timeout=0)
+        mine = lock.stat()
     except Timeout:
         raise InputError(refusal) from None
+    except OSError as error:
+        raise InputError(f"{lock}: cannot be held: {error.strerror}") from None
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the directory was moved or deleted meanwhile
+            if os.path.samestat(mine, lock.stat()):
+                lock.unlink()
         held.release()
 
 

@@ -57,7 +57,11 @@ class MetricsLog:
         """
         self._hand_over()
         os.fsync(self._file.fileno())
-        if not self._path.is_file() or not os.fstat(self._file.fileno()).st_nlink:
+        try:
+            here = os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        except FileNotFoundError:
+            here = False
+        if not here:
             raise OSError(errno.ENOENT, "was deleted or moved while in use", str(self._path))
 
     def contents(self) -> bytes:

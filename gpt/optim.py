@@ -153,7 +153,7 @@ class Optimizer:
     @property
     def has_memory(self) -> bool:
         """Whether updates leave anything in `state`; plain gradient descent's leave nothing."""
-        return any(part.defaults.get("momentum", 1) for part in self.parts)
+        return any(_memory(part, p) for part in self.parts for _, p in _named(part))
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Take over a copy of what `state` returned.
@@ -161,11 +161,16 @@ class Optimizer:
         Raises:
             ValueError: it is of other parameters.
         """
-        parameters = {name: p for part in self.parts for name, p in _named(part)}
-        for key, value in tensors.items():
-            name = key.partition("|")[0]
-            if name not in parameters or not _fits(value, parameters[name]):
-                raise ValueError(f"optimizer state of another model: {key} {list(value.shape)}")
+        found = {key: (value.shape, value.dtype) for key, value in tensors.items()}
+        expected = {
+            f"{name}|{quantity}": (shape, parameter.dtype)
+            for part in self.parts
+            for name, parameter in _named(part)
+            for quantity, shape in _memory(part, parameter).items()
+        }
+        if found and found != expected:
+            key = next(key for key in {**found, **expected} if found.get(key) != expected.get(key))
+            raise ValueError(f"optimizer state of another model: {key}")
         for part in self.parts:
             names = [name for name, _ in _named(part)]
             state: dict[int, dict[str, Tensor]] = {}
@@ -177,12 +182,17 @@ class Optimizer:
             part.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _fits(value: Tensor, parameter: nn.Parameter) -> bool:
-    """Whether it is a number, or one for each number of a parameter, or of its rows or columns."""
-    return value.ndim == 0 or (
-        value.ndim == parameter.ndim
-        and all(n in (1, full) for n, full in zip(value.shape, parameter.shape, strict=True))
-    )
+def _memory(part: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Size]:
+    """Quantities that an optimizer keeps of a parameter, and their shapes."""
+    full, number = parameter.shape, torch.Size([])
+    if isinstance(part, torch.optim.Adafactor):
+        if parameter.ndim < 2:
+            return {"step": number, "variance": full}
+        rows, columns = torch.Size([*full[:-1], 1]), torch.Size([*full[:-2], 1, full[-1]])
+        return {"step": number, "row_var": rows, "col_var": columns}
+    if isinstance(part, torch.optim.AdamW | torch.optim.RAdam):
+        return {"step": number, "exp_avg": full, "exp_avg_sq": full}
+    return {"momentum_buffer": full} if part.defaults["momentum"] else {}
 
 
 def _named(part: torch.optim.Optimizer) -> Iterable[tuple[str, nn.Parameter]]:

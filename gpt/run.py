@@ -194,14 +194,23 @@ def ended_run(config: Config, path: Path, resume: str) -> RunResult | None:
     """
     run = RunDirectory(path)
     if not run.config.is_file():
+        if path.is_symlink() or path.exists():
+            _check_unborn(run, resume)
         return None
     changes, result = _same_run(run, config, resume)
     if result is None or result.status == "interrupted":
         return None
+    if result.status == "diverged" and any(c.startswith("training.nonfinite:") for c in changes):
+        raise InputError(
+            f"{path}: has diverged, and does not go on; --resume with its last checkpoint starts "
+            "another --out-dir from there"
+        )
     steps, changed = config.training.steps, any(c.startswith("training.steps:") for c in changes)
     if result.status == "finished" and changed and steps != result.step:
         if steps < result.step:
-            raise InputError(f"{path}: is at step {result.step}, past training.steps ({steps})")
+            raise InputError(
+                f"{path}: is at step {result.step} already; training.steps ({steps}) must be more"
+            )
         return None
     return result
 
@@ -218,21 +227,22 @@ def open_run(config: Config, path: Path, resume: str) -> Opened:
             checkpoint of it is whole.
     """
     run = RunDirectory(path)
-    if not run.config.is_file():
-        if path.exists() and (not path.is_dir() or not _unborn(run, resume)):
-            raise InputError(f"{path}: exists and is no run; choose another --out-dir")
-        return Opened(run, _start_from(config, resume))
     ended = ended_run(config, path, resume)
     if ended is not None:
         return Opened(run, result=ended, resumed=True)
+    if not run.config.is_file():
+        return Opened(run, _start_from(config, resume))
     changes, result = _same_run(run, config, resume)
     run.check_places()
     checkpoint, skipped = checkpoints.newest_whole(run.checkpoints)
     if checkpoint is None and result is not None and result.step:
         raise InputError(f"{path}: has no checkpoint to go on from; choose another --out-dir")
     steps = config.training.steps
-    if checkpoint is not None and checkpoint.step > steps:
-        raise InputError(f"{path}: is at step {checkpoint.step}, past training.steps ({steps})")
+    shorter = any(change.startswith("training.steps:") for change in changes)
+    if checkpoint is not None and checkpoint.step > steps - shorter:
+        raise InputError(
+            f"{path}: is at step {checkpoint.step} already; training.steps ({steps}) must be more"
+        )
     return Opened(run, checkpoint, resumed=True, changes=tuple(changes), skipped=tuple(skipped))
 
 
@@ -255,20 +265,23 @@ def _same_run(run: RunDirectory, config: Config, resume: str) -> tuple[list[str]
     return changes, run.read_result()
 
 
-def _unborn(run: RunDirectory, resume: str) -> bool:
-    """Whether a directory holds nothing, or only what a start wrote that was killed just then.
+def _check_unborn(run: RunDirectory, resume: str) -> None:
+    """A directory holds nothing, or only what a start wrote that was killed just then.
 
     That is folders without files, or with the checkpoint that the start was from.
+
+    Raises:
+        InputError: it holds something else.
     """
     origin = {"latest", Path(resume).name} if resume not in ("auto", "never") else set()
-    return all(
-        is_scrap(path)
-        or (
-            (path in (run.samples, run.checkpoints) and path.is_dir())
-            and all(is_scrap(inner) or inner.name in origin for inner in path.iterdir())
-        )
+    ours = (run.samples, run.checkpoints)
+    if not run.path.is_dir() or not all(
+        (is_scrap(path) or (path in ours and path.is_dir()))
+        and not path.is_symlink()
+        and all(is_scrap(p) or p.name in origin for p in (path.iterdir() if path in ours else ()))
         for path in run.path.iterdir()
-    )
+    ):
+        raise InputError(f"{run.path}: exists and is no run; choose another --out-dir")
 
 
 def _start_from(config: Config, resume: str) -> Checkpoint | None:

@@ -14,26 +14,32 @@ from gpt.errors import InputError
 FORMAT = 4
 
 
+Natural = Annotated[int, Field(ge=0, le=2**53)]
+Time = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Loss = Annotated[float, Field(allow_inf_nan=False)] | None
+
+
 @dataclass
 class Progress:
     """How far a run is, and what it has seen and met."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
-    step: int = 0
-    seconds: float = 0.0  # wall clock
-    update_seconds: float = 0.0  # of it, in updates
-    train_loss: float | None = None
-    val_loss: float | None = None
-    val_bits_per_byte: float | None = None
-    best_val_loss: float | None = None  # of all evaluations
-    best_saved_val_loss: float | None = None  # of those whose step was saved: `best`
+    step: Natural = 0
+    seconds: Time = 0.0  # wall clock
+    update_seconds: Time = 0.0  # of it, in updates
+    train_loss: Loss = None
+    val_loss: Loss = None
+    val_bits_per_byte: Loss = None
+    best_val_loss: Loss = None  # of all evaluations
+    best_saved_val_loss: Loss = None  # of those whose step was saved: `best`
     batches: str = ""  # SHA-256 of this field one batch ago, and of the batch: all that was seen
-    idle: int = 0  # evaluations in a row at which it knew no more than token frequencies
-    skipped: int = 0  # updates, for what was not finite
-    skipped_in_a_row: int = 0
-    rollbacks: int = 0
-    passed_over: int = 0  # batches, in rollbacks: update n sees batch n + passed_over
+    idle: Natural = 0  # evaluations in a row at which it knew no more than token frequencies
+    skipped: Natural = 0  # updates, for what was not finite
+    skipped_in_a_row: Natural = 0
+    forked_at: Natural = 0  # the step that this directory began with
+    rollbacks: Natural = 0
+    passed_over: Natural = 0  # batches, in rollbacks: update n sees batch n + passed_over
 
 
 @dataclass
@@ -44,15 +50,17 @@ class State:
         step: updates made.
         scaler: state of fp16's loss scaler; empty without one.
         micro_batch: sequences of one forward pass.
+        best: whether its validation loss was the lowest of those saved so far.
         data_fingerprint: of the token files that it was trained on.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
-    step: int
+    step: Natural
     progress: Progress
     scaler: dict[str, float | int]
-    micro_batch: Annotated[int, Field(ge=1)]
+    micro_batch: Annotated[int, Field(ge=1, le=2**31)]
+    best: bool
     data_fingerprint: str
     format: int = FORMAT
 
@@ -68,10 +76,14 @@ def read_state(checkpoint: Checkpoint) -> State:
     """
     found = checkpoint.state.get("format")
     if found != FORMAT:
-        raise InputError(f"{checkpoint.name}: has format {found!r}, this program has {FORMAT}")
+        raise InputError(f"{checkpoint.name}: state.json: format is {found!r}, not {FORMAT}")
     try:
-        return _STATE.validate_json(json.dumps(checkpoint.state))
+        state = _STATE.validate_json(json.dumps(checkpoint.state))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise InputError(f"{checkpoint.name}: state.json: {where}: {first['msg']}") from None
+    counts = state.progress
+    if not counts.skipped_in_a_row <= counts.skipped <= counts.step == state.step:
+        raise InputError(f"{checkpoint.name}: state.json: its counts of updates do not agree")
+    return state

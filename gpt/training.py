@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -56,6 +56,8 @@ DTYPES = {  # of matrix products and attention; weights and their sums stay fp32
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+
+Computed = TypeVar("Computed")
 
 READ_EVERY = {"cpu": 1}  # steps between reads of the metrics where reading costs nothing
 CALIBRATION_SEQUENCES = 64  # of the first batch, at most, for what a placement sets from data
@@ -102,6 +104,8 @@ def train(
         contextlib.closing(Console(quiet)) as console,
     ):
         opened = open_run(config, path, resume)
+        if opened.result is not None:  # another process has just finished it
+            return opened.result
         return _Training(config, opened, device, console, stop).run()
 
 
@@ -171,8 +175,11 @@ class _Training:
         self.progress = self._set_state(opened.checkpoint)
         if not opened.resumed:  # `best` is the best of this directory
             self.progress.best_val_loss = self.progress.best_saved_val_loss = None
-        elif opened.checkpoint is not None and not _changed(opened, "training.micro_batch"):
+            self.progress.forked_at = self.progress.step
+        elif opened.checkpoint is not None and config.training.micro_batch == "auto":
             self.micro_batch = opened.checkpoint.state["micro_batch"]  # sums keep their order
+            if self.micro_batch > config.batch_sequences:
+                raise InputError(f"{opened.checkpoint.name}: its micro-batch is no part of a batch")
         self._open_directory(opened)
 
     def _check_tokens(self, opened: Opened) -> None:
@@ -243,24 +250,15 @@ class _Training:
         self.spared: list[int] = []
         if _changed(opened, "checkpoint.keep") or _changed(opened, "checkpoint.keep_every"):
             self.spared = list(checkpoints.steps(run.checkpoints))  # other options kept them
-        if going_on:
-            self._prune()  # what a kill kept from being deleted
-        else:
-            if step:  # another run's checkpoint is where this one starts from, also after a crash
-                checkpoints.save(run.checkpoints, self._checkpoint())
-            self._write_identity(run)
-            run.write_environment(
-                self.device,
-                micro_batch=self.micro_batch,
-                data_fingerprint=self.dataset.fingerprint,
-                unigram_entropy=self.unigram_entropy,
-                initial_weights=fingerprints(self.model),
-            )
-        self.environment = run.environment.read_text("utf-8") if run.environment.is_file() else "{}"
+        if opened.checkpoint is not None and going_on:  # what a kill had left undone
+            name, best = opened.checkpoint.name, bool(opened.checkpoint.state["best"])
+            checkpoints.point(run.checkpoints, name, best=best)
+            self._prune()
+        elif step:  # another run's checkpoint is where this one starts from, also after a crash
+            checkpoints.save(run.checkpoints, self._checkpoint())
         if opened.resumed and not going_on:
             self.console.say("no checkpoint had been saved: starting again from step 0")
         if opened.changes:
-            write_text(run.config, self.config.to_yaml())
             self.console.say("changed: " + "; ".join(opened.changes))
         if opened.resumed:
             run.note(
@@ -271,11 +269,20 @@ class _Training:
                 command=sys.argv,
             )
         run.result.unlink(missing_ok=True)
+        if opened.changes or not going_on:  # from here on the directory is this run
+            write_text(run.config, self.config.to_yaml())
+        if not going_on or not run.tokenizer.is_file():
+            write_text(run.tokenizer, tokenizer.to_json(self.dataset.encoding))
+        if not going_on or not run.environment.is_file():
+            run.write_environment(
+                self.device,
+                micro_batch=self.micro_batch,
+                data_fingerprint=self.dataset.fingerprint,
+                unigram_entropy=self.unigram_entropy,
+                initial_weights=fingerprints(self.model),
+            )
+        self.environment = run.environment.read_text("utf-8")
         self.log = metrics.MetricsLog(run.metrics, kept)
-
-    def _write_identity(self, run: RunDirectory) -> None:
-        write_text(run.config, self.config.to_yaml())  # from here on the directory is this run
-        write_text(run.tokenizer, tokenizer.to_json(self.dataset.encoding))
 
     # -- The loop --------------------------------------------------------------------------------
 
@@ -305,7 +312,7 @@ class _Training:
             if not plan.is_out_of_memory(error):
                 raise
             said = str(error).partition("\n")[0]
-        raise OutOfMemoryError(self._what_fits(said))  # here, where nothing holds that memory
+        raise OutOfMemoryError(self._fitting(said))  # here, where nothing holds that memory
 
     def _updates(self) -> RunResult | _Fault:
         """Update after update, from where the progress is; returns how the run ended or failed."""
@@ -315,7 +322,9 @@ class _Training:
         sample_every = config.sampling.every or evaluate_every
         if self.stop():
             return self._end("interrupted", f"stopped before step {progress.step + 1} was made")
-        fault = self._evaluate() if progress.step == 0 else None
+        if self._gives_up():  # and was killed before it said so
+            return self._given_up()
+        fault = self._evaluate_what_fits() if progress.step == 0 else None
         if fault is not None:
             return fault
         self.console.start(steps, progress.step)
@@ -337,19 +346,19 @@ class _Training:
                 if fault is None and saving and not self._weights_are_finite():
                     fault = _Fault(step, "weight", f"a weight became non-finite at step {step}")
                 if fault is None and evaluating:
-                    fault = self._evaluate()
+                    fault = self._evaluate_what_fits()
                 if fault is not None:
                     return fault
+                giving_up = evaluating and not last and self._gives_up()
                 try:
                     if sampling:
                         self._sample()
-                    if saving:
+                    if saving or giving_up:
                         self._save(evaluated=evaluating)
                 except OSError as error:
                     raise self._saved_elsewhere(error, evaluated=evaluating) from None
-                if evaluating and not last and self._gives_up():
-                    known = f"no more than token frequencies at {progress.idle} evaluations"
-                    return self._end("finished", f"given up at step {step}: {known} in a row")
+                if giving_up:
+                    return self._given_up()
                 if stopping and not last:
                     return self._end("interrupted", f"stopped after step {step}, and saved")
                 unread, unread_since = [], time.monotonic()
@@ -367,7 +376,7 @@ class _Training:
         seen = self.progress.batches.encode() + inputs.numpy().tobytes()
         self.progress.batches = hashlib.sha256(seen).hexdigest()
         inputs, targets = self._on_device(inputs), self._on_device(targets)
-        loss, norm = self._gradients_that_fit(step, inputs, targets)
+        loss, norm = self._what_fits(lambda: self._gradients(step, inputs, targets))
         look = None
         every = config.diagnostics.every
         if every is not None and (step == 1 or step % every == 0):
@@ -392,13 +401,11 @@ class _Training:
                 torch.manual_seed(derive(self.config.seed, "dropout", step, index))
             yield part
 
-    def _gradients_that_fit(
-        self, step: int, inputs: Tensor, targets: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """`_gradients`, with a smaller micro-batch where auto had chosen one that does not fit."""
+    def _what_fits(self, compute: Callable[[], Computed]) -> Computed:
+        """What `compute` returns, with a smaller micro-batch where auto's does not fit."""
         while True:
             try:
-                return self._gradients(step, inputs, targets)
+                return compute()
             except Exception as error:
                 smaller = plan.smaller(self.micro_batch, self.config.batch_sequences)
                 automatic = self.config.training.micro_batch == "auto"
@@ -407,7 +414,7 @@ class _Training:
             self.optimizer.zero_grad()
             self._release_memory()
             self.console.say(
-                f"step {step}: out of memory with micro-batches of {self.micro_batch} sequences; "
+                f"out of memory with micro-batches of {self.micro_batch} sequences; "
                 f"going on with {smaller}"
             )
             self.micro_batch = smaller
@@ -507,7 +514,7 @@ class _Training:
         for quantity, value in (("training loss", loss), ("gradient norm", norm)):
             overflow = quantity == "gradient norm" and config.precision == "fp16"
             forgiven = update.skipped and (overflow or config.nonfinite == "skip")
-            too_often = config.nonfinite == "skip" and in_a_row > config.nonfinite_limit
+            too_often = in_a_row > config.nonfinite_limit
             if not math.isfinite(value) and (too_often or not forgiven):
                 again = f", and {in_a_row} updates in a row were skipped" if too_often else ""
                 text = f"the {quantity} became {value} at step {step}{again}"
@@ -528,6 +535,9 @@ class _Training:
     @torch.no_grad()
     def _weights_are_finite(self) -> bool:
         return bool(torch.stack([p.isfinite().all() for p in self.model.parameters()]).all())
+
+    def _evaluate_what_fits(self) -> _Fault | None:
+        return self._what_fits(self._evaluate)
 
     @torch.no_grad()
     def _evaluate(self) -> _Fault | None:
@@ -563,6 +573,11 @@ class _Training:
         patience = self.config.evaluation.give_up_after
         return patience is not None and self.progress.idle >= patience
 
+    def _given_up(self) -> RunResult:
+        known = f"no more than token frequencies at {self.progress.idle} evaluations"
+        step = self.progress.step
+        return self._end("finished", f"given up at step {step}: {known} in a row")
+
     def _sample(self) -> None:
         """Text of the model as it is now, into samples/."""
         options, encoding = self.config.sampling, self.dataset.encoding
@@ -582,16 +597,25 @@ class _Training:
         self.log.sync()
         progress, folder = self.progress, self.directory.checkpoints
         before = progress.best_saved_val_loss
-        if evaluated and progress.val_loss is not None:
+        if evaluated and progress.val_loss is not None and self._is_scheduled(progress.step):
             progress.best_saved_val_loss = _lower(progress.val_loss, before)
         progress.seconds = time.monotonic() - self.began
         best = progress.best_saved_val_loss != before
-        checkpoints.save(folder, self._checkpoint(), best=best)
+        checkpoints.save(folder, self._checkpoint(best), best=best)
         self._prune()
 
+    def _is_scheduled(self, step: int) -> bool:
+        """Whether a checkpoint of that step stands there in the undisturbed run, not for a stop."""
+        ends = (self.config.training.steps, self.progress.forked_at)
+        return step % self.config.save_every == 0 or step in ends
+
     def _prune(self) -> None:
-        config = self.config.checkpoint
-        checkpoints.prune(self.directory.checkpoints, config.keep, config.keep_every, self.spared)
+        config, folder = self.config.checkpoint, self.directory.checkpoints
+        found = list(checkpoints.steps(folder))
+        kept = {*list(filter(self._is_scheduled, found))[-config.keep :], *self.spared}
+        if config.keep_every is not None:
+            kept.update(step for step in found if step % config.keep_every == 0)
+        checkpoints.prune(folder, kept)
 
     def _spare_place(self) -> Path:
         return Path(self.config.checkpoint.spare_dir or tempfile.gettempdir())
@@ -628,12 +652,13 @@ class _Training:
             place.mkdir(parents=True, exist_ok=True)
             made = Path(tempfile.mkdtemp(prefix=f"{self.config.name}-", dir=place))
             run = self.directory = RunDirectory(made)
-            self._write_identity(run)
+            write_text(run.config, self.config.to_yaml())
+            write_text(run.tokenizer, tokenizer.to_json(self.dataset.encoding))
             write_text(run.environment, self.environment)
             write_bytes(run.metrics, self.log.contents())
             self.log.close()
             self.log = metrics.MetricsLog(run.metrics, metrics.up_to(run.metrics, step))
-            self.progress.best_saved_val_loss = None
+            self.progress.best_saved_val_loss, self.progress.forked_at = None, step
             self._save(evaluated=evaluated)
         except OSError as error:
             if made is not None:
@@ -653,7 +678,7 @@ class _Training:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _what_fits(self, error: str) -> str:
+    def _fitting(self, error: str) -> str:
         """In words for a user, the largest micro-batch with which an update does fit."""
         tried = self.micro_batch
         inputs, targets = map(self._on_device, self._batch(self.progress.step + 1))
@@ -667,19 +692,22 @@ class _Training:
                 if not plan.is_out_of_memory(another):
                     raise
                 continue
+            automatic = self.config.training.micro_batch == "auto"
             return (
                 f"training.micro_batch: out of memory with {tried} sequences at a time; {smaller} "
-                f"would fit;\n--training.micro-batch {smaller}, or auto, which finds what fits, "
-                "goes on from the last checkpoint"
+                f"would fit;\n--training.micro-batch {smaller}"
+                + ("" if automatic else ", or auto, which finds what fits,")
+                + " goes on from the last checkpoint"
             )
         return f"training.micro_batch: out of memory with a single sequence at a time ({error})"
 
-    def _checkpoint(self) -> Checkpoint:
+    def _checkpoint(self, best: bool = False) -> Checkpoint:
         state = State(
             step=self.progress.step,
             progress=self.progress,
             scaler=self.scaler.state_dict(),
             micro_batch=self.micro_batch,
+            best=best,
             data_fingerprint=self.dataset.fingerprint,
         )
         return Checkpoint(
@@ -692,7 +720,7 @@ class _Training:
     # -- Divergence ------------------------------------------------------------------------------
 
     def _rolled_back(self, fault: _Fault) -> bool:
-        """Go back to the last good checkpoint, and over the batches that were seen since.
+        """Go back to the last scheduled checkpoint, and over the batches that were seen since.
 
         So did Chowdhery et al. 2022 (PaLM, section 5.1) by hand, and the spikes did not come again.
 
@@ -704,8 +732,10 @@ class _Training:
         if training.nonfinite != "rollback" or before.rollbacks >= training.nonfinite_limit:
             return False
         try:
-            checkpoint, _ = checkpoints.newest_whole(self.directory.checkpoints)
+            checkpoint, _ = checkpoints.newest_whole(self.directory.checkpoints, self._is_scheduled)
         except InputError:
+            return False
+        if checkpoint is None and before.forked_at:
             return False
         now = self.progress = self._set_state(checkpoint)
         now.rollbacks = before.rollbacks + 1

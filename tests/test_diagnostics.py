@@ -461,11 +461,12 @@ def test_advice_follows_the_config(tiny: Make):
         "--model.norm.placement pre",
         "--optimizer.learning-rate 0.001",
         "--optimizer.clip 1.0",
+        "--training.nonfinite rollback",
     ]
     done = tiny(
         model={"norm": {"placement": "peri"}},
         schedule={"warmup_steps": 50},
-        training={"steps": 500, "precision": "bf16"},
+        training={"steps": 500, "precision": "bf16", "nonfinite": "skip"},
     )
     place = Place("activation", 1, "blocks.0.attention.qkv")
     flags = [tip.partition("  ")[0] for tip in advice(done, place, 7)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import vouch
+from safetensors.torch import load_file, save_file
 from test_training import assert_same_run, records, run, stop_after, tensors
 
 from gpt import checkpoint as checkpoints
@@ -27,6 +29,7 @@ from gpt.data.sequences import TrainingSequences
 from gpt.errors import InputError, OutOfMemoryError
 from gpt.files import only_one_in
 from gpt.model import GPT
+from gpt.run import RunDirectory
 
 Make = Callable[..., Config]
 
@@ -77,8 +80,19 @@ def later(step: int, then: Callable[[], None]) -> Callable[[], bool]:
     return stop
 
 
-def power_cut() -> None:
+def power_cut(*args: Any, **options: Any) -> None:
     raise RuntimeError("power cut")
+
+
+@contextlib.contextmanager
+def cut_off_at(
+    monkeypatch: pytest.MonkeyPatch, owner: object, name: str, cut: Callable[..., None] = power_cut
+) -> Iterator[None]:
+    """What is run within ends where it calls that function."""
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, cut)
+        with pytest.raises(RuntimeError, match="power cut"):
+            yield
 
 
 # -- Numbers -----------------------------------------------------------------------------------
@@ -163,6 +177,38 @@ def test_rolling_back_without_end_is_divergence(tiny: Make, tmp_path: Path, spoi
     result = run(config, tmp_path / "run")
     assert (result.status, result.step, result.rollbacks) == ("diverged", 11, 3)
     assert list(checkpoints.steps(tmp_path / "run/checkpoints")) == [10]
+
+
+@pytest.mark.parametrize("updates", [12, 11, 5])
+def test_a_stop_changes_nothing_of_a_rollback(tiny: Make, tmp_path: Path, spoil: Any, updates: int):
+    """What is saved for a stop is no checkpoint to go back to, and does not stay."""
+    config = tiny(training={"nonfinite": "rollback"}, checkpoint={"every": 5})
+    bad = batch(config, 13)
+    spoil(lambda x: torch.equal(x, bad))
+    run(config, tmp_path / "whole")
+    assert run(config, tmp_path / "parts", stop=stop_after(updates)).step == updates
+    assert run(config, tmp_path / "parts").rollbacks == 1
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    for folder in ("whole", "parts"):
+        assert list(checkpoints.steps(tmp_path / folder / "checkpoints")) == [15, 20]
+
+
+@pytest.mark.parametrize("nonfinite", ["stop", "skip", "rollback"])
+def test_fp16_does_not_overflow_for_ever(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nonfinite: str
+):
+    objective = GPT.objective
+
+    def overflowing(self: GPT, *arguments: Any) -> Any:
+        minimised, loss = objective(self, *arguments)
+        bad = self.token_embedding.weight[0, 0] * 1e30
+        return minimised + (bad - bad.detach()) * 1e30, loss
+
+    monkeypatch.setattr(GPT, "objective", overflowing)
+    options = {"precision": "fp16", "nonfinite": nonfinite, "nonfinite_limit": 4}
+    result = run(tiny(training=options), tmp_path / "run")
+    assert result.status == "diverged"
+    assert "5 updates in a row were skipped" in result.reason
 
 
 # -- Disks -------------------------------------------------------------------------------------
@@ -397,7 +443,7 @@ def test_length_logging_and_paths_may_change(tiny: Make, tmp_path: Path, corpus:
 def test_a_run_is_not_made_shorter_than_it_is(tiny: Make, tmp_path: Path):
     run(tiny(), tmp_path / "run", stop=stop_after(12))
     before = contents(tmp_path / "run")
-    with pytest.raises(InputError, match=r"is at step 12, past training.steps \(11\)"):
+    with pytest.raises(InputError, match=r"is at step 12 already; training.steps \(11\) must"):
         run(tiny(training={"steps": 11}), tmp_path / "run")
     assert contents(tmp_path / "run") == before
 
@@ -467,6 +513,9 @@ def test_damaged_metrics_are_refused_before_anything_is_changed(tiny: Make, tmp_
         ("progress", {"stop": 1}),
         ("scaler", 5),
         ("micro_batch", 0),
+        ("micro_batch", 10**30),
+        ("micro_batch", 5),
+        ("best", 1),
         ("micro_batch", "all"),
         ("data_fingerprint", None),
         ("format", [4]),
@@ -607,3 +656,258 @@ def test_a_picture_that_a_kill_prevented_is_drawn_at_the_next_start(
     monkeypatch.undo()
     assert run(tiny(), tmp_path / "run").status == "finished"
     assert (tmp_path / "run/loss.png").is_file()
+
+
+# -- Between two lines -----------------------------------------------------------------------------
+
+
+def test_a_run_that_is_made_longer_survives_a_kill(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "run"
+    run(tiny(training={"steps": 10}), out)
+
+    for place in ("note", "write_result"):
+        with cut_off_at(monkeypatch, RunDirectory, place):
+            run(tiny(), out)
+    assert run(tiny(), out).step == 20
+    assert "training.steps: 10 -> 20" in history(out)[0]["changes"]
+
+
+def test_a_micro_batch_that_was_named_stays(tiny: Make, tmp_path: Path):
+    out = tmp_path / "run"
+    run(tiny(training={"micro_batch": 4}), out, stop=stop_after(12))
+    one = tiny(training={"micro_batch": 1})
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(one, out, stop=later(2, power_cut))
+    run(one, out)
+    state = json.loads((out / "checkpoints/step-00000020/state.json").read_text())
+    assert state["micro_batch"] == 1
+
+
+def test_a_run_that_another_process_has_just_finished_is_told(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from gpt import training
+
+    out, hold = tmp_path / "run", training.only_one_in
+
+    def late(path: Path, refusal: str) -> Any:
+        monkeypatch.setattr(training, "only_one_in", hold)
+        run(tiny(), out)
+        return hold(path, refusal)
+
+    monkeypatch.setattr(training, "only_one_in", late)
+    assert run(tiny(), out).status == "finished"
+    assert len(records(out)) == 23
+    assert (out / "result.json").is_file()
+
+
+def test_a_run_that_gave_up_and_was_killed_gives_up(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = tiny(
+        optimizer={"learning_rate": 1e-9},
+        evaluation={"every": 4, "give_up_after": 2},
+        checkpoint={"every": 5},
+    )
+    whole = run(config, tmp_path / "whole")
+    assert (whole.step, whole.reason.split(":")[0]) == (8, "given up at step 8")
+    assert 8 in checkpoints.steps(tmp_path / "whole/checkpoints")
+
+    with cut_off_at(monkeypatch, RunDirectory, "write_result"):
+        run(config, tmp_path / "parts")
+    assert run(config, tmp_path / "parts").reason == whole.reason
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", step=8)
+
+
+def test_a_fork_that_was_killed_while_it_began_is_whole_in_the_end(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run(tiny(), tmp_path / "origin")
+    origin = str(tmp_path / "origin/checkpoints/step-00000010")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(tiny(), whole, resume=origin)
+
+    with cut_off_at(monkeypatch, RunDirectory, "write_environment"):
+        run(tiny(), parts, resume=origin)
+    (parts / "tokenizer.json").unlink()
+    run(tiny(), parts)
+    assert_same_run(whole, parts)
+    assert json.loads((parts / "environment.json").read_text()).keys() == (
+        json.loads((whole / "environment.json").read_text()).keys()
+    )
+    assert (parts / "tokenizer.json").read_bytes() == (whole / "tokenizer.json").read_bytes()
+
+
+def test_pointers_that_a_kill_left_behind_are_set(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = tiny(checkpoint={"every": 5, "keep": 9}, evaluation={"every": 5})
+    run(config, tmp_path / "whole")
+    point = checkpoints.point
+
+    def killed(folder: Path, name: str, *, best: bool) -> None:
+        if name == "step-00000010":
+            power_cut()
+        point(folder, name, best=best)
+
+    with cut_off_at(monkeypatch, checkpoints, "point", killed):
+        run(config, tmp_path / "parts")
+    assert checkpoints.pointed(tmp_path / "parts/checkpoints", "latest").name == "step-00000005"
+    run(config, tmp_path / "parts", stop=stop_after(0))
+    for pointer in ("latest", "best"):
+        named = checkpoints.pointed(tmp_path / "parts/checkpoints", pointer)
+        assert named.name == "step-00000010"
+    run(config, tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_in_the_place_of_one_that_was_moved_is_left_alone(tiny: Make, tmp_path: Path):
+    out = tmp_path / "run"
+    config = tiny(checkpoint={"spare_dir": str(tmp_path / "spare")})
+    other = tiny(seed=5, training={"steps": 3})
+
+    def replace() -> None:
+        out.rename(tmp_path / "moved")
+        run(other, out)
+
+    with pytest.raises(InputError, match=r"metrics.jsonl: was deleted or moved while in use"):
+        run(config, out, stop=later(14, replace))
+    assert list(checkpoints.steps(out / "checkpoints")) == [3]
+    assert run(other, out).step == 3
+
+
+def test_a_later_state_elsewhere_is_told(
+    tiny: Make, tmp_path: Path, full: Any, capsys: pytest.CaptureFixture[str]
+):
+    from gpt.training import train
+
+    out = tmp_path / "run"
+    config = tiny(checkpoint={"spare_dir": str(tmp_path / "spare"), "every": 5})
+    with pytest.raises(InputError, match="No space left"):
+        run(config, out, stop=later(12, lambda: full(out)))
+    (place,) = (tmp_path / "spare").iterdir()
+    with pytest.raises(InputError, match="No space left"):
+        train(config, out)
+    assert f"a later state of this run is in {place}: --out-dir {place} has it" in (
+        capsys.readouterr().err
+    )
+
+
+def test_checkpoints_that_other_options_kept_stay(tiny: Make, tmp_path: Path):
+    kept = {"every": 2, "keep": 1, "keep_every": 4}
+    run(tiny(checkpoint=kept, evaluation={"every": 30}), tmp_path / "run", stop=stop_after(11))
+    run(tiny(checkpoint={"every": 2, "keep": 1}, evaluation={"every": 30}), tmp_path / "run")
+    assert set(checkpoints.steps(tmp_path / "run/checkpoints")) >= {4, 8, 20}
+
+
+def test_what_is_kept_is_also_saved(tiny: Make):
+    with pytest.raises(InputError, match=r"keep_every \(7\) must be a multiple of the 5 steps"):
+        tiny(checkpoint={"every": 5, "keep_every": 7})
+
+
+def test_where_it_is_already_is_no_length(tiny: Make, tmp_path: Path):
+    run(tiny(), tmp_path / "run", stop=stop_after(7))
+    with pytest.raises(InputError, match=r"is at step 7 already; training.steps \(7\) must"):
+        run(tiny(training={"steps": 7}), tmp_path / "run")
+
+
+def test_a_diverged_run_does_not_go_on(tiny: Make, tmp_path: Path, spoil: Any):
+    bad = batch(tiny(), 13)
+    spoil(lambda x: torch.equal(x, bad))
+    assert run(tiny(), tmp_path / "run").status == "diverged"
+    with pytest.raises(InputError, match="has diverged, and does not go on; --resume with its"):
+        run(tiny(training={"nonfinite": "rollback"}), tmp_path / "run")
+
+
+@pytest.mark.parametrize("link", ["checkpoints", "samples", ".lock"])
+def test_a_link_in_a_new_directory_is_not_followed(tiny: Make, tmp_path: Path, link: str):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / link).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="exists and is no run"):
+        run(tiny(), tmp_path / "run")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_strangers_lock_is_left_alone(tiny: Make, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    for name in (".lock", "theirs.txt"):
+        (tmp_path / "run" / name).write_text("theirs")
+    with pytest.raises(InputError, match="exists and is no run"):
+        run(tiny(), tmp_path / "run")
+    assert (tmp_path / "run/.lock").read_text() == "theirs"
+
+
+def test_auto_finds_what_fits_of_an_evaluation(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    objective = GPT.objective
+
+    def limited(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
+        if not self.training and len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return objective(self, x, *rest)
+
+    monkeypatch.setattr(GPT, "objective", limited)
+    assert run(tiny(), tmp_path / "run").status == "finished"
+
+
+HOSTILE: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
+    "a number for moments": lambda t: t.update({key(t, "exp_avg_sq"): torch.tensor(1.0)}),
+    "a column for moments": lambda t: t.update(
+        {key(t, "exp_avg_sq"): t[key(t, "exp_avg_sq")][..., :1].clone()}
+    ),
+    "no second moment": lambda t: t.pop(key(t, "exp_avg_sq")),
+    "steps for a step": lambda t: t.update({key(t, "step"): torch.ones(3)}),
+    "one parameter": lambda t: [t.pop(k) for k in list(t) if not k.startswith("token_embedding")],
+    "whole numbers": lambda t: t.update({key(t, "exp_avg"): t[key(t, "exp_avg")].long()}),
+    "nothing": lambda t: t.clear(),
+}
+
+
+def key(tensors: dict[str, torch.Tensor], quantity: str) -> str:
+    return f"token_embedding.weight|{quantity}"
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_optimizer_state_of_another_shape_is_refused(tiny: Make, tmp_path: Path, what: str):
+    """torch's fused kernels would read and write beyond it."""
+    out = tmp_path / "run"
+    run(tiny(), out, stop=stop_after(5))
+    path = out / "checkpoints/step-00000005/optimizer.safetensors"
+    found = load_file(path)
+    HOSTILE[what](found)
+    save_file(found, path)
+    vouch(path.parent)
+    before = contents(out)
+    with pytest.raises(InputError, match=r"^step-00000005: does not fit the config: "):
+        run(tiny(), out)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    "progress",
+    [
+        {"step": -5},
+        {"step": 15},
+        {"passed_over": -100},
+        {"passed_over": 10**30},
+        {"seconds": float("inf")},
+        {"update_seconds": -1e9},
+        {"skipped": 6},
+        {"val_loss": float("nan")},
+    ],
+    ids=str,
+)
+def test_a_state_that_cannot_be_is_refused(tiny: Make, tmp_path: Path, progress: dict[str, float]):
+    out = tmp_path / "run"
+    run(tiny(), out, stop=stop_after(5))
+    path = out / "checkpoints/step-00000005/state.json"
+    state = json.loads(path.read_text())
+    state["progress"] |= progress
+    path.write_text(json.dumps(state))
+    vouch(path.parent)
+    with pytest.raises(InputError, match=r"^step-00000005: state.json: "):
+        run(tiny(), out)

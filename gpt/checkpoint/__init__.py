@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,29 +70,27 @@ class Checkpoint:
 def save(folder: Path, checkpoint: Checkpoint, *, best: bool = False) -> Path:
     """Write `checkpoint` below `folder` (checkpoints/), and point `latest` (and `best`) at it.
 
-    A whole checkpoint of that step that stands there already is left as it is; a damaged one is
-    set aside.
+    What stands there already under that step's name is set aside.
 
     Raises:
         OSError: it cannot be written; what stood there before is as it was.
     """
-    folder.mkdir(exist_ok=True)
+    if not folder.is_dir():
+        folder.mkdir()
+        flush(folder.parent)
     final = folder / checkpoint.name
-    if not (final.exists() and is_whole(final)):
-        temporary = Path(tempfile.mkdtemp(prefix=WRITING, dir=folder))
-        try:
-            _write(temporary, checkpoint)
-            temporary.chmod(0o755)
-            if final.exists():
-                set_aside(final)
-            temporary.rename(final)
-            flush(folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-    if best:
-        point(folder, "best", final.name)
-    point(folder, "latest", final.name)  # last: a run that stops before this makes the step again
+    temporary = Path(tempfile.mkdtemp(prefix=WRITING, dir=folder))
+    try:
+        _write(temporary, checkpoint)
+        temporary.chmod(0o755)
+        if final.exists():
+            set_aside(final)
+        temporary.rename(final)
+        flush(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    point(folder, final.name, best=best)
     return final
 
 
@@ -130,22 +128,18 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
-def point(folder: Path, pointer: str, name: str) -> None:
-    """Make `pointer` (latest or best) name the checkpoint `name`, atomically."""
-    write_text(folder / pointer, name + "\n")
+def point(folder: Path, name: str, *, best: bool) -> None:
+    """Make `latest` (and `best`) name the checkpoint `name`, where they do not yet."""
+    for pointer in ("best", "latest") if best else ("latest",):
+        if pointed(folder, pointer) != folder / name:
+            write_text(folder / pointer, f"{name}\n")
 
 
-def prune(folder: Path, keep: int, every: int | None = None, spared: Collection[int] = ()) -> None:
-    """Delete all checkpoints but the `keep` newest and those that `latest` and `best` name.
-
-    Args:
-        every: steps that are a multiple of this stay too.
-        spared: and so do these.
-    """
-    found = steps(folder)
-    kept = [*list(found.values())[-keep:], pointed(folder, "latest"), pointed(folder, "best")]
-    for step, path in found.items():
-        if path not in kept and step not in spared and (every is None or step % every):
+def prune(folder: Path, kept: Collection[int]) -> None:
+    """Delete all checkpoints but those of the steps `kept`, and that `latest` and `best` name."""
+    pointers = (pointed(folder, "latest"), pointed(folder, "best"))
+    for step, path in steps(folder).items():
+        if step not in kept and path not in pointers:
             doomed = folder / f"{WRITING}{path.name}"  # a name step-... is never half a checkpoint
             path.rename(doomed)
             shutil.rmtree(doomed)
@@ -219,14 +213,17 @@ def is_whole(folder: Path) -> bool:
 
 
 def _step(folder: Path) -> int | None:
-    match = STEP_NAME.fullmatch(folder.name)
+    match = STEP_NAME.fullmatch(folder.absolute().name)
     return int(match[1]) if match else None
 
 
-def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[InputError]]:
-    """The checkpoint to go on from, and why newer ones are not taken.
+def newest_whole(
+    folder: Path, among: Callable[[int], bool] = lambda step: True
+) -> tuple[Checkpoint | None, list[InputError]]:
+    """The checkpoint of the highest step that is whole, and why newer ones are not taken.
 
-    It is the one that `latest` names, as long as that is whole, else the highest step that is.
+    Args:
+        among: which steps come into question.
 
     Returns:
         The checkpoint, None if there is none at all; what is wrong with each that was skipped.
@@ -235,7 +232,7 @@ def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[InputError]]:
         InputError: there are checkpoints, and all are damaged.
     """
     skipped: list[InputError] = []
-    for path in dict.fromkeys(_newest_first(folder)):
+    for path in (path for step, path in reversed(steps(folder).items()) if among(step)):
         try:
             return load(path), skipped
         except InputError as error:
@@ -246,13 +243,6 @@ def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[InputError]]:
             "choose another --out-dir to start again"
         )
     return None, []
-
-
-def _newest_first(folder: Path) -> Iterator[Path]:
-    latest = pointed(folder, "latest")
-    if latest is not None:
-        yield latest
-    yield from reversed(steps(folder).values())
 
 
 def pointed(folder: Path, pointer: str) -> Path | None:

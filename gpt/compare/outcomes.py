@@ -122,7 +122,11 @@ def read_outcome(cell: Cell, directory: Path, lost: Lost | None = None) -> Outco
     )
     if result.status == "finished" and not whole:
         raise InputError(f"{run.metrics}: is damaged: it does not hold all {result.step} steps")
-    given_up = f"; {result.reason}" if result.reason.startswith("given up") else ""
+    events = [result.reason] if result.reason.startswith("given up") else []
+    if result.skipped_updates:
+        events.append(f"{result.skipped_updates} updates skipped")
+    if result.rollbacks:
+        events.append(f"rolled back {result.rollbacks} times")
     failure = result.failure
     place = failure.place if failure is not None else None
     found = verdict(
@@ -136,7 +140,7 @@ def read_outcome(cell: Cell, directory: Path, lost: Lost | None = None) -> Outco
     return Outcome(
         cell,
         run.path,
-        replace(found, reason=found.reason + given_up),
+        replace(found, reason="; ".join([found.reason, *events])),
         seconds=result.seconds,
         unigram_entropy=entropy,
         environment=environment.model_dump(),

@@ -122,7 +122,8 @@ def verdict(
     """What became of the run that wrote `records`. The first rule that holds decides.
 
     1. diverged: `diverged_at` is given, or a training or validation loss is not finite. A gradient
-       norm that is not finite is none by itself: the scaler of fp16 skips such updates.
+       norm that is not finite is none by itself, as fp16 skips such updates; nor is the loss of
+       an update that was skipped by training.nonfinite.
     2. plateaued: the final validation loss is not more than MARGIN under `unigram_entropy`.
     3. regressed: the mean training loss of the last K updates is above the lowest such mean of K
        updates before them by more than max(REGRESSION, STANDARD_ERRORS * e), where
@@ -200,7 +201,7 @@ def _divergence(
         return _Finding("diverged", step, layer, reason or f"not finite at step {step}")
     for record in records:
         for key, quantity in (("loss", "training loss"), ("val_loss", "validation loss")):
-            if key in record and not _is_finite(record[key]):
+            if key in record and not record.get("skipped") and not _is_finite(record[key]):
                 words = reason or f"{quantity} not finite at step {record['step']}"
                 return _Finding("diverged", record["step"], layer, words)
     return None

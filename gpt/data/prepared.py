@@ -133,12 +133,11 @@ def seal(
     ]
     counts.tofile(folder / "counts.bin")
     others = {name: describe(folder / name) for name in OTHERS}
-    digests = [*(file.sha256 for file in files), str(others["tokenizer.json"]["sha256"])]
     meta = {
         "format": FORMAT,
         "dtype": dtype.name,
         "vocabulary": encoding.n_vocab,
-        "fingerprint": hashlib.sha256("".join(digests).encode()).hexdigest(),
+        "fingerprint": _fingerprint(files, others),
         "revisions": revisions,
         "files": [asdict(file) for file in files],
         "others": others,
@@ -146,6 +145,11 @@ def seal(
     for path in folder.iterdir():
         flush(path)
     write_text(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
+
+
+def _fingerprint(files: Sequence[TokenFile], others: dict[str, dict[str, int | str]]) -> str:
+    digests = [*(file.sha256 for file in files), str(others["tokenizer.json"]["sha256"])]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _describe(
@@ -215,7 +219,7 @@ def open_dataset(config: DataConfig, folder: Path) -> Dataset:
             weights=config.weights,
             val=val,
             encoding=encoding,
-            fingerprint=str(meta["fingerprint"]),
+            fingerprint=_fingerprint(files, meta["others"]),
             files=files,
             counts=np.fromfile(folder / "counts.bin", np.int64).reshape(
                 len(files), encoding.n_vocab

@@ -163,7 +163,7 @@ def advice(config: Config, place: Place | None, updates: int) -> list[str]:
     at_the_end = place is not None and place.layer > model.layers
     if at_the_end and training.z_loss == 0:
         tips.append("--training.z-loss 1e-4  (holds the logits; Wortsman et al. 2023)")
-    if training.nonfinite == "stop":
+    if updates and training.nonfinite == "stop":
         tips.append(
             "--training.nonfinite rollback"
             "  (back to the last checkpoint and past the batches since; Chowdhery et al. 2022)"
