@@ -337,6 +337,14 @@ def test_a_change_is_noticed(folder: Path, change: str):
     assert (first.fingerprint == second.fingerprint) == (change == "field")
 
 
+def test_the_fingerprint_is_of_the_files_whatever_their_description_says(folder: Path):
+    config = text_config(folder, folder / "in")
+    dataset = prepare(config)
+    path = dataset.folder / "meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "fingerprint": "0" * 64}))
+    assert prepare(config).fingerprint == dataset.fingerprint
+
+
 @pytest.mark.parametrize(
     "name", ["train.bin", "val.bin", "counts.bin", "tokenizer.json", "meta.json"]
 )

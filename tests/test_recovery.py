@@ -23,6 +23,8 @@ from test_training import assert_same_run, records, run, stop_after, tensors
 
 from gpt import checkpoint as checkpoints
 from gpt import plan
+from gpt.compare.grid import Cell
+from gpt.compare.outcomes import read_outcome
 from gpt.config import Config
 from gpt.data.preparation import prepare
 from gpt.data.sequences import TrainingSequences
@@ -177,6 +179,22 @@ def test_rolling_back_without_end_is_divergence(tiny: Make, tmp_path: Path, spoi
     result = run(config, tmp_path / "run")
     assert (result.status, result.step, result.rollbacks) == ("diverged", 11, 3)
     assert list(checkpoints.steps(tmp_path / "run/checkpoints")) == [10]
+
+
+@pytest.mark.parametrize(
+    ("nonfinite", "said"), [("skip", "; 1 updates skipped"), ("rollback", "; rolled back 1 times")]
+)
+def test_a_comparison_tells_of_it(
+    tiny: Make, tmp_path: Path, spoil: Any, nonfinite: str, said: str
+):
+    config = tiny(training={"nonfinite": nonfinite})
+    bad = batch(config, 13)
+    spoil(lambda x: torch.equal(x, bad))
+    run(config, tmp_path / "cells/one")
+    outcome = read_outcome(Cell("one", "arm", {}, {}, config), tmp_path)
+    assert outcome.status != "diverged"
+    assert outcome.verdict is not None
+    assert outcome.verdict.reason.endswith(said)
 
 
 @pytest.mark.parametrize("updates", [12, 11, 5])

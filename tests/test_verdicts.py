@@ -304,6 +304,22 @@ def test_an_update_that_the_scaler_skipped_is_no_divergence():
     assert verdict(log, unigram_entropy=H1).status == "trained"
 
 
+@pytest.mark.parametrize("skipped", [[40], [1, 100], [98, 99, 100], list(range(2, 100))])
+def test_skipped_updates_are_none(skipped: list[int]):
+    log = records(alternating(2.5, 100))
+    for record in log:
+        if record["step"] in skipped and "loss" in record:
+            record |= {"loss": None, "grad_norm": None, "skipped": True}
+    found = verdict(log, unigram_entropy=H1)
+    assert (found.status, found.steps) == ("trained", 100 - len(skipped))
+
+
+def test_a_run_of_skipped_updates_alone_diverged():
+    log = records([None] * 5, norms=[None] * 5)
+    found = verdict([{**r, "skipped": True} if "loss" in r else r for r in log], unigram_entropy=H1)
+    assert (found.status, found.step) == ("diverged", 1)
+
+
 # All of it
 
 

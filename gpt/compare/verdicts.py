@@ -123,7 +123,7 @@ def verdict(
 
     1. diverged: `diverged_at` is given, or a training or validation loss is not finite. A gradient
        norm that is not finite is none by itself, as fp16 skips such updates; nor is the loss of
-       an update that was skipped by training.nonfinite.
+       an update that was skipped by training.nonfinite, unless all were. No rule looks at those.
     2. plateaued: the final validation loss is not more than MARGIN under `unigram_entropy`.
     3. regressed: the mean training loss of the last K updates is above the lowest such mean of K
        updates before them by more than max(REGRESSION, STANDARD_ERRORS * e), where
@@ -144,7 +144,8 @@ def verdict(
         reason: of the divergence, in words.
         clip: the largest gradient norm that was let through; None: no clipping.
     """
-    updates = [record for record in records if "loss" in record]
+    made = [record for record in records if "loss" in record]
+    updates = [record for record in made if not record.get("skipped")]
     steps = [int(record["step"]) for record in updates]
     losses: list[float | None] = [record["loss"] for record in updates]
     norms: list[float | None] = [record["grad_norm"] for record in updates]
@@ -154,10 +155,12 @@ def verdict(
 
     final_val_loss = final_train_loss = None
     finding = _divergence(records, diverged_at, diverged_layer, reason)
+    if finding is None and made and not updates:
+        finding = _Finding("diverged", made[0]["step"], None, "all updates were skipped")
     if finding is None:
-        assert steps, "a finished run has updates"
-        assert steps[-1] in val_losses, "and is evaluated after the last"
-        final_val_loss = val_losses[steps[-1]]
+        assert made, "a finished run has updates"
+        assert made[-1]["step"] in val_losses, "and is evaluated after the last"
+        final_val_loss = val_losses[made[-1]["step"]]
         windows = _windows(losses)
         final_train_loss = float(windows[-1].mean())
         below = f"{unigram_entropy - final_val_loss:.3f} under H1 = {unigram_entropy:.3f}"
