@@ -30,6 +30,7 @@ from gpt.data.preparation import prepare
 from gpt.data.sequences import TrainingSequences
 from gpt.errors import InputError, OutOfMemoryError
 from gpt.files import only_one_in
+from gpt.metrics import MetricsLog
 from gpt.model import GPT
 from gpt.run import RunDirectory
 
@@ -234,8 +235,8 @@ def test_fp16_does_not_overflow_for_ever(
 
 @pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """`full(folder)` lets no checkpoint be written below a folder any more."""
-    write = checkpoints._write
+    """`full(folder)` lets no checkpoint and no metrics be written below a folder any more."""
+    write, hand_over = checkpoints._write, MetricsLog._hand_over
 
     def install(below: Path) -> None:
         def refuse(folder: Path, checkpoint: checkpoints.Checkpoint) -> None:
@@ -244,7 +245,13 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
             write(folder, checkpoint)
 
+        def refuse_lines(self: MetricsLog) -> None:
+            if self._path.is_relative_to(below):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+            hand_over(self)
+
         monkeypatch.setattr(checkpoints, "_write", refuse)
+        monkeypatch.setattr(MetricsLog, "_hand_over", refuse_lines)
 
     return install
 
@@ -303,8 +310,6 @@ def test_with_nowhere_to_go_it_says_so(tiny: Make, tmp_path: Path, full: Any):
 def test_a_disk_that_is_full_for_a_while_loses_no_line(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from gpt.metrics import MetricsLog
-
     run(tiny(), tmp_path / "whole")
     hand_over = MetricsLog._hand_over
     calls = [0]
