@@ -41,6 +41,7 @@ from gpt.compare.grid import Grid, load
 from gpt.compare.starts import measure_starts
 from gpt.config import Config, SourceConfig, option_paths, validate
 from gpt.data.preparation import find
+from gpt.errors import InputError, told
 from gpt.files import describe
 from gpt.flags import as_flag
 
@@ -118,8 +119,9 @@ def is_clear(answer: Answer) -> bool:
     assert "Traceback" not in answer.out + answer.err, answer
     words = {
         word
-        for a in answer.arguments
-        for word in (a, Path(a).name, repr(a)[:30], ascii(a)[1:30], repr(a.partition("=")[2]))
+        for argument in answer.arguments
+        for given in (argument, argument.partition("=")[2], Path(argument).name)
+        for word in (told(InputError(given))[0], repr(given)[:30], ascii(given)[1:30])
         if word
     }
     named = set(re.findall(r"\w+", text)) & KEYS or any(word in text for word in words)
