@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 
@@ -213,6 +214,22 @@ def test_resume_wants_a_checkpoint_folder(
     code, _, stderr = called(capsys, "train", config_file, "--out-dir", out, "--resume", checkpoint)
     assert code == 2
     assert "is neither auto, never nor a checkpoint folder" in stderr
+
+
+@pytest.mark.parametrize("name", ["model.pt", "pytorch_model.bin", "step-00000001"])
+def test_weights_in_a_pickle_are_not_read(
+    capsys: pytest.CaptureFixture[str], config_file: Path, tmp_path: Path, name: str
+):
+    path = tmp_path / name
+    torch.save({"weight": torch.ones(1)}, path)
+    for command in (
+        ("train", config_file, "--out-dir", tmp_path / "run", "--resume", path),
+        ("sample", path),
+    ):
+        code, _, stderr = called(capsys, *command)
+        assert code == 2
+        assert name in stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
