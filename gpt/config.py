@@ -20,7 +20,7 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -601,6 +601,11 @@ MAY_CHANGE = (
     "checkpoint",
     "sampling",
 )
+
+
+def changed(differences: Iterable[str], option: str) -> bool:
+    """Whether an option is among what `Config.differences` says."""
+    return any(difference.startswith(f"{option}:") for difference in differences)
 
 
 def may_change(difference: str) -> bool:

@@ -28,7 +28,7 @@ from gpt import checkpoint as checkpoints
 from gpt import config as configs
 from gpt import tokenizer
 from gpt.checkpoint import Checkpoint
-from gpt.config import Config, may_change
+from gpt.config import Config, changed, may_change
 from gpt.diagnostics.failure import Failure
 from gpt.errors import InputError
 from gpt.files import is_scrap, stays_inside, write_text
@@ -200,13 +200,13 @@ def ended_run(config: Config, path: Path, resume: str) -> RunResult | None:
     changes, result = _same_run(run, config, resume)
     if result is None or result.status == "interrupted":
         return None
-    if result.status == "diverged" and any(c.startswith("training.nonfinite:") for c in changes):
+    if result.status == "diverged" and changed(changes, "training.nonfinite"):
         raise InputError(
             f"{path}: has diverged, and does not go on; --resume with its last checkpoint starts "
             "another --out-dir from there"
         )
-    steps, changed = config.training.steps, any(c.startswith("training.steps:") for c in changes)
-    if result.status == "finished" and changed and steps != result.step:
+    steps = config.training.steps
+    if result.status == "finished" and changed(changes, "training.steps") and steps != result.step:
         if steps < result.step:
             raise InputError(
                 f"{path}: is at step {result.step} already; training.steps ({steps}) must be more"
@@ -238,8 +238,8 @@ def open_run(config: Config, path: Path, resume: str) -> Opened:
     if checkpoint is None and result is not None and result.step:
         raise InputError(f"{path}: has no checkpoint to go on from; choose another --out-dir")
     steps = config.training.steps
-    shorter = any(change.startswith("training.steps:") for change in changes)
-    if checkpoint is not None and checkpoint.step > steps - shorter:
+    most = steps - changed(changes, "training.steps")  # a new length must leave something to train
+    if checkpoint is not None and checkpoint.step > most:
         raise InputError(
             f"{path}: is at step {checkpoint.step} already; training.steps ({steps}) must be more"
         )

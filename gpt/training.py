@@ -32,7 +32,7 @@ from torch import Tensor
 from gpt import checkpoint as checkpoints
 from gpt import metrics, plan, tokenizer
 from gpt.checkpoint import Checkpoint
-from gpt.config import Config
+from gpt.config import Config, changed
 from gpt.console import Console
 from gpt.data.preparation import prepare
 from gpt.data.sequences import Batch, TrainingSequences, ValidationSequences, ahead
@@ -248,7 +248,7 @@ class _Training:
                 if not checkpoints.is_whole(path):
                     self.console.say(f"set aside: {checkpoints.set_aside(path)}")
         self.spared: list[int] = []
-        if _changed(opened, "checkpoint.keep") or _changed(opened, "checkpoint.keep_every"):
+        if any(changed(opened.changes, f"checkpoint.{key}") for key in ("keep", "keep_every")):
             self.spared = list(checkpoints.steps(run.checkpoints))  # other options kept them
         if opened.checkpoint is not None and going_on:  # what a kill had left undone
             name, best = opened.checkpoint.name, bool(opened.checkpoint.state["best"])
@@ -312,7 +312,7 @@ class _Training:
             if not plan.is_out_of_memory(error):
                 raise
             said = str(error).partition("\n")[0]
-        raise OutOfMemoryError(self._fitting(said))  # here, where nothing holds that memory
+        raise OutOfMemoryError(self._what_would_fit(said))  # here, where nothing holds that memory
 
     def _updates(self) -> RunResult | _Fault:
         """Update after update, from where the progress is; returns how the run ended or failed."""
@@ -324,7 +324,7 @@ class _Training:
             return self._end("interrupted", f"stopped before step {progress.step + 1} was made")
         if self._gives_up():  # and was killed before it said so
             return self._given_up()
-        fault = self._evaluate_what_fits() if progress.step == 0 else None
+        fault = self._with_less_memory(self._evaluate) if progress.step == 0 else None
         if fault is not None:
             return fault
         self.console.start(steps, progress.step)
@@ -346,7 +346,7 @@ class _Training:
                 if fault is None and saving and not self._weights_are_finite():
                     fault = _Fault(step, "weight", f"a weight became non-finite at step {step}")
                 if fault is None and evaluating:
-                    fault = self._evaluate_what_fits()
+                    fault = self._with_less_memory(self._evaluate)
                 if fault is not None:
                     return fault
                 giving_up = evaluating and not last and self._gives_up()
@@ -376,7 +376,7 @@ class _Training:
         seen = self.progress.batches.encode() + inputs.numpy().tobytes()
         self.progress.batches = hashlib.sha256(seen).hexdigest()
         inputs, targets = self._on_device(inputs), self._on_device(targets)
-        loss, norm = self._what_fits(lambda: self._gradients(step, inputs, targets))
+        loss, norm = self._with_less_memory(lambda: self._gradients(step, inputs, targets))
         look = None
         every = config.diagnostics.every
         if every is not None and (step == 1 or step % every == 0):
@@ -401,7 +401,7 @@ class _Training:
                 torch.manual_seed(derive(self.config.seed, "dropout", step, index))
             yield part
 
-    def _what_fits(self, compute: Callable[[], Computed]) -> Computed:
+    def _with_less_memory(self, compute: Callable[[], Computed]) -> Computed:
         """What `compute` returns, with a smaller micro-batch where auto's does not fit."""
         while True:
             try:
@@ -535,9 +535,6 @@ class _Training:
     @torch.no_grad()
     def _weights_are_finite(self) -> bool:
         return bool(torch.stack([p.isfinite().all() for p in self.model.parameters()]).all())
-
-    def _evaluate_what_fits(self) -> _Fault | None:
-        return self._what_fits(self._evaluate)
 
     @torch.no_grad()
     def _evaluate(self) -> _Fault | None:
@@ -678,7 +675,7 @@ class _Training:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _fitting(self, error: str) -> str:
+    def _what_would_fit(self, error: str) -> str:
         """In words for a user, the largest micro-batch with which an update does fit."""
         tried = self.micro_batch
         inputs, targets = map(self._on_device, self._batch(self.progress.step + 1))
@@ -837,10 +834,6 @@ class _Training:
     def _autocast(self) -> torch.autocast:
         precision = self.config.training.precision
         return torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "fp32")
-
-
-def _changed(opened: Opened, option: str) -> bool:
-    return any(change.startswith(f"{option}:") for change in opened.changes)
 
 
 def _lower(loss: float, than: float | None) -> float:

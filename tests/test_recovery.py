@@ -721,7 +721,7 @@ def test_a_run_that_another_process_has_just_finished_is_told(
         return hold(path, refusal)
 
     monkeypatch.setattr(training, "only_one_in", late)
-    assert run(tiny(), out).status == "finished"
+    assert run(tiny(), out, stop=power_cut).status == "finished"  # it does not train
     assert len(records(out)) == 23
     assert (out / "result.json").is_file()
 
