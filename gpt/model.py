@@ -74,6 +74,7 @@ class CausalSelfAttention(Sublayer):
         self.k_norm = make_norm(config, width) if qk_norm else nn.Identity()
         self.out = nn.Linear(config.width, config.width, bias=config.bias)
         self.out_dropout = nn.Dropout(config.dropout)
+        self.kernel: Callable[..., Tensor] = F.scaled_dot_product_attention
         self.cache: KVCache | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,9 +103,7 @@ class CausalSelfAttention(Sublayer):
         dropout = self.dropout if self.training else 0.0
         if self.cap is None:
             mask = visible(T, S, q.device) if 1 < T < S else None
-            return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=T == S
-            )
+            return self.kernel(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=T == S)
         return F.dropout(self.weights(self.scores(q, k)), dropout) @ v
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:

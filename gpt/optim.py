@@ -9,7 +9,7 @@ Not here: the learning rate's course (gpt/schedule.py) and clipping (gpt/trainin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +85,10 @@ OPTIMIZERS: dict[str, Callable[[list[Group], OptimizerConfig], list[torch.optim.
 }
 
 
+# Those whose update is the rate times a step that does not depend on the weights.
+SEPARABLE = {"adamw", "radam"}
+
+
 def decay_groups(model: nn.Module, weight_decay: float) -> list[Group]:
     """Parameters that decay (matrices and embeddings) and those that do not (biases, norms)."""
     named = list(model.named_parameters())
@@ -118,8 +122,9 @@ class Optimizer:
         found = {}
         for part, name, parameter in self._adams():
             state = part.state[parameter]
-            if "exp_avg_sq" in state:
-                bias = 1 - part.defaults["betas"][1] ** state["step"].item()
+            updates = state["step"].item() if "step" in state else 0
+            if updates:
+                bias = 1 - part.defaults["betas"][1] ** updates
                 found[name] = state["exp_avg_sq"] / bias
         return found
 
@@ -128,6 +133,15 @@ class Optimizer:
         for part in self.parts:
             if isinstance(part, adam):
                 yield from ((part, name, parameter) for name, parameter in _named(part))
+
+    def decays(self) -> dict[str, float]:
+        """How fast each parameter decays: by this, times the rate, times itself in an update."""
+        return {
+            name: group["weight_decay"]
+            for part in self.parts
+            for group in part.param_groups
+            for name in group["param_names"]
+        }
 
     def set_rate(self, share: float) -> None:
         """The next update is made at `share` of the full rate."""
@@ -182,7 +196,45 @@ class Optimizer:
             part.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _memory(part: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Size]:
+def stack(
+    optimizers: Sequence[Optimizer], steps: Mapping[str, nn.Parameter], config: OptimizerConfig
+) -> torch.optim.Optimizer:
+    """The optimizers of N models of one shape as one, at rate 1 and without decay.
+
+    What it adds to `steps`, from their gradients, is for every model what its own optimizer would
+    add to the weights, but for the rate. The optimizers' memory becomes views of this one's.
+
+    Args:
+        optimizers: of one kind, which is SEPARABLE, after the same number of updates.
+        steps: (N, ...) each, by the parameters' names.
+    """
+    group: Group = {"params": list(steps.items()), "weight_decay": 0.0}
+    at_rate_1 = config.model_copy(update={"learning_rate": 1.0})
+    (stacked,) = OPTIMIZERS[config.name]([group], at_rate_1)
+    for name, step in steps.items():
+        memories = [
+            part.state[parameter]
+            for optimizer in optimizers
+            for part in optimizer.parts
+            for own, parameter in _named(part)
+            if own == name
+        ]
+        for quantity, shape in _memory(stacked, step[0]).items():
+            if shape:
+                empty = torch.zeros_like(step[0])
+                whole = torch.stack([memory.get(quantity, empty) for memory in memories])
+                cells = list(whole)
+            else:  # the number of updates
+                device = step.device if stacked.defaults.get("fused") else "cpu"
+                whole = memories[0].get(quantity, torch.zeros((), device=device))
+                cells = [whole] * len(memories)
+            stacked.state[step][quantity] = whole
+            for memory, cell in zip(memories, cells, strict=True):
+                memory[quantity] = cell
+    return stacked
+
+
+def _memory(part: torch.optim.Optimizer, parameter: Tensor) -> dict[str, torch.Size]:
     """Quantities that an optimizer keeps of a parameter, and their shapes."""
     full, number = parameter.shape, torch.Size([])
     if isinstance(part, torch.optim.Adafactor):

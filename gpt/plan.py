@@ -5,7 +5,9 @@ The banner of a run and `--dry-run` both come from `describe`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -14,6 +16,8 @@ from gpt.errors import InputError, OutOfMemoryError
 from gpt.init import depth_scaled
 from gpt.model import GPT
 from gpt.placement import PLACEMENTS, has_final_norm
+
+Computed = TypeVar("Computed")
 
 
 def describe(
@@ -92,8 +96,11 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def micro_batch(config: Config, vocab_size: int, device: torch.device) -> int:
+def micro_batch(config: Config, vocab_size: int, device: torch.device, *, models: int = 1) -> int:
     """Sequences of one forward pass: the largest divisor of the batch that fits the memory.
+
+    Args:
+        models: how many go forward at once, each with so many sequences.
 
     A token costs 17 d L numbers of activations (the 34 bytes of Korthikanti et al. 2022 at 16 bits)
     and 3 V fp32 numbers of logits. The attention matrix is never formed, but for a soft cap: then
@@ -105,9 +112,43 @@ def micro_batch(config: Config, vocab_size: int, device: torch.device) -> int:
     size = 4 if config.training.precision == "fp32" else 2
     attention = 3 * model.heads * model.context if model.attention.soft_cap is not None else 0
     token = (17 * model.width + attention) * model.layers * size + 3 * vocab_size * 4
-    fitting = max(1, _memory(device) // (token * model.context))
+    fitting = max(1, _memory(device) // (token * model.context * models))
     batch = config.batch_sequences
     return max(n for n in range(1, min(batch, fitting) + 1) if batch % n == 0)
+
+
+MODEL_BYTES = 24  # a parameter: weight, gradient, step, Adam's two moments, a copy while stacking
+
+
+def models_at_once(config: Config, vocab_size: int, device: torch.device) -> int:
+    """Models that are trained together at most: their weights take less than half of the memory."""
+    with torch.device("meta"):
+        parameters = GPT(config.model, vocab_size).num_parameters()
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 4 * 2**30
+    return max(1, int(0.4 * free) // (MODEL_BYTES * parameters))
+
+
+class Fitted(Protocol):
+    """What computes in micro-batches, and can go on with smaller ones (`use`)."""
+
+    config: Config
+    micro_batch: int
+
+    def use(self, micro_batch: int) -> None:
+        """Go on with that."""
+
+
+def with_less_memory(run: Fitted, compute: Callable[[], Computed]) -> Computed:
+    """What `compute` returns, with smaller micro-batches of `run` where auto's do not fit."""
+    while True:
+        try:
+            return compute()
+        except Exception as error:
+            fewer = smaller(run.micro_batch, run.config.batch_sequences)
+            automatic = run.config.training.micro_batch == "auto"
+            if not is_out_of_memory(error) or not automatic or fewer is None:
+                raise
+        run.use(fewer)  # here, where nothing holds the memory of what failed
 
 
 def smaller(micro_batch: int, batch: int) -> int | None:

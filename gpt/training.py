@@ -20,10 +20,10 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from gpt.checkpoint import Checkpoint
 from gpt.config import Config, changed
 from gpt.console import Console
 from gpt.data.preparation import prepare
+from gpt.data.prepared import Dataset
 from gpt.data.sequences import Batch, TrainingSequences, ValidationSequences, ahead
 from gpt.diagnostics.failure import Failure, Place, advice, describe, first_nonfinite
 from gpt.diagnostics.layers import EPS_ALARM, Look
@@ -106,7 +107,41 @@ def train(
         opened = open_run(config, path, resume)
         if opened.result is not None:  # another process has just finished it
             return opened.result
-        return _Training(config, opened, device, console, stop).run()
+        dataset = prepare(config.data, console, stop)
+        return Training(config, opened, dataset, device, console, stop).run()
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What a run asks for first in an update: the gradients of one batch, left in its weights.
+
+    The answer is the loss and the norm of the gradients, scalars on the device.
+
+    Attributes:
+        inputs, targets: (sequences, T), on the host.
+    """
+
+    step: int
+    inputs: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class Apply:
+    """What it asks for next: the update, at `share` of the full rate, clipped.
+
+    The answer is whether it was skipped because something was not finite.
+
+    Attributes:
+        loss, norm: what `Gradients` was answered with.
+    """
+
+    share: float
+    loss: Tensor
+    norm: Tensor
+
+
+Work: TypeAlias = Generator[Gradients | Apply, Any, "RunResult"]
 
 
 @dataclass(frozen=True)
@@ -130,22 +165,34 @@ class _Fault(NamedTuple):
     text: str
 
 
-class _Training:
-    """One run in progress: data, model, optimizer, and the loop over them."""
+class Training:
+    """One run in progress: data, model, optimizer, and the loop over them.
+
+    Args:
+        opened: the run directory, held by this process.
+        dataset: what `config.data` says, prepared.
+        alone: whether this is all that runs. If not (gpt/ensemble.py), someone else makes the
+            updates that `work` asks for, leaves out those that are not finite, and draws loss.png.
+        saves: whether checkpoints are saved as scheduled, and not only when the run is stopped.
+    """
 
     def __init__(
         self,
         config: Config,
         opened: Opened,
+        dataset: Dataset,
         device: torch.device,
         console: Console,
         stop: Callable[[], bool],
+        *,
+        alone: bool = True,
+        saves: bool = True,
     ) -> None:
         torch.set_flush_denormal(True)  # a failing run is otherwise many times slower on a CPU
         self.config, self.device, self.directory = config, device, opened.run
-        self.console, self.stop = console, stop
+        self.console, self.stop, self.alone, self.saves = console, stop, alone, saves
         context, precision = config.model.context, config.training.precision
-        self.dataset = prepare(config.data, console, stop)
+        self.dataset = dataset
         encoding = self.dataset.encoding
         if config.sampling.tokens:
             tokenizer.encode(encoding, config.sampling.prompt, "sampling.prompt")  # now or never
@@ -288,33 +335,53 @@ class _Training:
 
     def run(self) -> RunResult:
         """Train to the end, to divergence, or until a stop is asked for."""
-        config, progress = self.config, self.progress
-        self.began = time.monotonic() - progress.seconds
         self.console.say(
             plan.describe(
-                config,
+                self.config,
                 self.model,
                 device=self.device,
                 micro_batch=self.micro_batch,
                 train_tokens=self.dataset.train_tokens,
                 directory=self.directory.path,
-                done=progress.step,
+                done=self.progress.step,
             )
         )
         try:
-            while True:
-                ended = self._updates()
-                if isinstance(ended, RunResult):
-                    return ended
-                if not self._rolled_back(ended):
-                    return self._diverged(ended)
+            work, answer = self.work(), None
+            with contextlib.closing(work):
+                while True:
+                    try:
+                        wanted = work.send(answer)
+                    except StopIteration as ended:
+                        return ended.value
+                    answer = self._answer(wanted)
         except Exception as error:
             if not plan.is_out_of_memory(error):
                 raise
             said = str(error).partition("\n")[0]
         raise OutOfMemoryError(self._what_would_fit(said))  # here, where nothing holds that memory
 
-    def _updates(self) -> RunResult | _Fault:
+    def _answer(self, wanted: Gradients | Apply) -> tuple[Tensor, Tensor] | bool:
+        if isinstance(wanted, Apply):
+            return self._apply(wanted)
+        inputs, targets = self._on_device(wanted.inputs), self._on_device(wanted.targets)
+        return self._with_less_memory(lambda: self._gradients(wanted.step, inputs, targets))
+
+    def work(self) -> Work:
+        """The run, but for what is computed in an update: that it asks for, and is sent.
+
+        Returns:
+            How it ended.
+        """
+        self.began = time.monotonic() - self.progress.seconds
+        while True:
+            ended = yield from self._updates()
+            if isinstance(ended, RunResult):
+                return ended
+            if not self._rolled_back(ended):
+                return self._diverged(ended)
+
+    def _updates(self) -> Generator[Gradients | Apply, Any, RunResult | _Fault]:
         """Update after update, from where the progress is; returns how the run ended or failed."""
         config, progress = self.config, self.progress
         steps = config.training.steps
@@ -331,19 +398,19 @@ class _Training:
         unread: list[_Update] = []
         unread_since = time.monotonic()
         numbers = range(progress.step + 1, steps + 1)
-        on_gpu = self.device.type == "cuda"
-        batches = ahead(self._batch, numbers) if on_gpu else (self._batch(n) for n in numbers)
+        threaded = self.alone and self.device.type == "cuda"
+        batches = ahead(self._batch, numbers) if threaded else (self._batch(n) for n in numbers)
         with contextlib.closing(batches):
             for step, batch in zip(numbers, batches, strict=True):
-                unread.append(self._update(step, *batch))
+                unread.append((yield from self._update(step, *batch)))
                 last, stopping = step == steps, self.stop()
                 evaluating = last or step % evaluate_every == 0
-                saving = last or stopping or step % config.save_every == 0
+                saving = stopping or (self.saves and (last or step % config.save_every == 0))
                 sampling = last or step % sample_every == 0
                 if not (evaluating or saving or sampling or step % self.read_every == 0):
                     continue
                 fault = self._record(unread, unread_since)
-                if fault is None and saving and not self._weights_are_finite():
+                if fault is None and (saving or last) and not self._weights_are_finite():
                     fault = _Fault(step, "weight", f"a weight became non-finite at step {step}")
                 if fault is None and evaluating:
                     fault = self._with_less_memory(self._evaluate)
@@ -353,7 +420,7 @@ class _Training:
                 try:
                     if sampling:
                         self._sample()
-                    if saving or giving_up:
+                    if saving or (giving_up and self.saves):
                         self._save(evaluated=evaluating)
                 except OSError as error:
                     raise self._saved_elsewhere(error, evaluated=evaluating) from None
@@ -370,22 +437,24 @@ class _Training:
         x, y = self.sequences.batch(number, self.config.batch_sequences)
         return self._host_tensor(x), self._host_tensor(y)
 
-    def _update(self, step: int, inputs: Tensor, targets: Tensor) -> _Update:
+    def _update(
+        self, step: int, inputs: Tensor, targets: Tensor
+    ) -> Generator[Gradients | Apply, Any, _Update]:
         """One update of the weights. Nothing in it waits for the device, but fp16's scaler."""
         config = self.config
         seen = self.progress.batches.encode() + inputs.numpy().tobytes()
         self.progress.batches = hashlib.sha256(seen).hexdigest()
-        inputs, targets = self._on_device(inputs), self._on_device(targets)
-        loss, norm = self._with_less_memory(lambda: self._gradients(step, inputs, targets))
+        loss, norm = yield Gradients(step, inputs, targets)
         look = None
         every = config.diagnostics.every
         if every is not None and (step == 1 or step % every == 0):
             optimizer = self.optimizer
             look = Look(self.model, optimizer.eps(), optimizer.second_moments())
+            few = min(config.diagnostics.sequences, self.micro_batch)
             with self._autocast():
-                look.forward(inputs[: min(config.diagnostics.sequences, self.micro_batch)])
+                look.forward(self._on_device(inputs[:few]))
         share = rate(config.schedule, step, config.training.steps)
-        skipped = self._apply(share, loss, norm)
+        skipped = yield Apply(share, loss, norm)
         if look is not None:
             look.after()
         learning_rate = share * config.optimizer.learning_rate
@@ -402,22 +471,17 @@ class _Training:
             yield part
 
     def _with_less_memory(self, compute: Callable[[], Computed]) -> Computed:
-        """What `compute` returns, with a smaller micro-batch where auto's does not fit."""
-        while True:
-            try:
-                return compute()
-            except Exception as error:
-                smaller = plan.smaller(self.micro_batch, self.config.batch_sequences)
-                automatic = self.config.training.micro_batch == "auto"
-                if not plan.is_out_of_memory(error) or not automatic or smaller is None:
-                    raise
-            self.optimizer.zero_grad()
-            self._release_memory()
-            self.console.say(
-                f"out of memory with micro-batches of {self.micro_batch} sequences; "
-                f"going on with {smaller}"
-            )
-            self.micro_batch = smaller
+        return plan.with_less_memory(self, compute)
+
+    def use(self, micro_batch: int) -> None:
+        """Go on with smaller micro-batches."""
+        self.optimizer.zero_grad()
+        release_memory(self.device)
+        self.console.say(
+            f"out of memory with micro-batches of {self.micro_batch} sequences; "
+            f"going on with {micro_batch}"
+        )
+        self.micro_batch = micro_batch
 
     def _gradients(self, step: int, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Forward and backward: the loss, and the norm of the gradients, which the weights hold."""
@@ -435,17 +499,13 @@ class _Training:
         gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
         return loss, torch.nn.utils.get_total_norm(gradients)
 
-    def _apply(self, share: float, loss: Tensor, norm: Tensor) -> bool:
-        """Clip the gradients of that norm and update the weights, at `share` of the full rate.
-
-        Returns:
-            Whether the update was skipped, all parts of it, because something was not finite.
-        """
+    def _apply(self, wanted: Apply) -> bool:
+        """Clip the gradients and update the weights; returns whether all of it was skipped."""
         clip = self.config.optimizer.clip
         if clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), clip, norm)
-        self.optimizer.set_rate(share)
-        skipped = self.skips and not (loss + norm).isfinite().item()
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), clip, wanted.norm)
+        self.optimizer.set_rate(wanted.share)
+        skipped = self.skips and not (wanted.loss + wanted.norm).isfinite().item()
         if not skipped:
             for optimizer in self.optimizer.parts:
                 self.scaler.step(optimizer)
@@ -671,10 +731,6 @@ class _Training:
 
     # -- Out of memory ---------------------------------------------------------------------------
 
-    def _release_memory(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
     def _what_would_fit(self, error: str) -> str:
         """In words for a user, the largest micro-batch with which an update does fit."""
         tried = self.micro_batch
@@ -682,7 +738,7 @@ class _Training:
         while (smaller := plan.smaller(self.micro_batch, self.config.batch_sequences)) is not None:
             self.micro_batch = smaller
             self.optimizer.zero_grad()
-            self._release_memory()
+            release_memory(self.device)
             try:
                 self._gradients(self.progress.step + 1, inputs, targets)
             except Exception as another:
@@ -763,13 +819,17 @@ class _Training:
         """What was first not finite, inside the network.
 
         A validation loss fails on weights that are still there. An update that fails has spoilt its
-        weights, so the run is repeated from the last checkpoint to the last weights that were good.
+        weights, so the run is repeated from the last checkpoint to the last weights that were good;
+        unless it does not run alone, where that update was left out.
         """
         if fault.quantity == "validation loss":
             self.model.eval()
             batches = self.validation.batches(self.micro_batch)
             tensors = (map(self._host_tensor, batch) for batch in batches)
             return self._look_for_nonfinite((x, y) for x, y in tensors)
+        if not self.alone:
+            inputs, targets = self._batch(fault.step)
+            return self._look_for_nonfinite(self._micro_batches(fault.step, inputs, targets))
         try:
             checkpoint, _ = checkpoints.newest_whole(self.directory.checkpoints)
         except InputError:
@@ -785,7 +845,8 @@ class _Training:
             loss, norm = self._gradients(step, inputs, targets)
             if not loss.isfinite() or not (norm.isfinite() or self.scaler.is_enabled()):
                 return self._look_for_nonfinite(self._micro_batches(step, inputs, targets))
-            self._apply(rate(self.config.schedule, step, self.config.training.steps), loss, norm)
+            share = rate(self.config.schedule, step, self.config.training.steps)
+            self._apply(Apply(share, loss, norm))
         return self._look_for_nonfinite(self._micro_batches(fault.step, inputs, targets))
 
     def _look_for_nonfinite(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Place | None:
@@ -819,7 +880,7 @@ class _Training:
             skipped_updates=progress.skipped,
             rollbacks=progress.rollbacks,
         )
-        if progress.step:
+        if progress.step and self.alone:
             plot_run(metrics.read(self.directory.metrics), self.directory.plot, title=config.name)
         self.directory.write_result(result)  # last: with it the run has ended
         return result
@@ -832,8 +893,18 @@ class _Training:
         return tensor.to(self.device, non_blocking=True)
 
     def _autocast(self) -> torch.autocast:
-        precision = self.config.training.precision
-        return torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "fp32")
+        return autocast(self.device, self.config.training.precision)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Where matrix products and attention are computed in `training.precision`."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what a GPU's allocator holds but does not use."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _lower(loss: float, than: float | None) -> float:

@@ -22,7 +22,7 @@ from gpt.init import initialize
 from gpt.model import GPT
 from gpt.optim import Optimizer
 from gpt.placement import check
-from gpt.training import DTYPES
+from gpt.training import autocast
 
 TIMED_SECONDS = 0.4  # for each size of model, at least one update
 TIMED_FLOPS = {"cpu": 2e10, "mps": 2e11, "cuda": 2e13}  # of an update; a longer one is scaled up
@@ -150,7 +150,7 @@ def _measure(config: Config, vocab_size: int) -> tuple[float, int, int]:
     count = -1  # the first update warms up
     while count < 1 or learning + updating < TIMED_SECONDS:
         began = _now(device)
-        with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
+        with autocast(device, precision):
             loss, _ = model.objective(x, x)
         loss.backward()
         between = _now(device)
