@@ -476,6 +476,13 @@ class CompareFlags:
             help_behavior_hint="(default: one for each core, on a GPU at most 8)",
         ),
     ] = ""
+    runner: Annotated[
+        Literal["auto", "processes", "batched"] | None,
+        arg(
+            help="batched: all cells of one shape as one; processes: one each",
+            help_behavior_hint="(default: the grid's; auto is batched on a GPU)",
+        ),
+    ] = None
     dry_run: Annotated[
         bool, arg(help="list the cells, their tokens, FLOPs and time, and write nothing")
     ] = False
@@ -511,6 +518,8 @@ def compare(argv: list[str] | None = None, prog: str = "compare.py") -> int:
         from gpt.compare import grid as grids
 
         grid, cells = grids.load(path, options)
+        if flags.runner is not None:
+            grid = grid.model_copy(update={"runner": flags.runner})
         return _compare(grid, cells, directory, flags)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -17,15 +18,17 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 
-from gpt import files, metrics
+from gpt import files, metrics, plan
 from gpt.compare import comparison, runner
-from gpt.compare.grid import load
+from gpt.compare.grid import Cell, load
 from gpt.compare.outcomes import match, read_outcome
 from gpt.config import Config
 from gpt.console import Console
+from gpt.errors import InputError
 from gpt.run import RunDirectory
 
 Make = Callable[..., Config]
@@ -412,14 +415,16 @@ def wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
-@pytest.fixture
-def slow(
-    tiny: Make, tmp_path: Path, environment: dict[str, str]
+@contextlib.contextmanager
+def started(
+    tiny: Make, folder: Path, environment: dict[str, str], steps: int = 1500, **changes: Any
 ) -> Iterator[tuple[Path, Path, subprocess.Popen[str]]]:
     """A comparison whose cells take long: its grid, its directory and its process."""
-    base = tiny(training={"steps": 1500}, evaluation={"every": 1500}, sampling={"tokens": 0})
-    tree = grid_tree(base, grid={"optimizer.learning_rate": [0.01]}, seeds=1, probes=False)
-    path, directory = write(tmp_path / "slow.yaml", tree), tmp_path / "slow"
+    base = tiny(training={"steps": steps}, evaluation={"every": steps}, sampling={"tokens": 0})
+    axis = {"optimizer.learning_rate": [0.01]}
+    tree = grid_tree(base, grid=axis, seeds=1, probes=False, **changes)
+    path, directory = write(folder / "slow.yaml", tree), folder / "slow"
+    _, cells = load(path)
     command = [sys.executable, str(ROOT / "compare.py"), str(path), "--out-dir", str(directory)]
     process = subprocess.Popen(
         [*command, "--workers", "2"],
@@ -428,16 +433,31 @@ def slow(
         text=True,
         env=environment,
     )
-    wait_until(
-        lambda: all(
-            _updates(directory / "cells" / f"{a}_learning-rate-0.01_seed-0") > 3
-            for a in ("pre", "deepnorm")
-        )
-    )
+    wait_until(lambda: all(_updates(directory / "cells" / cell.id) > 3 for cell in cells))
     yield path, directory, process
     if process.poll() is None:
         process.kill()
     process.communicate()
+
+
+@pytest.fixture
+def slow(
+    tiny: Make, tmp_path: Path, environment: dict[str, str]
+) -> Iterator[tuple[Path, Path, subprocess.Popen[str]]]:
+    """Two cells in two processes."""
+    with started(tiny, tmp_path, environment) as all_three:
+        yield all_three
+
+
+@pytest.fixture
+def slow_as_one(
+    tiny: Make, tmp_path: Path, environment: dict[str, str]
+) -> Iterator[tuple[Path, Path, subprocess.Popen[str]]]:
+    """Two cells of one shape, trained as one."""
+    arms = {"warm-up": {"none": {"schedule.warmup": "none"}, "linear": {}}}
+    changes: dict[str, Any] = {"contrast": None, "pairs": []}
+    with started(tiny, tmp_path, environment, 500, runner="batched", arms=arms, **changes) as all_three:
+        yield all_three
 
 
 def _updates(run: Path) -> int:
@@ -500,7 +520,8 @@ def test_a_cell_that_needs_too_much_memory_is_recorded(
 
     monkeypatch.setattr(runner, "train", exhausted)
     monkeypatch.setattr(runner, "_worker", _idle(), raising=False)
-    lost = runner._train_cell(tiny(), tmp_path / "run", 0, keep_checkpoints=False)
+    cell = Cell("one", "arm", {}, {}, tiny())
+    (lost,) = runner._train_task(runner.Task((cell,), as_one=False), tmp_path, [0], False)
     assert lost is not None
     assert lost.status == "out of memory"
     assert "can't allocate memory" in lost.reason
@@ -514,7 +535,8 @@ def test_a_fault_of_the_program_is_recorded_with_its_place(
 
     monkeypatch.setattr(runner, "train", faulty)
     monkeypatch.setattr(runner, "_worker", _idle(), raising=False)
-    lost = runner._train_cell(tiny(), tmp_path / "run", 0, keep_checkpoints=False)
+    cell = Cell("one", "arm", {}, {}, tiny())
+    (lost,) = runner._train_task(runner.Task((cell,), as_one=False), tmp_path, [0], False)
     assert lost is not None
     assert lost.status == "error"
     assert "ZeroDivisionError: division by zero (test_comparison.py:" in lost.reason
@@ -566,3 +588,125 @@ def test_two_workers_give_what_one_gives(done: tuple[Path, Any], grid_file: Path
             for d in (done[0], tmp_path / "solo")
         ]
         assert pair[0] == pair[1]
+
+
+# -- Cells trained as one ----------------------------------------------------------------------
+
+
+def test_as_one_gives_what_processes_give(
+    done: tuple[Path, Any], grid_file: Path, tmp_path: Path, environment: dict[str, str]
+):
+    """The same files, verdicts and inputs; losses to rounding, which a wild rate magnifies."""
+    directory = tmp_path / "one"
+    ran = door(grid_file, "--runner", "batched", "--out-dir", directory, environment=environment)
+    assert ran.returncode == 0, ran.stderr
+    assert "cells as one, by a short timing here" in ran.stderr
+    rows = []
+    for each in (done[0], directory):
+        with (each / "cells.csv").open() as file:
+            rows.append({row["id"]: row for row in csv.DictReader(file)})
+    assert rows[0].keys() == rows[1].keys()
+    for name, alone in rows[0].items():
+        for key in ("status", "diverged_at", "steps"):
+            assert rows[1][name][key] == alone[key]
+        if alone["status"] == "converged":
+            assert float(rows[1][name]["final_val_loss"]) == pytest.approx(
+                float(alone["final_val_loss"]), abs=0.01
+            )
+        files = [
+            sorted(p.name for p in (d / "cells" / name).iterdir()) for d in (done[0], directory)
+        ]
+        assert files[0] == files[1]
+        inputs = [
+            [
+                r["batches"]
+                for r in metrics.read(d / "cells" / name / "metrics.jsonl")
+                if "loss" in r
+            ]
+            for d in (done[0], directory)
+        ]
+        assert inputs[0] == inputs[1]
+    again = door(grid_file, "--out-dir", directory, environment=environment)
+    assert again.returncode == 0
+    assert "have ended before" in again.stderr
+
+
+def test_as_one_refuses_what_cannot_be(
+    tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from gpt import cli
+
+    base = tiny(model={"dropout": 0.1})
+    path = write(tmp_path / "dropout.yaml", grid_tree(base, runner="batched"))
+    with pytest.raises(SystemExit) as ended:
+        cli.compare([str(path), "--out-dir", str(tmp_path / "new")])
+    assert ended.value.code == 2
+    _, err = capsys.readouterr()
+    assert "model.dropout: 0.1 has no batched form" in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_who_trains_which_cells(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    base = tiny(sampling={"tokens": 0})
+    arms = {
+        "placement": {"pre": {}, "post": {"model.norm.placement": "post"}},
+        "optimizer": {"adamw": {}, "muon": {"optimizer.name": "muon"}},
+    }
+    tree = grid_tree(base, arms=arms, contrast=None, pairs=[])
+    _, cells = load(write(tmp_path / "grid.yaml", tree))
+    on_cpu = runner.tasks(cells, "auto")
+    assert [task.as_one for task in on_cpu] == [False] * len(cells)
+    monkeypatch.setattr(plan, "pick_device", lambda name: torch.device("cuda"))
+    on_gpu = runner.tasks(cells, "auto")
+    groups = [task for task in on_gpu if task.as_one]
+    assert [{cell.arm for cell in task.cells} for task in groups] == [
+        {"pre, adamw"},
+        {"post, adamw"},
+    ]
+    alone = [cell for task in on_gpu if not task.as_one for cell in task.cells]
+    assert {cell.arm for cell in alone} == {"pre, muon", "post, muon"}
+    assert sum(len(task.cells) for task in on_gpu) == len(cells)
+    assert not any(task.as_one for task in runner.tasks(cells, "processes"))
+    with pytest.raises(InputError, match="muon has no batched form"):
+        runner.tasks(cells, "batched")
+
+
+def test_cells_as_one_are_stopped_saved_and_gone_on_with(
+    slow_as_one: tuple[Path, Path, subprocess.Popen[str]], environment: dict[str, str]
+):
+    path, directory, process = slow_as_one
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 75, err
+    names = [folder.name for folder in (directory / "cells").iterdir()]
+    steps = {name: _updates(directory / "cells" / name) for name in names}
+    assert len(set(steps.values())) == 1
+    assert 3 < steps[names[0]] < 500
+    for name in names:
+        assert (directory / "cells" / name / "checkpoints" / "latest").is_file()
+    ran = door(path, "--out-dir", directory, environment=environment)  # its grid.yaml says batched
+    assert ran.returncode == 0, ran.stderr
+    for name in names:
+        assert _updates(directory / "cells" / name) == 500
+        assert (directory / "cells" / name / "loss.png").is_file()
+        assert not (directory / "cells" / name / "checkpoints").exists()
+
+
+def test_cells_as_one_that_are_killed_are_tried_again(
+    slow_as_one: tuple[Path, Path, subprocess.Popen[str]], environment: dict[str, str]
+):
+    path, directory, process = slow_as_one
+    (worker,) = [
+        child
+        for child in psutil.Process(process.pid).children()
+        if any("spawn_main" in word for word in child.cmdline())
+    ]
+    worker.kill()
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 2
+    assert "no cell has a result yet" in err
+    lost = json.loads((directory / "lost.json").read_text())
+    assert [why["status"] for why in lost.values()] == ["killed", "killed"]
+    ran = door(path, "--out-dir", directory, environment=environment)
+    assert ran.returncode == 0, ran.stderr
+    assert not (directory / "lost.json").exists()

@@ -34,7 +34,7 @@ from gpt.compare.estimate import Estimate, check_affordable, check_cells, estima
 from gpt.compare.grid import Cell, Grid
 from gpt.compare.outcomes import Outcome, csv_rows, read_outcome
 from gpt.compare.report import Command, read_commands, write_report
-from gpt.compare.runner import has_ended, read_lost, run_cells
+from gpt.compare.runner import Task, has_ended, read_lost, run_cells, tasks
 from gpt.compare.starts import Start, measure_starts, read_starts
 from gpt.compare.summary import Summary, summarize
 from gpt.config import DataConfig, read_yaml
@@ -73,13 +73,13 @@ def compare(
         vocabulary = [
             preparation.prepare(data, console, stop).encoding.n_vocab for data in _datas(cells)
         ]
-        todo = [cell for cell in cells if not has_ended(directory, cell)]
+        todo = tasks([cell for cell in cells if not has_ended(directory, cell)], grid.runner)
         if todo:
             estimated = estimate(
                 todo, max(vocabulary), workers, keep_checkpoints=grid.keep_checkpoints
             )
             check_affordable(estimated, directory, grid.hours)
-            console.say(describe(grid, cells, directory, estimated, workers))
+            console.say(describe(grid, cells, directory, estimated, todo, workers))
         else:
             console.say(f"{directory}: all {len(cells)} cells have ended before; reporting again")
         write_text(directory / "grid.yaml", _to_yaml(grid))
@@ -87,6 +87,7 @@ def compare(
         finished = run_cells(
             cells,
             directory,
+            runner=grid.runner,
             workers=workers,
             keep_checkpoints=grid.keep_checkpoints,
             console=console,
@@ -176,7 +177,12 @@ def check_directory(grid: Grid, directory: Path) -> None:
         )
 
 
-FREE = {"hours", "keep_checkpoints", "probes"}  # of a grid, what may be changed in its directory
+FREE = {
+    "hours",
+    "keep_checkpoints",
+    "probes",
+    "runner",
+}  # of a grid, what may be changed in its directory
 
 
 def dry_run(grid: Grid, cells: Sequence[Cell], directory: Path, workers: int) -> str:
@@ -189,11 +195,12 @@ def dry_run(grid: Grid, cells: Sequence[Cell], directory: Path, workers: int) ->
     check_directory(grid, directory)
     vocabulary = max(preparation.vocab_size(data) for data in _datas(cells))
     todo = [cell for cell in cells if not has_ended(directory, cell)]
-    estimated = estimate(todo, vocabulary, workers, keep_checkpoints=grid.keep_checkpoints)
+    planned = tasks(todo, grid.runner)
+    estimated = estimate(planned, vocabulary, workers, keep_checkpoints=grid.keep_checkpoints)
     check_affordable(estimated, directory, grid.hours)
     names = {cell.id for cell in todo}
     lines = [f"  {cell.id}{'' if cell.id in names else '  (has ended)'}" for cell in cells]
-    return "\n".join([describe(grid, cells, directory, estimated, workers), *lines])
+    return "\n".join([describe(grid, cells, directory, estimated, planned, workers), *lines])
 
 
 def told(summary: Summary, directory: Path) -> str:
@@ -212,7 +219,12 @@ def told(summary: Summary, directory: Path) -> str:
 
 
 def describe(
-    grid: Grid, cells: Sequence[Cell], directory: Path, estimated: Estimate, workers: int
+    grid: Grid,
+    cells: Sequence[Cell],
+    directory: Path,
+    estimated: Estimate,
+    planned: Sequence[Task],
+    workers: int,
 ) -> str:
     """A few lines on what is about to happen."""
     arms = grid.all_arms()
@@ -224,8 +236,8 @@ def describe(
         + "".join(f", {len(values)} x {axis}" for axis, values in grid.grid.items())
         + (f"; {done} have ended before" if done else ""),
         "tokens": f"{estimated.tokens:,} to train on, {estimated.flops:.2g} FLOPs",
-        "time": f"about {duration(estimated.seconds)} with {workers} "
-        f"worker{'s' if workers > 1 else ''}, by a short timing here; start"
+        "time": f"about {duration(estimated.seconds)} with {_hands(planned, workers)}, "
+        "by a short timing here; start"
         + (", probes (probes: false skips them)" if grid.probes else "")
         + " and report come on top",
         "disk": f"at most {estimated.disk / 1e6:,.0f} MB of "
@@ -236,6 +248,18 @@ def describe(
     if slow:
         rows["warm-up"] = f"is longer than the run in {', '.join(slow)}: no full rate there"
     return "\n".join([grid.title, *(f"  {name:<10} {text}" for name, text in rows.items())])
+
+
+def _hands(planned: Sequence[Task], workers: int) -> str:
+    """Who trains the cells: 2 workers; 36 cells as one; both."""
+    groups = [len(task.cells) for task in planned if task.as_one]
+    hands = []
+    if groups:
+        of_each = f"{len(groups)} x " if len(groups) > 1 else ""
+        hands.append(f"{of_each}up to {max(groups)} cells as one")
+    if len(planned) > len(groups):
+        hands.append(f"{workers} worker{'s' if workers > 1 else ''}")
+    return " and ".join(hands)
 
 
 def too_long_warmups(cells: Sequence[Cell]) -> list[str]:

@@ -1,7 +1,8 @@
 """What a comparison amounts to, before it runs: cells, tokens, FLOPs, time and disk.
 
-The time comes from timing one update of each size of model here, for a moment, on one thread. It
-is an estimate: workers that slow each other down, and runs that diverge early, are not in it.
+The time comes from timing one update of each size of model here, for a moment, on one thread; of
+cells that are trained as one, an update of a few of them, which is the worst case for many. It is
+an estimate: workers that slow each other down, and runs that diverge early, are not in it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import torch
 
 from gpt import plan
 from gpt.compare.grid import Cell
+from gpt.compare.runner import Task
 from gpt.config import Config
+from gpt.ensemble import Ensemble
 from gpt.errors import InputError
 from gpt.init import initialize
 from gpt.model import GPT
@@ -24,6 +27,7 @@ from gpt.optim import Optimizer
 from gpt.placement import check
 from gpt.training import autocast
 
+TIMED_TOGETHER = 8  # cells of those that are trained as one
 TIMED_SECONDS = 0.4  # for each size of model, at least one update
 TIMED_FLOPS = {"cpu": 2e10, "mps": 2e11, "cuda": 2e13}  # of an update; a longer one is scaled up
 START_SECONDS = 2.0  # of a cell: reading the data, making the model, drawing loss.png
@@ -40,7 +44,7 @@ class Estimate:
     Attributes:
         cells: that have no result yet.
         tokens, flops: of their training; evaluation left out.
-        seconds: with that many workers.
+        seconds: of the cells that are trained as one, and then of the others, by workers.
         disk: bytes at most.
     """
 
@@ -67,20 +71,21 @@ def check_cells(cells: Sequence[Cell]) -> None:
 
 
 def estimate(
-    cells: Sequence[Cell], vocab_size: int, workers: int, *, keep_checkpoints: bool
+    tasks: Sequence[Task], vocab_size: int, workers: int, *, keep_checkpoints: bool
 ) -> Estimate:
     """Time one update of each size of model, and add up.
 
     Args:
-        cells: those to run.
+        tasks: the cells to run.
         vocab_size: tokens of the vocabulary.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as a worker
     sizes: dict[str, tuple[float, int, int]] = {}
-    tokens, flops, seconds, disk, largest = 0, 0.0, 0.0, 0, 0
-    for cell in cells:
-        config = cell.config
+    tokens, flops, disk, largest = 0, 0.0, 0, 0
+    as_one = alone = 0.0  # seconds
+    for task in tasks:
+        config, count = task.cells[0].config, len(task.cells)
         size = repr(_size(config))
         if size not in sizes:
             sizes[size] = _measure(config, vocab_size)
@@ -88,16 +93,24 @@ def estimate(
         steps, batch = config.training.steps, config.batch_sequences
         evaluations = 2 + (steps - 1) // config.evaluation.every
         evaluated = (config.evaluation.sequences or batch) * evaluations
-        seconds += START_SECONDS + update * (steps + evaluated / batch / 3)  # forward: a third
-        tokens += steps * batch * config.model.context
-        flops += float(per_token) * steps * batch * config.model.context
-        disk += METRICS_BYTES * steps + CELL_BYTES
+        seconds = START_SECONDS + update * evaluated / batch / 3  # forward: a third
+        if task.as_one:
+            seconds += steps * _measure_together(config, vocab_size, count)
+            as_one += seconds * count
+        else:
+            alone += seconds + steps * update
+        tokens += count * steps * batch * config.model.context
+        flops += float(per_token) * count * steps * batch * config.model.context
+        disk += count * (METRICS_BYTES * steps + CELL_BYTES)
         checkpoint = CHECKPOINT_BYTES * parameters * KEPT
-        largest = max(largest, checkpoint)
-        disk += checkpoint if keep_checkpoints else 0
+        largest = max(largest, checkpoint * (count if task.as_one else workers))
+        disk += count * checkpoint if keep_checkpoints else 0
     torch.set_num_threads(threads)
-    disk += 0 if keep_checkpoints else workers * largest
-    return Estimate(len(cells), tokens, flops, seconds / max(1, min(workers, len(cells))), disk)
+    disk += 0 if keep_checkpoints else largest
+    cells = sum(len(task.cells) for task in tasks)
+    separate = sum(not task.as_one for task in tasks)
+    seconds = as_one + alone / max(1, min(workers, separate))
+    return Estimate(cells, tokens, flops, seconds, disk)
 
 
 def check_affordable(estimated: Estimate, directory: Path, hours: float) -> None:
@@ -164,6 +177,23 @@ def _measure(config: Config, vocab_size: int) -> tuple[float, int, int]:
             updating += _now(device) - between
     seconds = (learning * batch / x.numel() + updating) / count
     return seconds, flops, model.num_parameters()
+
+
+def _measure_together(config: Config, vocab_size: int, cells: int) -> float:
+    """Seconds of an update of an ensemble of `cells`, for each of them."""
+    device = plan.pick_device(config.training.device)
+    count = min(cells, TIMED_TOGETHER, plan.models_at_once(config, vocab_size, device))
+    models = [GPT(config.model, vocab_size).to(device) for _ in range(count)]
+    for seed, model in enumerate(models):
+        initialize(model, config.model, seed)
+    optimizers = [Optimizer(model, config.optimizer) for model in models]
+    ensemble = Ensemble(config, models, optimizers, [None] * count)
+    tokens = torch.randint(vocab_size, (count, config.batch_sequences, config.model.context))
+    began = 0.0
+    for _ in range(2):  # the first update warms up
+        began = _now(device)
+        ensemble.apply([1.0] * count, *ensemble.gradients(tokens, tokens))
+    return (_now(device) - began) / count
 
 
 def _now(device: torch.device) -> float:

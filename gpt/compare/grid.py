@@ -56,6 +56,7 @@ RATE = "optimizer.learning_rate"
 MOST_CELLS = 10_000
 Options = dict[str, Any]  # dotted option -> value
 Measure = Literal["log_lr50", "failure", "loss"]
+Runner = Literal["auto", "processes", "batched"]
 
 
 def _flat(value: object) -> object:
@@ -114,6 +115,8 @@ class Grid(Section):
     """Pairs of arms to compare besides, corrected together by Holm's method."""
     probes: bool = True
     """Measure each arm's network at its start, at several depths."""
+    runner: Runner = "auto"
+    """All cells of one shape trained as one (batched), a process each, or what the device likes."""
     hours: Positive = 24.0
     """A comparison that is estimated to take longer is refused."""
     keep_checkpoints: bool = False

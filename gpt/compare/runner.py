@@ -1,9 +1,11 @@
 """Cells into run directories, by worker processes that cannot take the sweep with them.
 
-Every cell is an ordinary run under DIR/cells/, by `gpt.training.train`. On a CPU a worker has one
-thread: two such workers train small models faster than one with two threads. What ends a cell
-before it has a result (killed, out of memory, a fault) is written into DIR/lost.json with its
-reason, the other cells go on, and the next start tries it again. Divergence is a result.
+Every cell is an ordinary run under DIR/cells/. On a CPU each has a process of one thread to itself
+(`gpt.training.train`): two such workers train small models faster than one with two threads. On a
+GPU all cells of one shape are trained as one (`gpt.ensemble.train_together`), in one process, and
+those that cannot be have processes after that. What ends a cell before it has a result (killed, out
+of memory, a fault) is written into DIR/lost.json with its reason, the other cells go on, and the
+next start tries it again. Divergence is a result.
 
 Ctrl-C and SIGTERM let each worker save its cell at the end of the update; started again, cells that
 have ended are not touched, and the others go on from where they were saved.
@@ -21,20 +23,22 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.sharedctypes import Synchronized, SynchronizedArray
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pebble
 import torch
 
-from gpt import plan
-from gpt.compare.grid import Cell
-from gpt.config import Config
+from gpt import metrics, plan
+from gpt.compare.grid import Cell, Runner
 from gpt.console import Console
+from gpt.ensemble import shape, train_together, why_not
 from gpt.errors import InputError
 from gpt.files import write_text
-from gpt.run import RunDirectory
+from gpt.plot import plot_run
+from gpt.run import RunDirectory, RunResult
 from gpt.training import train
 
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -98,6 +102,38 @@ def default_workers(cells: Sequence[Cell]) -> int:
     return min(len(cells), cores if device.type == "cpu" else min(GPU_WORKERS, cores))
 
 
+@dataclass(frozen=True)
+class Task:
+    """Cells that one worker trains, one after another or, if `as_one`, as one."""
+
+    cells: tuple[Cell, ...]
+    as_one: bool
+
+
+def tasks(cells: Sequence[Cell], runner: Runner) -> list[Task]:
+    """How `cells` are trained: those of one shape as one, on a GPU or where it is asked for.
+
+    Raises:
+        InputError: it is asked for, and a cell cannot be.
+    """
+    shapes: dict[str, list[Cell]] = {}
+    alone: list[Cell] = []
+    for cell in cells:
+        hindrance = why_not(cell.config)
+        if hindrance and runner == "batched":
+            raise InputError(
+                f"arm {cell.arm!r}: {hindrance} has no batched form; runner: auto trains such "
+                "cells in processes"
+            )
+        on_gpu = plan.pick_device(cell.config.training.device).type == "cuda"
+        if hindrance or runner == "processes" or (runner == "auto" and not on_gpu):
+            alone.append(cell)
+        else:
+            shapes.setdefault(shape(cell.config), []).append(cell)
+    as_one = [Task(tuple(group), as_one=True) for group in shapes.values()]
+    return [*as_one, *(Task((cell,), as_one=False) for cell in alone)]
+
+
 # ---------------------------------------------------------------------------------------------
 # In the parent
 
@@ -106,6 +142,7 @@ def run_cells(
     cells: Sequence[Cell],
     directory: Path,
     *,
+    runner: Runner,
     workers: int,
     keep_checkpoints: bool,
     console: Console,
@@ -115,6 +152,7 @@ def run_cells(
     """Train every cell that has no result yet.
 
     Args:
+        runner: see `tasks`.
         workers: processes.
         verdict: what to say of a cell that has just ended.
 
@@ -128,56 +166,121 @@ def run_cells(
     for cell in cells:
         if cell.id not in names and not keep_checkpoints:  # of a worker killed before it did this
             shutil.rmtree(cell_directory(directory, cell) / "checkpoints", ignore_errors=True)
-    if not waiting:
-        return True
-    context = multiprocessing.get_context("spawn")
-    stopping = context.Value("b", 0, lock=False)
-    steps = context.Array("l", len(waiting), lock=False)
-    total = sum(cell.config.training.steps for cell in waiting)
+    planned = tasks(waiting, runner)
+    shared = _Shared(waiting)
     number = len(cells) - len(waiting)
-    console.start(total, every=SECONDS_BETWEEN_LINES)
+
+    def ended(task: Task, answer: Future[list[Lost | None]]) -> None:
+        nonlocal number
+        for cell, why in zip(task.cells, _why_lost(answer, len(task.cells)), strict=True):
+            if has_ended(directory, cell):
+                lost.pop(cell.id, None)
+                said = verdict(cell)
+            elif why is not None:
+                lost[cell.id] = why
+                said = f"{why.status}: {why.reason}"
+            else:
+                continue  # stopped
+            shared.steps[shared.index[cell.id]] = cell.config.training.steps
+            number += 1
+            console.say(f"{number}/{len(cells)}  {cell.id}: {said}")
+        _write_lost(directory, lost)
+
+    if waiting:
+        console.start(
+            sum(cell.config.training.steps for cell in waiting), every=SECONDS_BETWEEN_LINES
+        )
+    stages = (
+        ([task for task in planned if task.as_one], 1),
+        ([task for task in planned if not task.as_one], workers),
+    )
+    for stage, processes in stages:
+        calls = [
+            _Call(
+                _train_task,
+                (task, directory, shared.indices(task), keep_checkpoints),
+                partial(ended, task),
+            )
+            for task in stage
+        ]
+        if not _work(calls, processes, shared, console, stop):
+            return False
+    pictures = [
+        _Call(_draw, (cell_directory(directory, cell),), Future.result)
+        for cell in cells
+        if _lacks_picture(directory, cell)
+    ]
+    return _work(pictures, workers, shared, console, stop)
+
+
+def _lacks_picture(directory: Path, cell: Cell) -> bool:
+    """Whether a cell has ended that was not trained alone, and so has no loss.png yet."""
+    run = RunDirectory(cell_directory(directory, cell))
+    result = run.read_result() if has_ended(directory, cell) else None
+    return result is not None and result.step > 0 and not run.plot.is_file()
+
+
+class _Shared:
+    """What workers share with their parent: a wish to stop, and how far each cell is."""
+
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        self.context = multiprocessing.get_context("spawn")
+        self.stopping = self.context.Value("b", 0, lock=False)
+        self.steps = self.context.Array("l", len(cells), lock=False)
+        self.index = {cell.id: index for index, cell in enumerate(cells)}
+
+    def indices(self, task: Task) -> list[int]:
+        """Where a task's cells stand in `steps`."""
+        return [self.index[cell.id] for cell in task.cells]
+
+
+class _Call(NamedTuple):
+    """What a worker shall do, and what the parent does with its answer."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    ended: Callable[[Future[Any]], object]
+
+
+def _work(
+    calls: Sequence[_Call],
+    workers: int,
+    shared: _Shared,
+    console: Console,
+    stop: Callable[[], bool],
+) -> bool:
+    """Make all calls in worker processes; false if `stop` came true, which workers then see."""
+    if not calls:
+        return True
     with (
         _environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"),
         pebble.ProcessPool(
-            min(workers, len(waiting)),
+            min(workers, len(calls)),
             initializer=_start_worker,
-            initargs=(stopping, steps, os.getpid()),
-            context=context,
+            initargs=(shared.stopping, shared.steps, os.getpid()),
+            context=shared.context,
         ) as pool,
     ):
-        futures: dict[Future[Lost | None], int] = {
-            pool.schedule(
-                _train_cell, (cell.config, cell_directory(directory, cell), index, keep_checkpoints)
-            ): index
-            for index, cell in enumerate(waiting)
+        futures: dict[Future[Any], _Call] = {
+            pool.schedule(call.function, call.arguments): call for call in calls
         }
         pending = set(futures)
         try:
             while pending:
                 done, pending = wait(pending, SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
                 if stop():
-                    stopping.value = 1
-                for index, why in ((futures[future], _why_lost(future)) for future in done):
-                    cell = waiting[index]
-                    if why is not None:
-                        lost[cell.id] = why
-                    elif has_ended(directory, cell):
-                        lost.pop(cell.id, None)
-                    else:
-                        continue  # stopped
-                    _write_lost(directory, lost)
-                    steps[index] = cell.config.training.steps
-                    number += 1
-                    said = verdict(cell) if why is None else f"{why.status}: {why.reason}"
-                    console.say(f"{number}/{len(cells)}  {cell.id}: {said}")
-                console.progress(sum(steps))
-            return not stopping.value
-        finally:
-            stopping.value = 1  # after a fault here, workers do not go on alone
+                    shared.stopping.value = 1
+                for future in done:
+                    futures[future].ended(future)
+                console.progress(sum(shared.steps))
+        except BaseException:
+            shared.stopping.value = 1  # workers do not go on alone
+            raise
+    return not shared.stopping.value
 
 
-def _why_lost(future: Future[Lost | None]) -> Lost | None:
-    """What a worker's answer says of a cell without a result."""
+def _why_lost(future: Future[list[Lost | None]], cells: int) -> list[Lost | None]:
+    """What a worker's answer says of each of its cells that has no result."""
     error = future.exception()
     if error is None:
         return future.result()
@@ -185,7 +288,7 @@ def _why_lost(future: Future[Lost | None]) -> Lost | None:
         code = error.exitcode or 0
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         hint = "; the machine may have been out of memory" if code == -signal.SIGKILL else ""
-        return Lost("killed", f"its process ended early, {how}{hint}")
+        return [Lost("killed", f"its process ended early, {how}{hint}")] * cells
     raise error
 
 
@@ -237,27 +340,46 @@ def _start_worker(stopping: Any, steps: Any, parent: int) -> None:
     torch.set_num_threads(1)
 
 
-def _train_cell(config: Config, path: Path, index: int, keep_checkpoints: bool) -> Lost | None:
-    """Train one cell; returns why it has no result, or None."""
+def _stop(index: int) -> bool:
+    """Whether a cell shall stop; asked after each of its updates, which it counts."""
+    _worker.steps[index] += 1
+    return bool(_worker.stopping.value) or os.getppid() != _worker.parent
 
-    def stop() -> bool:
-        _worker.steps[index] += 1
-        return bool(_worker.stopping.value) or os.getppid() != _worker.parent
 
+def _train_task(
+    task: Task, directory: Path, indices: Sequence[int], keep_checkpoints: bool
+) -> list[Lost | None]:
+    """Train a task's cells; returns why each has no result, or None."""
     if _worker.stopping.value:
-        return None
+        return [None] * len(task.cells)
+    configs = [cell.config for cell in task.cells]
+    paths = [cell_directory(directory, cell) for cell in task.cells]
+    stops = [partial(_stop, index) for index in indices]
+    ended: Sequence[RunResult | Exception]
     try:
-        result = train(config, path, quiet=True, stop=stop)
+        if task.as_one:
+            ended = train_together(configs, paths, stops, saves=keep_checkpoints)
+        else:
+            ended = [train(configs[0], paths[0], quiet=True, stop=stops[0])]
     except Exception as error:
-        if plan.is_out_of_memory(error):
-            return Lost("out of memory", str(error).partition("\n")[0])
-        return _fault(error)
-    if result.status != "interrupted" and not keep_checkpoints:
-        shutil.rmtree(path / "checkpoints", ignore_errors=True)
-    return None
+        ended = [error] * len(configs)
+    for path, each in zip(paths, ended, strict=True):
+        if isinstance(each, RunResult) and each.status != "interrupted" and not keep_checkpoints:
+            shutil.rmtree(path / "checkpoints", ignore_errors=True)
+    return [_lost(each) if isinstance(each, Exception) else None for each in ended]
 
 
-def _fault(error: Exception) -> Lost:
+def _draw(path: Path) -> None:
+    """A cell's loss.png, where its run did not draw it."""
+    run = RunDirectory(path)
+    records = metrics.read(run.metrics)
+    if any("loss" in record for record in records):
+        plot_run(records, run.plot, title=run.read_config().name)
+
+
+def _lost(error: Exception) -> Lost:
+    if plan.is_out_of_memory(error):
+        return Lost("out of memory", str(error).partition("\n")[0])
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f" ({Path(place.filename).name}:{place.lineno})"
     shown = "; ".join(str(error).splitlines()) or type(error).__name__
