@@ -300,7 +300,7 @@ class Training:
         if opened.checkpoint is not None and going_on:  # what a kill had left undone
             name, best = opened.checkpoint.name, bool(opened.checkpoint.state["best"])
             checkpoints.point(run.checkpoints, name, best=best)
-            self._prune()
+            self._prune(run.checkpoints)
         elif step:  # another run's checkpoint is where this one starts from, also after a crash
             checkpoints.save(run.checkpoints, self._checkpoint())
         if opened.resumed and not going_on:
@@ -330,6 +330,7 @@ class Training:
             )
         self.environment = run.environment.read_text("utf-8")
         self.log = metrics.MetricsLog(run.metrics, kept)
+        self.writer = checkpoints.Writer()
 
     # -- The loop --------------------------------------------------------------------------------
 
@@ -374,12 +375,15 @@ class Training:
             How it ended.
         """
         self.began = time.monotonic() - self.progress.seconds
-        while True:
-            ended = yield from self._updates()
-            if isinstance(ended, RunResult):
-                return ended
-            if not self._rolled_back(ended):
-                return self._diverged(ended)
+        with contextlib.closing(self.writer):
+            while True:
+                ended = yield from self._updates()
+                if isinstance(ended, RunResult):
+                    return ended
+                with contextlib.suppress(OSError):  # then that checkpoint is none to go back to
+                    self.writer.wait()
+                if not self._rolled_back(ended):
+                    return self._diverged(ended)
 
     def _updates(self) -> Generator[Gradients | Apply, Any, RunResult | _Fault]:
         """Update after update, from where the progress is; returns how the run ended or failed."""
@@ -422,6 +426,8 @@ class Training:
                         self._sample()
                     if saving or (giving_up and self.saves):
                         self._save(evaluated=evaluating)
+                    if last or stopping or giving_up:
+                        self.writer.wait()
                 except OSError as error:
                     raise self._saved_elsewhere(error, evaluated=evaluating) from None
                 if giving_up:
@@ -650,7 +656,11 @@ class Training:
             write_text(self.directory.samples / f"step-{self.progress.step:08d}.txt", text + "\n")
 
     def _save(self, evaluated: bool) -> None:
-        """A checkpoint of this step, never ahead of the metrics on disk."""
+        """Begin to write a checkpoint of this step, never ahead of the metrics on disk.
+
+        Raises:
+            OSError: the metrics, or the checkpoint before this one, could not be written.
+        """
         self.log.sync()
         progress, folder = self.progress, self.directory.checkpoints
         before = progress.best_saved_val_loss
@@ -658,16 +668,21 @@ class Training:
             progress.best_saved_val_loss = _lower(progress.val_loss, before)
         progress.seconds = time.monotonic() - self.began
         best = progress.best_saved_val_loss != before
-        checkpoints.save(folder, self._checkpoint(best), best=best)
-        self._prune()
+        checkpoint = self._checkpoint(best).copy()
+
+        def write() -> None:
+            checkpoints.save(folder, checkpoint, best=best)
+            self._prune(folder)
+
+        self.writer.start(write)
 
     def _is_scheduled(self, step: int) -> bool:
         """Whether a checkpoint of that step stands there in the undisturbed run, not for a stop."""
         ends = (self.config.training.steps, self.progress.forked_at)
         return step % self.config.save_every == 0 or step in ends
 
-    def _prune(self) -> None:
-        config, folder = self.config.checkpoint, self.directory.checkpoints
+    def _prune(self, folder: Path) -> None:
+        config = self.config.checkpoint
         found = list(checkpoints.steps(folder))
         kept = {*list(filter(self._is_scheduled, found))[-config.keep :], *self.spared}
         if config.keep_every is not None:
@@ -697,6 +712,8 @@ class Training:
 
         What stands in the run's own directory is not touched.
         """
+        with contextlib.suppress(OSError):  # an earlier checkpoint, of which this is told now
+            self.writer.wait()
         own, step = self.directory, self.progress.step
         reason = f"{why.filename or own.path}: {why.strerror}"
         if not own.config.is_file():
@@ -717,6 +734,7 @@ class Training:
             self.log = metrics.MetricsLog(run.metrics, metrics.up_to(run.metrics, step))
             self.progress.best_saved_val_loss, self.progress.forked_at = None, step
             self._save(evaluated=evaluated)
+            self.writer.wait()
         except OSError as error:
             if made is not None:
                 shutil.rmtree(made, ignore_errors=True)

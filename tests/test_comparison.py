@@ -456,7 +456,9 @@ def slow_as_one(
     """Two cells of one shape, trained as one."""
     arms = {"warm-up": {"none": {"schedule.warmup": "none"}, "linear": {}}}
     changes: dict[str, Any] = {"contrast": None, "pairs": []}
-    with started(tiny, tmp_path, environment, 500, runner="batched", arms=arms, **changes) as all_three:
+    with started(
+        tiny, tmp_path, environment, 500, runner="batched", arms=arms, **changes
+    ) as all_three:
         yield all_three
 
 

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,12 @@ def test_fp16_does_not_overflow_for_ever(
 
 
 @pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints are written when they are begun, so that a test knows what is on disk when."""
+    monkeypatch.setattr(checkpoints.Writer, "start", lambda self, write: write())
+
+
+@pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     """`full(folder)` lets no checkpoint and no metrics be written below a folder any more."""
     write, hand_over = checkpoints._write, MetricsLog._hand_over
@@ -256,6 +263,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     return install
 
 
+@pytest.mark.usefixtures("at_once")
 def test_on_a_full_disk_the_state_is_saved_elsewhere(tiny: Make, tmp_path: Path, full: Any):
     spare, out = tmp_path / "spare", tmp_path / "run"
     config = tiny(checkpoint={"spare_dir": str(spare), "every": 5}, model={"dropout": 0.1})
@@ -276,6 +284,7 @@ def test_on_a_full_disk_the_state_is_saved_elsewhere(tiny: Make, tmp_path: Path,
     assert_same_run(tmp_path / "whole", place)
 
 
+@pytest.mark.usefixtures("at_once")
 def test_a_directory_that_is_lost_is_made_again_elsewhere(tiny: Make, tmp_path: Path):
     spare, out = tmp_path / "spare", tmp_path / "run"
     config = tiny(checkpoint={"spare_dir": str(spare)})
@@ -289,6 +298,7 @@ def test_a_directory_that_is_lost_is_made_again_elsewhere(tiny: Make, tmp_path: 
     assert_same_run(tmp_path / "whole", place)
 
 
+@pytest.mark.usefixtures("at_once")
 def test_a_directory_that_was_moved_is_not_made_again_in_its_place(tiny: Make, tmp_path: Path):
     spare, out = tmp_path / "spare", tmp_path / "run"
     config = tiny(checkpoint={"spare_dir": str(spare)})
@@ -298,6 +308,7 @@ def test_a_directory_that_was_moved_is_not_made_again_in_its_place(tiny: Make, t
     assert list(checkpoints.steps(tmp_path / "moved/checkpoints")) == [10]
 
 
+@pytest.mark.usefixtures("at_once")
 def test_with_nowhere_to_go_it_says_so(tiny: Make, tmp_path: Path, full: Any):
     config = tiny(checkpoint={"spare_dir": str(tmp_path / "spare"), "every": 5})
     with pytest.raises(InputError, match="nor can the state of step 15 be saved") as told:
@@ -305,6 +316,49 @@ def test_with_nowhere_to_go_it_says_so(tiny: Make, tmp_path: Path, full: Any):
     assert len(str(told.value).splitlines()) <= 3
     assert list((tmp_path / "spare").iterdir()) == []
     assert list(checkpoints.steps(tmp_path / "run/checkpoints")) == [5, 10]
+
+
+def test_a_checkpoint_is_written_while_training_goes_on(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """And is of the step that it was begun at, whatever was trained meanwhile."""
+    run(tiny(), tmp_path / "whole")
+    write, trained = checkpoints._write, threading.Event()
+
+    def held_up(folder: Path, checkpoint: checkpoints.Checkpoint) -> None:
+        assert trained.wait(60)
+        write(folder, checkpoint)
+
+    monkeypatch.setattr(checkpoints, "_write", held_up)
+    run(tiny(), tmp_path / "run", stop=later(15, trained.set))
+    for step in (10, 20):
+        assert_same_run(tmp_path / "whole", tmp_path / "run", step)
+
+
+@pytest.mark.parametrize(("failing", "seen"), [(10, 20), (20, 20)])
+def test_a_write_that_fails_behind_is_told_at_the_next_save_or_the_end(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int, seen: int
+):
+    spare, out = tmp_path / "spare", tmp_path / "run"
+    config = tiny(checkpoint={"spare_dir": str(spare)})
+    run(config, tmp_path / "whole")
+    write = checkpoints._write
+
+    def fail(folder: Path, checkpoint: checkpoints.Checkpoint) -> None:
+        if checkpoint.step == failing and folder.is_relative_to(out):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder))
+        write(folder, checkpoint)
+
+    monkeypatch.setattr(checkpoints, "_write", fail)
+    with pytest.raises(InputError, match="Input/output error") as told:
+        run(config, out)
+    monkeypatch.undo()
+    (place,) = spare.iterdir()
+    assert f"the state of step {seen} is in {place}" in str(told.value)
+    assert run(config, place).status == "finished"
+    assert_same_run(tmp_path / "whole", place)
+    assert run(config, out).status == "finished"  # from what is whole there
+    assert_same_run(tmp_path / "whole", out)
 
 
 def test_a_disk_that_is_full_for_a_while_loses_no_line(
@@ -786,6 +840,7 @@ def test_pointers_that_a_kill_left_behind_are_set(
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.usefixtures("at_once")
 def test_a_run_in_the_place_of_one_that_was_moved_is_left_alone(tiny: Make, tmp_path: Path):
     out = tmp_path / "run"
     config = tiny(checkpoint={"spare_dir": str(tmp_path / "spare")})
@@ -801,6 +856,7 @@ def test_a_run_in_the_place_of_one_that_was_moved_is_left_alone(tiny: Make, tmp_
     assert run(other, out).step == 3
 
 
+@pytest.mark.usefixtures("at_once")
 def test_a_later_state_elsewhere_is_told(
     tiny: Make, tmp_path: Path, full: Any, capsys: pytest.CaptureFixture[str]
 ):

@@ -9,6 +9,8 @@ and SHA-256) last; the folder is flushed, renamed into place, the rename flushed
 pointer replaced. So a name `step-...` always holds a whole checkpoint, and `load` refuses one that
 was altered since. Tensors are safetensors and the rest is JSON: to read a checkpoint runs no code.
 
+`Writer` does so in a thread, from a copy, while training goes on.
+
 `python -m gpt.checkpoint verify DIR` tells of every checkpoint whether it is whole. This module
 knows tensors, names and files, not models.
 """
@@ -21,7 +23,8 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +65,14 @@ class Checkpoint:
         """What its folder is called."""
         return f"step-{self.step:08d}"
 
+    def copy(self) -> Checkpoint:
+        """With tensors of its own, on the CPU, that training does not change."""
+        model, optimizer = (
+            {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            for tensors in (self.model, self.optimizer)
+        )
+        return replace(self, model=model, optimizer=optimizer)
+
 
 # ---------------------------------------------------------------------------------------------
 # Writing
@@ -96,9 +107,9 @@ def save(folder: Path, checkpoint: Checkpoint, *, best: bool = False) -> Path:
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
     for name, tensors in (("model", checkpoint.model), ("optimizer", checkpoint.optimizer)):
-        on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         try:
-            save_file(on_cpu, folder / f"{name}.safetensors")
+            save_file(whole, folder / f"{name}.safetensors")
         except SafetensorError as error:  # whose number is only in its text
             number = re.search(r"os error (\d+)", str(error))
             if number is None:
@@ -143,6 +154,37 @@ def prune(folder: Path, kept: Collection[int]) -> None:
             doomed = folder / f"{WRITING}{path.name}"  # a name step-... is never half a checkpoint
             path.rename(doomed)
             shutil.rmtree(doomed)
+
+
+class Writer:
+    """A thread that writes, one thing at a time, while training goes on."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._writing: Future[object] | None = None
+
+    def start(self, write: Callable[[], object]) -> None:
+        """Call `write` in the thread, once what was started before is done.
+
+        Raises:
+            OSError: see `wait`.
+        """
+        self.wait()
+        self._writing = self._pool.submit(write)
+
+    def wait(self) -> None:
+        """Until all that was started is done.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """End the thread, once what was started is done."""
+        self._pool.shutdown()
 
 
 # ---------------------------------------------------------------------------------------------
