@@ -46,7 +46,6 @@ from gpt.init import fingerprints, initialize
 from gpt.model import GPT
 from gpt.optim import Optimizer
 from gpt.placement import check
-from gpt.plot import plot_run
 from gpt.rng import derive
 from gpt.run import Opened, RunDirectory, RunResult, Status, ended_run, open_run
 from gpt.schedule import rate
@@ -899,6 +898,8 @@ class Training:
             rollbacks=progress.rollbacks,
         )
         if progress.step and self.alone:
+            from gpt.plot import plot_run  # with it comes matplotlib, which no step waits for
+
             plot_run(metrics.read(self.directory.metrics), self.directory.plot, title=config.name)
         self.directory.write_result(result)  # last: with it the run has ended
         return result

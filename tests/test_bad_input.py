@@ -34,7 +34,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from gpt import checkpoint as checkpoints
-from gpt import cli, training
+from gpt import cli, plot, training
 from gpt.compare import comparison
 from gpt.compare import report as reports
 from gpt.compare.grid import Grid, load
@@ -278,7 +278,7 @@ def config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
 def quick(monkeypatch_module: pytest.MonkeyPatch) -> None:
     """Pictures take most of the time, and show only numbers: without them."""
     nothing = lambda *args, **options: None  # noqa: E731
-    monkeypatch_module.setattr(training, "plot_run", nothing)
+    monkeypatch_module.setattr(plot, "plot_run", nothing)
     monkeypatch_module.setattr("gpt.plot._save", nothing)
     monkeypatch_module.setattr(reports, "draw", lambda material: [])
 

@@ -104,6 +104,11 @@ def test_help_comes_without_torch(name: str, environment: dict[str, str]):
     assert "--help" in done.stdout
 
 
+def test_training_starts_without_what_only_its_end_needs(environment: dict[str, str]):
+    code = "import sys, gpt.training; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_a_combination_that_makes_no_sense_is_refused_before_anything_is_done(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch, dry: list[str]

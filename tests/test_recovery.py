@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from test_training import assert_same_run, records, run, stop_after, tensors
 
 from gpt import checkpoint as checkpoints
-from gpt import plan
+from gpt import plan, plot
 from gpt.compare.grid import Cell
 from gpt.compare.outcomes import read_outcome
 from gpt.config import Config
@@ -721,12 +721,10 @@ def test_a_strangers_directory_is_left_alone(tiny: Make, tmp_path: Path, strange
 def test_a_picture_that_a_kill_prevented_is_drawn_at_the_next_start(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from gpt import training
-
     def killed(*args: Any, **options: Any) -> None:
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr(training, "plot_run", killed)
+    monkeypatch.setattr(plot, "plot_run", killed)
     with pytest.raises(RuntimeError, match="power cut"):
         run(tiny(), tmp_path / "run")
     assert not (tmp_path / "run/result.json").exists()

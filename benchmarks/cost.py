@@ -1,0 +1,381 @@
+"""What a token costs against the model's size: `python benchmarks/cost.py [--figure PATH]`.
+
+One factor at a time about a base of 4 layers, 128 wide, context 256: widths, layers, contexts, at
+the same number of tokens an update. An update is training's: pre-norm, AdamW, clipping, forward and
+backward by micro-batches of the size that training would take; fp32 on a CPU, bf16 on a GPU.
+Tokens are random, of a vocabulary of 257, so that the head weighs little.
+
+Each size has a process of its own. There an update of a small model first brings in all code. Peak
+memory is what is held beyond that: on a GPU what was allocated at most, on a CPU the growth of the
+largest resident set. Right after the updates the process times the product of two square matrices,
+and the share of that rate which training reached says how much of the hardware it used, whatever
+else the machine was doing. FLOPs are `plan.flops_per_token`: 6 N + 12 L d T.
+
+Then fits over the sizes: exponents of time and FLOPs per token (straight lines through logarithms,
+with standard errors), and for the context a + b T, whose terms are equal at T* = a/b, where
+attention's quadratic term takes over. By the arithmetic that is where 12 L d T is 6 N. That counts
+the scores of future tokens too; a kernel that skips them, as efficient, would have twice that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import optimize, stats
+
+VOCABULARY = 257
+HEAD = 64  # channels of an attention head
+MATRIX = {"cpu": 1024, "cuda": 8192}  # rows of the matrices whose product is timed
+TOKENS = {"cpu": 4096, "cuda": 65536}  # an update
+MEASURED, ARITHMETIC = "#08519c", "#d95f02"  # told apart by the colour-blind too
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model's size."""
+
+    layers: int = 4
+    width: int = 128
+    context: int = 256
+
+
+FACTORS = {  # and the sizes of each; it varies while the others stay at the base's
+    "width": (64, 128, 192, 256, 384, 512, 768),
+    "layers": (2, 4, 8, 16, 24, 48),
+    "context": (64, 128, 256, 512, 1024, 2048, 4096),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# One size, in a process of its own
+
+
+def measure(size: Size, device_name: str, tokens: int, seconds: float) -> dict[str, Any]:
+    """Updates of a model of that size, at least two, for that many seconds."""
+    import torch
+
+    from gpt import plan
+
+    device = plan.pick_device(device_name)
+    update, _, _ = _training(Size(1, HEAD, 8), device, 64)
+    update()
+    _reset_peak(device)
+    before = _peak_bytes(device)
+    update, model, config = _training(size, device, tokens)
+    update()
+    times: list[float] = []
+    while len(times) < 2 or sum(times) < seconds:
+        began = _now(device)
+        update()
+        times.append(_now(device) - began)
+    memory = _peak_bytes(device) - before
+    flops, update_seconds = plan.flops_per_token(config, model), statistics.median(times)
+    rate = tokens / update_seconds
+    matrix_rate = _matrix_rate(device)
+    cuda = device.type == "cuda"
+    return {
+        **asdict(size),
+        "device": torch.cuda.get_device_name(device) if cuda else device.type,
+        "precision": config.training.precision,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "tokens": tokens,
+        "micro_batch": plan.micro_batch(config, VOCABULARY, device),
+        "parameters": model.num_parameters(),
+        "flops_per_token": flops,
+        "seconds": times,
+        "tokens_per_second": rate,
+        "flops_per_second": rate * flops,
+        "matrix_flops_per_second": matrix_rate,
+        "share_of_matrix_rate": rate * flops / matrix_rate,
+        "peak_bytes": memory,
+    }
+
+
+def _training(size: Size, device: Any, tokens: int) -> tuple[Any, Any, Any]:
+    """A function that makes one update, its model and config."""
+    import torch
+
+    from gpt import plan
+    from gpt.config import Config, validate
+    from gpt.init import initialize
+    from gpt.model import GPT
+    from gpt.optim import Optimizer
+    from gpt.training import DTYPES
+
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    tree = {
+        "model": {**asdict(size), "heads": size.width // HEAD},
+        "optimizer": {"name": "adamw"},
+        "training": {"batch_sequences": tokens // size.context, "precision": precision},
+    }
+    config = validate(Config, tree)
+    model = GPT(config.model, VOCABULARY).to(device)
+    initialize(model, config.model, seed=0)
+    optimizer = Optimizer(model, config.optimizer)
+    shape = (config.batch_sequences, size.context)
+    batch = torch.randint(VOCABULARY, shape, device=device)
+    micro_batch = plan.micro_batch(config, VOCABULARY, device)
+
+    def update() -> None:
+        for x in batch.split(micro_batch):
+            with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
+                loss, _ = model.objective(x, x)
+            (loss * (len(x) / len(batch))).backward()
+        norm = torch.nn.utils.get_total_norm(
+            p.grad for p in model.parameters() if p.grad is not None
+        )
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, norm)
+        for part in optimizer.parts:
+            part.step()
+        optimizer.zero_grad()
+
+    return update, model, config
+
+
+def _now(device: Any) -> float:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _reset_peak(device: Any) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak_bytes(device: Any) -> int:
+    """The most memory that was held so far."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _matrix_rate(device: Any) -> float:
+    """FLOP/s of the product of two square matrices, in training's precision; median of ten."""
+    import torch
+
+    n, dtype = MATRIX[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(12):
+        began = _now(device)
+        torch.mm(a, b)
+        times.append(_now(device) - began)
+    return 2 * n**3 / statistics.median(times[2:])
+
+
+def measured(size: Size, device: str, tokens: int | None, seconds: float) -> dict[str, Any]:
+    """`measure` in a fresh process. This one is small, as a new one inherits its peak."""
+    given = json.dumps([asdict(size), device, tokens, seconds])
+    command = [sys.executable, __file__, "--child", given]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def child(given: str) -> dict[str, Any]:
+    """`measure` with what `measured` gave."""
+    from gpt import plan
+
+    size, device, tokens, seconds = json.loads(given)
+    tokens = tokens or TOKENS[plan.pick_device(device).type]
+    return measure(Size(**size), device, tokens, seconds)
+
+
+# ---------------------------------------------------------------------------------------------
+# Fits
+
+
+def exponent(sizes: Sequence[float], costs: Sequence[float]) -> dict[str, float]:
+    """Of a power law through costs, least squares through logarithms, with its standard error."""
+    line = stats.linregress(np.log(sizes), np.log(costs))
+    return {"exponent": float(line.slope), "error": float(line.stderr)}
+
+
+def crossover(contexts: Sequence[float], costs: Sequence[float]) -> dict[str, float]:
+    """A + b T through costs, by relative errors: a, b, and T* = a/b with its standard error."""
+    (a, b), covariance = optimize.curve_fit(
+        lambda T, a, b: a + b * T,
+        contexts,
+        costs,
+        p0=(costs[0], costs[-1] / contexts[-1]),
+        sigma=costs,
+    )
+    gradient = np.array([1 / a, -1 / b])  # of log T*
+    error = a / b * math.sqrt(gradient @ covariance @ gradient)
+    return {"a": float(a), "b": float(b), "context": float(a / b), "error": float(error)}
+
+
+def fits(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """What the sizes of each factor follow; three of them are needed."""
+    found: dict[str, Any] = {}
+    for factor, each in rows.items():
+        if len(each) < 3:
+            continue
+        sizes = [row[factor] for row in each]
+        times = [1 / row["tokens_per_second"] for row in each]
+        flops = [row["flops_per_token"] for row in each]
+        found[factor] = {
+            "time": exponent(sizes, times),
+            "flops": exponent(sizes, flops),
+            "memory": exponent(sizes, [row["peak_bytes"] for row in each]),
+        }
+        if factor == "context":
+            found["measured T*"] = crossover(sizes, times)
+            found["arithmetic T*"] = crossover(sizes, flops)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# What is shown
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures, to read."""
+    first = next(iter(figures["rows"].values()))[0]
+    lines = [
+        f"{figures['machine']}; {first['device']}, {first['precision']}, {first['threads']} "
+        f"threads; torch {first['torch']}; {first['tokens']:,} tokens an update",
+        "",
+        "| | parameters | MFLOP/token | sequences at a time | tokens/s | GFLOP/s "
+        "| share of matrix rate | peak MB | 16 N, MB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for factor, rows in figures["rows"].items():
+        for row in rows:
+            cells = [
+                f"{factor} {row[factor]:,}",
+                f"{row['parameters']:,}",
+                f"{row['flops_per_token'] / 1e6:,.1f}",
+                f"{row['micro_batch']:,}",
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['flops_per_second'] / 1e9:,.1f}",
+                f"{row['share_of_matrix_rate']:.0%}",
+                f"{row['peak_bytes'] / 1e6:,.0f}",
+                f"{16 * row['parameters'] / 1e6:,.0f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    found = figures["fits"]
+    lines += ["", "| exponent of | time per token | FLOPs per token | peak memory |"]
+    lines.append("|---|---|---|---|")
+    for factor in figures["rows"]:
+        if factor in found:
+            cells = [_with_error(found[factor][cost]) for cost in ("time", "flops", "memory")]
+            lines.append(f"| {factor} | {' | '.join(cells)} |")
+    if "measured T*" in found:
+        ours, theirs = found["measured T*"], found["arithmetic T*"]["context"]
+        lines += [
+            "",
+            f"a + b T: attention's quadratic term takes over at a context of {ours['context']:,.0f}"
+            f" ± {ours['error']:,.0f} tokens as measured;",
+            f"by the arithmetic, 12 L d T = 6 N, at {theirs:,.0f}, or {2 * theirs:,.0f} where the "
+            "future is skipped",
+        ]
+    return "\n".join(lines)
+
+
+def _with_error(fit: dict[str, float]) -> str:
+    return f"{fit['exponent']:.2f} ± {fit['error']:.2f}"
+
+
+def draw(figures: dict[str, Any], path: Path) -> None:
+    """Time per token and peak memory against each factor, with what the arithmetic says."""
+    rows, found = figures["rows"], figures["fits"]
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    panels = figure.subplots(2, len(rows), squeeze=False, sharey="row", sharex="col")
+    for (factor, each), (time_axes, memory_axes) in zip(rows.items(), panels.T, strict=True):
+        sizes = np.array([row[factor] for row in each])
+        times = np.array([1e6 / row["tokens_per_second"] for row in each])
+        flops = np.array([row["flops_per_token"] for row in each])
+        best = max(row["flops_per_second"] for row in each) / 1e6
+        time_axes.plot(sizes, times, "o", color=MEASURED, label="measured")
+        time_axes.plot(
+            sizes, flops / best, color=ARITHMETIC, ls="--", label="FLOPs, at the best rate here"
+        )
+        if factor in found:
+            time = found[factor]["time"]
+            scale = np.exp(np.mean(np.log(times) - time["exponent"] * np.log(sizes)))
+            fitted = scale * sizes ** time["exponent"]
+            time_axes.plot(sizes, fitted, color=MEASURED, lw=1, label=f"∝ {_with_error(time)}")
+        if factor == "context" and "measured T*" in found:
+            star = found["measured T*"]["context"]
+            time_axes.axvline(star, color=MEASURED, lw=0.8, ls=":", label=f"T* = {star:,.0f}")
+        memory = [row["peak_bytes"] / 1e6 for row in each]
+        state = [16 * row["parameters"] / 1e6 for row in each]
+        memory_axes.plot(sizes, memory, "o-", color=MEASURED, lw=1, label="measured")
+        memory_axes.plot(sizes, state, color=ARITHMETIC, ls="--", label="16 bytes a parameter")
+        memory_axes.set_xlabel(factor)
+        for axes in (time_axes, memory_axes):
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.legend(frameon=False, fontsize=8)
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].set_ylabel("time per token (µs)")
+    panels[1, 0].set_ylabel("peak memory (MB)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Measure all sizes, fit, draw and print the tables last."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for factor, values in FACTORS.items():
+        parser.add_argument(f"--{factor}", type=int, nargs="*", default=values, help="sizes of it")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--tokens", type=int, help="an update; divisible by every context")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of updates, for each size")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--figure", type=Path, help="draw them here")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.child is not None:
+        print(json.dumps(child(flags.child)))
+        return
+    base, done = asdict(Size()), {}  # the base itself is measured once
+    wanted = {factor: getattr(flags, factor) for factor in FACTORS}
+    rows: dict[str, list[dict[str, Any]]] = {factor: [] for factor in FACTORS if wanted[factor]}
+    for factor in rows:
+        for value in wanted[factor]:
+            size = Size(**{**base, factor: value})
+            if size not in done:
+                done[size] = measured(size, flags.device, flags.tokens, flags.seconds)
+                shown = f"{done[size]['tokens_per_second']:,.0f} tokens/s"
+                print(f"{size}: {shown}", file=sys.stderr)
+            rows[factor].append(done[size])
+    figures = {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "rows": rows,
+        "fits": fits(rows),
+    }
+    if flags.json:
+        flags.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if flags.figure:
+        draw(figures, flags.figure)
+    print(table(figures))
+
+
+if __name__ == "__main__":
+    main()
