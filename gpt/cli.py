@@ -347,6 +347,10 @@ class SampleOptions(Sampling):
     """best (by validation loss), latest, or a step."""
     device: Device = "auto"
     """auto takes cuda, then mps, then cpu."""
+    weights: Literal["fp32", "bf16", "int8"] = "fp32"
+    """fp32 is exact; bf16 is for a GPU, int8 for a few samples on a CPU: rounded, but faster."""
+    compile: bool = False
+    """Compile the steps on a GPU: up to a minute at first, which pays for long texts."""
 
 
 @dataclass(kw_only=True)
@@ -403,12 +407,16 @@ def _is_piped(stream: TextIO | None) -> bool:
 
 
 def _sample(run_dir: Path, prompt: str, options: SampleOptions, prog: str) -> None:
-    from gpt.generate import TextDecoder, generate
+    from gpt.generate import Decoder, TextDecoder, generate
     from gpt.plan import pick_device
     from gpt.run import load_run
     from gpt.tokenizer import encode
+    from gpt.weights import prepare
 
-    model, encoding, step = load_run(run_dir, options.checkpoint, pick_device(options.device))
+    device = pick_device(options.device)
+    if options.compile and device.type != "cuda":
+        raise InputError(f"--compile: is for a GPU, and the device is {device.type}")
+    model, encoding, step = load_run(run_dir, options.checkpoint, device)
     tokens = encode(encoding, prompt, "the prompt") or [encoding.eot_token]
     context = model.config.context
     print(f"{prog}: {run_dir}, step {step}", file=sys.stderr)
@@ -419,6 +427,7 @@ def _sample(run_dir: Path, prompt: str, options: SampleOptions, prog: str) -> No
             file=sys.stderr,
         )
     count = options.num_samples
+    prepare(model, options.weights, count)
     decoders = [TextDecoder(encoding) for _ in range(count)]
     texts = [prompt] * count
     steps = generate(
@@ -429,6 +438,9 @@ def _sample(run_dir: Path, prompt: str, options: SampleOptions, prog: str) -> No
         sampling=options,
         seed=options.seed,
         stop=encoding.eot_token,
+        decoder=Decoder(
+            model, count, size=len(tokens) + options.max_new_tokens, compiled=options.compile
+        ),
     )
     shown = 0  # characters of the first text; it streams, the others follow when all are done
 

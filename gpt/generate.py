@@ -1,6 +1,7 @@
 """Sampling: the next token from the logits, again and again, with a key/value cache.
 
-`generate` is a loop over two steps, `restrict` (temperature, top-k, top-p, min-p) and a draw. Each
+`generate` is a loop over two steps: a `Decoder` reads on, and a token is drawn from what `restrict`
+(temperature, top-k, top-p, min-p) leaves. Each
 sample draws from a generator of its own, so that the first of five samples is the same text as a
 single one with that seed.
 """
@@ -8,14 +9,15 @@ single one with that seed.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Self
 
 import tiktoken
 import torch
 from torch import Tensor
 
 from gpt.config import Sampling
-from gpt.model import GPT
+from gpt.model import GPT, Place
 from gpt.rng import generator
 from gpt.tokenizer import encode
 
@@ -54,6 +56,108 @@ def draw(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) 
     return (restrict(logits, sampling) / torch.stack(race)).argmax(-1)
 
 
+class Decoder:
+    """A model that reads on and tells the next token's logits, with a key/value cache.
+
+    It is a context: within it the model is in evaluation mode and has the caches; after it the
+    model is as it was before.
+
+    Args:
+        model: on any device.
+        samples: N, sequences side by side.
+        size: S, tokens that the caches hold at most; the model's context unless given.
+        fixed: one-token steps have shapes that never change, and on a GPU are replayed as one CUDA
+            graph, so that no time goes into launching their kernels; by default on a GPU.
+        compiled: those steps are compiled by torch.compile, which takes up to a minute at first.
+
+    Attributes:
+        length: tokens that the caches hold.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        samples: int,
+        *,
+        size: int | None = None,
+        fixed: bool | None = None,
+        compiled: bool = False,
+    ) -> None:
+        self.model, self.samples, self.length = model, samples, 0
+        self.device = model.token_embedding.weight.device
+        self.size = min(size or model.config.context, model.config.context)
+        on_gpu = self.device.type == "cuda"
+        self._place = (
+            Place(self.size, self.device) if (on_gpu if fixed is None else fixed) else None
+        )
+        self._caches = model.make_caches(samples, self.size)
+        self._step = torch.compile(self._logits, dynamic=False) if compiled else self._logits
+        self._graph: Graph | None = None
+
+    def __enter__(self) -> Self:
+        self._was_training = self.model.training
+        self.model.eval()
+        self.model.attach_caches(self._caches)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.model.detach_caches()
+        self.model.train(self._was_training)
+
+    def restart(self) -> None:
+        """Forget what was read."""
+        self.length = 0
+
+    @torch.inference_mode()
+    def read(self, tokens: Tensor) -> Tensor:
+        """Read T more tokens of each sample: (N, T) integers -> (N, V) logits of the next.
+
+        They may be overwritten by the next call.
+        """
+        place = self._place if tokens.shape[1] == 1 else None
+        for cache in self._caches:
+            cache.length, cache.place = self.length, place
+        if place is None:
+            logits = self._logits(tokens)
+        else:
+            place.move(self.length)
+            if self._graph is None and self.device.type == "cuda":
+                self._graph = Graph(self._step, tokens)
+            logits = (self._graph or self._step)(tokens)
+        self.length += tokens.shape[1]
+        return logits
+
+    def _logits(self, tokens: Tensor) -> Tensor:
+        return self.model.logits(self.model.hidden(tokens)[:, -1])
+
+
+class Graph:
+    """A function's kernels as one CUDA graph: launched together, on the same memory every time.
+
+    Args:
+        function: one whose shapes never change, and which may be called more than once.
+        x: its argument, the first time.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        self._x = x.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compile, and let libraries take the memory that they work in
+                function(self._x)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._y = function(self._x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The function's value, which the next call overwrites."""
+        self._x.copy_(x)
+        self._graph.replay()
+        return self._y
+
+
 @torch.inference_mode()
 def generate(
     model: GPT,
@@ -64,6 +168,7 @@ def generate(
     sampling: Sampling,
     seed: int,
     stop: int,
+    decoder: Decoder | None = None,
 ) -> Iterator[list[int]]:
     """Continue `prompt` in `samples` independent ways, at most `tokens` tokens each.
 
@@ -76,35 +181,31 @@ def generate(
         prompt: at least one token id.
         seed: sample i draws from (seed, i), whatever their number.
         stop: the token that ends a sample, end of text.
+        decoder: of this model and so many samples, to be used again; its size is the window.
     """
     assert prompt, "a prompt has at least one token; end of text starts a new document"
-    device = model.token_embedding.weight.device
-    context = model.config.context
+    decoder = decoder or Decoder(model, samples, size=len(prompt) + tokens)
+    device, size = decoder.device, decoder.size
     generators = [generator(seed, "sample", i, device=device) for i in range(samples)]
-    window = torch.tensor([prompt[-context:]] * samples, device=device)  # what the cache will hold
+    window = torch.tensor([prompt[-size:]] * samples, device=device)  # what the cache will hold
     ended = torch.zeros(samples, dtype=torch.bool, device=device)
-    was_training = model.training
-    model.eval()
-    model.attach_caches(samples)
-    try:
+    decoder.restart()
+    with decoder:
         fresh = window
         for _ in range(tokens):
-            if model.cached + fresh.shape[1] > context:
-                window = window[:, -max(1, context // 2) :]
-                model.attach_caches(samples)
+            if decoder.length + fresh.shape[1] > size:
+                window = window[:, -max(1, size // 2) :]
+                decoder.restart()
                 fresh = window
-            hidden = model.hidden(fresh)[:, -1]  # (N, d)
-            token = draw(model.logits(hidden).float(), sampling, generators)
+            token = draw(decoder.read(fresh).float(), sampling, generators)
             token = token.masked_fill(ended, stop)
             ended |= token == stop
-            yield token.tolist()
-            if bool(ended.all()):
+            row: list[int] = token.tolist()
+            yield row
+            if all(each == stop for each in row):
                 return
             fresh = token[:, None]
-            window = torch.cat([window, fresh], dim=1)[:, -context:]
-    finally:
-        model.detach_caches()
-        model.train(was_training)
+            window = torch.cat([window, fresh], dim=1)[:, -size:]
 
 
 def continue_text(

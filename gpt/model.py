@@ -13,7 +13,7 @@ Not here: training (gpt/training.py) and the choice of the next token (gpt/gener
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -26,21 +26,67 @@ from gpt.norm import make_norm
 from gpt.placement import PLACEMENTS, Placement, Sublayer, check, has_final_norm
 
 
+class Place:
+    """Where generation stands, as tensors: one-token steps then have shapes that never change.
+
+    A CUDA graph needs that. Attention goes over the whole cache, and `seen` hides what is not read.
+
+    Attributes:
+        position: (1,), the next token's.
+        seen: (1, S), true up to that position and at it.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        self.seen = torch.zeros(1, size, dtype=torch.bool, device=device)
+        self._all = torch.arange(size, device=device)[None]
+
+    def move(self, position: int) -> None:
+        """Change both in place."""
+        self.position.fill_(position)
+        torch.le(self._all, self.position, out=self.seen)
+
+
 class KVCache:
     """Keys and values of the tokens that one attention layer has seen, for generation.
 
+    Args:
+        size: S, the most tokens that it can hold; the model's context unless given.
+
     Attributes:
-        keys, values: (B, h, T, d/h), of which the first `length` positions are filled.
+        keys, values: (B, h, S, d/h), of which the first `length` positions are filled.
+        place: if not None, counts in place of `length`, which then stands still.
     """
 
-    def __init__(self, batch: int, config: ModelConfig, like: Tensor) -> None:
-        shape = (batch, config.heads, config.context, config.width // config.heads)
+    def __init__(
+        self, batch: int, config: ModelConfig, like: Tensor, size: int | None = None
+    ) -> None:
+        shape = (batch, config.heads, size or config.context, config.width // config.heads)
         self.keys = like.new_zeros(shape)
         self.values = like.new_zeros(shape)
         self.length = 0
+        self.place: Place | None = None
+
+    @property
+    def seen(self) -> Tensor | None:
+        """(1, S), what of the cache the one next token sees; None: all that `extend` returns."""
+        return None if self.place is None else self.place.seen
+
+    def positions(self, count: int) -> Tensor:
+        """Where the next `count` tokens stand: (count,) integers."""
+        if self.place is not None:
+            return self.place.position
+        return torch.arange(self.length, self.length + count, device=self.keys.device)
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append (B, h, t, d/h) keys and values; returns all so far, (B, h, length, d/h)."""
+        """Append (B, h, t, d/h) keys and values; returns all so far, (B, h, length, d/h).
+
+        With a `place`, t is 1 and the whole cache is returned, (B, h, S, d/h).
+        """
+        if self.place is not None:
+            self.keys.index_copy_(2, self.place.position, keys)
+            self.values.index_copy_(2, self.place.position, values)
+            return self.keys, self.values
         end = self.length + keys.shape[2]
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
@@ -81,9 +127,11 @@ class CausalSelfAttention(Sublayer):
         """(B, T, d) -> (B, T, d)."""
         B, T, d = x.shape
         q, k, v = self.project(x)
+        seen = None
         if self.cache is not None:
             k, v = self.cache.extend(k, v)  # each (B, h, S, d/h), S >= T
-        y = self.mix(q, k, v)  # (B, h, T, d/h)
+            seen = self.cache.seen
+        y = self.mix(q, k, v, seen)  # (B, h, T, d/h)
         y = y.transpose(1, 2).reshape(B, T, d)
         return self.out_dropout(self.out(self.inner_norm(y)))
 
@@ -94,26 +142,31 @@ class CausalSelfAttention(Sublayer):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         return self.q_norm(q), self.k_norm(k), v
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
         """The values, weighted: q (B, h, T, d/h), k and v (B, h, S, d/h) -> (B, h, T, d/h).
 
         torch's kernel never forms the (T, S) weights, but has no soft cap.
+
+        Args:
+            seen: (T, S), which keys a query sees; None: see `visible`.
         """
         T, S = q.shape[2], k.shape[2]
         dropout = self.dropout if self.training else 0.0
         if self.cap is None:
-            mask = visible(T, S, q.device) if 1 < T < S else None
-            return self.kernel(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=T == S)
-        return F.dropout(self.weights(self.scores(q, k)), dropout) @ v
+            causal = seen is None and T == S
+            if seen is None and 1 < T < S:
+                seen = visible(T, S, q.device)
+            return self.kernel(q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=causal)
+        return F.dropout(self.weights(self.scores(q, k), seen), dropout) @ v
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Inner products q k^T / sqrt(d/h): (B, h, T, d/h), (B, h, S, d/h) -> (B, h, T, S)."""
         return (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
 
-    def weights(self, scores: Tensor) -> Tensor:
+    def weights(self, scores: Tensor, seen: Tensor | None = None) -> Tensor:
         """The softmax of the capped scores over the keys that a query sees: (B, h, T, S)."""
         T, S = scores.shape[-2:]
-        hidden = ~visible(T, S, scores.device)
+        hidden = ~(visible(T, S, scores.device) if seen is None else seen)
         return soft_cap(scores, self.cap).masked_fill(hidden, -torch.inf).softmax(-1)
 
 
@@ -206,17 +259,20 @@ class GPT(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The stream before the first block: (B, T) integers -> (B, T, d)."""
-        start = self.cached
-        end = start + tokens.shape[1]
-        assert end <= self.config.context, f"{end} tokens in a context of {self.config.context}"
-        positions = torch.arange(start, end, device=tokens.device)
+        T = tokens.shape[1]
+        held = 0 if self.cache is None else self.cache.length
+        assert held + T <= self.config.context, f"{held + T} tokens in a context too short"
+        if self.cache is None:
+            positions = torch.arange(T, device=tokens.device)
+        else:
+            positions = self.cache.positions(T)
         x = self.token_embedding(tokens) + self.position_embedding(positions)
         return self.embedding_norm(self.embedding_dropout(x))
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., d) after the final norm -> (..., V)."""
-        head = self.token_embedding.weight if self.head is None else self.head.weight
-        return soft_cap(F.linear(x, head) * self.logit_scale, self.config.logit_soft_cap)
+        logits = F.linear(x, self.token_embedding.weight) if self.head is None else self.head(x)
+        return soft_cap(logits * self.logit_scale, self.config.logit_soft_cap)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats per token, a float32 scalar. Both (B, T) integers."""
@@ -251,10 +307,15 @@ class GPT(nn.Module):
         """The attention layers, first block first."""
         return [module for module in self.modules() if isinstance(module, CausalSelfAttention)]
 
-    def attach_caches(self, batch: int) -> None:
-        """From here on, `forward` continues the `batch` sequences that it was given before."""
-        for attention in self.attentions():
-            attention.cache = KVCache(batch, self.config, like=attention.qkv.weight)
+    def make_caches(self, batch: int, size: int | None = None) -> list[KVCache]:
+        """A cache for each attention layer, for `batch` sequences of at most `size` tokens."""
+        like = self.token_embedding.weight
+        return [KVCache(batch, self.config, like, size) for _ in self.attentions()]
+
+    def attach_caches(self, caches: Iterable[KVCache]) -> None:
+        """From here on, `forward` continues the sequences that these caches hold."""
+        for attention, cache in zip(self.attentions(), caches, strict=True):
+            attention.cache = cache
 
     def detach_caches(self) -> None:
         """Back to `forward` on whole sequences."""
@@ -262,10 +323,11 @@ class GPT(nn.Module):
             attention.cache = None
 
     @property
-    def cached(self) -> int:
-        """Tokens in the caches."""
-        cache = self.attentions()[0].cache
-        return 0 if cache is None else cache.length
+    def cache(self) -> KVCache | None:
+        """The first attention layer's, which tells what all hold."""
+        first = self.blocks[0].attention
+        assert isinstance(first, CausalSelfAttention)
+        return first.cache
 
     # -- Size ------------------------------------------------------------------------------------
 

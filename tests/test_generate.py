@@ -97,7 +97,7 @@ def test_the_model_is_left_as_it_was(model: GPT):
     next(steps)
     steps.close()
     assert model.training
-    assert model.cached == 0
+    assert model.cache is None
     model.eval()
 
 

@@ -158,7 +158,7 @@ def test_every_switch_changes_the_logits_and_keeps_the_cache_right(options: dict
     model = make(**options).eval()
     shake(model)
     x = tokens()
-    model.attach_caches(2)
+    model.attach_caches(model.make_caches(2))
     cached = torch.cat([model(piece) for piece in x.split([5, 1, 1, 10, 7], dim=1)], dim=1)
     model.detach_caches()
     torch.testing.assert_close(cached, model(x), atol=1e-5, rtol=1e-5)

@@ -282,7 +282,7 @@ def test_no_position_sees_a_later_one_but_by_batch_norm_in_training(placement: s
 def test_the_cache_gives_the_uncached_logits(placement: str, norm: str):
     model = make(placement, norm).eval()
     x = tokens(2)
-    model.attach_caches(2)
+    model.attach_caches(model.make_caches(2))
     cached = torch.cat([model(piece) for piece in x.split([5, 1, 1, 5], dim=1)], dim=1)
     model.detach_caches()
     torch.testing.assert_close(cached, model(x), atol=1e-10, rtol=1e-10)

@@ -37,7 +37,6 @@ from gpt.console import Console
 from gpt.ensemble import shape, train_together, why_not
 from gpt.errors import InputError
 from gpt.files import write_text
-from gpt.plot import plot_run
 from gpt.run import RunDirectory, RunResult
 from gpt.training import train
 
@@ -374,6 +373,8 @@ def _draw(path: Path) -> None:
     run = RunDirectory(path)
     records = metrics.read(run.metrics)
     if any("loss" in record for record in records):
+        from gpt.plot import plot_run  # with it comes matplotlib, which training does not need
+
         plot_run(records, run.plot, title=run.read_config().name)
 
 

@@ -1,0 +1,86 @@
+"""Weights as sampling reads them: laid out for few rows at a time, or fewer bits of each.
+
+One token reads every matrix once, so memory sets the pace. On a CPU the usual layout is read at half
+of memory's speed; oneDNN's own is read faster. Training has nothing to do with this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from gpt.errors import InputError
+from gpt.model import GPT
+
+Weights = Literal["fp32", "bf16", "int8"]
+
+
+class PackedLinear(nn.Module):
+    """x Wᵀ + b in fp32 on a CPU, W in the layout that oneDNN likes for `rows` rows of x."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n_in) -> (..., n_out)."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class Int8Linear(nn.Module):
+    """x Wᵀ + b with W as 8-bit integers times a scale for each output channel, x as bf16.
+
+    The scale s is the smallest bf16 number with |W| <= 127 s; Dettmers et al. 2022 call it absmax.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        largest = weight.detach().abs().amax(1).clamp(min=1e-30)
+        scale = (largest / 127 * (1 + 2**-8)).bfloat16()  # rounded, it is not below largest / 127
+        self.weight = (weight.detach() / scale[:, None].float()).round().to(torch.int8)
+        self.scale, self.bias = scale, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n_in) -> (..., n_out)."""
+        rows = x.flatten(0, -2).bfloat16()
+        y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        y = y.to(x.dtype).unflatten(0, x.shape[:-1])
+        return y if self.bias is None else y + self.bias
+
+
+def prepare(model: GPT, weights: Weights, samples: int) -> None:
+    """Change `model` in place for sampling; it can neither be trained nor saved from then on.
+
+    Args:
+        weights: fp32 changes the layout alone, on a CPU; bf16 rounds everything; int8 rounds the
+            matrices, but neither embeddings nor norms.
+        samples: made side by side, for which the layout is chosen.
+
+    Raises:
+        InputError: int8 weights on a GPU.
+    """
+    device = model.token_embedding.weight.device
+    make: Callable[[Tensor, Tensor | None], nn.Module]
+    if weights == "bf16":
+        model.bfloat16()
+        return
+    if weights == "int8":
+        if device.type != "cpu":
+            raise InputError(f"--weights int8: is for a CPU; on {device.type} take bf16")
+        make = Int8Linear
+    elif device.type == "cpu" and torch.backends.mkldnn.is_available():
+        make = partial(PackedLinear, rows=samples)
+    else:
+        return
+    if model.head is None:  # untie it: the embedding is still looked up as it was
+        model.head = nn.Linear(model.config.width, model.vocab_size, bias=False, device="meta")
+        model.head.weight = model.token_embedding.weight
+    for owner in list(model.modules()):
+        for name, module in list(owner.named_children()):
+            if isinstance(module, nn.Linear):
+                setattr(owner, name, make(module.weight, module.bias))
