@@ -131,7 +131,7 @@ def parts_of_a_run(config: Config, folder: Path) -> dict[str, Any]:
 
     They are replaced for good, so this wants a process of its own.
     """
-    loop = training._Training
+    loop = training.Training
     methods = ["run", *(name for names in PARTS.values() for name in names)]
     seconds, calls = dict.fromkeys(methods, 0.0), dict.fromkeys(methods, 0)
 
