@@ -1,7 +1,7 @@
 """Weights as sampling reads them: laid out for few rows at a time, or fewer bits of each.
 
-One token reads every matrix once, so memory sets the pace. On a CPU the usual layout is read at half
-of memory's speed; oneDNN's own is read faster. Training has nothing to do with this.
+One token reads every matrix once, so memory sets the pace. A CPU reads the usual layout at half of
+memory's speed, and oneDNN's own faster. Training has nothing to do with this.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from gpt.errors import InputError
 from gpt.model import GPT
 
 Weights = Literal["fp32", "bf16", "int8"]
+PACKED_FROM = 2**19  # numbers of a matrix: oneDNN takes longer over a call, and reads faster
 
 
 class PackedLinear(nn.Module):
@@ -72,9 +73,9 @@ def prepare(model: GPT, weights: Weights, samples: int) -> None:
     if weights == "int8":
         if device.type != "cpu":
             raise InputError(f"--weights int8: is for a CPU; on {device.type} take bf16")
-        make = Int8Linear
+        make, least = Int8Linear, 0
     elif device.type == "cpu" and torch.backends.mkldnn.is_available():
-        make = partial(PackedLinear, rows=samples)
+        make, least = partial(PackedLinear, rows=samples), PACKED_FROM
     else:
         return
     if model.head is None:  # untie it: the embedding is still looked up as it was
@@ -82,5 +83,5 @@ def prepare(model: GPT, weights: Weights, samples: int) -> None:
         model.head.weight = model.token_embedding.weight
     for owner in list(model.modules()):
         for name, module in list(owner.named_children()):
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module.weight.numel() >= least:
                 setattr(owner, name, make(module.weight, module.bias))

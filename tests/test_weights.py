@@ -1,0 +1,176 @@
+"""The fast ways to sample, held to the plain one: other weights, fixed shapes, compiled steps."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gpt import weights
+from gpt.config import ModelConfig, Sampling
+from gpt.errors import InputError
+from gpt.generate import Decoder, generate
+from gpt.init import initialize
+from gpt.model import ACTIVATIONS, GPT
+from gpt.norm import NORMS
+from gpt.placement import PLACEMENTS, check
+from gpt.weights import Int8Linear, PackedLinear, prepare
+
+VOCAB = 61
+SWITCHES: list[dict[str, Any]] = [
+    {"attention": {"qk_norm": True}},
+    {"attention": {"soft_cap": 0.5}},
+    {"logit_soft_cap": 0.5},
+    {"init": {"regime": "xavier"}},  # whose logits are divided by sqrt(d)
+    {"tied_head": False},
+    {"bias": False},
+    *({"mlp": {"activation": name}} for name in ACTIVATIONS),
+]
+
+
+def goes(options: dict[str, Any]) -> bool:
+    try:
+        check(shaped(options))
+    except InputError:
+        return False
+    return True
+
+
+def shaped(options: dict[str, Any]) -> ModelConfig:
+    shape = {"layers": 4, "heads": 4, "width": 32, "context": 24}
+    return ModelConfig.model_validate({**shape, **options})
+
+
+MODELS = [
+    *({"norm": {"placement": p, "type": t}} for p in PLACEMENTS for t in NORMS),
+    *({"norm": {"placement": p}} for p in PLACEMENTS),
+    *SWITCHES,
+]
+every_model = pytest.mark.parametrize("options", [m for m in MODELS if goes(m)], ids=str)
+
+
+def make(options: dict[str, Any]) -> GPT:
+    """With every parameter away from its start, so that each of them counts."""
+    model = GPT(shaped(options), VOCAB)
+    initialize(model, model.config, seed=1)
+    noise = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=noise)
+    return model.eval()
+
+
+def tokens(length: int = 20) -> Tensor:
+    return torch.randint(VOCAB, (2, length), generator=torch.Generator().manual_seed(0))
+
+
+def read(model: GPT, x: Tensor, **options: Any) -> Tensor:
+    """(2, V) logits after reading in pieces, once the caches hold something else."""
+    with Decoder(model, 2, **options) as decoder:
+        for piece in x.flip(1).split([4, 1, x.shape[1] - 5], dim=1):
+            decoder.read(piece)
+        decoder.restart()
+        for piece in x.split([5, 1, 1, x.shape[1] - 8, 1], dim=1):
+            logits = decoder.read(piece)
+        assert decoder.length == x.shape[1]
+    return logits.clone()
+
+
+def drawn(model: GPT, **options: Any) -> list[list[int]]:
+    sampling = Sampling(temperature=1.0, top_k=20)
+    steps = generate(
+        model, [1, 2, 3], samples=2, tokens=40, sampling=sampling, seed=5, stop=0, **options
+    )
+    return list(steps)
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """RMS of the difference, relative to the spread of what is expected."""
+    return ((found.float() - expected).square().mean().sqrt() / expected.std()).item()
+
+
+@torch.no_grad()
+@every_model
+def test_fixed_shapes_give_the_plain_logits(options: dict[str, Any]):
+    model = make(options).double()
+    for size in (20, None):
+        found = read(model, tokens(), fixed=True, size=size)
+        torch.testing.assert_close(found, model(tokens())[:, -1], atol=1e-10, rtol=1e-10)
+
+
+@torch.no_grad()
+@every_model
+def test_packed_weights_give_the_plain_logits(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(weights, "PACKED_FROM", 0)
+    model = make(options)
+    expected, texts = model(tokens())[:, -1], drawn(model)
+    prepare(model, "fp32", samples=2)
+    kinds = {type(m) for m in model.modules()}
+    assert PackedLinear in kinds
+    assert nn.Linear not in kinds
+    torch.testing.assert_close(read(model, tokens()), expected, atol=1e-5, rtol=1e-5)
+    assert drawn(model) == texts
+
+
+def test_small_matrices_are_left_as_they_are():
+    model = make({})
+    before = {name: id(module) for name, module in model.blocks.named_modules()}
+    prepare(model, "fp32", samples=1)
+    assert {name: id(module) for name, module in model.blocks.named_modules()} == before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bf16", "int8"])
+@every_model
+def test_fewer_bits_are_near_the_plain_logits(options: dict[str, Any], name: weights.Weights):
+    model = make(options)
+    expected = model(tokens())[:, -1]
+    prepare(model, name, samples=2)
+    assert 0 < distance(read(model, tokens()), expected) < 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+def test_int8_weights_are_the_matrix_to_half_a_step(bias: bool):
+    linear = nn.Linear(64, 48, bias=bias)
+    linear.weight[3] = 0
+    linear.weight[5] *= 1e3
+    made = Int8Linear(linear.weight, linear.bias)
+    matrix = made.weight.float() * made.scale.float()[:, None]
+    assert made.weight.abs().max() <= 127
+    assert made.weight.abs().amax(1)[5] >= 126
+    half = made.scale.float()[:, None] / 2
+    assert ((matrix - linear.weight).abs() <= half * 1.001).all()
+    x = torch.randn(2, 3, 64)
+    expected = nn.functional.linear(x.bfloat16().float(), matrix, linear.bias)
+    torch.testing.assert_close(made(x), expected, atol=2e-2, rtol=1e-2)
+
+
+def test_int8_weights_are_for_a_cpu():
+    with torch.device("meta"):
+        model = GPT(shaped({}), VOCAB)
+    with pytest.raises(InputError, match=r"--weights int8: is for a CPU; on meta take bf16"):
+        prepare(model, "int8", samples=1)
+
+
+def test_fixed_shapes_draw_the_same_text_through_windows_and_again():
+    model = make({})
+    plain = drawn(model)
+    assert len(plain) > 24  # beyond the context
+    decoder = Decoder(model, 2, fixed=True)
+    assert [drawn(model, decoder=decoder) for _ in range(2)] == [plain, plain]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_a_compiled_step_is_compiled_once_and_gives_the_plain_logits():
+    model = make({})
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.inference_mode():
+        found = read(model, tokens(), fixed=True, compiled=True)
+    expected = model(tokens())[:, -1]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
