@@ -91,7 +91,7 @@ class Decoder:
             Place(self.size, self.device) if (on_gpu if fixed is None else fixed) else None
         )
         self._caches = model.make_caches(samples, self.size)
-        self._step = torch.compile(self._logits, dynamic=False) if compiled else self._logits
+        self._step = torch.compile(self._logits, fullgraph=True) if compiled else self._logits
         self._graph: Graph | None = None
 
     def __enter__(self) -> Self:

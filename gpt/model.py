@@ -76,7 +76,9 @@ class KVCache:
         """Where the next `count` tokens stand: (count,) integers."""
         if self.place is not None:
             return self.place.position
-        return torch.arange(self.length, self.length + count, device=self.keys.device)
+        end, size = self.length + count, self.keys.shape[2]
+        assert end <= size, f"{end} tokens in a cache of {size}"
+        return torch.arange(self.length, end, device=self.keys.device)
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append (B, h, t, d/h) keys and values; returns all so far, (B, h, length, d/h).
@@ -259,13 +261,12 @@ class GPT(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The stream before the first block: (B, T) integers -> (B, T, d)."""
-        T = tokens.shape[1]
-        held = 0 if self.cache is None else self.cache.length
-        assert held + T <= self.config.context, f"{held + T} tokens in a context too short"
-        if self.cache is None:
-            positions = torch.arange(T, device=tokens.device)
-        else:
+        T, context = tokens.shape[1], self.config.context
+        if self.cache is not None:
             positions = self.cache.positions(T)
+        else:
+            assert context >= T, f"{T} tokens in a context of {context}"
+            positions = torch.arange(T, device=tokens.device)
         x = self.token_embedding(tokens) + self.position_embedding(positions)
         return self.embedding_norm(self.embedding_dropout(x))
 

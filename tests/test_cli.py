@@ -456,6 +456,33 @@ def test_text_is_shown_as_it_is_made(
     assert len(written) > 5
 
 
+def test_weights_of_fewer_bits_write_text_too(capsys: pytest.CaptureFixture[str], run_dir: Path):
+    arguments = ["--num-samples", 2, "--max-new-tokens", 40, "--prompt", "a", "--temperature", 0]
+    for weights in ("bf16", "int8"):
+        code, out, err = called(capsys, "sample", run_dir, *arguments, "--weights", weights)
+        assert code == 0, err
+        assert out.startswith("a")
+        assert len(out) > 20
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--weights", "int4"], "--weights: input should be 'fp32', 'bf16' or 'int8'"),
+        (
+            ["--device", "cpu", "--compile", "true"],
+            "--compile: is for a GPU, and the device is cpu",
+        ),
+    ],
+)
+def test_what_sampling_cannot_do_is_said(
+    capsys: pytest.CaptureFixture[str], run_dir: Path, flags: list[str], message: str
+):
+    code, out, err = called(capsys, "sample", run_dir, "--prompt", "a", *flags)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
 def test_several_samples_and_the_sliding_window(capsys: pytest.CaptureFixture[str], run_dir: Path):
     arguments = ["--num-samples", 3, "--max-new-tokens", 40, "--prompt", "a", "--temperature", 1.5]
     code, out, err = called(capsys, "sample", run_dir, *arguments)
