@@ -436,6 +436,8 @@ class TrainingConfig(Section):
     """Arithmetic of the forward and backward pass; weights stay fp32. fp16 scales its loss."""
     z_loss: NonNegative = 0.0
     """Weight of log² Z of the softmax beside the cross-entropy; 1e-4 is usual."""
+    loss_chunk: Count | None = None
+    """Tokens of a micro-batch whose logits exist at a time: less memory, slower; null is all."""
     compile: bool = False
     """Compile the model with torch.compile: pays on a GPU, costs half a minute or more on a CPU."""
     nonfinite: Literal["stop", "skip", "rollback"] = "stop"
@@ -590,6 +592,7 @@ MAY_CHANGE = (
     "data.vocabulary",
     "training.steps",
     "training.micro_batch",
+    "training.loss_chunk",
     "training.device",
     "training.compile",
     "training.nonfinite",

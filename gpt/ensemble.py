@@ -55,6 +55,8 @@ def why_not(config: Config) -> str | None:
         f"optimizer.name: {config.optimizer.name}": config.optimizer.name not in SEPARABLE,
         f"model.dropout: {config.model.dropout:g}": config.model.dropout > 0,
         "model.norm.type: batch": config.model.norm.type == "batch",
+        f"training.loss_chunk: {config.training.loss_chunk}": config.training.loss_chunk
+        is not None,
         "training.precision: fp16": config.training.precision == "fp16",
         f"training.nonfinite: {config.training.nonfinite}": config.training.nonfinite != "stop",
     }

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from gpt.config import ModelConfig
 from gpt.init import Stacked, logit_scale
+from gpt.loss import chunked_cross_entropy, cross_entropy
 from gpt.norm import make_norm
 from gpt.placement import PLACEMENTS, Placement, Sublayer, check, has_final_norm
 
@@ -216,12 +217,20 @@ class MLP(Sublayer):
         return self.out_dropout(self.out(self.inner_norm(self.activation(self.up(x)))))
 
 
+# While training, the head's matrix is padded to a multiple of so many rows, by kind of device: a
+# GPU's matrix units need rows of 16 bytes, and 50,257 is odd. The logits are those without it.
+VOCABULARY_MULTIPLE = {"cuda": 64}
+
+
 class GPT(nn.Module):
     """A decoder-only transformer language model (Radford et al. 2019).
 
     Args:
         config: shape and norms.
         vocab_size: V, from the tokenizer.
+
+    Attributes:
+        loss_chunk: tokens whose logits `objective` makes at a time; None: all of them.
 
     Raises:
         InputError: the placement does not go with the rest (see `gpt.placement.check`).
@@ -244,6 +253,7 @@ class GPT(nn.Module):
         self.final_norm = make_norm(config) if has_final_norm(config) else nn.Identity()
         self.head = None if config.tied_head else nn.Linear(config.width, vocab_size, bias=False)
         self.logit_scale = logit_scale(config)
+        self.loss_chunk: int | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of the next token at every position: (B, T) integers -> (B, T, V).
@@ -272,8 +282,26 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., d) after the final norm -> (..., V)."""
-        logits = F.linear(x, self.token_embedding.weight) if self.head is None else self.head(x)
-        return soft_cap(logits * self.logit_scale, self.config.logit_soft_cap)
+        if self.head is not None and not self.training:  # sampling may have packed its matrix
+            return self._scaled(self.head(x))
+        return self.logits_by(x, self.head_matrix)
+
+    @property
+    def head_matrix(self) -> Tensor:
+        """(V, d); a tied head's is the token embedding."""
+        return self.token_embedding.weight if self.head is None else self.head.weight
+
+    def logits_by(self, x: Tensor, head: Tensor) -> Tensor:
+        """(..., d) after the final norm, (V, d) -> (..., V)."""
+        padding = -len(head) % VOCABULARY_MULTIPLE.get(x.device.type, 1)
+        if padding and self.training:  # for one token of generation it would not pay
+            head = F.pad(head, (0, 0, 0, padding))
+        return self._scaled(F.linear(x, head)[..., : self.vocab_size])
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        if self.logit_scale != 1:
+            logits = logits * self.logit_scale
+        return soft_cap(logits, self.config.logit_soft_cap)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats per token, a float32 scalar. Both (B, T) integers."""
@@ -284,14 +312,15 @@ class GPT(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What training makes small, and the mean cross-entropy in it; float32 scalars.
 
-        The first is cross-entropy + z_loss * mean(log² Z), Z the softmax's denominator: it holds
-        logits near where softmax is exact (Chowdhery et al. 2022, Wortsman et al. 2023: 1e-4).
+        The first has z_loss * mean(log² Z) beside it (see `gpt.loss.cross_entropy`).
         """
-        logits = self(tokens).float().flatten(0, 1)
-        loss = F.cross_entropy(logits, targets.flatten())
-        if z_loss == 0:
-            return loss, loss
-        return loss + z_loss * logits.logsumexp(-1).square().mean(), loss
+        targets = targets.flatten()
+        if self.loss_chunk is None:
+            return cross_entropy(self(tokens).flatten(0, 1), targets, z_loss)
+        x = self.hidden(tokens).flatten(0, 1)
+        return chunked_cross_entropy(
+            self.logits_by, x, self.head_matrix, targets, z_loss, self.loss_chunk
+        )
 
     @torch.no_grad()
     def calibrate(self, tokens: Tensor) -> None:

@@ -103,16 +103,20 @@ def micro_batch(config: Config, vocab_size: int, device: torch.device, *, models
         models: how many go forward at once, each with so many sequences.
 
     A token costs 17 d L numbers of activations (the 34 bytes of Korthikanti et al. 2022 at 16 bits)
-    and 3 V fp32 numbers of logits. The attention matrix is never formed, but for a soft cap: then
-    scores, their tanh and the weights are, h T L numbers each.
+    and 3 V fp32 numbers of logits, at most `training.loss_chunk` tokens of them at a time. The
+    attention matrix is never formed, but for a soft cap: then scores, their tanh and the weights
+    are, h T L numbers each.
     """
     if config.training.micro_batch != "auto":
         return config.training.micro_batch
     model = config.model
     size = 4 if config.training.precision == "fp32" else 2
     attention = 3 * model.heads * model.context if model.attention.soft_cap is not None else 0
-    token = (17 * model.width + attention) * model.layers * size + 3 * vocab_size * 4
-    fitting = max(1, _memory(device) // (token * model.context * models))
+    token, logits = (17 * model.width + attention) * model.layers * size, 3 * vocab_size * 4
+    memory, chunk = _memory(device) // models, config.training.loss_chunk
+    fitting = max(1, memory // ((token + logits) * model.context))
+    if chunk is not None:
+        fitting = max(fitting, (memory - chunk * logits) // (token * model.context))
     batch = config.batch_sequences
     return max(n for n in range(1, min(batch, fitting) + 1) if batch % n == 0)
 

@@ -207,8 +207,10 @@ class Training:
         )
         self.byte_lengths = np.array(tokenizer.byte_lengths(encoding))
         self.model = GPT(config.model, encoding.n_vocab).to(device)
-        objective = self.model.objective
-        self.objective = torch.compile(objective) if config.training.compile else objective
+        self.model.loss_chunk = config.training.loss_chunk
+        self.objective = self.model.objective
+        if config.training.compile:  # a last, smaller part of the validation is compiled for itself
+            self.objective = torch.compile(self.objective, dynamic=False)
         self.micro_batch = plan.micro_batch(config, encoding.n_vocab, device)
         self.read_every = READ_EVERY.get(device.type, config.training.log_every)
         self.flops_per_token = plan.flops_per_token(config, self.model)
@@ -905,7 +907,7 @@ class Training:
         return result
 
     def _host_tensor(self, array: Batch) -> Tensor:
-        tensor = torch.from_numpy(array)
+        tensor = torch.from_numpy(np.ascontiguousarray(array))  # or its copy would wait for the GPU
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
     def _on_device(self, tensor: Tensor) -> Tensor:

@@ -293,6 +293,7 @@ def test_an_optimizer_is_separable_if_its_steps_do_not_depend_on_the_weights(tin
         {"model": {"dropout": 0.1}},
         {"model": {"norm": {"type": "batch"}}},
         {"training": {"precision": "fp16"}},
+        {"training": {"loss_chunk": 8}},
         {"training": {"nonfinite": "skip"}},
         {"optimizer": {"name": "muon"}},
     ],

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from gpt.config import ModelConfig
 from gpt.init import initialize
@@ -245,3 +248,156 @@ def test_z_loss_adds_the_mean_square_of_log_z():
 def test_a_feed_forward_network_without_width_is_refused():
     with pytest.raises(ValueError, match=r"mlp\.multiple \(0\.001\) leaves no channel inside"):
         make(mlp={"multiple": 0.001})
+
+
+# -- Fast paths: the padded head, and the loss in chunks -----------------------------------------
+
+
+@pytest.fixture
+def rows_of_heads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Of every product with a matrix: the tokens and the matrix's rows."""
+    found: list[tuple[int, int]] = []
+    linear = functional.linear
+
+    def spy(x: torch.Tensor, weight: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
+        found.append((x.shape[:-1].numel(), len(weight)))
+        return linear(x, weight, *rest)
+
+    monkeypatch.setattr(functional, "linear", spy)
+    return found
+
+
+Result = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+
+
+def learnt(model: GPT, z_loss: float) -> Result:
+    """What is minimised, the loss, and all gradients."""
+    x, y = tokens(3), tokens(3, seed=1)
+    model.zero_grad()
+    minimised, loss = model.objective(x, y, z_loss)
+    minimised.backward()
+    return minimised, loss, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_same(fast: Result, plain: Result, tolerance: float) -> None:
+    for mine, theirs in zip(fast[:2], plain[:2], strict=True):
+        torch.testing.assert_close(mine, theirs, atol=0, rtol=tolerance)
+    for name, gradient in plain[2].items():
+        largest = gradient.abs().max().item()
+        torch.testing.assert_close(fast[2][name], gradient, atol=tolerance * largest, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=str
+)
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tied_head": False}, {"logit_soft_cap": 0.5}, {"init": {"regime": "xavier"}}],
+    ids=str,
+)
+def test_a_padded_head_and_chunks_of_the_loss_change_nothing(
+    options: dict[str, object],
+    z_loss: float,
+    dtype: torch.dtype,
+    tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
+    rows_of_heads: list[tuple[int, int]],
+):
+    model = make(**options).to(dtype)
+    shake(model)
+    plain = learnt(model, z_loss)
+    assert rows_of_heads[-1] == (72, 61)
+    for multiple in (1, 64):
+        monkeypatch.setattr("gpt.model.VOCABULARY_MULTIPLE", {"cpu": multiple})
+        for chunk in (None, 7, 1000):  # 72 tokens are ten chunks of 7, and 2 more
+            model.loss_chunk = chunk
+            rows_of_heads.clear()
+            assert_same(learnt(model, z_loss), plain, tolerance)
+            heads = {rows for rows in rows_of_heads if rows[1] in (61, 64)}
+            rows = 64 if multiple == 64 else 61
+            assert heads == ({(7, rows), (2, rows)} if chunk == 7 else {(72, rows)})
+
+
+def test_the_head_is_padded_while_training_only(
+    monkeypatch: pytest.MonkeyPatch, rows_of_heads: list[tuple[int, int]]
+):
+    """Copying the matrix for one token at a time would slow generation down."""
+    monkeypatch.setattr("gpt.model.VOCABULARY_MULTIPLE", {"cpu": 64})
+    model = make()
+    assert model(tokens()).shape == (2, 24, VOCAB)
+    assert rows_of_heads[-1] == (48, 64)
+    trained = model(tokens())
+    evaluated = model.eval()(tokens())
+    assert rows_of_heads[-1] == (48, 61)
+    torch.testing.assert_close(evaluated, trained)
+
+
+def test_without_gradients_chunks_of_the_loss_make_none(rows_of_heads: list[tuple[int, int]]):
+    model = make(tied_head=False)
+    plain = model.loss(tokens(), tokens(seed=1))
+    model.loss_chunk = 20
+    rows_of_heads.clear()
+    with torch.no_grad():
+        loss = model.loss(tokens(), tokens(seed=1))
+    assert [rows for rows in rows_of_heads if rows[1] == VOCAB] == [(20, 61), (20, 61), (8, 61)]
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, plain)
+
+
+def test_gradients_of_chunks_scale_with_what_is_derived():
+    """As gradient accumulation and fp16's loss scale need; and they add up over micro-batches."""
+    model = make()
+    gradients = []
+    for chunk in (None, 20):
+        model.loss_chunk = chunk
+        model.zero_grad()
+        for seed in (0, 1):
+            (model.objective(tokens(seed=seed), tokens(seed=2), 0.1)[0] * 1000).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_fast_paths_compile_to_one_graph(precision: str, monkeypatch: pytest.MonkeyPatch):
+    """Here without generating code, which takes minutes; in bf16 to what rounding leaves equal."""
+    model = make(layers=1)
+    shake(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        plain = learnt(model, 0.1)
+        monkeypatch.setattr("gpt.model.VOCABULARY_MULTIPLE", {"cpu": 64})
+        model.loss_chunk = 20
+        torch._dynamo.reset()
+        model.objective = torch.compile(  # type: ignore[method-assign]
+            model.objective, dynamic=False, fullgraph=True, backend="aot_eager"
+        )
+        compiled = learnt(model, 0.1)
+    torch._dynamo.reset()
+    assert_same(compiled, plain, 1e-6 if precision == "fp32" else 0.02)
+
+
+PEAK = """
+import resource, sys, torch
+from gpt.config import ModelConfig
+from gpt.init import initialize
+from gpt.model import GPT
+model = GPT(ModelConfig(layers=1, heads=1, width=16, context=256), 50257)
+initialize(model, model.config, seed=0)
+model.loss_chunk = int(sys.argv[1]) or None
+x = torch.zeros(4, 256, dtype=torch.long)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model.objective(x, x)[0].backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ru_maxrss has other units")
+def test_chunks_of_the_loss_take_less_memory(environment: dict[str, str]):
+    peaks = []
+    for chunk in ("0", "128"):
+        command = [sys.executable, "-c", PEAK, chunk]
+        done = subprocess.run(command, env=environment, capture_output=True, check=True)
+        peaks.append(int(done.stdout) / 1024)  # MiB
+    logits = 4 * 256 * 50257 * 4 / 2**20  # MiB of float32
+    assert peaks[0] > 2 * logits
+    assert peaks[1] < logits

@@ -515,6 +515,94 @@ def test_the_automatic_micro_batch_divides_the_batch_and_fits(tiny: Make, monkey
     assert plan.micro_batch(config, 257, torch.device("cpu")) == 4
 
 
+def test_chunks_of_the_loss_make_the_automatic_micro_batch_larger(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch
+):
+    numbers, logits = 17 * 16 * 2, 3 * 257  # of one token
+    monkeypatch.setattr(plan, "_memory", lambda device: 4 * (6 * 16 * numbers + 16 * logits))
+    sizes = [
+        plan.micro_batch(
+            tiny(training={"batch_sequences": 12, "loss_chunk": chunk}), 257, torch.device("cpu")
+        )
+        for chunk in (None, 16, 10**6)
+    ]
+    assert sizes == [3, 6, 3]  # a chunk of more than the batch is no reason for less
+
+
+def assert_near(a: Path, b: Path) -> None:
+    """Losses and gradients agree to what another order of sums leaves of them."""
+    for one, two in zip(records(a), records(b), strict=True):
+        numbers = {key for key in one if key in ("loss", "val_loss", "grad_norm")}
+        assert numbers
+        for key in numbers:
+            assert one[key] == pytest.approx(two[key], rel=1e-4)
+
+
+def test_a_run_with_chunks_of_the_loss_is_the_plain_run(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """To what rounding leaves equal, evaluations included; and one may go on as the other."""
+    run(tiny(training={"z_loss": 1e-3}), tmp_path / "plain")
+    chunked = tiny(training={"z_loss": 1e-3, "loss_chunk": 24})
+    lengths: list[int] = []
+    logits_by = GPT.logits_by
+
+    def spy(self: GPT, x: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        lengths.append(len(x))
+        return logits_by(self, x, head)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GPT, "logits_by", spy)
+        run(chunked, tmp_path / "chunks", stop=stop_after(10))
+    assert set(lengths) == {24, 16} | {1}  # 64 tokens; and generation
+    run(tiny(training={"z_loss": 1e-3}), tmp_path / "chunks")
+    assert_near(tmp_path / "plain", tmp_path / "chunks")
+
+
+def test_a_compiled_run_is_the_plain_run_and_no_shape_is_left_open(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Here without generating code, which takes minutes; validation has a smaller last part."""
+    options: dict[str, Any] = {
+        "evaluation": {"every": 3, "sequences": 6},
+        "sampling": {"tokens": 0},
+    }
+    run(tiny(**options, training={"steps": 3}), tmp_path / "plain")
+    monkeypatch.setattr("gpt.model.VOCABULARY_MULTIPLE", {"cpu": 64})
+    graphs: list[bool] = []
+    torch_compile = torch.compile
+
+    def backend(graph: Any, inputs: list[Any]) -> Any:
+        graphs.append(any(isinstance(each, torch.SymInt) for each in inputs))
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **rest: torch_compile(f, backend=backend, **rest)
+    )
+    torch._dynamo.reset()
+    run(tiny(**options, training={"steps": 3, "compile": True}), tmp_path / "compiled")
+    torch._dynamo.reset()
+    assert graphs == [False] * 3  # validation's two shapes, and training's
+    assert_near(tmp_path / "plain", tmp_path / "compiled")
+
+
+def test_what_a_gpu_copies_from_lies_in_one_piece(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Rows with gaps are packed into ordinary memory first, which a copy must wait for."""
+    copied: list[bool] = []
+    on_device = training._Training._on_device
+
+    def spy(self: training._Training, tensor: torch.Tensor) -> torch.Tensor:
+        copied.append(tensor.is_contiguous())
+        return on_device(self, tensor)
+
+    monkeypatch.setattr(training._Training, "_on_device", spy)
+    run(tiny(training={"steps": 1}), tmp_path / "run")
+    assert len(copied) > 4
+    assert all(copied)
+
+
 def test_a_device_that_is_not_there_is_named(tiny: Make, tmp_path: Path):
     if torch.cuda.is_available():
         pytest.skip("this machine has the device")

@@ -143,13 +143,15 @@ def _size(config: Config) -> tuple[object, ...]:
     """What decides how long an update takes, as far as an estimate needs to know."""
     model, training = config.model, config.training
     shape = (model.layers, model.width, model.heads, model.context, model.mlp, model.tied_head)
-    return (*shape, config.batch_sequences, training.precision, training.device)
+    how = (training.precision, training.loss_chunk, training.device)
+    return (*shape, config.batch_sequences, *how)
 
 
 def _measure(config: Config, vocab_size: int) -> tuple[float, int, int]:
     """Seconds of an update, FLOPs of a token, and parameters."""
     device = plan.pick_device(config.training.device)
     model = GPT(config.model, vocab_size).to(device)
+    model.loss_chunk = config.training.loss_chunk
     initialize(model, config.model, seed=0)
     optimizer = Optimizer(model, config.optimizer)
     flops, context = plan.flops_per_token(config, model), config.model.context
