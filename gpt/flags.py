@@ -85,7 +85,10 @@ def parse(
 @functools.cache
 def _both(own: type[Any], section: type[Section]) -> type[Any]:
     """A dataclass of the door's own arguments and the section's options."""
-    return dataclasses.make_dataclass("Flags", _fields(section), bases=(own,), kw_only=True)
+    whole = section.model_json_schema()
+    schemas = {**whole.get("$defs", {}), section.__name__: whole}
+    fields = _fields(section, schemas)
+    return dataclasses.make_dataclass("Flags", fields, bases=(own,), kw_only=True)
 
 
 def _is_rule(row: str) -> bool:
@@ -97,17 +100,22 @@ def as_flag(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
-def _fields(section: type[Section]) -> list[tuple[str, Any, Any]]:
+def _fields(
+    section: type[Section], schemas: Mapping[str, Mapping[str, Any]]
+) -> list[tuple[str, Any, Any]]:
     """The fields of a class that tyro turns into flags: one a option, its value left as text.
 
     Values are checked by pydantic, together with the YAML's; so a flag's type here is only shown.
+
+    Args:
+        schemas: the JSON schema of every section, by its class's name.
     """
-    schema = section.model_json_schema()["properties"]
+    schema = schemas[section.__name__]["properties"]
     fields: list[tuple[str, Any, Any]] = []
     for name, info in section.model_fields.items():
         below = info.annotation
         if isinstance(below, type) and issubclass(below, Section):
-            nested = dataclasses.make_dataclass(below.__name__, _fields(below))
+            nested = dataclasses.make_dataclass(below.__name__, _fields(below, schemas))
             nested.__doc__ = below.__doc__
             told: Any = tyro.conf.arg(help=below.__doc__)  # or tyro looks for it in the source
             fields.append(
