@@ -38,12 +38,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpt.config import ModelConfig, Sampling
+from gpt.config import ModelConfig, Sampling, Weights
 from gpt.generate import Decoder, generate
 from gpt.init import initialize
 from gpt.model import GPT
 from gpt.plan import pick_device
-from gpt.weights import PackedLinear, Weights, prepare
+from gpt.weights import PackedLinear, prepare
 
 SAMPLING = Sampling(temperature=1.0)
 READS = "limit: plain reads"

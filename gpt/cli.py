@@ -30,7 +30,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 from pydantic import Field
 from tyro.conf import Positional, arg
 
-from gpt.config import Config, Count, Device, FileName, Sampling, Section, Seed, load, validate
+from gpt.config import (
+    Config,
+    Count,
+    Device,
+    FileName,
+    Sampling,
+    Section,
+    Seed,
+    Weights,
+    load,
+    validate,
+)
 from gpt.errors import InputError, StoppedError, nearest, told
 from gpt.flags import as_flag, parse
 
@@ -347,7 +358,7 @@ class SampleOptions(Sampling):
     """best (by validation loss), latest, or a step."""
     device: Device = "auto"
     """auto takes cuda, then mps, then cpu."""
-    weights: Literal["fp32", "bf16", "int8"] = "fp32"
+    weights: Weights = "fp32"
     """fp32 is exact; bf16 is for a GPU, int8 for a few samples on a CPU: rounded, but faster."""
     compile: bool = False
     """Compile the steps on a GPU: up to a minute at first, which pays for long texts."""

@@ -137,6 +137,7 @@ Positive = Annotated[Float, Field(gt=0)]
 Fraction = Annotated[Float, Field(ge=0, lt=1)]
 Seed = Annotated[Int, Field(ge=0, lt=2**63)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Weights = Literal["fp32", "bf16", "int8"]  # as sampling reads them
 
 
 def _switch(value: object) -> object:

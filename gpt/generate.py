@@ -67,7 +67,8 @@ class Decoder:
         samples: N, sequences side by side.
         size: S, tokens that the caches hold at most; the model's context unless given.
         fixed: one-token steps have shapes that never change, and on a GPU are replayed as one CUDA
-            graph, so that no time goes into launching their kernels; by default on a GPU.
+            graph, so that no time goes into launching their kernels; by default so on a GPU, and
+            if compiled.
         compiled: those steps are compiled by torch.compile, which takes up to a minute at first.
 
     Attributes:
@@ -86,12 +87,13 @@ class Decoder:
         self.model, self.samples, self.length = model, samples, 0
         self.device = model.token_embedding.weight.device
         self.size = min(size or model.config.context, model.config.context)
-        on_gpu = self.device.type == "cuda"
-        self._place = (
-            Place(self.size, self.device) if (on_gpu if fixed is None else fixed) else None
-        )
+        if fixed is None:
+            fixed = compiled or self.device.type == "cuda"
+        self._place = Place(self.size, self.device) if fixed else None
         self._caches = model.make_caches(samples, self.size)
-        self._step = torch.compile(self._logits, fullgraph=True) if compiled else self._logits
+        self._step: Callable[[Tensor], Tensor] = self._logits
+        if compiled:
+            self._step = torch.compile(self._logits, fullgraph=True, dynamic=False)
         self._graph: Graph | None = None
 
     def __enter__(self) -> Self:

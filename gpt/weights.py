@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from gpt.config import Weights
 from gpt.errors import InputError
 from gpt.model import GPT
 
-Weights = Literal["fp32", "bf16", "int8"]
 PACKED_FROM = 2**19  # numbers of a matrix: oneDNN takes longer over a call, and reads faster
 
 

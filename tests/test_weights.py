@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt import weights
-from gpt.config import ModelConfig, Sampling
+from gpt.config import ModelConfig, Sampling, Weights
 from gpt.errors import InputError
 from gpt.generate import Decoder, generate
 from gpt.init import initialize
@@ -127,7 +127,7 @@ def test_small_matrices_are_left_as_they_are():
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["bf16", "int8"])
 @every_model
-def test_fewer_bits_are_near_the_plain_logits(options: dict[str, Any], name: weights.Weights):
+def test_fewer_bits_are_near_the_plain_logits(options: dict[str, Any], name: Weights):
     model = make(options)
     expected = model(tokens())[:, -1]
     prepare(model, name, samples=2)
@@ -171,6 +171,6 @@ def test_a_compiled_step_is_compiled_once_and_gives_the_plain_logits():
     model = make({})
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True), torch.inference_mode():
-        found = read(model, tokens(), fixed=True, compiled=True)
+        found = read(model, tokens(), compiled=True)
     expected = model(tokens())[:, -1]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
