@@ -33,7 +33,6 @@ import fcntl
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -85,10 +84,10 @@ class Size:
 
 FULL = Size({}, 50257, (8, 16, 32, 60), 5, 8192, 8192)
 TOY: dict[str, Any] = {
-    "model": {"layers": 4, "heads": 2, "width": 32, "context": 64},
-    "training": {"batch_tokens": 512},
+    "model": {"layers": 4, "heads": 2, "width": 32, "context": 32},
+    "training": {"batch_tokens": 256},
 }
-SMALL = Size(TOY, 1000, (4, 8), 2, 128, 256)
+SMALL = Size(TOY, 1000, (4, 8), 2, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -223,22 +222,26 @@ class Clock:
             self.began = time.monotonic()
         elif self.updates == 1 + WARM + self.timed:
             self.seconds = time.monotonic() - self.began
-            self.peak = (
-                torch.cuda.max_memory_allocated()
-                if on_gpu
-                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            )
+            self.peak = torch.cuda.max_memory_allocated() if on_gpu else peak_resident()
             raise Timed
         return False
+
+
+def peak_resident() -> int:
+    """The most bytes of memory that this process has had; ru_maxrss counts its parent's too."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def steadygpt(row: Row, work: Work, clock: Clock) -> Measured:
     """`gpt.train`, ended by the clock."""
     data, note = work.real_tokens() if row.group == "tokens" else (None, "")
     out = Path(work.folder) / f"run-{os.getpid()}"
+    config = work.config(row, data)
+    prepare(config.data)  # here, where the clock is not asked
     no_search = mock.patch.object(plan, "smaller", return_value=None)  # for what would fit
     with SWITCHES.get(row.switch, contextlib.nullcontext)(), no_search, contextlib.suppress(Timed):
-        training.train(work.config(row, data), out, quiet=True, stop=clock)
+        training.train(config, out, quiet=True, stop=clock)
     updates = [line for line in metrics.read(out / "metrics.jsonl") if "loss" in line]
     return {"loss": updates[work.size.updates - 1]["loss"], "note": note}
 
