@@ -85,7 +85,7 @@ class Size:
 FULL = Size({}, 50257, (8, 16, 32, 60), 5, 8192, 8192)
 TOY: dict[str, Any] = {
     "model": {"layers": 4, "heads": 2, "width": 32, "context": 32},
-    "training": {"batch_tokens": 256},
+    "training": {"batch_tokens": 256, "compile": False},
 }
 SMALL = Size(TOY, 1000, (4, 8), 2, 64, 128)
 
