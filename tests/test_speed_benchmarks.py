@@ -1,0 +1,81 @@
+"""The speed benchmarks that run at any size, tried at the smallest."""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from gpt.config import Config
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import cpu_train
+import gpu_grid
+
+Make = Callable[..., Config]
+
+
+def test_many_runs_on_one_gpu(tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Two shapes of two cells: every way has a row, and the grid is projected from them."""
+    base = tiny(sampling={"tokens": 0}).model_dump(mode="json")
+    tree: dict[str, Any] = {
+        "base": {key: value for key, value in base.items() if key not in ("name", "seed")},
+        "arms": {"placement": {"pre": {}, "post": {"model.norm.placement": "post"}}},
+        "grid": {"optimizer.learning_rate": [1e-3, 3e-3]},
+        "seeds": 1,
+    }
+    grid, table = tmp_path / "grid.yaml", tmp_path / "table.json"
+    grid.write_text(yaml.safe_dump(tree, sort_keys=False))
+    gpu_grid.main(["--grid", str(grid), "--small", "--steps", "4", "--json", str(table)])
+    out, _ = capsys.readouterr()
+    found = json.loads(table.read_text())
+    assert found["missing"] == []
+    ways = [(row["way"], row["arm"], row["cells"]) for row in found["rows"]]
+    assert sorted(ways) == [
+        ("as one", "post", 2),
+        ("as one", "pre", 1),
+        ("as one", "pre", 2),
+        ("in processes", "pre", 2),
+        ("one after another", "pre", 2),
+    ]
+    assert all(row["update_seconds"] > 0 for row in found["rows"])
+    assert set(found["projected_seconds"]) == {"one after another", "as one"}
+    assert "| 2 (post) | as one |" in out
+    assert "4 cells of 20 updates as one:" in out
+
+
+def test_without_a_gpu_it_says_what_it_needs(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        gpu_grid.main([])
+    assert ended.value.code == 2
+    assert "needs a GPU; --small" in capsys.readouterr().err
+
+
+def test_steps_on_a_cpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)  # where the token files are prepared
+    letters = random.Random(0).choices(string.ascii_letters + string.digits + " .\n", k=20_000)
+    text, table = tmp_path / "text.txt", tmp_path / "table.json"
+    text.write_text("".join(letters))
+    arguments = ["step", "--text", str(text), "--rounds", "1", "--steps", "2"]
+    cpu_train.main([*arguments, "--json", str(table)])
+    out, _ = capsys.readouterr()
+    rows = {row["way"]: row for row in json.loads(table.read_text())["rows"]}
+    assert rows.keys() == {"steadygpt", "transformers"}
+    ours, theirs = rows["steadygpt"]["ms a step"], rows["transformers"]["ms a step"]
+    assert rows["transformers"]["steadygpt is"] == pytest.approx(theirs / ours)
+    assert "| nanoGPT | not measured: --nanogpt names no clone |" in out
+
+
+def test_validation_losses_are_read_from_what_nanogpt_prints():
+    lines = ["iter 0: loss 4.2, time 9ms\n", "step 250: train loss 2.4012, val loss 2.4265\n"]
+    assert list(cpu_train._printed(lines)) == [(250, 2.4265)]
