@@ -96,8 +96,10 @@ def one_after_another(cells: Sequence[Cell], directory: Path) -> float:
 def as_one(cells: Sequence[Cell], directory: Path) -> float:
     """Train all as one."""
     paths = [cell_directory(directory, cell) for cell in cells]
-    never: list[Callable[[], bool]] = [lambda: False] * len(cells)
-    for ended in train_together([cell.config for cell in cells], paths, never, saves=False):
+    configs = [cell.config for cell in cells]
+    for ended in train_together(
+        configs, paths, stop=lambda: False, made=lambda index: None, saves=False
+    ):
         if isinstance(ended, Exception):
             raise ended
     return max(update_seconds(directory, cells))

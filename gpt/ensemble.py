@@ -33,7 +33,7 @@ from gpt.model import GPT
 from gpt.optim import SEPARABLE, Optimizer, stack
 from gpt.placement import check
 from gpt.run import RunResult, open_run
-from gpt.training import Apply, Gradients, Training, autocast, release_memory
+from gpt.training import Apply, Gradients, Training, Work, autocast, release_memory
 
 # Options in which the cells of one ensemble may differ: what is a number to each of them.
 OWN = (
@@ -75,11 +75,15 @@ class Ensemble:
     The models' parameters, gradients and Adam's moments become views of the stacked ones: what is
     done to a cell's model is done to the cell.
 
+    Nothing is compiled, whatever `training.compile` says: torch 2.13's compiler does not follow
+    attention's rule for vmap.
+
     Args:
         config: any cell's; they differ only in options that are a cell's own (see `shape`).
         models: on one device.
         optimizers: the models', all after the same number of updates.
         clips: the most that each cell's gradient norm may be.
+        micro_batch: sequences of each cell in one forward pass; what fits, unless given.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class Ensemble:
         models: Sequence[GPT],
         optimizers: Sequence[Optimizer],
         clips: Sequence[float | None],
+        micro_batch: int | None = None,
     ) -> None:
         self.config, self.device = config, models[0].token_embedding.weight.device
         self.weights: dict[str, Tensor] = {}
@@ -110,10 +115,12 @@ class Ensemble:
             template = GPT(config.model, models[0].vocab_size)
         for attention in template.attentions():
             attention.kernel = _flattened
-        objective = vmap(partial(_objective, _Objective(template), config.training.z_loss))
-        self.objective = torch.compile(objective) if config.training.compile else objective
+        self.objective = vmap(partial(_objective, _Objective(template), config.training.z_loss))
         vocabulary, count = models[0].vocab_size, len(models)
-        self.micro_batch = plan.micro_batch(config, vocabulary, self.device, models=count)
+        release_memory(self.device)  # or what the allocator holds would not count as free
+        self.micro_batch = micro_batch or plan.micro_batch(
+            config, vocabulary, self.device, models=count
+        )
 
     def _numbers(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, device=self.device)
@@ -166,7 +173,7 @@ class Ensemble:
         """
         self.alive &= (losses + norms).isfinite()
         clipping = (self.clips / (norms + 1e-6)).clamp(max=1)
-        rates = torch.where(self.alive, self.rates * self._numbers(shares), 0)
+        rates = torch.where(self.alive, self.rates * self._on_device(torch.tensor(shares)), 0)
         gradients = self._held()
         for gradient in gradients:
             gradient.mul_(_beside(clipping, gradient))
@@ -242,16 +249,19 @@ def _flattened(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
 def train_together(
     configs: Sequence[Config],
     paths: Sequence[Path],
-    stops: Sequence[Callable[[], bool]],
     *,
+    stop: Callable[[], bool],
+    made: Callable[[int], object],
     saves: bool,
 ) -> list[RunResult | Exception]:
     """Train runs of one shape as one, as many at once as the memory holds.
 
     Args:
         paths: their run directories.
-        stops: asked by each run after each of its updates; see `gpt.training.train`.
-        saves: whether checkpoints are saved as scheduled, or only when a run is stopped.
+        stop: asked before the first update and after every one, of all; once true, all are saved
+            and end as interrupted.
+        made: called with the index of each run that has made an update.
+        saves: whether checkpoints are saved as scheduled, or only when runs are stopped.
 
     Returns:
         How each ended: its result, or what it raised.
@@ -260,14 +270,20 @@ def train_together(
     check(config.model)
     device = plan.pick_device(config.training.device)
     dataset = prepare(config.data)
+    release_memory(device)
     most = plan.models_at_once(config, dataset.encoding.n_vocab, device)
     outcomes: dict[int, RunResult | Exception] = {}
     forked = [device] if device.type == "cuda" else []
-    for first in range(0, len(configs), most):
+    while len(outcomes) < len(configs):
+        group = [i for i in range(len(configs)) if i not in outcomes][:most]
         runs: dict[int, Training] = {}
-        with contextlib.ExitStack() as held, torch.random.fork_rng(forked):
-            console = held.enter_context(contextlib.closing(Console(quiet=True)))
-            for i in range(first, min(first + most, len(configs))):
+        together = _Together(stop, made, outcomes)
+        with (
+            contextlib.ExitStack() as held,
+            torch.random.fork_rng(forked),
+            contextlib.closing(Console(quiet=True)) as console,
+        ):
+            for i in group:
                 try:
                     held.enter_context(
                         only_one_in(paths[i], f"{paths[i]}: another process trains there")
@@ -282,58 +298,97 @@ def train_together(
                         dataset,
                         device,
                         console,
-                        stops[i],
+                        partial(together.stopped, i),
                         alone=False,
                         saves=saves,
                     )
                 except Exception as error:
                     outcomes[i] = error
-            for step in sorted({run.progress.step for run in runs.values()}):
-                level = {i: run for i, run in runs.items() if run.progress.step == step}
-                outcomes |= _in_step(level)
+            try:
+                for step in sorted({run.progress.step for run in runs.values()}):
+                    at_step = [i for i, run in runs.items() if run.progress.step == step]
+                    together.train({i: runs.pop(i) for i in at_step})
+            except Exception as error:
+                if not plan.is_out_of_memory(error) or len(group) == 1:
+                    outcomes |= {i: error for i in group if i not in outcomes}
+        release_memory(device)
+        if any(i not in outcomes for i in group):  # for want of memory: fewer, from where they were
+            most = max(1, len(group) // 2)
     return [outcomes[i] for i in range(len(configs))]
 
 
-def _in_step(runs: dict[int, Training]) -> dict[int, RunResult | Exception]:
-    """Drive runs that are at one step to their ends; returns how each ended."""
-    outcomes: dict[int, RunResult | Exception] = {}
-    works = {i: run.work() for i, run in runs.items()}
+class _Together:
+    """Drives runs that are at one step, update by update, to their ends.
 
-    def ask(answers: dict[int, Any]) -> dict[int, Any]:
+    Args:
+        outcomes: where it says how each ended.
+    """
+
+    def __init__(
+        self,
+        stop: Callable[[], bool],
+        made: Callable[[int], object],
+        outcomes: dict[int, RunResult | Exception],
+    ) -> None:
+        self.stop, self.made, self.outcomes = stop, made, outcomes
+        self.stopping = False
+
+    def stopped(self, index: int) -> bool:
+        """What a run asks after its update: all are told the same, and so stop at one step."""
+        self.made(index)
+        return self.stopping
+
+    def train(self, runs: dict[int, Training]) -> None:
+        """Train them, and forget each as it ends, so that nothing holds its memory."""
+        works = {i: run.work() for i, run in runs.items()}
+        try:
+            self.stopping = self.stop()
+            self._train(runs, works)
+        finally:
+            for work in works.values():
+                work.close()
+
+    def _train(self, runs: dict[int, Training], works: dict[int, Work]) -> None:
+        batches: dict[int, Gradients] = self._ask(runs, works, dict.fromkeys(works))
+        ensemble: Ensemble | None = None
+        cells: list[int] = []  # of the ensemble, in its order; some may have ended since
+        while batches:
+            if ensemble is None or len(batches) < FULL_ENOUGH * len(cells):
+                micro_batch = None if ensemble is None else ensemble.micro_batch
+                ensemble, cells = None, list(batches)
+                ensemble = _ensemble([runs[i] for i in cells], micro_batch)
+            any_batch = next(iter(batches.values()))
+            asked = [batches.get(i, any_batch) for i in cells]
+            losses, norms = ensemble.gradients(
+                torch.stack([batch.inputs for batch in asked]),
+                torch.stack([batch.targets for batch in asked]),
+            )
+            found = dict(zip(cells, zip(losses, norms, strict=True), strict=True))
+            updates: dict[int, Apply] = self._ask(runs, works, {i: found[i] for i in batches})
+            shares = [updates[i].share if i in updates else 0.0 for i in cells]
+            ensemble.apply(shares, losses, norms)
+            self.stopping = self.stop()
+            batches = self._ask(runs, works, dict.fromkeys(updates, False))
+
+    def _ask(
+        self, runs: dict[int, Training], works: dict[int, Work], answers: dict[int, Any]
+    ) -> dict[int, Any]:
         """What those runs want next that have not ended."""
         wanted = {}
         for i, answer in answers.items():
             try:
                 wanted[i] = works[i].send(answer)
             except Exception as ended:
-                outcomes[i] = ended.value if isinstance(ended, StopIteration) else ended
+                self.outcomes[i] = ended.value if isinstance(ended, StopIteration) else ended
                 del works[i], runs[i]
         return wanted
 
-    batches: dict[int, Gradients] = ask(dict.fromkeys(works))
-    cells: list[int] = []  # of the ensemble, in its order; some may have ended since
-    while batches:
-        if not cells or len(batches) < FULL_ENOUGH * len(cells):
-            cells = list(batches)
-            ensemble = _ensemble([runs[i] for i in cells])
-        any_batch = next(iter(batches.values()))
-        asked = [batches.get(i, any_batch) for i in cells]
-        losses, norms = ensemble.gradients(
-            torch.stack([batch.inputs for batch in asked]),
-            torch.stack([batch.targets for batch in asked]),
-        )
-        found = dict(zip(cells, zip(losses, norms, strict=True), strict=True))
-        updates: dict[int, Apply] = ask({i: found[i] for i in batches})
-        shares = [updates[i].share if i in updates else 0.0 for i in cells]
-        ensemble.apply(shares, losses, norms)
-        batches = ask(dict.fromkeys(updates, False))
-    return outcomes
 
-
-def _ensemble(runs: Sequence[Training]) -> Ensemble:
+def _ensemble(runs: Sequence[Training], micro_batch: int | None) -> Ensemble:
     return Ensemble(
         runs[0].config,
         [run.model for run in runs],
         [run.optimizer for run in runs],
         [run.config.optimizer.clip for run in runs],
+        micro_batch,
     )

@@ -150,7 +150,7 @@ class Graph:
                 function(self._x)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._y = function(self._x)
 
     def __call__(self, x: Tensor) -> Tensor:

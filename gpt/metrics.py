@@ -1,7 +1,8 @@
 """metrics.jsonl: one JSON object a line, appended as training goes.
 
 Training lines hold step (from 1), tokens, loss (nats per token), learning_rate, grad_norm (before
-clipping), batches (a digest of all inputs up to this step), tokens_per_second and step_seconds;
+clipping), batches (a digest of all inputs up to this step), tokens_per_second and step_seconds (of
+a cell that is trained with others as one: the wall clock, in which the others' evaluations are);
 evaluation lines step (0: before the first update), val_loss (nats per token) and val_bits_per_byte.
 A non-finite number is written as null.
 """

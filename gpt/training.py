@@ -381,8 +381,10 @@ class Training:
                 ended = yield from self._updates()
                 if isinstance(ended, RunResult):
                     return ended
-                with contextlib.suppress(OSError):  # then that checkpoint is none to go back to
+                try:
                     self.writer.wait()
+                except OSError as error:  # then that checkpoint is none to go back to
+                    self.console.say(f"{error.filename}: {error.strerror}")
                 if not self._rolled_back(ended):
                     return self._diverged(ended)
 
@@ -908,7 +910,8 @@ class Training:
 
     def _host_tensor(self, array: Batch) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))  # or its copy would wait for the GPU
-        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+        pinned = self.alone and self.device.type == "cuda"
+        return tensor.pin_memory() if pinned else tensor
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 import math
 import shutil
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +39,13 @@ def together(
     """Train `configs` as one, in folders 0, 1, ... of `out`."""
     out.mkdir(exist_ok=True)
     paths = [out / str(i) for i in range(len(configs))]
-    stops = [stop_after(updates) for _ in configs]
-    ended = train_together(configs, paths, stops, saves=saves)
+    made = [0] * len(configs)
+
+    def count(index: int) -> None:
+        made[index] += 1
+
+    ended = train_together(configs, paths, stop=stop_after(updates), made=count, saves=saves)
+    assert len(set(made)) == 1 or updates > 10**8  # they stop at one step
     for each in ended:
         if isinstance(each, Exception):
             raise each
@@ -182,7 +189,11 @@ def test_what_one_cell_raises_ends_that_cell_only(tiny: Make, tmp_path: Path):
     (tmp_path / "1/notes.txt").write_text("not a run")
     configs = [tiny(**cell) for cell in CELLS]
     ended = train_together(
-        configs, [tmp_path / str(i) for i in range(3)], [lambda: False] * 3, saves=False
+        configs,
+        [tmp_path / str(i) for i in range(3)],
+        stop=lambda: False,
+        made=lambda i: None,
+        saves=False,
     )
     assert isinstance(ended[1], InputError)
     assert [getattr(each, "status", None) for each in ended] == ["finished", None, "finished"]
@@ -234,6 +245,49 @@ def test_as_many_at_once_as_the_memory_holds(
     for i in range(3):
         one, other = losses(tmp_path / f"two/{i}"), losses(tmp_path / f"three/{i}")
         assert (one - other).abs().max() < 1e-4
+
+
+def test_without_memory_for_all_fewer_are_trained_at_once(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Those that have ended stay ended; the others start from where they were."""
+    whole = Ensemble.gradients
+
+    def limited(self: Ensemble, *batch: torch.Tensor) -> Any:
+        if len(self) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return whole(self, *batch)
+
+    monkeypatch.setattr(Ensemble, "gradients", limited)
+    configs = [tiny(seed=seed) for seed in range(5)]
+    ended = together(configs, tmp_path / "few")
+    assert [each.step for each in ended] == [20] * 5
+    monkeypatch.setattr(Ensemble, "gradients", no_room)
+    with pytest.raises(torch.OutOfMemoryError):
+        together([tiny(seed=9)], tmp_path / "none")
+
+
+def no_room(*batch: Any) -> None:
+    raise torch.OutOfMemoryError("no room")
+
+
+def test_ended_cells_hold_no_memory(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of a stack that was made smaller nothing is left."""
+    stacks: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    class Watched(Ensemble):
+        def __init__(self, *args: Any) -> None:
+            alive.append(sum(stack() is not None for stack in stacks))
+            super().__init__(*args)
+            stacks.append(weakref.ref(self.weights["token_embedding.weight"]))
+
+    monkeypatch.setattr("gpt.ensemble.Ensemble", Watched)
+    wild = [tiny(seed=seed, optimizer={"learning_rate": 1e30}) for seed in (3, 4)]
+    together([wild[0], tiny(), wild[1]], tmp_path / "one")
+    gc.collect()
+    assert alive == [0, 0]
+    assert [stack() for stack in stacks] == [None, None]
 
 
 def test_out_of_memory_makes_micro_batches_smaller(

@@ -70,6 +70,9 @@ def compare(
     check_cells(cells)
     check_directory(grid, directory)
     with only_one_in(directory, f"{directory}: another process runs this comparison"):
+        before = directory / "grid.yaml"
+        if before.is_file() and read_yaml(before).get("keep_checkpoints"):  # what was kept stays
+            grid = grid.model_copy(update={"keep_checkpoints": True})
         vocabulary = [
             preparation.prepare(data, console, stop).encoding.n_vocab for data in _datas(cells)
         ]

@@ -25,7 +25,7 @@ from gpt.init import initialize
 from gpt.model import GPT
 from gpt.optim import Optimizer
 from gpt.placement import check
-from gpt.training import autocast
+from gpt.training import autocast, release_memory
 
 TIMED_TOGETHER = 8  # cells of those that are trained as one
 TIMED_SECONDS = 0.4  # for each size of model, at least one update
@@ -106,6 +106,8 @@ def estimate(
         largest = max(largest, checkpoint * (count if task.as_one else workers))
         disk += count * checkpoint if keep_checkpoints else 0
     torch.set_num_threads(threads)
+    for device in {task.cells[0].config.training.device for task in tasks}:
+        release_memory(plan.pick_device(device))
     disk += 0 if keep_checkpoints else largest
     cells = sum(len(task.cells) for task in tasks)
     separate = sum(not task.as_one for task in tasks)
@@ -184,7 +186,12 @@ def _measure(config: Config, vocab_size: int) -> tuple[float, int, int]:
 def _measure_together(config: Config, vocab_size: int, cells: int) -> float:
     """Seconds of an update of an ensemble of `cells`, for each of them."""
     device = plan.pick_device(config.training.device)
-    count = min(cells, TIMED_TOGETHER, plan.models_at_once(config, vocab_size, device))
+    with torch.device("meta"):
+        flops = plan.flops_per_token(config, GPT(config.model, vocab_size))
+    update = flops * config.batch_sequences * config.model.context
+    affordable = max(1, int(TIMED_FLOPS[device.type] // update))
+    most = plan.models_at_once(config, vocab_size, device)
+    count = min(cells, TIMED_TOGETHER, most, affordable)
     models = [GPT(config.model, vocab_size).to(device) for _ in range(count)]
     for seed, model in enumerate(models):
         initialize(model, config.model, seed)

@@ -204,8 +204,13 @@ def run_cells(
         ]
         if not _work(calls, processes, shared, console, stop):
             return False
+
+    def drawn(answer: Future[None]) -> None:
+        if answer.exception() is not None:  # the results are there without it
+            console.say(f"a cell's loss.png could not be drawn: {answer.exception()}")
+
     pictures = [
-        _Call(_draw, (cell_directory(directory, cell),), Future.result)
+        _Call(_draw, (cell_directory(directory, cell),), drawn)
         for cell in cells
         if _lacks_picture(directory, cell)
     ]
@@ -339,9 +344,12 @@ def _start_worker(stopping: Any, steps: Any, parent: int) -> None:
     torch.set_num_threads(1)
 
 
-def _stop(index: int) -> bool:
-    """Whether a cell shall stop; asked after each of its updates, which it counts."""
+def _count(index: int) -> None:
+    """A cell has made an update."""
     _worker.steps[index] += 1
+
+
+def _stopping() -> bool:
     return bool(_worker.stopping.value) or os.getppid() != _worker.parent
 
 
@@ -353,13 +361,24 @@ def _train_task(
         return [None] * len(task.cells)
     configs = [cell.config for cell in task.cells]
     paths = [cell_directory(directory, cell) for cell in task.cells]
-    stops = [partial(_stop, index) for index in indices]
+    made = [partial(_count, index) for index in indices]
+
+    def stop() -> bool:
+        made[0]()
+        return _stopping()
+
     ended: Sequence[RunResult | Exception]
     try:
         if task.as_one:
-            ended = train_together(configs, paths, stops, saves=keep_checkpoints)
+            ended = train_together(
+                configs,
+                paths,
+                stop=_stopping,
+                made=lambda i: made[i](),
+                saves=keep_checkpoints,
+            )
         else:
-            ended = [train(configs[0], paths[0], quiet=True, stop=stops[0])]
+            ended = [train(configs[0], paths[0], quiet=True, stop=stop)]
     except Exception as error:
         ended = [error] * len(configs)
     for path, each in zip(paths, ended, strict=True):
