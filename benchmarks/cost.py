@@ -7,14 +7,16 @@ Tokens are random, of a vocabulary of 257, so that the head weighs little.
 
 Each size has a process of its own. There an update of a small model first brings in all code. Peak
 memory is what is held beyond that: on a GPU what was allocated at most, on a CPU the growth of the
-largest resident set. Right after the updates the process times the product of two square matrices,
-and the share of that rate which training reached says how much of the hardware it used, whatever
-else the machine was doing. FLOPs are `plan.flops_per_token`: 6 N + 12 L d T.
+largest resident set. After each update the process times products of two square matrices. Time
+times that rate is what matrix products would have done meanwhile, the operations that a token
+costs: to be held against its FLOPs by `plan.flops_per_token`, 6 N + 12 L d T, and little changed by
+what else the machine does. Medians over the updates.
 
-Then fits over the sizes: exponents of time and FLOPs per token (straight lines through logarithms,
-with standard errors), and for the context a + b T, whose terms are equal at T* = a/b, where
-attention's quadratic term takes over. By the arithmetic that is where 12 L d T is 6 N. That counts
-the scores of future tokens too; a kernel that skips them, as efficient, would have twice that.
+Then fits over the sizes: exponents of a token's operations, FLOPs and memory (straight lines
+through logarithms, with standard errors), and for the context a + b T, whose terms are equal at
+T* = a/b, where attention's quadratic term takes over. By the arithmetic that is where 12 L d T is
+6 N. That counts the scores of future tokens too; a kernel that skips them, as efficient, would have
+twice that.
 """
 
 from __future__ import annotations
@@ -77,16 +79,19 @@ def measure(size: Size, device_name: str, tokens: int, seconds: float) -> dict[s
     _reset_peak(device)
     before = _peak_bytes(device)
     update, model, config = _training(size, device, tokens)
-    update()
+    for _ in range(2):  # only the second has all at once: activations, gradients, Adam's moments
+        update()
+    memory = _peak_bytes(device) - before
+    _matrix_rate(device)
     times: list[float] = []
+    rates: list[float] = []
     while len(times) < 2 or sum(times) < seconds:
         began = _now(device)
         update()
         times.append(_now(device) - began)
-    memory = _peak_bytes(device) - before
-    flops, update_seconds = plan.flops_per_token(config, model), statistics.median(times)
-    rate = tokens / update_seconds
-    matrix_rate = _matrix_rate(device)
+        rates.append(_matrix_rate(device))
+    flops, rate = plan.flops_per_token(config, model), tokens / statistics.median(times)
+    operations = statistics.median(t * r for t, r in zip(times, rates, strict=True)) / tokens
     cuda = device.type == "cuda"
     return {
         **asdict(size),
@@ -101,8 +106,9 @@ def measure(size: Size, device_name: str, tokens: int, seconds: float) -> dict[s
         "seconds": times,
         "tokens_per_second": rate,
         "flops_per_second": rate * flops,
-        "matrix_flops_per_second": matrix_rate,
-        "share_of_matrix_rate": rate * flops / matrix_rate,
+        "matrix_flops_per_second": statistics.median(rates),
+        "operations_per_token": operations,
+        "share_of_matrix_rate": flops / operations,
         "peak_bytes": memory,
     }
 
@@ -174,17 +180,17 @@ def _peak_bytes(device: Any) -> int:
 
 
 def _matrix_rate(device: Any) -> float:
-    """FLOP/s of the product of two square matrices, in training's precision; median of ten."""
+    """FLOP/s of the product of two square matrices, in training's precision; median of 3."""
     import torch
 
     n, dtype = MATRIX[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     times = []
-    for _ in range(12):
+    for _ in range(3):
         began = _now(device)
         torch.mm(a, b)
         times.append(_now(device) - began)
-    return 2 * n**3 / statistics.median(times[2:])
+    return 2 * n**3 / statistics.median(times)
 
 
 def measured(size: Size, device: str, tokens: int | None, seconds: float) -> dict[str, Any]:
@@ -235,15 +241,15 @@ def fits(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         if len(each) < 3:
             continue
         sizes = [row[factor] for row in each]
-        times = [1 / row["tokens_per_second"] for row in each]
+        operations = [row["operations_per_token"] for row in each]
         flops = [row["flops_per_token"] for row in each]
         found[factor] = {
-            "time": exponent(sizes, times),
+            "operations": exponent(sizes, operations),
             "flops": exponent(sizes, flops),
             "memory": exponent(sizes, [row["peak_bytes"] for row in each]),
         }
         if factor == "context":
-            found["measured T*"] = crossover(sizes, times)
+            found["measured T*"] = crossover(sizes, operations)
             found["arithmetic T*"] = crossover(sizes, flops)
     return found
 
@@ -278,11 +284,14 @@ def table(figures: dict[str, Any]) -> str:
             ]
             lines.append(f"| {' | '.join(cells)} |")
     found = figures["fits"]
-    lines += ["", "| exponent of | time per token | FLOPs per token | peak memory |"]
+    lines += [
+        "",
+        "| exponent of | a token's operations | FLOPs | peak memory |",
+    ]
     lines.append("|---|---|---|---|")
     for factor in figures["rows"]:
         if factor in found:
-            cells = [_with_error(found[factor][cost]) for cost in ("time", "flops", "memory")]
+            cells = [_with_error(found[factor][cost]) for cost in ("operations", "flops", "memory")]
             lines.append(f"| {factor} | {' | '.join(cells)} |")
     if "measured T*" in found:
         ours, theirs = found["measured T*"], found["arithmetic T*"]["context"]
@@ -301,24 +310,25 @@ def _with_error(fit: dict[str, float]) -> str:
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:
-    """Time per token and peak memory against each factor, with what the arithmetic says."""
+    """Operations per token and peak memory against each factor, with what the arithmetic says."""
     rows, found = figures["rows"], figures["fits"]
     figure = Figure(figsize=(10, 6), layout="constrained")
     panels = figure.subplots(2, len(rows), squeeze=False, sharey="row", sharex="col")
     for (factor, each), (time_axes, memory_axes) in zip(rows.items(), panels.T, strict=True):
         sizes = np.array([row[factor] for row in each])
-        times = np.array([1e6 / row["tokens_per_second"] for row in each])
-        flops = np.array([row["flops_per_token"] for row in each])
-        best = max(row["flops_per_second"] for row in each) / 1e6
-        time_axes.plot(sizes, times, "o", color=MEASURED, label="measured")
+        operations = np.array([row["operations_per_token"] / 1e6 for row in each])
+        flops = [row["flops_per_token"] / 1e6 for row in each]
         time_axes.plot(
-            sizes, flops / best, color=ARITHMETIC, ls="--", label="FLOPs, at the best rate here"
+            sizes, operations, "o", color=MEASURED, label="time × rate of matrix products"
         )
+        time_axes.plot(sizes, flops, color=ARITHMETIC, ls="--", label="FLOPs, 6 N + 12 L d T")
         if factor in found:
-            time = found[factor]["time"]
-            scale = np.exp(np.mean(np.log(times) - time["exponent"] * np.log(sizes)))
-            fitted = scale * sizes ** time["exponent"]
-            time_axes.plot(sizes, fitted, color=MEASURED, lw=1, label=f"∝ {_with_error(time)}")
+            fit = found[factor]["operations"]
+            scale = np.exp(np.mean(np.log(operations) - fit["exponent"] * np.log(sizes)))
+            fitted = scale * sizes ** fit["exponent"]
+            time_axes.plot(
+                sizes, fitted, color=MEASURED, lw=1, label=f"∝ {factor}^{fit['exponent']:.2f}"
+            )
         if factor == "context" and "measured T*" in found:
             star = found["measured T*"]["context"]
             time_axes.axvline(star, color=MEASURED, lw=0.8, ls=":", label=f"T* = {star:,.0f}")
@@ -333,7 +343,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
             axes.legend(frameon=False, fontsize=8)
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
-    panels[0, 0].set_ylabel("time per token (µs)")
+    panels[0, 0].set_ylabel("operations per token (millions)")
     panels[1, 0].set_ylabel("peak memory (MB)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
