@@ -322,16 +322,18 @@ def draw(figures: dict[str, Any], path: Path) -> None:
             sizes, operations, "o", color=MEASURED, label="time × rate of matrix products"
         )
         time_axes.plot(sizes, flops, color=ARITHMETIC, ls="--", label="FLOPs, 6 N + 12 L d T")
-        if factor in found:
+        if factor == "context" and "measured T*" in found:
+            star = found["measured T*"]
+            fitted = (star["a"] + star["b"] * sizes) / 1e6
+            label = f"a + b T, T* = {star['context']:,.0f} ± {star['error']:,.0f}"
+            time_axes.plot(sizes, fitted, color=MEASURED, lw=1, label=label)
+            time_axes.axvline(star["context"], color=MEASURED, lw=0.8, ls=":")
+        elif factor in found:
             fit = found[factor]["operations"]
             scale = np.exp(np.mean(np.log(operations) - fit["exponent"] * np.log(sizes)))
             fitted = scale * sizes ** fit["exponent"]
-            time_axes.plot(
-                sizes, fitted, color=MEASURED, lw=1, label=f"∝ {factor}^{fit['exponent']:.2f}"
-            )
-        if factor == "context" and "measured T*" in found:
-            star = found["measured T*"]["context"]
-            time_axes.axvline(star, color=MEASURED, lw=0.8, ls=":", label=f"T* = {star:,.0f}")
+            label = f"a power of {_with_error(fit)}"
+            time_axes.plot(sizes, fitted, color=MEASURED, lw=1, label=label)
         memory = [row["peak_bytes"] / 1e6 for row in each]
         state = [16 * row["parameters"] / 1e6 for row in each]
         memory_axes.plot(sizes, memory, "o-", color=MEASURED, lw=1, label="measured")
