@@ -1,16 +1,15 @@
 """Training on a CPU in nanoGPT's setting: seconds of a step, and seconds to a validation loss.
 
     python benchmarks/cpu_train.py step --text TEXT [--nanogpt CLONE]
-    python benchmarks/cpu_train.py loss --text TEXT [--nanogpt CLONE] [--seeds 3]
+    python benchmarks/cpu_train.py loss --text TEXT [--nanogpt CLONE] [--seeds 3] [--config YAML]
 
 The setting is 4 layers, 4 heads, 128 channels, a context of 64 characters, batches of 12; TEXT is
 tiny Shakespeare (1,115,394 bytes). `step` trains steadygpt (configs/tiny-shakespeare-char.yaml, the
 steps that it writes into metrics.jsonl), a loop over `transformers`, and nanoGPT's model in a loop
 that does what its train.py does, in turn, `--rounds` times, and prints medians beside what matrix
-products of that size run at. `loss` runs whole commands, start included: train.py with
-configs/tiny-shakespeare-fast.yaml, which stops at a loss of 1.88 or under on all of the validation
-text, and nanoGPT's train.py with its README's options for a CPU, until it prints that. The table
-comes last, and goes to `--json` as well.
+products of that size run at. `loss` runs whole commands, start included: train.py with the config
+to its end, for a loss of at most 1.88 on all of the validation text, and nanoGPT's train.py with
+its README's options for a CPU, until it prints that. The table comes last, and goes to `--json`.
 """
 
 from __future__ import annotations
@@ -205,11 +204,11 @@ def measure_steps(flags: argparse.Namespace) -> list[dict[str, Any]]:
 # -- Seconds to a loss -------------------------------------------------------------------------
 
 
-def our_seconds(text: Path, seed: int) -> dict[str, Any]:
+def our_seconds(config: Path, text: Path, seed: int) -> dict[str, Any]:
     """The command, from its start to its end."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "train.py")]
-        command += [str(ROOT / "configs/tiny-shakespeare-fast.yaml"), "--data.path", str(text)]
+        command = [sys.executable, str(ROOT / "train.py"), str(config.absolute())]
+        command += ["--data.path", str(text.absolute())]
         command += ["--out-dir", f"{folder}/run", "--seed", str(seed)]
         began = time.monotonic()
         subprocess.run(command, check=True, capture_output=True, cwd=folder)
@@ -264,7 +263,7 @@ def measure_seconds(flags: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append(nanogpt_seconds(flags.nanogpt, flags.text))
         print(rows[-1], file=sys.stderr)
     for seed in range(flags.seeds):
-        rows.append(our_seconds(flags.text, seed))
+        rows.append(our_seconds(flags.config, flags.text, seed))
         print(rows[-1], file=sys.stderr)
     print("| way | seconds, start included | steps | validation loss | at most 1.88 |")
     print("|---|---|---|---|---|")
@@ -288,6 +287,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=60, help="timed in each round")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--config", type=Path, default=ROOT / "configs/tiny-shakespeare-char.yaml", help="of loss"
+    )
     parser.add_argument("--json", type=Path)
     flags = parser.parse_args(argv)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
