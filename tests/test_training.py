@@ -591,13 +591,13 @@ def test_what_a_gpu_copies_from_lies_in_one_piece(
 ):
     """Rows with gaps are packed into ordinary memory first, which a copy must wait for."""
     copied: list[bool] = []
-    on_device = training._Training._on_device
+    on_device = training.Training._on_device
 
-    def spy(self: training._Training, tensor: torch.Tensor) -> torch.Tensor:
+    def spy(self: training.Training, tensor: torch.Tensor) -> torch.Tensor:
         copied.append(tensor.is_contiguous())
         return on_device(self, tensor)
 
-    monkeypatch.setattr(training._Training, "_on_device", spy)
+    monkeypatch.setattr(training.Training, "_on_device", spy)
     run(tiny(training={"steps": 1}), tmp_path / "run")
     assert len(copied) > 4
     assert all(copied)
