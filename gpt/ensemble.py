@@ -221,17 +221,16 @@ def _objective(
 
 
 class _FlattenedAttention(torch.autograd.Function):
-    """torch's attention kernel, to which cells and sequences are one batch dimension."""
+    """torch's attention kernel, to which cells and sequences are one batch dimension.
+
+    It has no `forward`, as it is called under vmap alone.
+    """
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *qkv: Tensor) -> tuple[Tensor, int]:
         q, k, v = (x.movedim(dim, 0).flatten(0, 1) for x, dim in zip(qkv, in_dims, strict=True))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return y.unflatten(0, (info.batch_size, -1)), 0
-
-    @staticmethod
-    def forward(*qkv: Tensor) -> Tensor:
-        raise NotImplementedError("it is there for vmap")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

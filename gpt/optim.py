@@ -211,14 +211,12 @@ def stack(
     group: Group = {"params": list(steps.items()), "weight_decay": 0.0}
     at_rate_1 = config.model_copy(update={"learning_rate": 1.0})
     (stacked,) = OPTIMIZERS[config.name]([group], at_rate_1)
+    states = [
+        {name: part.state[own] for part in optimizer.parts for name, own in _named(part)}
+        for optimizer in optimizers
+    ]
     for name, step in steps.items():
-        memories = [
-            part.state[parameter]
-            for optimizer in optimizers
-            for part in optimizer.parts
-            for own, parameter in _named(part)
-            if own == name
-        ]
+        memories = [state[name] for state in states]
         for quantity, shape in _memory(stacked, step[0]).items():
             if shape:
                 empty = torch.zeros_like(step[0])

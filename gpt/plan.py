@@ -99,13 +99,13 @@ def pick_device(name: str) -> torch.device:
 def micro_batch(config: Config, vocab_size: int, device: torch.device, *, models: int = 1) -> int:
     """Sequences of one forward pass: the largest divisor of the batch that fits the memory.
 
-    Args:
-        models: how many go forward at once, each with so many sequences.
-
     A token costs 17 d L numbers of activations (the 34 bytes of Korthikanti et al. 2022 at 16 bits)
     and 3 V fp32 numbers of logits, at most `training.loss_chunk` tokens of them at a time. The
     attention matrix is never formed, but for a soft cap: then scores, their tanh and the weights
     are, h T L numbers each.
+
+    Args:
+        models: how many go forward at once, each with so many sequences.
     """
     if config.training.micro_batch != "auto":
         return config.training.micro_batch

@@ -633,6 +633,27 @@ def test_as_one_gives_what_processes_give(
     assert "have ended before" in again.stderr
 
 
+def test_what_was_kept_stays_and_a_picture_that_fails_is_told(
+    grid_file: Path, tmp_path: Path, environment: dict[str, str]
+):
+    tree = yaml.safe_load(grid_file.read_text())
+    axis = {"optimizer.learning_rate": [0.03]}
+    small = {**tree, "seeds": 1, "probes": False, "grid": axis, "keep_checkpoints": True}
+    path, directory = write(tmp_path / "kept.yaml", small), tmp_path / "kept"
+    assert door(path, "--out-dir", directory, environment=environment).returncode == 0
+    kept = sorted(directory.glob("cells/*/checkpoints/step-*"))
+    assert kept
+    picture = next(directory.glob("cells/*/loss.png"))
+    picture.unlink()
+    picture.mkdir()  # nothing can be drawn there
+    write(path, {**small, "keep_checkpoints": False})
+    again = door(path, "--out-dir", directory, environment=environment)
+    assert again.returncode == 0, again.stderr
+    assert "a cell's loss.png could not be drawn" in again.stderr
+    assert sorted(directory.glob("cells/*/checkpoints/step-*")) == kept
+    assert yaml.safe_load((directory / "grid.yaml").read_text())["keep_checkpoints"]
+
+
 def test_as_one_refuses_what_cannot_be(
     tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

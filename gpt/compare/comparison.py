@@ -180,12 +180,8 @@ def check_directory(grid: Grid, directory: Path) -> None:
         )
 
 
-FREE = {
-    "hours",
-    "keep_checkpoints",
-    "probes",
-    "runner",
-}  # of a grid, what may be changed in its directory
+# Of a grid, what may be changed in its directory.
+FREE = {"hours", "keep_checkpoints", "probes", "runner"}
 
 
 def dry_run(grid: Grid, cells: Sequence[Cell], directory: Path, workers: int) -> str:

@@ -276,7 +276,8 @@ def _work(
                     shared.stopping.value = 1
                 for future in done:
                     futures[future].ended(future)
-                console.progress(sum(shared.steps))
+                if shared.index:  # else nothing was left to train
+                    console.progress(sum(shared.steps))
         except BaseException:
             shared.stopping.value = 1  # workers do not go on alone
             raise
