@@ -7,9 +7,10 @@ The setting is 4 layers, 4 heads, 128 channels, a context of 64 characters, batc
 tiny Shakespeare (1,115,394 bytes). `step` trains steadygpt (configs/tiny-shakespeare-char.yaml, the
 steps that it writes into metrics.jsonl), a loop over `transformers`, and nanoGPT's model in a loop
 that does what its train.py does, in turn, `--rounds` times, and prints medians beside what matrix
-products of that size run at. `loss` runs whole commands, start included: train.py with the config
-to its end, for a loss of at most 1.88 on all of the validation text, and nanoGPT's train.py with
-its README's options for a CPU, until it prints that. The table comes last, and goes to `--json`.
+products of that size run at. All compute the exact GELU, as nanoGPT does, and `transformers` once
+more its own tanh form. `loss` runs whole commands, start included: train.py with the config to its
+end, for a loss of at most 1.88 on its validation sequences, and nanoGPT's train.py with its
+README's options for a CPU, until it prints that. The table comes last, and goes to `--json`.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def ours(text: Path, steps: int) -> list[float]:
     """Seconds of each step of a run of the product."""
     options = {
         "data": {"path": [str(text)]},
+        "model": {"mlp": {"activation": "gelu"}},
         "training": {"steps": steps, "device": "cpu"},
         "evaluation": {"every": steps, "sequences": BATCH},
         "sampling": {"tokens": 0},
@@ -106,7 +108,7 @@ def loop(
     return run
 
 
-def transformers_loop() -> Callable[[Path, int], list[float]]:
+def transformers_loop(activation: str) -> Callable[[Path, int], list[float]]:
     """GPT2LMHeadModel and torch's AdamW."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -116,6 +118,7 @@ def transformers_loop() -> Callable[[Path, int], list[float]]:
         n_embd=128,
         n_layer=4,
         n_head=4,
+        activation_function=activation,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -157,7 +160,8 @@ def measure_steps(flags: argparse.Namespace) -> list[dict[str, Any]]:
     ways: dict[str, Callable[[Path, int], list[float]]] = {"steadygpt": ours}
     missing = {}
     try:
-        ways["transformers"] = transformers_loop()
+        ways["transformers"] = transformers_loop("gelu")
+        ways["transformers, gelu_new"] = transformers_loop("gelu_new")
     except ImportError as error:
         missing["transformers"] = str(error)
     if flags.nanogpt is None:
@@ -288,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=60, help="timed in each round")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--config", type=Path, default=ROOT / "configs/tiny-shakespeare-char.yaml", help="of loss"
+        "--config", type=Path, default=ROOT / "configs/tiny-shakespeare-fast.yaml", help="of loss"
     )
     parser.add_argument("--json", type=Path)
     flags = parser.parse_args(argv)

@@ -58,9 +58,10 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """Update every matrix that has a gradient."""
+        """Update every matrix that has a gradient; those of one shape go through it together."""
         for group in self.param_groups:
             rate, momentum = group["lr"], group["momentum"]
+            alike: dict[torch.Size, dict[nn.Parameter, Tensor]] = {}  # with their means
             for parameter in group["params"]:
                 gradient = parameter.grad
                 if gradient is None:
@@ -69,25 +70,29 @@ class Muon(torch.optim.Muon):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(gradient)
                 mean = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-                step = orthogonal(gradient.lerp(mean, momentum))
-                parameter.mul_(1 - rate * group["weight_decay"])
-                parameter.add_(step, alpha=-rate * 0.2 * math.sqrt(max(parameter.shape)))
+                alike.setdefault(parameter.shape, {})[parameter] = gradient.lerp(mean, momentum)
+            for shape, means in alike.items():
+                steps = orthogonal(torch.stack(list(means.values())))
+                size = rate * 0.2 * math.sqrt(max(shape))
+                for parameter, step in zip(means, steps, strict=True):
+                    parameter.mul_(1 - rate * group["weight_decay"]).add_(step, alpha=-size)
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """Nearly U V^T of the matrix's U S V^T: singular values of about 1, the least ones apart.
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Nearly U V^T of each matrix's U S V^T, its singular values near 1: (N, n, m) -> (N, n, m).
 
     Five Newton-Schulz iterations X <- a X + b (X X^T) X + c (X X^T)² X (Jordan et al. 2024), in
     bf16 on a GPU.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
-    x = x / x.norm().clamp(min=1e-7)
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x if wide is matrix else x.T).to(matrix.dtype)
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 def muon(groups: list[Group], config: OptimizerConfig) -> list[torch.optim.Optimizer]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from gpt.config import ModelConfig, OptimizerConfig
 from gpt.init import initialize
@@ -74,35 +75,39 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
     }
 
 
-@pytest.mark.parametrize("shape", [(48, 16), (16, 16), (16, 48)])
-def test_muon_steps_as_torchs_does(shape: tuple[int, int]):
+def test_muon_steps_as_torchs_does():
     """Theirs is rounded to bf16; over updates with decay the weights stay within that."""
     torch.manual_seed(0)
-    ours, theirs = (torch.ones(shape, requires_grad=True) for _ in range(2))
+    shapes = [(48, 16), (16, 16), (48, 16), (16, 48)]
+    ours, theirs = ([torch.ones(shape, requires_grad=True) for shape in shapes] for _ in range(2))
     options = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
     optimizers = (
-        Muon([ours], **options),
-        torch.optim.Muon([theirs], **options, adjust_lr_fn="match_rms_adamw"),
+        Muon(ours, **options),
+        torch.optim.Muon(theirs, **options, adjust_lr_fn="match_rms_adamw"),
     )
     for _ in range(5):
-        gradient = torch.randn(shape)
-        for weight, optimizer in zip((ours, theirs), optimizers, strict=True):
-            weight.grad = gradient.clone()
+        gradients = [torch.randn(shape) for shape in shapes]
+        for weights, optimizer in zip((ours, theirs), optimizers, strict=True):
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.grad = gradient.clone()
             optimizer.step()
-    moved = (1 - ours).norm()
-    assert moved > 0.2
-    assert (ours - theirs).norm() < 0.02 * moved
+    for mine, other in zip(ours, theirs, strict=True):
+        moved = (1 - mine).norm()
+        assert moved > 0.2
+        assert (mine - other).norm() < 0.02 * moved
 
 
 def test_orthogonal_brings_singular_values_near_one():
     torch.manual_seed(0)
-    before = torch.randn(64, 16) @ torch.diag(torch.logspace(0, 1, 16))
-    after = orthogonal(before)
-    assert after.shape == before.shape
-    values = torch.linalg.svdvals(after)
-    assert 0.6 < values.min() < values.max() < 1.3
-    u, _, v = torch.linalg.svd(before, full_matrices=False)
-    assert torch.nn.functional.cosine_similarity(after.flatten(), (u @ v).flatten(), dim=0) > 0.95
+    tall = torch.randn(3, 64, 16) @ torch.diag(torch.logspace(0, 1, 16))
+    for before in (tall, 1e4 * tall.mT):
+        after = orthogonal(before)
+        assert after.shape == before.shape
+        values = torch.linalg.svdvals(after)
+        assert 0.6 < values.min() < values.max() < 1.3
+        u, _, v = torch.linalg.svd(before, full_matrices=False)
+        for mine, exact in zip(after, u @ v, strict=True):
+            assert F.cosine_similarity(mine.flatten(), exact.flatten(), dim=0) > 0.95
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
