@@ -49,7 +49,7 @@ def adafactor(groups: list[Group], config: OptimizerConfig) -> list[torch.optim.
 
 
 class Muon(torch.optim.Muon):
-    """torch's, in fp32 on a CPU: one without bf16 arithmetic emulates it, a hundred times slower.
+    """torch's, in fp32 on a CPU: one without bf16 arithmetic emulates it, many times slower.
 
     W <- (1 - rate * decay) W - rate * 0.2 sqrt(max(rows, columns)) * orthogonal(M), M the gradient
     with Nesterov momentum. The root scales updates to the RMS of AdamW's (Liu et al. 2025), so that
