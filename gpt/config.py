@@ -389,7 +389,7 @@ class ScheduleConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """The update rule and its constants. All are torch's own optimizers."""
+    """The update rule and its constants. All are torch's, but for muon's own step."""
 
     name: Annotated[str, Choice("gpt.optim", "OPTIMIZERS")] = "adamw"
     """Update rule. muon is for the blocks' matrices, with adamw for everything else."""

@@ -48,13 +48,12 @@ def restrict(logits: Tensor, sampling: Sampling) -> Tensor:
 def draw(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
     """One token for each row: (N, V) logits and N generators -> (N,) integers.
 
-    With E_v exponential, argmax of p_v / E_v is a draw from p (the exponential race); the negative
-    logarithm of a uniform number is exponential.
+    With E_v exponential, argmax of p_v / E_v is a draw from p (the exponential race).
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    uniform = torch.stack([torch.empty_like(logits[0]).uniform_(generator=g) for g in generators])
-    return (restrict(logits, sampling) / -uniform.log()).argmax(-1)
+    race = [torch.empty_like(logits[0]).exponential_(generator=g) for g in generators]
+    return (restrict(logits, sampling) / torch.stack(race)).argmax(-1)
 
 
 class Decoder:

@@ -1,4 +1,4 @@
-"""Optimizers: torch's, over parameter groups in which every parameter stands exactly once.
+"""Optimizers of torch, over parameter groups in which every parameter stands exactly once.
 
 Weight decay acts on matrices and embeddings, never on biases, norms or a placement's own weights.
 All optimizers decouple it from the gradient (Loshchilov and Hutter 2019) but SGD, where torch adds
@@ -49,40 +49,45 @@ def adafactor(groups: list[Group], config: OptimizerConfig) -> list[torch.optim.
 
 
 class Muon(torch.optim.Muon):
-    """torch's, in fp32 on a CPU: one without bf16 arithmetic emulates it, many times slower.
+    """Muon with a step of its own: torch's multiplies in bf16, which many CPUs must emulate.
 
     W <- (1 - rate * decay) W - rate * 0.2 sqrt(max(rows, columns)) * orthogonal(M), M the gradient
     with Nesterov momentum. The root scales updates to the RMS of AdamW's (Liu et al. 2025), so that
     both share one rate.
     """
 
+    def __init__(self, groups: list[Group], rate: float, momentum: float) -> None:
+        super().__init__(groups, rate, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         """Update every matrix that has a gradient; those of one shape go through it together."""
         for group in self.param_groups:
-            rate, momentum = group["lr"], group["momentum"]
-            alike: dict[torch.Size, dict[nn.Parameter, Tensor]] = {}  # with their means
+            alike: dict[torch.Size, list[nn.Parameter]] = {}
             for parameter in group["params"]:
-                gradient = parameter.grad
-                if gradient is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(gradient)
-                mean = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-                alike.setdefault(parameter.shape, {})[parameter] = gradient.lerp(mean, momentum)
-            for shape, means in alike.items():
-                steps = orthogonal(torch.stack(list(means.values())))
-                size = rate * 0.2 * math.sqrt(max(shape))
-                for parameter, step in zip(means, steps, strict=True):
-                    parameter.mul_(1 - rate * group["weight_decay"]).add_(step, alpha=-size)
+                if parameter.grad is not None:
+                    alike.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in alike.items():
+                momenta = [self._momentum(parameter, group["momentum"]) for parameter in parameters]
+                steps = orthogonal(torch.stack(momenta))
+                size = group["lr"] * 0.2 * math.sqrt(max(shape))
+                for parameter, step in zip(parameters, steps, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-size)
+
+    def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+        """The running mean of the gradients, looked at one step ahead."""
+        gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        return gradient.lerp(state["momentum_buffer"].lerp_(gradient, 1 - momentum), momentum)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
     """Nearly U V^T of each matrix's U S V^T, its singular values near 1: (N, n, m) -> (N, n, m).
 
     Five Newton-Schulz iterations X <- a X + b (X X^T) X + c (X X^T)² X (Jordan et al. 2024), in
-    bf16 on a GPU.
+    bf16 under CUDA.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]
@@ -105,10 +110,7 @@ def muon(groups: list[Group], config: OptimizerConfig) -> list[torch.optim.Optim
         rest.append({**group, "params": [pair for pair in named if pair not in blocks]})
     inside = [group for group in matrices if group["params"]]
     outside = [group for group in rest if group["params"]]
-    return [
-        Muon(inside, config.learning_rate, momentum=config.momentum),
-        *adamw(outside, config),
-    ]
+    return [Muon(inside, config.learning_rate, config.momentum), *adamw(outside, config)]
 
 
 def sgd(groups: list[Group], config: OptimizerConfig) -> list[torch.optim.Optimizer]:

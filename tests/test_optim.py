@@ -78,23 +78,40 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
 def test_muon_steps_as_torchs_does():
     """Theirs is rounded to bf16; over updates with decay the weights stay within that."""
     torch.manual_seed(0)
-    shapes = [(48, 16), (16, 16), (48, 16), (16, 48)]
+    shapes = [(48, 16), (16, 16), (48, 16), (16, 48), (16, 16)]  # the last one has no gradient
     ours, theirs = ([torch.ones(shape, requires_grad=True) for shape in shapes] for _ in range(2))
-    options = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
+    groups = [
+        [{"params": w[:2], "weight_decay": 0.1}, {"params": w[2:], "weight_decay": 0.5}]
+        for w in (ours, theirs)
+    ]
     optimizers = (
-        Muon(ours, **options),
-        torch.optim.Muon(theirs, **options, adjust_lr_fn="match_rms_adamw"),
+        Muon(groups[0], 0.02, 0.9),
+        torch.optim.Muon(groups[1], 0.02, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
     )
     for _ in range(5):
-        gradients = [torch.randn(shape) for shape in shapes]
+        gradients = [torch.randn(shape) for shape in shapes[:-1]]
         for weights, optimizer in zip((ours, theirs), optimizers, strict=True):
-            for weight, gradient in zip(weights, gradients, strict=True):
+            for weight, gradient in zip(weights, gradients, strict=False):
                 weight.grad = gradient.clone()
             optimizer.step()
-    for mine, other in zip(ours, theirs, strict=True):
+    assert ours[-1].eq(1).all()
+    assert len(optimizers[0].state) == len(gradients)
+    for mine, other in zip(ours[:-1], theirs, strict=False):
         moved = (1 - mine).norm()
         assert moved > 0.2
         assert (mine - other).norm() < 0.02 * moved
+    for momentum, other in zip(
+        optimizers[0].state.values(), optimizers[1].state.values(), strict=True
+    ):
+        torch.testing.assert_close(dict(momentum), dict(other))
+
+
+def test_muon_leaves_a_matrix_without_gradients_but_for_decay():
+    weight = torch.ones(4, 4, requires_grad=True)
+    optimizer = Muon([{"params": [weight], "weight_decay": 0.5}], 0.1, 0.9)
+    weight.grad = torch.zeros(4, 4)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.full((4, 4), 0.95))
 
 
 def test_orthogonal_brings_singular_values_near_one():
