@@ -7,9 +7,9 @@ The setting is 4 layers, 4 heads, 128 channels, a context of 64 characters, batc
 tiny Shakespeare (1,115,394 bytes). `step` trains steadygpt (configs/tiny-shakespeare-char.yaml, the
 steps that it writes into metrics.jsonl), a loop over `transformers`, and nanoGPT's model in a loop
 that does what its train.py does, in turn, `--rounds` times, and prints medians beside what matrix
-products of that size run at. All compute the exact GELU, as nanoGPT does, and `transformers` once
-more its own tanh form. `loss` runs whole commands, start included: train.py with the config to its
-end, for a loss of at most 1.88 on its validation sequences, and nanoGPT's train.py with its
+products of that size run at. All compute the exact GELU, as nanoGPT does; `transformers` is timed
+with its own tanh form too. `loss` runs whole commands, start included: train.py with the config to
+its end, for a loss of at most 1.88 on its validation sequences, and nanoGPT's train.py with its
 README's options for a CPU, until it prints that. The table comes last, and goes to `--json`.
 """
 
