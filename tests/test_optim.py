@@ -116,8 +116,9 @@ def test_muon_leaves_a_matrix_without_gradients_but_for_decay():
 
 def test_orthogonal_brings_singular_values_near_one():
     torch.manual_seed(0)
-    tall = torch.randn(3, 64, 16) @ torch.diag(torch.logspace(0, 1, 16))
-    for before in (tall, 1e4 * tall.mT):
+    sizes = torch.tensor([1e-3, 1.0, 1e3])[:, None, None]  # each matrix has a norm of its own
+    tall = sizes * torch.randn(3, 64, 16) @ torch.diag(torch.logspace(0, 1, 16))
+    for before in (tall, tall.mT):
         after = orthogonal(before)
         assert after.shape == before.shape
         values = torch.linalg.svdvals(after)
