@@ -43,7 +43,7 @@ from gpt.generate import Decoder, generate
 from gpt.init import initialize
 from gpt.model import GPT
 from gpt.plan import pick_device
-from gpt.weights import PackedLinear, prepare
+from gpt.weights import PackedLinear, SlicedLinear, prepare
 
 SAMPLING = Sampling(temperature=1.0)
 READS = "limit: plain reads"
@@ -218,16 +218,17 @@ def reads(task: Task) -> Step:
     return lambda: numbers.sum().item()
 
 
-def products(task: Task, packed: bool) -> Step:
+def products(task: Task, ours: bool) -> Step:
     """A step's matrix products, one after the other, and nothing else."""
     model = plain(task)
     layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
     inputs = [torch.randn(task.batch, layer.in_features) for layer in layers]
     inputs.append(torch.randn(task.batch, task.shape.width))
     calls: list[nn.Module]
-    if packed:
+    if ours:
+        kinds = (nn.Linear, PackedLinear, SlicedLinear)
         prepare(model, "fp32", task.batch)
-        calls = [m for m in model.modules() if isinstance(m, nn.Linear | PackedLinear)]
+        calls = [m for m in model.modules() if isinstance(m, kinds)]
     else:
         model.head = nn.Linear(task.shape.width, task.vocab_size, bias=False)
         calls = [*layers, model.head]
@@ -305,8 +306,8 @@ def compete(flags: argparse.Namespace, batch: int, deadline: float) -> list[Entr
         found.append(entry)
     limits: dict[str, Callable[[Task], Step]] = {READS: reads}
     if task.device.type == "cpu":
-        limits["matrix products, torch's layout"] = partial(products, packed=False)
-        limits["matrix products, packed"] = partial(products, packed=True)
+        limits["matrix products, torch's layout"] = partial(products, ours=False)
+        limits["matrix products, our layout"] = partial(products, ours=True)
     for name, make in limits.items():
         entry = Entry(name, "fp32", batch)
         once = make(task)

@@ -48,12 +48,17 @@ def restrict(logits: Tensor, sampling: Sampling) -> Tensor:
 def draw(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
     """One token for each row: (N, V) logits and N generators -> (N,) integers.
 
-    With E_v exponential, argmax of p_v / E_v is a draw from p (the exponential race).
+    A uniform number's place among the cumulative probabilities is a draw from them (inverse
+    transform sampling), in fp64, as fp32 would miss the unlikeliest of a large vocabulary.
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    race = [torch.empty_like(logits[0]).exponential_(generator=g) for g in generators]
-    return (restrict(logits, sampling) / torch.stack(race)).argmax(-1)
+    dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # mps has no other
+    cumulative = restrict(logits, sampling).cumsum(-1, dtype=dtype)
+    uniform = [torch.rand(1, generator=g, device=logits.device, dtype=dtype) for g in generators]
+    mark = (1 - torch.stack(uniform)) * cumulative[:, -1:]  # above 0: no token of probability 0
+    token = torch.searchsorted(cumulative, mark).squeeze(-1)
+    return token.clamp(max=logits.shape[-1] - 1)  # NaN is found behind the last
 
 
 class Decoder:

@@ -1,7 +1,7 @@
 """Weights as sampling reads them: laid out for few rows at a time, or fewer bits of each.
 
 One token reads every matrix once, so memory sets the pace. A CPU reads the usual layout at half of
-memory's speed, and oneDNN's own faster. Training has nothing to do with this.
+memory's speed, and other layouts faster. Training has nothing to do with this.
 """
 
 from __future__ import annotations
@@ -11,12 +11,37 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gpt.config import Weights
 from gpt.errors import InputError
 from gpt.model import GPT
 
-PACKED_FROM = 2**19  # numbers of a matrix: oneDNN takes longer over a call, and reads faster
+LAID_OUT_FROM = 2**19  # numbers of a matrix: a call takes longer, and reads faster
+
+
+class SlicedLinear(nn.Module):
+    """x Wᵀ + b in fp32 on a CPU, W cut into a slice of its outputs for each thread, for one row x.
+
+    torch gives one row times one matrix to one thread, and a batch of matrices to all. A slice's
+    longer side is contiguous, along which memory is read best.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        outputs, inputs = weight.shape
+        self.outputs, n = outputs, torch.get_num_threads()
+        padding = -outputs % n  # for slices of one size
+        slices = F.pad(weight.detach(), (0, 0, 0, padding)).view(n, -1, inputs).transpose(1, 2)
+        self.slices = slices.contiguous() if outputs > inputs else slices  # (n, n_in, n_out / n)
+        whole = weight.new_zeros(outputs) if bias is None else bias.detach()
+        self.bias = F.pad(whole, (0, padding)).view(n, 1, -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n_in) -> (..., n_out)."""
+        rows = x.flatten(0, -2).expand(len(self.slices), -1, -1)
+        y = torch.baddbmm(self.bias, rows, self.slices)  # (n, rows, n_out / n)
+        return y.transpose(0, 1).reshape(*x.shape[:-1], -1)[..., : self.outputs]
 
 
 class PackedLinear(nn.Module):
@@ -73,8 +98,10 @@ def prepare(model: GPT, weights: Weights, samples: int) -> None:
         if device.type != "cpu":
             raise InputError(f"--weights int8: is for a CPU; on {device.type} take bf16")
         make, least = Int8Linear, 0
+    elif device.type == "cpu" and samples == 1 and torch.backends.mkl.is_available():
+        make, least = SlicedLinear, LAID_OUT_FROM
     elif device.type == "cpu" and torch.backends.mkldnn.is_available():
-        make, least = partial(PackedLinear, rows=samples), PACKED_FROM
+        make, least = partial(PackedLinear, rows=samples), LAID_OUT_FROM
     else:
         return
     if model.head is None:  # untie it: the embedding is still looked up as it was

@@ -17,7 +17,7 @@ from gpt.init import initialize
 from gpt.model import ACTIVATIONS, GPT
 from gpt.norm import NORMS
 from gpt.placement import PLACEMENTS, check
-from gpt.weights import Int8Linear, PackedLinear, prepare
+from gpt.weights import Int8Linear, PackedLinear, SlicedLinear, prepare
 
 VOCAB = 61
 SWITCHES: list[dict[str, Any]] = [
@@ -103,15 +103,17 @@ def test_fixed_shapes_give_the_plain_logits(options: dict[str, Any]):
 
 @torch.no_grad()
 @every_model
-def test_packed_weights_give_the_plain_logits(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("samples", "kind"), [(1, SlicedLinear), (2, PackedLinear)])
+def test_other_layouts_give_the_plain_logits(
+    samples: int, kind: type, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(weights, "PACKED_FROM", 0)
+    monkeypatch.setattr(weights, "LAID_OUT_FROM", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # no divisor of any width here
     model = make(options)
     expected, texts = model(tokens())[:, -1], drawn(model)
-    prepare(model, "fp32", samples=2)
+    prepare(model, "fp32", samples)
     kinds = {type(m) for m in model.modules()}
-    assert PackedLinear in kinds
+    assert kind in kinds
     assert nn.Linear not in kinds
     torch.testing.assert_close(read(model, tokens()), expected, atol=1e-5, rtol=1e-5)
     assert drawn(model) == texts
