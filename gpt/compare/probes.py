@@ -13,8 +13,8 @@ Not here: measures of a training run (gpt/diagnostics/layers.py, whose `Look` is
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ Batch = tuple[Tensor, Tensor]  # inputs and targets, both (B, T) integers
 DEPTHS = (2, 4, 6, 12, 24)  # numbers of blocks, L
 SHARE = 0.01  # of a matrix's standard deviation: that of its random change
 ADAM_RATE = 1e-5  # of the one update: small, so that outputs move in proportion at any depth
+ADAM_EPS = 1e-8
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,13 @@ def _measure(
 
     with torch.no_grad():
         before = model.hidden(tokens)
-        change = _disturbed(model, seed).hidden(tokens) - before
+        with _disturbed(model, seed):
+            change = model.hidden(tokens) - before
         measures["amplification"] = change.square().mean().item() / SHARE**2
-        torch.optim.Adam([linear.weight for _, linear in _linears(model)], ADAM_RATE).step()
+        for _, linear in _linears(model):
+            gradient = linear.weight.grad
+            assert gradient is not None
+            linear.weight -= ADAM_RATE * gradient / (gradient.abs() + ADAM_EPS)
         measures["adam_amplification"] = (model.hidden(tokens) - before).square().mean().item()
     return measures
 
@@ -165,13 +170,16 @@ def _linears(model: GPT) -> list[tuple[str, nn.Linear]]:
     return [(name, module) for name, module in named if isinstance(module, nn.Linear)]
 
 
+@contextlib.contextmanager
 @torch.no_grad()
-def _disturbed(model: GPT, seed: int) -> GPT:
-    """A copy with SHARE of their own standard deviation in noise on the blocks' matrices."""
-    model = copy.deepcopy(model)
+def _disturbed(model: GPT, seed: int) -> Iterator[None]:
+    """For so long, SHARE of their own standard deviation in noise on the blocks' matrices."""
+    before = [linear.weight.clone() for _, linear in _linears(model)]
     for name, linear in _linears(model):
         parts = len(linear.parts) if isinstance(linear, Stacked) else 1
         noise = torch.randn(linear.weight.shape, generator=generator(seed, "probe", name))
         for matrix, change in zip(linear.weight.chunk(parts), noise.chunk(parts), strict=True):
             matrix += SHARE * matrix.std() * change
-    return model
+    yield
+    for (_, linear), weight in zip(_linears(model), before, strict=True):
+        linear.weight.copy_(weight)
