@@ -787,6 +787,8 @@ def _losses_in_words(material: Material) -> str:
 def save(picture: Picture, folder: Path) -> str:
     """Write PNG and SVG, and return the SVG."""
     with _look():
+        picture.figure.draw_without_rendering()
+        picture.figure.set_layout_engine(None)  # laid out once for both, not at every draw
         picture.figure.savefig(folder / f"{picture.name}.png", dpi=130, facecolor="white")
         path = folder / f"{picture.name}.svg"
         picture.figure.savefig(path, facecolor="white", metadata={"Date": None})
