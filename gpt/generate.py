@@ -48,17 +48,15 @@ def restrict(logits: Tensor, sampling: Sampling) -> Tensor:
 def draw(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
     """One token for each row: (N, V) logits and N generators -> (N,) integers.
 
-    A uniform number's place among the cumulative probabilities is a draw from them (inverse
-    transform sampling), in fp64, as fp32 would miss the unlikeliest of a large vocabulary.
+    With E_v exponential, argmax of p_v / E_v is a draw from p (the exponential race). Rounding
+    changes it only where two tokens are nearly level, so that a text is the same however many are
+    made beside it. E = -log(1 - uniform) in fp64: fp32 has too few numbers for the rarest tokens.
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # mps has no other
-    cumulative = restrict(logits, sampling).cumsum(-1, dtype=dtype)
-    uniform = [torch.rand(1, generator=g, device=logits.device, dtype=dtype) for g in generators]
-    mark = (1 - torch.stack(uniform)) * cumulative[:, -1:]  # above 0: no token of probability 0
-    token = torch.searchsorted(cumulative, mark).squeeze(-1)
-    return token.clamp(max=logits.shape[-1] - 1)  # NaN is found behind the last
+    like = logits[0] if logits.device.type == "mps" else logits[0].double()  # mps has no fp64
+    uniform = torch.stack([torch.empty_like(like).uniform_(generator=g) for g in generators])
+    return (restrict(logits, sampling) / -(1 - uniform).log()).argmax(-1)
 
 
 class Decoder:

@@ -282,7 +282,7 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., d) after the final norm -> (..., V)."""
-        if self.head is not None and not self.training:  # sampling may have packed its matrix
+        if self.head is not None and not self.training:  # sampling may have replaced it
             return self._scaled(self.head(x))
         return self.logits_by(x, self.head_matrix)
 

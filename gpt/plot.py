@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from gpt.diagnostics.layers import MEASURES, Measure
 from gpt.files import write_bytes
@@ -24,7 +24,7 @@ def plot_run(records: list[Record], path: Path, title: str) -> None:
     evaluations = [r for r in records if r.get("val_loss") is not None]
     steps = [r["step"] for r in training]
 
-    figure = Figure(figsize=(8, 7))  # with margins of its own: a layout draws everything twice
+    figure = Figure(figsize=(8, 7))  # with fixed margins: a layout engine draws everything twice
     figure.subplots_adjust(left=0.11, right=0.98, top=0.95, bottom=0.07, hspace=0.1)
     loss_axes, rate_axes, norm_axes = figure.subplots(
         3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1, 1]}
@@ -55,15 +55,14 @@ def plot_run(records: list[Record], path: Path, title: str) -> None:
     rate_axes.plot(steps, [r["learning_rate"] for r in training], color=OTHER, lw=1.5)
     rate_axes.set_ylabel("learning rate")
     rate_axes.set_ylim(bottom=0)
+    rate_axes.ticklabel_format(axis="y", scilimits=(-3, 3))  # so that labels fit the margin
     norms = [(r["step"], r["grad_norm"]) for r in training if r["grad_norm"] is not None]
     norm_axes.plot([s for s, _ in norms], [n for _, n in norms], color=OTHER, lw=0.8)
     norm_axes.set_ylabel("gradient norm")
     if any(n > 0 for _, n in norms):
         norm_axes.set_yscale("log")
-        norm_axes.yaxis.set_major_formatter(LogFormatter())  # 0.01, not 10⁻², which takes long
-        norm_axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
     norm_axes.set_xlabel("step")
-    norm_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    norm_axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     for axes in (loss_axes, rate_axes, norm_axes):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -17,7 +17,7 @@ from gpt.config import Weights
 from gpt.errors import InputError
 from gpt.model import GPT
 
-LAID_OUT_FROM = 2**19  # numbers of a matrix: a call takes longer, and reads faster
+LAID_OUT_FROM = 2**19  # numbers of a matrix: on smaller ones a call of torch's own is quicker
 
 
 class SlicedLinear(nn.Module):
@@ -33,7 +33,8 @@ class SlicedLinear(nn.Module):
         self.outputs, n = outputs, torch.get_num_threads()
         padding = -outputs % n  # for slices of one size
         slices = F.pad(weight.detach(), (0, 0, 0, padding)).view(n, -1, inputs).transpose(1, 2)
-        self.slices = slices.contiguous() if outputs > inputs else slices  # (n, n_in, n_out / n)
+        tall = slices.shape[2] > inputs
+        self.slices = slices.contiguous() if tall else slices  # (n, n_in, n_out / n)
         whole = weight.new_zeros(outputs) if bias is None else bias.detach()
         self.bias = F.pad(whole, (0, padding)).view(n, 1, -1)
 

@@ -103,6 +103,7 @@ def test_fixed_shapes_give_the_plain_logits(options: dict[str, Any]):
 
 @torch.no_grad()
 @every_model
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="slices are for MKL")
 @pytest.mark.parametrize(("samples", "kind"), [(1, SlicedLinear), (2, PackedLinear)])
 def test_other_layouts_give_the_plain_logits(
     samples: int, kind: type, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -117,6 +118,21 @@ def test_other_layouts_give_the_plain_logits(
     assert nn.Linear not in kinds
     torch.testing.assert_close(read(model, tokens()), expected, atol=1e-5, rtol=1e-5)
     assert drawn(model) == texts
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threads", [1, 3, 100])
+@pytest.mark.parametrize("shape", [(48, 16), (16, 48), (61, 32)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_slices_give_the_whole_product(
+    threads: int, shape: tuple[int, int], bias: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    linear = nn.Linear(shape[1], shape[0], bias=bias)
+    sliced = SlicedLinear(linear.weight, linear.bias)
+    assert len(sliced.slices) == threads
+    for x in (torch.randn(1, shape[1]), torch.randn(2, 5, shape[1])):
+        torch.testing.assert_close(sliced(x), linear(x), atol=1e-5, rtol=1e-5)
 
 
 def test_small_matrices_are_left_as_they_are():

@@ -173,7 +173,7 @@ def _linears(model: GPT) -> list[tuple[str, nn.Linear]]:
 @contextlib.contextmanager
 @torch.no_grad()
 def _disturbed(model: GPT, seed: int) -> Iterator[None]:
-    """For so long, SHARE of their own standard deviation in noise on the blocks' matrices."""
+    """Within it the blocks' matrices have noise of SHARE of their own standard deviation."""
     before = [linear.weight.clone() for _, linear in _linears(model)]
     for name, linear in _linears(model):
         parts = len(linear.parts) if isinstance(linear, Stacked) else 1
