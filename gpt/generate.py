@@ -54,9 +54,12 @@ def draw(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) 
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    like = logits[0] if logits.device.type == "mps" else logits[0].double()  # mps has no fp64
-    uniform = torch.stack([torch.empty_like(like).uniform_(generator=g) for g in generators])
-    return (restrict(logits, sampling) / -(1 - uniform).log()).argmax(-1)
+    dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # which mps lacks
+    uniform = torch.empty_like(logits, dtype=dtype)
+    for row, own in zip(uniform, generators, strict=True):
+        row.uniform_(generator=own)
+    exponential = uniform.neg_().log1p_().neg_()
+    return (restrict(logits, sampling) / exponential).argmax(-1)
 
 
 class Decoder:
