@@ -153,7 +153,12 @@ def test_the_rarest_tokens_have_their_share(uniform: float, expected: int, monke
     """Token 7 wins with its probability of 1e-12 if its number is small enough, 1e-12 / 1.44."""
     numbers = torch.full((50257,), 0.5, dtype=torch.float64)
     numbers[7] = uniform
-    monkeypatch.setattr(torch.Tensor, "uniform_", lambda x, generator: x.copy_(numbers))
+
+    def uniform_(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        assert x.dtype == torch.float64  # fp32 would have none between 0 and 6e-8
+        return x.copy_(numbers)
+
+    monkeypatch.setattr(torch.Tensor, "uniform_", uniform_)
     logits = torch.full((1, 50257), math.log(1e-12))
     logits[0, 0] = 0
     assert draw(logits, Sampling(temperature=1.0), [generator(0)]).item() == expected
