@@ -13,9 +13,9 @@ machine disturbs all alike; the fastest of their rounds counts. A contestant tha
 
 The limit is memory: a step reads every weight once, but for the position embeddings. Their bytes
 over the rate of plain reads, which is measured in the same rounds (the sum of as many numbers), are
-about the least time of a step in fp32; "of the limit" is each contestant's share of the tokens that this
-allows, so that fewer bits may go beyond 100%. On a CPU two more rows are a step's matrix products
-alone, in torch's layout and as steadygpt does them.
+about the least time of a step in fp32; "of the limit" is each contestant's share of the tokens that
+this allows, so that fewer bits may go beyond 100%. On a CPU two more rows are a step's matrix
+products alone, in torch's layout and as steadygpt does them.
 """
 
 from __future__ import annotations
