@@ -25,7 +25,7 @@ def plot_run(records: list[Record], path: Path, title: str) -> None:
     steps = [r["step"] for r in training]
 
     figure = Figure(figsize=(8, 7))  # with fixed margins: a layout engine draws everything twice
-    figure.subplots_adjust(left=0.11, right=0.98, top=0.95, bottom=0.07, hspace=0.1)
+    figure.subplots_adjust(left=0.13, right=0.98, top=0.95, bottom=0.07, hspace=0.1)
     loss_axes, rate_axes, norm_axes = figure.subplots(
         3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1, 1]}
     )
@@ -66,6 +66,7 @@ def plot_run(records: list[Record], path: Path, title: str) -> None:
     for axes in (loss_axes, rate_axes, norm_axes):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    figure.align_ylabels()
     _save(figure, path)
 
 
