@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from gpt.compare import comparison
-from gpt.compare.figures import DRAWINGS, Material, draw
+from gpt.compare.figures import DRAWINGS, Material, draw, save
 from gpt.compare.grid import load
 from gpt.compare.report import inline
 from gpt.compare.starts import measure_starts
@@ -138,6 +138,15 @@ def test_all_pictures_are_drawn_and_have_files(directory: Path):
     for name in names:
         assert (directory / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
         ElementTree.parse(directory / f"figures/{name}.svg")
+
+
+def test_saved_pictures_are_laid_out(directory: Path, tmp_path: Path):
+    for picture in draw(Material(*comparison.read_comparison(directory), [])):
+        save(picture, tmp_path)
+        box, (width, height) = picture.figure.get_tightbbox(), picture.figure.get_size_inches()
+        assert min(box.x0, box.y0) > -0.01, picture.name
+        assert box.x1 < width + 0.01, picture.name
+        assert box.y1 < height + 0.01, picture.name
 
 
 def test_markdown_names_its_pictures_and_breaks_no_table(directory: Path):

@@ -20,6 +20,7 @@ from gpt.placement import PLACEMENTS, check
 from gpt.weights import Int8Linear, PackedLinear, SlicedLinear, prepare
 
 VOCAB = 61
+needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="slices are for MKL")
 SWITCHES: list[dict[str, Any]] = [
     {"attention": {"qk_norm": True}},
     {"attention": {"soft_cap": 0.5}},
@@ -103,8 +104,9 @@ def test_fixed_shapes_give_the_plain_logits(options: dict[str, Any]):
 
 @torch.no_grad()
 @every_model
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="slices are for MKL")
-@pytest.mark.parametrize(("samples", "kind"), [(1, SlicedLinear), (2, PackedLinear)])
+@pytest.mark.parametrize(
+    ("samples", "kind"), [pytest.param(1, SlicedLinear, marks=needs_mkl), (2, PackedLinear)]
+)
 def test_other_layouts_give_the_plain_logits(
     samples: int, kind: type, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):

@@ -259,11 +259,9 @@ def failures(material: Material) -> Picture:
     else:
         groups = {arm: [(place, (arm, place)) for place in places] for arm in arms}
     rows = len(next(iter(groups.values())))
-    figure, panels = _panels(
-        len(groups),
-        width=(1.8 if len(groups) == 1 else 1.2) + 0.52 * len(rates),
-        height=0.9 + 0.34 * rows,
-    )
+    width = (1.8 if len(groups) == 1 else 1.2) + 0.52 * len(rates)
+    for_titles = 0.7 + 0.085 * max(map(len, groups))  # a layout makes no room for their width
+    figure, panels = _panels(len(groups), width=max(width, for_titles), height=0.9 + 0.34 * rows)
     for axes, (title, lines) in zip(panels, groups.items(), strict=True):
         values = np.full((rows, len(rates)), np.nan)
         for row, (_, key) in enumerate(lines):

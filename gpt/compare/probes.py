@@ -171,7 +171,6 @@ def _linears(model: GPT) -> list[tuple[str, nn.Linear]]:
 
 
 @contextlib.contextmanager
-@torch.no_grad()
 def _disturbed(model: GPT, seed: int) -> Iterator[None]:
     """Within it the blocks' matrices have noise of SHARE of their own standard deviation."""
     before = [linear.weight.clone() for _, linear in _linears(model)]
