@@ -133,7 +133,7 @@ def _training(size: Size, device: Any, tokens: int) -> tuple[Any, Any, Any]:
     config = validate(Config, tree)
     model = GPT(config.model, VOCABULARY).to(device)
     initialize(model, config.model, seed=0)
-    optimizer = Optimizer(model, config.optimizer)
+    optimizer = Optimizer(model.named_parameters(), config.optimizer)
     shape = (config.batch_sequences, size.context)
     batch = torch.randint(VOCABULARY, shape, device=device)
     micro_batch = plan.micro_batch(config, VOCABULARY, device)
@@ -147,8 +147,7 @@ def _training(size: Size, device: Any, tokens: int) -> tuple[Any, Any, Any]:
             p.grad for p in model.parameters() if p.grad is not None
         )
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, norm)
-        for part in optimizer.parts:
-            part.step()
+        optimizer.step()
         optimizer.zero_grad()
 
     return update, model, config

@@ -53,7 +53,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt import metrics, model, optim, plan, tokenizer, training
-from gpt.config import Config, OptimizerConfig, load, merge
+from gpt.config import Config, load, merge
 from gpt.data.preparation import prepare
 from gpt.errors import InputError, told
 from gpt.files import write_text
@@ -352,12 +352,6 @@ TRAINERS: dict[str, Callable[[Row, Work, Clock], Measured]] = {
 }
 
 
-def unfused(groups: list[optim.Group], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """AdamW in torch's default form, a kernel for each operation on all tensors."""
-    betas = (config.beta1, config.beta2)
-    return [torch.optim.AdamW(groups, config.learning_rate, betas, config.eps)]
-
-
 @contextlib.contextmanager
 def cuda_graphs() -> Iterator[None]:
     """What torch.compile's mode "reduce-overhead" switches on."""
@@ -370,7 +364,7 @@ def cuda_graphs() -> Iterator[None]:
 # What a process does otherwise where no option says so.
 SWITCHES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "vocabulary not padded": lambda: mock.patch.dict(model.VOCABULARY_MULTIPLE, clear=True),
-    "AdamW not fused": lambda: mock.patch.dict(optim.OPTIMIZERS, {"adamw": unfused}),
+    "AdamW not fused": lambda: mock.patch.object(optim.AdamW, "fused", None),
     "cuDNN attention": lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
     "flash attention": lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION),
     "CUDA graphs": cuda_graphs,

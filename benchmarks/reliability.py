@@ -188,14 +188,13 @@ def torn(run: Path) -> list[str]:
 
 
 def warm_up() -> None:
-    """Do once what each child would otherwise do first, and spare them what takes long."""
+    """One thread for each child, and no pictures, half of the time of a short run."""
     torch.set_num_threads(1)
-    torch.optim.AdamW([torch.zeros(1)])  # torch imports its compiler here: seconds
     mock.patch.object(Figure, "savefig", _empty_picture).start()
 
 
 def _empty_picture(figure: Figure, file: BinaryIO, **options: Any) -> None:
-    """In place of drawing, half of the time of a short run."""
+    """In place of drawing."""
 
 
 def train_forked(config: Path, run: Path, fault: Fault | None = None) -> tuple[int, str]:

@@ -108,7 +108,7 @@ class Ensemble:
         self.optimizer = stack(optimizers, self.steps, config.optimizer)
         decays = [optimizer.decays() for optimizer in optimizers]
         self.decays = {name: self._numbers([own[name] for own in decays]) for name in self.weights}
-        self.rates = self._numbers([optimizer.learning_rate for optimizer in optimizers])
+        self.rates = self._numbers([optimizer.config.learning_rate for optimizer in optimizers])
         self.clips = self._numbers([math.inf if clip is None else clip for clip in clips])
         self.alive = torch.ones(len(models), dtype=torch.bool, device=self.device)
         with torch.device("meta"):

@@ -1,8 +1,11 @@
-"""Optimizers of torch, over parameter groups in which every parameter stands exactly once.
+"""Optimizers: torch's updates, called as functions, and what they remember of every parameter.
 
 Weight decay acts on matrices and embeddings, never on biases, norms or a placement's own weights.
 All optimizers decouple it from the gradient (Loshchilov and Hutter 2019) but SGD, where torch adds
 it to the gradient. Independent decay is not multiplied by the rate (Wortsman et al. 2023).
+
+torch's Optimizer classes would do the same, but the first of them to be made loads torch's
+compiler, which takes two seconds of every start.
 
 Not here: the learning rate's course (gpt/schedule.py) and clipping (gpt/training.py).
 """
@@ -10,77 +13,189 @@ Not here: the learning rate's course (gpt/schedule.py) and clipping (gpt/trainin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import _adafactor, adamw, radam, sgd
 
 from gpt.config import OptimizerConfig
 
-Group = dict[str, Any]  # "params": (name, parameter) pairs, "weight_decay": float
+Memory = dict[str, Tensor]  # what is remembered of one parameter, by torch's names
 
 
-def adamw(groups: list[Group], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+@dataclass(frozen=True)
+class Update:
+    """One update of parameters that have one rule and one decay; what it changes is in lists."""
+
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    memory: list[Memory]
+    rate: float
+    decay: float
+
+    def remembered(self, quantity: str) -> list[Tensor]:
+        """It, of each parameter."""
+        return [memory[quantity] for memory in self.memory]
+
+
+class Rule:
+    """How parameters follow their gradients."""
+
+    fused: bool | None = None  # one kernel for all, which finds `step` on the device
+
+    def __init__(self, config: OptimizerConfig) -> None:
+        self.config = config
+
+    def shapes(self, parameter: Tensor) -> dict[str, torch.Size]:
+        """What is remembered of a parameter; `step` counts its updates."""
+        raise NotImplementedError
+
+    def apply(self, update: Update) -> None:
+        """Change parameters and memory in place."""
+        raise NotImplementedError
+
+    def start(self, parameter: Tensor) -> Memory:
+        """What is remembered before the first update: zeros."""
+        start = {q: parameter.new_zeros(shape) for q, shape in self.shapes(parameter).items()}
+        if "step" in start:
+            device = parameter.device if self.fused else "cpu"
+            start["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        return start
+
+
+class AdamW(Rule):
     """Adam with decoupled weight decay; Kingma and Ba 2015, Loshchilov and Hutter 2019."""
-    betas = (config.beta1, config.beta2)
-    return [torch.optim.AdamW(groups, config.learning_rate, betas, config.eps, fused=True)]
+
+    fused: bool | None = True
+
+    def shapes(self, parameter: Tensor) -> dict[str, torch.Size]:
+        return {
+            "step": torch.Size(),
+            "exp_avg": parameter.shape,
+            "exp_avg_sq": parameter.shape,
+        }
+
+    def apply(self, update: Update) -> None:
+        adamw.adamw(
+            update.parameters,
+            update.gradients,
+            update.remembered("exp_avg"),
+            update.remembered("exp_avg_sq"),
+            [],
+            update.remembered("step"),
+            lr=update.rate,
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            eps=self.config.eps,
+            weight_decay=update.decay,
+            amsgrad=False,
+            maximize=False,
+            fused=self.fused,
+        )
 
 
-def radam(groups: list[Group], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+class RAdam(AdamW):
     """Adam whose first updates are scaled by the variance of their rate; Liu et al. 2020.
 
     Without that variance's estimate (the first few steps) it is momentum SGD: warm-up built in.
     """
-    betas = (config.beta1, config.beta2)
-    return [
-        torch.optim.RAdam(
-            groups, config.learning_rate, betas, config.eps, decoupled_weight_decay=True
+
+    fused = None
+
+    def apply(self, update: Update) -> None:
+        radam.radam(
+            update.parameters,
+            update.gradients,
+            update.remembered("exp_avg"),
+            update.remembered("exp_avg_sq"),
+            update.remembered("step"),
+            lr=update.rate,
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            eps=self.config.eps,
+            weight_decay=update.decay,
+            decoupled_weight_decay=True,
         )
-    ]
 
 
-def adafactor(groups: list[Group], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+class Adafactor(Rule):
     """Adam's second moment kept as row and column means; Shazeer and Stern 2018.
 
     Its rate is relative to the RMS of each parameter, and at most 1/sqrt(step).
     """
-    return [torch.optim.Adafactor(groups, config.learning_rate)]
+
+    def shapes(self, parameter: Tensor) -> dict[str, torch.Size]:
+        shape = parameter.shape
+        if parameter.ndim < 2:
+            return {"step": torch.Size(), "variance": shape}
+        row, column = (*shape[:-1], 1), (*shape[:-2], 1, shape[-1])
+        return {"step": torch.Size(), "row_var": torch.Size(row), "col_var": torch.Size(column)}
+
+    def apply(self, update: Update) -> None:
+        _adafactor.adafactor(
+            update.parameters,
+            update.gradients,
+            [memory.get("row_var") for memory in update.memory],
+            [memory.get("col_var") for memory in update.memory],
+            [memory.get("variance") for memory in update.memory],
+            update.remembered("step"),
+            lr=update.rate,
+            beta2_decay=-0.8,
+            eps1=torch.finfo(update.parameters[0].dtype).eps,
+            eps2=1e-3,
+            d=1.0,
+            weight_decay=update.decay,
+            maximize=False,
+        )
 
 
-class Muon(torch.optim.Muon):
-    """Muon with a step of its own: torch's multiplies in bf16, which many CPUs must emulate.
+class SGD(Rule):
+    """Stochastic gradient descent with Nesterov momentum (plain if the momentum is 0)."""
+
+    def shapes(self, parameter: Tensor) -> dict[str, torch.Size]:
+        return {"momentum_buffer": parameter.shape} if self.config.momentum else {}
+
+    def apply(self, update: Update) -> None:
+        sgd.sgd(
+            update.parameters,
+            update.gradients,
+            [memory.get("momentum_buffer") for memory in update.memory],
+            lr=update.rate,
+            momentum=self.config.momentum,
+            nesterov=self.config.momentum > 0,
+            dampening=0,
+            weight_decay=update.decay,
+            maximize=False,
+        )
+
+
+class Muon(Rule):
+    """Momentum made orthogonal, for the blocks' matrices (Jordan et al. 2024); AdamW elsewhere.
 
     W <- (1 - rate * decay) W - rate * 0.2 sqrt(max(rows, columns)) * orthogonal(M), M the gradient
     with Nesterov momentum. The root scales updates to the RMS of AdamW's (Liu et al. 2025), so that
-    both share one rate.
+    both share one rate. torch's own multiplies in bf16, which many CPUs must emulate.
     """
 
-    def __init__(self, groups: list[Group], rate: float, momentum: float) -> None:
-        super().__init__(groups, rate, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+    def shapes(self, parameter: Tensor) -> dict[str, torch.Size]:
+        return {"momentum_buffer": parameter.shape}
 
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        """Update every matrix that has a gradient; those of one shape go through it together."""
-        for group in self.param_groups:
-            alike: dict[torch.Size, list[nn.Parameter]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    alike.setdefault(parameter.shape, []).append(parameter)
-            for shape, parameters in alike.items():
-                momenta = [self._momentum(parameter, group["momentum"]) for parameter in parameters]
-                steps = orthogonal(torch.stack(momenta))
-                size = group["lr"] * 0.2 * math.sqrt(max(shape))
-                for parameter, step in zip(parameters, steps, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-size)
-
-    def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
-        """The running mean of the gradients, looked at one step ahead."""
-        gradient, state = parameter.grad, self.state[parameter]
-        assert gradient is not None
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
-        return gradient.lerp(state["momentum_buffer"].lerp_(gradient, 1 - momentum), momentum)
+    def apply(self, update: Update) -> None:
+        momentum = self.config.momentum
+        alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}  # those go through it together
+        for parameter, gradient, buffer in zip(
+            update.parameters, update.gradients, update.remembered("momentum_buffer"), strict=True
+        ):
+            ahead = gradient.lerp(buffer.lerp_(gradient, 1 - momentum), momentum)
+            alike.setdefault(parameter.shape, []).append((parameter, ahead))
+        for shape, pairs in alike.items():
+            steps = orthogonal(torch.stack([ahead for _, ahead in pairs]))
+            size = update.rate * 0.2 * math.sqrt(max(shape))
+            for (parameter, _), step in zip(pairs, steps, strict=True):
+                parameter.mul_(1 - update.rate * update.decay).add_(step, alpha=-size)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
@@ -100,33 +215,12 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def muon(groups: list[Group], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """Momentum made orthogonal for the blocks' matrices (Jordan et al. 2024), AdamW elsewhere."""
-    matrices, rest = [], []
-    for group in groups:
-        named = group["params"]
-        blocks = [(n, p) for n, p in named if n.startswith("blocks.") and p.ndim == 2]
-        matrices.append({**group, "params": blocks})
-        rest.append({**group, "params": [pair for pair in named if pair not in blocks]})
-    inside = [group for group in matrices if group["params"]]
-    outside = [group for group in rest if group["params"]]
-    return [Muon(inside, config.learning_rate, config.momentum), *adamw(outside, config)]
-
-
-def sgd(groups: list[Group], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """Stochastic gradient descent with Nesterov momentum (plain if the momentum is 0)."""
-    nesterov = config.momentum > 0
-    return [
-        torch.optim.SGD(groups, config.learning_rate, momentum=config.momentum, nesterov=nesterov)
-    ]
-
-
-OPTIMIZERS: dict[str, Callable[[list[Group], OptimizerConfig], list[torch.optim.Optimizer]]] = {
-    "adamw": adamw,
-    "radam": radam,
-    "adafactor": adafactor,
-    "muon": muon,
-    "sgd": sgd,
+OPTIMIZERS: dict[str, type[Rule]] = {
+    "adamw": AdamW,
+    "radam": RAdam,
+    "adafactor": Adafactor,
+    "muon": Muon,
+    "sgd": SGD,
 }
 
 
@@ -134,116 +228,137 @@ OPTIMIZERS: dict[str, Callable[[list[Group], OptimizerConfig], list[torch.optim.
 SEPARABLE = {"adamw", "radam"}
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[Group]:
-    """Parameters that decay (matrices and embeddings) and those that do not (biases, norms)."""
-    named = list(model.named_parameters())
-    decayed = [(name, p) for name, p in named if p.ndim >= 2]
-    kept = [(name, p) for name, p in named if p.ndim < 2]
-    groups = ((decayed, weight_decay), (kept, 0.0))
-    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+@dataclass(frozen=True)
+class Group:
+    """Parameters with one rule and one decay: they lose that, times the rate, times themselves."""
+
+    rule: Rule
+    decay: float
+    parameters: dict[str, nn.Parameter]
+
+
+def grouped(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[Group]:
+    """Every parameter in one group."""
+    decay = config.weight_decay  # the rules multiply it by the rate
+    decay = decay / config.learning_rate if config.independent_decay else decay
+    rule = OPTIMIZERS[config.name](config)
+    elsewhere = AdamW(config) if isinstance(rule, Muon) else rule
+    groups: dict[tuple[Rule, float], Group] = {}
+    for name, parameter in parameters:
+        matrix = parameter.ndim >= 2
+        inside = matrix and name.startswith("blocks.")
+        key = (rule if inside else elsewhere, decay if matrix else 0.0)
+        groups.setdefault(key, Group(*key, {})).parameters[name] = parameter
+    return list(groups.values())
 
 
 class Optimizer:
-    """The torch optimizers of one model, driven as one.
+    """Updates parameters by their gradients, and remembers what that takes.
 
     Attributes:
-        parts: the torch optimizers; two for muon, otherwise one.
+        memory: by the parameters' names; a parameter's begins with its first gradient.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
-        self.learning_rate = config.learning_rate
-        decay = config.weight_decay  # torch's optimizers multiply it by the rate
-        groups = decay_groups(
-            model, decay / config.learning_rate if config.independent_decay else decay
-        )
-        self.parts = OPTIMIZERS[config.name](groups, config)
+    def __init__(
+        self, parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig
+    ) -> None:
+        self.config = config
+        self.groups = grouped(parameters, config)
+        self.memory: dict[str, Memory] = {}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameters, as torch.amp.GradScaler looks for them."""
+        return [{"params": list(group.parameters.values())} for group in self.groups]
+
+    @torch.no_grad()
+    def step(self, share: float = 1.0) -> None:
+        """Update every parameter that has a gradient, at `share` of the full rate."""
+        for group in self.groups:
+            moved = {n: p for n, p in group.parameters.items() if p.grad is not None}
+            for name, parameter in moved.items():
+                if name not in self.memory:
+                    self.memory[name] = group.rule.start(parameter)
+            group.rule.apply(
+                Update(
+                    list(moved.values()),
+                    [p.grad for p in moved.values() if p.grad is not None],
+                    [self.memory[name] for name in moved],
+                    share * self.config.learning_rate,
+                    group.decay,
+                )
+            )
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for group in self.groups:
+            for parameter in group.parameters.values():
+                parameter.grad = None
+
+    def decays(self) -> dict[str, float]:
+        """How fast each parameter decays (see `Group`)."""
+        return {name: group.decay for group in self.groups for name in group.parameters}
 
     def eps(self) -> dict[str, float]:
         """What Adam adds to the root of its second moment, for each parameter that it updates."""
-        return {name: part.defaults["eps"] for part, name, _ in self._adams()}
+        return dict.fromkeys(self._by_adam(), self.config.eps)
 
     def second_moments(self) -> dict[str, Tensor]:
         """Adam's estimate of each squared gradient, without bias; none before the first update."""
         found = {}
-        for part, name, parameter in self._adams():
-            state = part.state[parameter]
-            updates = state["step"].item() if "step" in state else 0
+        for name in self._by_adam():
+            memory = self.memory.get(name, {})
+            updates = memory["step"].item() if memory else 0
             if updates:
-                bias = 1 - part.defaults["betas"][1] ** updates
-                found[name] = state["exp_avg_sq"] / bias
+                found[name] = memory["exp_avg_sq"] / (1 - self.config.beta2**updates)
         return found
 
-    def _adams(self) -> Iterator[tuple[torch.optim.Optimizer, str, nn.Parameter]]:
-        adam = (torch.optim.AdamW, torch.optim.RAdam)
-        for part in self.parts:
-            if isinstance(part, adam):
-                yield from ((part, name, parameter) for name, parameter in _named(part))
-
-    def decays(self) -> dict[str, float]:
-        """How fast each parameter decays: by this, times the rate, times itself in an update."""
-        return {
-            name: group["weight_decay"]
-            for part in self.parts
-            for group in part.param_groups
-            for name in group["param_names"]
-        }
-
-    def set_rate(self, share: float) -> None:
-        """The next update is made at `share` of the full rate."""
-        for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = self.learning_rate * share
-
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
-        for part in self.parts:
-            part.zero_grad(set_to_none=True)
+    def _by_adam(self) -> Iterator[str]:
+        for group in self.groups:
+            if isinstance(group.rule, AdamW):
+                yield from group.parameters
 
     def state(self) -> dict[str, Tensor]:
-        """All of the optimizers' memory as tensors named `parameter|quantity`."""
-        return {
-            f"{name}|{quantity}": value
-            for part in self.parts
-            for name, parameter in _named(part)
-            for quantity, value in part.state[parameter].items()
-            if value is not None
-        }
+        """All of its memory as tensors named `parameter|quantity`."""
+        return _flat(self.memory)
 
     @property
     def has_memory(self) -> bool:
         """Whether updates leave anything in `state`; plain gradient descent's leave nothing."""
-        return any(_memory(part, p) for part in self.parts for _, p in _named(part))
+        return any(g.rule.shapes(p) for g in self.groups for p in g.parameters.values())
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over a copy of what `state` returned.
 
         Raises:
             ValueError: it is of other parameters.
         """
-        found = {key: (value.shape, value.dtype) for key, value in tensors.items()}
-        expected = {
-            f"{name}|{quantity}": (shape, parameter.dtype)
-            for part in self.parts
-            for name, parameter in _named(part)
-            for quantity, shape in _memory(part, parameter).items()
-        }
-        if found and found != expected:
-            key = next(key for key in {**found, **expected} if found.get(key) != expected.get(key))
-            raise ValueError(f"optimizer state of another model: {key}")
-        for part in self.parts:
-            names = [name for name, _ in _named(part)]
-            state: dict[int, dict[str, Tensor]] = {}
-            for key, value in tensors.items():
-                name, _, quantity = key.partition("|")
-                if name in names:
-                    state.setdefault(names.index(name), {})[quantity] = value.clone()
-            groups = part.state_dict()["param_groups"]
-            part.load_state_dict({"state": state, "param_groups": groups})
+        if not tensors:  # of before the first update
+            self.memory = {}
+            return
+        memory = {n: g.rule.start(p) for g in self.groups for n, p in g.parameters.items()}
+        fresh = _flat(memory)
+        for key in {**tensors, **fresh}:
+            mine, given = (
+                (value.shape, value.dtype) if value is not None else None
+                for value in (fresh.get(key), tensors.get(key))
+            )
+            if mine != given:
+                raise ValueError(f"optimizer state of another model: {key}")
+        for key, value in fresh.items():
+            value.copy_(tensors[key])
+        self.memory = memory
+
+
+def _flat(memory: Mapping[str, Memory]) -> dict[str, Tensor]:
+    return {
+        f"{name}|{quantity}": value for name in memory for quantity, value in memory[name].items()
+    }
 
 
 def stack(
     optimizers: Sequence[Optimizer], steps: Mapping[str, nn.Parameter], config: OptimizerConfig
-) -> torch.optim.Optimizer:
+) -> Optimizer:
     """The optimizers of N models of one shape as one, at rate 1 and without decay.
 
     What it adds to `steps`, from their gradients, is for every model what its own optimizer would
@@ -253,43 +368,16 @@ def stack(
         optimizers: of one kind, which is SEPARABLE, after the same number of updates.
         steps: (N, ...) each, by the parameters' names.
     """
-    group: Group = {"params": list(steps.items()), "weight_decay": 0.0}
-    at_rate_1 = config.model_copy(update={"learning_rate": 1.0})
-    (stacked,) = OPTIMIZERS[config.name]([group], at_rate_1)
-    states = [
-        {name: part.state[own] for part in optimizer.parts for name, own in _named(part)}
-        for optimizer in optimizers
-    ]
-    for name, step in steps.items():
-        memories = [state[name] for state in states]
-        for quantity, shape in _memory(stacked, step[0]).items():
-            if shape:
-                empty = torch.zeros_like(step[0])
-                whole = torch.stack([memory.get(quantity, empty) for memory in memories])
-                cells = list(whole)
-            else:  # the number of updates
-                device = step.device if stacked.defaults.get("fused") else "cpu"
-                whole = memories[0].get(quantity, torch.zeros((), device=device))
-                cells = [whole] * len(memories)
-            stacked.state[step][quantity] = whole
-            for memory, cell in zip(memories, cells, strict=True):
-                memory[quantity] = cell
+    plain = {"learning_rate": 1.0, "weight_decay": 0.0}
+    stacked = Optimizer(steps.items(), config.model_copy(update=plain))
+    for group in stacked.groups:
+        for name, step in group.parameters.items():
+            stacked.memory[name] = group.rule.start(step)
+            for quantity, whole in stacked.memory[name].items():
+                for index, optimizer in enumerate(optimizers):
+                    cell = whole[index] if whole.ndim else whole  # all have made as many updates
+                    memory = optimizer.memory.setdefault(name, {})
+                    if quantity in memory:
+                        cell.copy_(memory[quantity])
+                    memory[quantity] = cell
     return stacked
-
-
-def _memory(part: torch.optim.Optimizer, parameter: Tensor) -> dict[str, torch.Size]:
-    """Quantities that an optimizer keeps of a parameter, and their shapes."""
-    full, number = parameter.shape, torch.Size([])
-    if isinstance(part, torch.optim.Adafactor):
-        if parameter.ndim < 2:
-            return {"step": number, "variance": full}
-        rows, columns = torch.Size([*full[:-1], 1]), torch.Size([*full[:-2], 1, full[-1]])
-        return {"step": number, "row_var": rows, "col_var": columns}
-    if isinstance(part, torch.optim.AdamW | torch.optim.RAdam):
-        return {"step": number, "exp_avg": full, "exp_avg_sq": full}
-    return {"momentum_buffer": full} if part.defaults["momentum"] else {}
-
-
-def _named(part: torch.optim.Optimizer) -> Iterable[tuple[str, nn.Parameter]]:
-    for group in part.param_groups:
-        yield from zip(group["param_names"], group["params"], strict=True)

@@ -249,9 +249,9 @@ class Training:
         """
         config = self.config
         initialize(self.model, config.model, config.seed)
-        self.optimizer = Optimizer(self.model, config.optimizer)
+        self.optimizer = Optimizer(self.model.named_parameters(), config.optimizer)
         fp16 = config.training.precision == "fp16"
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
+        self.scaler: Any = torch.amp.GradScaler(self.device.type, enabled=fp16)
         if checkpoint is None:
             torch.manual_seed(derive(config.seed, "calibration"))  # of dropout
             batch, _ = self.sequences.batch(1, config.batch_sequences)
@@ -503,8 +503,7 @@ class Training:
             self.scaler.scale(minimised * share_of_batch).backward()
             loss += cross_entropy.detach() * share_of_batch
 
-        for optimizer in self.optimizer.parts:
-            self.scaler.unscale_(optimizer)
+        self.scaler.unscale_(self.optimizer)
         gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
         return loss, torch.nn.utils.get_total_norm(gradients)
 
@@ -513,11 +512,9 @@ class Training:
         clip = self.config.optimizer.clip
         if clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), clip, wanted.norm)
-        self.optimizer.set_rate(wanted.share)
         skipped = self.skips and not (wanted.loss + wanted.norm).isfinite().item()
         if not skipped:
-            for optimizer in self.optimizer.parts:
-                self.scaler.step(optimizer)
+            self.scaler.step(self.optimizer, wanted.share)
         self.scaler.update()
         self.optimizer.zero_grad()
         return skipped

@@ -145,7 +145,7 @@ def test_a_cell_that_failed_keeps_its_weights(tiny: Make):
     models = [GPT(config.model, 257) for _ in range(2)]
     for seed, model in enumerate(models):
         initialize(model, config.model, seed)
-    optimizers = [Optimizer(model, config.optimizer) for model in models]
+    optimizers = [Optimizer(model.named_parameters(), config.optimizer) for model in models]
     ensemble = Ensemble(config, models, optimizers, [None, None])
     tokens = torch.randint(257, (2, 4, 17))
     x, y = tokens[..., :-1], tokens[..., 1:]
@@ -329,11 +329,10 @@ def test_an_optimizer_is_separable_if_its_steps_do_not_depend_on_the_weights(tin
                 parameter *= scale
         before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
         options = config.optimizer.model_copy(update={"learning_rate": rate})
-        optimizer = Optimizer(model, options)
+        optimizer = Optimizer(model.named_parameters(), options)
         for parameter in model.parameters():
             parameter.grad = torch.linspace(-1, 1, parameter.numel()).view_as(parameter)
-        for part in optimizer.parts:
-            part.step()
+        optimizer.step()
         after = torch.cat([p.detach().flatten() for p in model.parameters()])
         moved.append((after - before) / rate)
     separable = torch.allclose(moved[0], moved[1], rtol=1e-3, atol=1e-3)

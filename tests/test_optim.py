@@ -1,49 +1,49 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from gpt.config import ModelConfig, OptimizerConfig
 from gpt.init import initialize
 from gpt.model import GPT
-from gpt.optim import OPTIMIZERS, Muon, Optimizer, orthogonal
+from gpt.optim import OPTIMIZERS, AdamW, Muon, Optimizer, orthogonal
 from gpt.placement import PLACEMENTS
 
 
 def make(name: str, **options: object) -> tuple[GPT, Optimizer]:
     model = GPT(ModelConfig(layers=2, heads=2, width=8, context=8), 17)
     initialize(model, model.config, seed=0)
-    return model, Optimizer(model, OptimizerConfig.model_validate({"name": name, **options}))
+    config = OptimizerConfig.model_validate({"name": name, **options})
+    return model, Optimizer(model.named_parameters(), config)
 
 
 def update(model: GPT, optimizer: Optimizer, share: float = 1.0) -> None:
     x = torch.arange(16).view(2, 8)
     model.loss(x, x).backward()
-    optimizer.set_rate(share)
-    for part in optimizer.parts:
-        part.step()
+    optimizer.step(share)
     optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_parameter_stands_in_exactly_one_group(name: str):
     model, optimizer = make(name)
-    grouped = [
-        p for part in optimizer.parts for group in part.param_groups for p in group["params"]
-    ]
+    grouped = [p for group in optimizer.groups for p in group.parameters.values()]
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
+    assert {n: id(p) for group in optimizer.groups for n, p in group.parameters.items()} == {
+        n: id(p) for n, p in model.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_matrices_and_embeddings_decay_and_nothing_else(name: str):
     model, optimizer = make(name, weight_decay=0.3)
-    names = {id(p): n for n, p in model.named_parameters()}
-    for part in optimizer.parts:
-        for group in part.param_groups:
-            for parameter in group["params"]:
-                expected = 0.3 if parameter.ndim == 2 else 0.0
-                assert group["weight_decay"] == expected, names[id(parameter)]
+    expected = {n: 0.3 if p.ndim == 2 else 0.0 for n, p in model.named_parameters()}
+    assert optimizer.decays() == expected
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "sgd"])
@@ -57,58 +57,91 @@ def test_independent_decay_does_not_depend_on_the_rate(name: str, rate: float):
     before = matrix.detach().clone()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.set_rate(0.5)
-    for part in optimizer.parts:
-        part.step()
+    optimizer.step(0.5)
     torch.testing.assert_close(matrix.detach(), before * (1 - 0.5 * 0.01))
 
 
 def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
     model, optimizer = make("muon")
-    muon, adamw = optimizer.parts
-    assert isinstance(muon, torch.optim.Muon)
-    assert isinstance(adamw, torch.optim.AdamW)
-    names = {id(p): n for n, p in model.named_parameters()}
-    in_muon = {names[id(p)] for group in muon.param_groups for p in group["params"]}
-    assert in_muon == {
-        n for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2
+    rules = {n: type(group.rule) for group in optimizer.groups for n in group.parameters}
+    assert rules == {
+        n: Muon if n.startswith("blocks.") and p.ndim == 2 else AdamW
+        for n, p in model.named_parameters()
     }
+
+
+TORCHS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": partial(torch.optim.AdamW, betas=(0.9, 0.95), eps=1e-6, fused=True),
+    "radam": partial(torch.optim.RAdam, betas=(0.9, 0.95), eps=1e-6, decoupled_weight_decay=True),
+    "adafactor": torch.optim.Adafactor,
+    "sgd": partial(torch.optim.SGD, momentum=0.8, nesterov=True),
+    "sgd, no momentum": torch.optim.SGD,
+}
+
+
+@pytest.mark.parametrize("way", TORCHS)
+def test_an_update_is_that_of_torchs_class(way: str):
+    """And what is remembered has torch's names and values, bit for bit."""
+    name, _, plain = way.partition(",")
+    options = {"momentum": 0.0 if plain else 0.8, "eps": 1e-6, "beta2": 0.95}
+    model, optimizer = make(name, learning_rate=0.02, weight_decay=0.1, **options)
+    other, _ = make(name)
+    named = list(other.named_parameters())
+    groups = [
+        {"params": [(n, p) for n, p in named if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [(n, p) for n, p in named if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    torchs = TORCHS[way](groups, lr=0.02)
+    for step in range(8):  # over the sixth of which RAdam's variance has an estimate
+        for group in torchs.param_groups:
+            group["lr"] = 0.02 * (0.5 if step == 3 else 1.0)
+        x = torch.arange(16).view(2, 8) + step % 2
+        other.loss(x, x).backward()
+        torchs.step()
+        torchs.zero_grad()
+        model.loss(x, x).backward()
+        optimizer.step(0.5 if step == 3 else 1.0)
+        optimizer.zero_grad()
+    for (label, mine), (_, theirs) in zip(model.named_parameters(), named, strict=True):
+        assert torch.equal(mine, theirs), label
+        remembered = {k: v for k, v in torchs.state[theirs].items() if v is not None}
+        assert optimizer.memory[label].keys() == remembered.keys()
+        for quantity, value in optimizer.memory[label].items():
+            assert torch.equal(value, remembered[quantity]), f"{label}|{quantity}"
+            assert value.dtype == remembered[quantity].dtype
 
 
 def test_muon_steps_as_torchs_does():
     """Theirs is rounded to bf16; over updates with decay the weights stay within that."""
     torch.manual_seed(0)
     shapes = [(48, 16), (16, 16), (48, 16), (16, 48), (16, 16)]  # the last one has no gradient
-    ours, theirs = ([torch.ones(shape, requires_grad=True) for shape in shapes] for _ in range(2))
-    groups = [
-        [{"params": w[:2], "weight_decay": 0.1}, {"params": w[2:], "weight_decay": 0.5}]
-        for w in (ours, theirs)
-    ]
-    optimizers = (
-        Muon(groups[0], 0.02, 0.9),
-        torch.optim.Muon(groups[1], 0.02, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
+    ours, theirs = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    config = OptimizerConfig(name="muon", learning_rate=0.02, momentum=0.9, weight_decay=0.1)
+    mine = Optimizer([(f"blocks.{i}", w) for i, w in enumerate(ours)], config)
+    torchs = torch.optim.Muon(
+        theirs, 0.02, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
     )
     for _ in range(5):
         gradients = [torch.randn(shape) for shape in shapes[:-1]]
-        for weights, optimizer in zip((ours, theirs), optimizers, strict=True):
+        for weights in (ours, theirs):
             for weight, gradient in zip(weights, gradients, strict=False):
                 weight.grad = gradient.clone()
-            optimizer.step()
+        mine.step()
+        torchs.step()
     assert ours[-1].eq(1).all()
-    assert len(optimizers[0].state) == len(gradients)
-    for mine, other in zip(ours[:-1], theirs, strict=False):
-        moved = (1 - mine).norm()
+    assert len(mine.memory) == len(gradients)
+    for own, other in zip(ours[:-1], theirs, strict=False):
+        moved = (1 - own).norm()
         assert moved > 0.2
-        assert (mine - other).norm() < 0.02 * moved
-    for momentum, other in zip(
-        optimizers[0].state.values(), optimizers[1].state.values(), strict=True
-    ):
-        torch.testing.assert_close(dict(momentum), dict(other))
+        assert (own - other).norm() < 0.02 * moved
+    for momentum, other in zip(mine.memory.values(), torchs.state.values(), strict=True):
+        torch.testing.assert_close(momentum, dict(other))
 
 
 def test_muon_leaves_a_matrix_without_gradients_but_for_decay():
-    weight = torch.ones(4, 4, requires_grad=True)
-    optimizer = Muon([{"params": [weight], "weight_decay": 0.5}], 0.1, 0.9)
+    weight = nn.Parameter(torch.ones(4, 4))
+    config = OptimizerConfig(name="muon", learning_rate=0.1, weight_decay=0.5)
+    optimizer = Optimizer([("blocks.0", weight)], config)
     weight.grad = torch.zeros(4, 4)
     optimizer.step()
     torch.testing.assert_close(weight.detach(), torch.full((4, 4), 0.95))
@@ -150,7 +183,7 @@ def test_radam_starts_without_the_adaptive_rate():
     x = torch.arange(16).view(2, 8)
     model.loss(x, x).backward()
     gradient = model.blocks[0].mlp.up.weight.grad.clone()
-    optimizer.parts[0].step()
+    optimizer.step()
     step = model.blocks[0].mlp.up.weight.detach() - before
     torch.testing.assert_close(step, -1e-3 * gradient, rtol=1e-2, atol=1e-8)
 
@@ -181,14 +214,13 @@ def test_one_batch_is_learnt_by_heart(name: str, placement: str):
     model = GPT(config, 29)
     initialize(model, config, seed=0)
     rate = 1e-3 if placement == "none" else 5e-3  # without norms it is at the edge of stability
-    optimizer = Optimizer(model, OptimizerConfig(name=name, learning_rate=rate, weight_decay=0))
+    options = OptimizerConfig(name=name, learning_rate=rate, weight_decay=0)
+    optimizer = Optimizer(model.named_parameters(), options)
     x = torch.randint(29, (4, 17), generator=torch.Generator().manual_seed(0))
     model.calibrate(x[:, :-1])
     for step in range(150):
         loss = model.loss(x[:, :-1], x[:, 1:])
         loss.backward()
-        optimizer.set_rate(min(1.0, (step + 1) / 30))
-        for part in optimizer.parts:
-            part.step()
+        optimizer.step(min(1.0, (step + 1) / 30))
         optimizer.zero_grad()
     assert loss.item() < 0.2

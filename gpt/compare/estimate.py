@@ -155,7 +155,7 @@ def _measure(config: Config, vocab_size: int) -> tuple[float, int, int]:
     model = GPT(config.model, vocab_size).to(device)
     model.loss_chunk = config.training.loss_chunk
     initialize(model, config.model, seed=0)
-    optimizer = Optimizer(model, config.optimizer)
+    optimizer = Optimizer(model.named_parameters(), config.optimizer)
     flops, context = plan.flops_per_token(config, model), config.model.context
     batch = config.batch_sequences * context
     affordable = int(TIMED_FLOPS[device.type] // flops)
@@ -171,9 +171,7 @@ def _measure(config: Config, vocab_size: int) -> tuple[float, int, int]:
             loss, _ = model.objective(x, x)
         loss.backward()
         between = _now(device)
-        optimizer.set_rate(1.0)
-        for part in optimizer.parts:
-            part.step()
+        optimizer.step()
         optimizer.zero_grad()
         count += 1
         if count:
@@ -195,7 +193,7 @@ def _measure_together(config: Config, vocab_size: int, cells: int) -> float:
     models = [GPT(config.model, vocab_size).to(device) for _ in range(count)]
     for seed, model in enumerate(models):
         initialize(model, config.model, seed)
-    optimizers = [Optimizer(model, config.optimizer) for model in models]
+    optimizers = [Optimizer(model.named_parameters(), config.optimizer) for model in models]
     ensemble = Ensemble(config, models, optimizers, [None] * count)
     tokens = torch.randint(vocab_size, (count, config.batch_sequences, config.model.context))
     began = 0.0
