@@ -188,7 +188,7 @@ def torn(run: Path) -> list[str]:
 
 
 def warm_up() -> None:
-    """One thread for each child, and no pictures, half of the time of a short run."""
+    """One thread for each child, and no pictures, which take half of a short run."""
     torch.set_num_threads(1)
     mock.patch.object(Figure, "savefig", _empty_picture).start()
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import _adafactor, adamw, radam, sgd
+from torch.optim import _adafactor, adamw, radam, sgd  # Adafactor's is in a private module only
 
 from gpt.config import OptimizerConfig
 
@@ -37,7 +37,7 @@ class Update:
     decay: float
 
     def remembered(self, quantity: str) -> list[Tensor]:
-        """It, of each parameter."""
+        """That quantity of each parameter."""
         return [memory[quantity] for memory in self.memory]
 
 
@@ -230,7 +230,7 @@ SEPARABLE = {"adamw", "radam"}
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters with one rule and one decay: they lose that, times the rate, times themselves."""
+    """Parameters with one rule and one decay: an update takes decay * rate of each away."""
 
     rule: Rule
     decay: float
@@ -238,16 +238,15 @@ class Group:
 
 
 def grouped(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[Group]:
-    """Every parameter in one group."""
+    """Each parameter in exactly one group."""
     decay = config.weight_decay  # the rules multiply it by the rate
     decay = decay / config.learning_rate if config.independent_decay else decay
     rule = OPTIMIZERS[config.name](config)
     elsewhere = AdamW(config) if isinstance(rule, Muon) else rule
     groups: dict[tuple[Rule, float], Group] = {}
     for name, parameter in parameters:
-        matrix = parameter.ndim >= 2
-        inside = matrix and name.startswith("blocks.")
-        key = (rule if inside else elsewhere, decay if matrix else 0.0)
+        inside = parameter.ndim == 2 and name.startswith("blocks.")
+        key = (rule if inside else elsewhere, decay if parameter.ndim >= 2 else 0.0)
         groups.setdefault(key, Group(*key, {})).parameters[name] = parameter
     return list(groups.values())
 
@@ -256,7 +255,7 @@ class Optimizer:
     """Updates parameters by their gradients, and remembers what that takes.
 
     Attributes:
-        memory: by the parameters' names; a parameter's begins with its first gradient.
+        memory: by the parameters' names; begun with a first gradient, loaded, or stacked.
     """
 
     def __init__(
@@ -276,6 +275,8 @@ class Optimizer:
         """Update every parameter that has a gradient, at `share` of the full rate."""
         for group in self.groups:
             moved = {n: p for n, p in group.parameters.items() if p.grad is not None}
+            if not moved:
+                continue
             for name, parameter in moved.items():
                 if name not in self.memory:
                     self.memory[name] = group.rule.start(parameter)
@@ -338,15 +339,11 @@ class Optimizer:
             return
         memory = {n: g.rule.start(p) for g in self.groups for n, p in g.parameters.items()}
         fresh = _flat(memory)
-        for key in {**tensors, **fresh}:
-            mine, given = (
-                (value.shape, value.dtype) if value is not None else None
-                for value in (fresh.get(key), tensors.get(key))
-            )
-            if mine != given:
+        expected, given = _kinds(fresh), _kinds(tensors)
+        for key in {**given, **expected}:
+            if given.get(key) != expected.get(key):
                 raise ValueError(f"optimizer state of another model: {key}")
-        for key, value in fresh.items():
-            value.copy_(tensors[key])
+            fresh[key].copy_(tensors[key])
         self.memory = memory
 
 
@@ -354,6 +351,10 @@ def _flat(memory: Mapping[str, Memory]) -> dict[str, Tensor]:
     return {
         f"{name}|{quantity}": value for name in memory for quantity, value in memory[name].items()
     }
+
+
+def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {key: (value.shape, value.dtype) for key, value in tensors.items()}
 
 
 def stack(

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -251,7 +251,7 @@ class Training:
         initialize(self.model, config.model, config.seed)
         self.optimizer = Optimizer(self.model.named_parameters(), config.optimizer)
         fp16 = config.training.precision == "fp16"
-        self.scaler: Any = torch.amp.GradScaler(self.device.type, enabled=fp16)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         if checkpoint is None:
             torch.manual_seed(derive(config.seed, "calibration"))  # of dropout
             batch, _ = self.sequences.batch(1, config.batch_sequences)
@@ -503,7 +503,9 @@ class Training:
             self.scaler.scale(minimised * share_of_batch).backward()
             loss += cross_entropy.detach() * share_of_batch
 
-        self.scaler.unscale_(self.optimizer)
+        self.scaler.unscale_(
+            cast(torch.optim.Optimizer, self.optimizer)
+        )  # of which it reads groups
         gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
         return loss, torch.nn.utils.get_total_norm(gradients)
 
@@ -514,7 +516,7 @@ class Training:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), clip, wanted.norm)
         skipped = self.skips and not (wanted.loss + wanted.norm).isfinite().item()
         if not skipped:
-            self.scaler.step(self.optimizer, wanted.share)
+            self.optimizer.step(wanted.share)
         self.scaler.update()
         self.optimizer.zero_grad()
         return skipped

@@ -70,6 +70,8 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
     }
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
 TORCHS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": partial(torch.optim.AdamW, betas=(0.9, 0.95), eps=1e-6, fused=True),
     "radam": partial(torch.optim.RAdam, betas=(0.9, 0.95), eps=1e-6, decoupled_weight_decay=True),
@@ -79,13 +81,16 @@ TORCHS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("way", TORCHS)
-def test_an_update_is_that_of_torchs_class(way: str):
-    """And what is remembered has torch's names and values, bit for bit."""
+def test_an_update_is_that_of_torchs_class(way: str, device: str):
+    """And what is remembered has torch's names, values and places, bit for bit."""
     name, _, plain = way.partition(",")
     options = {"momentum": 0.0 if plain else 0.8, "eps": 1e-6, "beta2": 0.95}
     model, optimizer = make(name, learning_rate=0.02, weight_decay=0.1, **options)
     other, _ = make(name)
+    model.to(device)
+    other.to(device)
     named = list(other.named_parameters())
     groups = [
         {"params": [(n, p) for n, p in named if p.ndim >= 2], "weight_decay": 0.1},
@@ -95,7 +100,7 @@ def test_an_update_is_that_of_torchs_class(way: str):
     for step in range(8):  # over the sixth of which RAdam's variance has an estimate
         for group in torchs.param_groups:
             group["lr"] = 0.02 * (0.5 if step == 3 else 1.0)
-        x = torch.arange(16).view(2, 8) + step % 2
+        x = torch.arange(16, device=device).view(2, 8) + step % 2
         other.loss(x, x).backward()
         torchs.step()
         torchs.zero_grad()
@@ -108,7 +113,8 @@ def test_an_update_is_that_of_torchs_class(way: str):
         assert optimizer.memory[label].keys() == remembered.keys()
         for quantity, value in optimizer.memory[label].items():
             assert torch.equal(value, remembered[quantity]), f"{label}|{quantity}"
-            assert value.dtype == remembered[quantity].dtype
+            same = remembered[quantity]
+            assert (value.dtype, value.device) == (same.dtype, same.device)
 
 
 def test_muon_steps_as_torchs_does():
@@ -189,11 +195,21 @@ def test_radam_starts_without_the_adaptive_rate():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_state_moves_to_a_fresh_optimizer(name: str):
+def test_without_gradients_nothing_changes(name: str):
     model, optimizer = make(name)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+    assert optimizer.state() == {}
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_moves_to_a_fresh_optimizer(name: str, momentum: float):
+    model, optimizer = make(name, momentum=momentum)
     for _ in range(7):
         update(model, optimizer)
-    copy, fresh = make(name)
+    copy, fresh = make(name, momentum=momentum)
     copy.load_state_dict(model.state_dict())
     fresh.load_state(optimizer.state())
     for _ in range(3):
