@@ -13,6 +13,7 @@ Not here: the learning rate's course (gpt/schedule.py) and clipping (gpt/trainin
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,7 @@ class Update:
         return [memory[quantity] for memory in self.memory]
 
 
-class Rule:
+class Rule(ABC):
     """How parameters follow their gradients."""
 
     fused: bool | None = None  # one kernel for all, which finds `step` on the device
@@ -49,13 +50,13 @@ class Rule:
     def __init__(self, config: OptimizerConfig) -> None:
         self.config = config
 
+    @abstractmethod
     def shapes(self, parameter: Tensor) -> dict[str, torch.Size]:
         """What is remembered of a parameter; `step` counts its updates."""
-        raise NotImplementedError
 
+    @abstractmethod
     def apply(self, update: Update) -> None:
         """Change parameters and memory in place."""
-        raise NotImplementedError
 
     def start(self, parameter: Tensor) -> Memory:
         """What is remembered before the first update: zeros."""
