@@ -36,10 +36,15 @@ def told(error: InputError) -> list[str]:
     """
     lines = []
     for line in str(error).split("\n", 2):
-        shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        shown = printable(line)
         cut = len(shown) > 2 * HALF
         lines.append(f"{shown[:HALF]} ... {shown[-HALF:]}" if cut else shown)
     return lines
+
+
+def printable(text: str, keep: str = "") -> str:
+    """`text` with each character escaped that could steer a terminal, but for those in `keep`."""
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -1,6 +1,8 @@
 """Files written whole or not at all, flushed to disk, and told apart by size and SHA-256.
 
-Checkpoints, run directories and prepared data all stand on these few functions.
+Checkpoints, run directories and prepared data all stand on these few functions. What a user or a
+stranger left on disk is opened by `open_regular` and, where it should be small, read by
+`read_small`, so that a named pipe cannot block the program and a device cannot fill its memory.
 """
 
 from __future__ import annotations
@@ -9,15 +11,61 @@ import contextlib
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
 from gpt.errors import InputError
+from gpt.wait import PATIENCE, wait_for
 
+SMALL = 2**26  # bytes that a file may have which is read whole, unless its reader says otherwise
 LOCK = ".lock"  # in a directory that one process at a time works in
 WRITING = ".writing-"  # how the names of files and folders begin that are not whole yet
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading, links followed; never wait for a writer to a named pipe.
+
+    Raises:
+        InputError: there is something else, such as a device, a named pipe or a folder.
+        OSError: it cannot be opened.
+    """
+    handle = os.open(path, os.O_RDONLY | NON_BLOCKING)
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
+        raise InputError(f"{path}: is {kind}, not a regular file")
+    return open(handle, "rb")
+
+
+NON_BLOCKING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # neither is everywhere
+
+
+def read_small(path: Path, limit: int = SMALL) -> bytes:
+    """The contents of a regular file of at most `limit` bytes.
+
+    Raises:
+        InputError: it is larger, not a regular file, or its file system does not answer within
+            `PATIENCE` seconds.
+        OSError: it cannot be opened or read.
+    """
+
+    def read() -> bytes:
+        with open_regular(path) as file:
+            return file.read(limit + 1)
+
+    try:
+        contents = wait_for(read, PATIENCE)
+    except TimeoutError:
+        raise InputError(f"{path}: could not be read within {PATIENCE:g} s") from None
+    if len(contents) > limit:
+        raise InputError(f"{path}: is larger than {limit:,} bytes")
+    return contents
 
 
 def write_text(path: Path, text: str) -> None:
