@@ -187,7 +187,7 @@ class Timed(Exception):  # noqa: N818 - the end, and no error
 
 
 class Clock:
-    """Asked before the first update and after each, as `gpt.train` asks its `stop`.
+    """Called after each update, as `gpt.train` calls its `made`.
 
     Until its first update is done a row shares the lock with those of its wave; then it waits until
     it has the lock to itself.
@@ -201,12 +201,12 @@ class Clock:
 
     def __init__(self, updates: int, lock: TextIO) -> None:
         self.timed, self.lock = updates, lock
-        self.updates = -1
+        self.updates = 0
         self.start = self.began = self.seconds = 0.0
         self.peak = 0
         fcntl.flock(lock, fcntl.LOCK_SH)
 
-    def __call__(self) -> bool:
+    def __call__(self) -> None:
         self.updates += 1
         on_gpu = torch.cuda.is_available()
         if on_gpu and self.updates in (1, 1 + WARM, 1 + WARM + self.timed):
@@ -224,7 +224,6 @@ class Clock:
             self.seconds = time.monotonic() - self.began
             self.peak = torch.cuda.max_memory_allocated() if on_gpu else peak_resident()
             raise Timed
-        return False
 
 
 def peak_resident() -> int:
@@ -241,7 +240,7 @@ def steadygpt(row: Row, work: Work, clock: Clock) -> Measured:
     prepare(config.data)  # here, where the clock is not asked
     no_search = mock.patch.object(plan, "smaller", return_value=None)  # for what would fit
     with SWITCHES.get(row.switch, contextlib.nullcontext)(), no_search, contextlib.suppress(Timed):
-        training.train(config, out, quiet=True, stop=clock)
+        training.train(config, out, quiet=True, made=clock)
     updates = [line for line in metrics.read(out / "metrics.jsonl") if "loss" in line]
     return {"loss": updates[work.size.updates - 1]["loss"], "note": note}
 
@@ -332,7 +331,7 @@ def peer(
     x, y = (torch.randint(work.size.vocabulary, shape, device=device) for _ in range(2))
     parts = list(zip(x.split(row.micro_batch), y.split(row.micro_batch), strict=True))
     with contextlib.suppress(Timed):
-        while not clock():
+        while True:
             for part in parts:
                 with torch.autocast(device, torch.bfloat16):
                     loss = loss_of(*part) / len(parts)
@@ -340,6 +339,7 @@ def peer(
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            clock()
     return {}
 
 

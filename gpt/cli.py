@@ -160,8 +160,11 @@ def train(argv: list[str] | None = None, prog: str = "train.py") -> int:
         if flags.dry_run:
             print(_dry_run(config, out_dir, flags.resume))
             return 0
+        import torch
+
         from gpt.training import train as run
 
+        torch.set_flush_denormal(True)  # before torch starts its other threads, which inherit it
         with StopSignals(flags.max_seconds) as stop:
             result = run(config, out_dir, resume=flags.resume, stop=stop)
         print(_report(result, prog))

@@ -33,7 +33,15 @@ from gpt.model import GPT
 from gpt.optim import SEPARABLE, Optimizer, stack
 from gpt.placement import check
 from gpt.run import RunResult, open_run
-from gpt.training import Apply, Gradients, Training, Work, autocast, release_memory
+from gpt.training import (
+    Apply,
+    Gradients,
+    Training,
+    Work,
+    autocast,
+    flush_denormals,
+    release_memory,
+)
 
 # Options in which the cells of one ensemble may differ: what is a number to each of them.
 OWN = (
@@ -257,8 +265,8 @@ def train_together(
 
     Args:
         paths: their run directories.
-        stop: asked before the first update and after every one, of all; once true, all are saved
-            and end as interrupted.
+        stop: asked again and again; once true, all are saved after the same update and end as
+            interrupted.
         made: called with the index of each run that has made an update.
         saves: whether checkpoints are saved as scheduled, or only when runs are stopped.
 
@@ -272,14 +280,13 @@ def train_together(
     release_memory(device)
     most = plan.models_at_once(config, dataset.encoding.n_vocab, device)
     outcomes: dict[int, RunResult | Exception] = {}
-    forked = [device] if device.type == "cuda" else []
     while len(outcomes) < len(configs):
         group = [i for i in range(len(configs)) if i not in outcomes][:most]
         runs: dict[int, Training] = {}
-        together = _Together(stop, made, outcomes)
+        together = _Together(stop, outcomes)
         with (
             contextlib.ExitStack() as held,
-            torch.random.fork_rng(forked),
+            flush_denormals(),
             contextlib.closing(Console(quiet=True)) as console,
         ):
             for i in group:
@@ -297,7 +304,8 @@ def train_together(
                         dataset,
                         device,
                         console,
-                        partial(together.stopped, i),
+                        together.stopped,
+                        partial(made, i),
                         alone=False,
                         saves=saves,
                     )
@@ -324,24 +332,20 @@ class _Together:
     """
 
     def __init__(
-        self,
-        stop: Callable[[], bool],
-        made: Callable[[int], object],
-        outcomes: dict[int, RunResult | Exception],
+        self, stop: Callable[[], bool], outcomes: dict[int, RunResult | Exception]
     ) -> None:
-        self.stop, self.made, self.outcomes = stop, made, outcomes
+        self.stop, self.outcomes = stop, outcomes
         self.stopping = False
 
-    def stopped(self, index: int) -> bool:
-        """What a run asks after its update: all are told the same, and so stop at one step."""
-        self.made(index)
+    def stopped(self) -> bool:
+        """What a run asks, again and again: all stop after the same step."""
+        self.stopping = self.stopping or self.stop()
         return self.stopping
 
     def train(self, runs: dict[int, Training]) -> None:
         """Train them, and forget each as it ends, so that nothing holds its memory."""
         works = {i: run.work() for i, run in runs.items()}
         try:
-            self.stopping = self.stop()
             self._train(runs, works)
         finally:
             for work in works.values():
@@ -352,6 +356,9 @@ class _Together:
         ensemble: Ensemble | None = None
         cells: list[int] = []  # of the ensemble, in its order; some may have ended since
         while batches:
+            if self.stopped():  # some may have asked for their next batch before others were asked
+                self._ask(runs, works, dict.fromkeys(batches))
+                return
             if ensemble is None or len(batches) < FULL_ENOUGH * len(cells):
                 micro_batch = None if ensemble is None else ensemble.micro_batch
                 ensemble, cells = None, list(batches)
@@ -366,7 +373,6 @@ class _Together:
             updates: dict[int, Apply] = self._ask(runs, works, {i: found[i] for i in batches})
             shares = [updates[i].share if i in updates else 0.0 for i in cells]
             ensemble.apply(shares, losses, norms)
-            self.stopping = self.stop()
             batches = self._ask(runs, works, dict.fromkeys(updates, False))
 
     def _ask(

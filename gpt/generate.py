@@ -9,7 +9,8 @@ single one with that seed.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Generator
 from typing import Self
 
 import tiktoken
@@ -177,7 +178,7 @@ def generate(
     seed: int,
     stop: int,
     decoder: Decoder | None = None,
-) -> Iterator[list[int]]:
+) -> Generator[list[int]]:
     """Continue `prompt` in `samples` independent ways, at most `tokens` tokens each.
 
     Yields one list a step: the next token of each sample; a sample that has ended repeats `stop`.
@@ -224,9 +225,15 @@ def continue_text(
     tokens: int,
     sampling: Sampling,
     seed: int,
+    drawn: Callable[[], object] = lambda: None,
 ) -> str:
-    """`prompt` and at most `tokens` tokens more; an empty prompt starts a new document."""
+    """`prompt` and at most `tokens` tokens more; an empty prompt starts a new document.
+
+    Args:
+        drawn: called after each token; what it raises ends the text.
+    """
     decoder = TextDecoder(encoding)
+    text = [prompt]
     steps = generate(
         model,
         encode(encoding, prompt, "sampling.prompt") or [encoding.eot_token],
@@ -236,8 +243,12 @@ def continue_text(
         seed=seed,
         stop=encoding.eot_token,
     )
-    made = "".join(decoder.feed(token) for (token,) in steps if token != encoding.eot_token)
-    return prompt + made + decoder.close()
+    with contextlib.closing(steps):
+        for (token,) in steps:
+            drawn()
+            if token != encoding.eot_token:
+                text.append(decoder.feed(token))
+    return "".join([*text, decoder.close()])
 
 
 class TextDecoder:

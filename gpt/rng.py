@@ -7,7 +7,10 @@ one option share everything that the option does not touch.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import threading
+from collections.abc import Iterator
 
 import torch
 
@@ -23,3 +26,25 @@ def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Gene
     made = torch.Generator(device)
     made.manual_seed(derive(*key))
     return made
+
+
+_GLOBAL = threading.Lock()  # held by the thread that draws from torch's global generators
+
+
+@contextlib.contextmanager
+def global_generator(device: torch.device, *key: int | str) -> Iterator[None]:
+    """Seed torch's global generators from `key` within a block, and leave them as they were.
+
+    Dropout and the constructors of torch's modules draw from these generators and accept no other.
+    One thread at a time is inside, so that runs in several threads of a process do not draw each
+    other's numbers.
+
+    Args:
+        device: whose generator is used, beside the CPU's.
+        key: as of `derive`; without one the generators are only put back.
+    """
+    devices = [device] if device.type == "cuda" else []
+    with _GLOBAL, torch.random.fork_rng(devices):
+        if key:
+            torch.manual_seed(derive(*key))
+        yield

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from gpt.config import ScheduleConfig
+from gpt.config import Config, ScheduleConfig
 
 # Height at the share x of the warm-up, 0 < x <= 1.
 WARMUPS: dict[str, Callable[[float], float]] = {
@@ -80,3 +80,24 @@ def rate(config: ScheduleConfig, step: int, steps: int) -> float:
 
 def _between(start: float, end: float, share: float) -> float:
     return start + (end - start) * share
+
+
+def rate_change(before: Config, now: Config, step: int) -> str | None:
+    """How another length changes the learning rate of a run after `step` updates, in words.
+
+    Returns:
+        None if it does not, as with a constant body.
+    """
+    if step == 0 or math.isclose(
+        rate(before.schedule, step, before.training.steps),
+        rate(now.schedule, step, now.training.steps),
+        rel_tol=1e-6,
+    ):
+        return None
+    full = now.optimizer.learning_rate
+    last = full * rate(before.schedule, step, before.training.steps)
+    following = full * rate(now.schedule, step + 1, now.training.steps)
+    return (
+        f"the {now.schedule.body} schedule now spans {now.training.steps} steps: the learning rate "
+        f"was {last:.2e} at step {step} and is {following:.2e} at step {step + 1}"
+    )

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
@@ -46,9 +46,9 @@ from gpt.init import fingerprints, initialize
 from gpt.model import GPT
 from gpt.optim import Optimizer
 from gpt.placement import check
-from gpt.rng import derive
+from gpt.rng import global_generator
 from gpt.run import Opened, RunDirectory, RunResult, Status, ended_run, open_run
-from gpt.schedule import rate
+from gpt.schedule import rate, rate_change
 from gpt.state import Progress, State, read_state
 
 DTYPES = {  # of matrix products and attention; weights and their sums stay fp32
@@ -70,15 +70,22 @@ def train(
     resume: str = "auto",
     quiet: bool = False,
     stop: Callable[[], bool] = lambda: False,
+    made: Callable[[], object] = lambda: None,
 ) -> RunResult:
     """Train a GPT as `config` says.
+
+    Several threads may train at once, each in a directory of its own; those with dropout take turns
+    in it. What is global to the process (torch's generators, the treatment of denormal numbers) is
+    as before when it returns.
 
     Args:
         out_dir: the run directory; runs/NAME unless given.
         resume: "auto", "never" or a checkpoint folder, see `gpt.run.open_run`.
         quiet: print nothing.
-        stop: asked before the first update and after every one; once true, the run is saved and
-            ends as interrupted.
+        stop: asked again and again, also in the middle of an update or an evaluation; once true,
+            the last update is saved and the run ends as interrupted. What was due after that update
+            comes first when the run is resumed.
+        made: called after every update.
 
     Returns:
         How it ended. A diverged run is a result with status "diverged"; its last good checkpoint
@@ -97,24 +104,40 @@ def train(
     ended = ended_run(config, path, resume)
     if ended is not None:
         return ended
-    forked = [device] if device.type == "cuda" else []
     with (
         only_one_in(path, f"{path}: another process trains there"),
-        torch.random.fork_rng(forked),
+        flush_denormals(),
         contextlib.closing(Console(quiet)) as console,
     ):
         opened = open_run(config, path, resume)
         if opened.result is not None:  # another process has just finished it
             return opened.result
         dataset = prepare(config.data, console, stop)
-        return Training(config, opened, dataset, device, console, stop).run()
+        return Training(config, opened, dataset, device, console, stop, made).run()
+
+
+@contextlib.contextmanager
+def flush_denormals() -> Iterator[None]:
+    """Within it, this thread takes numbers too small for full precision as 0; after it, as before.
+
+    On a CPU a failing run is otherwise many times slower.
+    """
+    before = sys.float_info.min / 2 == 0  # whether they are flushed already
+    if not before:
+        torch.ones(2**20).add_(1)  # starts torch's other threads now: they inherit the setting
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
 
 
 @dataclass(frozen=True)
 class Gradients:
     """What a run asks for first in an update: the gradients of one batch, left in its weights.
 
-    The answer is the loss and the norm of the gradients, scalars on the device.
+    The answer is the loss and the norm of the gradients, scalars on the device; None if the run was
+    asked to stop before they were computed.
 
     Attributes:
         inputs, targets: (sequences, T), on the host.
@@ -156,6 +179,10 @@ class _Update:
     look: Look | None
 
 
+class _StopAskedError(Exception):
+    """A stop was asked for in the middle of something that can be done again after a resume."""
+
+
 class _Fault(NamedTuple):
     """What was seen not to be finite: after which update, which quantity, and in words."""
 
@@ -183,13 +210,14 @@ class Training:
         device: torch.device,
         console: Console,
         stop: Callable[[], bool],
+        made: Callable[[], object],
         *,
         alone: bool = True,
         saves: bool = True,
     ) -> None:
-        torch.set_flush_denormal(True)  # a failing run is otherwise many times slower on a CPU
         self.config, self.device, self.directory = config, device, opened.run
-        self.console, self.stop, self.alone, self.saves = console, stop, alone, saves
+        self.console, self.stop, self.made = console, stop, made
+        self.alone, self.saves = alone, saves
         context, precision = config.model.context, config.training.precision
         self.dataset = dataset
         encoding = self.dataset.encoding
@@ -206,7 +234,8 @@ class Training:
             self.dataset.val, context, config.evaluation.sequences
         )
         self.byte_lengths = np.array(tokenizer.byte_lengths(encoding))
-        self.model = GPT(config.model, encoding.n_vocab).to(device)
+        with global_generator(device):  # torch draws weights of its own, which are then replaced
+            self.model = GPT(config.model, encoding.n_vocab).to(device)
         self.model.loss_chunk = config.training.loss_chunk
         self.objective = self.model.objective
         if config.training.compile:  # a last, smaller part of the validation is compiled for itself
@@ -253,10 +282,10 @@ class Training:
         fp16 = config.training.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         if checkpoint is None:
-            torch.manual_seed(derive(config.seed, "calibration"))  # of dropout
             batch, _ = self.sequences.batch(1, config.batch_sequences)
             first = self._host_tensor(batch[:CALIBRATION_SEQUENCES])
-            self.model.calibrate(self._on_device(first))
+            with global_generator(self.device, config.seed, "calibration"):  # of dropout
+                self.model.calibrate(self._on_device(first))
             return Progress()
         state = read_state(checkpoint)
         try:
@@ -276,6 +305,8 @@ class Training:
         run, step, config = self.directory, self.progress.step, self.config.checkpoint
         going_on = opened.resumed and opened.checkpoint is not None
         kept = metrics.up_to(run.metrics, step) if going_on else []
+        if self.progress.pending:  # an evaluation of this step, cut short, comes again
+            kept = [line for line in kept if line["step"] < step or "val_loss" not in line]
         spare = Path(config.spare_dir) if config.spare_dir else None
         for folder in (run.samples, spare):
             try:
@@ -308,6 +339,9 @@ class Training:
             self.console.say("no checkpoint had been saved: starting again from step 0")
         if opened.changes:
             self.console.say("changed: " + "; ".join(opened.changes))
+            jump = rate_change(run.read_config(), self.config, step)
+            if jump is not None:
+                self.console.say(jump)
         if opened.resumed:
             run.note(
                 "went on",
@@ -329,6 +363,7 @@ class Training:
                 unigram_entropy=self.unigram_entropy,
                 initial_weights=fingerprints(self.model),
             )
+        self.saved_step = step if going_on else None
         self.environment = run.environment.read_text("utf-8")
         self.log = metrics.MetricsLog(run.metrics, kept)
         self.writer = checkpoints.Writer()
@@ -363,11 +398,14 @@ class Training:
             said = str(error).partition("\n")[0]
         raise OutOfMemoryError(self._what_would_fit(said))  # here, where nothing holds that memory
 
-    def _answer(self, wanted: Gradients | Apply) -> tuple[Tensor, Tensor] | bool:
+    def _answer(self, wanted: Gradients | Apply) -> tuple[Tensor, Tensor] | bool | None:
         if isinstance(wanted, Apply):
             return self._apply(wanted)
         inputs, targets = self._on_device(wanted.inputs), self._on_device(wanted.targets)
-        return self._with_less_memory(lambda: self._gradients(wanted.step, inputs, targets))
+        try:
+            return self._with_less_memory(lambda: self._gradients(wanted.step, inputs, targets))
+        except _StopAskedError:
+            return None
 
     def work(self) -> Work:
         """The run, but for what is computed in an update: that it asks for, and is sent.
@@ -392,15 +430,15 @@ class Training:
         """Update after update, from where the progress is; returns how the run ended or failed."""
         config, progress = self.config, self.progress
         steps = config.training.steps
-        evaluate_every = config.evaluation.every
-        sample_every = config.sampling.every or evaluate_every
         if self.stop():
             return self._end("interrupted", f"stopped before step {progress.step + 1} was made")
         if self._gives_up():  # and was killed before it said so
             return self._given_up()
-        fault = self._with_less_memory(self._evaluate) if progress.step == 0 else None
-        if fault is not None:
-            return fault
+        ended = self._before_first_update() if progress.step == 0 else None
+        if progress.pending:
+            ended = self._after_update(stopping=False)
+        if ended is not None:
+            return ended
         self.console.start(steps, progress.step)
         unread: list[_Update] = []
         unread_since = time.monotonic()
@@ -409,36 +447,101 @@ class Training:
         batches = ahead(self._batch, numbers) if threaded else (self._batch(n) for n in numbers)
         with contextlib.closing(batches):
             for step, batch in zip(numbers, batches, strict=True):
-                unread.append((yield from self._update(step, *batch)))
-                last, stopping = step == steps, self.stop()
-                evaluating = last or step % evaluate_every == 0
-                saving = stopping or (self.saves and (last or step % config.save_every == 0))
-                sampling = last or step % sample_every == 0
-                if not (evaluating or saving or sampling or step % self.read_every == 0):
+                update = yield from self._update(step, *batch)
+                if update is None:
+                    return self._stop_before_update(unread, unread_since)
+                unread.append(update)
+                self.made()
+                stopping = self.stop()
+                if not (stopping or any(self._due(step)) or step % self.read_every == 0):
                     continue
-                fault = self._record(unread, unread_since)
-                if fault is None and (saving or last) and not self._weights_are_finite():
-                    fault = _Fault(step, "weight", f"a weight became non-finite at step {step}")
-                if fault is None and evaluating:
-                    fault = self._with_less_memory(self._evaluate)
-                if fault is not None:
-                    return fault
-                giving_up = evaluating and not last and self._gives_up()
-                try:
-                    if sampling:
-                        self._sample()
-                    if saving or (giving_up and self.saves):
-                        self._save(evaluated=evaluating)
-                    if last or stopping or giving_up:
-                        self.writer.wait()
-                except OSError as error:
-                    raise self._saved_elsewhere(error, evaluated=evaluating) from None
-                if giving_up:
-                    return self._given_up()
-                if stopping and not last:
-                    return self._end("interrupted", f"stopped after step {step}, and saved")
+                ended = self._record(unread, unread_since) or self._after_update(stopping)
+                if ended is not None:
+                    return ended
                 unread, unread_since = [], time.monotonic()
         return self._end("finished", f"all {steps} steps are done")
+
+    def _due(self, step: int) -> tuple[bool, bool, bool]:
+        """Whether an evaluation, a sample and a checkpoint come after update `step`."""
+        config, last = self.config, step == self.config.training.steps
+        evaluating = last or step % config.evaluation.every == 0
+        sampling = last or step % (config.sampling.every or config.evaluation.every) == 0
+        saving = last or step % config.save_every == 0
+        return evaluating, sampling and config.sampling.tokens > 0, saving and self.saves
+
+    def _before_first_update(self) -> RunResult | _Fault | None:
+        """The first evaluation; returns how the run ended or failed at it, or None."""
+        try:
+            return self._with_less_memory(self._evaluate)
+        except _StopAskedError:
+            return self._end("interrupted", "stopped before step 1 was made")
+
+    def _stop_before_update(self, unread: list[_Update], since: float) -> RunResult | _Fault:
+        """Save the newest update, as a stop was asked for while the next one was computed."""
+        if unread:
+            fault = self._record(unread, since) or self._spoilt_weight()
+            if fault is not None:
+                return fault
+        step = self.progress.step
+        if step == 0:
+            return self._end("interrupted", "stopped before step 1 was made")
+        with self._elsewhere_if_need_be(evaluated=False):
+            if step != self.saved_step:
+                self._save(evaluated=False)
+            self.writer.wait()
+        return self._end("interrupted", f"stopped after step {step}, and saved")
+
+    def _after_update(self, stopping: bool) -> RunResult | _Fault | None:
+        """Evaluate, sample and save, where that is due after the newest update, and end.
+
+        Args:
+            stopping: a stop was asked for: save, and leave the rest for when the run is resumed.
+
+        Returns:
+            How the run ended or failed; None if it goes on.
+        """
+        config, step = self.config, self.progress.step
+        last = step == config.training.steps
+        evaluating, sampling, saving = self._due(step)
+        fault = self._spoilt_weight() if stopping or saving or last else None
+        before, giving_up = replace(self.progress), False
+        try:
+            if fault is None and evaluating:
+                self._stop_short(stopping)
+                fault = self._with_less_memory(self._evaluate)
+            if fault is not None:
+                return fault
+            giving_up = evaluating and not last and self._gives_up()
+            if sampling:
+                self._stop_short(stopping)
+                self._sample()
+            self.progress.pending = False
+        except _StopAskedError:
+            stopping, self.progress = True, replace(before, pending=True)
+        evaluated = evaluating and not self.progress.pending
+        with self._elsewhere_if_need_be(evaluated=evaluated):
+            if stopping or saving or (giving_up and self.saves):
+                self._save(evaluated=evaluated)
+            if stopping or last or giving_up:
+                self.writer.wait()
+        if stopping:
+            return self._end("interrupted", f"stopped after step {step}, and saved")
+        return self._given_up() if giving_up else None
+
+    def _stop_short(self, stopping: bool = False) -> None:
+        """Leave what can be done again, if a stop was asked for.
+
+        Raises:
+            _StopAskedError: it was.
+        """
+        if stopping or self.stop():
+            raise _StopAskedError
+
+    def _spoilt_weight(self) -> _Fault | None:
+        if self._weights_are_finite():
+            return None
+        step = self.progress.step
+        return _Fault(step, "weight", f"a weight became non-finite at step {step}")
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of update `step`, in memory that the device can copy from."""
@@ -448,12 +551,19 @@ class Training:
 
     def _update(
         self, step: int, inputs: Tensor, targets: Tensor
-    ) -> Generator[Gradients | Apply, Any, _Update]:
-        """One update of the weights. Nothing in it waits for the device, but fp16's scaler."""
+    ) -> Generator[Gradients | Apply, Any, _Update | None]:
+        """One update of the weights. Nothing in it waits for the device, but fp16's scaler.
+
+        Returns:
+            None, with nothing changed, if a stop was asked for while gradients were computed.
+        """
         config = self.config
+        computed: tuple[Tensor, Tensor] | None = yield Gradients(step, inputs, targets)
+        if computed is None:
+            return None
+        loss, norm = computed
         seen = self.progress.batches.encode() + inputs.numpy().tobytes()
         self.progress.batches = hashlib.sha256(seen).hexdigest()
-        loss, norm = yield Gradients(step, inputs, targets)
         look = None
         every = config.diagnostics.every
         if every is not None and (step == 1 or step % every == 0):
@@ -472,12 +582,22 @@ class Training:
     def _micro_batches(
         self, step: int, inputs: Tensor, targets: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The parts of a batch, each with its own dropout."""
+        """The parts of a batch, each with its own dropout.
+
+        Raises:
+            _StopAskedError: a stop was asked for between two of them.
+        """
+        seed, dropout = self.config.seed, self.config.model.dropout
         parts = zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True)
         for index, part in enumerate(parts):
-            if self.config.model.dropout:
-                torch.manual_seed(derive(self.config.seed, "dropout", step, index))
-            yield part
+            if index:
+                self._stop_short()
+            with (
+                global_generator(self.device, seed, "dropout", step, index)
+                if dropout
+                else contextlib.nullcontext()
+            ):
+                yield part
 
     def _with_less_memory(self, compute: Callable[[], Computed]) -> Computed:
         return plan.with_less_memory(self, compute)
@@ -606,18 +726,26 @@ class Training:
 
     @torch.no_grad()
     def _evaluate(self) -> _Fault | None:
-        """Validation loss on the fixed sequences, logged; returns how it failed, or None."""
+        """Validation loss on the fixed sequences, logged; returns how it failed, or None.
+
+        Raises:
+            _StopAskedError: a stop was asked for in the middle of it.
+        """
         progress = self.progress
         total = torch.zeros((), device=self.device)
         tokens = text_bytes = 0
         self.model.eval()
-        for inputs, targets in self.validation.batches(self.micro_batch):
-            x, y = (self._on_device(self._host_tensor(each)) for each in (inputs, targets))
-            with self._autocast():
-                total += self.objective(x, y)[1] * len(x)
-            tokens += targets.size
-            text_bytes += int(self.byte_lengths[targets].sum())
-        self.model.train()
+        try:
+            for inputs, targets in self.validation.batches(self.micro_batch):
+                if tokens:
+                    self._stop_short()
+                x, y = (self._on_device(self._host_tensor(each)) for each in (inputs, targets))
+                with self._autocast():
+                    total += self.objective(x, y)[1] * len(x)
+                tokens += targets.size
+                text_bytes += int(self.byte_lengths[targets].sum())
+        finally:
+            self.model.train()
         loss = total.item() / len(self.validation)
         bits = loss * tokens / math.log(2) / text_bytes
         self.log.write([{"step": progress.step, "val_loss": loss, "val_bits_per_byte": bits}])
@@ -644,7 +772,11 @@ class Training:
         return self._end("finished", f"given up at step {step}: {known} in a row")
 
     def _sample(self) -> None:
-        """Text of the model as it is now, into samples/."""
+        """Text of the model as it is now, into samples/.
+
+        Raises:
+            _StopAskedError: a stop was asked for in the middle of it.
+        """
         options, encoding = self.config.sampling, self.dataset.encoding
         if options.tokens:
             text = continue_text(
@@ -654,10 +786,23 @@ class Training:
                 tokens=options.tokens,
                 sampling=options,
                 seed=self.config.seed,
+                drawn=self._stop_short,
             )
             write_text(self.directory.samples / f"step-{self.progress.step:08d}.txt", text + "\n")
 
-    def _save(self, evaluated: bool) -> None:
+    @contextlib.contextmanager
+    def _elsewhere_if_need_be(self, *, evaluated: bool) -> Iterator[None]:
+        """Save the run elsewhere where it cannot be saved in its directory.
+
+        Raises:
+            InputError: it could not be saved there, in words for a user.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise self._saved_elsewhere(error, evaluated=evaluated) from None
+
+    def _save(self, *, evaluated: bool) -> None:
         """Begin to write a checkpoint of this step, never ahead of the metrics on disk.
 
         Raises:
@@ -671,9 +816,10 @@ class Training:
         progress.seconds = time.monotonic() - self.began
         best = progress.best_saved_val_loss != before
         checkpoint = self._checkpoint(best).copy()
+        replaces, self.saved_step = self.saved_step == progress.step, progress.step
 
         def write() -> None:
-            checkpoints.save(folder, checkpoint, best=best)
+            checkpoints.save(folder, checkpoint, best=best, replaces=replaces)
             self._prune(folder)
 
         self.writer.start(write)
@@ -735,6 +881,7 @@ class Training:
             self.log.close()
             self.log = metrics.MetricsLog(run.metrics, metrics.up_to(run.metrics, step))
             self.progress.best_saved_val_loss, self.progress.forked_at = None, step
+            self.saved_step = None
             self._save(evaluated=evaluated)
             self.writer.wait()
         except OSError as error:
@@ -811,6 +958,7 @@ class Training:
         if checkpoint is None and before.forked_at:
             return False
         now = self.progress = self._set_state(checkpoint)
+        self.saved_step = now.step or None
         now.rollbacks = before.rollbacks + 1
         now.passed_over = before.passed_over + fault.step - now.step
         self.log.close()
@@ -825,7 +973,11 @@ class Training:
 
     def _diverged(self, fault: _Fault) -> RunResult:
         """End with what was seen, where it began, and what to try next."""
-        place = self._first_place(fault)
+        try:
+            place = self._first_place(fault)
+        except _StopAskedError:
+            return self._stopped_in_search(fault)
+        self._drop_unscheduled()
         reason = fault.text
         if place is not None:
             reason += f", first {describe(place, self.config.model.layers)}"
@@ -834,6 +986,28 @@ class Training:
         return self._end(
             "diverged", reason, Failure(fault.step, fault.quantity, place, tuple(tips))
         )
+
+    def _stopped_in_search(self, fault: _Fault) -> RunResult:
+        """End where the newest checkpoint is: a resumed run diverges again, and searches again."""
+        try:
+            checkpoint, _ = checkpoints.newest_whole(self.directory.checkpoints)
+        except InputError:
+            checkpoint = None
+        self.progress = read_state(checkpoint).progress if checkpoint else Progress()
+        why = f"{fault.text}; stopped while looking for where that began"
+        return self._end("interrupted", f"{why}, which a resumed run repeats")
+
+    def _drop_unscheduled(self) -> None:
+        """Delete what was saved for a stop: the undisturbed run would end without it."""
+        folder = self.directory.checkpoints
+        if self.alone or self.saves:
+            found = checkpoints.steps(folder)
+            scheduled = [path.name for step, path in found.items() if self._is_scheduled(step)]
+            if scheduled:
+                checkpoints.point(folder, scheduled[-1], best=False)
+            else:
+                (folder / "latest").unlink(missing_ok=True)
+            self._prune(folder)
 
     def _first_place(self, fault: _Fault) -> Place | None:
         """What was first not finite, inside the network.
@@ -859,8 +1033,7 @@ class Training:
         if first < fault.step:
             self.console.say(f"looking for where it began: steps {first} to {fault.step} once more")
         for step in range(first, fault.step + 1):
-            if self.stop():
-                return None
+            self._stop_short()
             inputs, targets = map(self._on_device, self._batch(step))
             loss, norm = self._gradients(step, inputs, targets)
             if not loss.isfinite() or not (norm.isfinite() or self.scaler.is_enabled()):

@@ -293,8 +293,9 @@ def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
 def runs(config: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A run that is finished, and the same when it was stopped half-way."""
     folder = tmp_path_factory.mktemp("runs")
-    stops = iter([False, False, True])
-    training.train(config, folder / "stopped", quiet=True, stop=lambda: next(stops))
+    made: list[None] = []
+    options = {"made": lambda: made.append(None), "stop": lambda: len(made) == 2}
+    training.train(config, folder / "stopped", quiet=True, **options)
     training.train(config, folder / "finished", quiet=True)
     return {name: folder / name for name in ("stopped", "finished")}
 

@@ -223,8 +223,9 @@ def test_looking_changes_nothing(tiny: Make, tmp_path: Path, norm_type: str):
 def test_a_resumed_run_has_each_look_once(tiny: Make, tmp_path: Path):
     config = tiny(diagnostics={"every": 4})
     run(config, tmp_path / "whole")
-    count = iter(range(100))
-    train(config, tmp_path / "parts", quiet=True, stop=lambda: next(count) == 9)
+    made: list[None] = []
+    options = {"made": lambda: made.append(None), "stop": lambda: len(made) == 9}
+    train(config, tmp_path / "parts", quiet=True, **options)
     run(config, tmp_path / "parts")
     assert lines(tmp_path / "whole", layers=True) == lines(tmp_path / "parts", layers=True)
 

@@ -71,17 +71,16 @@ def batch(config: Config, number: int) -> torch.Tensor:
     return torch.from_numpy(sequences.batch(number, config.batch_sequences)[0])
 
 
-def later(step: int, then: Callable[[], None]) -> Callable[[], bool]:
-    """A `stop` that never stops, and calls `then` after that update."""
-    asked = [-1]
+def later(step: int, then: Callable[[], None]) -> dict[str, Callable[[], None]]:
+    """Options of `train` that call `then` after that update."""
+    updates = [0]
 
-    def stop() -> bool:
-        asked[0] += 1
-        if asked[0] == step:
+    def made() -> None:
+        updates[0] += 1
+        if updates[0] == step:
             then()
-        return False
 
-    return stop
+    return {"made": made}
 
 
 def power_cut(*args: Any, **options: Any) -> None:
@@ -112,7 +111,7 @@ def test_a_spoilt_update_is_skipped_and_counted(tiny: Make, tmp_path: Path, spoi
     assert [step for step in lines if lines[step]["loss"] is None] == [7]
     assert [step for step in lines if lines[step].get("skipped")] == [7]
     for _ in range(5):
-        parts = run(config, tmp_path / "parts", stop=stop_after(4))
+        parts = run(config, tmp_path / "parts", **stop_after(4))
     assert parts.skipped_updates == 1
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -169,7 +168,7 @@ def test_it_rolls_back_and_passes_over_the_batches_since(
     assert (event["event"], event["step"], event["passed_over"]) == ("rolled back", back, passed)
     for updates in (4, 11, 5, 2):  # cut off before, at and after it, it is the same run
         with pytest.raises(RuntimeError, match="power cut"):
-            run(config, tmp_path / "parts", stop=later(updates, power_cut))
+            run(config, tmp_path / "parts", **later(updates, power_cut))
     assert run(config, tmp_path / "parts").rollbacks == 1
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -206,7 +205,7 @@ def test_a_stop_changes_nothing_of_a_rollback(tiny: Make, tmp_path: Path, spoil:
     bad = batch(config, 13)
     spoil(lambda x: torch.equal(x, bad))
     run(config, tmp_path / "whole")
-    assert run(config, tmp_path / "parts", stop=stop_after(updates)).step == updates
+    assert run(config, tmp_path / "parts", **stop_after(updates)).step == updates
     assert run(config, tmp_path / "parts").rollbacks == 1
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     for folder in ("whole", "parts"):
@@ -275,7 +274,7 @@ def test_on_a_full_disk_the_state_is_saved_elsewhere(tiny: Make, tmp_path: Path,
         full(out)
 
     with pytest.raises(InputError, match="No space left on device") as told:
-        run(config, out, stop=later(12, fill))
+        run(config, out, **later(12, fill))
     assert contents(out / "checkpoints") == saved != {}
     (place,) = spare.iterdir()
     assert f"the state of step 15 is in {place}" in str(told.value)
@@ -290,7 +289,7 @@ def test_a_directory_that_is_lost_is_made_again_elsewhere(tiny: Make, tmp_path: 
     config = tiny(checkpoint={"spare_dir": str(spare)})
     run(config, tmp_path / "whole")
     with pytest.raises(InputError, match=r"run: was deleted or moved while training"):
-        run(config, out, stop=later(14, lambda: shutil.rmtree(out)))
+        run(config, out, **later(14, lambda: shutil.rmtree(out)))
     assert not out.exists()
     (place,) = spare.iterdir()
     result = run(config, place)  # the last step was saved: nothing is left to train
@@ -303,7 +302,7 @@ def test_a_directory_that_was_moved_is_not_made_again_in_its_place(tiny: Make, t
     spare, out = tmp_path / "spare", tmp_path / "run"
     config = tiny(checkpoint={"spare_dir": str(spare)})
     with pytest.raises(InputError, match="deleted or moved"):
-        run(config, out, stop=later(14, lambda: (out.rename(tmp_path / "moved"), None)[1]))
+        run(config, out, **later(14, lambda: (out.rename(tmp_path / "moved"), None)[1]))
     assert not out.exists()
     assert list(checkpoints.steps(tmp_path / "moved/checkpoints")) == [10]
 
@@ -312,7 +311,7 @@ def test_a_directory_that_was_moved_is_not_made_again_in_its_place(tiny: Make, t
 def test_with_nowhere_to_go_it_says_so(tiny: Make, tmp_path: Path, full: Any):
     config = tiny(checkpoint={"spare_dir": str(tmp_path / "spare"), "every": 5})
     with pytest.raises(InputError, match="nor can the state of step 15 be saved") as told:
-        run(config, tmp_path / "run", stop=later(12, lambda: full(tmp_path)))
+        run(config, tmp_path / "run", **later(12, lambda: full(tmp_path)))
     assert len(str(told.value).splitlines()) <= 3
     assert list((tmp_path / "spare").iterdir()) == []
     assert list(checkpoints.steps(tmp_path / "run/checkpoints")) == [5, 10]
@@ -330,7 +329,7 @@ def test_a_checkpoint_is_written_while_training_goes_on(
         write(folder, checkpoint)
 
     monkeypatch.setattr(checkpoints, "_write", held_up)
-    run(tiny(), tmp_path / "run", stop=later(15, trained.set))
+    run(tiny(), tmp_path / "run", **later(15, trained.set))
     for step in (10, 20):
         assert_same_run(tmp_path / "whole", tmp_path / "run", step)
 
@@ -428,7 +427,7 @@ def test_a_folder_that_may_not_be_written_is_wrong_input(tiny: Make, tmp_path: P
 
 
 def test_two_runs_in_one_directory_are_refused(tiny: Make, tmp_path: Path):
-    run(tiny(), tmp_path / "run", stop=stop_after(5))
+    run(tiny(), tmp_path / "run", **stop_after(5))
     before = contents(tmp_path / "run")
     with only_one_in(tmp_path / "run", "held"):
         with pytest.raises(InputError, match="another process trains there"):
@@ -483,7 +482,7 @@ def test_what_cannot_start_leaves_no_directory(tiny: Make, tmp_path: Path):
     ],
 )
 def test_what_makes_it_another_run_is_refused(tiny: Make, tmp_path: Path, change: dict[str, Any]):
-    run(tiny(), tmp_path / "run", stop=stop_after(5))
+    run(tiny(), tmp_path / "run", **stop_after(5))
     before = contents(tmp_path / "run")
     ((section, value),) = change.items()
     option = next(iter(value)) if isinstance(value, dict) else section
@@ -518,7 +517,7 @@ def test_length_logging_and_paths_may_change(tiny: Make, tmp_path: Path, corpus:
 
 
 def test_a_run_is_not_made_shorter_than_it_is(tiny: Make, tmp_path: Path):
-    run(tiny(), tmp_path / "run", stop=stop_after(12))
+    run(tiny(), tmp_path / "run", **stop_after(12))
     before = contents(tmp_path / "run")
     with pytest.raises(InputError, match=r"is at step 12 already; training.steps \(11\) must"):
         run(tiny(training={"steps": 11}), tmp_path / "run")
@@ -545,7 +544,7 @@ def test_a_damaged_checkpoint_is_skipped_and_set_aside(
     config = tiny(checkpoint={"every": 4, "keep": 9})
     run(config, tmp_path / "whole")
     out = tmp_path / "run"
-    run(config, out, stop=stop_after(14))
+    run(config, out, **stop_after(14))
     for step, name in ((14, "model.safetensors"), (12, "state.json")):
         path = out / f"checkpoints/step-{step:08d}/{name}"
         path.write_bytes(path.read_bytes()[:-1])
@@ -563,7 +562,7 @@ def test_a_damaged_checkpoint_is_skipped_and_set_aside(
 
 def test_with_no_whole_checkpoint_it_is_not_trained_over(tiny: Make, tmp_path: Path):
     out = tmp_path / "run"
-    run(tiny(), out, stop=stop_after(12))
+    run(tiny(), out, **stop_after(12))
     for path in checkpoints.steps(out / "checkpoints").values():
         (path / "state.json").unlink()
     before = contents(out)
@@ -574,7 +573,7 @@ def test_with_no_whole_checkpoint_it_is_not_trained_over(tiny: Make, tmp_path: P
 
 def test_damaged_metrics_are_refused_before_anything_is_changed(tiny: Make, tmp_path: Path):
     out = tmp_path / "run"
-    run(tiny(), out, stop=stop_after(12))
+    run(tiny(), out, **stop_after(12))
     (out / "metrics.jsonl").write_text('{"step": 1}\n[]\n{"step": 2}\n')
     before = contents(out)
     with pytest.raises(InputError, match=r"metrics.jsonl: line 2 is damaged"):
@@ -601,7 +600,7 @@ def test_damaged_metrics_are_refused_before_anything_is_changed(tiny: Make, tmp_
 def test_a_state_of_the_wrong_types_is_refused(tiny: Make, tmp_path: Path, key: str, value: object):
     """With a manifest that vouches for it, as a stranger would write."""
     out = tmp_path / "run"
-    run(tiny(), out, stop=stop_after(5))
+    run(tiny(), out, **stop_after(5))
     folder = out / "checkpoints/step-00000005"
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**state, key: value}))
@@ -615,7 +614,7 @@ def test_a_state_of_the_wrong_types_is_refused(tiny: Make, tmp_path: Path, key: 
 @pytest.mark.parametrize("link", ["samples", "checkpoints/step-00000005", "metrics.jsonl"])
 def test_a_link_out_of_the_directory_is_not_written_through(tiny: Make, tmp_path: Path, link: str):
     out, outside = tmp_path / "run", tmp_path / "outside"
-    run(tiny(), out, stop=stop_after(5))
+    run(tiny(), out, **stop_after(5))
     (out / link).rename(outside)
     (out / link).symlink_to(outside)
     before = contents(tmp_path)
@@ -751,10 +750,10 @@ def test_a_run_that_is_made_longer_survives_a_kill(
 
 def test_a_micro_batch_that_was_named_stays(tiny: Make, tmp_path: Path):
     out = tmp_path / "run"
-    run(tiny(training={"micro_batch": 4}), out, stop=stop_after(12))
+    run(tiny(training={"micro_batch": 4}), out, **stop_after(12))
     one = tiny(training={"micro_batch": 1})
     with pytest.raises(RuntimeError, match="power cut"):
-        run(one, out, stop=later(2, power_cut))
+        run(one, out, **later(2, power_cut))
     run(one, out)
     state = json.loads((out / "checkpoints/step-00000020/state.json").read_text())
     assert state["micro_batch"] == 1
@@ -830,7 +829,7 @@ def test_pointers_that_a_kill_left_behind_are_set(
     with cut_off_at(monkeypatch, checkpoints, "point", killed):
         run(config, tmp_path / "parts")
     assert checkpoints.pointed(tmp_path / "parts/checkpoints", "latest").name == "step-00000005"
-    run(config, tmp_path / "parts", stop=stop_after(0))
+    run(config, tmp_path / "parts", **stop_after(0))
     for pointer in ("latest", "best"):
         named = checkpoints.pointed(tmp_path / "parts/checkpoints", pointer)
         assert named.name == "step-00000010"
@@ -849,7 +848,7 @@ def test_a_run_in_the_place_of_one_that_was_moved_is_left_alone(tiny: Make, tmp_
         run(other, out)
 
     with pytest.raises(InputError, match=r"metrics.jsonl: was deleted or moved while in use"):
-        run(config, out, stop=later(14, replace))
+        run(config, out, **later(14, replace))
     assert list(checkpoints.steps(out / "checkpoints")) == [3]
     assert run(other, out).step == 3
 
@@ -863,7 +862,7 @@ def test_a_later_state_elsewhere_is_told(
     out = tmp_path / "run"
     config = tiny(checkpoint={"spare_dir": str(tmp_path / "spare"), "every": 5})
     with pytest.raises(InputError, match="No space left"):
-        run(config, out, stop=later(12, lambda: full(out)))
+        run(config, out, **later(12, lambda: full(out)))
     (place,) = (tmp_path / "spare").iterdir()
     with pytest.raises(InputError, match="No space left"):
         train(config, out)
@@ -874,7 +873,7 @@ def test_a_later_state_elsewhere_is_told(
 
 def test_checkpoints_that_other_options_kept_stay(tiny: Make, tmp_path: Path):
     kept = {"every": 2, "keep": 1, "keep_every": 4}
-    run(tiny(checkpoint=kept, evaluation={"every": 30}), tmp_path / "run", stop=stop_after(11))
+    run(tiny(checkpoint=kept, evaluation={"every": 30}), tmp_path / "run", **stop_after(11))
     run(tiny(checkpoint={"every": 2, "keep": 1}, evaluation={"every": 30}), tmp_path / "run")
     assert set(checkpoints.steps(tmp_path / "run/checkpoints")) >= {4, 8, 20}
 
@@ -885,7 +884,7 @@ def test_what_is_kept_is_also_saved(tiny: Make):
 
 
 def test_where_it_is_already_is_no_length(tiny: Make, tmp_path: Path):
-    run(tiny(), tmp_path / "run", stop=stop_after(7))
+    run(tiny(), tmp_path / "run", **stop_after(7))
     with pytest.raises(InputError, match=r"is at step 7 already; training.steps \(7\) must"):
         run(tiny(training={"steps": 7}), tmp_path / "run")
 
@@ -952,7 +951,7 @@ def key(tensors: dict[str, torch.Tensor], quantity: str) -> str:
 def test_optimizer_state_of_another_shape_is_refused(tiny: Make, tmp_path: Path, what: str):
     """torch's fused kernels would read and write beyond it."""
     out = tmp_path / "run"
-    run(tiny(), out, stop=stop_after(5))
+    run(tiny(), out, **stop_after(5))
     path = out / "checkpoints/step-00000005/optimizer.safetensors"
     found = load_file(path)
     HOSTILE[what](found)
@@ -980,7 +979,7 @@ def test_optimizer_state_of_another_shape_is_refused(tiny: Make, tmp_path: Path,
 )
 def test_a_state_that_cannot_be_is_refused(tiny: Make, tmp_path: Path, progress: dict[str, float]):
     out = tmp_path / "run"
-    run(tiny(), out, stop=stop_after(5))
+    run(tiny(), out, **stop_after(5))
     path = out / "checkpoints/step-00000005/state.json"
     state = json.loads(path.read_text())
     state["progress"] |= progress

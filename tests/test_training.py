@@ -31,14 +31,22 @@ def run(config: Config, out: Path, **options: Any) -> RunResult:
     return train(config, out, quiet=True, **options)
 
 
-def stop_after(updates: int) -> Callable[[], bool]:
-    left = [updates + 1]  # it is asked once before the first update
+def stop_after(updates: int) -> dict[str, Callable[..., Any]]:
+    """Options of `train` that ask it to stop after so many updates."""
+    made: list[None] = []
+    return {"made": lambda: made.append(None), "stop": lambda: len(made) >= updates}
 
-    def stop() -> bool:
-        left[0] -= 1
-        return left[0] <= 0
 
-    return stop
+def power_cut_after(updates: int) -> dict[str, Callable[..., Any]]:
+    """Options of `train` that end it without warning after so many updates."""
+    asked = stop_after(updates)
+
+    def made() -> None:
+        asked["made"]()
+        if asked["stop"]():
+            raise RuntimeError("power cut")
+
+    return {"made": made}
 
 
 def records(out: Path) -> list[dict[str, Any]]:
@@ -72,7 +80,7 @@ def test_20_steps_are_10_and_10_more(tiny: Make, tmp_path: Path, optimizer: str)
         training={"micro_batch": 2},
     )
     whole = run(config, tmp_path / "whole")
-    first = run(config, tmp_path / "parts", stop=stop_after(10))
+    first = run(config, tmp_path / "parts", **stop_after(10))
     assert (first.status, first.step) == ("interrupted", 10)
     second = run(config, tmp_path / "parts")
     assert (second.status, second.step) == ("finished", 20)
@@ -88,8 +96,8 @@ def test_resuming_at_every_single_step_changes_nothing(tiny: Make, tmp_path: Pat
         evaluation={"every": 3},
     )
     run(config, tmp_path / "whole")
-    statuses = [run(config, tmp_path / "parts", stop=stop_after(1)).status for _ in range(7)]
-    assert statuses == ["interrupted"] * 6 + ["finished"]
+    statuses = [run(config, tmp_path / "parts", **stop_after(1)).status for _ in range(8)]
+    assert statuses == ["interrupted"] * 7 + ["finished"]  # the last is evaluated when resumed
     assert_same_run(tmp_path / "whole", tmp_path / "parts", step=7)
 
 
@@ -99,19 +107,9 @@ def test_a_crash_goes_on_from_the_last_checkpoint(
     config = tiny()
     run(config, tmp_path / "whole")
 
-    def crash(updates: int) -> Callable[[], bool]:
-        stop = stop_after(updates)
-
-        def ask() -> bool:
-            if stop():
-                raise RuntimeError("power cut")
-            return False
-
-        return ask
-
     for updates in (4, 13):  # before the first checkpoint, and after it
         with pytest.raises(RuntimeError, match="power cut"):
-            run(config, tmp_path / "parts", stop=crash(updates))
+            run(config, tmp_path / "parts", **power_cut_after(updates))
     assert run(config, tmp_path / "parts").status == "finished"
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -121,7 +119,7 @@ def test_a_resumed_run_keeps_its_micro_batch_whatever_memory_is_free(
 ):
     """Another micro-batch would add up the gradients in another order."""
     run(tiny(), tmp_path / "whole")
-    run(tiny(), tmp_path / "parts", stop=stop_after(12))
+    run(tiny(), tmp_path / "parts", **stop_after(12))
     monkeypatch.setattr(plan, "_memory", lambda device: 1)
     run(tiny(), tmp_path / "parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
@@ -228,7 +226,7 @@ def test_changed_data_is_noticed_on_resume(tiny: Make, tmp_path: Path):
     source = tmp_path / "text.txt"
     source.write_text("first text " * 100)
     config = tiny(data={"path": [str(source)], "holdout": "tail"})
-    run(config, tmp_path / "run", stop=stop_after(3))
+    run(config, tmp_path / "run", **stop_after(3))
     source.write_text("other text " * 100)
     with pytest.raises(InputError, match="not those that this run was trained on"):
         run(config, tmp_path / "run")
@@ -315,7 +313,7 @@ def test_lower_precision_trains_nearly_the_same(tiny: Make, tmp_path: Path, prec
 def test_fp16_resumes_with_its_loss_scale(tiny: Make, tmp_path: Path):
     config = tiny(training={"precision": "fp16"})
     run(config, tmp_path / "whole")
-    run(config, tmp_path / "parts", stop=stop_after(9))
+    run(config, tmp_path / "parts", **stop_after(9))
     run(config, tmp_path / "parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -470,11 +468,8 @@ def test_a_fork_may_change_its_batch_and_survives_a_crash(tiny: Make, tmp_path: 
     near = next(r["loss"] for r in records(tmp_path / "a") if r.get("loss") and r["step"] == 11)
     assert first == pytest.approx(near, rel=0.1)
 
-    def crash() -> bool:
-        raise RuntimeError("power cut")
-
     with pytest.raises(RuntimeError, match="power cut"):
-        run(forked, tmp_path / "parts", resume=checkpoint, stop=crash)
+        run(forked, tmp_path / "parts", resume=checkpoint, **power_cut_after(1))
     run(forked, tmp_path / "parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -485,7 +480,7 @@ def test_without_a_good_pointer_the_newest_checkpoint_is_taken(
 ):
     run(tiny(), tmp_path / "whole")
     out = tmp_path / "parts"
-    run(tiny(), out, stop=stop_after(12))
+    run(tiny(), out, **stop_after(12))
     (out / "checkpoints/latest").unlink()
     if pointer is not None:
         (out / "checkpoints/latest").write_bytes(pointer)
@@ -553,7 +548,7 @@ def test_a_run_with_chunks_of_the_loss_is_the_plain_run(
 
     with monkeypatch.context() as patch:
         patch.setattr(GPT, "logits_by", spy)
-        run(chunked, tmp_path / "chunks", stop=stop_after(10))
+        run(chunked, tmp_path / "chunks", **stop_after(13))
     assert set(lengths) == {24, 16} | {1}  # 64 tokens; and generation
     run(tiny(training={"z_loss": 1e-3}), tmp_path / "chunks")
     assert_near(tmp_path / "plain", tmp_path / "chunks")
@@ -690,7 +685,7 @@ def test_admins_profile_depends_on_the_seed_alone(tiny: Make, tmp_path: Path):
 
 def test_fp16s_scale_is_kept_over_a_stop(tiny: Make, tmp_path: Path):
     config = tiny(training={"precision": "fp16", "steps": 3}, optimizer={"learning_rate": 1e-12})
-    run(config, tmp_path / "run", stop=stop_after(1))
+    run(config, tmp_path / "run", **stop_after(1))
     (folder,) = (tmp_path / "run/checkpoints").glob("step-*")
     path = folder / "state.json"
     state = json.loads(path.read_text())
@@ -754,5 +749,5 @@ def test_a_run_that_learns_nothing_may_be_given_up(tiny: Make, tmp_path: Path):
 
 def test_giving_up_counts_on_over_a_stop(tiny: Make, tmp_path: Path):
     config = tiny(optimizer={"learning_rate": 1e-9}, evaluation={"every": 4, "give_up_after": 3})
-    assert run(config, tmp_path / "run", stop=stop_after(9)).status == "interrupted"
+    assert run(config, tmp_path / "run", **stop_after(9)).status == "interrupted"
     assert run(config, tmp_path / "run").step == 12

@@ -78,10 +78,14 @@ class Checkpoint:
 # Writing
 
 
-def save(folder: Path, checkpoint: Checkpoint, *, best: bool = False) -> Path:
+def save(
+    folder: Path, checkpoint: Checkpoint, *, best: bool = False, replaces: bool = False
+) -> Path:
     """Write `checkpoint` below `folder` (checkpoints/), and point `latest` (and `best`) at it.
 
-    What stands there already under that step's name is set aside.
+    Args:
+        replaces: whether a checkpoint of that step, which this one completes, is deleted; otherwise
+            what stands there under its name is set aside.
 
     Raises:
         OSError: it cannot be written; what stood there before is as it was.
@@ -95,7 +99,10 @@ def save(folder: Path, checkpoint: Checkpoint, *, best: bool = False) -> Path:
         _write(temporary, checkpoint)
         temporary.chmod(0o755)
         if final.exists():
-            set_aside(final)
+            if replaces:
+                _delete(final)
+            else:
+                set_aside(final)
         temporary.rename(final)
         flush(folder)
     except BaseException:
@@ -151,9 +158,14 @@ def prune(folder: Path, kept: Collection[int]) -> None:
     pointers = (pointed(folder, "latest"), pointed(folder, "best"))
     for step, path in steps(folder).items():
         if step not in kept and path not in pointers:
-            doomed = folder / f"{WRITING}{path.name}"  # a name step-... is never half a checkpoint
-            path.rename(doomed)
-            shutil.rmtree(doomed)
+            _delete(path)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a checkpoint, whose name is first given up: `step-...` is never half a checkpoint."""
+    doomed = folder.with_name(f"{WRITING}{folder.name}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 class Writer:

@@ -26,7 +26,7 @@ from gpt.diagnostics.layers import Look
 from gpt.init import Stacked, initialize
 from gpt.model import GPT
 from gpt.placement import PLACEMENTS
-from gpt.rng import generator
+from gpt.rng import generator, global_generator
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, both (B, T) integers
 
@@ -154,7 +154,7 @@ def _measure(
 
 def _start(config: ModelConfig, vocab_size: int, inputs: Tensor, seed: int) -> GPT:
     """A model before its first update, in evaluation mode."""
-    with torch.random.fork_rng([]):  # torch draws weights of its own, which are then replaced
+    with global_generator(inputs.device):  # torch draws weights of its own, which are then replaced
         model = GPT(config, vocab_size).eval()
     initialize(model, config, seed)
     for module in model.modules():

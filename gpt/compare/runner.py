@@ -363,11 +363,6 @@ def _train_task(
     configs = [cell.config for cell in task.cells]
     paths = [cell_directory(directory, cell) for cell in task.cells]
     made = [partial(_count, index) for index in indices]
-
-    def stop() -> bool:
-        made[0]()
-        return _stopping()
-
     ended: Sequence[RunResult | Exception]
     try:
         if task.as_one:
@@ -379,7 +374,7 @@ def _train_task(
                 saves=keep_checkpoints,
             )
         else:
-            ended = [train(configs[0], paths[0], quiet=True, stop=stop)]
+            ended = [train(configs[0], paths[0], quiet=True, stop=_stopping, made=made[0])]
     except Exception as error:
         ended = [error] * len(configs)
     for path, each in zip(paths, ended, strict=True):

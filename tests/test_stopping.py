@@ -1,0 +1,289 @@
+"""Stops at any moment, runs in threads, and what training leaves as it was in its process."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_training import assert_same_run, records, stop_after
+
+from gpt import checkpoint as checkpoints
+from gpt import training
+from gpt.config import Config
+from gpt.data.preparation import prepare
+from gpt.ensemble import train_together
+from gpt.model import GPT
+from gpt.run import RunResult
+from gpt.schedule import rate, rate_change
+
+Make = Callable[..., Config]
+
+
+def run(config: Config, out: Path, **options: Any) -> RunResult:
+    return training.train(config, out, quiet=True, **options)
+
+
+def stop_when_asked(times: int) -> tuple[Callable[[], bool], list[None]]:
+    """A `stop` that comes true when it is asked for the n-th time, and the list of those times."""
+    asked: list[None] = []
+
+    def stop() -> bool:
+        asked.append(None)
+        return len(asked) >= times
+
+    return stop, asked
+
+
+def files(out: Path) -> dict[str, str]:
+    """SHA-256 of every file of a run that has no times in it."""
+    with_times = {"metrics.jsonl", "result.json", "history.jsonl", "environment.json", "loss.png"}
+    with_times |= {"state.json", "manifest.json"}
+    return {
+        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and path.name not in with_times
+    }
+
+
+@pytest.fixture
+def every(tiny: Make) -> Config:
+    """Six updates of two micro-batches, with everything that may come between two updates."""
+    return tiny(
+        model={"dropout": 0.2, "layers": 1},
+        training={"steps": 6, "micro_batch": 2},
+        evaluation={"every": 2, "sequences": 5},
+        sampling={"tokens": 3, "every": 3},
+        checkpoint={"every": 3},
+        diagnostics={"every": 4},
+    )
+
+
+def test_a_stop_whenever_it_is_asked_for_changes_nothing(every: Config, tmp_path: Path):
+    """In an evaluation, between micro-batches, while a sample is drawn, before and after updates.
+
+    Every third moment, as the moments repeat themselves from update to update.
+    """
+    prepare(every.data)
+    never, asked = stop_when_asked(10**9)
+    run(every, tmp_path / "whole", stop=never)
+    assert len(asked) > 30
+    reasons = set()
+    for number in range(1, len(asked) + 1, 3):
+        out = tmp_path / str(number)
+        stop, _ = stop_when_asked(number)
+        stopped = run(every, out, stop=stop)
+        assert stopped.status == "interrupted"
+        reasons.add(stopped.reason)
+        assert run(every, out).status == "finished"
+        assert_same_run(tmp_path / "whole", out, step=6)
+        assert files(out) == files(tmp_path / "whole")
+    assert "stopped before step 1 was made" in reasons
+    assert len(reasons) > 4  # and after several of the steps
+
+
+def test_stops_one_after_the_other_change_nothing(every: Config, tmp_path: Path):
+    """Also where a stop comes in the middle of what an earlier one left to be done."""
+    run(every, tmp_path / "whole")
+    out = tmp_path / "parts"
+    for times in (7, 2, 3, 4, 5, 6, 7, 8):
+        stop, _ = stop_when_asked(times)
+        run(every, out, stop=stop)
+    assert run(every, out).status == "finished"
+    assert_same_run(tmp_path / "whole", out, step=6)
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_a_stop_does_not_wait_for_an_evaluation(tiny: Make, tmp_path: Path, monkeypatch: Any):
+    """What is due after the last update is left, and comes first when the run is resumed."""
+    config = tiny()
+    objective, evaluated = GPT.objective, []
+
+    def counted(self: GPT, *arguments: Any) -> Any:
+        if not self.training:
+            evaluated.append(None)
+        return objective(self, *arguments)
+
+    monkeypatch.setattr(GPT, "objective", counted)
+    run(config, tmp_path / "run", **stop_after(10))
+    assert len(evaluated) == 2  # before the first update; 8 sequences in micro-batches of 4
+    assert not list((tmp_path / "run/samples").iterdir())
+    run(config, tmp_path / "run", **stop_after(0))
+    assert len(evaluated) == 2
+    assert [r for r in records(tmp_path / "run") if "val_loss" in r and r["step"] == 10] == []
+    run(config, tmp_path / "run")
+    assert [r["step"] for r in records(tmp_path / "run") if "val_loss" in r] == [0, 10, 20]
+
+
+def test_a_stop_of_cells_whenever_it_is_asked_for_changes_nothing(tiny: Make, tmp_path: Path):
+    configs = [
+        tiny(
+            seed=seed,
+            model={"layers": 1},
+            training={"steps": 4},
+            evaluation={"every": 2, "sequences": 8},
+            sampling={"tokens": 2},
+        )
+        for seed in range(2)
+    ]
+
+    def together(out: Path, stop: Callable[[], bool]) -> list[Any]:
+        paths = [out / str(i) for i in range(2)]
+        ended = train_together(configs, paths, stop=stop, made=lambda index: None, saves=False)
+        assert all(isinstance(each, RunResult) for each in ended), ended
+        return ended
+
+    (tmp_path / "whole").mkdir()
+    prepare(configs[0].data)
+    never, asked = stop_when_asked(10**9)
+    together(tmp_path / "whole", never)
+    for number in range(1, len(asked) + 1, 4):
+        out = tmp_path / str(number)
+        out.mkdir()
+        stop, _ = stop_when_asked(number)
+        stopped = together(out, stop)
+        assert len({each.step for each in stopped}) == 1
+        together(out, lambda: False)
+        for cell in "01":
+            assert records(out / cell) == records(tmp_path / "whole" / cell)
+
+
+# -- Divergence --------------------------------------------------------------------------------
+
+
+def test_a_stop_in_the_search_for_a_divergence_is_not_its_end(tiny: Make, tmp_path: Path):
+    config = tiny(
+        optimizer={"name": "sgd", "learning_rate": 1e6, "clip": None, "momentum": 0},
+        schedule={"warmup": "none"},
+    )
+    whole = run(config, tmp_path / "whole")
+    assert whole.status == "diverged"
+    assert whole.failure is not None
+    assert whole.failure.place is not None
+    searched = training.Training._first_place
+
+    def stopped_search(self: training.Training, fault: Any) -> Any:
+        self.stop = lambda: True
+        return searched(self, fault)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Training, "_first_place", stopped_search)
+        stopped = run(config, tmp_path / "parts")
+    assert stopped.status == "interrupted"
+    assert stopped.reason.startswith(whole.reason.partition(",")[0])
+    resumed = run(config, tmp_path / "parts")
+    assert resumed.failure == whole.failure
+    assert resumed.reason == whole.reason
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("updates", [2, 6])
+def test_what_was_saved_for_a_stop_does_not_outlive_a_divergence(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, updates: int
+):
+    """`latest` names what it names in the undisturbed run, before the first checkpoint as well."""
+    every = {2: 10, 6: 5}[updates]
+    config = tiny(checkpoint={"every": every}, evaluation={"every": 20})
+    sequences = training.TrainingSequences(
+        prepare(config.data).train, config.model.context, config.data_seed
+    )
+    bad = torch.from_numpy(sequences.batch(8, 4)[0])
+    objective = GPT.objective
+
+    def spoilt(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
+        minimised, loss = objective(self, x, *rest)
+        nan = float("nan") if self.training and torch.equal(x, bad) else 1.0
+        return minimised * nan, loss * nan
+
+    monkeypatch.setattr(GPT, "objective", spoilt)
+    assert run(config, tmp_path / "whole").status == "diverged"
+    run(config, tmp_path / "parts", **stop_after(updates))
+    assert checkpoints.pointed(tmp_path / "parts/checkpoints", "latest") is not None
+    assert run(config, tmp_path / "parts").status == "diverged"
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+# -- The process it runs in ----------------------------------------------------------------------
+
+
+def test_runs_in_threads_are_the_runs_one_after_the_other(tiny: Make, tmp_path: Path):
+    configs = [
+        tiny(seed=seed, model={"dropout": 0.3}, training={"steps": 8}, sampling={"tokens": 0})
+        for seed in range(3)
+    ]
+    prepare(configs[0].data)
+    for config in configs:
+        run(config, tmp_path / f"turn-{config.seed}")
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    threads = [
+        threading.Thread(target=run, args=(config, tmp_path / f"thread-{config.seed}"))
+        for config in configs
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(torch.rand(3), expected)
+    for seed in range(3):
+        assert_same_run(tmp_path / f"turn-{seed}", tmp_path / f"thread-{seed}", step=8)
+
+
+DENORMALS = """
+import sys
+from pathlib import Path
+import torch
+from gpt.config import Config
+from gpt.training import train
+
+torch.set_num_threads(2)
+config = Config.model_validate_json(Path(sys.argv[1]).read_text())
+train(config, sys.argv[2], quiet=True)
+small = torch.full((2_000_000,), 1e-40) * 1.0  # shared by torch's threads
+print(int((small == 0).sum()), sys.float_info.min / 2 > 0)
+"""
+
+
+def test_training_leaves_the_callers_denormal_numbers_alone(
+    tiny: Make, tmp_path: Path, environment: dict[str, str]
+):
+    config = tiny(training={"steps": 2, "batch_sequences": 64}, model={"width": 64})
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    done = subprocess.run(
+        [sys.executable, "-c", DENORMALS, tmp_path / "config.json", tmp_path / "run"],
+        env={**environment, "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "0 True\n", done.stderr
+
+
+# -- A longer run --------------------------------------------------------------------------------
+
+
+def test_a_longer_run_says_how_its_learning_rate_changes(
+    tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run(tiny(), tmp_path / "run")
+    longer = tiny(training={"steps": 30})
+    training.train(longer, tmp_path / "run")
+    full, schedule = longer.optimizer.learning_rate, longer.schedule
+    before, after = full * rate(schedule, 20, 20), full * rate(schedule, 21, 30)
+    said = f"was {before:.2e} at step 20 and is {after:.2e} at step 21"
+    assert said in capsys.readouterr().err
+
+
+def test_a_rate_that_does_not_change_is_not_spoken_of(tiny: Make):
+    body = {"warmup_steps": 5, "body": "constant"}
+    short, long = tiny(schedule=body), tiny(schedule=body, training={"steps": 30})
+    assert rate_change(short, long, 20) is None
+    assert rate_change(tiny(), tiny(training={"steps": 30}), 0) is None
+    assert rate_change(tiny(), tiny(training={"steps": 30}), 3) is None  # still warming up
