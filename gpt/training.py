@@ -514,7 +514,8 @@ class Training:
             giving_up = evaluating and not last and self._gives_up()
             if sampling:
                 self._stop_short(stopping)
-                self._sample()
+                with self._elsewhere_if_need_be(evaluated=evaluating):
+                    self._sample()
             self.progress.pending = False
         except _StopAskedError:
             stopping, self.progress = True, replace(before, pending=True)

@@ -110,7 +110,7 @@ def test_a_spoilt_update_is_skipped_and_counted(tiny: Make, tmp_path: Path, spoi
     lines = {r["step"]: r for r in records(tmp_path / "whole") if "loss" in r}
     assert [step for step in lines if lines[step]["loss"] is None] == [7]
     assert [step for step in lines if lines[step].get("skipped")] == [7]
-    for _ in range(5):
+    for _ in range(6):
         parts = run(config, tmp_path / "parts", **stop_after(4))
     assert parts.skipped_updates == 1
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
