@@ -75,3 +75,9 @@ def vouch(folder: Path) -> None:
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem: str) -> None:
+    """End the run at once when a test kills its worker; the others would first end their files."""
+    pytest.exit(f"{crashitem} crashed its worker", returncode=1)
