@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ FONTS = (
     *("Hiragino Sans", "Apple SD Gothic Neo", "Malgun Gothic", "Noto Sans", "Arial Unicode MS"),
 )
 
+_SETTINGS = threading.RLock()  # matplotlib's are global, and runs may be drawn in threads
+
 
 @contextmanager
 def literal_text() -> Iterator[None]:
@@ -49,7 +52,7 @@ def literal_text() -> Iterator[None]:
         "text.usetex": False,
         "font.family": ["DejaVu Sans", *(name for name in FONTS if name in installed)],
     }
-    with mpl.rc_context(options), warnings.catch_warnings():
+    with _SETTINGS, mpl.rc_context(options), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
         yield
 

@@ -19,7 +19,6 @@ import csv
 import io
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -42,6 +41,7 @@ from gpt.console import Console, duration
 from gpt.data import preparation
 from gpt.errors import InputError, printable
 from gpt.files import is_scrap, only_one_in, write_text
+from gpt.run import command_line
 
 
 def compare(
@@ -335,6 +335,6 @@ def _to_json(tree: dict[str, Any]) -> str:
 
 def _note_command(directory: Path) -> None:
     """Append this command line to command.json."""
-    now = Command(sys.argv, datetime.now(UTC).isoformat(timespec="seconds"))
+    now = Command(command_line(), datetime.now(UTC).isoformat(timespec="seconds"))
     commands = [asdict(command) for command in (*read_commands(directory), now)]
     write_text(directory / "command.json", json.dumps(commands, indent=2) + "\n")
