@@ -40,6 +40,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
 
+from gpt.console import set_encoding
 from gpt.errors import InputError, nearest
 
 # ---------------------------------------------------------------------------------------------
@@ -862,4 +863,5 @@ def schema() -> str:
 
 
 if __name__ == "__main__":
+    set_encoding()
     sys.stdout.write(schema())

@@ -53,6 +53,7 @@ from gpt.config import (
     read_yaml,
     validate,
 )
+from gpt.console import set_encoding
 from gpt.errors import InputError, nearest, printable
 
 RATE = "optimizer.learning_rate"
@@ -432,4 +433,5 @@ def schema() -> str:
 
 
 if __name__ == "__main__":
+    set_encoding()
     sys.stdout.write(schema())
