@@ -28,8 +28,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -219,7 +219,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        return safetensors.torch.load(path.read_bytes())
+        return parse_tensors(path.read_bytes())
     return load_file(path)
 
 
