@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import math
 import os
 import shlex
@@ -39,10 +38,13 @@ from gpt.config import (
     Section,
     Seed,
     Weights,
+    expand_user,
     load,
     validate,
 )
+from gpt.console import set_encoding, show, write_result
 from gpt.errors import InputError, StoppedError, nearest, told
+from gpt.files import read_small
 from gpt.flags import as_flag, parse
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ def main() -> int:
         "checkpoint": checkpoint,
         "diagnose": diagnose,
     }
+    set_encoding()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in commands:
         return commands[name](sys.argv[2:], prog=f"steadygpt {name}")
@@ -81,9 +84,9 @@ def main() -> int:
         "prepare CONFIG.yaml ... | checkpoint verify DIR | diagnose RUN_DIR   (--help for each)"
     )
     if name in ("-h", "--help"):
-        print(usage)
+        show(usage)
         return 0
-    print(f"steadygpt: {name}: no such command{nearest(name, commands)}\n{usage}", file=sys.stderr)
+    show(f"steadygpt: {name}: no such command{nearest(name, commands)}\n{usage}", sys.stderr)
     return 2
 
 
@@ -101,15 +104,14 @@ _ENVIRONMENT = {
 @contextlib.contextmanager
 def _door(prog: str) -> Iterator[None]:
     """Wrong input ends the program with its message and exit code 2."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a sample's letters
+    set_encoding()
     try:
         yield
     except InputError as error:
-        print("\n".join(f"{prog}: {line}" for line in told(error)), file=sys.stderr)
+        show("\n".join(f"{prog}: {line}" for line in told(error)), sys.stderr)
         raise SystemExit(2) from None
     except StoppedError as stopped:
-        print(f"{prog}: {stopped}", file=sys.stderr)
+        show(f"{prog}: {stopped}", sys.stderr)
         raise SystemExit(75) from None
     except KeyboardInterrupt:  # while starting up, or sampling: there is nothing to save
         raise SystemExit(130) from None
@@ -119,8 +121,13 @@ def _door(prog: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _ENVIRONMENT:
             raise
-        print(f"{prog}: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        show(f"{prog}: {error.filename or 'writing'}: {error.strerror}", sys.stderr)
         raise SystemExit(2) from None
+
+
+def _path(argument: str) -> Path:
+    """A path of the command line."""
+    return Path(expand_user(argument))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -152,13 +159,14 @@ def train(argv: list[str] | None = None, prog: str = "train.py") -> int:
     """`train.py CONFIG.yaml ...`; returns the exit code."""
     with _door(prog):
         flags, options = parse(TrainFlags, Config, prog, argv)
-        config = load(flags.config, options)
+        config = load(_path(flags.config), options)
         if flags.print_config:
-            sys.stdout.write(config.to_yaml())
+            write_result(config.to_yaml())
             return 0
-        out_dir = Path(flags.out_dir or Path("runs") / config.name)
+        out_dir = _path(flags.out_dir) if flags.out_dir else Path("runs") / config.name
+        resume = expand_user(flags.resume)
         if flags.dry_run:
-            print(_dry_run(config, out_dir, flags.resume))
+            show(_dry_run(config, out_dir, resume))
             return 0
         import torch
 
@@ -166,8 +174,8 @@ def train(argv: list[str] | None = None, prog: str = "train.py") -> int:
 
         torch.set_flush_denormal(True)  # before torch starts its other threads, which inherit it
         with StopSignals(flags.max_seconds) as stop:
-            result = run(config, out_dir, resume=flags.resume, stop=stop)
-        print(_report(result, prog))
+            result = run(config, out_dir, resume=resume, stop=stop)
+        show(_report(result, prog))
     return EXIT_CODES[result.status]
 
 
@@ -217,9 +225,8 @@ def _report(result: RunResult, prog: str) -> str:
     samples = sorted((result.directory / "samples").glob("step-*.txt"))
     if samples:
         lines.append(f"  sample           {samples[-1]}:")
-        text = samples[-1].read_text("utf-8", "replace")
-        shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-        lines += ["  | " + line for line in shown.splitlines()]
+        text = read_small(samples[-1]).decode("utf-8", "replace").removesuffix("\n")
+        lines += ["  | " + line for line in text.split("\n")]
     saved = (result.directory / "checkpoints" / "latest").is_file()
     if result.status == "diverged" and saved:
         lines.append("  The last good checkpoint is kept.")
@@ -304,13 +311,13 @@ def prepare(argv: list[str] | None = None, prog: str = "prepare") -> int:
     """`steadygpt prepare CONFIG.yaml ...`; returns the exit code."""
     with _door(prog):
         flags, options = parse(PrepareFlags, Config, prog, argv)
-        config = load(flags.config, options)
+        config = load(_path(flags.config), options)
         from gpt.console import Console
         from gpt.data.preparation import prepare as run
 
         with StopSignals() as stop, contextlib.closing(Console()) as console:
             dataset = run(config.data, console, stop)
-        print(_found(dataset))
+        show(_found(dataset))
     return 0
 
 
@@ -383,7 +390,7 @@ def sample(argv: list[str] | None = None, prog: str = "sample.py") -> int:
         options = validate(SampleOptions, given, origin=as_flag)
         if options.prompt is not None and options.prompt_file is not None:
             raise InputError("give --prompt or --prompt-file, not both")
-        _sample(Path(flags.run_dir), _prompt(options, prog), options, prog)
+        _sample(_path(flags.run_dir), _prompt(options, prog), options, prog)
     return 0
 
 
@@ -433,7 +440,7 @@ def _sample(run_dir: Path, prompt: str, options: SampleOptions, prog: str) -> No
     model, encoding, step = load_run(run_dir, options.checkpoint, device)
     tokens = encode(encoding, prompt, "the prompt") or [encoding.eot_token]
     context = model.config.context
-    print(f"{prog}: {run_dir}, step {step}", file=sys.stderr)
+    show(f"{prog}: {run_dir}, step {step}", sys.stderr)
     if len(tokens) + options.max_new_tokens > context:
         print(
             f"{prog}: longer than the model's context of {context} tokens: the text is seen "
@@ -460,8 +467,7 @@ def _sample(run_dir: Path, prompt: str, options: SampleOptions, prog: str) -> No
 
     def stream() -> None:
         nonlocal shown
-        sys.stdout.write(texts[0][shown:])
-        sys.stdout.flush()
+        write_result(texts[0][shown:])
         shown = len(texts[0])
 
     stream()
@@ -473,9 +479,8 @@ def _sample(run_dir: Path, prompt: str, options: SampleOptions, prog: str) -> No
     texts = [text + decoder.close() for text, decoder in zip(texts, decoders, strict=True)]
     stream()
     for text in texts[1:]:
-        sys.stdout.write(f"\n{'-' * 60}\n{text}")
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+        write_result(f"\n{'-' * 60}\n{text}")
+    write_result("\n")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -533,8 +538,8 @@ def compare(argv: list[str] | None = None, prog: str = "compare.py") -> int:
             raise InputError(f"--workers {workers}: must be a number of processes, 1 or more")
         if flags.dry_run and flags.report_only:
             raise InputError("give --dry-run or --report-only, not both")
-        path = Path(flags.grid)
-        directory = Path(flags.out_dir) if flags.out_dir else Path("runs") / path.stem
+        path = _path(flags.grid)
+        directory = _path(flags.out_dir) if flags.out_dir else Path("runs") / path.stem
         if path.is_dir():
             if flags.out_dir:
                 raise InputError(f"--out-dir: {path} is a comparison directory already")
@@ -554,7 +559,7 @@ def _compare(grid: Grid, cells: list[Cell], directory: Path, flags: CompareFlags
     from gpt.compare.runner import default_workers
     from gpt.console import Console
 
-    beside = Path(flags.beside) if flags.beside else None
+    beside = _path(flags.beside) if flags.beside else None
     if beside is not None:
         comparison.read_comparison(beside)  # now or never
     if flags.report_only:
@@ -563,7 +568,7 @@ def _compare(grid: Grid, cells: list[Cell], directory: Path, flags: CompareFlags
     else:
         workers = int(flags.workers) if flags.workers else default_workers(cells)
         if flags.dry_run:
-            print(comparison.dry_run(grid, cells, directory, workers))
+            show(comparison.dry_run(grid, cells, directory, workers))
             return 0
         with StopSignals(flags.max_seconds) as stop, contextlib.closing(Console()) as console:
             done = comparison.compare(
@@ -573,7 +578,7 @@ def _compare(grid: Grid, cells: list[Cell], directory: Path, flags: CompareFlags
             print("interrupted: cells are saved; the same command goes on", file=sys.stderr)
             return EXIT_CODES["interrupted"]
         summary = done
-    print(comparison.told(summary, directory))
+    show(comparison.told(summary, directory))
     return 1 if "error" in summary.lost.values() else 0
 
 
@@ -598,7 +603,7 @@ def checkpoint(argv: list[str] | None = None, prog: str = "gpt.checkpoint") -> i
         flags, _ = parse(CheckpointFlags, Section, prog, argv)
         from gpt import checkpoint as checkpoints
 
-        given = Path(flags.directory)
+        given = _path(flags.directory)
         folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
         found = list(checkpoints.steps(folder).values())
         if checkpoints.STEP_NAME.fullmatch(given.absolute().name):
@@ -609,10 +614,10 @@ def checkpoint(argv: list[str] | None = None, prog: str = "gpt.checkpoint") -> i
         for path in found:
             try:
                 checkpoints.load(path)
-                print(f"{path}: whole")
+                show(f"{path}: whole")
             except InputError as error:
                 damaged += 1
-                print(error)
+                show("\n".join(told(error)))
         if damaged:
             raise InputError(f"{given}: {damaged} of {len(found)} checkpoints damaged")
     return 0
@@ -639,7 +644,7 @@ def diagnose(argv: list[str] | None = None, prog: str = "diagnose") -> int:
         from gpt.plot import plot_layers
         from gpt.run import RunDirectory
 
-        run = RunDirectory(Path(flags.run_dir))
+        run = RunDirectory(_path(flags.run_dir))
         run.read_config()  # this is a run
         records = metrics.read(run.metrics)
         if not any("layer" in record for record in records):
@@ -647,5 +652,5 @@ def diagnose(argv: list[str] | None = None, prog: str = "diagnose") -> int:
                 f"{run.path}: has no measures of its layers; train with --diagnostics.every 50"
             )
         plot_layers(records, run.layers, title=str(run.path))
-        print(run.layers)
+        show(str(run.layers))
     return 0

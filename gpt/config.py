@@ -19,6 +19,7 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
 
+from gpt.console import set_encoding
 from gpt.errors import InputError, nearest
 
 # ---------------------------------------------------------------------------------------------
@@ -119,13 +121,46 @@ def _several(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _nul_free(value: str) -> str:
+def expand_user(path: str) -> str:
+    """`path` with a leading `~` or `~user` replaced by that user's home directory.
+
+    Raises:
+        InputError: there is no such user.
+    """
+    if not path.startswith("~"):
+        return path
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        user = path.partition("/")[0]
+        raise InputError(f"{path}: there is no user {user[1:]}; a file of that name is ./{user}")
+    return expanded
+
+
+def _file_name(value: str) -> str:
     if "\0" in value:
         raise PydanticCustomError("nul", "holds a NUL character, as no file's name does")
-    return value
+    return expand_user(value)
 
 
-FileName = Annotated[str, AfterValidator(_nul_free)]
+def is_reserved(name: str) -> bool:
+    """Whether Windows reserves a file's name, which it does whatever the ending."""
+    return name.partition(".")[0].rstrip().lower() in RESERVED
+
+
+def _run_name(name: str) -> str:
+    if is_reserved(name) or name.endswith("."):
+        raise PydanticCustomError("reserved", "is not a file's name on Windows")
+    return name
+
+
+RESERVED = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    *(f"{port}{n}" for port in ("com", "lpt") for n in range(10)),
+}
+FileName = Annotated[str, AfterValidator(_file_name)]
 Strings = Annotated[
     tuple[FileName, ...], BeforeValidator(_several, json_schema_input_type=str | list[str])
 ]
@@ -509,7 +544,11 @@ class SamplingConfig(Sampling):
 class Config(Section):
     """Everything that determines a run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = "run"
+    name: Annotated[
+        str,
+        Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100),
+        AfterValidator(_run_name),
+    ] = "run"
     """Name of the run, and of its folder under runs/; the config file's name unless given."""
     seed: Seed = 0
     """Seed of initial weights, data order, dropout and samples."""
@@ -710,9 +749,10 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return tree
     if not isinstance(base, str):
         raise InputError(f"{path}: base: must be the path of one YAML file, found {base!r}")
-    if not (path.parent / base).is_file():
+    origin = path.parent / expand_user(base)
+    if not origin.is_file():
         raise InputError(f"{path}: base: {base}: no such file (looked in {path.parent.absolute()})")
-    below = read(path.parent / base, (*seen, path.resolve()))
+    below = read(origin, (*seen, path.resolve()))
     return merge({key: value for key, value in below.items() if key != "name"}, tree)
 
 
@@ -781,8 +821,10 @@ def _explain(error: ErrorDetails, options: list[str]) -> tuple[str, str]:
         shown = repr(found) if len(repr(found)) <= 60 else repr(found)[:57] + "..."
     except ValueError:  # an int of thousands of digits
         shown = "a very long number"
-    if error["type"] in ("choice", "number"):
+    if error["type"] in ("choice", "number", "nul", "reserved", "characters"):
         return key, f"{shown} {error['msg']}"
+    if error["type"] == "string_unicode":
+        return key, f"{shown} is not Unicode text"
     if error["type"] == "model_type":
         return key, f"must be a mapping of options, found {shown}"
     message = error["msg"].partition(", unable to parse")[0]
@@ -821,4 +863,5 @@ def schema() -> str:
 
 
 if __name__ == "__main__":
+    set_encoding()
     sys.stdout.write(schema())

@@ -1,16 +1,45 @@
-"""What a run says while it trains: a progress bar on a terminal, plain lines otherwise.
+"""Everything that the program prints, so that text is encoded and escaped in one place.
 
-All of it goes to stderr, so that stdout carries results only. This module prints; what is recorded
-for machines is in gpt/metrics.py.
+Progress goes to stderr, a bar on a terminal and plain lines otherwise; stdout carries results only.
+This module prints; what is recorded for machines is in gpt/metrics.py.
 """
 
 from __future__ import annotations
 
+import io
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from tqdm import tqdm
+from gpt.errors import printable
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+def set_encoding() -> None:
+    """Make redirected output UTF-8 on every platform; a terminal keeps its own encoding.
+
+    What an encoding cannot express is escaped, never an error or a question mark.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            encoding = None if stream.isatty() else "utf-8"
+            stream.reconfigure(encoding=encoding, errors="backslashreplace")
+
+
+def show(text: str, file: TextIO | None = None) -> None:
+    """Print lines for people, to stdout unless `file` is given.
+
+    Names of files, values and reasons in them may hold anything, so control characters are escaped.
+    """
+    print(printable(text, "\n\t"), file=file or sys.stdout, flush=True)
+
+
+def write_result(text: str) -> None:
+    """Write `text` to stdout: exactly, but with its control characters escaped on a terminal."""
+    sys.stdout.write(printable(text, "\n\t") if sys.stdout.isatty() else text)
+    sys.stdout.flush()
 
 
 class Console:
@@ -24,9 +53,9 @@ class Console:
         """A line of its own, above the bar if there is one."""
         if not self._quiet:
             if self._bar is not None:
-                self._bar.write(text, file=sys.stderr)
+                self._bar.write(printable(text, "\n\t"), file=sys.stderr)
             else:
-                print(text, file=sys.stderr, flush=True)
+                show(text, sys.stderr)
 
     def start(
         self,
@@ -48,6 +77,8 @@ class Console:
         self._every, self._began = every, time.monotonic()
         self._said = self._began
         if sys.stderr.isatty() and not self._quiet:
+            from tqdm import tqdm  # only a terminal needs it
+
             self._bar = tqdm(
                 total=total,
                 initial=done,

@@ -8,6 +8,7 @@ for faults of the program: those stay ordinary exceptions and keep their traceba
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 HALF = 1000  # characters at either end of a line that are always shown
@@ -43,8 +44,18 @@ def told(error: InputError) -> list[str]:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """`text` with each character escaped that could steer a terminal, but for those in `keep`."""
-    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+    """`text` with each character escaped that could steer a terminal, but for those in `keep`.
+
+    Control characters, bidirectional overrides, characters without width, lone surrogates and what
+    Unicode does not assign are escaped; letters of every script, emoji and spaces are not.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c in keep or _can_be_shown(c) else ascii(c)[1:-1] for c in text)
+
+
+def _can_be_shown(character: str) -> bool:
+    return character.isprintable() or unicodedata.category(character) == "Zs"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

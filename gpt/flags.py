@@ -11,8 +11,9 @@ import dataclasses
 import functools
 import io
 import itertools
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from typing import Annotated, Any, TypeVar, get_args
 
 import tyro
@@ -44,12 +45,15 @@ def parse(
     for argument in arguments:
         if "\0" in argument:
             raise InputError(f"{argument!r}: holds a NUL character")
+    both = _both(own, section)  # type: ignore[arg-type]
+    names = [field.name for field in dataclasses.fields(own)]  # type: ignore[arg-type]
+    valid = [as_flag(key) for key in [*names, *option_paths(section)]]
+    switches = [as_flag(f.name) for f in dataclasses.fields(own) if f.default is False]  # type: ignore[arg-type]
+    arguments = _joined(arguments, {*valid} - {*switches})
     given = [a.partition("=")[0].replace("_", "-") for a in arguments if a.startswith("--")]
     twice = [flag for flag in given if given.count(flag) > 1]
     if twice:
         raise InputError(f"{twice[0]}: is given twice; several values follow one flag")
-    both = _both(own, section)  # type: ignore[arg-type]
-    names = [field.name for field in dataclasses.fields(own)]  # type: ignore[arg-type]
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -70,13 +74,20 @@ def parse(
         text = itertools.takewhile(
             lambda row: not _is_rule(row), itertools.dropwhile(_is_rule, rows)
         )
-        raise InputError(" ".join(text)) from None
+        message = " ".join(text)
+        missing = re.match(r"Missing value for argument '(.*?)'", message)
+        if missing and missing[1].startswith("--"):
+            message += f" One that begins with two dashes follows a sign: {missing[1]}=--value"
+        elif missing and any(a.startswith("-") and not FLAG.fullmatch(a) for a in arguments):
+            message += " A file whose name begins with a dash is written ./-name"
+        raise InputError(message) from None
     if unknown:
-        valid = [as_flag(key) for key in [*names, *option_paths(section)]]
         flags = [text.partition("=")[0] for text in unknown if text.startswith("--")]
+        first = unknown[0]
         raise InputError(
             "\n".join(f"{flag}: no such option{nearest(flag, valid)}" for flag in flags[:3])
-            or f"{unknown[0]!r}: one argument too many"
+            or f"{first!r}: one argument too many"
+            + (f"; a file of that name is ./{first}" if first.startswith("-") else "")
         )
     options = {name: value for name, value in vars(parsed).items() if name not in names}
     return parsed, _given(options, section)
@@ -89,6 +100,29 @@ def _both(own: type[Any], section: type[Section]) -> type[Any]:
     schemas = {**whole.get("$defs", {}), section.__name__: whole}
     fields = _fields(section, schemas)
     return dataclasses.make_dataclass("Flags", fields, bases=(own,), kw_only=True)
+
+
+def _joined(arguments: Sequence[str], valued: Set[str]) -> list[str]:
+    """The arguments with `--prompt -x` written as `--prompt=-x`, which tyro reads as a value.
+
+    What looks like a flag is never taken for a value: `--out-dir --dry-rnu` is a slip.
+
+    Args:
+        valued: flags that take a value.
+    """
+    joined: list[str] = []
+    for index, argument in enumerate(arguments):
+        if argument == "--":  # what follows is positional
+            return [*joined, *arguments[index:]]
+        is_value = argument.startswith("-") and not FLAG.fullmatch(argument)
+        if is_value and joined and joined[-1].replace("_", "-") in valued:
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+FLAG = re.compile(r"--[A-Za-z][\w.-]*(=.*)?|-h", re.DOTALL)
 
 
 def _is_rule(row: str) -> bool:

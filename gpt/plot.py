@@ -3,21 +3,67 @@
 from __future__ import annotations
 
 import io
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.ticker import MaxNLocator
 
 from gpt.diagnostics.layers import MEASURES, Measure
+from gpt.errors import printable
 from gpt.files import write_bytes
 from gpt.metrics import Record
 
 TRAIN, VALIDATION, OTHER = "#9ecae1", "#08519c", "#d95f02"  # told apart by the colour-blind too
 
+# Where they are installed, they have the letters that matplotlib's own font lacks.
+FONTS = (
+    *(
+        "Noto Sans CJK SC",
+        "Noto Sans CJK JP",
+        "WenQuanYi Zen Hei",
+        "Microsoft YaHei",
+        "PingFang SC",
+    ),
+    *("Hiragino Sans", "Apple SD Gothic Neo", "Malgun Gothic", "Noto Sans", "Arial Unicode MS"),
+)
 
+_SETTINGS = threading.RLock()  # matplotlib's are global, and runs may be drawn in threads
+
+
+@contextmanager
+def literal_text() -> Iterator[None]:
+    """Show text in the pictures drawn within as it is, not as formulas in TeX.
+
+    A letter that no installed font has is drawn as an empty box, without a warning.
+    """
+    installed = {font.name for font in fontManager.ttflist}
+    options: dict[Any, Any] = {
+        "text.parse_math": False,
+        "text.usetex": False,
+        "font.family": ["DejaVu Sans", *(name for name in FONTS if name in installed)],
+    }
+    with _SETTINGS, mpl.rc_context(options), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
+        yield
+
+
+def label(text: str, longest: int = 70) -> str:
+    """`text` in one line that has room in a picture: its end, which tells paths apart, if long."""
+    text = printable(text)
+    return text if len(text) <= longest else "..." + text[3 - longest :]
+
+
+@literal_text()
 def plot_run(records: list[Record], path: Path, title: str) -> None:
     """Draw the records of one metrics.jsonl into a PNG."""
     training = [r for r in records if r.get("loss") is not None]
@@ -29,7 +75,7 @@ def plot_run(records: list[Record], path: Path, title: str) -> None:
     loss_axes, rate_axes, norm_axes = figure.subplots(
         3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1, 1]}
     )
-    loss_axes.set_title(title)
+    loss_axes.set_title(label(title))
     loss_axes.plot(steps, [r["loss"] for r in training], color=TRAIN, lw=1, label="training")
     loss_axes.plot(
         [r["step"] for r in evaluations],
@@ -70,6 +116,7 @@ def plot_run(records: list[Record], path: Path, title: str) -> None:
     _save(figure, path)
 
 
+@literal_text()
 def plot_layers(records: list[Record], path: Path, title: str) -> None:
     """Draw the layers' records of one metrics.jsonl into a PNG: layer against step."""
     layers = [record for record in records if "layer" in record]
@@ -77,7 +124,7 @@ def plot_layers(records: list[Record], path: Path, title: str) -> None:
     rows = -(-len(shown) // 2)
     figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
     last = max(record["layer"] for record in layers)
-    figure.suptitle(f"{title}: layer 0 the embeddings, {last} the final norm and head")
+    figure.suptitle(f"{label(title)}: layer 0 the embeddings, {last} the final norm and head")
     for axes, key in zip(figure.subplots(rows, 2, squeeze=False).flat, shown, strict=False):
         own = [record for record in layers if record.get(key) is not None]
         _plot_measure(axes, own, key, MEASURES[key])

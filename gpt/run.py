@@ -160,7 +160,7 @@ class RunDirectory:
             "device": device.type if gpu is None else f"{device.type}: {gpu}",
             "threads": torch.get_num_threads(),
             "git_commit": _git_commit(),
-            "argv": sys.argv,
+            "argv": command_line(),
             **facts,
         }
         write_text(self.environment, json.dumps(tree, indent=2) + "\n")
@@ -352,6 +352,15 @@ def load_run(
         message = str(error).splitlines()[-1].strip()
         raise InputError(f"{folder}: does not fit {run.config}: {message}") from None
     return model.to(device).eval(), encoding, loaded.step
+
+
+def command_line() -> list[str]:
+    """The arguments of this process for a record.
+
+    Python has lone surrogates for bytes that are not UTF-8; JSON cannot hold them, so they are
+    escaped.
+    """
+    return [argument.encode("utf-8", "backslashreplace").decode() for argument in sys.argv]
 
 
 def _git_commit() -> str | None:

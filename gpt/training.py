@@ -17,7 +17,6 @@ import contextlib
 import hashlib
 import math
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -47,7 +46,7 @@ from gpt.model import GPT
 from gpt.optim import Optimizer
 from gpt.placement import check
 from gpt.rng import global_generator
-from gpt.run import Opened, RunDirectory, RunResult, Status, ended_run, open_run
+from gpt.run import Opened, RunDirectory, RunResult, Status, command_line, ended_run, open_run
 from gpt.schedule import rate, rate_change
 from gpt.state import Progress, State, read_state
 
@@ -348,7 +347,7 @@ class Training:
                 step,
                 changes=opened.changes,
                 skipped=[str(damage) for damage in opened.skipped],
-                command=sys.argv,
+                command=command_line(),
             )
         run.result.unlink(missing_ok=True)
         if opened.changes or not going_on:  # from here on the directory is this run

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import csv
+import html
 import io
+import itertools
 import json
 import os
 import pickle
@@ -41,7 +44,7 @@ from gpt.compare.grid import Grid, load
 from gpt.compare.starts import measure_starts
 from gpt.config import Config, SourceConfig, option_paths, validate
 from gpt.data.preparation import find
-from gpt.errors import InputError, told
+from gpt.errors import InputError, printable, told
 from gpt.files import describe
 from gpt.flags import as_flag
 
@@ -1101,3 +1104,69 @@ def test_a_file_without_end(name: str, stopped: Path):
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=15)
     assert done.returncode == 2, done.stderr[-500:]
     assert name in done.stderr
+
+
+# Odd names -----------------------------------------------------------------------------------
+
+ODD_NAMES = [
+    *("..", "-", "_", "$1", "$x_$", r"\frac{a}", "%s", "{}", "{{ 1 }}", "=1+1", "@x", "+b"),
+    *("-a", "-1", "<script>", "</svg>", "a|b", "`a`", "[x](javascript:y)", "**a**", "1. a"),
+    *("# a", "a&amp;b", "日本", "👍", "e\u0301", "שלום", "a\u00a0b", "'a\"", "x" * 40, "|" * 40),
+]
+
+
+def test_every_name_that_is_accepted_has_a_report(
+    compared: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+):
+    folder = Path(shutil.copytree(compared, tmp_path / "$x$ \u202e\n%s"))
+    grid = yaml.safe_load((folder / "grid.yaml").read_text())
+    grid["arms"] = {"f": {name: {"model.norm.placement": "pre"} for name in ODD_NAMES}}
+    grid["grid"] = {"optimizer.learning_rate": [0.01]}
+    grid["title"] = grid["contrast"]["question"] = " ".join(ODD_NAMES[:20])
+    grid["contrast"]["of"] = ODD_NAMES[:2]
+    grid["pairs"] = list(map(list, itertools.pairwise(ODD_NAMES)))
+    (folder / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
+    (run,) = folder.glob("cells/pre_learning-rate-0.01_*")
+    for cell in load(folder / "grid.yaml")[1]:
+        shutil.copytree(run, folder / "cells" / cell.id)
+        (folder / "cells" / cell.id / "config.yaml").write_text(cell.config.to_yaml())
+    starts = json.loads((folder / "probes.json").read_text())
+    (folder / "probes.json").write_text(json.dumps([s | {"arms": ODD_NAMES} for s in starts]))
+
+    answer = knock("compare.py", folder, "--report-only")
+    assert answer.code == 0, answer
+    assert printable(answer.out, "\n\t") == answer.out
+    assert not [str(w.message) for w in recwarn if "font" in str(w.message)]
+    page = html.unescape((folder / "report.html").read_text("utf-8"))
+    svg = "".join(html.unescape(path.read_text("utf-8")) for path in folder.glob("figures/*.svg"))
+    for name in ODD_NAMES:
+        assert f"<tr><td>{name}</td>" in re.sub(' class="arm-[0-9]+"', "", page), name
+        assert f">{name}</text>" in svg, name
+    with (folder / "cells.csv").open(encoding="utf-8", newline="") as file:
+        arms = [row["arm"] for row in csv.DictReader(file)]
+    formulas = {"-", "=1+1", "@x", "+b", "-a"}
+    assert arms == [f"'{name}" if name in formulas else name for name in ODD_NAMES]
+    text = (folder / "report.md").read_text("utf-8")
+    assert not re.search(r"<script|[^\\]\]\(javascript|[^\\]`a|[^\\]\*a", text)
+    tables = [line for line in text.splitlines() if line.startswith("| ")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables} == {8, 6}
+
+
+def test_escapes_in_forged_files_do_not_reach_the_terminal(compared: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(compared, tmp_path / "a\x1b[2J\u202eb"))
+    for path in folder.glob("cells/pre*/result.json"):
+        tree = json.loads(path.read_text())
+        path.write_text(json.dumps(tree | {"reason": "given up: \x1b[31m\udcff\uffff"}))
+    command = {"argv": ["x\ny", "\x1b"], "began": "\uffff"}
+    (folder / "command.json").write_text(json.dumps([command]))
+    for door, where in (
+        ("compare.py", folder),
+        ("sample.py", folder),
+        ("diagnose", next(folder.glob("cells/pre*0.01*"))),
+    ):
+        answer = knock(door, where, *(["--report-only"] if door == "compare.py" else []))
+        assert answer.code == (2 if door == "sample.py" else 0), answer
+        assert printable(answer.out + answer.err, "\n\t") == answer.out + answer.err
+    for name in ("report.html", "report.md", "cells.csv"):
+        text = (folder / name).read_text("utf-8")
+        assert printable(text, "\n\t") == text

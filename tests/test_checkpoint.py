@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +221,13 @@ def test_a_save_that_fails_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.M
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
     monkeypatch.undo()
     assert checkpoints.load(good).step == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_folder_whose_name_is_not_utf8_is_read_back(tmp_path: Path):
+    parent = Path(os.fsdecode(os.fsencode(tmp_path) + b"/run-\xff"))
+    parent.mkdir()
+    saved = make(3)
+    checkpoints.save(parent, saved)
+    (folder,) = checkpoints.steps(parent).values()
+    assert torch.equal(checkpoints.load(folder).model["w"], saved.model["w"])

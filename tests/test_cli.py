@@ -19,6 +19,7 @@ from conftest import ROOT
 
 from gpt import cli
 from gpt.config import Config
+from gpt.flags import parse
 from gpt.training import train
 
 Make = Callable[..., Config]
@@ -132,7 +133,7 @@ def test_a_combination_that_makes_no_sense_is_refused_before_anything_is_done(
     assert (code, out) == (2, "")
     message = "placement rezero has no norms at all; leave that at its default"
     assert err == f"train.py: model.norm.type: rms: {message}\n"
-    assert list(tmp_path.iterdir()) == []
+    assert not list(tmp_path.glob("~*"))
 
 
 def test_help_names_every_option_and_its_values(capsys: pytest.CaptureFixture[str]):
@@ -188,7 +189,7 @@ def test_dry_run_writes_nothing(
     assert code == 0
     assert "not prepared yet" in out
     assert "parameters" in out
-    assert list(tmp_path.iterdir()) == []
+    assert not list(tmp_path.glob("~*"))
 
 
 @pytest.mark.parametrize(
@@ -610,3 +611,90 @@ def test_the_installed_command_has_the_same_doors(
     monkeypatch.setattr(sys, "argv", ["steadygpt", "trian"])
     assert cli.main() == 2
     assert "perhaps you meant train" in capsys.readouterr().err
+
+
+# -- arguments ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--prompt", "-x"], "-x"),
+        (["--prompt=-x"], "-x"),
+        (["--prompt=--top-k"], "--top-k"),
+        (["--prompt", "---"], "---"),
+        (["--prompt", "-- a dialogue"], "-- a dialogue"),
+        (["--prompt", "-1e-3"], "-1e-3"),
+    ],
+)
+def test_a_value_may_begin_with_a_dash(arguments: list[str], expected: str):
+    flags, given = parse(cli.SampleFlags, cli.SampleOptions, "sample.py", ["run", *arguments])
+    assert flags.run_dir == "run"
+    assert given == {"prompt": expected}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("sample", ["run", "--prompt", "--top-k", "3"], "--prompt=--value"),
+        ("sample", ["run", "--prompt", "--", "-x"], "--prompt=--value"),
+        ("sample", ["-run"], "./-name"),
+        ("sample", ["run", "-x"], "./-x"),
+        ("train", ["c.yaml", "--out-dir", "--dry-rnu"], "--out-dir=--value"),
+        ("train", ["c.yaml", "--dry-run", "-x"], "./-x"),
+        ("sample", ["--", "-run"], "-run: no such directory"),
+    ],
+)
+def test_a_dash_that_begins_no_value_is_explained(
+    capsys: pytest.CaptureFixture[str], name: str, arguments: list[str], words: str
+):
+    code, out, err = called(capsys, name, *arguments)
+    assert (code, out) == (2, "")
+    assert words in err
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("train", ["~/c.yaml"]),
+        ("prepare", ["~/c.yaml"]),
+        ("sample", ["~/c.yaml"]),
+        ("sample", ["run", "--prompt-file", "~/c.yaml"]),
+        ("compare", ["~/c.yaml"]),
+        ("checkpoint", ["verify", "~/c.yaml"]),
+        ("diagnose", ["~/c.yaml"]),
+    ],
+)
+def test_a_tilde_is_a_home_directory(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    name: str,
+    arguments: list[str],
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    code, _, err = called(capsys, name, *arguments)
+    assert code == 2
+    assert str(tmp_path / "home" / "c.yaml") in err
+    code, _, err = called(capsys, name, *(a.replace("~", "~no-such-user") for a in arguments))
+    assert code == 2
+    assert "there is no user no-such-user" in err
+    assert not list(tmp_path.glob("~*"))
+
+
+def test_out_dir_and_resume_take_a_tilde(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    config_file: Path,
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    code, out, _ = called(capsys, "train", config_file, "--out-dir", "~/run", "--dry-run")
+    assert code == 0
+    assert str(tmp_path / "run") in out
+    code, _, err = called(capsys, "train", config_file, "--resume", "~/step", "--dry-run")
+    assert code == 2
+    assert f"--resume {tmp_path / 'step'}" in err

@@ -319,3 +319,37 @@ def test_every_option_is_documented():
                 assert info.description, name
 
     check(Config)
+
+
+def test_a_tilde_in_a_path_is_a_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "base.yaml").write_text("seed: 7")
+    path = tmp_path / "c.yaml"
+    path.write_text("base: ~/base.yaml\ndata: {source: text, path: ['~/a/*.txt', ./~b, c~]}")
+    over = {"data": {"cache_dir": "~/x", "mix": [{"path": "~/m"}], "path": []}}
+    config = load(path, {"checkpoint": {"spare_dir": "~"}})
+    assert config.seed == 7
+    assert config.data.path == (f"{tmp_path}/a/*.txt", "./~b", "c~")
+    assert config.checkpoint.spare_dir == str(tmp_path)
+    data = load(path, over).data
+    assert data.cache_dir == f"{tmp_path}/x"
+    assert data.sources[0].path == (f"{tmp_path}/m",)
+
+
+def test_no_such_user_is_an_error_and_not_a_folder(tmp_path: Path):
+    path = tmp_path / "c.yaml"
+    path.write_text("data: {source: text, path: ~no-such-user/x}")
+    with pytest.raises(InputError, match=r"data\.path\.0: ~no-such-user/x: there is no user"):
+        load(path)
+    path.write_text("base: ~no-such-user/x")
+    with pytest.raises(InputError, match="there is no user no-such-user"):
+        load(path)
+
+
+@pytest.mark.parametrize("name", ["con", "NUL", "aux.v2", "com1", "run."])
+def test_a_name_that_windows_reserves_is_refused(name: str, tmp_path: Path):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"name: {name}")
+    with pytest.raises(InputError, match="not a file's name on Windows"):
+        load(path)

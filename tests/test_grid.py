@@ -299,3 +299,44 @@ def test_a_grid_is_documented_and_its_schema_is_current():
         assert all(info.description for info in section.model_fields.values())
     shipped = (ROOT / "configs/compare/schema.json").read_text("utf-8")
     assert shipped == schema(), "python -m gpt.compare.grid > configs/compare/schema.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        *((f"a{c}b", "cannot be shown") for c in "\x1b\x00\x9b\uffff\u202e\u200b\u2028\n\t"),
+        ("a\udcffb", "a\\udcffb' is not Unicode text"),
+        *((name, "string should match pattern") for name in (" ", "", "\u3000", "a ", "a,b")),
+        ("x" * 41, "at most 40 characters"),
+        *((name, "not a file's name on Windows") for name in ("con", "NUL", "aux.x", "com1.txt")),
+    ],
+)
+def test_a_name_that_no_report_could_show_is_refused(tmp_path: Path, name: str, words: str):
+    for arms in ({"f": {name: {}, "b": {}}}, {name: {"a": {}, "b": {}}}):
+        found = message(tmp_path, arms=arms, contrast=None, pairs=[], exclude=[])
+        assert words in found
+        assert "arms" in found
+
+
+@pytest.mark.parametrize(("one", "two"), [("A", "a"), ("a b", "a-b")])
+def test_names_that_give_one_folder_are_refused(tmp_path: Path, one: str, two: str):
+    arms = {"f": {one: {}, two: {}}}
+    found = message(tmp_path, arms=arms, contrast=None, pairs=[], exclude=[])
+    assert f"rename {one!r} or {two!r}" in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"title": "a\x1b"}, "title: "),
+        ({"title": "x" * 201}, "title: "),
+        ({"contrast": {"question": "a\nb", "of": ["a", "b"]}}, "contrast: "),
+        ({"grid": {"sampling.prompt": ["x\uffff"]}}, "grid: sampling.prompt: "),
+        ({"grid": {"sampling.prompt": ["x" * 101]}}, "grid: sampling.prompt: "),
+    ],
+)
+def test_text_that_no_picture_could_show_is_refused(
+    tmp_path: Path, changes: dict[str, Any], words: str
+):
+    plain = {"arms": {"f": {"a": {}, "b": {}}}, "contrast": None, "pairs": [], "exclude": []}
+    assert words in message(tmp_path, **plain | changes)

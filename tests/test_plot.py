@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 
 from gpt import plot
+from gpt.errors import printable
 
 
 @pytest.mark.parametrize("rate", [1.23e-4, 0.012, 30.0])
@@ -36,3 +38,25 @@ def test_its_text_is_inside_it(
     assert min(box.x0, box.y0) > 0
     assert box.x1 < width
     assert box.y1 < height
+
+
+@pytest.mark.parametrize(
+    "title",
+    [r"runs/$a_$\frac", "$", r"\$5 %s {}", "日本 \U0001f600", "x\x1b\n\uffff\udcff"],
+)
+def test_a_title_is_shown_as_it_is(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    drawn: list[Figure] = []
+    save = plot._save
+    monkeypatch.setattr(plot, "_save", lambda *args: (drawn.append(args[0]), save(*args)))
+    records = [{"step": 1, "loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot.plot_run(records, tmp_path / "loss.png", title)
+    shown = drawn[0].axes[0].title
+    assert shown.get_text() == printable(title)
+    assert not shown.get_parse_math()
+
+
+def test_a_long_title_is_cut_where_paths_are_alike():
+    assert plot.label("runs/a") == "runs/a"
+    assert plot.label("x" * 300 + "/end") == "..." + "x" * 63 + "/end"

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -213,8 +214,8 @@ def load(folder: Path) -> Checkpoint:
     verify(folder)
     try:
         checkpoint = Checkpoint(
-            model=load_file(folder / "model.safetensors"),
-            optimizer=load_file(folder / "optimizer.safetensors"),
+            model=_read_tensors(folder / "model.safetensors"),
+            optimizer=_read_tensors(folder / "optimizer.safetensors"),
             state=json.loads((folder / "state.json").read_text("utf-8")),
             tokenizer=(folder / "tokenizer.json").read_text("utf-8"),
         )
@@ -223,6 +224,15 @@ def load(folder: Path) -> Checkpoint:
     except (SafetensorError, ValueError, OSError, RecursionError, MemoryError) as error:
         raise InputError(f"{folder}: is damaged: {error}") from None
     return checkpoint
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file; safetensors itself opens only paths that are valid Unicode."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return parse_tensors(path.read_bytes())
+    return load_file(path)
 
 
 def verify(folder: Path) -> None:

@@ -19,7 +19,6 @@ import csv
 import io
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -40,8 +39,9 @@ from gpt.compare.summary import Summary, summarize
 from gpt.config import DataConfig, read_yaml
 from gpt.console import Console, duration
 from gpt.data import preparation
-from gpt.errors import InputError
+from gpt.errors import InputError, printable
 from gpt.files import is_scrap, only_one_in, write_text
+from gpt.run import command_line
 
 
 def compare(
@@ -303,9 +303,21 @@ def _to_csv(rows: Sequence[dict[str, Any]]) -> str:
     columns = list(dict.fromkeys([*most, *(key for row in rows for key in row)]))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer.writerow({column: _csv_text(column) for column in columns})
+    writer.writerows({key: _csv_text(value) for key, value in row.items()} for row in rows)
     return text.getvalue()
+
+
+def _csv_text(value: Any) -> Any:
+    """Text in one line, and behind an apostrophe where a spreadsheet would run it as a formula."""
+    if not isinstance(value, str):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        text = printable(value)
+        return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+    return value
 
 
 def _to_json(tree: dict[str, Any]) -> str:
@@ -323,6 +335,6 @@ def _to_json(tree: dict[str, Any]) -> str:
 
 def _note_command(directory: Path) -> None:
     """Append this command line to command.json."""
-    now = Command(sys.argv, datetime.now(UTC).isoformat(timespec="seconds"))
+    now = Command(command_line(), datetime.now(UTC).isoformat(timespec="seconds"))
     commands = [asdict(command) for command in (*read_commands(directory), now)]
     write_text(directory / "command.json", json.dumps(commands, indent=2) + "\n")

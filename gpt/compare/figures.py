@@ -37,6 +37,7 @@ from gpt.compare.starts import Start
 from gpt.compare.statistics import loglog_slope
 from gpt.compare.summary import ArmSummary, Summary, place_text
 from gpt.compare.verdicts import spikes
+from gpt.plot import label, literal_text
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
@@ -140,11 +141,10 @@ def _look() -> Iterator[None]:
         "grid.alpha": 0.25,
         "legend.frameon": False,
         "svg.fonttype": "none",
-        "text.parse_math": False,  # an arm may be called $1
         "svg.hashsalt": "steadygpt",
         "path.simplify_threshold": 0.3,
     }
-    with mpl.rc_context(options):
+    with literal_text(), mpl.rc_context(options):
         yield
 
 
@@ -174,6 +174,7 @@ def signature(material: Material) -> Picture:
 
 def beside(material: Material, other: Material, names: tuple[str, str]) -> Picture:
     """The signature picture of two comparisons next to each other; arms of one name look alike."""
+    names = (label(names[0], 40), label(names[1], 40))
     strangers = {name: style for name, style in other.styles.items() if name not in material.styles}
     others = {name: replace(style, index=None) for name, style in strangers.items()}
     styles = {**others, **material.styles}

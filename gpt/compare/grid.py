@@ -31,18 +31,21 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from gpt.config import (
     Config,
     Positive,
     Section,
     Seed,
+    expand_user,
+    is_reserved,
     leaves,
     merge,
     option_paths,
@@ -50,10 +53,12 @@ from gpt.config import (
     read_yaml,
     validate,
 )
-from gpt.errors import InputError, nearest
+from gpt.console import set_encoding
+from gpt.errors import InputError, nearest, printable
 
 RATE = "optimizer.learning_rate"
 MOST_CELLS = 10_000
+LONGEST_VALUE = 100  # characters
 Options = dict[str, Any]  # dotted option -> value
 Measure = Literal["log_lr50", "failure", "loss"]
 Runner = Literal["auto", "processes", "batched"]
@@ -72,7 +77,29 @@ def _seeds(value: object) -> object:
 
 
 Level = Annotated[Options, BeforeValidator(lambda v: {} if v is None else _flat(v))]
-Name = Annotated[str, Field(pattern=r"^[^\s,][^,]*$", max_length=40)]
+
+
+def _one_line(text: str) -> str:
+    """A text that pictures, tables and terminals can show as it is."""
+    if text != printable(text):
+        raise PydanticCustomError("characters", "holds a character that cannot be shown")
+    return text
+
+
+def _portable(name: str) -> str:
+    if is_reserved(name):
+        raise PydanticCustomError("reserved", "is not a file's name on Windows")
+    return name
+
+
+Title = Annotated[str, Field(max_length=200), AfterValidator(_one_line)]
+Question = Annotated[str, Field(max_length=1000), AfterValidator(_one_line)]
+Name = Annotated[
+    str,
+    Field(pattern=r"^[^\s,]([^,]*[^\s,])?$", max_length=40),
+    AfterValidator(_one_line),
+    AfterValidator(_portable),
+]
 
 
 class Contrast(Section):
@@ -82,7 +109,7 @@ class Contrast(Section):
     alone; the claim is that it is above 0.
     """
 
-    question: str
+    question: Question
     """In words; the report begins with it."""
     of: tuple[str, str]
     """Two arms, such as post with warm-up and post without."""
@@ -95,7 +122,7 @@ class Contrast(Section):
 class Grid(Section):
     """A grid file."""
 
-    title: str = ""
+    title: Title = ""
     """Heading of the report; the file's name unless given."""
     base: str | dict[str, Any]
     """The config that cells build on: a YAML file, relative to this one, or the options."""
@@ -153,6 +180,9 @@ class Grid(Section):
             for axis, values in arm.axes.items():
                 if not values:
                     raise ValueError(f"arms: {arm.name!r} has no value of {axis}")
+                _check_values(f"arms: {arm.name!r}: {axis}", values)
+        for axis, values in self.grid.items():
+            _check_values(f"grid: {axis}", values)
         for a, b in [*self.pairs, *([self.contrast.of] if self.contrast else [])]:
             if a == b:
                 raise ValueError(f"{a!r} is compared with itself")
@@ -222,6 +252,20 @@ class Cell:
     config: Config
 
 
+def _check_values(origin: str, values: Sequence[Any]) -> None:
+    """Values on an axis stand in names, pictures and tables.
+
+    Raises:
+        ValueError: one cannot be shown there.
+    """
+    for text in map(str, values):
+        if text != printable(text) or len(text) > LONGEST_VALUE:
+            raise ValueError(
+                f"{origin}: {text[:LONGEST_VALUE]!r} does not fit into a picture; values there are "
+                f"one line of at most {LONGEST_VALUE} characters, and an arm's may be longer"
+            )
+
+
 def split(axis: str) -> list[str]:
     """The options of an axis: one, or several with commas between."""
     return [key.strip() for key in axis.split(",")]
@@ -243,16 +287,21 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> tuple[Grid, 
     tree = read_yaml(path)
     if "arms" not in tree and set(tree) & set(Config.model_fields):
         raise InputError(f"{path}: is a config for train.py; a grid has arms, see configs/compare/")
-    grid = validate(Grid, {"title": path.stem, **tree}, lambda key: f"{path}: {key}".rstrip(": "))
+    grid = validate(
+        Grid,
+        {"title": printable(path.stem)[:200], **tree},
+        lambda key: f"{path}: {key}".rstrip(": "),
+    )
     given, varied = dict(leaves(overrides or {})), _varied(grid)
     for key in given:
         if key in {*varied, "seed", "name"}:
             raise InputError(f"--{key}: the cells of {path} differ in it; change that file")
     base = grid.base
     if isinstance(base, str):
-        if not (path.parent / base).is_file():
+        origin = path.parent / expand_user(base)
+        if not origin.is_file():
             raise InputError(f"{path}: base: {base}: no such file (looked in {path.parent})")
-        base = read(path.parent / base)
+        base = read(origin)
     base = {key: value for key, value in base.items() if key not in ("name", "seed")}
     count = len(grid.seeds) * sum(
         math.prod(len(values) for values in {**grid.grid, **arm.axes}.values())
@@ -290,11 +339,12 @@ def _cells(grid: Grid, origin: str) -> list[Cell]:
         fitting |= entries
         if entries:
             continue
-        if cell.id in cells:
-            raise InputError(
-                f"{origin}: two cells are called {cell.id}: a value or name stands twice"
-            )
-        cells[cell.id] = cell
+        twin = cells.setdefault(cell.id.lower(), cell)  # as some file systems see it
+        if twin is not cell:
+            why = f"rename {twin.arm!r} or {arm.name!r}, which give one folder"
+            if twin.arm == arm.name:
+                why = "a value or name stands twice"
+            raise InputError(f"{origin}: two cells are called {cell.id}: {why}")
     for number, entry in enumerate(grid.exclude):
         if number not in fitting:
             raise InputError(f"{origin}: exclude.{number}: {entry} fits no cell")
@@ -354,7 +404,7 @@ def _id(arm: Arm, options: Options, seed: int) -> str:
     parts = [*arm.levels.values(), *options_text]
     slugs = [re.sub(r"[^A-Za-z0-9.-]+", "-", part).strip("-.") for part in parts]
     name = "_".join(slugs)
-    told = all(re.fullmatch(r"[\w .,+-]+", part, re.ASCII) and part.strip() for part in parts)
+    told = all(re.fullmatch(r"[\w .,+-]+", part, re.ASCII) for part in parts) and all(slugs)
     if not told or len(name) > 80:
         name = f"{name[:70]}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}".lstrip("_-.")
     return f"{name}_seed-{seed}"
@@ -383,4 +433,5 @@ def schema() -> str:
 
 
 if __name__ == "__main__":
+    set_encoding()
     sys.stdout.write(schema())

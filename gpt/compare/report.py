@@ -7,6 +7,7 @@ over a run, follow it to its row, and switch arms off; without them only that is
 
 from __future__ import annotations
 
+import html
 import math
 import re
 import shlex
@@ -34,7 +35,7 @@ from gpt.compare.summary import (
     place_text,
     rates_text,
 )
-from gpt.errors import InputError
+from gpt.errors import InputError, printable
 from gpt.files import write_text
 
 SVG = "http://www.w3.org/2000/svg"
@@ -101,10 +102,11 @@ def write_report(
 
 
 def _templates(name: str) -> Any:
-    """A template; HTML is escaped, Markdown is text."""
+    """A template; every expression in it is escaped, for HTML by Jinja and for Markdown here."""
     templates = Environment(
         loader=PackageLoader("gpt.compare"),
         autoescape=name.endswith(".html"),
+        finalize=_html if name.endswith(".html") else _markdown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -112,8 +114,28 @@ def _templates(name: str) -> Any:
     templates.filters["rate"] = lambda value: f"{value:g}"
     templates.filters["anchor"] = _anchor
     templates.filters["short"] = lambda value: "" if value is None else f"{value:.3g}"
-    templates.filters["line"] = lambda value: " ".join(str(value).split()).replace("|", "\\|")
+    templates.filters["code"] = lambda value: Markup(printable(value))  # noqa: S704 - in a code block
     return templates.get_template(f"{name}.jinja")
+
+
+def _html(value: Any) -> Any:
+    """Text without control characters, which Jinja escapes afterwards."""
+    is_text = isinstance(value, str) and not isinstance(value, Markup)
+    return printable(value, "\n\t") if is_text else value
+
+
+def _markdown(value: Any) -> Any:
+    """Text in one line whose signs mean nothing in Markdown or in the HTML within it."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    text = html.escape(printable(re.sub(r"\s+", " ", value)), quote=False)
+    text = re.sub(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+    return re.sub(r"^(\s*)([-+=#]|\d+(?=[.)]))(?=[-+=#\s.)]|$)", _marker, text)
+
+
+def _marker(begin: re.Match[str]) -> str:
+    """What would begin a list or heading, escaped; a number's sign is before its stop."""
+    return f"{begin[1]}{begin[2]}\\" if begin[2].isdecimal() else f"{begin[1]}\\{begin[2]}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -146,7 +168,7 @@ def inline(svg: str, name: str, tips: dict[str, str]) -> Markup:
             if cell is not None:
                 element.set("data-cell", _anchor(cell))
                 title = ElementTree.Element(f"{{{SVG}}}title")
-                title.text = tips[cell]
+                title.text = printable(tips[cell])
                 element.insert(0, title)
                 link = ElementTree.Element(f"{{{SVG}}}a", {"href": f"#{_anchor(cell)}"})
                 link.append(element)
