@@ -27,7 +27,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
-from pydantic import Field
 from tyro.conf import Positional, arg
 
 from gpt.config import (
@@ -35,10 +34,13 @@ from gpt.config import (
     Count,
     Device,
     FileName,
+    Samples,
     Sampling,
+    Seconds,
     Section,
     Seed,
     Weights,
+    Workers,
     load,
     validate,
 )
@@ -253,12 +255,7 @@ class StopSignals:
     """
 
     def __init__(self, max_seconds: str = "") -> None:
-        try:
-            seconds = float(max_seconds or "inf")
-        except ValueError:
-            seconds = math.nan
-        if not seconds > 0:
-            raise InputError(f"--max-seconds {max_seconds}: must be a number of seconds above 0")
+        seconds = Seconds.read(max_seconds, "--max-seconds") if max_seconds else math.inf
         self._asked = False
         self._end, self._seconds = time.monotonic() + seconds, seconds
         self._before: dict[int, Any] = {}
@@ -348,7 +345,7 @@ class SampleOptions(Sampling):
     """Text to continue; without it, --prompt-file or what is piped in, else a new document."""
     prompt_file: FileName | None = None
     """A UTF-8 file whose text is continued."""
-    num_samples: Annotated[Count, Field(le=10_000)] = 1
+    num_samples: Samples = 1
     """Texts to write, made side by side in one batch."""
     max_new_tokens: Count = 200
     """Tokens to add to the prompt, unless end of text comes first."""
@@ -525,9 +522,6 @@ def compare(argv: list[str] | None = None, prog: str = "compare.py") -> int:
     """`compare.py GRID.yaml ...`; returns the exit code."""
     with _door(prog):
         flags, options = parse(CompareFlags, Config, prog, argv)
-        workers = flags.workers
-        if workers and not (workers.isdecimal() and int(workers)):
-            raise InputError(f"--workers {workers}: must be a number of processes, 1 or more")
         if flags.dry_run and flags.report_only:
             raise InputError("give --dry-run or --report-only, not both")
         path = Path(flags.grid)
@@ -547,6 +541,7 @@ def compare(argv: list[str] | None = None, prog: str = "compare.py") -> int:
 
 
 def _compare(grid: Grid, cells: list[Cell], directory: Path, flags: CompareFlags) -> int:
+    workers = int(Workers.read(flags.workers, "--workers")) if flags.workers else 0
     from gpt.compare import comparison
     from gpt.compare.runner import default_workers
     from gpt.console import Console
@@ -558,7 +553,7 @@ def _compare(grid: Grid, cells: list[Cell], directory: Path, flags: CompareFlags
         comparison.check_directory(grid, directory)
         summary = comparison.report(grid, cells, directory, beside)
     else:
-        workers = int(flags.workers) if flags.workers else default_workers(cells)
+        workers = workers or default_workers(cells)
         if flags.dry_run:
             print(comparison.dry_run(grid, cells, directory, workers))
             return 0

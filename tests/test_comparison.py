@@ -282,7 +282,7 @@ def test_a_dry_run_lists_cells_and_writes_nothing(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--workers", "0"], ["--workers 0", "1 or more"]),
+        (["--workers", "0"], ["--workers 0: must be a whole number between 1 and 1,000"]),
         (["--workers", "two"], ["--workers two"]),
         (["--optimizer.learning-rate", "1e-3"], ["--optimizer.learning_rate", "change that file"]),
         (["--training.stepz", "1"], ["--training.stepz: no such option"]),

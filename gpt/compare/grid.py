@@ -40,7 +40,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from gpt.config import (
     Config,
-    Positive,
+    Hours,
     Section,
     Seed,
     leaves,
@@ -117,7 +117,7 @@ class Grid(Section):
     """Measure each arm's network at its start, at several depths."""
     runner: Runner = "auto"
     """All cells of one shape trained as one (batched), a process each, or what the device likes."""
-    hours: Positive = 24.0
+    hours: Hours = 24.0
     """A comparison that is estimated to take longer is refused."""
     keep_checkpoints: bool = False
     """Keep the cells' checkpoints, which are large; without them cells cannot be sampled from."""
