@@ -46,6 +46,7 @@ from gpt.config import (
 )
 from gpt.errors import InputError, StoppedError, nearest, told
 from gpt.flags import as_flag, parse
+from gpt.size import check_cpu_training, check_sampling
 
 if TYPE_CHECKING:
     from gpt.compare.grid import Cell, Grid
@@ -158,6 +159,7 @@ def train(argv: list[str] | None = None, prog: str = "train.py") -> int:
         if flags.print_config:
             sys.stdout.write(config.to_yaml())
             return 0
+        check_cpu_training(config)
         out_dir = Path(flags.out_dir or Path("runs") / config.name)
         if flags.dry_run:
             print(_dry_run(config, out_dir, flags.resume))
@@ -191,6 +193,7 @@ def _dry_run(config: Config, out_dir: Path, resume: str) -> str:
         ValidationSequences(dataset.val, config.model.context, config.evaluation.sequences)
     else:
         vocab_size = preparation.vocab_size(config.data)
+    plan.check_fits(config, device, vocab_size)
     with torch.device("meta"):
         model = GPT(config.model, vocab_size)
     return plan.describe(
@@ -416,7 +419,7 @@ def _is_piped(stream: TextIO | None) -> bool:
 
 def _sample(run_dir: Path, prompt: str, options: SampleOptions, prog: str) -> None:
     from gpt.generate import Decoder, TextDecoder, generate
-    from gpt.plan import pick_device
+    from gpt.plan import pick_device, total_memory
     from gpt.run import load_run
     from gpt.tokenizer import encode
     from gpt.weights import prepare
@@ -436,6 +439,14 @@ def _sample(run_dir: Path, prompt: str, options: SampleOptions, prog: str) -> No
         )
     count = options.num_samples
     prepare(model, options.weights, count)
+    check_sampling(
+        model.config,
+        encoding.n_vocab,
+        samples=count,
+        tokens=len(tokens) + options.max_new_tokens,
+        size=model.token_embedding.weight.element_size(),
+        memory=total_memory(device),
+    )
     decoders = [TextDecoder(encoding) for _ in range(count)]
     texts = [prompt] * count
     steps = generate(
@@ -537,6 +548,8 @@ def compare(argv: list[str] | None = None, prog: str = "compare.py") -> int:
         grid, cells = grids.load(path, options)
         if flags.runner is not None:
             grid = grid.model_copy(update={"runner": flags.runner})
+        if not flags.report_only:
+            grids.check_sizes(cells)
         return _compare(grid, cells, directory, flags)
 
 

@@ -150,14 +150,15 @@ class Between:
 
 def _spelt(text: str) -> int | float | str:
     """The number that a text spells, a whole one as an int; the text itself if it spells none."""
-    for kind in (int, float):
-        try:
-            number = kind(text)
-        except ValueError:  # also of an int of thousands of digits, which is infinite as a float
-            continue
-        whole = math.isfinite(number) and number == int(number)
-        return int(number) if whole else number
-    return text
+    try:
+        return int(text)
+    except ValueError:  # also of thousands of digits, which are infinite as a float
+        pass
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return int(number) if number.is_integer() else number
 
 
 def _several(value: object) -> object:
@@ -685,6 +686,7 @@ def may_change(difference: str) -> bool:
 
 
 LONGEST = 2**17  # bytes of a YAML file, which PyYAML reads in two seconds at worst
+LONGEST_NUMBER = 100  # digits
 MOST_BASES = 16  # files in a row
 
 
@@ -715,7 +717,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        return int(str(self.construct_scalar(node)).replace("_", ""), 0)
+        text = str(self.construct_scalar(node))
+        if len(text) > LONGEST_NUMBER:
+            raise ValueError("a number of so many digits")
+        return int(text.replace("_", ""), 0)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)

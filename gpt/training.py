@@ -94,6 +94,7 @@ def train(
     check(config.model)
     path = Path(out_dir) if out_dir is not None else Path("runs") / config.name
     device = plan.pick_device(config.training.device)
+    plan.check_fits(config, device)
     ended = ended_run(config, path, resume)
     if ended is not None:
         return ended
@@ -206,6 +207,7 @@ class Training:
             self.dataset.val, context, config.evaluation.sequences
         )
         self.byte_lengths = np.array(tokenizer.byte_lengths(encoding))
+        plan.check_fits(config, device, encoding.n_vocab)
         self.model = GPT(config.model, encoding.n_vocab).to(device)
         self.model.loss_chunk = config.training.loss_chunk
         self.objective = self.model.objective

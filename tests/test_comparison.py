@@ -563,7 +563,7 @@ def test_a_faulty_cell_is_exit_1_and_the_others_have_results(
     directory = tmp_path / "new"
     (directory / "cells").mkdir(parents=True)
     (directory / "cells" / cells[0].id).write_text("in the way")
-    (directory / "grid.yaml").write_text(comparison._to_yaml(grid))
+    (directory / "grid.yaml").write_text(grid.to_yaml())
     assert cli.compare([str(path), "--out-dir", str(directory), "--workers", "1"]) == 1
     out, _ = capsys.readouterr()
     assert "1 of 2 cells have no result (1 error)" in out
