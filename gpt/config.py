@@ -18,7 +18,6 @@ import functools
 import importlib
 import importlib.util
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping

@@ -45,23 +45,21 @@ def check_training(
         InputError: it needs more memory than there is; both in GB.
     """
     model, training = config.model, config.training
-    numbers = parameters(model, vocab_size)
-    copies = 2 + REMEMBERED.get(config.optimizer.name, 0)
+    numbers = parameters(model, vocab_size) * FP32
+    kept = 1 + REMEMBERED.get(config.optimizer.name, 0)  # from update to update
     size = FP32 if training.precision == "fp32" else 2
     sequences = 1 if training.micro_batch == "auto" else training.micro_batch
     tokens = sequences * model.context
     logits = min(tokens, training.loss_chunk or tokens) * vocab_size
-    on_device = {
-        f"model.layers: {model.layers:,}, model.width: {model.width:,}: training the "
-        f"{numbers:,} parameters": numbers * copies * FP32,
-        f"model.context: {model.context:,}: a forward pass over {tokens:,} tokens": (
-            size * (tokens * 4 * model.width * model.layers + logits)
-        ),
-    }
-    of_tokens = 2 * 8 * config.batch_sequences * model.context  # inputs and targets, int64
-    batch = {f"a batch of {config.batch_sequences:,} x {model.context:,} tokens": of_tokens}
-    _check(on_device | batch if shared else on_device, device_memory)
-    _check(batch, machine_memory())
+    weights = f"training {_shape(model)}, {numbers // FP32:,} parameters,"
+    activations = f"a forward pass over {sequences:,} x {model.context:,} tokens"
+    batch = f"a batch of {config.batch_sequences:,} x {model.context:,} tokens"
+    in_batch = {batch: 8 * config.batch_sequences * model.context}  # int64
+    beside = in_batch if shared else {}
+    passing = size * (4 * model.layers * model.width * tokens + logits)  # q, k, v, and the stream
+    _check({weights: (kept + 1) * numbers, **beside}, device_memory)  # with the gradients
+    _check({weights: kept * numbers, activations: passing, **beside}, device_memory)
+    _check(in_batch, machine_memory())
 
 
 def check_cpu_training(config: Config) -> None:
@@ -84,9 +82,8 @@ def check_loading(model: ModelConfig, vocab_size: int, origin: str) -> None:
     Raises:
         InputError: both in GB.
     """
-    numbers = parameters(model, vocab_size)
-    what = f"{origin}: model.layers: {model.layers:,}, model.width: {model.width:,}: the weights"
-    _check({what: numbers * FP32}, machine_memory())
+    needs = {f"{origin}: {_shape(model)}": parameters(model, vocab_size) * FP32}
+    _check(needs, machine_memory())
 
 
 def check_sampling(
@@ -106,7 +103,7 @@ def check_sampling(
         f"--num-samples {samples:,}: keys and values of {held:,} tokens each": (
             2 * size * samples * held * model.width * model.layers
         ),
-        f"--num-samples {samples:,}: their logits": 2 * FP32 * samples * vocab_size,
+        f"--num-samples {samples:,}: their logits": FP32 * samples * vocab_size,
     }
     _check(needs, memory)
 
@@ -117,9 +114,14 @@ def check_probing(model: ModelConfig, layers: int) -> None:
     Raises:
         InputError: both in GB.
     """
-    numbers = parameters(model.model_copy(update={"layers": layers}), 1)
-    what = f"probes: {layers} layers of width {model.width:,} (probes: false skips them)"
-    _check({what: 2 * numbers * FP32}, machine_memory())
+    probed = model.model_copy(update={"layers": layers})
+    what = f"a probe (probes: false makes none) of {_shape(probed)}"
+    _check({what: 2 * parameters(probed, 1) * FP32}, machine_memory())
+
+
+def _shape(model: ModelConfig) -> str:
+    """The options that make a model large."""
+    return f"model.layers: {model.layers:,}, model.width: {model.width:,}"
 
 
 def _check(needs: dict[str, int], memory: int | None) -> None:

@@ -94,10 +94,10 @@ def train(
     check(config.model)
     path = Path(out_dir) if out_dir is not None else Path("runs") / config.name
     device = plan.pick_device(config.training.device)
-    plan.check_fits(config, device)
     ended = ended_run(config, path, resume)
     if ended is not None:
         return ended
+    plan.check_fits(config, device)
     forked = [device] if device.type == "cuda" else []
     with (
         only_one_in(path, f"{path}: another process trains there"),
