@@ -26,7 +26,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
-from pydantic import Field
 from tyro.conf import Positional, arg
 
 from gpt.config import (
@@ -34,10 +33,13 @@ from gpt.config import (
     Count,
     Device,
     FileName,
+    Samples,
     Sampling,
+    Seconds,
     Section,
     Seed,
     Weights,
+    Workers,
     expand_user,
     load,
     validate,
@@ -46,6 +48,7 @@ from gpt.console import set_encoding, show, write_result
 from gpt.errors import InputError, StoppedError, nearest, told
 from gpt.files import read_small
 from gpt.flags import as_flag, parse
+from gpt.size import check_cpu_training, check_sampling
 
 if TYPE_CHECKING:
     from gpt.compare.grid import Cell, Grid
@@ -163,6 +166,7 @@ def train(argv: list[str] | None = None, prog: str = "train.py") -> int:
         if flags.print_config:
             write_result(config.to_yaml())
             return 0
+        check_cpu_training(config)
         out_dir = _path(flags.out_dir) if flags.out_dir else Path("runs") / config.name
         resume = expand_user(flags.resume)
         if flags.dry_run:
@@ -200,6 +204,7 @@ def _dry_run(config: Config, out_dir: Path, resume: str) -> str:
         ValidationSequences(dataset.val, config.model.context, config.evaluation.sequences)
     else:
         vocab_size = preparation.vocab_size(config.data)
+    plan.check_fits(config, device, vocab_size)
     with torch.device("meta"):
         model = GPT(config.model, vocab_size)
     return plan.describe(
@@ -263,12 +268,7 @@ class StopSignals:
     """
 
     def __init__(self, max_seconds: str = "") -> None:
-        try:
-            seconds = float(max_seconds or "inf")
-        except ValueError:
-            seconds = math.nan
-        if not seconds > 0:
-            raise InputError(f"--max-seconds {max_seconds}: must be a number of seconds above 0")
+        seconds = Seconds.read(max_seconds, "--max-seconds") if max_seconds else math.inf
         self._asked = False
         self._end, self._seconds = time.monotonic() + seconds, seconds
         self._before: dict[int, Any] = {}
@@ -358,7 +358,7 @@ class SampleOptions(Sampling):
     """Text to continue; without it, --prompt-file or what is piped in, else a new document."""
     prompt_file: FileName | None = None
     """A UTF-8 file whose text is continued."""
-    num_samples: Annotated[Count, Field(le=10_000)] = 1
+    num_samples: Samples = 1
     """Texts to write, made side by side in one batch."""
     max_new_tokens: Count = 200
     """Tokens to add to the prompt, unless end of text comes first."""
@@ -429,7 +429,7 @@ def _is_piped(stream: TextIO | None) -> bool:
 
 def _sample(run_dir: Path, prompt: str, options: SampleOptions, prog: str) -> None:
     from gpt.generate import Decoder, TextDecoder, generate
-    from gpt.plan import pick_device
+    from gpt.plan import pick_device, total_memory
     from gpt.run import load_run
     from gpt.tokenizer import encode
     from gpt.weights import prepare
@@ -449,6 +449,14 @@ def _sample(run_dir: Path, prompt: str, options: SampleOptions, prog: str) -> No
         )
     count = options.num_samples
     prepare(model, options.weights, count)
+    check_sampling(
+        model.config,
+        encoding.n_vocab,
+        samples=count,
+        tokens=len(tokens) + options.max_new_tokens,
+        size=model.token_embedding.weight.element_size(),
+        memory=total_memory(device),
+    )
     decoders = [TextDecoder(encoding) for _ in range(count)]
     texts = [prompt] * count
     steps = generate(
@@ -533,9 +541,6 @@ def compare(argv: list[str] | None = None, prog: str = "compare.py") -> int:
     """`compare.py GRID.yaml ...`; returns the exit code."""
     with _door(prog):
         flags, options = parse(CompareFlags, Config, prog, argv)
-        workers = flags.workers
-        if workers and not (workers.isdecimal() and int(workers)):
-            raise InputError(f"--workers {workers}: must be a number of processes, 1 or more")
         if flags.dry_run and flags.report_only:
             raise InputError("give --dry-run or --report-only, not both")
         path = _path(flags.grid)
@@ -551,10 +556,13 @@ def compare(argv: list[str] | None = None, prog: str = "compare.py") -> int:
         grid, cells = grids.load(path, options)
         if flags.runner is not None:
             grid = grid.model_copy(update={"runner": flags.runner})
+        if not flags.report_only:
+            grids.check_sizes(cells)
         return _compare(grid, cells, directory, flags)
 
 
 def _compare(grid: Grid, cells: list[Cell], directory: Path, flags: CompareFlags) -> int:
+    workers = int(Workers.read(flags.workers, "--workers")) if flags.workers else 0
     from gpt.compare import comparison
     from gpt.compare.runner import default_workers
     from gpt.console import Console
@@ -566,7 +574,7 @@ def _compare(grid: Grid, cells: list[Cell], directory: Path, flags: CompareFlags
         comparison.check_directory(grid, directory)
         summary = comparison.report(grid, cells, directory, beside)
     else:
-        workers = int(flags.workers) if flags.workers else default_workers(cells)
+        workers = workers or default_workers(cells)
         if flags.dry_run:
             show(comparison.dry_run(grid, cells, directory, workers))
             return 0

@@ -18,8 +18,8 @@ import functools
 import importlib
 import importlib.util
 import json
-import math
 import os
+import re
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -42,6 +42,7 @@ from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_sc
 
 from gpt.console import set_encoding
 from gpt.errors import InputError, nearest
+from gpt.files import read_small
 
 # ---------------------------------------------------------------------------------------------
 # Kinds of value
@@ -101,19 +102,64 @@ def _keys(module: str, table: str) -> tuple[str, ...] | None:
     return None
 
 
-def _number(value: object) -> object:
-    """Refuse booleans and let whole numbers be written as `1e6`, which YAML 1.1 reads as text."""
-    if isinstance(value, bool):
-        raise PydanticCustomError("number", "is a truth value where a number is needed")
-    if isinstance(value, str):
-        for kind in (int, float):
-            try:
-                number = kind(value)
-            except ValueError:
-                continue
-            whole = math.isfinite(number) and number == int(number)
-            return int(number) if whole else number
-    return value
+@dataclass(frozen=True)
+class Between:
+    """A number from `least` to `most`, both included.
+
+    A whole number may be written as `1e6`, which YAML 1.1 reads as text; a truth value is not one.
+    """
+
+    least: float
+    most: float
+
+    def check(self, value: object) -> object:
+        """The number that `value` is or spells; what is neither is left to the type's own check."""
+        if isinstance(value, bool):
+            raise PydanticCustomError("number", "is a truth value where a number is needed")
+        number = _spelt(value) if isinstance(value, str) else value
+        if isinstance(number, int | float) and not self.least <= number <= self.most:
+            raise PydanticCustomError("range", "is not {range}", {"range": str(self)})
+        return number
+
+    def read(self, text: str, origin: str) -> float:
+        """The number that the text of a flag spells; a whole one if `least` is.
+
+        Raises:
+            InputError: it spells none, or one that is not in between.
+        """
+        number, whole = _spelt(text), isinstance(self.least, int)
+        fits = isinstance(number, int if whole else int | float)
+        if isinstance(number, str) or not fits or not self.least <= number <= self.most:
+            kind = "a whole number" if whole else "a number"
+            raise InputError(f"{origin} {text}: must be {kind} {self}")
+        return number
+
+    def __str__(self) -> str:
+        written = (f"{n:,}" if isinstance(n, int) else f"{n:g}" for n in (self.least, self.most))
+        return "between {} and {}".format(*written)
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), "minimum": self.least, "maximum": self.most}
+
+
+def _spelt(text: str) -> int | float | str:
+    """The number that a text spells, a whole one as an int; the text itself if it spells none."""
+    try:
+        return int(text)
+    except ValueError:  # also of thousands of digits, which are infinite as a float
+        pass
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return int(number) if number.is_integer() else number
 
 
 def _several(value: object) -> object:
@@ -164,13 +210,29 @@ FileName = Annotated[str, AfterValidator(_file_name)]
 Strings = Annotated[
     tuple[FileName, ...], BeforeValidator(_several, json_schema_input_type=str | list[str])
 ]
-Int = Annotated[int, BeforeValidator(_number)]
-Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-Count = Annotated[Int, Field(ge=1)]
-NonNegative = Annotated[Float, Field(ge=0)]
-Positive = Annotated[Float, Field(gt=0)]
-Fraction = Annotated[Float, Field(ge=0, lt=1)]
-Seed = Annotated[Int, Field(ge=0, lt=2**63)]
+# What numbers may be: more than anybody trains, less than what overflows or never ends. Whether a
+# machine has the memory for a combination of them is another question, for gpt/size.py.
+Count = Annotated[int, Between(1, 10**9)]
+Amount = Annotated[int, Between(0, 10**9)]
+Layers = Annotated[int, Between(1, 10_000)]
+Channels = Annotated[int, Between(1, 100_000)]
+Context = Annotated[int, Between(1, 10_000_000)]
+Vocabulary = Annotated[int, Between(257, 1_000_000)]
+Samples = Annotated[int, Between(1, 10_000)]
+Seed = Annotated[int, Between(0, 2**63 - 1)]
+Rate = Annotated[float, Between(1e-30, 1e30)]
+Epsilon = Annotated[float, Between(1e-30, 1.0)]
+Factor = Annotated[float, Between(0.0, 1e3)]  # of a loss, a weight or a logit
+Ratio = Annotated[float, Between(1e-6, 1e6)]  # to other numbers of its kind
+Cap = Annotated[float, Between(1e-3, 1e6)]
+Multiple = Annotated[float, Between(1e-5, 1e3)]
+Hours = Annotated[float, Between(1e-6, 1e6)]
+Share = Annotated[float, Between(0.0, 1.0)]
+Some = Annotated[float, Between(1e-6, 1.0)]  # a share that is not 0
+Part = Annotated[float, Between(1e-6, 0.999999)]  # a share that leaves something
+Decay = Annotated[float, Between(0.0, 0.999999)]  # what is kept or lost of something at each step
+Workers = Between(1, 1000)
+Seconds = Between(1e-3, 1e9)
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Weights = Literal["fp32", "bf16", "int8"]  # as sampling reads them
 
@@ -252,7 +314,7 @@ class SourceConfig(Section):
 class MixedSource(SourceConfig):
     """One of several sources."""
 
-    weight: Positive = 1.0
+    weight: Ratio = 1.0
     """Share of the training sequences that come from it, relative to the other weights."""
 
 
@@ -265,7 +327,7 @@ class DataConfig(SourceConfig):
     """The validation text's own source, in place of a held-out share."""
     tokenizer: Annotated[str, Choice("gpt.tokenizer", "TOKENIZERS")] = "bpe"
     """How text becomes tokens; bpe is trained on the corpus, file reads data.vocabulary."""
-    vocab_size: Annotated[Int, Field(ge=257)] = 2048
+    vocab_size: Vocabulary = 2048
     """Tokens of the bpe tokenizer: 256 bytes, the merges, and end of text."""
     learn_bytes: Count = 100_000_000
     """Bytes of training text, spread evenly over it, that the bpe tokenizer learns from at most."""
@@ -273,7 +335,7 @@ class DataConfig(SourceConfig):
     """A tokenizer.json of an earlier run or preparation (tokenizer: file)."""
     holdout: Literal["documents", "tail"] = "documents"
     """Validation is whole documents, chosen by a hash of their text, or the tail of each."""
-    val_fraction: Annotated[Float, Field(gt=0, lt=1)] = 0.03
+    val_fraction: Part = 0.03
     """Share of the text that is held out for validation."""
     windows: Literal["epochs", "random"] = "epochs"
     """Training sequences: each window once an epoch, or drawn at random places as in nanoGPT."""
@@ -338,7 +400,7 @@ class NormConfig(Section):
     """Where the norms stand relative to the residual connections."""
     type: Annotated[str, Choice("gpt.norm", "NORMS")] | None = None
     """What they compute; unset, layer norm (nothing where the placement has no norms)."""
-    eps: Positive = 1e-5
+    eps: Epsilon = 1e-5
     """Added to the variance inside the root (layer, rms, batch); the least length (scale)."""
     bias: bool | None = None
     """Whether layer, batch and dyt have a shift, beta; unset, as model.bias."""
@@ -362,7 +424,7 @@ class AttentionConfig(Section):
 
     qk_norm: bool = False
     """Normalise each head's queries and keys, by the norm of norm.type."""
-    soft_cap: Positive | None = None
+    soft_cap: Cap | None = None
     """Bound attention's logits by c tanh(z/c); null does not. Slower: torch's kernel has none."""
 
 
@@ -371,28 +433,28 @@ class MLPConfig(Section):
 
     activation: Annotated[str, Choice("gpt.model", "ACTIVATIONS")] = "gelu_tanh"
     """What stands between its matrices; gelu_tanh is GPT-2's, swiglu has a third matrix."""
-    multiple: Positive = 4
+    multiple: Multiple = 4
     """Its inner width, as a multiple of model.width; swiglu takes two thirds of it."""
 
 
 class ModelConfig(Section):
     """The GPT. Vocabulary size comes from the tokenizer."""
 
-    layers: Count = 4
+    layers: Layers = 4
     """Number of blocks, L."""
-    heads: Count = 4
+    heads: Channels = 4
     """Attention heads in a block; must divide the width."""
-    width: Count = 128
+    width: Channels = 128
     """Channels of the residual stream, d."""
-    context: Count = 128
+    context: Context = 128
     """Longest sequence that the model sees, T, in tokens."""
-    dropout: Fraction = 0.0
+    dropout: Decay = 0.0
     """Chance that an activation is dropped while training: embeddings, attention, sublayers."""
     bias: bool = True
     """Biases in linear layers and norms, as in GPT-2."""
     tied_head: bool = True
     """The output layer shares its weights with the token embedding, as in GPT-2."""
-    logit_soft_cap: Positive | None = None
+    logit_soft_cap: Cap | None = None
     """Bound the logits of the next token by c tanh(z/c); null does not."""
     norm: NormConfig = NormConfig()
     init: InitConfig = InitConfig()
@@ -413,13 +475,13 @@ class ScheduleConfig(Section):
 
     warmup: Annotated[str, Choice("gpt.schedule", "WARMUPS")] = "linear"
     """Shape of the rise; none starts at the full rate, whatever warmup_steps says."""
-    warmup_steps: Annotated[Int, Field(ge=0)] = 100
+    warmup_steps: Amount = 100
     """Updates until the full rate is reached; the first update is never at rate 0."""
     body: Annotated[str, Choice("gpt.schedule", "BODIES")] = "cosine"
     """Shape of what follows the warm-up."""
-    final_ratio: Annotated[Float, Field(ge=0, le=1)] = 0.1
+    final_ratio: Share = 0.1
     """Share of the full rate that cosine, linear and wsd end at."""
-    decay_fraction: Annotated[Float, Field(gt=0, le=1)] = 0.2
+    decay_fraction: Some = 0.2
     """Share of the steps after warm-up in which wsd (warm-up, stable, decay) falls."""
 
 
@@ -428,21 +490,21 @@ class OptimizerConfig(Section):
 
     name: Annotated[str, Choice("gpt.optim", "OPTIMIZERS")] = "adamw"
     """Update rule. muon is for the blocks' matrices, with adamw for everything else."""
-    learning_rate: Positive = 1e-3
+    learning_rate: Rate = 1e-3
     """The full rate, which the schedule scales."""
-    beta1: Fraction = 0.9
+    beta1: Decay = 0.9
     """Decay of the first moment (adamw, radam; adamw's part of muon)."""
-    beta2: Fraction = 0.99
+    beta2: Decay = 0.99
     """Decay of the second moment (adamw, radam; adamw's part of muon)."""
-    eps: Positive = 1e-8
+    eps: Epsilon = 1e-8
     """Added to the root of the second moment (adamw, radam; adamw's part of muon)."""
-    momentum: Fraction = 0.95
+    momentum: Decay = 0.95
     """Momentum of sgd and muon, both with Nesterov's form."""
-    weight_decay: NonNegative = 0.1
+    weight_decay: Factor = 0.1
     """Weight decay, times the rate, on matrices and embeddings, never on norms and biases."""
     independent_decay: bool = False
     """Decay times the schedule alone, so that a sweep of rates sweeps no decay; 1e-4 is usual."""
-    clip: Positive | None = 1.0
+    clip: Rate | None = 1.0
     """Largest global gradient norm; null does not clip."""
 
     @model_validator(mode="after")
@@ -470,7 +532,7 @@ class TrainingConfig(Section):
     """auto takes cuda, then mps, then cpu."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the forward and backward pass; weights stay fp32. fp16 scales its loss."""
-    z_loss: NonNegative = 0.0
+    z_loss: Factor = 0.0
     """Weight of log² Z of the softmax beside the cross-entropy; 1e-4 is usual."""
     loss_chunk: Count | None = None
     """Tokens of a micro-batch whose logits exist at a time: less memory, slower; null is all."""
@@ -520,13 +582,13 @@ class CheckpointConfig(Section):
 class Sampling(Section):
     """How the next token is drawn from the logits; each step acts on what the one before left."""
 
-    temperature: NonNegative = 0.8
+    temperature: Factor = 0.8
     """Divides the logits; 0 always takes the likeliest token."""
     top_k: Count | None = None
     """Draw among the k likeliest tokens; unset, among all."""
-    top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
+    top_p: Some = 1.0
     """Draw among the fewest tokens that hold this probability (Holtzman et al. 2020)."""
-    min_p: Annotated[Float, Field(ge=0, le=1)] = 0.0
+    min_p: Share = 0.0
     """Draw among tokens at least this share as likely as the likeliest (Nguyen et al. 2024)."""
 
 
@@ -535,7 +597,7 @@ class SamplingConfig(Sampling):
 
     every: Count | None = None
     """Steps between samples; unset, those of evaluation."""
-    tokens: Annotated[Int, Field(ge=0)] = 200
+    tokens: Amount = 200
     """Length of a sample; 0 writes none."""
     prompt: str = ""
     """Text to continue; empty starts a new document."""
@@ -661,11 +723,17 @@ def may_change(difference: str) -> bool:
 # Reading
 
 
-LONGEST = 2**22  # bytes of a YAML file
+LONGEST = 2**17  # bytes of a YAML file, which PyYAML reads in two seconds at worst
+LONGEST_NUMBER = 100  # digits
+MOST_BASES = 16  # files in a row
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys, and aliases (a few lines of them can fill memory)."""
+    """SafeLoader that refuses duplicate keys, and aliases (a few lines of them can fill memory).
+
+    As in YAML 1.2, `1:30`, `010` and dates are text, and `<<` is an ordinary key. So is a number of
+    more digits than any has: it is left to the option, which knows its range.
+    """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -686,6 +754,34 @@ class _Loader(yaml.SafeLoader):
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = str(self.construct_scalar(node))
+        if len(text) > LONGEST_NUMBER:
+            raise ValueError("a number of so many digits")
+        return int(text.replace("_", ""), 0)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        kind for kind in kinds if kind[0] in ("tag:yaml.org,2002:null", "tag:yaml.org,2002:bool")
+    ]
+    for first, kinds in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"[-+]?(0|[1-9][0-9_]{0,99}|0x[0-9a-fA-F_]{1,99}|0b[01_]{1,99})$"),
+    list("-+0123456789"),
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+][0-9]+)?|\.[0-9][0-9_]*([eE][-+][0-9]+)?"
+        r"|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
+
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
@@ -694,11 +790,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         InputError: the file cannot be read, is no valid YAML, or holds no mapping.
     """
     try:
-        with path.open("rb") as file:
-            raw = file.read(LONGEST + 1)
-        if len(raw) > LONGEST:
-            raise InputError(f"{path}: is no config: it has more than {LONGEST:,} bytes")
-        tree = _parse_yaml(raw.decode(), str(path))
+        tree = _parse_yaml(read_small(path, LONGEST).decode(), str(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -716,7 +808,10 @@ def _parse_yaml(text: str, origin: str) -> object:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except RecursionError:
         raise InputError(f"{origin}: is nested too deeply") from None
-    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (
+        *(yaml.YAMLError, ValueError, TypeError),
+        *(ArithmeticError, LookupError, AttributeError),
+    ) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark is not None else ""
         problem = getattr(error, "problem", None) or f"is no valid YAML: {error}".splitlines()[0]
@@ -724,36 +819,62 @@ def _parse_yaml(text: str, origin: str) -> object:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over` on top, mapping by mapping."""
+    """`base` with the values of `over` on top, mapping by mapping.
+
+    A mapping does not hide what is not one, such as `model: 5`, so that `validate` can refuse it.
+    """
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
         if isinstance(value, Mapping) and isinstance(below, Mapping):
             merged[key] = merge(below, value)
+        elif isinstance(value, Mapping) and below is not None:
+            pass
         elif value is not None or not isinstance(below, Mapping):  # `model:` alone changes nothing
             merged[key] = value
     return merged
 
 
-def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     """What a YAML file and its bases say, not validated.
 
     Raises:
-        InputError: a file is missing or no valid YAML, or a base leads back to its file.
+        InputError: a file is missing or no valid YAML, a base leads back to its file, or there are
+            too many.
     """
-    tree = read_yaml(path)
-    if path.resolve() in seen:
-        raise InputError(f"{path}: base: leads back to this file")
-    base = tree.pop("base", None)
-    if base is None:
-        return tree
-    if not isinstance(base, str):
-        raise InputError(f"{path}: base: must be the path of one YAML file, found {base!r}")
+    trees: list[dict[str, Any]] = []  # the file's own, its base's, and so on
+    seen: set[Path] = set()
+    while True:
+        tree = read_yaml(path)
+        if path.resolve() in seen:
+            raise InputError(f"{path}: base: leads back to this file")
+        seen.add(path.resolve())
+        base = tree.pop("base", None)
+        trees.append(tree)
+        if base is None:
+            break
+        if not isinstance(base, str):
+            raise InputError(f"{path}: base: must be the path of one YAML file, found {base!r}")
+        if len(seen) > MOST_BASES:
+            raise InputError(f"{path}: base: at most {MOST_BASES} files in a row may have one")
+        path = base_of(path, base)
+    merged = trees.pop()
+    while trees:
+        merged.pop("name", None)
+        merged = merge(merged, trees.pop())
+    return merged
+
+
+def base_of(path: Path, base: str) -> Path:
+    """The file that the file `path` names as its base.
+
+    Raises:
+        InputError: it is not there.
+    """
     origin = path.parent / expand_user(base)
-    if not origin.is_file():
+    if not origin.exists():
         raise InputError(f"{path}: base: {base}: no such file (looked in {path.parent.absolute()})")
-    below = read(origin, (*seen, path.resolve()))
-    return merge({key: value for key, value in below.items() if key != "name"}, tree)
+    return origin
 
 
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -789,15 +910,21 @@ def validate(
         return section.model_validate(tree)
     except ValidationError as error:
         found: dict[str, list[str]] = {}
-        for details in error.errors():
-            key, text = _explain(details, option_paths(section))
+        options = option_paths(section)
+        for details in error.errors(include_url=False)[:MOST_ERRORS]:
+            key, text = _explain(details, options)
             found.setdefault(key, []).append(text)
+        unsaid = max(0, error.error_count() - MOST_ERRORS)
     problems = [
         f"{origin(key)}: {'; or '.join(texts)}".lstrip(": ") for key, texts in found.items()
     ]
     if len(problems) > 3:
-        problems = [*problems[:2], f"and {len(problems) - 2} more: " + "; ".join(problems[2:])]
+        more = f"and {len(problems) - 2 + unsaid:,} more: "
+        problems = [*problems[:2], more + "; ".join(problems[2:])]
     raise InputError("\n".join(problems))
+
+
+MOST_ERRORS = 100  # that are put into words
 
 
 def _explain(error: ErrorDetails, options: list[str]) -> tuple[str, str]:
@@ -818,10 +945,11 @@ def _explain(error: ErrorDetails, options: list[str]) -> tuple[str, str]:
     if error["type"] == "value_error":
         return key, str(error["ctx"]["error"])
     try:
-        shown = repr(found) if len(repr(found)) <= 60 else repr(found)[:57] + "..."
+        shown = repr(found)
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
     except ValueError:  # an int of thousands of digits
         shown = "a very long number"
-    if error["type"] in ("choice", "number", "nul", "reserved", "characters"):
+    if error["type"] in ("choice", "number", "range", "nul", "reserved", "characters"):
         return key, f"{shown} {error['msg']}"
     if error["type"] == "string_unicode":
         return key, f"{shown} is not Unicode text"

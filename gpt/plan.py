@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from gpt import size
 from gpt.config import Config, ModelConfig
 from gpt.errors import InputError, OutOfMemoryError
 from gpt.init import depth_scaled
@@ -46,9 +47,9 @@ def describe(
         warmup += " (the whole run, and more)"
     parts = config.batch_sequences // micro_batch
     if train_tokens is None:
-        size = "not prepared yet"
+        data = "not prepared yet"
     else:
-        size = f"{train_tokens:,} training tokens, {total / train_tokens:.2f} epochs"
+        data = f"{train_tokens:,} training tokens, {total / train_tokens:.2f} epochs"
     rows = {
         "steps": f"{config.training.steps:,}" + (f", of which {done:,} are done" if done else ""),
         "device": f"{device.type}, {config.training.precision}",
@@ -58,7 +59,7 @@ def describe(
         f"{config.model.context}" + (f", in {parts} micro-batches" if parts > 1 else ""),
         "rate": f"{config.optimizer.name} at {config.optimizer.learning_rate:g}, "
         f"{'no warm-up' if schedule.warmup == 'none' else warmup}, then {schedule.body}",
-        "data": f"{size}; {config.data.tokenizer} vocabulary of {model.vocab_size:,}",
+        "data": f"{data}; {config.data.tokenizer} vocabulary of {model.vocab_size:,}",
         "directory": str(directory),
     }
     return "\n".join([config.name, *(f"  {name:<10} {text}" for name, text in rows.items())])
@@ -110,15 +111,32 @@ def micro_batch(config: Config, vocab_size: int, device: torch.device, *, models
     if config.training.micro_batch != "auto":
         return config.training.micro_batch
     model = config.model
-    size = 4 if config.training.precision == "fp32" else 2
+    number = 4 if config.training.precision == "fp32" else 2
     attention = 3 * model.heads * model.context if model.attention.soft_cap is not None else 0
-    token, logits = (17 * model.width + attention) * model.layers * size, 3 * vocab_size * 4
+    token, logits = (17 * model.width + attention) * model.layers * number, 3 * vocab_size * 4
     memory, chunk = _memory(device) // models, config.training.loss_chunk
     fitting = max(1, memory // ((token + logits) * model.context))
     if chunk is not None:
         fitting = max(fitting, (memory - chunk * logits) // (token * model.context))
     batch = config.batch_sequences
     return max(n for n in range(1, min(batch, fitting) + 1) if batch % n == 0)
+
+
+def check_fits(config: Config, device: torch.device, vocab_size: int = 1) -> None:
+    """Refuse a config that the memory here cannot train (see `gpt.size.check_training`).
+
+    Raises:
+        InputError: it needs more than there is.
+    """
+    memory, shared = total_memory(device), device.type != "cuda"
+    size.check_training(config, vocab_size, device_memory=memory, shared=shared)
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU's own memory, or of the machine's; None if that is not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return size.machine_memory()
 
 
 MODEL_BYTES = 24  # a parameter: weight, gradient, step, Adam's two moments, a copy while stacking

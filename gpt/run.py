@@ -33,6 +33,7 @@ from gpt.diagnostics.failure import Failure
 from gpt.errors import InputError
 from gpt.files import is_scrap, stays_inside, write_text
 from gpt.model import GPT
+from gpt.size import check_loading
 
 Status = Literal["finished", "diverged", "interrupted"]
 
@@ -345,6 +346,7 @@ def load_run(
         others = f";\n--checkpoint {whole[-1]} is whole" if whole else ""
         raise InputError(f"{error}{others}") from None
     encoding = tokenizer.load(folder / "tokenizer.json")
+    check_loading(config.model, encoding.n_vocab, str(run.config))
     model = GPT(config.model, encoding.n_vocab)
     try:
         model.load_state_dict(loaded.model)

@@ -103,6 +103,7 @@ def train(
     ended = ended_run(config, path, resume)
     if ended is not None:
         return ended
+    plan.check_fits(config, device)
     with (
         only_one_in(path, f"{path}: another process trains there"),
         flush_denormals(),
@@ -233,6 +234,7 @@ class Training:
             self.dataset.val, context, config.evaluation.sequences
         )
         self.byte_lengths = np.array(tokenizer.byte_lengths(encoding))
+        plan.check_fits(config, device, encoding.n_vocab)
         with global_generator(device):  # torch draws weights of its own, which are then replaced
             self.model = GPT(config.model, encoding.n_vocab).to(device)
         self.model.loss_chunk = config.training.loss_chunk

@@ -320,7 +320,7 @@ def compared(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "grid.yaml"
     path.write_text(yaml.safe_dump(grid, sort_keys=False))
     resolved, cells = load(path)
-    path.write_text(comparison._to_yaml(resolved))
+    path.write_text(resolved.to_yaml())
     for cell in cells[:-1]:
         training.train(cell.config, folder / "cells" / cell.id, quiet=True)
         shutil.rmtree(folder / "cells" / cell.id / "checkpoints", ignore_errors=True)

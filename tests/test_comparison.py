@@ -282,7 +282,7 @@ def test_a_dry_run_lists_cells_and_writes_nothing(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--workers", "0"], ["--workers 0", "1 or more"]),
+        (["--workers", "0"], ["--workers 0: must be a whole number between 1 and 1,000"]),
         (["--workers", "two"], ["--workers two"]),
         (["--optimizer.learning-rate", "1e-3"], ["--optimizer.learning_rate", "change that file"]),
         (["--training.stepz", "1"], ["--training.stepz: no such option"]),
@@ -563,7 +563,7 @@ def test_a_faulty_cell_is_exit_1_and_the_others_have_results(
     directory = tmp_path / "new"
     (directory / "cells").mkdir(parents=True)
     (directory / "cells" / cells[0].id).write_text("in the way")
-    (directory / "grid.yaml").write_text(comparison._to_yaml(grid))
+    (directory / "grid.yaml").write_text(grid.to_yaml())
     assert cli.compare([str(path), "--out-dir", str(directory), "--workers", "1"]) == 1
     out, _ = capsys.readouterr()
     assert "1 of 2 cells have no result (1 error)" in out

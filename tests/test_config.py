@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 import re
 import sys
+import time
 import typing
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import yaml
 from conftest import ROOT
 
 from gpt import config as configs
+from gpt.cli import SampleOptions
 from gpt.config import Choice, Config, ModelConfig, load, option_paths, validate
 from gpt.errors import InputError, nearest
 
@@ -114,7 +118,7 @@ def test_large_seeds_keep_every_digit():
         ("seed: !!int ''", "is no valid YAML"),
         ("seed: !!bool x", "is no valid YAML"),
         ("seed: !!timestamp foo", "is no valid YAML"),
-        ("seed: 0x" + "f" * 5000, "a very long number"),
+        ("seed: !!int 0x" + "f" * 5000, "is no valid YAML: a number of so many digits"),
         ("base: none.yaml", "base: none.yaml: no such file (looked in "),
         ("base: 3", "base: must be the path"),
         ("x: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
@@ -165,8 +169,11 @@ def test_many_errors_still_fit_three_lines():
     ("tree", "message"),
     [
         ({"training": {"steps": True, "batch_sequences": 1}}, "True is a truth value"),
-        ({"training": {"steps": 0, "batch_sequences": 1}}, "greater than or equal to 1"),
-        ({"optimizer": {"learning_rate": "nan"}}, "finite number"),
+        (
+            {"training": {"steps": 0, "batch_sequences": 1}},
+            "training.steps: 0 is not between 1 and 1,000,000,000",
+        ),
+        ({"optimizer": {"learning_rate": "nan"}}, "'nan' is not between 1e-30 and 1e+30"),
         ({"optimizer": {"learning_rate": ".inf"}}, "valid number"),
         ({"model": {"heads": 3}}, "heads (3) must divide width (128)"),
         ({"training": {"batch_sequences": 1, "batch_tokens": 128}}, "set one of them to null"),
@@ -353,3 +360,140 @@ def test_a_name_that_windows_reserves_is_refused(name: str, tmp_path: Path):
     path.write_text(f"name: {name}")
     with pytest.raises(InputError, match="not a file's name on Windows"):
         load(path)
+
+
+def numbers(section: type[configs.Section], prefix: str = "") -> dict[str, configs.Between]:
+    """Every option that is a number, by its dotted path, and its range."""
+    found = {}
+    for name, info in section.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, configs.Section):
+            found |= numbers(info.annotation, f"{prefix}{name}.")
+        kinds = typing.get_args(info.annotation)
+        notes = [*info.metadata, *(n for k in kinds for n in getattr(k, "__metadata__", ()))]
+        found |= {f"{prefix}{name}": note for note in notes if isinstance(note, configs.Between)}
+    return found
+
+
+def nested(key: str, value: object) -> Any:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+SECTIONS = {"Config": Config, "MixedSource": configs.MixedSource, "SampleOptions": SampleOptions}
+NUMBERS = [(name, key) for name, section in SECTIONS.items() for key in numbers(section)]
+
+
+def test_every_number_has_a_range():
+    schema = Config.model_json_schema()
+    for section in [schema, *schema["$defs"].values()]:
+        for name, option in section["properties"].items():
+            for kind in option.get("anyOf", [option]):
+                if kind.get("type") in ("integer", "number"):
+                    assert {"minimum", "maximum"} <= kind.keys(), name
+    assert len(NUMBERS) > 50
+
+
+@pytest.mark.parametrize(("section", "key"), NUMBERS, ids=lambda each: str(each))
+def test_a_number_out_of_its_range_is_refused_with_key_value_and_range(section: str, key: str):
+    kind = SECTIONS[section]
+    between = numbers(kind)[key]
+    too_large = [
+        2 * between.most + 1,
+        "9" * 309,
+        "9" * 5000,
+        10**5000,
+        "1e301",
+        "inf",
+        float("inf"),
+    ]
+    too_small = [between.least - max(1e-31, between.least), -1, "-1e301", "-inf", "nan"]
+    for value in [*too_large, *too_small]:
+        if value == between.least:  # 0 - 0
+            continue
+        with pytest.raises(InputError) as caught:
+            validate(kind, nested(key, value))
+        message = str(caught.value)
+        assert message.startswith(f"{key}: "), message
+        assert f" is not {between}" in message
+        assert len(message) < 250
+
+
+@pytest.mark.parametrize("written", ["9" * 309, "9" * 5000, "0x" + "f" * 90, "1e301", "-1", ".nan"])
+def test_out_of_range_in_a_file_names_file_and_key(tmp_path: Path, written: str):
+    for key in ("training.steps", "optimizer.learning_rate"):
+        section, name = key.split(".")
+        path = write(tmp_path / "c.yaml", f"{section}: {{{name}: {written}}}")
+        with pytest.raises(InputError) as caught:
+            load(path)
+        assert re.fullmatch(rf"{path}: {key}: .* is not between 1\S* and 1\S*", str(caught.value))
+
+
+@pytest.mark.parametrize("written", ["1:30", "1:1:1.5", "0o17", "0x" + "f" * 5000])
+def test_what_yaml_1_2_reads_as_text_is_no_number(tmp_path: Path, written: str):
+    path = write(tmp_path / "c.yaml", f"seed: {written}")
+    with pytest.raises(InputError, match="seed: input should be a valid integer"):
+        load(path)
+    path = write(tmp_path / "c.yaml", f"sampling: {{prompt: {written}}}")
+    assert load(path).sampling.prompt == written
+
+
+def test_a_date_is_text_and_a_leading_zero_is_nothing(tmp_path: Path):
+    path = write(tmp_path / "c.yaml", "name: 2026-01-02\nseed: 010\ntraining: {steps: 0x1f}")
+    config = load(path)
+    assert (config.name, config.seed, config.training.steps) == ("2026-01-02", 10, 31)
+
+
+@pytest.mark.parametrize("unit", [":1", "9", "_"])
+@pytest.mark.parametrize("before", ["seed: 1", "seed: !!int 1", "seed: !!float 1"])
+def test_the_cost_of_a_number_is_linear(tmp_path: Path, before: str, unit: str):
+    path = write(tmp_path / "c.yaml", before + unit * (configs.LONGEST // len(unit) - 10))
+    began = time.process_time()
+    with contextlib.suppress(InputError):
+        load(path)
+    assert time.process_time() - began < 0.5
+
+
+@pytest.mark.parametrize("over", ["layers", "norm"])
+def test_a_mapping_does_not_hide_what_is_none(tmp_path: Path, over: str):
+    on_top = {"layers": {"layers": "3"}, "norm": {"norm": {"eps": "0.1"}}}[over]
+    below = {"layers": "model: 5", "norm": "model: {norm: 5}"}[over]
+    key = {"layers": "model", "norm": "model.norm"}[over]
+    write(tmp_path / "base.yaml", below)
+    path = write(tmp_path / "mine.yaml", yaml.safe_dump({"base": "base.yaml", "model": on_top}))
+    for load_it in (
+        lambda: load(path),
+        lambda: load(tmp_path / "base.yaml", {"model": on_top}),
+    ):
+        with pytest.raises(InputError, match=f"{key}: must be a mapping of options, found 5"):
+            load_it()
+
+
+def test_a_long_chain_of_bases_is_refused(tmp_path: Path):
+    for n in range(100):
+        write(tmp_path / f"{n}.yaml", f"base: {n + 1}.yaml\nseed: {n}")
+    write(tmp_path / "100.yaml", "seed: 100")
+    with pytest.raises(InputError, match=r"16\.yaml: base: at most 16 files in a row may have one"):
+        load(tmp_path / "0.yaml")
+    assert load(tmp_path / "84.yaml").seed == 84
+
+
+def test_a_config_or_base_that_is_no_small_file_is_refused(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    write(tmp_path / "long.yaml", "#" * (configs.LONGEST + 1))
+    for name, words in (
+        ("pipe", "is a named pipe, not a regular file"),
+        ("long.yaml", "is larger than 131,072 bytes"),
+        (".", "is a folder, not a regular file"),
+    ):
+        with pytest.raises(InputError, match=words):
+            load(tmp_path / name)
+        with pytest.raises(InputError, match=words):
+            load(write(tmp_path / "mine.yaml", f"base: {name}"))
+
+
+def test_thousands_of_errors_come_at_once_and_in_three_lines():
+    began = time.process_time()
+    message = error_of({f"modle{n}": 1 for n in range(3_000)})
+    assert "and 2,998 more: modle2: no such option" in message
+    assert time.process_time() - began < 2

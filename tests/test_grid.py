@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from gpt.compare.grid import MOST_CELLS, Contrast, Grid, load, schema
+from gpt.compare.grid import MOST_CELLS, Contrast, Grid, check_sizes, load, schema
 from gpt.config import Config
 from gpt.errors import InputError
 from gpt.placement import PLACEMENTS
@@ -228,9 +229,9 @@ def test_flags_stand_above_the_files_options(tmp_path: Path):
 
 
 def test_rates_of_an_arms_own_count_towards_the_limit(tmp_path: Path):
-    many = [0.001 * n for n in range(1, 9000)]
+    many = [0.001 * n for n in range(1, 3000)]
     arms = {"a": {"x": {"optimizer.learning_rate": many}}}
-    assert "35,996 cells" in message(tmp_path, arms=arms)
+    assert "11,996 cells" in message(tmp_path, arms=arms)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -325,6 +326,38 @@ def test_names_that_give_one_folder_are_refused(tmp_path: Path, one: str, two: s
     assert f"rename {one!r} or {two!r}" in found
 
 
+def test_arms_are_counted_before_they_are_made(tmp_path: Path):
+    began = time.process_time()
+    arms = {f"f{n}": {"a": {}, "b": {}} for n in range(24)}
+    said = message(tmp_path, arms=arms, contrast=None, pairs=[], exclude=[])
+    assert "arms: makes 16,777,216 arms; at most 10,000 are compared" in said
+    axes = {"optimizer.learning_rate": [1e-6 * n for n in range(1, 200)]}
+    axes |= {"model.layers": list(range(1, 200))}
+    assert "describes" in message(tmp_path, grid=axes, exclude=[])
+    assert time.process_time() - began < 2
+
+
+def test_what_costs_a_product_is_bounded(tmp_path: Path):
+    assert "at most 200 items" in message(tmp_path, exclude=[{"seed": n} for n in range(201)])
+    pairs = [["pre, cold", f"{n}"] for n in range(1001)]
+    assert "at most 1000 items" in message(tmp_path, pairs=pairs)
+    (tmp_path / "base.yaml").write_text(f"data: {{source: text, path: {'a' * 90_000}}}")
+    both = message(tmp_path, base="base.yaml", options={"sampling.prompt": "b" * 60_000})
+    assert "with its base it is longer than 131,072 bytes" in both
+
+
+def test_a_large_grid_is_read_in_linear_time_and_again_from_what_is_written(tmp_path: Path):
+    path = tmp_path / "large.yaml"
+    arms = {f"f{n}": {"a": {}, "b": {}} for n in range(10)}
+    path.write_text(yaml.safe_dump({"base": {}, "arms": arms, "seeds": 1}))
+    began = time.process_time()
+    grid, cells = load(path)
+    assert len(cells) == 1024
+    assert time.process_time() - began < 4
+    path.write_text(grid.to_yaml())
+    assert load(path)[0] == grid
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -340,3 +373,40 @@ def test_text_that_no_picture_could_show_is_refused(
 ):
     plain = {"arms": {"f": {"a": {}, "b": {}}}, "contrast": None, "pairs": [], "exclude": []}
     assert words in message(tmp_path, **plain | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"base": {"model": 5}}, "model: must be a mapping of options, found 5"),
+        ({"base": {"model": {"norm": [1]}}}, "model.norm: must be a mapping of options, found"),
+        ({"options": {"model": 5}}, "options: model: no such option"),
+        ({"arms": {"a": {"x": {"model": 5}}}}, "arms.a.x: model: no such option"),
+        ({"grid": {"model": [5]}}, "grid: model: no such option"),
+        ({"arms": {"a": {}}}, "arms: dictionary should have at least 1 item"),
+    ],
+)
+def test_what_is_no_section_is_not_replaced(tmp_path: Path, changes: dict[str, Any], words: str):
+    assert words in message(tmp_path, **{"contrast": None, "pairs": [], "exclude": [], **changes})
+
+
+@pytest.mark.parametrize("digits", [309, 5000])
+def test_numbers_of_many_digits_in_an_axis_and_an_exclusion(tmp_path: Path, digits: int):
+    path = tmp_path / "mine.yaml"
+    many = "9" * digits
+    path.write_text(
+        f"base: {{}}\narms: {{a: {{x: {{}}}}}}\nseeds: 1\ngrid: {{model.layers: [{many}]}}\n"
+        f"exclude: [{{model.layers: {many}}}]"
+    )
+    with pytest.raises(InputError, match=r"model.layers: '9+\.\.\. is not between 1 and 10,000"):
+        load(path)
+
+
+def test_cells_too_large_for_the_machine_are_refused_with_their_arm(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    big = {"model.layers": 10_000, "model.width": 10_000, "model.heads": 1}
+    tree = {"base": {}, "options": {"training.device": "cpu"}, "arms": {"a": {"x": {}, "y": big}}}
+    path.write_text(yaml.safe_dump(tree))
+    _, cells = load(path)
+    with pytest.raises(InputError, match=r"arm 'y': training model.layers: 10,000, .* GB here"):
+        check_sizes(cells)

@@ -73,7 +73,7 @@ def directory(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "grid.yaml"
     path.write_text(yaml.safe_dump(grid, sort_keys=False))
     resolved, cells = load(path)
-    path.write_text(comparison._to_yaml(resolved))
+    path.write_text(resolved.to_yaml())
     for cell in cells[:-1]:
         train(cell.config, folder / "cells" / cell.id, quiet=True)
     (folder / "probes.json").write_text(comparison._starts_json(measure_starts(cells[:1]) or []))

@@ -240,7 +240,7 @@ def test_a_hub_dataset_and_its_validation_split():
         ({"source": "text", "path": "a", "mix": [{"path": "b"}]}, "path and mix are both given"),
         ({"mix": [{"source": "text"}]}, "mix.0: source: text needs path"),
         ({"mix": [{"source": "txt", "path": "a"}]}, "mix.0.source: 'txt' is none of"),
-        ({"mix": [{"weight": -1}]}, "mix.0.weight: input should be greater than 0"),
+        ({"mix": [{"weight": -1}]}, "mix.0.weight: -1 is not between 1e-06 and 1e+06"),
         ({"mix": [{"pth": "a"}]}, "mix.0.pth: no such option; perhaps you meant mix.0.path"),
         ({"mix": 3}, "mix: input should be a valid tuple"),
         ({"mix": {"source": "text"}}, "mix.0: source: text needs path"),

@@ -67,7 +67,7 @@ def compare(
         InputError: the directory holds another comparison, or the grid cannot be run here.
         StoppedError: `stop` came true while data was prepared.
     """
-    check_cells(cells)
+    check_cells(cells, probes=grid.probes)
     check_directory(grid, directory)
     with only_one_in(directory, f"{directory}: another process runs this comparison"):
         before = directory / "grid.yaml"
@@ -85,7 +85,7 @@ def compare(
             console.say(describe(grid, cells, directory, estimated, todo, workers))
         else:
             console.say(f"{directory}: all {len(cells)} cells have ended before; reporting again")
-        write_text(directory / "grid.yaml", _to_yaml(grid))
+        write_text(directory / "grid.yaml", grid.to_yaml())
         _note_command(directory)
         finished = run_cells(
             cells,
@@ -168,7 +168,7 @@ def check_directory(grid: Grid, directory: Path) -> None:
         ):
             raise InputError(f"{directory}: exists and is no comparison; choose another --out-dir")
         return
-    mine, theirs = yaml.safe_load(_to_yaml(grid)), read_yaml(path)
+    mine, theirs = yaml.safe_load(grid.to_yaml()), read_yaml(path)
     different = [
         key for key in {**theirs, **mine} if key not in FREE and mine.get(key) != theirs.get(key)
     ]
@@ -190,7 +190,7 @@ def dry_run(grid: Grid, cells: Sequence[Cell], directory: Path, workers: int) ->
     Raises:
         InputError: as `compare`.
     """
-    check_cells(cells)
+    check_cells(cells, probes=grid.probes)
     check_directory(grid, directory)
     vocabulary = max(preparation.vocab_size(data) for data in _datas(cells))
     todo = [cell for cell in cells if not has_ended(directory, cell)]
@@ -292,10 +292,6 @@ def _said(outcome: Outcome) -> str:
 
 def _starts_json(starts: Sequence[Start]) -> str:
     return json.dumps([asdict(start) for start in starts], indent=2) + "\n"
-
-
-def _to_yaml(grid: Grid) -> str:
-    return yaml.safe_dump(grid.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _to_csv(rows: Sequence[dict[str, Any]]) -> str:

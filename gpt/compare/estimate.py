@@ -17,6 +17,7 @@ import torch
 
 from gpt import plan
 from gpt.compare.grid import Cell
+from gpt.compare.probes import DEPTHS
 from gpt.compare.runner import Task
 from gpt.config import Config
 from gpt.ensemble import Ensemble
@@ -25,6 +26,7 @@ from gpt.init import initialize
 from gpt.model import GPT
 from gpt.optim import Optimizer
 from gpt.placement import check
+from gpt.size import check_probing
 from gpt.training import autocast, release_memory
 
 TIMED_TOGETHER = 8  # cells of those that are trained as one
@@ -55,19 +57,24 @@ class Estimate:
     disk: int
 
 
-def check_cells(cells: Sequence[Cell]) -> None:
+def check_cells(cells: Sequence[Cell], *, probes: bool = False) -> None:
     """Refuse what cannot run here, before anything runs.
 
+    Args:
+        probes: whether the networks are to be measured at their start.
+
     Raises:
-        InputError: a placement does not go with the rest, or the device is not there.
+        InputError: a placement does not go with the rest, the device is not there, or the memory
+            is too small.
     """
     for cell in cells:
         try:
             check(cell.config.model)
+            plan.check_fits(cell.config, plan.pick_device(cell.config.training.device))
+            if probes:
+                check_probing(cell.config.model, max(DEPTHS))
         except InputError as error:
             raise InputError(f"arm {cell.arm!r}: {error}") from None
-    for device in {cell.config.training.device for cell in cells}:
-        plan.pick_device(device)
 
 
 def estimate(
@@ -152,6 +159,7 @@ def _size(config: Config) -> tuple[object, ...]:
 def _measure(config: Config, vocab_size: int) -> tuple[float, int, int]:
     """Seconds of an update, FLOPs of a token, and parameters."""
     device = plan.pick_device(config.training.device)
+    plan.check_fits(config, device, vocab_size)
     model = GPT(config.model, vocab_size).to(device)
     model.loss_chunk = config.training.loss_chunk
     initialize(model, config.model, seed=0)

@@ -36,14 +36,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from gpt.config import (
+    LONGEST,
     Config,
-    Positive,
+    Hours,
     Section,
     Seed,
+    base_of,
     expand_user,
     is_reserved,
     leaves,
@@ -55,9 +58,10 @@ from gpt.config import (
 )
 from gpt.console import set_encoding
 from gpt.errors import InputError, nearest, printable
+from gpt.size import check_cpu_training
 
 RATE = "optimizer.learning_rate"
-MOST_CELLS = 10_000
+MOST_CELLS = 10_000  # and arms
 LONGEST_VALUE = 100  # characters
 Options = dict[str, Any]  # dotted option -> value
 Measure = Literal["log_lr50", "failure", "loss"]
@@ -128,23 +132,26 @@ class Grid(Section):
     """The config that cells build on: a YAML file, relative to this one, or the options."""
     options: Level = Field(default_factory=dict)
     """On top of the base, for all cells; dotted or nested."""
-    arms: Annotated[dict[Name, dict[Name, Level]], Field(min_length=1)]
+    arms: Annotated[
+        dict[Name, Annotated[dict[Name, Level], Field(min_length=1)]],
+        Field(min_length=1, max_length=50),
+    ]
     """Factor -> level -> its options. An arm is one level of each factor."""
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
     """Axis -> values. An axis is one dotted option, or several with commas and tuples of values."""
     seeds: Annotated[tuple[Seed, ...], BeforeValidator(_seeds), Field(min_length=1)] = (0, 1, 2)
     """Seeds of weights and data order, or how many of them."""
-    exclude: tuple[dict[str, Any], ...] = ()
+    exclude: Annotated[tuple[dict[str, Any], ...], Field(max_length=200)] = ()
     """Cells to leave out: those of which every entry holds; `arm`, factors, options, `seed`."""
     contrast: Contrast | None = None
     """The primary contrast, registered before the runs."""
-    pairs: tuple[tuple[str, str], ...] = ()
+    pairs: Annotated[tuple[tuple[str, str], ...], Field(max_length=1000)] = ()
     """Pairs of arms to compare besides, corrected together by Holm's method."""
     probes: bool = True
     """Measure each arm's network at its start, at several depths."""
     runner: Runner = "auto"
     """All cells of one shape trained as one (batched), a process each, or what the device likes."""
-    hours: Positive = 24.0
+    hours: Hours = 24.0
     """A comparison that is estimated to take longer is refused."""
     keep_checkpoints: bool = False
     """Keep the cells' checkpoints, which are large; without them cells cannot be sampled from."""
@@ -152,6 +159,9 @@ class Grid(Section):
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
         known = set(option_paths(Config)) - {"name", "seed"}
+        count = math.prod(map(len, self.arms.values()))
+        if count > MOST_CELLS:  # before any is made
+            raise ValueError(f"arms: makes {count:,} arms; at most {MOST_CELLS:,} are compared")
         arms = self.all_arms()
         used = [("options", key) for key in self.options]
         used += [("grid", key) for axis in self.grid for key in split(axis)]
@@ -161,11 +171,10 @@ class Grid(Section):
         for where, key in used:
             if key not in known:
                 raise ValueError(f"{where}: {key}: no such option of a cell{nearest(key, known)}")
+        of_axes = {key for axis in self.grid for key in split(axis)}
         for arm in arms:
-            for axis in self.grid:
-                for key in split(axis):
-                    if key in arm.options:
-                        raise ValueError(f"{key}: is set by arm {arm.name!r} and by the grid")
+            for key in sorted(of_axes & arm.options.keys()):
+                raise ValueError(f"{key}: is set by arm {arm.name!r} and by the grid")
         twice = [
             key for key, n in Counter(k for axis in self.grid for k in split(axis)).items() if n > 1
         ]
@@ -188,7 +197,7 @@ class Grid(Section):
                 raise ValueError(f"{a!r} is compared with itself")
         if len(set(map(frozenset, self.pairs))) < len(self.pairs):
             raise ValueError("pairs: one stands twice")
-        names = [arm.name for arm in arms]
+        names = dict.fromkeys(arm.name for arm in arms)
         asked = [name for pair in self.pairs for name in pair]
         if self.contrast is not None:
             asked += [*self.contrast.of, *(self.contrast.against or ())]
@@ -216,6 +225,10 @@ class Grid(Section):
             options = {key: value for key, value in options.items() if key not in own}
             arms.append(Arm(", ".join(levels.values()), levels, options, own))
         return arms
+
+    def to_yaml(self) -> str:
+        """The grid as YAML that `load` reads back equal."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 @dataclass(frozen=True)
@@ -298,10 +311,7 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> tuple[Grid, 
             raise InputError(f"--{key}: the cells of {path} differ in it; change that file")
     base = grid.base
     if isinstance(base, str):
-        origin = path.parent / expand_user(base)
-        if not origin.is_file():
-            raise InputError(f"{path}: base: {base}: no such file (looked in {path.parent})")
-        base = read(origin)
+        base = read(base_of(path, base))
     base = {key: value for key, value in base.items() if key not in ("name", "seed")}
     count = len(grid.seeds) * sum(
         math.prod(len(values) for values in {**grid.grid, **arm.axes}.values())
@@ -311,6 +321,8 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> tuple[Grid, 
         raise InputError(f"{path}: describes {count:,} cells; at most {MOST_CELLS:,} are run")
     base = merge(merge(base, nested(grid.options)), overrides or {})
     grid = grid.model_copy(update={"base": base, "options": {}})
+    if len(grid.to_yaml().encode()) > LONGEST:  # or its comparison could not be read again
+        raise InputError(f"{path}: with its base it is longer than {LONGEST:,} bytes")
     return grid, _cells(grid, str(path))
 
 
@@ -327,13 +339,14 @@ def _cells(grid: Grid, origin: str) -> list[Cell]:
         for values in itertools.product(*{**grid.grid, **arm.axes}.values())
     ]
     cells: dict[str, Cell] = {}
+    varied, excluded = _varied(grid), [_texts_of(entry) for entry in grid.exclude]
     fitting = set()
     for seed, arm, values in combinations:
-        cell = _cell(grid, arm, values, seed, origin)
-        known = {"arm": arm.name, "seed": seed, **arm.levels, **cell.factors}
+        cell = _cell(grid, arm, values, seed, varied, origin)
+        known = _texts_of({"arm": arm.name, "seed": seed, **arm.levels, **cell.factors})
         entries = {
             number
-            for number, entry in enumerate(grid.exclude)
+            for number, entry in enumerate(excluded)
             if _matches(entry, known, f"{origin}: exclude.{number}")
         }
         fitting |= entries
@@ -353,7 +366,7 @@ def _cells(grid: Grid, origin: str) -> list[Cell]:
     return list(cells.values())
 
 
-def _cell(grid: Grid, arm: Arm, values: Options, seed: int, origin: str) -> Cell:
+def _cell(grid: Grid, arm: Arm, values: Options, seed: int, varied: list[str], origin: str) -> Cell:
     assert isinstance(grid.base, dict)
     placed: Options = {}
     for axis, value in values.items():
@@ -362,7 +375,7 @@ def _cell(grid: Grid, arm: Arm, values: Options, seed: int, origin: str) -> Cell
     tree = merge(grid.base, nested({**arm.options, **placed, "seed": seed, "name": name}))
     where = f"{origin}: arm {arm.name!r}"
     config = validate(Config, tree, lambda key: f"{where}: {key}".rstrip(": "))
-    factors = {key: _value(config, key) for key in _varied(grid)}
+    factors = {key: _value(config, key) for key in varied}
     place = {key: factors[key] for key in placed if key != RATE}
     return Cell(name, arm.name, factors, place, config)
 
@@ -377,15 +390,22 @@ def _assign(axis: str, value: Any, origin: str) -> Options:
     return dict(zip(keys, value, strict=True))
 
 
-def _matches(entry: Options, known: Options, origin: str) -> bool:
+def _texts_of(options: Options) -> dict[str, set[str]]:
+    """The texts of each option's value, or of its values; of a switch both that it may have."""
+    switch = {"on": {"on", "True"}, "off": {"off", "False"}}
+    return {
+        key: set().union(*(switch.get(_text(v), {_text(v)}) for v in values))
+        for key, value in options.items()
+        for values in [value if isinstance(value, list) else [value]]
+    }
+
+
+def _matches(entry: dict[str, set[str]], known: dict[str, set[str]], origin: str) -> bool:
     """Whether a cell is one of those that an entry of `exclude` describes."""
     for key, wanted in entry.items():
         if key not in known:
             raise InputError(f"{origin}: {key}: nothing that cells differ in{nearest(key, known)}")
-        several = wanted if isinstance(wanted, list) else [wanted]
-        if known[key] in ("on", "off"):  # which YAML 1.1 reads as truth values
-            several = [{True: "on", False: "off"}.get(each, each) for each in several]
-        if _text(known[key]) not in map(_text, several):
+        if wanted.isdisjoint(known[key]):
             return False
     return True
 
@@ -394,7 +414,7 @@ def _text(value: Any) -> str:
     """A value as it stands in names: `1e-3`, `0.001` and 0.001 are one."""
     try:
         return f"{float(value):g}" if not isinstance(value, bool) else str(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return str(value)
 
 
@@ -417,6 +437,19 @@ def nested(options: Options) -> dict[str, Any]:
         section, _, rest = key.partition(".")
         tree = merge(tree, {section: nested({rest: value}) if rest else value})
     return tree
+
+
+def check_sizes(cells: list[Cell]) -> None:
+    """Refuse cells that are plainly too large for this machine, without torch.
+
+    Raises:
+        InputError: as `gpt.size.check_training`, with the arm.
+    """
+    for cell in cells:
+        try:
+            check_cpu_training(cell.config)
+        except InputError as error:
+            raise InputError(f"arm {cell.arm!r}: {error}") from None
 
 
 def _value(config: Config, key: str) -> Any:
