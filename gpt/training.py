@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import math
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator

@@ -47,7 +47,6 @@ from gpt.config import (
     Section,
     Seed,
     base_of,
-    expand_user,
     is_reserved,
     leaves,
     merge,
