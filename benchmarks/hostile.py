@@ -6,7 +6,7 @@ in a process of its own, forked from a server that has imported torch. An input 
 
     traceback  an exception or a Python warning came out, or the exit code is one of no contract
     signal     the process was killed by a signal
-    time       it took more than 10 s
+    time       it took more than 10 s (`--seconds`)
     memory     it needed over 1 GiB more than the same command does on the unspoilt fixture
     outside    a file beside the working directory changed: its name, bytes, mode or target
     lost       after a refusal (exit code 2) something in the working directory is not as before
@@ -25,7 +25,6 @@ import contextlib
 import csv
 import gzip
 import hashlib
-import io
 import json
 import lzma
 import multiprocessing
@@ -39,7 +38,6 @@ import shutil
 import signal
 import socket
 import stat
-import subprocess
 import sys
 import tempfile
 import threading
@@ -64,11 +62,9 @@ from safetensors.torch import load_file, save_file
 import gpt.generate
 import gpt.plot
 import gpt.training
-from gpt import checkpoint as checkpoints
 from gpt import cli
-from gpt.compare import comparison, runner
 from gpt.compare import report as reports
-from gpt.compare.grid import load as load_grid
+from gpt.compare import runner
 from gpt.config import Config, option_paths, read_yaml
 from gpt.config import load as load_config
 from gpt.data import preparation
@@ -125,7 +121,7 @@ class Input:
 
     Attributes:
         note: what was spoilt.
-        long: the work is legitimately long, so that SIGTERM after 6 s may end it with 75.
+        long: the work is legitimately long, so that SIGTERM in its midst may end it with 75.
         draws: pictures are drawn, which takes seconds.
     """
 
@@ -211,7 +207,7 @@ class Place:
         Path("grid.yaml").write_text(yaml.safe_dump(GRID, sort_keys=False))
         Path("prompt.txt").write_text("The quick")
         config = load_config("config.yaml")
-        stops = iter([False, False, True])  # at step 3
+        stops = iter([False, False, True])
         gpt.training.train(config, Path("runs/stopped"), quiet=True, stop=lambda: next(stops))
         gpt.training.train(config, Path("runs/finished"), quiet=True)
         shutil.copy("runs/finished/tokenizer.json", "vocabulary.json")
@@ -328,7 +324,7 @@ def contents(folder: Path) -> dict[str, tuple[object, ...]]:
 
 
 def forked(
-    action: Callable[[], object], place: Place, given: Input, long: float = SECONDS
+    action: Callable[[], object], place: Place, given: Input, long: float | None = None
 ) -> tuple[int, str, str, float, int]:
     """Call `action` in a child: exit code (-signal if killed), stderr, stdout, seconds, memory.
 
@@ -361,12 +357,12 @@ def forked(
     poll.register(handle, select.POLLIN)
     while not poll.poll(50):
         spent = time.monotonic() - began
-        late = spent > long
+        late = spent > (long or SECONDS)
         if late or _resident(child) - before > 4 * GIB:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child, signal.SIGKILL)
                 os.kill(child, signal.SIGKILL)
-        elif given.long and spent > 6 and not asked:
+        elif given.long and spent > 0.6 * SECONDS and not asked:
             os.kill(child, signal.SIGTERM)
             asked = True
     os.close(handle)
@@ -391,9 +387,9 @@ def _redirect(stdin: str, out: Path, err: Path) -> None:
     os.dup2(os.open(stdin, os.O_RDONLY | os.O_NONBLOCK), 0)
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
 
 
 def _called(action: Callable[[], object], given: Input) -> int:
@@ -401,11 +397,11 @@ def _called(action: Callable[[], object], given: Input) -> int:
     sys.modules["__main__"] = types.ModuleType("__main__")
     sys.argv = [given.door, *given.arguments]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(os, "fsync", lambda handle: None))
+        stack.enter_context(mock.patch.object(os, "fsync", return_value=None))
         stack.enter_context(mock.patch.object(runner, "_work", inline))
         if not given.draws:
-            stack.enter_context(mock.patch.object(gpt.plot, "_save", lambda figure, path: None))
-            stack.enter_context(mock.patch.object(reports, "draw", lambda material: []))
+            stack.enter_context(mock.patch.object(gpt.plot, "_save", return_value=None))
+            stack.enter_context(mock.patch.object(reports, "draw", return_value=[]))
         try:
             code = action()
         except SystemExit as end:
@@ -483,12 +479,16 @@ def _last_line(err: str) -> str:
     """The last line of a traceback, and where it was raised."""
     places = re.findall(r'File ".*?(\w+/\w+\.py|\w+\.py)", line (\d+)', err)
     ours = [f"{name}:{line}" for name, line in places if f"/{name}" in err and "gpt/" in err]
-    last = next((line for line in reversed(err.splitlines()) if re.match(r"[\w.]+(: |$)", line)), "")
+    last = next(
+        (line for line in reversed(err.splitlines()) if re.match(r"[\w.]+(: |$)", line)), ""
+    )
     return f"{last[:200]} ({ours[-1] if ours else 'no place'})"
 
 
 def _changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    changed = [f"changed {name!r}" for name in before if name in after and before[name] != after[name]]
+    changed = [
+        f"changed {name!r}" for name in before if name in after and before[name] != after[name]
+    ]
     gone = [f"gone {name!r}" for name in before if name not in after]
     return [*changed, *gone, *(f"new {name}" for name in after if name not in before)]
 
@@ -504,7 +504,9 @@ def _wrong_report(work: Path) -> str:
     """What is wrong in the reports that a command wrote."""
     for folder in {path.parent for path in work.glob("*/report.*")}:
         for name in ("report.html", "report.md"):
-            if (folder / name).is_file() and SCRIPT in (folder / name).read_text("utf-8", "replace"):
+            if (folder / name).is_file() and SCRIPT in (folder / name).read_text(
+                "utf-8", "replace"
+            ):
                 return f"{name} holds {SCRIPT}"
         if (folder / "cells.csv").is_file():
             with (folder / "cells.csv").open(encoding="utf-8") as file:
@@ -532,7 +534,7 @@ SUBJECTS: dict[str, list[tuple[str, list[str]]]] = {  # a part of the fixture: w
         ("train.py", ["config.yaml", "--out-dir", "runs/stopped"]),
         ("train.py", ["config.yaml", "--out-dir", "runs/stopped", "--training.steps", "9"]),
         ("train.py", ["config.yaml", "--out-dir", "runs/stopped", "--dry-run"]),
-        ("train.py", ["config.yaml", *FRESH, "--resume", "runs/stopped/checkpoints/step-00000002"]),
+        ("train.py", ["config.yaml", *FRESH, "--resume", "runs/stopped/checkpoints/step-00000001"]),
         ("sample.py", ["runs/stopped", *SHORT, "--checkpoint", "latest"]),
         ("diagnose", ["runs/stopped"]),
     ],
@@ -570,7 +572,7 @@ NEW = [
 
 def links(rng: random.Random, place: Place) -> Input:
     """A link in the place of a file or folder, or added beside: out, nowhere, to itself, hard."""
-    given, subject, path = _victim(rng, place, files_only=False)
+    given, _subject, path = _victim(rng, place, files_only=False)
     how = rng.choice(["moved", "moved", "moved", "file", "folder", "run", "new", "nowhere", "loop",
                       "parent", "chain", "hard"])  # fmt: skip
     target: Path | str
@@ -686,7 +688,22 @@ NUMBERS = [
     *("checkpoint.keep_every", "sampling.temperature", "sampling.top_k", "sampling.top_p"),
     *("sampling.min_p", "sampling.every", "sampling.tokens"),
 ]
-SMALL = ["0", "-1", "1", "2", "3", "7", "0.5", "1.5", "nan", ".inf", "-0.0", "5e-324", "1_0", "0x10"]
+SMALL = [
+    "0",
+    "-1",
+    "1",
+    "2",
+    "3",
+    "7",
+    "0.5",
+    "1.5",
+    "nan",
+    ".inf",
+    "-0.0",
+    "5e-324",
+    "1_0",
+    "0x10",
+]
 HUGE = [
     *(str(10**12), str(10**18), str(2**31), str(2**63 - 1), str(2**63), str(2**64)),
     *("1" + "0" * 308, "1" + "0" * 309, "9" * 5000, "1e301", "1e308", "1e12", "1e400", "-1e300"),
@@ -698,7 +715,9 @@ SAMPLING = ["--num-samples", "--max-new-tokens", "--temperature", "--top-k", "--
 
 def sizes(rng: random.Random, place: Place) -> Input:
     """Huge, tiny and odd numbers in the config, flags, a run's config and a grid."""
-    way = rng.choice(["flags", "flags", "file", "forged", "grid", "grid", "sample", "mix", "compare"])
+    way = rng.choice(
+        ["flags", "flags", "file", "forged", "grid", "grid", "sample", "mix", "compare"]
+    )
     really = rng.random() < 0.5
     values = [*SMALL, *HUGE, *HUGE, *([] if really else BETWEEN * 4)]
     heavy = ["model.layers", "model.width", "model.context", "data.vocab_size",
@@ -751,7 +770,9 @@ def sizes(rng: random.Random, place: Place) -> Input:
     elif what == "seeds":
         grid["seeds"] = rng.choice([10**5, 10**18, -1, list(range(10**5)), [2**63], [10**400 % 7]])
     elif what == "axis":
-        grid["grid"] = {"optimizer.learning_rate": [n / 1e6 for n in range(1, 10 ** rng.choice([4, 5]))]}
+        grid["grid"] = {
+            "optimizer.learning_rate": [n / 1e6 for n in range(1, 10 ** rng.choice([4, 5]))]
+        }
     elif what == "axes":
         names = rng.sample([key for key in NUMBERS if key != "seed"], min(number, 20))
         grid["grid"] = {key: list(range(1, 9)) for key in names}
@@ -762,7 +783,9 @@ def sizes(rng: random.Random, place: Place) -> Input:
     else:
         grid["options"] = {key: _value(value) for key, value in chosen.items()}
     (place.work / "odd.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
-    return Input("compare.py", ["odd.yaml", "--out-dir", "fresh", "--dry-run"], f"grid: {what}; {note}")
+    return Input(
+        "compare.py", ["odd.yaml", "--out-dir", "fresh", "--dry-run"], f"grid: {what}; {note}"
+    )
 
 
 def _value(text: str) -> object:
@@ -802,7 +825,9 @@ def odd_bytes(rng: random.Random, place: Place) -> Input:
     given, subject, path = _victim(rng, place, files_only=True)
     raw = path.read_bytes() if path.is_file() else b""
     how = rng.choice(["tamper", "tamper", "tamper", "tamper", "tensors", "odd", "noise", "cut"])
-    if how == "tensors" and (found := sorted(place.work.glob(f"{subject or '*'}/**/*.safetensors"))):
+    if how == "tensors" and (
+        found := sorted(place.work.glob(f"{subject or '*'}/**/*.safetensors"))
+    ):
         path = rng.choice(found)
         given.note = f"{path.relative_to(place.work)}: {_other_tensors(rng, path)}"
     else:
@@ -822,12 +847,14 @@ def odd_bytes(rng: random.Random, place: Place) -> Input:
 def _odd_data(rng: random.Random, place: Place) -> Input:
     source = rng.choice(["text", "text", "jsonl", "parquet", "tokens"])
     names = sorted(path.name for path in place.materials.iterdir())
-    fitting = [n for n in names if source in n or source == "tokens" and n.endswith("bin")]
+    fitting = [n for n in names if source in n or (source == "tokens" and n.endswith("bin"))]
     name = rng.choice(rng.choice([names, fitting or names]))
     suffix = rng.choice(["", "", ".txt", ".gz", f".{source}"])
     shutil.copy(place.materials / name, place.work / f"{name}{suffix}")
     flags = ["--data.path", f"{name}{suffix}", "--data.source", source]
-    flags += ["--data.tokenizer", rng.choice(["bytes", "chars", "bpe"])] if source != "tokens" else []
+    flags += (
+        ["--data.tokenizer", rng.choice(["bytes", "chars", "bpe"])] if source != "tokens" else []
+    )
     flags += ["--data.invalid-text", "replace"] if rng.random() < 0.2 else []
     flags += ["--data.holdout", "tail"] if rng.random() < 0.6 else []
     if source == "tokens":
@@ -939,12 +966,17 @@ def odd_names(rng: random.Random, place: Place) -> Input:
     if way in ("run", "config", "compared", "data") and not plain:
         way = "out"
     if way == "out":
-        return Input("train.py", ["config.yaml", "--out-dir", name, "--max-seconds", "3"], note, draws=draws)
+        return Input(
+            "train.py", ["config.yaml", "--out-dir", name, "--max-seconds", "3"], note, draws=draws
+        )
     if way == "run":
         which = rng.choice(["finished", "stopped"])
         (sure / f"runs/{which}").rename(sure / name)
         door, arguments = rng.choice(SUBJECTS[f"runs/{which}"])
-        words = [word.replace(f"runs/{which}", f"./{name}" if name[0] == "-" else name) for word in arguments]
+        words = [
+            word.replace(f"runs/{which}", f"./{name}" if name[0] == "-" else name)
+            for word in arguments
+        ]
         return Input(door, words, note, draws=draws)
     if way == "config":
         file = f"{name}.yaml" if len(os.fsencode(name)) < 250 else name
@@ -963,7 +995,9 @@ def odd_names(rng: random.Random, place: Place) -> Input:
             flags = []
         return Input("prepare", ["config.yaml", *flags, "--data.cache-dir", "cache2"], note)
     if way == "text":
-        return Input("sample.py", ["runs/finished", "--prompt", name, "--max-new-tokens", "2"], note)
+        return Input(
+            "sample.py", ["runs/finished", "--prompt", name, "--max-new-tokens", "2"], note
+        )
     if way == "name":
         (sure / "odd.yaml").write_text(json.dumps({"base": "base.yaml", "name": name}))
         return Input("train.py", ["odd.yaml", "--max-seconds", "3"], note)
@@ -1029,7 +1063,9 @@ def costly_yaml(rng: random.Random, place: Place) -> Input:
     text = texts[name](size)
     for number in range(300 if name == "base chain" else 0):
         (place.work / f"next{number}.yaml").write_text(f"base: next{number + 1}.yaml")
-    where = rng.choice(["config", "config", "base", "grid", "grid base", "run", "comparison", "flag"])
+    where = rng.choice(
+        ["config", "config", "base", "grid", "grid base", "run", "comparison", "flag"]
+    )
     note = f"{name}, {len(text):,} characters, as {where}"
     if where == "flag":
         flag = rng.choice(["--data.mix", "--data.validation"])
@@ -1038,7 +1074,10 @@ def costly_yaml(rng: random.Random, place: Place) -> Input:
         "config": ("config.yaml", ("train.py", ["config.yaml", "--print-config"])),
         "base": ("base.yaml", ("train.py", ["config.yaml", "--dry-run"])),
         "grid": ("grid.yaml", ("compare.py", ["grid.yaml", "--out-dir", "fresh", "--dry-run"])),
-        "grid base": ("base.yaml", ("compare.py", ["grid.yaml", "--out-dir", "fresh", "--dry-run"])),
+        "grid base": (
+            "base.yaml",
+            ("compare.py", ["grid.yaml", "--out-dir", "fresh", "--dry-run"]),
+        ),
         "run": ("runs/finished/config.yaml", rng.choice(SUBJECTS["runs/finished"])),
         "comparison": ("compared/grid.yaml", ("compare.py", ["compared", "--report-only"])),
     }[where]
@@ -1114,14 +1153,17 @@ def table(outcomes: list[Outcome]) -> str:
 
 def main() -> int:
     """Try the inputs and print the table; the exit code."""
+    global SECONDS
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", type=int, default=2000, help="of all kinds together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="more on a busy machine")
     parser.add_argument("--kind", choices=KINDS, help="of one kind only")
     parser.add_argument("--only", type=int, help="the input with this number, of --kind")
     parser.add_argument("--keep", type=Path, help="a folder for the files of what failed")
     options = parser.parse_args()
+    SECONDS = options.seconds
     if options.only is not None and options.kind is None:
         parser.error("--only: needs --kind")
     kinds = [options.kind] if options.kind else list(KINDS)
@@ -1140,7 +1182,7 @@ def main() -> int:
                 outcome = future.result()
                 outcomes.append(outcome)
                 for sort, evidence in outcome.failures.items():
-                    print(f"FAILED {outcome.kind} {outcome.number} {sort}: {ascii(evidence)}")
+                    print(f"FAILED {outcome.kind} {outcome.number} {sort}: {evidence!a}")
                 if outcome.failures:
                     print(f"    {ascii(outcome.note)[1:-1]}\n    {ascii(outcome.command)[1:-1]}")
                     print(*(f"    | {ascii(line)[1:-1]}" for line in outcome.said.splitlines()),
