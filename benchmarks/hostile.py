@@ -191,7 +191,7 @@ class Place:
     def build(self) -> None:
         """Make the fixture, in a child, so that the server starts no thread."""
         self.work.mkdir(parents=True)
-        code, said, *_ = forked(lambda: self._build() or 0, self, Input("", [], ""), long=120)
+        code, said, *_ = forked(self._build, self, Input("", [], ""), long=120)
         if code:
             raise SystemExit(f"the fixture could not be made:\n{said}")
         self.work.rename(self.pristine)
@@ -589,7 +589,7 @@ def links(rng: random.Random, place: Place) -> Input:
         path.rename(target)
     else:
         _remove(path)
-        target = {
+        targets: dict[str, Path | str] = {
             "file": place.outside / rng.choice(["notes.txt", "train.bin", "result.json"]),
             "folder": place.outside,
             "run": place.outside / "run/checkpoints",
@@ -598,7 +598,8 @@ def links(rng: random.Random, place: Place) -> Input:
             "parent": "..",
             "chain": "chain",
             "hard": place.outside / "train.bin",
-        }.get(how, path.name)
+        }
+        target = targets.get(how, path.name)
     if how == "chain":
         (path.parent / "chain").symlink_to(place.outside / "run")
     if how == "hard":
