@@ -480,7 +480,12 @@ def _last_line(err: str) -> str:
     places = re.findall(r'File ".*?(\w+/\w+\.py|\w+\.py)", line (\d+)', err)
     ours = [f"{name}:{line}" for name, line in places if f"/{name}" in err and "gpt/" in err]
     last = next(
-        (line for line in reversed(err.splitlines()) if re.match(r"[\w.]+(: |$)", line)), ""
+        (
+            line
+            for line in reversed(err.splitlines())
+            if re.search(r"(Error|Exception|Warning)\b", line)
+        ),
+        "",
     )
     return f"{last[:200]} ({ours[-1] if ours else 'no place'})"
 
