@@ -189,13 +189,15 @@ class SourceConfig(Section):
     source: Annotated[str, Choice("gpt.data.sources", "SOURCES")] = "stdlib"
     """This Python's standard library, text, jsonl or parquet files, the hub, or token files."""
     path: Strings = ()
-    """Files, folders or glob patterns to read, relative to the working directory; .gz as well."""
+    """Files, folders or glob patterns to read, from the working directory; compressed as well."""
     text_field: str = "text"
     """The field that holds the text (source: jsonl, parquet, hub)."""
     invalid_text: Literal["refuse", "replace"] = "refuse"
-    """Whether what is no UTF-8 text is an error or becomes U+FFFD, the replacement character."""
+    """Whether what is not UTF-8 text is an error or becomes U+FFFD, the replacement character."""
+    missing_text: Literal["refuse", "skip"] = "refuse"
+    """Whether a record whose text is null or missing is an error or is left out and counted."""
     dtype: Literal["uint16", "uint32"] = "uint16"
-    """Type of the token ids in the files, little-endian (source: tokens)."""
+    """Type of the token ids in files that do not tell it, little-endian (source: tokens)."""
     hub: HubConfig = HubConfig()
 
     @model_validator(mode="after")

@@ -454,7 +454,7 @@ def test_a_pipe_that_holds_no_text_is_refused(run_dir: Path, environment: dict[s
     command = [sys.executable, str(ROOT / "sample.py"), str(run_dir)]
     done = subprocess.run(command, input=b"a\xff", capture_output=True, env=environment, timeout=60)
     assert done.returncode == 2
-    assert b"stdin: is no UTF-8 text (byte 1)" in done.stderr
+    assert b"stdin: is not UTF-8 text: byte 1 is 0xff" in done.stderr
     assert done.stdout == b""
 
 
