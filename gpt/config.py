@@ -40,6 +40,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
 
 from gpt.errors import InputError, nearest
+from gpt.text import decode
 
 # ---------------------------------------------------------------------------------------------
 # Kinds of value
@@ -661,11 +662,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raw = file.read(LONGEST + 1)
         if len(raw) > LONGEST:
             raise InputError(f"{path}: is no config: it has more than {LONGEST:,} bytes")
-        tree = _parse_yaml(raw.decode(), str(path))
+        tree = _parse_yaml(decode(raw, str(path)), str(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is no UTF-8 text (byte {error.start})") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):

@@ -8,12 +8,8 @@ fits is the broken byte itself named.
 
 from __future__ import annotations
 
-import bz2
 import codecs
-import gzip
 import itertools
-import lzma
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
@@ -103,6 +99,24 @@ def check(head: bytes, origin: str) -> None:
 # Compressed files
 
 
+def _gzip(file: BinaryIO) -> Any:
+    import gzip
+
+    return gzip.GzipFile(fileobj=file)
+
+
+def _bzip2(file: BinaryIO) -> Any:
+    import bz2  # not every Python was built with it, nor with lzma
+
+    return bz2.BZ2File(file)
+
+
+def _xz(file: BinaryIO) -> Any:
+    import lzma
+
+    return lzma.LZMAFile(file)
+
+
 def _zstd(file: BinaryIO) -> Any:
     import pyarrow
 
@@ -110,9 +124,9 @@ def _zstd(file: BinaryIO) -> Any:
 
 
 PACKED: dict[str, tuple[bytes, str, Callable[[BinaryIO], Any]]] = {  # name: first bytes, ending
-    "gzip": (b"\x1f\x8b", ".gz", lambda file: gzip.GzipFile(fileobj=file)),
-    "bzip2": (b"BZh", ".bz2", bz2.BZ2File),
-    "xz": (b"\xfd7zXZ\0", ".xz", lzma.LZMAFile),
+    "gzip": (b"\x1f\x8b", ".gz", _gzip),
+    "bzip2": (b"BZh", ".bz2", _bzip2),
+    "xz": (b"\xfd7zXZ\0", ".xz", _xz),
     "zstd": (b"\x28\xb5\x2f\xfd", ".zst", _zstd),
 }
 ENDINGS = tuple(ending for _, ending, _ in PACKED.values())
@@ -144,10 +158,10 @@ def unpacked(file: BinaryIO, origin: str) -> Iterator[bytes]:
     if not packed:
         yield from iter(lambda: file.read(CHUNK), b"")
         return
+    stream = PACKED[packed][2](file)
     try:
-        stream = PACKED[packed][2](file)
         yield from iter(lambda: stream.read(CHUNK), b"")
-    except (EOFError, zlib.error, lzma.LZMAError, OSError, ValueError) as error:
+    except Exception as error:  # each library has its own for damaged files
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise InputError(f"{origin}: is damaged or cut short ({packed}: {error})") from None

@@ -165,7 +165,7 @@ BAD_FILES = [
     ("jsonl", "a.jsonl", b'{"text": "a\\ud800"}\n', r"a.jsonl:1: holds a broken character at 1"),
     ("jsonl", "a.jsonl", b'{"a": ' + b"[" * 99_999, r"a.jsonl:1: is not JSON that can be read"),
     ("parquet", "a.parquet", b"PAR1 but no more", r"a.parquet: is not a whole Parquet file"),
-    ("parquet", "a.parquet", b"", r"a.parquet: is not a whole Parquet file"),
+    ("parquet", "a.parquet", b"", r"a.parquet: is not a Parquet file: it is empty"),
     ("tokens", "a.bin", b"abc", r"a.bin: 3 bytes are not a whole number of uint16 tokens"),
     ("tokens", "a.bin", b"\1\0\2\0\1\1", r"a.bin: token 2 is 257, beyond a vocabulary of 257"),
 ]  # fmt: skip
@@ -250,7 +250,7 @@ def test_what_is_left_out_of_a_folder_is_counted_and_named(odd_folder: Path):
         "links to a file that is read already": 1,
     }
     assert odd_folder / "a/one.txt" in found.files  # by its own name
-    assert f"1 hidden ({odd_folder}/.git)" in found.describe_left_out()
+    assert f"hidden: 1 ({odd_folder}/.git)" in found.describe_left_out()
     assert "\n" not in found.describe_left_out()
 
 
@@ -287,7 +287,7 @@ def test_endings_are_taken_without_regard_to_case(tmp_path: Path):
     config = config_of("jsonl", tmp_path)
     assert sorted(documents(config)) == ["B.JSONL", "a.jsonl", "c.NdJson", "packed"]
     found = SOURCES["jsonl"].find(config)
-    assert found.left_out == {"with other endings": [tmp_path / "e.csv"]}
+    assert found.left_out == {"other endings": [tmp_path / "e.csv"]}
 
 
 # -- Other formats -----------------------------------------------------------------------------
@@ -337,9 +337,8 @@ FORMATS = {
     "a pickle": pickle.dumps({"text": "a"}),
     "a PDF": b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n",
     "a safetensors file": save_safetensors({"a": np.zeros(3, np.float32)}),
-    "a tar archive": saved(lambda f: tarfile.open(fileobj=f, mode="w").addfile(
-        tarfile.TarInfo("a.txt"))),
-}  # fmt: skip
+    "a tar archive": tarfile.TarInfo("a.txt").tobuf(),
+}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -448,7 +447,7 @@ def test_odd_parquet_files_are_named(tmp_path: Path):
     with pytest.raises(InputError, match="has 2 columns named 'text'"):
         list(documents(config_of("parquet", path)))
     path.write_bytes(gzip.compress(b"PAR1"))
-    with pytest.raises(InputError, match="is not a whole Parquet file: it is gzip-compressed"):
+    with pytest.raises(InputError, match="is not a Parquet file: it is gzip-compressed"):
         list(documents(config_of("parquet", path)))
 
 

@@ -134,9 +134,9 @@ class Found:
         return (status.st_dev, status.st_ino) in self.folders
 
     def describe_left_out(self) -> str:
-        """Such as `3 hidden (.git, .cache, .env), 1 named pipe (in/p)`; empty if nothing is."""
-        return ", ".join(
-            f"{len(paths):,} {reason} ({', '.join(printable(str(path)) for path in paths[:3])}"
+        """Such as `hidden: 2 (in/.git, in/.env); named pipes: 1 (in/p)`; empty if nothing is."""
+        return "; ".join(
+            f"{reason}: {len(paths):,} ({', '.join(printable(str(path)) for path in paths[:3])}"
             f"{', ...' if len(paths) > 3 else ''})"
             for reason, paths in self.left_out.items()
         )
@@ -157,10 +157,12 @@ def _find(config: SourceConfig, *suffixes: str) -> Found:
         path = Path(name)
         kind = _kind(path)
         if kind == "folder":
-            below = list(_walk(path, found))
-            files = [p for p in below if not suffixes or p.name.lower().endswith(suffixes)]
-            for other in set(below) - set(files):
-                found.leave_out("with other endings", other)
+            files = []
+            for below in _walk(path, found):
+                if not suffixes or below.name.lower().endswith(suffixes):
+                    files.append(below)
+                else:
+                    found.leave_out("other endings", below)
         elif kind == "file":
             files = [path]
         else:
@@ -176,7 +178,8 @@ def _nothing(path: Path, kind: str, suffixes: tuple[str, ...], found: Found) -> 
     """Why a path names no file to read."""
     others = found.describe_left_out()
     if kind == "folder":
-        ending = f" ending in {' or '.join(suffixes)}" if suffixes else ""
+        plain = [suffix for suffix in suffixes if not suffix.endswith(text.ENDINGS)]
+        ending = f" ending in {' or '.join(plain)}" if plain else ""
         return f"holds no files{ending}" + (f"; left out: {others}" if others else "")
     if kind == SPECIAL:
         return "is a device, socket or named pipe, not a regular file"
@@ -463,8 +466,9 @@ def _check_parquet(path: Path) -> None:
     with _opened(path) as file:
         head = file.read(HEAD)
     if not head.startswith((b"PAR1", b"PARE")):
-        what = (text.recognise(head) or ("not one", ""))[0] if head else "empty"
-        raise InputError(f"{path}: is not a whole Parquet file: it is {what}")
+        found = text.recognise(head)
+        what = found[0] if found else "text or another format" if head else "empty"
+        raise InputError(f"{path}: is not a Parquet file: it is {what}")
 
 
 def _check_swelling(path: Path, name: str, metadata: Any) -> None:

@@ -153,16 +153,17 @@ def _is_written(sample: bytes) -> bool:
 
 
 def _fits(sample: bytes, kind: np.dtype[Any], vocabulary: int) -> bool:
-    """Whether the numbers of a sample are ids of the vocabulary, and few of them zero.
+    """Whether the numbers of a sample are ids of the vocabulary, most not zero, and not all alike.
 
-    Zeros tell nothing: they are the same in every type.
+    Zeros tell nothing, as they are the same in every type; nor does one id again and again.
     """
     with np.errstate(invalid="ignore"):
         ids = np.frombuffer(sample, kind)
         valid = (ids >= 0) & (ids < vocabulary)
         if kind.kind == "f":
             valid &= ids == np.floor(ids)
-    return bool(valid.all() and np.count_nonzero(ids) > len(ids) / 2)
+    telling = np.count_nonzero(ids) > len(ids) / 2 and len(np.unique(ids)) > 2
+    return bool(valid.all() and telling)
 
 
 def _named(kind: np.dtype[Any]) -> str:
