@@ -146,7 +146,7 @@ class ValidationSequences:
         if windows < 1:
             raise InputError(
                 f"model.context: {context} needs more than the {len(tokens):,} validation tokens; "
-                "lower it, or give more text, by data.val_fraction or data.validation"
+                "lower it, raise data.val_fraction, or give data.validation more text"
             )
         self.tokens, self.context = tokens, context
         self._windows, self._count = windows, min(windows, limit or windows)
