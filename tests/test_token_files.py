@@ -87,6 +87,8 @@ def test_an_npy_header_tells_the_type(tmp_path: Path, made: str):
     whole = (tmp_path / "t.npy").read_bytes()
     (tmp_path / "t.npy").write_bytes(whole[:-8])
     assert "is cut short or damaged" in message(tmp_path / "t.npy", "uint16", GPT2)
+    (tmp_path / "t.npy").write_bytes(whole.replace(b"}", b"(", 1))
+    assert "is not a whole .npy file" in message(tmp_path / "t.npy", "uint16", GPT2)
 
 
 @pytest.mark.parametrize("array", [np.zeros((3, 4), int), np.zeros(9), np.array(["a"], object)])

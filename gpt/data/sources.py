@@ -457,7 +457,7 @@ def _parquet(config: SourceConfig, files: list[Path], read: Read, end: int) -> I
                     for scalar in batch.column(name):
                         row += 1
                         yield _whole(_value(scalar), f"{path}: row {row}", config)
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"{path}: is not a whole Parquet file: {reason}") from None
 

@@ -76,7 +76,7 @@ def _npy(path: Path, file: BinaryIO) -> tuple[np.dtype[Any], int]:
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
         shape, _, dtype = read(file)
-    except (ValueError, KeyError) as error:
+    except Exception as error:  # the header is Python, and can be broken in every way of Python's
         raise InputError(f"{path}: is not a whole .npy file: {error}") from None
     if dtype.kind not in "iu" or len(shape) != 1:
         raise InputError(
