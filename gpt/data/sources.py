@@ -5,7 +5,8 @@ yields documents. A document comes in pieces of bounded size, so that a file of 
 in constant memory, and ends where no token can cross (`gpt.tokenizer.pieces`).
 
 Everything that can be wrong with a user's file is found here and named: the file, and the byte,
-line, row or token. Not here: tokens and token files (preparation.py).
+line, row or token. Not here: what bytes are as text (gpt/text.py), and what type token ids have
+(token_files.py).
 """
 
 from __future__ import annotations
