@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, TextIO
 
 from tyro.conf import Positional, arg
 
@@ -46,9 +46,10 @@ from gpt.config import (
 )
 from gpt.console import set_encoding, show, write_result
 from gpt.errors import InputError, StoppedError, nearest, told
-from gpt.files import read_small
+from gpt.files import open_regular, read_small
 from gpt.flags import as_flag, parse
 from gpt.size import check_cpu_training, check_sampling
+from gpt.text import decoded, unpacked
 
 if TYPE_CHECKING:
     from gpt.compare.grid import Cell, Grid
@@ -407,15 +408,24 @@ def _prompt(options: SampleOptions, prog: str) -> str:
         return ""
     try:
         path = options.prompt_file
-        with contextlib.nullcontext(sys.stdin.buffer) if path is None else open(path, "rb") as file:
+        with contextlib.nullcontext(sys.stdin.buffer) if path is None else _opened(path) as file:
             raw = file.read(LONGEST_PROMPT + 1)
-        if len(raw) > LONGEST_PROMPT:
-            raise InputError(f"{origin}: is longer than {LONGEST_PROMPT:,} bytes")
-        return raw.decode()
+        size, chunks = 0, []
+        for chunk in unpacked(io.BytesIO(raw), origin):
+            size += len(chunk)
+            if size > LONGEST_PROMPT:
+                raise InputError(f"{origin}: is longer than {LONGEST_PROMPT:,} bytes")
+            chunks.append(chunk)
+        return "".join(decoded(chunks, origin))
     except OSError as error:
         raise InputError(f"{origin}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{origin}: is no UTF-8 text (byte {error.start})") from None
+
+
+def _opened(prompt_file: str) -> BinaryIO:
+    """The prompt's file; a pipe only if the shell opened it, as `<(command)` does."""
+    if prompt_file.startswith(("/dev/fd/", "/dev/stdin", "/proc/self/fd/")):
+        return open(prompt_file, "rb")
+    return open_regular(Path(prompt_file))
 
 
 def _is_piped(stream: TextIO | None) -> bool:

@@ -43,6 +43,7 @@ from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_sc
 from gpt.console import set_encoding
 from gpt.errors import InputError, nearest
 from gpt.files import read_small
+from gpt.text import decode
 
 # ---------------------------------------------------------------------------------------------
 # Kinds of value
@@ -286,13 +287,15 @@ class SourceConfig(Section):
     source: Annotated[str, Choice("gpt.data.sources", "SOURCES")] = "stdlib"
     """This Python's standard library, text, jsonl or parquet files, the hub, or token files."""
     path: Strings = ()
-    """Files, folders or glob patterns to read, relative to the working directory; .gz as well."""
+    """Files, folders or glob patterns to read, from the working directory; compressed as well."""
     text_field: str = "text"
     """The field that holds the text (source: jsonl, parquet, hub)."""
     invalid_text: Literal["refuse", "replace"] = "refuse"
-    """Whether what is no UTF-8 text is an error or becomes U+FFFD, the replacement character."""
+    """Whether what is not UTF-8 text is an error or becomes U+FFFD, the replacement character."""
+    missing_text: Literal["refuse", "skip"] = "refuse"
+    """Whether a record whose text is null or missing is an error or is left out and counted."""
     dtype: Literal["uint16", "uint32"] = "uint16"
-    """Type of the token ids in the files, little-endian (source: tokens)."""
+    """Type of the token ids in files that do not tell it, little-endian (source: tokens)."""
     hub: HubConfig = HubConfig()
 
     @model_validator(mode="after")
@@ -790,11 +793,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         InputError: the file cannot be read, is no valid YAML, or holds no mapping.
     """
     try:
-        tree = _parse_yaml(read_small(path, LONGEST).decode(), str(path))
+        tree = _parse_yaml(decode(read_small(path, LONGEST), str(path)), str(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is no UTF-8 text (byte {error.start})") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):

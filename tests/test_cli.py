@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -19,6 +21,7 @@ from conftest import ROOT
 
 from gpt import cli
 from gpt.config import Config
+from gpt.errors import InputError
 from gpt.flags import parse
 from gpt.training import train
 
@@ -455,8 +458,32 @@ def test_a_pipe_that_holds_no_text_is_refused(run_dir: Path, environment: dict[s
     command = [sys.executable, str(ROOT / "sample.py"), str(run_dir)]
     done = subprocess.run(command, input=b"a\xff", capture_output=True, env=environment, timeout=60)
     assert done.returncode == 2
-    assert b"stdin: is no UTF-8 text (byte 1)" in done.stderr
+    assert b"stdin: is not UTF-8 text: byte 1 is 0xff" in done.stderr
     assert done.stdout == b""
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_prompt_is_read_as_training_text_is(tmp_path: Path, pack: Callable[[bytes], bytes]):
+    path = tmp_path / "prompt.txt"
+    options = cli.SampleOptions(prompt_file=str(path))
+    path.write_bytes(pack(b"\xef\xbb\xbfThe lazy"))
+    assert cli._prompt(options, "sample.py") == "The lazy"
+    path.write_bytes(pack("The lazy".encode("utf-16")))
+    with pytest.raises(InputError, match=r"--prompt-file .*: is UTF-16 text, not UTF-8 text"):
+        cli._prompt(options, "sample.py")
+
+
+def test_a_prompt_file_that_is_a_named_pipe_is_refused_and_one_of_the_shell_is_read(
+    tmp_path: Path,
+):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is a named pipe"):
+        cli._prompt(cli.SampleOptions(prompt_file=str(tmp_path / "pipe")), "sample.py")
+    read, write = os.pipe()
+    os.write(write, b"The lazy")
+    os.close(write)
+    assert cli._prompt(cli.SampleOptions(prompt_file=f"/dev/fd/{read}"), "sample.py") == "The lazy"
+    os.close(read)
 
 
 def test_text_is_shown_as_it_is_made(

@@ -398,7 +398,9 @@ def test_numbers_of_many_digits_in_an_axis_and_an_exclusion(tmp_path: Path, digi
         f"base: {{}}\narms: {{a: {{x: {{}}}}}}\nseeds: 1\ngrid: {{model.layers: [{many}]}}\n"
         f"exclude: [{{model.layers: {many}}}]"
     )
-    with pytest.raises(InputError, match=r"model.layers: '?9+(\.\.\.)?'? is not between 1 and 10,000"):
+    with pytest.raises(
+        InputError, match=r"model.layers: '?9+(\.\.\.)?'? is not between 1 and 10,000"
+    ):
         load(path)
 
 

@@ -618,3 +618,42 @@ def test_a_killed_preparation_goes_on(
     assert sum(file["documents"] for file in files) == 120_000
     assert sum(file["bytes"] for file in files) == 60_000 * 40 * 40
     assert left(config.data) == [place.name]
+
+
+# -- What is said ------------------------------------------------------------------------------
+
+
+def test_what_is_left_out_or_skipped_is_said_once(folder: Path, capsys: pytest.CaptureFixture[str]):
+    (folder / "in/z.jsonl").write_text('{"text": null}\n{"text": "a text"}\n{"text": null}\n')
+    options = {"source": "jsonl", "holdout": "tail", "missing_text": "skip"}
+    config = text_config(folder, folder / "in", **options)
+    prepare(config, Console())
+    said = capsys.readouterr().err
+    first = ", ".join(f"{folder}/in/{index:02}.txt" for index in range(3))
+    assert f"left out: other endings: 30 ({first}, ...)\n" in said
+    assert f"skipped 2 records without a text: {folder}/in/z.jsonl:1 and others\n" in said
+    prepare(config, Console())
+    assert capsys.readouterr().err == ""
+
+
+def test_a_link_to_the_cache_is_refused_as_the_cache_itself_is(folder: Path):
+    (folder / "cache").mkdir()
+    (folder / "in/link").symlink_to(folder / "cache")
+    with pytest.raises(InputError, match=r"data.path: .* holds data.cache_dir"):
+        prepare(text_config(folder, folder / "in"))
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "advice"),
+    [
+        ({"val_fraction": 1 - 1e-9}, "training", "lower data.val_fraction, or use data.holdout"),
+        ({"val_fraction": 1e-9}, "validation", "raise data.val_fraction, or use data.holdout"),
+        ({"val_fraction": 0.99, "holdout": "tail"}, "training", "lower data.val_fraction$"),
+    ],
+)
+def test_the_advice_leads_to_a_text_on_both_sides(
+    tmp_path: Path, options: dict[str, Any], kind: str, advice: str
+):
+    (tmp_path / "a.txt").write_text("one document")
+    with pytest.raises(InputError, match=rf"left for {kind} (?s:.*)\n{advice}"):
+        prepare(text_config(tmp_path, tmp_path / "a.txt", **options))

@@ -131,9 +131,9 @@ def test_validation_sequences_are_spread_evenly():
 
 
 def test_too_few_tokens_are_an_error():
-    with pytest.raises(InputError, match="16 training tokens"):
+    with pytest.raises(InputError, match=r"16 training tokens of data\.mix\.1; lower it or"):
         TrainingSequences([TOKENS, TOKENS[:16]], 16, seed=0)
-    with pytest.raises(InputError, match="16 validation tokens"):
+    with pytest.raises(InputError, match=r"16 validation tokens; lower it, raise data\.val_fr"):
         ValidationSequences(TOKENS[:16], 16, None)
 
 

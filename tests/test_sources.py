@@ -1,10 +1,18 @@
 from __future__ import annotations
 
 import ast
+import bz2
+import glob
 import gzip
+import io
 import json
+import lzma
+import os
+import pickle
 import re
-from collections.abc import Iterator
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import save as save_safetensors
 
 from gpt import config as configs
 from gpt.config import DataConfig, SourceConfig, validate
@@ -27,7 +36,7 @@ def config_of(source: str, *paths: object, **options: Any) -> SourceConfig:
 
 def documents(config: SourceConfig, end: int = 256, read=lambda count: None) -> Iterator[Any]:
     source = SOURCES[config.source]
-    for document in source.documents(config, source.files(config), read, end):
+    for document in source.documents(config, source.find(config).files, read, end):
         parts = list(document.pieces)
         assert all(len(part) for part in parts)
         if parts and not isinstance(parts[0], str):
@@ -43,7 +52,7 @@ def documents(config: SourceConfig, end: int = 256, read=lambda count: None) -> 
 
 def test_stdlib_is_the_interpreters_own_sources():
     config = DataConfig()
-    files = SOURCES["stdlib"].files(config)
+    files = SOURCES["stdlib"].find(config).files
     names = {path.name for path in files}
     assert {"ast.py", "decoder.py", "topics.py"} <= names
     assert files == sorted(files)
@@ -56,7 +65,7 @@ def test_stdlib_is_the_interpreters_own_sources():
 
 def test_stdlibs_reference_texts_are_prose_not_a_dict():
     config = DataConfig()
-    topics = [p for p in SOURCES["stdlib"].files(config) if p.name == "topics.py"]
+    topics = [p for p in SOURCES["stdlib"].find(config).files if p.name == "topics.py"]
     found = SOURCES["stdlib"].documents(config, topics, lambda count: None, 0)
     texts = ["".join(map(str, document.pieces)) for document in found]
     assert len(texts) > 50
@@ -134,28 +143,30 @@ def test_token_documents_cross_blocks(tmp_path: Path, monkeypatch):
 
 
 BAD_FILES = [
-    ("text", "a.txt", b"good \xff bad", r"a.txt: is no UTF-8 text: byte 5 is 0xff; .*replace"),
+    ("text", "a.txt", b"good \xff bad", r"a.txt: is not UTF-8 text: byte 5 is 0xff; .*replace"),
     ("text", "a.txt", b"x" * 3_000_000 + b"\xe9\n", r"byte 3,000,000 is 0xe9"),
     ("text", "a.txt", "é".encode() * 800_000 + b"\xc3", r"byte 1,600,000 is 0xc3"),
     ("text", "a.txt", b"\xef\xbb\xbfabc\xff", r"byte 6 is 0xff"),
-    ("text", "a.txt", "in UTF-16".encode("utf-16"), r"byte 0 is 0xff"),
+    ("text", "a.txt", "in UTF-16".encode("utf-16"), r"a.txt: is UTF-16 text, not "
+     r"UTF-8 text; .*iconv -f UTF-16"),
     ("text", "a.txt", "é".encode() * 10 + b"\0", r"byte 20 is 0x00"),
-    ("text", "a.gz", b"no gzip", r"a.gz: is no whole .gz file"),
-    ("text", "a.gz", gzip.compress(b"text " * 9999, mtime=0)[:-9], r"a.gz: is no whole .gz file"),
-    ("text", "a.gz", gzip.compress(b"\xff", mtime=0), r"a.gz: is no UTF-8 text: byte 0 is 0xff"),
-    ("jsonl", "a.jsonl", b'{"text": "a"}\n\n{"text": \n', r"a.jsonl:3: is no JSON: Expecting "
-     r"value, column 10"),
-    ("jsonl", "a.jsonl", b'{"text": "a"}\n["text"]\n', r"a.jsonl:2: is no JSON object"),
+    ("text", "a.gz", b"no gzip", r"a.gz: is not gzip-compressed, as its name says; rename"),
+    ("text", "a.gz", gzip.compress(b"text " * 9999, mtime=0)[:-9],
+     r"a.gz: is damaged or cut short \(gzip"),
+    ("text", "a.gz", gzip.compress(b"\xff", mtime=0), r"a.gz: is not UTF-8 text: byte 0 is 0xff"),
+    ("jsonl", "a.jsonl", b'{"text": "a"}\n\n{"text": \n', r"a.jsonl:3: the JSON object "
+     r"does not end on its line \(Expecting value, column 10\);\nJSON Lines have one"),
+    ("jsonl", "a.jsonl", b'{"text": "a"}\n["text"]\n', r"a.jsonl:2: is not a JSON object"),
     ("jsonl", "a.jsonl", b'{"txt": "a", "n": 1}\n', r"a.jsonl:1: has no field 'text'; perhaps "
      r"you meant txt; data.text_field names it, its fields: txt, n"),
     ("jsonl", "a.jsonl", b'{"text": 5}\n', r"a.jsonl:1: the field 'text' is a number"),
     ("jsonl", "a.jsonl", b'{"text": null}\n', r"a.jsonl:1: the field 'text' is null"),
-    ("jsonl", "a.jsonl", b'{"text": "\xff"}\n', r"a.jsonl:1: is no UTF-8 text \(byte 10"),
+    ("jsonl", "a.jsonl", b'{"text": "\xff"}\n', r"a.jsonl:1: is not UTF-8 text \(byte 10"),
     ("jsonl", "a.jsonl", b'{"text": "a\\ud800"}\n', r"a.jsonl:1: holds a broken character at 1"),
-    ("jsonl", "a.jsonl", b"[" * 99_999, r"a.jsonl:1: is no JSON"),
-    ("parquet", "a.parquet", b"PAR1 but no more", r"a.parquet: is no whole Parquet file"),
-    ("parquet", "a.parquet", b"", r"a.parquet: is no whole Parquet file"),
-    ("tokens", "a.bin", b"abc", r"a.bin: 3 bytes are no whole number of uint16 tokens"),
+    ("jsonl", "a.jsonl", b'{"a": ' + b"[" * 99_999, r"a.jsonl:1: is not JSON that can be read"),
+    ("parquet", "a.parquet", b"PAR1 but no more", r"a.parquet: is not a whole Parquet file"),
+    ("parquet", "a.parquet", b"", r"a.parquet: is not a Parquet file: it is empty"),
+    ("tokens", "a.bin", b"abc", r"a.bin: 3 bytes are not a whole number of uint16 tokens"),
     ("tokens", "a.bin", b"\1\0\2\0\1\1", r"a.bin: token 2 is 257, beyond a vocabulary of 257"),
 ]  # fmt: skip
 
@@ -194,10 +205,259 @@ def test_what_is_no_text_is_replaced_on_request(tmp_path: Path):
 def test_a_missing_path_is_named(tmp_path: Path, source: str):
     for path in ("nowhere", "no*where"):
         with pytest.raises(InputError, match="no such file, folder or pattern"):
-            SOURCES[source].files(config_of(source, tmp_path / path))
+            SOURCES[source].find(config_of(source, tmp_path / path))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no files"):
-        SOURCES[source].files(config_of(source, tmp_path / "empty"))
+        SOURCES[source].find(config_of(source, tmp_path / "empty"))
+
+
+# -- Folders -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def odd_folder(tmp_path: Path) -> Path:
+    """Links that loop, lead outside, lead nowhere or name a file twice; a pipe; a hidden folder."""
+    folder = tmp_path / "in"
+    for path in ("in/a/one.txt", "in/B.TXT", "outside/deep/two.txt", "in/.git/head.txt"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(Path(path).stem)
+    (folder / "a/loop").symlink_to(folder)
+    (folder / "a/other-loop").symlink_to(folder)
+    (folder / "0-linked").symlink_to(folder / "a")
+    (folder / "outside").symlink_to(tmp_path / "outside")
+    (folder / "nowhere.txt").symlink_to(tmp_path / "none")
+    (folder / "itself.txt").symlink_to(folder / "itself.txt")
+    (folder / "0-again.txt").symlink_to(folder / "a/one.txt")
+    os.mkfifo(folder / "pipe.txt")
+    return folder
+
+
+def test_a_folder_and_a_glob_read_linked_folders_and_each_file_once(odd_folder: Path):
+    wanted = {"one", "B", "two"}
+    for path in (odd_folder, odd_folder / "**/*", odd_folder / "**"):
+        texts = list(documents(config_of("text", path)))
+        assert sorted(texts) == sorted(wanted), path
+    lower_case = list(documents(config_of("text", odd_folder / "**/*.txt")))
+    assert sorted(lower_case) == ["one", "two"]
+
+
+def test_what_is_left_out_of_a_folder_is_counted_and_named(odd_folder: Path):
+    found = SOURCES["text"].find(config_of("text", odd_folder))
+    assert {reason: len(paths) for reason, paths in found.left_out.items()} == {
+        "hidden": 1,
+        "links that lead nowhere": 2,
+        "devices, sockets or named pipes": 1,
+        "links to a file that is read already": 1,
+    }
+    assert odd_folder / "a/one.txt" in found.files  # by its own name
+    assert f"hidden: 1 ({odd_folder}/.git)" in found.describe_left_out()
+    assert "\n" not in found.describe_left_out()
+
+
+def test_patterns_match_as_those_of_glob(tmp_path: Path):
+    for name in ("a/b/c.txt", "a/c.txt", "a/.h/c.txt", "a/b/.x", "d.txt", "a/b/d.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for pattern in ("**/*.txt", "a/**/c.*", "**/b/*", "**", "a/**", "**/.h/*", "**/.x", "*/**/*.md",
+                    "**/**/c.txt", "[ad]*/**/c.txt"):  # fmt: skip
+        found = SOURCES["text"].find(config_of("text", tmp_path / pattern)).files
+        names = glob.glob(str(tmp_path / pattern), recursive=True)
+        assert sorted(map(str, found)) == sorted(n for n in set(names) if Path(n).is_file())
+
+
+@pytest.mark.parametrize("source", ["text", "jsonl", "parquet", "tokens"])
+def test_what_is_not_a_file_is_named(tmp_path: Path, source: str):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "none")
+    for path, message in (
+        (tmp_path / "pipe", "not a regular file"),
+        ("/dev/zero", "not a regular file"),
+        (tmp_path / "link", "is a link that leads nowhere"),
+    ):
+        with pytest.raises(InputError, match=message):
+            SOURCES[source].find(config_of(source, path))
+
+
+def test_endings_are_taken_without_regard_to_case(tmp_path: Path):
+    for name in ("a.jsonl", "B.JSONL", "c.NdJson"):
+        (tmp_path / name).write_text(json.dumps({"text": name}))
+    with bz2.open(tmp_path / "D.JSONL.BZ2", "wt") as file:
+        file.write('{"text": "packed"}')
+    (tmp_path / "e.csv").write_text("text")
+    config = config_of("jsonl", tmp_path)
+    assert sorted(documents(config)) == ["B.JSONL", "a.jsonl", "c.NdJson", "packed"]
+    found = SOURCES["jsonl"].find(config)
+    assert found.left_out == {"other endings": [tmp_path / "e.csv"]}
+
+
+# -- Other formats -----------------------------------------------------------------------------
+
+LINES = b"line of text\n" * 20_000
+PACKERS = {
+    "gzip": gzip.compress,
+    "bzip2": bz2.compress,
+    "xz": lzma.compress,
+    "zstd": lambda data: pa.compress(data, codec="zstd", asbytes=True),
+}
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+def test_compressed_text_is_read_whatever_its_name(tmp_path: Path, packer: str):
+    path, pack = tmp_path / "a.txt", PACKERS[packer]
+    path.write_bytes(pack(LINES) + pack(b"second"))
+    assert list(documents(config_of("text", path))) == [LINES.decode() + "second"]
+    path.write_bytes(pack(LINES)[:-6])
+    with pytest.raises(InputError, match=rf"is damaged or cut short \({packer}"):
+        list(documents(config_of("text", path)))
+    path.write_bytes(pack(pack(LINES)))
+    with pytest.raises(InputError, match=rf"is {packer}-compressed, not UTF-8 text"):
+        list(documents(config_of("text", path, invalid_text="replace")))
+
+
+def saved(save: Callable[[Any], object]) -> bytes:
+    buffer = io.BytesIO()
+    save(buffer)
+    return buffer.getvalue()
+
+
+def zipped(file: io.BytesIO) -> None:
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a.txt", "text")
+
+
+FORMATS = {
+    "UTF-16 text": "a text".encode("utf-16"),
+    "UTF-16LE text": "a text without a mark\n".encode("utf-16-le"),
+    "UTF-16BE text": "a text without a mark\n".encode("utf-16-be"),
+    "UTF-32 text": "a text".encode("utf-32"),
+    "UTF-32LE text": "a text without a mark\n".encode("utf-32-le"),
+    "a Parquet file": saved(lambda f: pq.write_table(pa.table({"text": ["a"]}), f)),
+    "a NumPy array": saved(lambda f: np.save(f, np.arange(5))),
+    "a zip archive": saved(zipped),
+    "a pickle": pickle.dumps({"text": "a"}),
+    "a PDF": b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n",
+    "a safetensors file": save_safetensors({"a": np.zeros(3, np.float32)}),
+    "a tar archive": tarfile.TarInfo("a.txt").tobuf(),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("source", ["text", "jsonl"])
+def test_other_formats_are_named_and_never_replaced(tmp_path: Path, source: str, name: str):
+    path = tmp_path / "a.jsonl"
+    for content in (FORMATS[name], gzip.compress(FORMATS[name])):
+        path.write_bytes(content)
+        for invalid_text in ("refuse", "replace"):
+            with pytest.raises(InputError, match=f"is {name}.*, not UTF-8 text; "):
+                list(documents(config_of(source, path, invalid_text=invalid_text)))
+
+
+@pytest.mark.parametrize("start", ["BZh, he said", "PAR1", "%PDF- is how PDFs begin", "GIF8", "MZ"])
+def test_text_that_begins_like_another_format_is_text(tmp_path: Path, start: str):
+    (tmp_path / "a.txt").write_text(start + " and goes on " * 1000)
+    assert "".join(documents(config_of("text", tmp_path / "a.txt"))).startswith(start)
+
+
+# -- Records -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"text": "a"}, {"text": "b"}]', r"is a JSON array, not JSON Lines .*jq -c '\.\[\]'"),
+        (b"\xef\xbb\xbf\n [\n", "is a JSON array"),
+        (b'{\n  "text": "a"\n}\n', r":1: the JSON object does not end on its line (?s:.*)jq -c \."),
+        (b'{"n": 1,\n "text": "a"}\n', "does not end on its line"),
+    ],
+)
+def test_json_that_is_not_json_lines_is_named(tmp_path: Path, content: bytes, message: str):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        list(documents(config_of("jsonl", tmp_path / "a.jsonl")))
+
+
+def test_a_line_without_an_end_is_abandoned(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(sources, "RECORD", 2**20)
+    path = tmp_path / "a.jsonl.gz"
+    with gzip.open(path, "wb") as file:
+        file.write(b'{"text": "a"}\n{"text": "')
+        for _ in range(50):
+            file.write(b"a" * 2**20)
+    counts: list[int] = []
+    with pytest.raises(InputError, match=r"gz:2: is a line of more than 1,048,576 bytes"):
+        list(documents(config_of("jsonl", path), read=counts.append))
+    assert sum(counts) < path.stat().st_size / 2
+
+
+@pytest.mark.parametrize("source", ["jsonl", "parquet"])
+def test_records_without_a_text_are_skipped_on_request(tmp_path: Path, source: str):
+    path, texts = tmp_path / "a", ["one", None, "two", None]
+    if source == "jsonl":
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts) + '{"n": 1}\n')
+    else:
+        pq.write_table(pa.table({"text": texts}), path)
+    with pytest.raises(InputError, match=r"field 'text' is null.*data.missing_text: skip"):
+        list(documents(config_of(source, path)))
+    config = config_of(source, path, missing_text="skip")
+    found = list(SOURCES[source].documents(config, [path], lambda count: None, 0))
+    where = [document.skipped for document in found]
+    rows = [None, f"{path}:2", None, f"{path}:4", f"{path}:5"]
+    if source == "parquet":
+        rows = [None, f"{path}: row 2", None, f"{path}: row 4"]
+    assert where == rows
+    assert [text for text in documents(config) if text] == ["one", "two"]
+
+
+def test_a_field_that_no_record_has_is_named_though_records_are_skipped(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"txt": "a"}\n{"txt": "b"}\n')
+    with pytest.raises(InputError, match="has no field 'text'; perhaps you meant txt"):
+        list(documents(config_of("jsonl", tmp_path / "a.jsonl", missing_text="skip")))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary()),
+        *(pa.dictionary(pa.int32(), pa.string()), pa.binary(3)),
+    ],
+)
+def test_columns_of_every_type_of_text_are_read(tmp_path: Path, kind: pa.DataType):
+    values = [b"abc", b"de\n"] if "binary" in str(kind) else ["abc", "de\n"]
+    pq.write_table(pa.table({"text": pa.array(values, kind)}), tmp_path / "a.parquet")
+    assert list(documents(config_of("parquet", tmp_path))) == ["abc", "de\n"]
+
+
+def test_a_flat_column_is_not_a_field_of_a_struct(tmp_path: Path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"doc": [{"text": "nested"}], "doc.text": ["flat"]}), path)
+    assert list(documents(config_of("parquet", path, text_field="doc.text"))) == ["flat"]
+    with pytest.raises(InputError, match="the field 'doc' is a mapping"):
+        list(documents(config_of("parquet", path, text_field="doc")))
+
+
+def test_odd_parquet_files_are_named(tmp_path: Path):
+    path = tmp_path / "a.parquet"
+    broken = [None, pa.py_buffer(b"\0\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffb")]
+    pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 1, broken)}), path)
+    with pytest.raises(InputError, match=r"row 1: is not UTF-8 text: byte 1 is 0xff"):
+        list(documents(config_of("parquet", path)))
+    assert list(documents(config_of("parquet", path, invalid_text="replace"))) == ["a\ufffdb"]
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"])
+    pq.write_table(table, path)
+    with pytest.raises(InputError, match="has 2 columns named 'text'"):
+        list(documents(config_of("parquet", path)))
+    path.write_bytes(gzip.compress(b"PAR1"))
+    with pytest.raises(InputError, match="is not a Parquet file: it is gzip-compressed"):
+        list(documents(config_of("parquet", path)))
+
+
+def test_a_parquet_file_that_swells_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(sources, "SWOLLEN", (2**20, 200))
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": ["a" * 2**22]})
+    pq.write_table(table, path, compression="zstd", use_dictionary=False)
+    with pytest.raises(InputError, match=r"row group 1 unpacks [\d,]+ bytes of 'text' to 4,194,"):
+        list(documents(config_of("parquet", path)))
 
 
 # -- Options -----------------------------------------------------------------------------------

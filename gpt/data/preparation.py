@@ -33,8 +33,9 @@ from gpt import tokenizer
 from gpt.config import DataConfig, SourceConfig
 from gpt.console import Console
 from gpt.data.prepared import FORMAT, Dataset, open_dataset, seal, train_names
-from gpt.data.sources import SOURCES, Document, Read, Tokens, commit
-from gpt.errors import InputError, StoppedError, UnreachableError
+from gpt.data.sources import SOURCES, Document, Found, Read, commit
+from gpt.data.token_files import Tokens
+from gpt.errors import InputError, StoppedError, UnreachableError, printable
 from gpt.files import flush, only_one, write_text
 from gpt.tokenizer import pieces
 
@@ -114,8 +115,12 @@ class _SourceFiles:
     """One source, the files that it reads, and the token file that its documents go to."""
 
     config: SourceConfig
-    files: list[Path]
+    found: Found
     target: str
+
+    @property
+    def files(self) -> list[Path]:
+        return self.found.files
 
     def at(self, revision: str | None) -> _SourceFiles:
         """The same, of a dataset of the hub at one commit."""
@@ -168,17 +173,18 @@ def _source_files(
 ) -> _SourceFiles:
     """The files of the source at the option `place`."""
     try:
-        files = SOURCES[source.source].files(source)
+        found = SOURCES[source.source].find(source)
     except InputError as error:
         raise InputError(f"{place}.{error}") from None
     cache = Path(config.cache_dir).resolve()
-    for path in source.path:
-        if Path(path).is_dir() and cache.is_relative_to(Path(path).resolve()):
+    for folder in (cache, *cache.parents):
+        if folder.exists() and found.has_searched(folder):
             raise InputError(
-                f"{place}.path: {path} holds data.cache_dir ({config.cache_dir}), where prepared "
-                "files go;\nname the texts more closely, or another data.cache_dir"
+                f"{place}.path: {', '.join(source.path)} holds data.cache_dir "
+                f"({config.cache_dir}), where prepared files go;\n"
+                "name the texts more closely, or another data.cache_dir"
             )
-    return _SourceFiles(source, files, target)
+    return _SourceFiles(source, found, target)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -205,6 +211,7 @@ class _Preparation:
         self.names = [*train_names(config), "val"]
         self.total = sum(source.size() for source in plan) or None
         self.read: int | None = None
+        self.skipped, self.first_skipped = 0, ""
 
     def run(self) -> None:
         """Make the folder, whole; what a failure leaves is kept if the next start can use it."""
@@ -229,6 +236,9 @@ class _Preparation:
         self.console.say(
             f"preparing {what} with the {self.config.tokenizer} tokenizer -> {self.final}"
         )
+        for source in self.plan:
+            if left_out := source.found.describe_left_out():
+                self.console.say(f"left out: {left_out}")
         self.folder.mkdir(exist_ok=True)
         self._pin()
         encoding = self._vocabulary()
@@ -261,11 +271,12 @@ class _Preparation:
         where = f"data.mix.{name.rpartition('-')[2]}" if config.mix else "data"
         if not any((self.folder / f"{each}.bin").stat().st_size for each in self.names):
             return InputError(f"{where}: holds no text")
-        kind = "validation" if name == "val" else "training"
+        kind, change = ("validation", "raise") if name == "val" else ("training", "lower")
+        tail = ", or use data.holdout: tail, which splits each document"
         return InputError(
             f"{where}: no text was left for {kind} (holdout: {config.holdout}, "
             f"val_fraction: {config.val_fraction});\n"
-            "raise data.val_fraction, or use data.holdout: tail, which splits each document"
+            f"{change} data.val_fraction{tail if config.holdout == 'documents' else ''}"
         )
 
     # -- The vocabulary --------------------------------------------------------------------------
@@ -304,7 +315,9 @@ class _Preparation:
             stack.callback(self.console.close)
             pool = stack.enter_context(ThreadPoolExecutor(_workers(), initializer=begin))
             stack.callback(pool.shutdown, cancel_futures=True)
-            items = _items(self.config, self.plan, self._has_read, encoding.eot_token)
+            items = _items(
+                self.config, self.plan, self._has_read, encoding.eot_token, self._has_skipped
+            )
             noted = time.monotonic()
             try:
                 for number, arrays in _in_order(
@@ -322,6 +335,11 @@ class _Preparation:
                 if count:
                     self._note(count, files)
                 raise
+        if self.skipped:
+            s, also = ("", "") if self.skipped == 1 else ("s", " and others")
+            self.console.say(
+                f"skipped {self.skipped:,} record{s} without a text: {self.first_skipped}{also}"
+            )
 
     def _open_files(self, stack: contextlib.ExitStack) -> tuple[int, dict[str, BinaryIO]]:
         """The number of items that an earlier start wrote, and the token files after these."""
@@ -351,6 +369,10 @@ class _Preparation:
 
     def _start(self, what: str) -> None:
         self.read, self.what = None, what
+
+    def _has_skipped(self, where: str) -> None:
+        self.skipped += 1
+        self.first_skipped = self.first_skipped or printable(where)
 
     def _has_read(self, count: int) -> None:
         if self.read is None:
@@ -410,13 +432,19 @@ def _learn(
 
 
 def _items(
-    config: DataConfig, plan: list[_SourceFiles], read: Read, end_of_text: int
+    config: DataConfig,
+    plan: list[_SourceFiles],
+    read: Read,
+    end_of_text: int,
+    skipped: Callable[[str], None] = lambda where: None,
 ) -> Iterator[Item]:
     """Every piece of every document with the token file that it goes to, always in one order."""
     for source in plan:
         kind = SOURCES[source.config.source]
         for document in kind.documents(source.config, source.files, read, end_of_text):
-            if config.validation is not None:
+            if document.skipped is not None:
+                skipped(document.skipped)
+            elif config.validation is not None:
                 yield from _one_target(source.target, document.pieces)
             elif config.holdout == "documents":
                 yield from _by_hash(source.target, document, config.val_fraction)

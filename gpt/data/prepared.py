@@ -27,11 +27,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from gpt import tokenizer
 from gpt.config import DataConfig
-from gpt.data.sources import Tokens
+from gpt.data.token_files import Tokens
 from gpt.errors import InputError
 from gpt.files import describe, flush, write_text
 
-FORMAT = 2
+FORMAT = 3
 DTYPES = ("uint16", "uint32")
 OTHERS = ("tokenizer.json", "counts.bin")  # files beside the token files
 BLOCK = 2**22  # tokens looked at together when a file is described

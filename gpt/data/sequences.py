@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from gpt.data.sources import Tokens
+from gpt.data.token_files import Tokens
 from gpt.errors import InputError
 from gpt.rng import derive
 
@@ -58,7 +58,7 @@ class TrainingSequences:
                 of = f" of data.mix.{number}" if len(train) > 1 else ""
                 raise InputError(
                     f"model.context: {context} needs more than the {len(tokens):,} training "
-                    f"tokens{of}"
+                    f"tokens{of}; lower it or data.val_fraction, or give more text"
                 )
         if len(train) > CYCLE:
             raise InputError(f"data.mix: holds {len(train):,} sources; at most {CYCLE:,} are mixed")
@@ -146,7 +146,7 @@ class ValidationSequences:
         if windows < 1:
             raise InputError(
                 f"model.context: {context} needs more than the {len(tokens):,} validation tokens; "
-                "raise data.val_fraction, or give data.validation more text"
+                "lower it, raise data.val_fraction, or give data.validation more text"
             )
         self.tokens, self.context = tokens, context
         self._windows, self._count = windows, min(windows, limit or windows)

@@ -5,41 +5,47 @@ yields documents. A document comes in pieces of bounded size, so that a file of 
 in constant memory, and ends where no token can cross (`gpt.tokenizer.pieces`).
 
 Everything that can be wrong with a user's file is found here and named: the file, and the byte,
-line, row or token. Not here: tokens and token files (preparation.py).
+line, row or token. Not here: what bytes are as text (gpt/text.py), and what type token ids have
+(token_files.py).
 """
 
 from __future__ import annotations
 
 import ast
 import codecs
+import contextlib
 import functools
 import glob
-import gzip
 import itertools
 import json
 import os
+import stat
 import sysconfig
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
+from gpt import text
 from gpt.config import HubConfig, SourceConfig
-from gpt.errors import InputError, UnreachableError, nearest
+from gpt.data import token_files
+from gpt.data.token_files import Tokens
+from gpt.errors import InputError, UnreachableError, nearest, printable
+from gpt.files import open_regular
+from gpt.text import CHUNK, HEAD
 from gpt.tokenizer import PIECE, pieces
 from gpt.wait import PATIENCE, wait_for
 
-_ERRORS = {"refuse": "strict", "replace": "replace"}  # of decoding, by `invalid_text`
-
-Tokens = npt.NDArray[np.unsignedinteger[Any]]
 Read = Callable[[int], None]  # is told of each number of bytes that was read, for the progress
 
 STALL = 60.0  # seconds without a row until a dataset counts as out of reach
-CHUNK = 2**17  # bytes read from a file at a time; of 2**20 the allocator kept twice the memory
+RECORD = 2**25  # bytes of a record at most: it is read whole, and JSON takes up to 20 times as much
+SPLIT = "a record is read whole: split it"
+REPLACE = ", or data.invalid_text: replace reads it all the same"
 
 
 @dataclass(frozen=True)
@@ -49,10 +55,12 @@ class Document:
     Attributes:
         pieces: its text in order, or its token ids, to be read once. None of them is empty.
         size: UTF-8 bytes of all pieces, or number of token ids; may read the file to know.
+        skipped: of a record without a text, which is left out, where it is.
     """
 
     pieces: Iterator[str] | Iterator[Tokens]
     size: Callable[[], int]
+    skipped: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,115 +68,269 @@ class Source:
     """One kind of source.
 
     Attributes:
-        files: the files that `documents` will read, in order; empty for the hub. Its errors begin
-            with the option that is wrong, such as "path: ".
+        find: finds the files that `documents` will read. Its errors begin with the option that is
+            wrong, such as "path: ".
         documents: the documents in them. The last argument is the id of the end-of-text token,
             which tells documents apart where the source is tokens already.
     """
 
-    files: Callable[[SourceConfig], list[Path]]
+    find: Callable[[SourceConfig], Found]
     documents: Callable[[SourceConfig, list[Path], Read, int], Iterator[Document]]
 
 
-def _whole(text: object, where: str, config: SourceConfig) -> Document:
+def _whole(value: object, where: str, config: SourceConfig) -> Document:
     """A document that is in memory, such as a field of a record; `where` names it in messages."""
-    if not isinstance(text, str):
+    replace = config.invalid_text == "replace"
+    if value is None and config.missing_text == "skip":
+        return _skipped(where)
+    if isinstance(value, bytes):
+        value = text.decode(value, where, replace=replace, hint=REPLACE)
+    if not isinstance(value, str):
         kind = {type(None): "null", bool: "a truth value", dict: "a mapping", list: "a list"}
-        found = kind.get(type(text), "a number" if isinstance(text, int | float) else "no text")
-        raise InputError(f"{where}: the field {config.text_field!r} is {found}, not a text")
-    if not text.isascii():
+        number = "a number" if isinstance(value, int | float) else f"a {type(value).__name__}"
+        found = kind.get(type(value), number)
+        way = "; data.missing_text: skip leaves such records out" if value is None else ""
+        raise InputError(f"{where}: the field {config.text_field!r} is {found}, not a text{way}")
+    if not value.isascii():
         try:
-            text.encode()
+            value.encode()
         except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
-            if config.invalid_text == "refuse":
+            if not replace:
                 raise InputError(
                     f"{where}: holds a broken character at {error.start}; "
                     "data.invalid_text: replace reads it all the same"
                 ) from None
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    whole = text
+            value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    whole = value.removeprefix("\ufeff")
     return Document(pieces((whole,)), lambda: len(whole.encode()))
+
+
+def _skipped(where: str) -> Document:
+    return Document(iter(()), lambda: 0, skipped=where)
 
 
 # ---------------------------------------------------------------------------------------------
 # Files
 
 
-def _paths(config: SourceConfig, *suffixes: str) -> list[Path]:
-    """The files that `path` names; of a folder, all below it whose names end in `suffixes`."""
-    files: list[Path] = []
+@dataclass(frozen=True)
+class Found:
+    """The files of a source, in order.
+
+    Attributes:
+        files: what is read; empty for a dataset of the hub.
+        folders: device and inode of each folder that was searched.
+        left_out: what is not read of these folders, by the reason.
+    """
+
+    files: list[Path]
+    folders: set[tuple[int, int]] = field(default_factory=set)
+    left_out: dict[str, list[Path]] = field(default_factory=dict)
+
+    def leave_out(self, reason: str, path: Path) -> None:
+        self.left_out.setdefault(reason, []).append(path)
+
+    def has_searched(self, folder: Path) -> bool:
+        status = folder.stat()
+        return (status.st_dev, status.st_ino) in self.folders
+
+    def describe_left_out(self) -> str:
+        """Such as `hidden: 2 (in/.git, in/.env); named pipes: 1 (in/p)`; empty if nothing is."""
+        return "; ".join(
+            f"{reason}: {len(paths):,} ({', '.join(printable(str(path)) for path in paths[:3])}"
+            f"{', ...' if len(paths) > 3 else ''})"
+            for reason, paths in self.left_out.items()
+        )
+
+
+SPECIAL = "devices, sockets or named pipes"
+DANGLING = "links that lead nowhere"
+UNREADABLE = "unreadable"
+
+
+def _find(config: SourceConfig, *suffixes: str) -> Found:
+    """The files that `path` names; of a folder, all below it whose names end in `suffixes`.
+
+    A file that is reached by several names, through links, is read once.
+    """
+    found = Found([])
     for name in config.path:
         path = Path(name)
-        if path.is_dir():
-            found = [p for p in path.rglob("*") if p.is_file() and _is_shown(p.relative_to(path))]
-            found = [p for p in found if not suffixes or p.name.endswith(suffixes)]
-        elif path.is_file():
-            found = [path]
+        kind = _kind(path)
+        if kind == "folder":
+            files = []
+            for below in _walk(path, found):
+                if not suffixes or below.name.lower().endswith(suffixes):
+                    files.append(below)
+                else:
+                    found.leave_out("other endings", below)
+        elif kind == "file":
+            files = [path]
         else:
-            found = [p for p in map(Path, glob.glob(name, recursive=True)) if p.is_file()]
-        if not found:
-            kind = f" ending in {' or '.join(suffixes)}" if path.is_dir() and suffixes else ""
-            what = f"holds no files{kind}" if path.is_dir() else "no such file, folder or pattern"
-            raise InputError(f"path: {name}: {what} (looked from {Path.cwd()})")
-        files += sorted(found)
-    return list(dict.fromkeys(files))
+            files = [p for p in _matches(name, found) if _is_readable(p, found)]
+        if not files:
+            raise InputError(f"path: {name}: {_nothing(path, kind, suffixes, found)}")
+        found.files.extend(sorted(files))
+    found.files[:] = _once(found)
+    return found
 
 
-def _is_shown(path: Path) -> bool:
-    return not any(part.startswith(".") for part in path.parts)
+def _nothing(path: Path, kind: str, suffixes: tuple[str, ...], found: Found) -> str:
+    """Why a path names no file to read."""
+    others = found.describe_left_out()
+    if kind == "folder":
+        plain = [suffix for suffix in suffixes if not suffix.endswith(text.ENDINGS)]
+        ending = f" ending in {' or '.join(plain)}" if plain else ""
+        return f"holds no files{ending}" + (f"; left out: {others}" if others else "")
+    if kind == SPECIAL:
+        return "is a device, socket or named pipe, not a regular file"
+    if kind == UNREADABLE:
+        return "cannot be read: permission denied"
+    if path.is_symlink():
+        return "is a link that leads nowhere"
+    where = f"left out: {others}" if others else f"looked from {Path.cwd()}"
+    return f"no such file, folder or pattern ({where})"
 
 
-def _chunks(path: Path, read: Read = lambda count: None) -> Iterator[bytes]:
-    """The bytes of a file, of a .gz file what is packed in it; `read` is told of the file's own."""
+def _kind(path: Path) -> str:
+    """What a path leads to: "folder", "file", or why it cannot be read."""
     try:
-        with path.open("rb") as file:
-            stream = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
-            before = 0
-            while chunk := stream.read(CHUNK):
-                read(file.tell() - before)
-                before = file.tell()
-                yield chunk
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: is no whole .gz file: {error}") from None
+        mode = path.stat().st_mode
+    except PermissionError:
+        return UNREADABLE
+    except (OSError, ValueError):  # nothing is there, links lead to each other, or no name at all
+        return DANGLING
+    if stat.S_ISDIR(mode):
+        return "folder"
+    if not stat.S_ISREG(mode):
+        return SPECIAL
+    return "file" if os.access(path, os.R_OK) else UNREADABLE
+
+
+def _is_readable(path: Path, found: Found) -> bool:
+    """Whether a path is a file that can be read; what is neither that nor a folder is left out."""
+    kind = _kind(path)
+    if kind not in ("file", "folder"):
+        found.leave_out(kind, path)
+    return kind == "file"
+
+
+def _walk(
+    folder: Path, found: Found, *, hidden: bool = False, follow: bool = True
+) -> Iterator[Path]:
+    """The files below a folder. Links are followed, and no folder is searched twice."""
+    folders, links = deque([folder]), deque[Path]()
+    while folders or links:  # what is not a link comes first, so that a file has its own name
+        folder = (folders or links).popleft()
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in found.folders:
+                continue
+            entries = sorted(folder.iterdir())
+        except OSError:
+            found.leave_out(UNREADABLE, folder)
+            continue
+        found.folders.add((status.st_dev, status.st_ino))
+        for path in entries:
+            if path.name.startswith(".") and not hidden:
+                found.leave_out("hidden", path)
+            elif _kind(path) != "folder":
+                if _is_readable(path, found):
+                    yield path
+            elif not path.is_symlink():
+                folders.append(path)
+            elif follow:
+                links.append(path)
+            else:
+                found.leave_out("linked folders", path)
+
+
+def _matches(pattern: str, found: Found) -> Iterator[Path]:
+    """As `glob.glob`, but below `**` no folder is searched twice: links can form a loop."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        yield from map(Path, glob.glob(pattern))
+        return
+    at = parts.index("**")
+    hidden = any(part.startswith(".") for part in parts[at:])
+    searched = Found([], left_out=found.left_out)  # a pattern may well pass by prepared data
+    for root in glob.glob(str(Path(*parts[:at]))) if at else ["."]:
+        for path in _walk(Path(root), searched, hidden=hidden):
+            if _fits(path.relative_to(root).parts, parts[at:]):
+                yield path
+
+
+def _fits(names: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
+    """Whether the parts of a path match those of a pattern, of which `**` matches any number."""
+    if not names or not patterns:
+        return not names and all(pattern == "**" for pattern in patterns)
+    hidden = names[0].startswith(".") and not patterns[0].startswith(".")
+    if patterns[0] == "**":
+        return _fits(names, patterns[1:]) or (not hidden and _fits(names[1:], patterns))
+    return not hidden and fnmatch(names[0], patterns[0]) and _fits(names[1:], patterns[1:])
+
+
+def _once(found: Found) -> list[Path]:
+    """The files, of each that is reached by several names the one without a link, or the first."""
+    names: dict[tuple[int, int], list[Path]] = {}
+    for path in dict.fromkeys(found.files):
+        status = path.stat()
+        names.setdefault((status.st_dev, status.st_ino), []).append(path)
+    files = []
+    for paths in names.values():
+        own = next((p for p in paths if os.path.realpath(p) == os.path.abspath(p)), paths[0])
+        for path in paths:
+            if path != own:
+                found.leave_out("links to a file that is read already", path)
+        files.append(own)
+    return files
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A regular file that is open; what goes wrong while it is read is said of it."""
+    try:
+        with open_regular(path) as file:
+            yield file
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _lines(path: Path, read: Read) -> Iterator[bytes]:
-    """The lines of a file, without their ends."""
+def _chunks(path: Path, read: Read = lambda count: None) -> Iterator[bytes]:
+    """The bytes of a file, or what is compressed in it; `read` is told of the file's own."""
+    with _opened(path) as file:
+        before = 0
+        for chunk in text.unpacked(file, str(path)):
+            read(file.tell() - before)
+            before = file.tell()
+            yield chunk
+
+
+def _lines(chunks: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    """The lines of a file, without their ends.
+
+    Raises:
+        InputError: one is longer than `RECORD` bytes; it may not end at all.
+    """
     rest: list[bytes] = []
-    for chunk in _chunks(path, read):
-        first, *others = chunk.split(b"\n")
-        rest.append(first)
-        for line in others:
-            yield b"".join(rest)
-            rest = [line]
-    if last := b"".join(rest):
-        yield last
+    size, number = 0, 1
+    for chunk in chunks:
+        *ends, last = chunk.split(b"\n")
+        for line in ends:
+            yield b"".join((*rest, line))
+            rest, size, number = [], 0, number + 1
+        rest.append(last)
+        size += len(last)
+        if size > RECORD:
+            raise InputError(f"{path}:{number}: is a line of more than {RECORD:,} bytes; {SPLIT}")
+    if size:
+        yield b"".join(rest)
 
 
 def _text(path: Path, config: SourceConfig, read: Read = lambda count: None) -> Iterator[str]:
-    """A file's text, a chunk at a time; a byte-order mark at its start is no part of it."""
-    replacing = config.invalid_text == "replace"
-    decoder = codecs.getincrementaldecoder("utf-8")(_ERRORS[config.invalid_text])
-    position = 0  # in the unpacked file, of the first byte that is not yet text
-    for chunk in itertools.chain(_chunks(path, read), [b""]):
-        try:
-            text = decoder.decode(chunk, final=not chunk)
-        except UnicodeDecodeError as error:
-            at, byte = position + error.start, error.object[error.start]
-            raise _no_text(path, at, byte) from None
-        if not replacing and "\0" in text:
-            raise _no_text(path, position + len(text.partition("\0")[0].encode()), 0)
-        if text:
-            yield text.removeprefix("\ufeff") if not position else text
-        position += len(text.encode()) if not replacing else len(chunk)
-
-
-def _no_text(path: Path, position: int, byte: int) -> InputError:
-    return InputError(
-        f"{path}: is no UTF-8 text: byte {position:,} is 0x{byte:02x}; "
-        "data.invalid_text: replace reads it all the same"
+    """A file's text, a chunk at a time; a byte-order mark at its start is dropped."""
+    return text.decoded(
+        _chunks(path, read), str(path), replace=config.invalid_text == "replace", hint=REPLACE
     )
 
 
@@ -178,7 +340,7 @@ def _file(path: Path, config: SourceConfig, read: Read) -> Document:
     return Document(pieces(_text(path, config, read)), size)
 
 
-def _stdlib_files(config: SourceConfig) -> list[Path]:
+def _stdlib_files(config: SourceConfig) -> Found:
     """The Python sources of the running interpreter's standard library, without its tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -191,7 +353,7 @@ def _stdlib_files(config: SourceConfig) -> list[Path]:
             f"source: stdlib found no Python sources in {root};\n"
             "use data.source: text with data.path, the files or folders to read"
         )
-    return sorted(files)
+    return Found(sorted(files))
 
 
 def _stdlib(config: SourceConfig, files: list[Path], read: Read, end: int) -> Iterator[Document]:
@@ -217,29 +379,60 @@ def _text_files(
 def _jsonl(config: SourceConfig, files: list[Path], read: Read, end: int) -> Iterator[Document]:
     """One line, one document: the text in the field `text_field` of its JSON object."""
     for path in files:
-        for number, line in enumerate(_lines(path, read), 1):
+        chunks = _chunks(path, read)
+        head = next(chunks, b"").removeprefix(codecs.BOM_UTF8)
+        text.check(head, str(path))
+        if head.lstrip().startswith(b"["):
+            raise InputError(
+                f"{path}: is a JSON array, not JSON Lines (one object a line); "
+                "convert it, for example by `jq -c '.[]' FILE > NEW.jsonl`"
+            )
+        lacking: InputError | None = None  # what the first record without the field would say
+        has_field = False
+        for number, line in enumerate(_lines(itertools.chain([head], chunks), path), 1):
             where = f"{path}:{number}"
-            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if not text.strip():
+            if not line.strip():
                 continue
-            try:
-                record = json.loads(text.decode(errors=_ERRORS[config.invalid_text]))
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{where}: is no UTF-8 text (byte {error.start} of the line); "
-                    "data.invalid_text: replace reads it all the same"
-                ) from None
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"{where}: is no JSON: {error.msg}, column {error.colno}"
-                ) from None
-            except (ValueError, RecursionError) as error:  # numbers and nesting beyond all bounds
-                raise InputError(f"{where}: is no JSON that can be read: {error}") from None
-            if not isinstance(record, dict):
-                raise InputError(f"{where}: is no JSON object with fields")
-            if config.text_field not in record:
-                raise _no_field(where, config, list(record))
-            yield _whole(record[config.text_field], where, config)
+            record = _record(line, where, config)
+            if config.text_field in record:
+                has_field = True
+                yield _whole(record[config.text_field], where, config)
+            else:
+                lacking = lacking or _no_field(where, config, list(record))
+                if config.missing_text == "refuse":
+                    raise lacking
+                yield _skipped(where)
+        if lacking is not None and not has_field:
+            raise lacking
+
+
+def _record(line: bytes, where: str, config: SourceConfig) -> dict[str, Any]:
+    """The object of one line of JSON."""
+    try:
+        errors = "replace" if config.invalid_text == "replace" else "strict"
+        record = json.loads(line.decode(errors=errors))
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{where}: is not UTF-8 text (byte {error.start} of the line); if it is in another "
+            f"encoding, convert it{REPLACE}"
+        ) from None
+    except json.JSONDecodeError as error:
+        if error.pos >= len(error.doc.rstrip()) and line.lstrip().startswith(b"{"):
+            raise InputError(
+                f"{where}: the JSON object does not end on its line ({error.msg}, column "
+                f"{error.colno});\nJSON Lines have one object a line: `jq -c . FILE > NEW.jsonl` "
+                "converts pretty-printed JSON"
+            ) from None
+        raise InputError(f"{where}: is not JSON: {error.msg}, column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # numbers and nesting beyond all bounds
+        raise InputError(f"{where}: is not JSON that can be read: {error}") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: is not a JSON object with fields")
+    return record
+
+
+ROWS = 8  # rows read at a time, so that even rows of `RECORD` bytes need little memory
+SWOLLEN = 2**28, 200  # bytes and times its compressed size that no column chunk of texts has
 
 
 def _parquet(config: SourceConfig, files: list[Path], read: Read, end: int) -> Iterator[Document]:
@@ -247,20 +440,58 @@ def _parquet(config: SourceConfig, files: list[Path], read: Read, end: int) -> I
     import pyarrow
     from pyarrow import parquet
 
+    name = config.text_field
     for path in files:
+        _check_parquet(path)
         try:
-            with parquet.ParquetFile(path) as file:
-                if config.text_field not in file.schema_arrow.names:
-                    raise _no_field(str(path), config, file.schema_arrow.names)
+            with parquet.ParquetFile(path, buffer_size=CHUNK) as file:
+                columns = file.schema_arrow.names
+                if name not in columns:
+                    raise _no_field(str(path), config, columns)
+                if columns.count(name) > 1:
+                    raise InputError(f"{path}: has {columns.count(name)} columns named {name!r}")
+                _check_swelling(path, name, file.metadata)
                 size, rows, row = path.stat().st_size, file.metadata.num_rows, 0
-                for batch in file.iter_batches(batch_size=32, columns=[config.text_field]):
+                # Beside the column `a.b` this also reads the field b of a struct a, if there is one
+                for batch in file.iter_batches(batch_size=ROWS, columns=[name]):
                     read(size * (row + len(batch)) // rows - size * row // rows)
-                    for text in batch.column(0).to_pylist():
+                    for scalar in batch.column(name):
                         row += 1
-                        yield _whole(text, f"{path}: row {row}", config)
-        except (pyarrow.ArrowException, OSError) as error:
+                        yield _whole(_value(scalar), f"{path}: row {row}", config)
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = str(error).partition("\n")[0]
-            raise InputError(f"{path}: is no whole Parquet file: {reason}") from None
+            raise InputError(f"{path}: is not a whole Parquet file: {reason}") from None
+
+
+def _check_parquet(path: Path) -> None:
+    with _opened(path) as file:
+        head = file.read(HEAD)
+    if not head.startswith((b"PAR1", b"PARE")):
+        found = text.recognise(head)
+        what = found[0] if found else "text or another format" if head else "empty"
+        raise InputError(f"{path}: is not a Parquet file: it is {what}")
+
+
+def _check_swelling(path: Path, name: str, metadata: Any) -> None:
+    """Refuse a few bytes that would be unpacked to what memory may not hold."""
+    least, times = SWOLLEN
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        for column in map(group.column, range(group.num_columns)):
+            size, packed = column.total_uncompressed_size, column.total_compressed_size
+            if column.path_in_schema == name and size > max(least, times * packed):
+                raise InputError(
+                    f"{path}: row group {number + 1} unpacks {packed:,} bytes of {name!r} to "
+                    f"{size:,}, more than is safe to hold; write it in smaller row groups"
+                )
+
+
+def _value(scalar: Any) -> object:
+    """A value of a column; of a text that is not UTF-8, the bytes."""
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return bytes(getattr(scalar, "value", scalar).as_buffer())
 
 
 def _no_field(where: str, config: SourceConfig, fields: list[str]) -> InputError:
@@ -272,13 +503,9 @@ def _no_field(where: str, config: SourceConfig, fields: list[str]) -> InputError
 
 
 def _tokens(config: SourceConfig, files: list[Path], read: Read, end: int) -> Iterator[Document]:
-    """Token ids without a header, as nanoGPT writes them; end of text parts the documents."""
-    dtype = np.dtype(config.dtype).newbyteorder("<")
+    """Token ids, as nanoGPT writes them; end of text parts the documents."""
     for path in files:
-        size = path.stat().st_size
-        if size % dtype.itemsize:
-            raise InputError(f"{path}: {size:,} bytes are no whole number of {config.dtype} tokens")
-        ids: Tokens = np.memmap(path, dtype, mode="r") if size else np.empty(0, dtype)
+        ids = token_files.open_ids(path, config.dtype, end + 1)
         start = 0
         for stop in _ends(ids, end, path):
             if stop > start:
@@ -290,7 +517,7 @@ def _slices(ids: Tokens, read: Read) -> Iterator[Tokens]:
     for start in range(0, len(ids), PIECE):
         piece = ids[start : start + PIECE]
         read(piece.nbytes)
-        yield piece
+        yield piece.astype(np.uint32)
 
 
 def _ends(ids: Tokens, end: int, path: Path) -> Iterator[int]:
@@ -298,8 +525,8 @@ def _ends(ids: Tokens, end: int, path: Path) -> Iterator[int]:
     place = -1
     for at in range(0, len(ids), CHUNK):
         block = ids[at : at + CHUNK]
-        for place in (at + np.flatnonzero(block >= end)).tolist():
-            if ids[place] > end:
+        for place in (at + np.flatnonzero((block >= end) | (block < 0))).tolist():
+            if ids[place] != end:
                 raise InputError(
                     f"{path}: token {place:,} is {ids[place]}, beyond a vocabulary of {end + 1:,};"
                     "\ndata.tokenizer and data.dtype must be those that made the file"
@@ -313,12 +540,16 @@ def _ends(ids: Tokens, end: int, path: Path) -> Iterator[int]:
 # The hub
 
 
-def _hub_files(config: SourceConfig) -> list[Path]:
-    """Of a local folder its files; a name on the hub has none here."""
+def _hub_files(config: SourceConfig) -> Found:
+    """Of a local folder its files; a name on the hub has none here.
+
+    `datasets` does not follow links to folders, so they are left out.
+    """
+    found = Found([])
     folder = Path(config.hub.name or "")
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.rglob("*") if p.is_file() and _is_shown(p.relative_to(folder)))
+    if folder.is_dir():
+        found.files.extend(sorted(_walk(folder, found, follow=False)))
+    return found
 
 
 def commit(config: SourceConfig) -> str | None:
@@ -328,7 +559,7 @@ def commit(config: SourceConfig) -> str | None:
         InputError: there is no such dataset, or the hub does not answer within `PATIENCE`.
     """
     hub = config.hub
-    if config.source != "hub" or _hub_files(config):
+    if config.source != "hub" or _hub_files(config).files:
         return hub.revision
     from huggingface_hub import HfApi, constants
 
@@ -361,9 +592,9 @@ def _hub(config: SourceConfig, files: list[Path], read: Read, end: int) -> Itera
         while (batch := wait_for(lambda: next(batches, None), STALL)) is not None:
             if config.text_field not in batch:
                 raise _no_field(f"{hub.name}: row {row + 1}", config, list(batch))
-            for text in batch[config.text_field]:
+            for value in batch[config.text_field]:
                 row += 1
-                document = _whole(text, f"{hub.name}: row {row}", config)
+                document = _whole(value, f"{hub.name}: row {row}", config)
                 read(document.size())
                 yield document
     except InputError:
@@ -397,13 +628,12 @@ def _no_dataset(hub: HubConfig, error: Exception, rows: int = 0) -> InputError:
     )
 
 
+JSONL = tuple(a + b for a in (".jsonl", ".ndjson") for b in ("", *text.ENDINGS))
 SOURCES: dict[str, Source] = {
     "stdlib": Source(_stdlib_files, _stdlib),
-    "text": Source(_paths, _text_files),
-    "jsonl": Source(
-        lambda config: _paths(config, ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz"), _jsonl
-    ),
-    "parquet": Source(lambda config: _paths(config, ".parquet"), _parquet),
+    "text": Source(_find, _text_files),
+    "jsonl": Source(lambda config: _find(config, *JSONL), _jsonl),
+    "parquet": Source(lambda config: _find(config, ".parquet"), _parquet),
     "hub": Source(_hub_files, _hub),
-    "tokens": Source(lambda config: _paths(config, ".bin"), _tokens),
+    "tokens": Source(lambda config: _find(config, ".bin", ".npy"), _tokens),
 }
