@@ -44,6 +44,7 @@ from gpt.config import (
 )
 from gpt.errors import InputError, StoppedError, nearest, told
 from gpt.flags import as_flag, parse
+from gpt.wait import leave
 
 if TYPE_CHECKING:
     from gpt.compare.grid import Cell, Grid
@@ -110,9 +111,9 @@ def _door(prog: str) -> Iterator[None]:
         raise SystemExit(2) from None
     except StoppedError as stopped:
         print(f"{prog}: {stopped}", file=sys.stderr)
-        raise SystemExit(75) from None
+        leave(75)
     except KeyboardInterrupt:  # while starting up, or sampling: there is nothing to save
-        raise SystemExit(130) from None
+        leave(130)
     except BrokenPipeError:  # the reader of stdout, head for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
@@ -241,7 +242,7 @@ def _python() -> str:
 
 
 class StopSignals:
-    """Ctrl-C, SIGTERM and time as a request to save and end; calling it tells whether one came.
+    """Ctrl-C, SIGTERM and time as a request to end in good order; calling it says if one came.
 
     A second signal meets the default action and ends the process at once.
 
@@ -266,7 +267,7 @@ class StopSignals:
     def __call__(self) -> bool:
         if not self._asked and time.monotonic() > self._end:
             self._asked = True
-            print(f"\n{self._seconds:g} s are over: saving, then stopping", file=sys.stderr)
+            print(f"\n{self._seconds:g} s are over: stopping", file=sys.stderr)
         return self._asked
 
     def __enter__(self) -> StopSignals:
@@ -283,7 +284,7 @@ class StopSignals:
         for each in self._before:
             signal.signal(each, signal.SIG_DFL)
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: saving, then stopping; a second signal ends at once\n".encode())
+        os.write(2, f"\n{name}: stopping; a second signal ends at once\n".encode())
 
 
 # ---------------------------------------------------------------------------------------------

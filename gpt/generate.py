@@ -12,14 +12,13 @@ import codecs
 from collections.abc import Callable, Iterator
 from typing import Self
 
-import tiktoken
 import torch
 from torch import Tensor
 
 from gpt.config import Sampling
 from gpt.model import GPT, Place
 from gpt.rng import generator
-from gpt.tokenizer import encode
+from gpt.tokenizer import Encoding, encode
 
 
 def restrict(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -218,7 +217,7 @@ def generate(
 
 def continue_text(
     model: GPT,
-    encoding: tiktoken.Encoding,
+    encoding: Encoding,
     prompt: str,
     *,
     tokens: int,
@@ -243,7 +242,7 @@ def continue_text(
 class TextDecoder:
     """Token by token to text; bytes of an unfinished character wait for the rest of it."""
 
-    def __init__(self, encoding: tiktoken.Encoding) -> None:
+    def __init__(self, encoding: Encoding) -> None:
         self._encoding = encoding
         self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
 

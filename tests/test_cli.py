@@ -342,7 +342,7 @@ def test_a_signal_saves_and_the_run_goes_on(
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 75, stderr
-    assert f"{number.name}: saving, then stopping" in stderr
+    assert f"{number.name}: stopping; a second signal ends at once" in stderr
     assert stdout.startswith("interrupted: stopped after step")
     result = json.loads((out / "result.json").read_text())
     assert result["status"] == "interrupted"
@@ -361,7 +361,7 @@ def test_after_max_seconds_it_saves_and_the_run_goes_on(
     code, stdout, stderr = called(capsys, "train", path, "--out-dir", out, "--max-seconds", "50")
     monkeypatch.undo()
     assert code == 75
-    assert stderr.count("50 s are over: saving, then stopping") == 1
+    assert stderr.count("50 s are over: stopping") == 1
     step = json.loads((out / "result.json").read_text())["step"]
     assert 0 < step < 20
     assert stdout.startswith(f"interrupted: stopped after step {step}, and saved")

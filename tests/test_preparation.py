@@ -180,7 +180,7 @@ def test_bpe_learns_from_the_training_text_only(tmp_path: Path):
         tmp_path, tmp_path / "a.txt", tokenizer="bpe", vocab_size=300, holdout="tail",
         val_fraction=0.25,
     )  # fmt: skip
-    tokens = prepare(config).encoding._mergeable_ranks
+    tokens = prepare(config).encoding.tokens
     assert b"ab" in tokens
     assert not [token for token in tokens if len(token) > 1 and b"x" in token[:1]][3:]
 
@@ -192,7 +192,7 @@ def test_bpe_learns_no_token_across_documents(tmp_path: Path):
         tmp_path, tmp_path / "a.jsonl", source="jsonl", tokenizer="bpe", vocab_size=600,
         validation={"path": str(tmp_path / "a.jsonl")},
     )  # fmt: skip
-    tokens = prepare(config).encoding._mergeable_ranks
+    tokens = prepare(config).encoding.tokens
     assert {b"emma", b"olivia", b"ava"} <= set(tokens)
     assert max(map(len, tokens)) == len("olivia")
 
@@ -605,7 +605,7 @@ def test_a_killed_preparation_goes_on(
     _, stderr = process.communicate(timeout=60)
     if number == signal.SIGTERM:
         assert process.returncode == 75, stderr
-        assert "stopped while preparing data; the same start goes on" in stderr
+        assert preparation.STOPPED in stderr
     else:
         assert process.returncode == -signal.SIGKILL
     assert (building / "tokenizer.json").is_file()
