@@ -20,8 +20,9 @@ import shlex
 import signal
 import stat
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -105,7 +106,8 @@ def _door(prog: str) -> Iterator[None]:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a sample's letters
     try:
-        yield
+        with _handled({signal.SIGINT: lambda number, frame: os._exit(130)}):  # nothing is to save
+            yield
     except InputError as error:
         print("\n".join(f"{prog}: {line}" for line in told(error)), file=sys.stderr)
         raise SystemExit(2) from None
@@ -122,6 +124,24 @@ def _door(prog: str) -> Iterator[None]:
             raise
         print(f"{prog}: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+@contextlib.contextmanager
+def _handled(handlers: Mapping[int, Any]) -> Iterator[None]:
+    """Signal handlers for the time being; only the main thread can have any.
+
+    KeyboardInterrupt, the default for Ctrl-C, is lost or turned into another error if it comes
+    while torch is imported.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------
