@@ -350,6 +350,37 @@ def test_a_signal_saves_and_the_run_goes_on(
     assert len(list((out / "checkpoints").glob("step-*"))) == 1
 
 
+def test_an_interrupt_ends_sampling_at_once(run_dir: Path, environment: dict[str, str]):
+    command = [sys.executable, ROOT / "sample.py", run_dir, "--max-new-tokens", "1000000"]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        assert "step" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        sent = time.monotonic()
+        _, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - sent < 5
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+
+
+def test_an_interrupt_is_not_lost_where_an_import_would_swallow_it():
+    """As `except:` around an optional import does with KeyboardInterrupt."""
+    script = (
+        "import os, signal\nfrom gpt.cli import _door\nwith _door('x'):\n    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n    except BaseException:\n        pass"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stderr) == (130, b"")
+
+
+def test_the_callers_own_signal_handlers_come_back(capsys: pytest.CaptureFixture[str]):
+    before = signal.getsignal(signal.SIGINT)
+    called(capsys, "sample", "nowhere")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_after_max_seconds_it_saves_and_the_run_goes_on(
     capsys: pytest.CaptureFixture[str], tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
