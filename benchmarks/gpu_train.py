@@ -46,7 +46,6 @@ from typing import Any, TextIO
 from unittest import mock
 
 import numpy as np
-import tiktoken
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -153,12 +152,7 @@ class Work:
         folder, size = Path(self.folder), self.size.vocabulary
         single = [bytes([byte]) for byte in range(256)]
         pairs = [bytes(divmod(number, 256)) for number in range(size - 257)]
-        encoding = tiktoken.Encoding(
-            "pairs",
-            pat_str=r"(?s:..?)",
-            mergeable_ranks={token: rank for rank, token in enumerate([*single, *pairs])},
-            special_tokens={tokenizer.END_OF_TEXT: size - 1},
-        )
+        encoding = tokenizer.Encoding("bpe", [*single, *pairs])
         write_text(folder / "vocabulary.json", tokenizer.to_json(encoding))
         config = self.config(Row("", "", 1))
         count = (self.size.updates + WARM + 2) * config.batch_sequences * config.model.context

@@ -20,8 +20,9 @@ import shlex
 import signal
 import stat
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -51,6 +52,7 @@ from gpt.files import open_regular, read_small
 from gpt.flags import as_flag, parse
 from gpt.size import check_cpu_training, check_sampling
 from gpt.text import decoded, unpacked
+from gpt.wait import leave
 
 if TYPE_CHECKING:
     from gpt.compare.grid import Cell, Grid
@@ -111,15 +113,16 @@ def _door(prog: str) -> Iterator[None]:
     """Wrong input ends the program with its message and exit code 2."""
     set_encoding()
     try:
-        yield
+        with _handled({signal.SIGINT: lambda number, frame: os._exit(130)}):  # nothing is to save
+            yield
     except InputError as error:
         show("\n".join(f"{prog}: {line}" for line in told(error)), sys.stderr)
         raise SystemExit(2) from None
     except StoppedError as stopped:
         show(f"{prog}: {stopped}", sys.stderr)
-        raise SystemExit(75) from None
+        leave(75)
     except KeyboardInterrupt:  # while starting up, or sampling: there is nothing to save
-        raise SystemExit(130) from None
+        leave(130)
     except BrokenPipeError:  # the reader of stdout, head for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
@@ -133,6 +136,24 @@ def _door(prog: str) -> Iterator[None]:
 def _path(argument: str) -> Path:
     """A path of the command line."""
     return Path(expand_user(argument))
+
+
+@contextlib.contextmanager
+def _handled(handlers: Mapping[int, Any]) -> Iterator[None]:
+    """Signal handlers for the time being; only the main thread can have any.
+
+    KeyboardInterrupt, the default for Ctrl-C, is lost or turned into another error if it comes
+    while torch is imported.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -258,7 +279,7 @@ def _python() -> str:
 
 
 class StopSignals:
-    """Ctrl-C, SIGTERM and time as a request to save and end; calling it tells whether one came.
+    """Ctrl-C, SIGTERM and time as a request to end in good order; calling it says if one came.
 
     A second signal meets the default action and ends the process at once.
 
@@ -278,7 +299,7 @@ class StopSignals:
     def __call__(self) -> bool:
         if not self._asked and time.monotonic() > self._end:
             self._asked = True
-            print(f"\n{self._seconds:g} s are over: saving, then stopping", file=sys.stderr)
+            print(f"\n{self._seconds:g} s are over: stopping", file=sys.stderr)
         return self._asked
 
     def __enter__(self) -> StopSignals:
@@ -295,7 +316,7 @@ class StopSignals:
         for each in self._before:
             signal.signal(each, signal.SIG_DFL)
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: saving, then stopping; a second signal ends at once\n".encode())
+        os.write(2, f"\n{name}: stopping; a second signal ends at once\n".encode())
 
 
 # ---------------------------------------------------------------------------------------------

@@ -13,14 +13,13 @@ import contextlib
 from collections.abc import Callable, Generator
 from typing import Self
 
-import tiktoken
 import torch
 from torch import Tensor
 
 from gpt.config import Sampling
 from gpt.model import GPT, Place
 from gpt.rng import generator
-from gpt.tokenizer import encode
+from gpt.tokenizer import Encoding, encode
 
 
 def restrict(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -219,7 +218,7 @@ def generate(
 
 def continue_text(
     model: GPT,
-    encoding: tiktoken.Encoding,
+    encoding: Encoding,
     prompt: str,
     *,
     tokens: int,
@@ -254,7 +253,7 @@ def continue_text(
 class TextDecoder:
     """Token by token to text; bytes of an unfinished character wait for the rest of it."""
 
-    def __init__(self, encoding: tiktoken.Encoding) -> None:
+    def __init__(self, encoding: Encoding) -> None:
         self._encoding = encoding
         self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
 

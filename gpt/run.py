@@ -20,7 +20,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import tiktoken
 import torch
 from pydantic import TypeAdapter
 
@@ -34,6 +33,7 @@ from gpt.errors import InputError
 from gpt.files import is_scrap, stays_inside, write_text
 from gpt.model import GPT
 from gpt.size import check_loading
+from gpt.tokenizer import Encoding
 
 Status = Literal["finished", "diverged", "interrupted"]
 
@@ -314,7 +314,7 @@ def _start_from(config: Config, resume: str) -> Checkpoint | None:
 
 def load_run(
     path: Path, checkpoint: str = "best", device: torch.device | str = "cpu"
-) -> tuple[GPT, tiktoken.Encoding, int]:
+) -> tuple[GPT, Encoding, int]:
     """The model, tokenizer and step of a run, from its directory alone.
 
     Args:

@@ -1,4 +1,4 @@
-"""Tokenizers. Every one is a `tiktoken.Encoding`, whatever made its vocabulary.
+"""Tokenizers. Every one is an `Encoding`, which is tiktoken's, whatever made its vocabulary.
 
 So the rest of the program knows one interface, one end-of-text token (`encoding.eot_token`) and
 one file format: a JSON list of the tokens' bytes in the order of their ids, with the pattern that
@@ -18,13 +18,14 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tiktoken
+import tiktoken.load
 
 from gpt.config import DataConfig
 from gpt.errors import InputError, UnreachableError
-from gpt.files import write_bytes
+from gpt.files import read_small, write_bytes
 from gpt.wait import PATIENCE, wait_for
 
 if TYPE_CHECKING:
@@ -34,36 +35,54 @@ END_OF_TEXT = "<|endoftext|>"
 FORMAT = 1
 PIECE = 2**14  # characters that a piece of text has at most if there is a place to cut
 LONGEST = 2**18  # characters at which it is cut anyhow; tiktoken fails on runs of over a million
+WORD = 512  # bytes of a word that BPE learns from; a longer one counts as several
 
 # GPT-2's split: contractions, words, numbers and signs with the space before them, white space.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
+# The pattern of each tokenizer. gpt2's is the same split, as tiktoken spells it. A file may hold no
+# other: it could lose text, never end or crash tiktoken, and `pieces` cuts where these allow it.
+PATTERNS = {
+    "bytes": r"(?s:.{1,64})",
+    "chars": r"(?s:.)",
+    "bpe": GPT2_PATTERN,
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+}
 
-def _encoding(name: str, pattern: str, tokens: list[bytes]) -> tiktoken.Encoding:
-    return tiktoken.Encoding(
-        name,
-        pat_str=pattern,
-        mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
-        special_tokens={END_OF_TEXT: len(tokens)},
-    )
+
+class Encoding(tiktoken.Encoding):
+    """One of `PATTERNS` and a vocabulary: the tokens' bytes with their ids, in the order of ids."""
+
+    def __init__(self, name: str, tokens: Iterable[bytes]) -> None:
+        self.pattern = PATTERNS[name]
+        self.tokens = {token: rank for rank, token in enumerate(tokens)}
+        super().__init__(
+            name,
+            pat_str=self.pattern,
+            mergeable_ranks=self.tokens,
+            special_tokens={END_OF_TEXT: len(self.tokens)},
+        )
+
+    def __reduce__(self) -> tuple[type[Encoding], tuple[str, list[bytes]]]:
+        return Encoding, (self.name, list(self.tokens))
 
 
-def bytes_tokenizer(config: DataConfig, documents: Iterable[str]) -> tiktoken.Encoding:
+def bytes_tokenizer(config: DataConfig, documents: Iterable[str]) -> Encoding:
     """One token a byte of UTF-8: 256 and end of text."""
-    return _encoding("bytes", r"(?s:.{1,64})", [bytes([byte]) for byte in range(256)])
+    return Encoding("bytes", (bytes([byte]) for byte in range(256)))
 
 
-def chars_tokenizer(config: DataConfig, documents: Iterable[str]) -> tiktoken.Encoding:
+def chars_tokenizer(config: DataConfig, documents: Iterable[str]) -> Encoding:
     """One token a character that occurs in `documents`, in code-point order, and end of text."""
     characters = set[str]()
     for text in documents:
         characters.update(text)
     if not characters:
         raise InputError("data: holds no text, so there are no characters to make tokens of")
-    return _encoding("chars", r"(?s:.)", [char.encode() for char in sorted(characters)])
+    return Encoding("chars", (char.encode() for char in sorted(characters)))
 
 
-def bpe_tokenizer(config: DataConfig, documents: Iterable[str]) -> tiktoken.Encoding:
+def bpe_tokenizer(config: DataConfig, documents: Iterable[str]) -> Encoding:
     """A byte-level BPE of `config.vocab_size` tokens in all, trained on `documents`."""
     trained = train_bpe(documents, config.vocab_size)
     # The library writes each byte as a printable character; ByteLevel's alphabet, sorted, is
@@ -73,29 +92,32 @@ def bpe_tokenizer(config: DataConfig, documents: Iterable[str]) -> tiktoken.Enco
     to_byte = {chr(byte): byte for byte in printable}
     to_byte |= {chr(256 + i): byte for i, byte in enumerate(others)}
     vocabulary = sorted(trained.get_vocab().items(), key=lambda item: item[1])
-    tokens = [bytes(to_byte[char] for char in token) for token, _ in vocabulary]
-    return _encoding("bpe", GPT2_PATTERN, tokens)
+    return Encoding("bpe", (bytes(to_byte[char] for char in token) for token, _ in vocabulary))
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     """A tokenizer of `vocab_size` tokens, one of them left for end of text, as `tokenizers` has it.
 
-    `bpe_tokenizer` turns it into an encoding that gives the same ids.
+    `bpe_tokenizer` turns it into an encoding that gives the same ids. Each merge walks the words
+    that it occurs in, so the time stays near linear only as long as words are short: text without
+    white space, such as DNA, is one word, which is cut into words of `WORD` bytes.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    by_gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.pre_tokenizer = pre_tokenizers.Sequence([by_gpt2, pre_tokenizers.FixedLength(WORD)])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    wait_for(lambda: trained.train_from_iterator(documents, trainer))
+    trained.train_from_iterator(documents, trainer)
+    trained.pre_tokenizer = by_gpt2
     return trained
 
 
-def gpt2_tokenizer(config: DataConfig, documents: Iterable[str]) -> tiktoken.Encoding:
+def gpt2_tokenizer(config: DataConfig, documents: Iterable[str]) -> Encoding:
     """GPT-2's own vocabulary of 50,257 tokens, by tiktoken, from its cache or the network."""
     missing = [name for name in GPT2_FILES if not _is_whole(gpt2_file(name), name)]
     for name in missing:
@@ -111,10 +133,12 @@ def gpt2_tokenizer(config: DataConfig, documents: Iterable[str]) -> tiktoken.Enc
             write_bytes(path, contents)
         except OSError as error:
             raise InputError(f"{path.parent}: tiktoken's cache: {error.strerror}") from None
-    return tiktoken.get_encoding("gpt2")
+    bpe, encoder = (GPT2_URL + name for name in GPT2_FILES)  # both are in the cache now
+    ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(bpe, encoder)
+    return Encoding("gpt2", sorted(ranks, key=ranks.__getitem__))
 
 
-def file_tokenizer(config: DataConfig, documents: Iterable[str]) -> tiktoken.Encoding:
+def file_tokenizer(config: DataConfig, documents: Iterable[str]) -> Encoding:
     """The tokenizer in the file `config.vocabulary`, which an earlier run or preparation wrote."""
     return load(Path(str(config.vocabulary)))
 
@@ -186,7 +210,7 @@ def _no_vocabulary(missing: list[str], error: Exception) -> InputError:
 
 
 # Each builds the encoding from the options and, where it learns from text, the training documents.
-TOKENIZERS: dict[str, Callable[[DataConfig, Iterable[str]], tiktoken.Encoding]] = {
+TOKENIZERS: dict[str, Callable[[DataConfig, Iterable[str]], Encoding]] = {
     "bytes": bytes_tokenizer,
     "chars": chars_tokenizer,
     "bpe": bpe_tokenizer,
@@ -226,7 +250,7 @@ def pieces(texts: Iterable[str], size: int = PIECE) -> Iterator[str]:
         yield rest
 
 
-def encode(encoding: tiktoken.Encoding, text: str, origin: str = "the text") -> list[int]:
+def encode(encoding: Encoding, text: str, origin: str = "the text") -> list[int]:
     """Token ids of `text`, in which nothing stands for end of text.
 
     Args:
@@ -244,14 +268,14 @@ def encode(encoding: tiktoken.Encoding, text: str, origin: str = "the text") -> 
     return [token for piece in pieces([text]) for token in encoding.encode_ordinary(piece)]
 
 
-def check_characters(encoding: tiktoken.Encoding, text: str, origin: str) -> None:
+def check_characters(encoding: Encoding, text: str, origin: str) -> None:
     """Make sure that the tokenizer has a token for all of `text`, as only `chars` may not.
 
     Raises:
         InputError: naming the first character of `text` that it does not know.
     """
     if encoding.name == "chars":
-        known = encoding._mergeable_ranks
+        known = encoding.tokens
         unknown = {char for char in set(text) if char.encode() not in known}
         if unknown:
             first = next(char for char in text if char in unknown)
@@ -261,58 +285,78 @@ def check_characters(encoding: tiktoken.Encoding, text: str, origin: str) -> Non
             )
 
 
-def byte_lengths(encoding: tiktoken.Encoding) -> list[int]:
+def byte_lengths(encoding: Encoding) -> list[int]:
     """UTF-8 bytes of each token, by id; end of text is no text and has none."""
-    lengths = {rank: len(token) for token, rank in encoding._mergeable_ranks.items()}
-    return [lengths.get(token, 0) for token in range(encoding.n_vocab)]
+    return [*map(len, encoding.tokens), 0]
 
 
-def copy(encoding: tiktoken.Encoding) -> tiktoken.Encoding:
+def copy(encoding: Encoding) -> Encoding:
     """An equal encoding that shares no state, for a thread of its own.
 
     Two threads that encode with one object were measured to run at two thirds of the speed: they
     compete for the caches of its regular expression.
     """
-    return tiktoken.Encoding(
-        encoding.name,
-        pat_str=encoding._pat_str,
-        mergeable_ranks=encoding._mergeable_ranks,
-        special_tokens=encoding._special_tokens,
-    )
+    return Encoding(encoding.name, encoding.tokens)
 
 
-def to_json(encoding: tiktoken.Encoding) -> str:
+def to_json(encoding: Encoding) -> str:
     """`encoding` as JSON; each token's bytes stand as the code points 0-255."""
-    tokens = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.__getitem__)
     tree = {
         "format": FORMAT,
         "name": encoding.name,
-        "pattern": encoding._pat_str,
+        "pattern": encoding.pattern,
         "end_of_text": encoding.eot_token,
-        "tokens": [token.decode("latin-1") for token in tokens],
+        "tokens": [token.decode("latin-1") for token in encoding.tokens],
     }
     return json.dumps(tree, ensure_ascii=False) + "\n"
 
 
-def load(path: Path) -> tiktoken.Encoding:
+def load(path: Path) -> Encoding:
     """The encoding in a file that holds `to_json`'s text.
 
     Raises:
         InputError: the file is missing or is no tokenizer of this format.
     """
     try:
-        tree = json.loads(path.read_text("utf-8"))
-        if tree["format"] != FORMAT:
-            raise ValueError(f"format {tree['format']!r}, this program reads {FORMAT}")
-        if tree["end_of_text"] != len(tree["tokens"]):
-            raise ValueError("end_of_text is not the id after the last token")
-        tokens = [token.encode("latin-1") for token in tree["tokens"]]
-        if len(set(tokens)) < len(tokens):
-            raise ValueError("a token stands twice")
-        if tree["name"] != "chars" and not {bytes([b]) for b in range(256)} <= set(tokens):
-            raise ValueError("it lacks a token for some byte")
-        return _encoding(tree["name"], tree["pattern"], tokens)
+        tree = json.loads(read_small(path).decode("utf-8"))
+        if isinstance(tree, dict) and isinstance(tree.get("model"), dict):
+            raise InputError(
+                f"{path}: is a Hugging Face tokenizer, which this program does not read;\n"
+                "give the tokenizer.json of a run or of prepared data, or use data.tokenizer: gpt2 "
+                "(GPT-2's own vocabulary)\nor bpe (a new one, learnt from your text)"
+            )
+        return _from_tree(tree)
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except KeyError as error:
+        raise InputError(f"{path}: is no tokenizer file: it has no {error}") from None
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: is no tokenizer file: {error}") from None
+
+
+def _from_tree(tree: Any) -> Encoding:
+    """The encoding of which `to_json` wrote `tree`; raises what goes with any other."""
+    if not isinstance(tree, dict):
+        raise TypeError("its JSON is not an object")
+    if tree["format"] != FORMAT:
+        raise ValueError(f"format {tree['format']!r}, this program reads {FORMAT}")
+    name, texts = tree["name"], tree["tokens"]
+    if not isinstance(name, str) or name not in PATTERNS:
+        raise ValueError(f"name is not one of {', '.join(PATTERNS)}")
+    if tree["pattern"] != PATTERNS[name]:
+        raise ValueError(f"its pattern is not that of the {name} tokenizer")
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise TypeError("tokens is not a list of texts, none of them empty")
+    if tree["end_of_text"] != len(texts):
+        raise ValueError("end_of_text is not the id after the last token")
+    tokens = [text.encode("latin-1") for text in texts]
+    if len(set(tokens)) < len(tokens):
+        raise ValueError("a token stands twice")
+    if name == "chars":
+        if not tokens or any(len(token.decode()) != 1 for token in tokens):
+            raise ValueError("a token of the chars tokenizer is not one character")
+    elif not {bytes([byte]) for byte in range(256)} <= set(tokens):
+        raise ValueError("it lacks a token for some byte")
+    return Encoding(name, tokens)

@@ -346,12 +346,43 @@ def test_a_signal_saves_and_the_run_goes_on(
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 75, stderr
-    assert f"{number.name}: saving, then stopping" in stderr
+    assert f"{number.name}: stopping; a second signal ends at once" in stderr
     assert stdout.startswith("interrupted: stopped after step")
     result = json.loads((out / "result.json").read_text())
     assert result["status"] == "interrupted"
     assert (out / f"checkpoints/step-{result['step']:08d}/manifest.json").is_file()
     assert len(list((out / "checkpoints").glob("step-*"))) == 1
+
+
+def test_an_interrupt_ends_sampling_at_once(run_dir: Path, environment: dict[str, str]):
+    command = [sys.executable, ROOT / "sample.py", run_dir, "--max-new-tokens", "1000000"]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        assert "step" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        sent = time.monotonic()
+        _, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - sent < 5
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+
+
+def test_an_interrupt_is_not_lost_where_an_import_would_swallow_it():
+    """As `except:` around an optional import does with KeyboardInterrupt."""
+    script = (
+        "import os, signal\nfrom gpt.cli import _door\nwith _door('x'):\n    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n    except BaseException:\n        pass"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stderr) == (130, b"")
+
+
+def test_the_callers_own_signal_handlers_come_back(capsys: pytest.CaptureFixture[str]):
+    before = signal.getsignal(signal.SIGINT)
+    called(capsys, "sample", "nowhere")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_after_max_seconds_it_saves_and_the_run_goes_on(
@@ -365,7 +396,7 @@ def test_after_max_seconds_it_saves_and_the_run_goes_on(
     code, stdout, stderr = called(capsys, "train", path, "--out-dir", out, "--max-seconds", "50")
     monkeypatch.undo()
     assert code == 75
-    assert stderr.count("50 s are over: saving, then stopping") == 1
+    assert stderr.count("50 s are over: stopping") == 1
     step = json.loads((out / "result.json").read_text())["step"]
     assert 0 < step < 20
     assert stdout.startswith(f"interrupted: stopped after step {step}, and saved")

@@ -6,9 +6,11 @@ import hashlib
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -180,7 +182,7 @@ def test_bpe_learns_from_the_training_text_only(tmp_path: Path):
         tmp_path, tmp_path / "a.txt", tokenizer="bpe", vocab_size=300, holdout="tail",
         val_fraction=0.25,
     )  # fmt: skip
-    tokens = prepare(config).encoding._mergeable_ranks
+    tokens = prepare(config).encoding.tokens
     assert b"ab" in tokens
     assert not [token for token in tokens if len(token) > 1 and b"x" in token[:1]][3:]
 
@@ -192,7 +194,7 @@ def test_bpe_learns_no_token_across_documents(tmp_path: Path):
         tmp_path, tmp_path / "a.jsonl", source="jsonl", tokenizer="bpe", vocab_size=600,
         validation={"path": str(tmp_path / "a.jsonl")},
     )  # fmt: skip
-    tokens = prepare(config).encoding._mergeable_ranks
+    tokens = prepare(config).encoding.tokens
     assert {b"emma", b"olivia", b"ava"} <= set(tokens)
     assert max(map(len, tokens)) == len("olivia")
 
@@ -300,6 +302,33 @@ def test_unigram_entropy_of_several_sources_goes_by_weight(tmp_path: Path):
         a, b = share * 5 / 8 + (1 - share) / 8, share / 8 + (1 - share) * 5 / 8
         expected = -(math.log(a) + math.log(b) + math.log(2 / 8)) / 3
         assert prepare(config).unigram_entropy() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("different", [True, False])
+def test_bpe_learns_from_a_bounded_amount_of_different_long_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, different: bool
+):
+    """The trainer's memory grows with them, and not with words that repeat."""
+    monkeypatch.setattr(preparation, "DIFFERENT", 50_000)
+    words = (f"{number if different else 0:030d}" for number in range(10_000))
+    (tmp_path / "a.txt").write_text("\n".join(words))
+    config = text_config(tmp_path, tmp_path / "a.txt", tokenizer="bpe", holdout="tail")
+    sample: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TOKENIZERS, "bpe", lambda config, texts: sample.extend(texts))
+        preparation._learn(config, preparation._plan(config)[1])
+    size = sum(map(len, sample))
+    assert 50_000 < size < 60_000 if different else size > 200_000
+
+
+def test_while_a_vocabulary_is_learnt_it_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(preparation, "SAY_EVERY", 0.1)
+    real = preparation._learn
+    monkeypatch.setattr(preparation, "_learn", lambda *a: time.sleep(0.5) or real(*a))
+    prepare(text_config(folder, folder / "in"), Console())
+    assert "still learning a vocabulary, for 0:00\n" in capsys.readouterr().err
 
 
 # -- The cache ---------------------------------------------------------------------------------
@@ -416,6 +445,70 @@ def test_stopped_anywhere_it_goes_on_to_the_same(
     assert pieced.fingerprint == whole.fingerprint
     assert [file.sha256 for file in pieced.files] == [file.sha256 for file in whole.files]
     assert left(config) == [pieced.folder.name]
+
+
+def test_a_source_that_is_silent_does_not_hold_up_a_stop(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    never = threading.Event()
+
+    def documents(*arguments: Any) -> Any:
+        never.wait()
+        return iter(())
+
+    monkeypatch.setitem(SOURCES, "text", replace(SOURCES["text"], documents=documents))
+    began = time.monotonic()
+    with pytest.raises(StoppedError, match="stopped while preparing data"):
+        prepare(text_config(folder, folder / "in"), stop=lambda: True)
+    assert time.monotonic() - began < 4
+    never.set()
+
+
+def test_stopped_while_its_files_are_hashed_nothing_is_encoded_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = text_config(folder, folder / "in")
+
+    def stopped(*arguments: Any) -> None:
+        raise StoppedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparation, "seal", stopped)
+        with pytest.raises(StoppedError):
+            prepare(config)
+    encoded: list[int] = []
+    real = preparation._encode
+    monkeypatch.setattr(preparation, "_encode", lambda *a: encoded.append(1) or real(*a))
+    dataset = prepare(config)
+    assert not encoded
+    assert dataset.fingerprint == prepare(text_config(folder / "whole", folder / "in")).fingerprint
+    assert not {"progress.json", "revisions.json"} & {p.name for p in dataset.folder.iterdir()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_learning_of_a_vocabulary(
+    tmp_path: Path, environment: dict[str, str], number: signal.Signals
+):
+    text = "".join(random.Random(0).choices("ACGT", k=6_000_000))  # 10 s and more to learn from
+    (tmp_path / "dna.txt").write_text(text)
+    data = text_config(tmp_path, tmp_path / "dna.txt", tokenizer="bpe", holdout="tail")
+    (tmp_path / "c.yaml").write_text(Config(data=data).to_yaml())
+    command = [sys.executable, "-m", "gpt.data", str(tmp_path / "c.yaml")]
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        assert process.stderr is not None
+        assert "preparing" in process.stderr.readline()
+        time.sleep(0.5)
+        process.send_signal(number)
+        sent = time.monotonic()
+        stderr = process.stderr.read()
+    assert process.returncode == 75
+    assert time.monotonic() - sent < 5
+    assert stderr.split("\n", 1)[1] == (
+        f"{number.name}: stopping; a second signal ends at once\n"
+        f"python -m gpt.data: {preparation.STOPPED}\n"
+    )
 
 
 def test_what_was_written_after_the_last_note_is_written_again(
@@ -605,7 +698,7 @@ def test_a_killed_preparation_goes_on(
     _, stderr = process.communicate(timeout=60)
     if number == signal.SIGTERM:
         assert process.returncode == 75, stderr
-        assert "stopped while preparing data; the same start goes on" in stderr
+        assert preparation.STOPPED in stderr
     else:
         assert process.returncode == -signal.SIGKILL
     assert (building / "tokenizer.json").is_file()

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import random
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +23,7 @@ from gpt.tokenizer import (
     LONGEST,
     PIECE,
     TOKENIZERS,
+    Encoding,
     copy,
     encode,
     gpt2_file,
@@ -34,7 +39,7 @@ TEXTS = [
 ]
 
 
-def make(name: str, vocab_size: int = 300, **options: str) -> tiktoken.Encoding:
+def make(name: str, vocab_size: int = 300, **options: str) -> Encoding:
     config = DataConfig.model_validate({"tokenizer": name, "vocab_size": vocab_size, **options})
     try:
         return TOKENIZERS[name](config, TEXTS)
@@ -43,9 +48,7 @@ def make(name: str, vocab_size: int = 300, **options: str) -> tiktoken.Encoding:
 
 
 @pytest.fixture(scope="module", params=list(TOKENIZERS))
-def encoding(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tiktoken.Encoding:
+def encoding(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Encoding:
     if request.param != "file":
         return make(request.param)
     path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.json"
@@ -53,7 +56,7 @@ def encoding(
     return make("file", vocabulary=str(path))
 
 
-def test_round_trip(encoding: tiktoken.Encoding):
+def test_round_trip(encoding: Encoding):
     for text in TEXTS:
         assert encoding.decode(encode(encoding, text)) == text
 
@@ -75,14 +78,14 @@ def test_any_text_makes_the_round_trip(name: str, tmp_path: Path):
     check()
 
 
-def test_end_of_text_is_an_id_and_is_never_read_from_the_text(encoding: tiktoken.Encoding):
+def test_end_of_text_is_an_id_and_is_never_read_from_the_text(encoding: Encoding):
     assert encoding.eot_token == encoding.n_vocab - 1
     ids = encode(encoding, "<|endoftext|> is text")
     assert encoding.eot_token not in ids
     assert encoding.decode([encoding.eot_token]) == "<|endoftext|>"
 
 
-def test_saved_and_loaded_it_encodes_the_same(encoding: tiktoken.Encoding, tmp_path: Path):
+def test_saved_and_loaded_it_encodes_the_same(encoding: Encoding, tmp_path: Path):
     path = tmp_path / "tokenizer.json"
     path.write_text(to_json(encoding), "utf-8")
     again = tokenizer.load(path)
@@ -144,7 +147,7 @@ def test_gpt2_from_a_file_is_the_same(tmp_path: Path):
     encoding = make("gpt2")
     (tmp_path / "t.json").write_text(to_json(encoding), "utf-8")
     again = tokenizer.load(tmp_path / "t.json")
-    assert again._mergeable_ranks == encoding._mergeable_ranks
+    assert again.tokens == encoding.tokens
     for text in HARD:
         assert encode(again, text) == encode(encoding, text)
 
@@ -179,6 +182,85 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, text: str):
     path.write_text(text)
     with pytest.raises(InputError, match=r"tokenizer\.json"):
         tokenizer.load(path)
+
+
+def tree(**changed: object) -> dict[str, object]:
+    return {**json.loads(to_json(make("bpe"))), **changed}
+
+
+BYTES = [chr(byte) for byte in range(256)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"pattern": ""}, "its pattern is not that of the bpe tokenizer"),  # tiktoken panics
+        ({"pattern": "x"}, "its pattern is not"),  # the rest of the text would be lost
+        ({"pattern": "(a+)+(?=b)|(?s:.)"}, "its pattern is not"),
+        ({"pattern": ["a"]}, "its pattern is not"),
+        ({"name": "words"}, "name is not one of bytes, chars, bpe, gpt2"),
+        ({"name": ["bpe"]}, "name is not one of"),
+        ({"tokens": [*BYTES, ""], "end_of_text": 257}, "none of them empty"),
+        ({"tokens": [*BYTES, 3], "end_of_text": 257}, "tokens is not a list of texts"),
+        ({"tokens": "".join(BYTES), "end_of_text": 256}, "tokens is not a list of texts"),
+        ({"end_of_text": 10**30}, "end_of_text is not"),
+        (
+            {"name": "chars", "pattern": "(?s:.)", "tokens": ["ab"], "end_of_text": 1},
+            "not one character",
+        ),
+        (
+            {"name": "chars", "pattern": "(?s:.)", "tokens": [], "end_of_text": 0},
+            "not one character",
+        ),
+    ],
+)
+def test_what_this_program_does_not_write_is_refused(
+    tmp_path: Path, changed: dict[str, object], message: str
+):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(tree(**changed)))
+    with pytest.raises(InputError, match=message):
+        tokenizer.load(path)
+
+
+def test_a_hugging_face_tokenizer_is_named(tmp_path: Path):
+    path = tmp_path / "tokenizer.json"
+    train_bpe(TEXTS, 300).save(str(path))
+    with pytest.raises(
+        InputError, match=r"is a Hugging Face tokenizer(.|\n)*data\.tokenizer: gpt2"
+    ):
+        tokenizer.load(path)
+
+
+def test_a_vocabulary_that_is_not_a_regular_file_is_refused(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    kinds = {"/dev/zero": "a device", tmp_path / "pipe": "a named pipe", tmp_path: "a folder"}
+    for path, kind in kinds.items():
+        with pytest.raises(InputError, match=f"is {kind}"):
+            tokenizer.load(Path(path))
+
+
+def test_an_encoding_can_be_pickled(encoding: Encoding):
+    again = pickle.loads(pickle.dumps(encoding))
+    assert (again.name, again.pattern, again.tokens) == (
+        encoding.name,
+        encoding.pattern,
+        encoding.tokens,
+    )
+
+
+def test_learning_takes_linear_time_in_text_without_white_space():
+    text = "".join(random.Random(0).choices("ACGT", k=200_000))
+    began = time.process_time()
+    assert TOKENIZERS["bpe"](DataConfig(vocab_size=2048), [text]).n_vocab == 2048
+    assert time.process_time() - began < 5  # 0.4 s; with one word of 200,000 letters 11 s
+
+
+def test_words_of_ordinary_text_are_not_cut(monkeypatch: pytest.MonkeyPatch):
+    corpus = [path.read_text("utf-8") for path in sorted((ROOT / "gpt").glob("*.py"))]
+    cut = to_json(TOKENIZERS["bpe"](DataConfig(vocab_size=1000), corpus))
+    monkeypatch.setattr(tokenizer, "WORD", 10**6)
+    assert cut == to_json(TOKENIZERS["bpe"](DataConfig(vocab_size=1000), corpus))
 
 
 def test_the_file_is_json_with_the_tokens_in_order():
@@ -231,7 +313,7 @@ def test_the_longest_piece_is_not_too_long_for_the_tokenizers(char: str):
         assert encoding.decode(ids.tolist()) == piece
 
 
-def test_a_million_spaces_in_a_prompt(encoding: tiktoken.Encoding):
+def test_a_million_spaces_in_a_prompt(encoding: Encoding):
     text = "e" + " " * 1_200_000 + "f"
     assert encoding.decode(encode(encoding, text)) == text
 

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
-from gpt.wait import wait_for
+from gpt.errors import StoppedError
+from gpt.wait import GRACE, SILENCE, Stop, interruptible, wait_for
 
 
 def test_an_answer_and_an_error_come_through():
@@ -34,3 +37,87 @@ def test_signals_are_seen_meanwhile():
         signal.signal(signal.SIGUSR1, before)
     assert len(seen) == 1
     assert ended - seen[0] > 0.2
+
+
+def test_what_is_raised_meanwhile_ends_the_wait():
+    never = threading.Event()
+
+    def give_up() -> None:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        wait_for(never.wait, meanwhile=give_up)
+    never.set()
+
+
+def test_work_that_asks_ends_by_itself():
+    ended = threading.Event()
+
+    def work(stop: Stop) -> None:
+        while not stop():
+            time.sleep(0.01)
+        ended.set()
+        raise StoppedError("in good order")
+
+    asked = iter([False, False, True])  # once true is enough: it is not asked again
+    with pytest.raises(StoppedError, match="in good order"):
+        interruptible(work, lambda: next(asked), "left behind")
+    assert ended.is_set()
+
+
+def test_work_that_hangs_is_left_behind():
+    never = threading.Event()
+    began = time.monotonic()
+    with pytest.raises(StoppedError, match="left behind"):
+        interruptible(lambda stop: never.wait(), lambda: True, "left behind")
+    assert SILENCE + GRACE < time.monotonic() - began < 5
+    never.set()
+
+
+def test_an_interrupt_stops_the_work_as_well():
+    ended = threading.Event()
+
+    def work(stop: Stop) -> None:
+        while not stop():
+            time.sleep(0.01)
+        ended.set()
+
+    def interrupt() -> bool:
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        return False
+
+    quiet = threading.Event()
+
+    def silent(stop: Stop) -> None:
+        quiet.wait()
+        work(stop)
+
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(silent, interrupt, "")
+    quiet.set()
+    assert ended.wait(5)
+
+
+LEFT_BEHIND = """
+import itertools, sys, threading, time
+from tokenizers import Tokenizer, models, trainers
+from gpt.wait import leave, wait_for
+
+def texts():
+    for number in itertools.count():
+        time.sleep(0.001)
+        yield f"word{number}"
+
+train = lambda: Tokenizer(models.BPE()).train_from_iterator(texts(), trainers.BpeTrainer())
+try:
+    wait_for(train, 0.3)
+except TimeoutError:
+    print("waited")
+    leave(75)
+"""
+
+
+def test_a_thread_left_behind_in_another_language_does_not_crash_the_end():
+    done = subprocess.run([sys.executable, "-c", LEFT_BEHIND], capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (75, b"waited\n", b"")

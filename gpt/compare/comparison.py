@@ -42,6 +42,9 @@ from gpt.data import preparation
 from gpt.errors import InputError, printable
 from gpt.files import is_scrap, only_one_in, write_text
 from gpt.run import command_line
+from gpt.wait import interruptible
+
+STOPPED = "stopped; cells that have ended are saved, and the same command continues"
 
 
 def compare(
@@ -65,7 +68,7 @@ def compare(
 
     Raises:
         InputError: the directory holds another comparison, or the grid cannot be run here.
-        StoppedError: `stop` came true while data was prepared.
+        StoppedError: `stop` came true before the cells or after them.
     """
     check_cells(cells, probes=grid.probes)
     check_directory(grid, directory)
@@ -78,8 +81,12 @@ def compare(
         ]
         todo = tasks([cell for cell in cells if not has_ended(directory, cell)], grid.runner)
         if todo:
-            estimated = estimate(
-                todo, max(vocabulary), workers, keep_checkpoints=grid.keep_checkpoints
+            estimated = interruptible(
+                lambda stop: estimate(
+                    todo, max(vocabulary), workers, keep_checkpoints=grid.keep_checkpoints
+                ),
+                stop,
+                STOPPED,
             )
             check_affordable(estimated, directory, grid.hours)
             console.say(describe(grid, cells, directory, estimated, todo, workers))
@@ -101,11 +108,11 @@ def compare(
             return None
         if grid.probes and not (directory / "probes.json").is_file():
             console.say("measuring the networks at their start, half a minute or more")
-            starts = measure_starts(cells, stop)
+            starts = interruptible(lambda stop: measure_starts(cells, stop), stop, STOPPED)
             if starts is None:
                 return None
             write_text(directory / "probes.json", _starts_json(starts))
-        return report(grid, cells, directory, beside)
+        return interruptible(lambda stop: report(grid, cells, directory, beside), stop, STOPPED)
 
 
 def report(

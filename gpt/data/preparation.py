@@ -26,18 +26,18 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import tiktoken
 from pydantic import NonNegativeInt, TypeAdapter
 
 from gpt import tokenizer
 from gpt.config import DataConfig, SourceConfig
-from gpt.console import Console
+from gpt.console import Console, duration
 from gpt.data.prepared import FORMAT, Dataset, open_dataset, seal, train_names
 from gpt.data.sources import SOURCES, Document, Found, Read, commit
 from gpt.data.token_files import Tokens
 from gpt.errors import InputError, StoppedError, UnreachableError, printable
 from gpt.files import flush, only_one, write_text
-from gpt.tokenizer import pieces
+from gpt.tokenizer import Encoding, pieces
+from gpt.wait import Stop, interruptible, wait_for
 
 T = TypeVar("T")
 
@@ -46,6 +46,9 @@ NOTE = "progress.json"
 REVISIONS = "revisions.json"
 NOTE_EVERY = 5.0  # seconds between notes of how far the work has come
 SAY_EVERY = 10.0  # seconds between lines that say so, where there is no terminal
+DIFFERENT = 2**23  # bytes of different long words that bpe learns from: it needs 100 times as much
+LONG = 16  # characters of a long word, between white space; what has more is rarely met again
+STOPPED = "stopped while preparing data; start again to continue from what is on disk"
 HASHED = 2**20  # characters or tokens of a document, at its beginning, that decide on its side
 
 
@@ -75,6 +78,11 @@ def prepare(
             corpus; the disk is full.
         StoppedError: `stop` said so.
     """
+    return interruptible(lambda stop: _prepare(config, console, stop), stop, STOPPED)
+
+
+def _prepare(config: DataConfig, console: Console | None, stop: Stop) -> Dataset:
+    """`prepare`, in a thread of its own."""
     try:
         folder, plan = _plan(config)
         if not (folder / "meta.json").is_file():
@@ -247,10 +255,10 @@ class _Preparation:
         for name in self.names:
             if not (self.folder / f"{name}.bin").stat().st_size:
                 raise self._nothing_for(name)
-        (self.folder / NOTE).unlink(missing_ok=True)
-        (self.folder / REVISIONS).unlink()
         revisions = [source.config.hub.revision for source in self.plan]
         seal(self.folder, self.names, dtype, encoding, revisions)
+        (self.folder / NOTE).unlink()
+        (self.folder / REVISIONS).unlink()
 
     def _pin(self) -> None:
         """Read datasets of the hub at one commit from the first start to the last."""
@@ -281,13 +289,16 @@ class _Preparation:
 
     # -- The vocabulary --------------------------------------------------------------------------
 
-    def _vocabulary(self) -> tiktoken.Encoding:
+    def _vocabulary(self) -> Encoding:
         """The tokenizer of an earlier start, or a new one, learnt from the text if it must be."""
         path = self.folder / "tokenizer.json"
         if path.is_file():
             return tokenizer.load(path)
         self._start("learning a vocabulary from")
-        encoding = _learn(self.config, self.plan, self._has_read, self.stop)
+        encoding = wait_for(
+            lambda: _learn(self.config, self.plan, self._has_read, self.stop),
+            meanwhile=self._say_still_learning,
+        )
         self.console.close()
         if self.config.tokenizer == "bpe" and encoding.n_vocab < self.config.vocab_size:
             self.console.say(
@@ -299,7 +310,7 @@ class _Preparation:
 
     # -- The token files -------------------------------------------------------------------------
 
-    def _write(self, encoding: tiktoken.Encoding, dtype: np.dtype[Any]) -> None:
+    def _write(self, encoding: Encoding, dtype: np.dtype[Any]) -> None:
         """Append every document's tokens to its token file, in order."""
         own = threading.local()  # an encoding each: threads that share one wait for each other
 
@@ -327,10 +338,11 @@ class _Preparation:
                         files[name].write(ids.data)
                     count += number
                     if self.stop():
-                        raise StoppedError("stopped while preparing data; the same start goes on")
+                        raise StoppedError(STOPPED)
                     if time.monotonic() - noted > NOTE_EVERY:
                         self._note(count, files)
                         noted = time.monotonic()
+                self._note(count, files)  # the files are yet to be hashed, which can take long
             except (StoppedError, UnreachableError):
                 if count:
                     self._note(count, files)
@@ -369,12 +381,21 @@ class _Preparation:
 
     def _start(self, what: str) -> None:
         self.read, self.what = None, what
+        self.began = self.heard = time.monotonic()
+
+    def _say_still_learning(self) -> None:
+        """Say that work goes on, as the trainer is silent once it has read the text."""
+        now = time.monotonic()
+        if now - self.heard > SAY_EVERY:
+            self.heard = now
+            self.console.say(f"still learning a vocabulary, for {duration(now - self.began)}")
 
     def _has_skipped(self, where: str) -> None:
         self.skipped += 1
         self.first_skipped = self.first_skipped or printable(where)
 
     def _has_read(self, count: int) -> None:
+        self.heard = time.monotonic()
         if self.read is None:
             self.read = 0
             self.console.start(self.total, what=self.what, unit="B", every=SAY_EVERY)
@@ -395,7 +416,7 @@ def _learn(
     plan: list[_SourceFiles],
     read: Read = lambda count: None,
     stop: Callable[[], bool] = lambda: False,
-) -> tiktoken.Encoding:
+) -> Encoding:
     """The tokenizer: chars from all text, as each one needs a token; bpe from training text."""
 
     place = 0  # how much of the files is read
@@ -408,23 +429,29 @@ def _learn(
     def texts() -> Iterator[str]:
         for target, piece, _ in _items(config, plan, has_read, end_of_text=-1):
             if stop():
-                raise StoppedError("stopped while a vocabulary was learnt")
+                raise StoppedError(STOPPED)
             if isinstance(piece, str) and (target != "val" or config.tokenizer == "chars"):
                 yield piece
 
     def sample() -> Iterator[str]:
         """At most `learn_bytes`, spread evenly over the files; of the hub the first.
 
-        In small parts, with which the trainer was measured to need less memory.
+        Less where long words hardly repeat, such as DNA or scripts without white space, as the
+        trainer's memory grows with the different words. In small parts, with which it was measured
+        to need less.
         """
         most, taken = config.learn_bytes, 0
+        words, different = set[str](), 0
         size = sum(source.size() for source in plan if source.target != "val")
         for text in texts():
             for part in pieces([text], 2**12):
-                if taken >= most:
+                if taken >= most or different >= DIFFERENT:
                     return
                 if taken * size <= most * place:
                     taken += _size(part)
+                    new = {word for word in part.split() if len(word) > LONG} - words
+                    different += sum(map(_size, new))
+                    words |= new
                     yield part
 
     wanted = sample() if config.tokenizer == "bpe" else texts()
@@ -529,7 +556,7 @@ def _jobs(items: Iterable[Item]) -> Iterator[list[Item]]:
 
 
 def _encode(
-    job: list[Item], encoding: tiktoken.Encoding, dtype: np.dtype[Any]
+    job: list[Item], encoding: Encoding, dtype: np.dtype[Any]
 ) -> tuple[int, dict[str, Tokens]]:
     """The number of items, and their tokens for each token file. Runs without the GIL, mostly."""
     end = np.array([encoding.eot_token], np.uint32)

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import tiktoken
 from pydantic import TypeAdapter, ValidationError
 
 from gpt import tokenizer
@@ -30,6 +29,7 @@ from gpt.config import DataConfig
 from gpt.data.token_files import Tokens
 from gpt.errors import InputError
 from gpt.files import describe, flush, write_text
+from gpt.tokenizer import Encoding
 
 FORMAT = 3
 DTYPES = ("uint16", "uint32")
@@ -78,7 +78,7 @@ class Dataset:
     train: tuple[Tokens, ...]
     weights: tuple[float, ...]
     val: Tokens
-    encoding: tiktoken.Encoding
+    encoding: Encoding
     fingerprint: str
     files: tuple[TokenFile, ...]
     counts: npt.NDArray[np.int64]
@@ -115,7 +115,7 @@ def seal(
     folder: Path,
     names: Sequence[str],
     dtype: np.dtype[Any],
-    encoding: tiktoken.Encoding,
+    encoding: Encoding,
     revisions: list[str | None],
 ) -> None:
     """Describe the token files `names` of `folder`, and write meta.json when all is on disk.
@@ -153,7 +153,7 @@ def _fingerprint(files: Sequence[TokenFile], others: dict[str, dict[str, int | s
 
 
 def _describe(
-    path: Path, dtype: np.dtype[Any], encoding: tiktoken.Encoding, counts: npt.NDArray[np.int64]
+    path: Path, dtype: np.dtype[Any], encoding: Encoding, counts: npt.NDArray[np.int64]
 ) -> TokenFile:
     """Describe a token file, and fill in how often each token occurs in it."""
     digest = hashlib.sha256()
