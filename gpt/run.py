@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from gpt.checkpoint import Checkpoint
 from gpt.config import Config, changed, may_change
 from gpt.diagnostics.failure import Failure
 from gpt.errors import InputError
-from gpt.files import is_scrap, stays_inside, write_text
+from gpt.files import is_scrap, open_own, write_text
 from gpt.model import GPT
 
 Status = Literal["finished", "diverged", "interrupted"]
@@ -91,18 +92,19 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
 
     def check_places(self) -> None:
-        """What stands in the run's places is of its kind, and nothing leads out of the directory.
+        """What stands in the run's places is of its kind.
 
         Raises:
             InputError: naming what is not.
         """
-        stays_inside(self.path)
         for folder in (self.samples, self.checkpoints):
             if folder.exists() and not folder.is_dir():
-                raise InputError(f"{folder}: is no folder")
-        for file in (self.metrics, self.history, self.result, self.environment, self.tokenizer):
+                raise InputError(f"{folder}: is not a folder")
+        pointers = (self.checkpoints / "latest", self.checkpoints / "best")
+        facts = (self.result, self.environment, self.tokenizer)
+        for file in (self.metrics, self.history, *facts, self.plot, *pointers):
             if file.exists() and not file.is_file():
-                raise InputError(f"{file}: is no file")
+                raise InputError(f"{file}: is not a regular file")
 
     def read_config(self) -> Config:
         """The run's config.
@@ -136,8 +138,9 @@ class RunDirectory:
         """Append to history.jsonl what happened to the run, beside training."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         line = json.dumps({"time": now, "step": step, "event": event, **facts}) + "\n"
-        with self.history.open("a", encoding="utf-8") as file:
-            file.write(line)
+        with open_own(self.history) as file:
+            file.seek(0, os.SEEK_END)
+            file.write(line.encode())
 
     def write_environment(self, device: torch.device, **facts: Any) -> None:
         """Write environment.json: all that the config does not say about how this run was made.

@@ -41,7 +41,7 @@ from gpt.config import DataConfig, read_yaml
 from gpt.console import Console, duration
 from gpt.data import preparation
 from gpt.errors import InputError
-from gpt.files import is_scrap, only_one_in, write_text
+from gpt.files import is_scrap, only_one_in, refuse_links, write_text
 
 
 def compare(
@@ -117,8 +117,9 @@ def report(
         beside: another comparison directory, to be shown next to this one.
 
     Raises:
-        InputError: no cell has a result, or a file is damaged.
+        InputError: no cell has a result, a file is damaged, or there is a symbolic link.
     """
+    refuse_links(directory)
     outcomes, starts = read_outcomes(cells, directory), read_starts(directory)
     commands = read_commands(directory)
     summary = summarize(grid, outcomes)

@@ -35,7 +35,7 @@ from gpt.console import Console
 from gpt.data.prepared import FORMAT, Dataset, open_dataset, seal, train_names
 from gpt.data.sources import SOURCES, Document, Read, Tokens, commit
 from gpt.errors import InputError, StoppedError, UnreachableError
-from gpt.files import flush, only_one, write_text
+from gpt.files import flush, only_one, open_own, refuse_link, refuse_links, write_text
 from gpt.tokenizer import pieces
 
 T = TypeVar("T")
@@ -84,7 +84,7 @@ def prepare(
                 f"{folder}: another process is preparing this data; start again when it is done",
             ):
                 if not (folder / "meta.json").is_file():  # or it was finished a moment ago
-                    if folder.exists():
+                    if folder.exists() or folder.is_symlink():
                         raise InputError(
                             f"{folder}: is damaged (it has no meta.json); delete the folder to "
                             "prepare it again"
@@ -208,6 +208,9 @@ class _Preparation:
 
     def run(self) -> None:
         """Make the folder, whole; what a failure leaves is kept if the next start can use it."""
+        refuse_link(self.folder)
+        if self.folder.exists():
+            refuse_links(self.folder)
         try:
             self._fill()
             if _plan(self.config)[0] != self.final:
@@ -333,8 +336,7 @@ class _Preparation:
         files: dict[str, BinaryIO] = {}
         for name in self.names:
             path = self.folder / f"{name}.bin"
-            path.touch()
-            files[name] = stack.enter_context(path.open("r+b"))
+            files[name] = stack.enter_context(open_own(path))
             files[name].truncate(done[name])
             files[name].seek(done[name])
         return done["items"], files

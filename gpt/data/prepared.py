@@ -29,7 +29,7 @@ from gpt import tokenizer
 from gpt.config import DataConfig
 from gpt.data.sources import Tokens
 from gpt.errors import InputError
-from gpt.files import describe, flush, write_text
+from gpt.files import describe, flush, write_bytes, write_text
 
 FORMAT = 2
 DTYPES = ("uint16", "uint32")
@@ -131,7 +131,7 @@ def seal(
         _describe(folder / f"{name}.bin", dtype, encoding, row)
         for name, row in zip(names, counts, strict=True)
     ]
-    counts.tofile(folder / "counts.bin")
+    write_bytes(folder / "counts.bin", counts.tobytes())
     others = {name: describe(folder / name) for name in OTHERS}
     meta = {
         "format": FORMAT,
@@ -142,8 +142,8 @@ def seal(
         "files": [asdict(file) for file in files],
         "others": others,
     }
-    for path in folder.iterdir():
-        flush(path)
+    for name in names:
+        flush(folder / f"{name}.bin")
     write_text(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
 
 
