@@ -607,6 +607,8 @@ def checkpoint(argv: list[str] | None = None, prog: str = "gpt.checkpoint") -> i
             try:
                 checkpoints.load(path)
                 print(f"{path}: whole")
+            except checkpoints.PrunedError as gone:  # by the run, which is still going
+                print(gone)
             except InputError as error:
                 damaged += 1
                 print(error)

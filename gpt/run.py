@@ -10,12 +10,14 @@ the model and tokenizer of a run.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,16 +26,19 @@ from typing import Any, Literal
 import tiktoken
 import torch
 from pydantic import TypeAdapter
+from torch import Tensor
 
 from gpt import checkpoint as checkpoints
 from gpt import config as configs
 from gpt import tokenizer
-from gpt.checkpoint import Checkpoint
+from gpt.checkpoint import Checkpoint, PrunedError
 from gpt.config import Config, changed, may_change
 from gpt.diagnostics.failure import Failure
 from gpt.errors import InputError
 from gpt.files import is_scrap, open_own, write_text
 from gpt.model import GPT
+
+ATTEMPTS = 100  # to read a checkpoint beside a run that prunes
 
 Status = Literal["finished", "diverged", "interrupted"]
 
@@ -328,33 +333,78 @@ def load_run(
     """
     run = RunDirectory(path)
     config = run.read_config()
-    available = checkpoints.steps(run.checkpoints)
-    if not available:
-        raise InputError(f"{path}: holds no checkpoint yet")
-    if checkpoint == "best":
-        folder = checkpoints.pointed(run.checkpoints, "best") or available[max(available)]
-    elif checkpoint == "latest":
-        folder = checkpoints.pointed(run.checkpoints, "latest") or available[max(available)]
-    elif checkpoint.isdecimal() and int(checkpoint) in available:
-        folder = available[int(checkpoint)]
+    for _ in range(ATTEMPTS):  # beside a run that trains, which prunes what was just chosen
+        folder = _choose(run, checkpoint)
+        with contextlib.suppress(PrunedError):
+            loaded, encoding = _read(run, folder)
+            break
     else:
-        raise InputError(
-            f"--checkpoint {checkpoint}: {path} has best, latest, {', '.join(map(str, available))}"
-        )
-    try:
-        loaded = checkpoints.load(folder)
-    except InputError as error:
-        whole = [step for step, path in available.items() if checkpoints.is_whole(path)]
-        others = f";\n--checkpoint {whole[-1]} is whole" if whole else ""
-        raise InputError(f"{error}{others}") from None
-    encoding = tokenizer.load(folder / "tokenizer.json")
+        raise InputError(f"{path}: checkpoints are deleted faster than they can be read")
     model = GPT(config.model, encoding.n_vocab)
     try:
-        model.load_state_dict(loaded.model)
-    except RuntimeError as error:
-        message = str(error).splitlines()[-1].strip()
-        raise InputError(f"{folder}: does not fit {run.config}: {message}") from None
+        load_weights(model, loaded.model)
+    except ValueError as error:
+        raise InputError(f"{folder}: does not fit {run.config}: {error}") from None
     return model.to(device).eval(), encoding, loaded.step
+
+
+def _choose(run: RunDirectory, checkpoint: str) -> Path:
+    """The folder of the checkpoint that is asked for."""
+    available = checkpoints.steps(run.checkpoints)
+    if not available:
+        raise InputError(f"{run.path}: holds no checkpoint yet")
+    if checkpoint in ("best", "latest"):
+        return checkpoints.pointed(run.checkpoints, checkpoint) or available[max(available)]
+    steps = {str(step): path for step, path in available.items()}
+    found = steps.get(checkpoint.lstrip("0") or "0")
+    if found is None:
+        raise InputError(
+            f"--checkpoint {checkpoint}: {run.path} has best, latest, {', '.join(steps)}"
+        )
+    return found
+
+
+def _read(run: RunDirectory, folder: Path) -> tuple[Checkpoint, tiktoken.Encoding]:
+    """What sampling needs of a checkpoint.
+
+    Raises:
+        PrunedError: it is deleted meanwhile.
+        InputError: it is damaged; then another that is not is named, if there is one.
+    """
+
+    def read(folder: Path) -> tuple[Checkpoint, tiktoken.Encoding]:
+        with checkpoints.reading(folder):
+            loaded = checkpoints.load(folder, optimizer=False)
+            return loaded, tokenizer.load(folder / "tokenizer.json")
+
+    try:
+        return read(folder)
+    except PrunedError:
+        raise
+    except InputError as error:
+        others = {s: p for s, p in checkpoints.steps(run.checkpoints).items() if p != folder}
+        for step, other in reversed(others.items()):
+            try:
+                read(other)
+            except InputError:
+                continue
+            raise InputError(f"{error};\n--checkpoint {step} is whole") from None
+        raise
+
+
+def load_weights(model: GPT, tensors: Mapping[str, Tensor]) -> None:
+    """Take over the weights of a checkpoint.
+
+    Raises:
+        ValueError: they are of another model, or not of the types that this one has.
+    """
+    for name, own in model.state_dict().items():
+        if name in tensors and tensors[name].dtype != own.dtype:
+            raise ValueError(f"{name}: its type is {tensors[name].dtype}, not {own.dtype}")
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(str(error).splitlines()[-1].strip()) from None
 
 
 def _git_commit() -> str | None:

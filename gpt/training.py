@@ -47,7 +47,15 @@ from gpt.model import GPT
 from gpt.optim import Optimizer
 from gpt.placement import check
 from gpt.rng import derive
-from gpt.run import Opened, RunDirectory, RunResult, Status, ended_run, open_run
+from gpt.run import (
+    Opened,
+    RunDirectory,
+    RunResult,
+    Status,
+    ended_run,
+    load_weights,
+    open_run,
+)
 from gpt.schedule import rate
 from gpt.state import Progress, State, read_state
 
@@ -260,7 +268,7 @@ class Training:
             return Progress()
         state = read_state(checkpoint)
         try:
-            self.model.load_state_dict(checkpoint.model)
+            load_weights(self.model, checkpoint.model)
             self.optimizer.load_state(checkpoint.optimizer)
             updates = state.progress.step - state.progress.skipped
             if updates and self.optimizer.has_memory and not checkpoint.optimizer:
