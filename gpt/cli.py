@@ -43,6 +43,7 @@ from gpt.config import (
     validate,
 )
 from gpt.errors import InputError, StoppedError, nearest, told
+from gpt.files import read_small
 from gpt.flags import as_flag, parse
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ def _report(result: RunResult, prog: str) -> str:
     samples = sorted((result.directory / "samples").glob("step-*.txt"))
     if samples:
         lines.append(f"  sample           {samples[-1]}:")
-        text = samples[-1].read_text("utf-8", "replace")
+        text = read_small(samples[-1]).decode("utf-8", "replace")
         shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
         lines += ["  | " + line for line in shown.splitlines()]
     saved = (result.directory / "checkpoints" / "latest").is_file()
@@ -635,13 +636,13 @@ def diagnose(argv: list[str] | None = None, prog: str = "diagnose") -> int:
     with _door(prog):
         flags, _ = parse(DiagnoseFlags, Section, prog, argv)
         from gpt import metrics
-        from gpt.plot import plot_layers
+        from gpt.plot import has_layers, plot_layers
         from gpt.run import RunDirectory
 
         run = RunDirectory(Path(flags.run_dir))
         run.read_config()  # this is a run
         records = metrics.read(run.metrics)
-        if not any("layer" in record for record in records):
+        if not has_layers(records):
             raise InputError(
                 f"{run.path}: has no measures of its layers; train with --diagnostics.every 50"
             )

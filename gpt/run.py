@@ -35,8 +35,9 @@ from gpt.checkpoint import Checkpoint, PrunedError
 from gpt.config import Config, changed, may_change
 from gpt.diagnostics.failure import Failure
 from gpt.errors import InputError
-from gpt.files import is_scrap, open_own, write_text
+from gpt.files import SMALL, is_scrap, open_own, read_json, write_text
 from gpt.model import GPT
+from gpt.state import Loss, Natural, Time
 
 ATTEMPTS = 100  # to read a checkpoint beside a run that prunes
 
@@ -65,19 +66,25 @@ class RunResult:
     """
 
     status: Status
-    step: int
-    tokens: int
-    train_loss: float | None
-    val_loss: float | None
-    best_val_loss: float | None
-    val_bits_per_byte: float | None
-    seconds: float
-    tokens_per_second: float
+    step: Natural
+    tokens: Natural
+    train_loss: Loss
+    val_loss: Loss
+    best_val_loss: Loss
+    val_bits_per_byte: Loss
+    seconds: Time
+    tokens_per_second: Time
     reason: str
     directory: Path = field(compare=False)
     failure: Failure | None = None
-    skipped_updates: int = 0
-    rollbacks: int = 0
+    skipped_updates: Natural = 0
+    rollbacks: Natural = 0
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether a run can have ended so: one that finished made updates and was evaluated."""
+        evaluated = (self.val_loss, self.best_val_loss, self.val_bits_per_byte)
+        return self.status != "finished" or (self.step > 0 and None not in evaluated)
 
 
 class RunDirectory:
@@ -110,6 +117,8 @@ class RunDirectory:
         for file in (self.metrics, self.history, *facts, self.plot, *pointers):
             if file.exists() and not file.is_file():
                 raise InputError(f"{file}: is not a regular file")
+            if file.exists() and file != self.metrics and file.stat().st_size > SMALL:
+                raise InputError(f"{file}: is larger than {SMALL:,} bytes")
 
     def read_config(self) -> Config:
         """The run's config.
@@ -123,14 +132,20 @@ class RunDirectory:
         return configs.load(self.config)
 
     def read_result(self) -> RunResult | None:
-        """The result, or None while the run has not ended."""
+        """The result, or None while the run has not ended.
+
+        Raises:
+            InputError: it is damaged.
+        """
         if not self.result.is_file():
             return None
+        tree = read_json(self.result, dict[str, Any])
         try:
-            tree = json.loads(self.result.read_text("utf-8"))
             result = TypeAdapter(RunResult).validate_python({**tree, "directory": self.path})
-        except (ValueError, TypeError, RecursionError):
-            raise InputError(f"{self.result}: is damaged") from None
+        except ValueError:
+            result = None
+        if result is None or not result.is_possible:
+            raise InputError(f"{self.result}: is damaged")
         return result
 
     def write_result(self, result: RunResult) -> None:

@@ -120,7 +120,8 @@ def report(
         InputError: no cell has a result, a file is damaged, or there is a symbolic link.
     """
     refuse_links(directory)
-    outcomes, starts = read_outcomes(cells, directory), read_starts(directory)
+    outcomes = read_outcomes(cells, directory)
+    starts = read_starts(directory, [arm.name for arm in grid.all_arms()])
     commands = read_commands(directory)
     summary = summarize(grid, outcomes)
     other = None if beside is None else (beside, read_comparison(beside))

@@ -27,15 +27,14 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 import numpy.typing as npt
 import tiktoken
-from pydantic import NonNegativeInt, TypeAdapter
 
 from gpt import tokenizer
 from gpt.config import DataConfig, SourceConfig
 from gpt.console import Console
-from gpt.data.prepared import FORMAT, Dataset, open_dataset, seal, train_names
+from gpt.data.prepared import FORMAT, Dataset, Natural, open_dataset, seal, train_names
 from gpt.data.sources import SOURCES, Document, Read, Tokens, commit
 from gpt.errors import InputError, StoppedError, UnreachableError
-from gpt.files import flush, only_one, open_own, refuse_link, refuse_links, write_text
+from gpt.files import flush, only_one, open_own, read_json, refuse_link, refuse_links, write_text
 from gpt.tokenizer import pieces
 
 T = TypeVar("T")
@@ -43,6 +42,7 @@ T = TypeVar("T")
 JOB = 2**17  # characters or tokens that a worker is given at a time; larger ones ran slower
 NOTE = "progress.json"
 REVISIONS = "revisions.json"
+ANEW = "the next start prepares anew"  # as a folder that is damaged is deleted
 NOTE_EVERY = 5.0  # seconds between notes of how far the work has come
 SAY_EVERY = 10.0  # seconds between lines that say so, where there is no terminal
 HASHED = 2**20  # characters or tokens of a document, at its beginning, that decide on its side
@@ -250,9 +250,9 @@ class _Preparation:
         path = self.folder / REVISIONS
         revisions = [commit(source.config) for source in self.plan]  # or it is out of reach
         if path.is_file():
-            revisions = _noted(path, list[str | None])
+            revisions = read_json(path, list[str | None], ANEW)
             if len(revisions) != len(self.plan):
-                raise InputError(f"{path}: is damaged; the next start prepares anew")
+                raise InputError(f"{path}: is damaged; {ANEW}")
         else:
             write_text(path, json.dumps(revisions) + "\n")
         self.plan = [s.at(revision) for s, revision in zip(self.plan, revisions, strict=True)]
@@ -302,7 +302,7 @@ class _Preparation:
             return _encode(job, own.encoding, dtype)
 
         with contextlib.ExitStack() as stack:
-            count, files = self._open_files(stack)
+            count, files = self._open_files(stack, dtype)
             self._start("encoding")
             stack.callback(self.console.close)
             pool = stack.enter_context(ThreadPoolExecutor(_workers(), initializer=begin))
@@ -326,12 +326,14 @@ class _Preparation:
                     self._note(count, files)
                 raise
 
-    def _open_files(self, stack: contextlib.ExitStack) -> tuple[int, dict[str, BinaryIO]]:
+    def _open_files(
+        self, stack: contextlib.ExitStack, dtype: np.dtype[Any]
+    ) -> tuple[int, dict[str, BinaryIO]]:
         """The number of items that an earlier start wrote, and the token files after these."""
         note = self.folder / NOTE
         done = dict.fromkeys(["items", *self.names], 0)
         if note.is_file():
-            done |= _noted(note, dict[str, NonNegativeInt])
+            done = self._noted(note, dtype)
             self.console.say("going on where an earlier start was stopped")
         files: dict[str, BinaryIO] = {}
         for name in self.names:
@@ -340,6 +342,16 @@ class _Preparation:
             files[name].truncate(done[name])
             files[name].seek(done[name])
         return done["items"], files
+
+    def _noted(self, path: Path, dtype: np.dtype[Any]) -> dict[str, int]:
+        """What an earlier start noted: items written, and the sizes of the token files after it."""
+        done = read_json(path, dict[str, Natural], ANEW)
+        if done.keys() != {"items", *self.names} or any(
+            done[name] > (self.folder / f"{name}.bin").stat().st_size or done[name] % dtype.itemsize
+            for name in self.names
+        ):
+            raise InputError(f"{path}: is damaged; {ANEW}")
+        return done
 
     def _note(self, count: int, files: dict[str, BinaryIO]) -> None:
         """Note that `count` items are written, so that the next start can go on from there."""
@@ -360,14 +372,6 @@ class _Preparation:
             self.console.start(self.total, what=self.what, unit="B", every=SAY_EVERY)
         self.read += count
         self.console.progress(self.read)
-
-
-def _noted(path: Path, kind: type[T]) -> T:
-    """What an earlier start noted of its work."""
-    try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
-    except ValueError:
-        raise InputError(f"{path}: is damaged; the next start prepares anew") from None
 
 
 def _learn(
