@@ -232,9 +232,9 @@ def refuse_links(directory: Path) -> None:
             for entry in os.scandir(folders.pop()):
                 if entry.is_symlink():
                     raise InputError(
-                        f"{entry.path}: is a symbolic link, and the program writes and deletes in "
-                        f"{directory};\nput there what it leads to (the whole directory may be a "
-                        "link)"
+                        f"{entry.path}: is a symbolic link, and files in {directory} are written "
+                        "and deleted;\nreplace it with what it points to (the directory itself may "
+                        "be a link)"
                     )
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)

@@ -904,16 +904,58 @@ def test_a_checkpoint_that_is_not_there(step: str, run: Path):
     assert f"{run} has best, latest, " in said
 
 
+def as_step(folder: Path, step: int) -> Path:
+    """A copy of a checkpoint, as another step's."""
+    copy = Path(shutil.copytree(folder, folder.with_name(f"step-{step:08d}")))
+    for name in ("state.json", "manifest.json"):
+        tree = json.loads((copy / name).read_text())
+        (copy / name).write_text(json.dumps({**tree, "step": step}))
+    seal_again(copy)
+    return copy
+
+
+def test_sampling_looks_again_when_its_checkpoint_is_pruned(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder, load, pruned = newest(run), checkpoints.load, []
+
+    def meddle(path: Path, **options: Any) -> checkpoints.Checkpoint:
+        if not pruned:
+            pruned.append(path)
+            checkpoints.point(folder.parent, as_step(folder, 9).name, best=True)
+            checkpoints.prune(folder.parent, ())
+        return load(path, **options)
+
+    monkeypatch.setattr(checkpoints, "load", meddle)
+    answer = knock("sample.py", run, *SHORT)
+    assert answer.code == 0, answer
+    assert f"{run}, step 9" in answer.err
+    assert not folder.exists()
+
+
+def test_sampling_from_a_step_that_is_pruned_names_those_that_are_left(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    as_step(newest(run), 9)
+    load = checkpoints.load
+
+    def meddle(path: Path, **options: Any) -> checkpoints.Checkpoint:
+        if path.exists():
+            shutil.rmtree(path)
+        return load(path, **options)
+
+    monkeypatch.setattr(checkpoints, "load", meddle)
+    said = knock("sample.py", run, "--checkpoint", "9", "--prompt", "a").err
+    assert f"--checkpoint 9: {run} has best, latest, " in said
+    assert "damaged" not in said
+
+
 def test_the_checkpoint_that_is_advised_is_not_the_damaged_one(run: Path):
-    folder, latest = run / "checkpoints", newest(run)
-    other = folder / "step-00000002"
-    if not other.exists():
-        shutil.copytree(latest, other)
-        state = json.loads((other / "state.json").read_text())
-        (other / "state.json").write_text(json.dumps({**state, "step": 2}))
-        manifest = json.loads((other / "manifest.json").read_text())
-        (other / "manifest.json").write_text(json.dumps({**manifest, "step": 2}))
-        seal_again(other)
+    latest = newest(run)
+    for path in (run / "checkpoints").glob("step-*"):
+        if path != latest:
+            shutil.rmtree(path)
+    other = as_step(latest, 2)
     (latest / "state.json").write_text("[]")
     seal_again(latest)
     said = refused("sample.py", run, *SHORT, folder=run)
