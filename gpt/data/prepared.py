@@ -280,12 +280,12 @@ def _verify(path: Path, file: TokenFile, dtype: np.dtype[Any], vocabulary: int) 
         raise ValueError(f"meta.json: the sizes of {path.name} do not agree")
     if file.size > REHASH and path.stat().st_mtime_ns == file.time:
         return
-    digest = hashlib.sha256()
+    digest, largest = hashlib.sha256(), 0
     with open_regular(path) as opened:
         while raw := opened.read(BLOCK * dtype.itemsize):
             digest.update(raw)
-            largest = int(np.frombuffer(raw, dtype).max())
-            if largest >= vocabulary:
-                raise ValueError(f"{path.name} holds the id {largest} of {vocabulary} tokens")
+            largest = max(largest, int(np.frombuffer(raw, dtype).max()))
     if digest.hexdigest() != file.sha256:
         raise ValueError(f"{path.name} is not what was written")
+    if largest >= vocabulary:
+        raise ValueError(f"{path.name} holds the id {largest} of {vocabulary} tokens")
