@@ -1005,7 +1005,7 @@ def test_what_is_not_a_file_in_a_run(
         assert Path(name).name in answer.err or name == "config.yaml"
     else:  # another checkpoint than this one was taken, or one of an earlier step
         assert name.startswith("CHECKPOINT") or kind == "sparse", answer
-    assert time.process_time() - began < 5  # measured: 0.4 s
+    assert time.process_time() - began < 10  # measured: 0.4 s
 
 
 # In a comparison -----------------------------------------------------------------------------
@@ -1073,7 +1073,7 @@ def test_what_is_not_a_file_in_a_comparison(
     put(kind, folder / name.replace("CELL", f"cells/{cell.name}"))
     began = time.process_time()
     is_clear(knock("compare.py", folder, "--report-only"))
-    assert time.process_time() - began < 5  # measured: 0.1 s
+    assert time.process_time() - began < 10  # measured: 0.1 s
 
 
 HTML = "<script>alert(1)</script><img src=x onerror=alert(1)>"
@@ -1201,7 +1201,7 @@ def test_what_is_not_a_file_in_a_corpus(name: str, kind: str, prepared: Path):
     else:
         assert not is_clear(answer)
         assert name in answer.err
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < 10
 
 
 # In a run that was stopped, and would go on ----------------------------------------------------
