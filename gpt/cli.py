@@ -655,6 +655,8 @@ def checkpoint(argv: list[str] | None = None, prog: str = "gpt.checkpoint") -> i
             try:
                 checkpoints.load(path)
                 show(f"{path}: whole")
+            except checkpoints.PrunedError as gone:  # by the run, which is still going
+                show(str(gone))
             except InputError as error:
                 damaged += 1
                 show("\n".join(told(error)))
@@ -681,13 +683,13 @@ def diagnose(argv: list[str] | None = None, prog: str = "diagnose") -> int:
     with _door(prog):
         flags, _ = parse(DiagnoseFlags, Section, prog, argv)
         from gpt import metrics
-        from gpt.plot import plot_layers
+        from gpt.plot import has_layers, plot_layers
         from gpt.run import RunDirectory
 
         run = RunDirectory(_path(flags.run_dir))
         run.read_config()  # this is a run
         records = metrics.read(run.metrics)
-        if not any("layer" in record for record in records):
+        if not has_layers(records):
             raise InputError(
                 f"{run.path}: has no measures of its layers; train with --diagnostics.every 50"
             )

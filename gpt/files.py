@@ -2,7 +2,10 @@
 
 Checkpoints, run directories and prepared data all stand on these few functions. What a user or a
 stranger left on disk is opened by `open_regular` and, where it should be small, read by
-`read_small`, so that a named pipe cannot block the program and a device cannot fill its memory.
+`read_small` or `read_json`, so that a named pipe cannot block the program and a device cannot fill
+its memory. Nothing is written or deleted through a link: `only_one_in` refuses a directory that
+holds a symbolic one, and files are replaced, or copied before they are changed in place, so that
+whatever else has a hard link to them keeps what it had.
 """
 
 from __future__ import annotations
@@ -13,20 +16,24 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
 
 from gpt.errors import InputError
 from gpt.wait import PATIENCE, wait_for
+
+T = TypeVar("T")
 
 SMALL = 2**26  # bytes that a file may have which is read whole, unless its reader says otherwise
 LOCK = ".lock"  # in a directory that one process at a time works in
 WRITING = ".writing-"  # how the names of files and folders begin that are not whole yet
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading, links followed; never wait for a writer to a named pipe.
 
     Raises:
@@ -68,6 +75,25 @@ def read_small(path: Path, limit: int = SMALL) -> bytes:
     return contents
 
 
+def read_json(path: Path, kind: type[T], advice: str = "") -> T:
+    """What a small JSON file holds, checked to be a `kind`, as Pydantic does strictly.
+
+    Args:
+        advice: what helps if it is damaged.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(read_small(path), strict=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except InputError:
+        raise
+    except ValueError:
+        raise InputError(f"{path}: is damaged{advice and f'; {advice}'}") from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all, as UTF-8."""
     write_bytes(path, text.encode())
@@ -91,11 +117,31 @@ def write_bytes(path: Path, contents: bytes) -> None:
     flush(path.parent)
 
 
+def open_own(path: Path) -> BinaryIO:
+    """Open a file for changes in place, and make it if need be; what links to it stays as it is.
+
+    Raises:
+        InputError: it is a symbolic link, or not a regular file.
+        OSError: it cannot be opened, or the disk has no room for a copy.
+    """
+    refuse_link(path)
+    if not path.exists():
+        path.open("xb").close()
+    with open_regular(path) as shared:
+        if os.fstat(shared.fileno()).st_nlink > 1:  # hard links from elsewhere
+            copy = path.with_name(f"{WRITING}{path.name}")
+            copy.unlink(missing_ok=True)
+            with copy.open("xb") as own:
+                shutil.copyfileobj(shared, own)
+            copy.replace(path)
+    return path.open("r+b")
+
+
 def describe(path: Path) -> dict[str, int | str]:
     """Size in bytes and SHA-256 of a file."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return {
-            "size": path.stat().st_size,
+            "size": os.fstat(file.fileno()).st_size,
             "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
         }
 
@@ -140,13 +186,15 @@ def only_one_in(directory: Path, refusal: str) -> Iterator[None]:
     """Hold a directory, which is made if need be, and is gone again if nothing came into it.
 
     Raises:
-        InputError: another process holds it (with the text `refusal`), or it cannot be made.
+        InputError: another process holds it (with the text `refusal`), it holds a symbolic link, or
+            it cannot be made.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{directory}: cannot be made: {error.strerror}") from None
     try:
+        refuse_links(directory)
         with only_one(directory / LOCK, refusal):
             yield
     finally:
@@ -159,21 +207,37 @@ def is_scrap(path: Path) -> bool:
     return path.name == LOCK or path.name.startswith(WRITING)
 
 
-def stays_inside(directory: Path) -> None:
-    """Nothing in a directory is a link to outside it, so that what is written there stays there.
+def refuse_link(path: Path) -> None:
+    """Refuse a symbolic link where the program writes or deletes.
 
     Raises:
-        InputError: naming the link.
+        InputError: `path` is one.
     """
-    inside = directory.resolve()
-    for path in directory.rglob("*"):
-        if path.is_symlink():
-            try:
-                stays = path.resolve(strict=True).is_relative_to(inside)
-            except (OSError, RuntimeError):  # it leads nowhere, or to itself
-                stays = False
-            if not stays:
-                raise InputError(f"{path}: is a link that leads out of {directory}")
+    if path.is_symlink():
+        raise InputError(f"{path}: is a symbolic link, and nothing is written or deleted there")
+
+
+def refuse_links(directory: Path) -> None:
+    """Refuse symbolic links below a directory, so that what is written or deleted there is its own.
+
+    The directory itself may be one, and so may the folders that it lies in.
+
+    Raises:
+        InputError: there is a link; it is named.
+        OSError: a folder cannot be read.
+    """
+    folders = [os.fspath(directory)]
+    while folders:
+        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile, by a run beside this one
+            for entry in os.scandir(folders.pop()):
+                if entry.is_symlink():
+                    raise InputError(
+                        f"{entry.path}: is a symbolic link, and files in {directory} are written "
+                        "and deleted;\nreplace it with what it points to (the directory itself may "
+                        "be a link)"
+                    )
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
 
 
 def sweep(folder: Path) -> None:

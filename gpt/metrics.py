@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from gpt.errors import InputError
-from gpt.files import write_text
+from gpt.files import open_regular, write_text
 
 Record = dict[str, Any]
 
+LONGEST = 2**16  # bytes of a line
+LARGEST = 1e100  # that a number may be: fp32 ends at 3.4e38, and a square must still be finite
 MOST_LAYERS = 10_000  # no run has more; a picture has a row for each
 LEARNT = 0.05  # nats under the unigram entropy H₁ that count as having learnt more than frequencies
 
@@ -99,22 +101,27 @@ def read(path: Path) -> list[Record]:
     """
     records: list[Record] = []
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
+        with open_regular(path) as file:
+            while (line := file.readline(LONGEST)).endswith(b"\n"):
+                records.append(_record(line))
+            if len(line) == LONGEST:
+                raise ValueError
     except FileNotFoundError:
         return records
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    for number, line in enumerate(lines, 1):
-        if number == len(lines) and not line.endswith(b"\n"):
-            break
-        try:
-            record = json.loads(line)
-            if not _is_record(record):
-                raise ValueError
-        except (ValueError, RecursionError):
-            raise InputError(f"{path}: line {number} is damaged") from None
-        records.append(record)
+    except InputError:
+        raise
+    except (ValueError, RecursionError):
+        raise InputError(f"{path}: line {len(records) + 1} is damaged") from None
     return records
+
+
+def _record(line: bytes) -> Record:
+    record = json.loads(line)
+    if not _is_record(record):
+        raise ValueError
+    return dict(record)
 
 
 def _is_record(record: Any) -> bool:
@@ -123,7 +130,8 @@ def _is_record(record: Any) -> bool:
         return False
     numbers = (value for key, value in record.items() if key != "batches")
     return (
-        all(n is None or (isinstance(n, int | float) and abs(n) < 1e300) for n in numbers)
+        0 <= record["step"] <= 2**53
+        and all(n is None or (isinstance(n, int | float) and abs(n) < LARGEST) for n in numbers)
         and type(record.get("layer", 0)) is int
         and 0 <= record.get("layer", 0) < MOST_LAYERS
         and isinstance(record.get("batches", ""), str)

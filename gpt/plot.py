@@ -23,6 +23,7 @@ from gpt.errors import printable
 from gpt.files import write_bytes
 from gpt.metrics import Record
 
+SMALLEST = 1e-100  # of what is drawn on a logarithmic scale: fp32 begins at 1e-45
 TRAIN, VALIDATION, OTHER = "#9ecae1", "#08519c", "#d95f02"  # told apart by the colour-blind too
 
 # Where they are installed, they have the letters that matplotlib's own font lacks.
@@ -116,10 +117,19 @@ def plot_run(records: list[Record], path: Path, title: str) -> None:
     _save(figure, path)
 
 
+def has_layers(records: list[Record]) -> bool:
+    """Whether there is something for `plot_layers` to draw."""
+    return any(record.get(key) is not None for record in _layers(records) for key in MEASURES)
+
+
+def _layers(records: list[Record]) -> list[Record]:
+    return [record for record in records if "layer" in record]
+
+
 @literal_text()
 def plot_layers(records: list[Record], path: Path, title: str) -> None:
     """Draw the layers' records of one metrics.jsonl into a PNG: layer against step."""
-    layers = [record for record in records if "layer" in record]
+    layers = _layers(records)
     shown = [key for key in MEASURES if any(record.get(key) is not None for record in layers)]
     rows = -(-len(shown) // 2)
     figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
@@ -142,19 +152,20 @@ def _plot_measure(axes: Axes, records: list[Record], key: str, measure: Measure)
         min(record["layer"] for record in records), max(record["layer"] for record in records) + 1
     )
     values = np.full((len(numbers), len(steps)), np.nan)
+    columns = {step: column for column, step in enumerate(steps)}
     for record in records:
-        values[record["layer"] - numbers[0], steps.index(record["step"])] = record[key]
+        values[record["layer"] - numbers[0], columns[record["step"]]] = record[key]
     if len(numbers) == 1:
         axes.plot(steps, values[0], color=OTHER, marker="o", ms=3)
         axes.grid(alpha=0.25)
         return
-    positive = values[values > 0]
+    positive = values[values > SMALLEST]
     if measure.log and positive.size:
         norm: Normalize = LogNorm(positive.min(), positive.max())
     else:  # from 0, so that noise does not look like structure
         norm = Normalize(min(0.0, float(np.nanmin(values))), float(np.nanmax(values)))
-    columns, lines = np.arange(len(steps) + 1) - 0.5, np.arange(len(numbers) + 1) - 0.5
-    drawn = axes.pcolormesh(columns, lines + numbers[0], values, norm=norm)
+    edges, lines = np.arange(len(steps) + 1) - 0.5, np.arange(len(numbers) + 1) - 0.5
+    drawn = axes.pcolormesh(edges, lines + numbers[0], values, norm=norm)
     if measure.alarm is not None:
         low_layers, low_steps = np.nonzero(values < measure.alarm)
         axes.plot(low_steps, low_layers + numbers[0], "o", color=OTHER, ms=3)

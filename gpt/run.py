@@ -10,11 +10,14 @@ the model and tokenizer of a run.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,18 +25,22 @@ from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter
+from torch import Tensor
 
 from gpt import checkpoint as checkpoints
 from gpt import config as configs
 from gpt import tokenizer
-from gpt.checkpoint import Checkpoint
+from gpt.checkpoint import Checkpoint, PrunedError
 from gpt.config import Config, changed, may_change
 from gpt.diagnostics.failure import Failure
 from gpt.errors import InputError
-from gpt.files import is_scrap, stays_inside, write_text
+from gpt.files import SMALL, is_scrap, open_own, read_json, write_text
 from gpt.model import GPT
 from gpt.size import check_loading
+from gpt.state import Loss, Natural, Time
 from gpt.tokenizer import Encoding
+
+ATTEMPTS = 100  # to read a checkpoint beside a run that prunes
 
 Status = Literal["finished", "diverged", "interrupted"]
 
@@ -60,19 +67,25 @@ class RunResult:
     """
 
     status: Status
-    step: int
-    tokens: int
-    train_loss: float | None
-    val_loss: float | None
-    best_val_loss: float | None
-    val_bits_per_byte: float | None
-    seconds: float
-    tokens_per_second: float
+    step: Natural
+    tokens: Natural
+    train_loss: Loss
+    val_loss: Loss
+    best_val_loss: Loss
+    val_bits_per_byte: Loss
+    seconds: Time
+    tokens_per_second: Time
     reason: str
     directory: Path = field(compare=False)
     failure: Failure | None = None
-    skipped_updates: int = 0
-    rollbacks: int = 0
+    skipped_updates: Natural = 0
+    rollbacks: Natural = 0
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether a run can have ended so: one that finished made updates and was evaluated."""
+        evaluated = (self.val_loss, self.best_val_loss, self.val_bits_per_byte)
+        return self.status != "finished" or (self.step > 0 and None not in evaluated)
 
 
 class RunDirectory:
@@ -92,18 +105,21 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
 
     def check_places(self) -> None:
-        """What stands in the run's places is of its kind, and nothing leads out of the directory.
+        """What stands in the run's places is of its kind.
 
         Raises:
             InputError: naming what is not.
         """
-        stays_inside(self.path)
         for folder in (self.samples, self.checkpoints):
             if folder.exists() and not folder.is_dir():
-                raise InputError(f"{folder}: is no folder")
-        for file in (self.metrics, self.history, self.result, self.environment, self.tokenizer):
+                raise InputError(f"{folder}: is not a folder")
+        pointers = (self.checkpoints / "latest", self.checkpoints / "best")
+        facts = (self.result, self.environment, self.tokenizer)
+        for file in (self.metrics, self.history, *facts, self.plot, *pointers):
             if file.exists() and not file.is_file():
-                raise InputError(f"{file}: is no file")
+                raise InputError(f"{file}: is not a regular file")
+            if file.exists() and file != self.metrics and file.stat().st_size > SMALL:
+                raise InputError(f"{file}: is larger than {SMALL:,} bytes")
 
     def read_config(self) -> Config:
         """The run's config.
@@ -117,14 +133,20 @@ class RunDirectory:
         return configs.load(self.config)
 
     def read_result(self) -> RunResult | None:
-        """The result, or None while the run has not ended."""
+        """The result, or None while the run has not ended.
+
+        Raises:
+            InputError: it is damaged.
+        """
         if not self.result.is_file():
             return None
+        tree = read_json(self.result, dict[str, Any])
         try:
-            tree = json.loads(self.result.read_text("utf-8"))
             result = TypeAdapter(RunResult).validate_python({**tree, "directory": self.path})
-        except (ValueError, TypeError, RecursionError):
-            raise InputError(f"{self.result}: is damaged") from None
+        except ValueError:
+            result = None
+        if result is None or not result.is_possible:
+            raise InputError(f"{self.result}: is damaged")
         return result
 
     def write_result(self, result: RunResult) -> None:
@@ -137,8 +159,9 @@ class RunDirectory:
         """Append to history.jsonl what happened to the run, beside training."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         line = json.dumps({"time": now, "step": step, "event": event, **facts}) + "\n"
-        with self.history.open("a", encoding="utf-8") as file:
-            file.write(line)
+        with open_own(self.history) as file:
+            file.seek(0, os.SEEK_END)
+            file.write(line.encode())
 
     def write_environment(self, device: torch.device, **facts: Any) -> None:
         """Write environment.json: all that the config does not say about how this run was made.
@@ -326,34 +349,79 @@ def load_run(
     """
     run = RunDirectory(path)
     config = run.read_config()
-    available = checkpoints.steps(run.checkpoints)
-    if not available:
-        raise InputError(f"{path}: holds no checkpoint yet")
-    if checkpoint == "best":
-        folder = checkpoints.pointed(run.checkpoints, "best") or available[max(available)]
-    elif checkpoint == "latest":
-        folder = checkpoints.pointed(run.checkpoints, "latest") or available[max(available)]
-    elif checkpoint.isdecimal() and int(checkpoint) in available:
-        folder = available[int(checkpoint)]
+    for _ in range(ATTEMPTS):  # beside a run that trains, which prunes what was just chosen
+        folder = _choose(run, checkpoint)
+        with contextlib.suppress(PrunedError):
+            loaded, encoding = _read(run, folder)
+            break
     else:
-        raise InputError(
-            f"--checkpoint {checkpoint}: {path} has best, latest, {', '.join(map(str, available))}"
-        )
-    try:
-        loaded = checkpoints.load(folder)
-    except InputError as error:
-        whole = [step for step, path in available.items() if checkpoints.is_whole(path)]
-        others = f";\n--checkpoint {whole[-1]} is whole" if whole else ""
-        raise InputError(f"{error}{others}") from None
-    encoding = tokenizer.load(folder / "tokenizer.json")
+        raise InputError(f"{path}: checkpoints are deleted faster than they can be read")
     check_loading(config.model, encoding.n_vocab, str(run.config))
     model = GPT(config.model, encoding.n_vocab)
     try:
-        model.load_state_dict(loaded.model)
-    except RuntimeError as error:
-        message = str(error).splitlines()[-1].strip()
-        raise InputError(f"{folder}: does not fit {run.config}: {message}") from None
+        load_weights(model, loaded.model)
+    except ValueError as error:
+        raise InputError(f"{folder}: does not fit {run.config}: {error}") from None
     return model.to(device).eval(), encoding, loaded.step
+
+
+def _choose(run: RunDirectory, checkpoint: str) -> Path:
+    """The folder of the checkpoint that is asked for."""
+    available = checkpoints.steps(run.checkpoints)
+    if not available:
+        raise InputError(f"{run.path}: holds no checkpoint yet")
+    if checkpoint in ("best", "latest"):
+        return checkpoints.pointed(run.checkpoints, checkpoint) or available[max(available)]
+    steps = {str(step): path for step, path in available.items()}
+    found = steps.get(checkpoint.lstrip("0") or "0")
+    if found is None:
+        raise InputError(
+            f"--checkpoint {checkpoint}: {run.path} has best, latest, {', '.join(steps)}"
+        )
+    return found
+
+
+def _read(run: RunDirectory, folder: Path) -> tuple[Checkpoint, Encoding]:
+    """What sampling needs of a checkpoint.
+
+    Raises:
+        PrunedError: it is deleted meanwhile.
+        InputError: it is damaged; then another that is not is named, if there is one.
+    """
+
+    def read(folder: Path) -> tuple[Checkpoint, Encoding]:
+        with checkpoints.reading(folder):
+            loaded = checkpoints.load(folder, optimizer=False)
+            return loaded, tokenizer.load(folder / "tokenizer.json")
+
+    try:
+        return read(folder)
+    except PrunedError:
+        raise
+    except InputError as error:
+        others = {s: p for s, p in checkpoints.steps(run.checkpoints).items() if p != folder}
+        for step, other in reversed(others.items()):
+            try:
+                read(other)
+            except InputError:
+                continue
+            raise InputError(f"{error};\n--checkpoint {step} is whole") from None
+        raise
+
+
+def load_weights(model: GPT, tensors: Mapping[str, Tensor]) -> None:
+    """Take over the weights of a checkpoint.
+
+    Raises:
+        ValueError: they are of another model, or not of the types that this one has.
+    """
+    for name, own in model.state_dict().items():
+        if name in tensors and tensors[name].dtype != own.dtype:
+            raise ValueError(f"{name}: its type is {tensors[name].dtype}, not {own.dtype}")
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(str(error).splitlines()[-1].strip()) from None
 
 
 def command_line() -> list[str]:

@@ -15,8 +15,8 @@ FORMAT = 4
 
 
 Natural = Annotated[int, Field(ge=0, le=2**53)]
-Time = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Loss = Annotated[float, Field(allow_inf_nan=False)] | None
+Time = Annotated[float, Field(ge=0, le=1e100)]
+Loss = Annotated[float, Field(ge=-1e100, le=1e100)] | None
 
 
 @dataclass

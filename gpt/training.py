@@ -47,7 +47,16 @@ from gpt.model import GPT
 from gpt.optim import Optimizer
 from gpt.placement import check
 from gpt.rng import global_generator
-from gpt.run import Opened, RunDirectory, RunResult, Status, command_line, ended_run, open_run
+from gpt.run import (
+    Opened,
+    RunDirectory,
+    RunResult,
+    Status,
+    command_line,
+    ended_run,
+    load_weights,
+    open_run,
+)
 from gpt.schedule import rate, rate_change
 from gpt.state import Progress, State, read_state
 
@@ -291,7 +300,7 @@ class Training:
             return Progress()
         state = read_state(checkpoint)
         try:
-            self.model.load_state_dict(checkpoint.model)
+            load_weights(self.model, checkpoint.model)
             self.optimizer.load_state(checkpoint.optimizer)
             updates = state.progress.step - state.progress.skipped
             if updates and self.optimizer.has_memory and not checkpoint.optimizer:

@@ -24,12 +24,14 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 from hypothesis import HealthCheck, Phase, given, settings
@@ -854,6 +856,163 @@ def test_metrics_of_wrong_types(record: str, run: Path, compared: Path, tmp_path
     assert re.search(line, said)
 
 
+@pytest.mark.parametrize("line", [
+    '{"step": -1, "val_loss": 1}', '{"step": 1, "val_loss": 1e299}', f'{{"step": {2**60}}}',
+    '{"step": 1, "batches": "' + "x" * 2**17 + '"}', f'{{"step": {"9" * 5000}}}',
+], ids=lambda line: line[:30])  # fmt: skip
+def test_metrics_out_of_their_range(line: str, run: Path):
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text() + line + "\n")
+    assert re.search(r"metrics.jsonl: line \d+ is damaged", refused("diagnose", run, folder=run))
+
+
+@pytest.mark.parametrize("record", [{}, {"grad_norm": None, "log_z": None}, {"other": 1.0}])
+def test_a_look_into_the_layers_that_saw_nothing(record: dict[str, Any], run: Path):
+    line = json.dumps({"step": 1, "layer": 0, **record})
+    (run / "metrics.jsonl").write_text(line + "\n")
+    assert "has no measures of its layers" in refused("diagnose", run, folder=run)
+
+
+RESULTS: list[dict[str, Any]] = [
+    *({key: None} for key in ("val_loss", "best_val_loss", "val_bits_per_byte", "seconds", "step")),
+    *({key: -1} for key in ("step", "tokens", "seconds", "tokens_per_second", "rollbacks")),
+    *({key: 10**400} for key in ("step", "tokens", "seconds", "val_loss")),
+    *({key: 1e299} for key in ("val_loss", "seconds", "tokens_per_second")),
+    *({"step": 0}, {"status": "done"}, {"reason": 3}, {"failure": {"step": 1}}),
+    {"failure": {"step": 1, "quantity": "x", "advice": [],
+                 "place": {"quantity": "x", "layer": 10**9, "name": "x"}}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", RESULTS, ids=lambda change: repr(change)[:40])
+def test_a_result_that_no_run_has(change: dict[str, Any], run: Path):
+    path = run / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    said = refused("train.py", run / "config.yaml", "--out-dir", run, folder=run)
+    assert f"{path}: is damaged" in said
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "int32", "bool", "float64", "float16"])
+def test_weights_of_another_type(dtype: str, config: Config, stopped: Path):
+    path = newest(stopped) / "model.safetensors"
+    wrong = {key: value.to(getattr(torch, dtype)) for key, value in load_file(path).items()}
+    save_file(wrong, path)
+    seal_again(stopped)
+    said = refused("sample.py", stopped, *SHORT, folder=stopped)
+    assert f"its type is torch.{dtype}, not torch.float32" in said
+    assert f"its type is torch.{dtype}, not torch.float32" in resumed(config, stopped)
+
+
+@pytest.mark.parametrize("step", ["9" * 5000, "-1", "1.0", "5", "٤", "step-00000004", "worst"])
+def test_a_checkpoint_that_is_not_there(step: str, run: Path):
+    said = refused("sample.py", run, "--checkpoint", step, "--prompt", "a", folder=run)
+    assert f"{run} has best, latest, " in said
+
+
+def as_step(folder: Path, step: int) -> Path:
+    """A copy of a checkpoint, as another step's."""
+    copy = Path(shutil.copytree(folder, folder.with_name(f"step-{step:08d}")))
+    for name in ("state.json", "manifest.json"):
+        tree = json.loads((copy / name).read_text())
+        (copy / name).write_text(json.dumps({**tree, "step": step}))
+    seal_again(copy)
+    return copy
+
+
+def test_sampling_looks_again_when_its_checkpoint_is_pruned(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder, load, pruned = newest(run), checkpoints.load, []
+
+    def meddle(path: Path, **options: Any) -> checkpoints.Checkpoint:
+        if not pruned:
+            pruned.append(path)
+            checkpoints.point(folder.parent, as_step(folder, 9).name, best=True)
+            checkpoints.prune(folder.parent, ())
+        return load(path, **options)
+
+    monkeypatch.setattr(checkpoints, "load", meddle)
+    answer = knock("sample.py", run, *SHORT)
+    assert answer.code == 0, answer
+    assert f"{run}, step 9" in answer.err
+    assert not folder.exists()
+
+
+def test_sampling_from_a_step_that_is_pruned_names_those_that_are_left(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    as_step(newest(run), 9)
+    load = checkpoints.load
+
+    def meddle(path: Path, **options: Any) -> checkpoints.Checkpoint:
+        if path.exists():
+            shutil.rmtree(path)
+        return load(path, **options)
+
+    monkeypatch.setattr(checkpoints, "load", meddle)
+    said = knock("sample.py", run, "--checkpoint", "9", "--prompt", "a").err
+    assert f"--checkpoint 9: {run} has best, latest, " in said
+    assert "damaged" not in said
+
+
+def test_the_checkpoint_that_is_advised_is_not_the_damaged_one(run: Path):
+    latest = newest(run)
+    for path in (run / "checkpoints").glob("step-*"):
+        if path != latest:
+            shutil.rmtree(path)
+    other = as_step(latest, 2)
+    (latest / "state.json").write_text("[]")
+    seal_again(latest)
+    said = refused("sample.py", run, *SHORT, folder=run)
+    assert f"{latest.name}: is damaged" in said
+    assert "--checkpoint 2 is whole" in said
+    (other / "state.json").write_text("[]")
+    seal_again(other)
+    assert "is whole" not in refused("sample.py", run, *SHORT, folder=run)
+
+
+def put(kind: str, path: Path) -> None:
+    """Something in a file's place that is not a file, or has no end, or ten gigabytes."""
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "sparse":
+        with path.open("xb") as file:
+            file.truncate(10**10)
+    else:
+        path.symlink_to(kind)
+
+
+ODD_KINDS = ["/dev/zero", "pipe", "folder", "sparse"]
+READ_FILES = [
+    *("config.yaml", "metrics.jsonl", "history.jsonl", "environment.json", "checkpoints/latest"),
+    *("checkpoints/best", "tokenizer.json", "CHECKPOINT/manifest.json", "CHECKPOINT/state.json"),
+    *("CHECKPOINT/tokenizer.json", "CHECKPOINT/model.safetensors"),
+]
+
+
+@pytest.mark.parametrize("kind", ODD_KINDS)
+@pytest.mark.parametrize("name", READ_FILES)
+def test_what_is_not_a_file_in_a_run(
+    name: str, kind: str, config: Config, stopped: Path, quick: None
+):
+    """It is read by nobody, or refused at once: neither does it block nor fill the memory."""
+    put(kind, stopped / name.replace("CHECKPOINT", f"checkpoints/{newest(stopped).name}"))
+    (stopped.parent / "c.yaml").write_text(config.to_yaml())
+    began = time.process_time()
+    is_clear(knock("sample.py", stopped, *SHORT[:-1], "best"))
+    is_clear(knock("sample.py", stopped, *SHORT))
+    is_clear(knock("diagnose", stopped))
+    answer = knock("train.py", stopped.parent / "c.yaml", "--out-dir", stopped)
+    if not is_clear(answer):
+        assert Path(name).name in answer.err or name == "config.yaml"
+    else:  # another checkpoint than this one was taken, or one of an earlier step
+        assert name.startswith("CHECKPOINT") or kind == "sparse", answer
+    assert time.process_time() - began < 10  # measured: 0.4 s
+
+
 # In a comparison -----------------------------------------------------------------------------
 
 WRONG_JSON = [
@@ -881,6 +1040,45 @@ def test_json_of_the_wrong_types(name: str, text: str, compared: Path, tmp_path:
     if text == "[]" and name in ("probes.json", "command.json"):
         return  # none of them
     assert f"{path}: is damaged" in refused("compare.py", folder, "--report-only", folder=folder)
+
+
+ODD_STARTS: list[tuple[str, Any]] = [
+    *(("text", []), ("token", []), ("arms", []), ("arms", ["nobody"])),
+    *(("text.0.layers", 0), ("text.0.layers", 10**9), ("text.0.gradient_norms", [])),
+    *(("text.0.stream_rms", [1.0]), ("text.0.betas", []), ("token.1.gradient_norms", [1.0] * 99)),
+]
+
+
+@pytest.mark.parametrize(("where", "value"), ODD_STARTS, ids=repr)
+def test_starts_that_were_not_measured(where: str, value: Any, compared: Path, tmp_path: Path):
+    """Without `quick`: what is let through is drawn."""
+    folder = Path(shutil.copytree(compared, tmp_path / "compared"))
+    path = folder / "probes.json"
+    tree = json.loads(path.read_text())
+    *way, last = where.split(".")
+    place: Any = tree[0]
+    for part in way:
+        place = place[int(part) if part.isdecimal() else part]
+    place[last] = value
+    path.write_text(json.dumps(tree))
+    said = refused("compare.py", folder, "--report-only", folder=folder)
+    assert f"{path}: is damaged; delete it to measure again" in said
+
+
+@pytest.mark.parametrize("kind", ODD_KINDS)
+@pytest.mark.parametrize("name", [
+    "grid.yaml", "command.json", "lost.json", "probes.json", "CELL/environment.json",
+    "CELL/metrics.jsonl", "CELL/result.json", "CELL/config.yaml",
+])  # fmt: skip
+def test_what_is_not_a_file_in_a_comparison(
+    name: str, kind: str, compared: Path, tmp_path: Path, quick: None
+):
+    folder = Path(shutil.copytree(compared, tmp_path / "compared"))
+    cell = min((folder / "cells").iterdir())
+    put(kind, folder / name.replace("CELL", f"cells/{cell.name}"))
+    began = time.process_time()
+    is_clear(knock("compare.py", folder, "--report-only"))
+    assert time.process_time() - began < 10  # measured: 0.1 s
 
 
 HTML = "<script>alert(1)</script><img src=x onerror=alert(1)>"
@@ -970,6 +1168,45 @@ def test_a_corpus_with_a_link_in_a_files_place(name: str, target: str, prepared:
     else:
         path.symlink_to(name if target == "itself" else target)
     refused_corpus(prepared, seal=False)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1, 10**15, 10**400, None, "1"], ids=repr)
+@pytest.mark.parametrize("key", ["documents", "tokens", "bytes", "longest", "size"])
+def test_a_corpus_of_wrong_numbers(key: str, value: object, prepared: Path):
+    meta = json.loads((prepared / "meta.json").read_text())
+    meta["files"][-1][key] = value
+    (prepared / "meta.json").write_text(json.dumps(meta))
+    if (key, value) not in [("longest", 0), ("longest", 1)]:  # which is only shown
+        refused_corpus(prepared, seal=False)
+
+
+def test_a_corpus_of_tokens_that_the_vocabulary_has_not(prepared: Path):
+    with (prepared / "train.bin").open("r+b") as file:
+        file.seek(10)
+        file.write(b"\xff\xfe")
+    assert "train.bin holds the id 65279 of 257 tokens" in refused_corpus(prepared)
+
+
+@pytest.mark.parametrize("counts", [b"", b"\xff", b"\0"])
+def test_a_corpus_of_forged_counts(counts: bytes, prepared: Path):
+    path = prepared / "counts.bin"
+    path.write_bytes(counts * path.stat().st_size)
+    assert "counts.bin" in refused_corpus(prepared)
+
+
+@pytest.mark.parametrize("kind", ODD_KINDS)
+@pytest.mark.parametrize("name", ["meta.json", "counts.bin", "tokenizer.json", "train.bin"])
+def test_what_is_not_a_file_in_a_corpus(name: str, kind: str, prepared: Path):
+    put(kind, prepared / name)
+    config, cache = prepared.parents[1] / "c.yaml", prepared.parent
+    began = time.process_time()
+    answer = knock("train.py", config, "--data.cache-dir", cache, "--dry-run")
+    if name == "meta.json" and kind != "sparse":
+        assert is_clear(answer)  # as if it were not prepared
+    else:
+        assert not is_clear(answer)
+        assert name in answer.err
+    assert time.process_time() - began < 10
 
 
 # In a run that was stopped, and would go on ----------------------------------------------------

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from safetensors import SafetensorError
 
 from gpt import checkpoint as checkpoints
 from gpt import files
-from gpt.checkpoint import Checkpoint
+from gpt.checkpoint import Checkpoint, PrunedError
 from gpt.errors import InputError
 
 
@@ -194,8 +196,8 @@ def test_a_pickle_in_a_checkpoints_place_is_not_read(tmp_path: Path):
     folder = checkpoints.save(tmp_path, make(3))
     torch.save({"w": torch.ones(1)}, folder / "model.safetensors")
     vouch(folder)
-    checkpoints.verify(folder)
-    with pytest.raises(InputError, match="is damaged"):
+    assert not checkpoints.is_whole(folder)
+    with pytest.raises(InputError, match=r"model\.safetensors: is damaged"):
         checkpoints.load(folder)
 
 
@@ -204,8 +206,8 @@ def test_a_header_that_promises_the_moon_is_refused(tmp_path: Path):
     folder = checkpoints.save(tmp_path, make(3))
     (folder / "model.safetensors").write_bytes(b"\xff" * 7 + b"\x7f" + b"{}")
     vouch(folder)
-    checkpoints.verify(folder)
-    with pytest.raises(InputError, match="is damaged"):
+    assert not checkpoints.is_whole(folder)
+    with pytest.raises(InputError, match=r"model\.safetensors: is damaged"):
         checkpoints.load(folder)
 
 
@@ -231,3 +233,96 @@ def test_a_folder_whose_name_is_not_utf8_is_read_back(tmp_path: Path):
     checkpoints.save(parent, saved)
     (folder,) = checkpoints.steps(parent).values()
     assert torch.equal(checkpoints.load(folder).model["w"], saved.model["w"])
+
+
+def test_reading_without_the_optimizer_needs_none_of_its_file(tmp_path: Path):
+    folder = checkpoints.save(tmp_path, make(3))
+    (folder / "optimizer.safetensors").write_bytes(b"damaged")
+    loaded = checkpoints.load(folder, optimizer=False)
+    assert loaded.step == 3
+    assert not loaded.optimizer
+    with pytest.raises(InputError, match=r"optimizer\.safetensors: is damaged"):
+        checkpoints.load(folder)
+
+
+@pytest.mark.parametrize("how", ["pruned", "saved again"])
+def test_what_a_run_deletes_while_it_is_read_is_not_damaged(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    first = checkpoints.save(tmp_path, make(1))
+    checkpoints.save(tmp_path, make(2))
+    read = checkpoints._read_manifest
+
+    def meddle(folder: Path) -> dict[str, Any]:
+        manifest = read(folder)
+        if how == "pruned":
+            checkpoints.prune(tmp_path, {2})
+        else:
+            checkpoints.save(tmp_path, replace(make(1), tokenizer="of another length"))
+        return manifest
+
+    monkeypatch.setattr(checkpoints, "_read_manifest", meddle)
+    with pytest.raises(PrunedError, match="step-00000001: is not there, or was deleted"):
+        checkpoints.load(first)
+
+
+def test_what_was_pruned_before_is_not_damaged(tmp_path: Path):
+    with pytest.raises(PrunedError, match="step-00000001: is not there"):
+        checkpoints.load(tmp_path / "step-00000001")
+
+
+def test_a_pointer_that_is_replaced_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    checkpoints.save(tmp_path, make(1))
+    read = checkpoints.read_small
+
+    def meddle(path: Path, limit: int) -> bytes:
+        text = read(path, limit)
+        monkeypatch.undo()
+        checkpoints.save(tmp_path, make(2))
+        checkpoints.prune(tmp_path, {2})
+        return text
+
+    monkeypatch.setattr(checkpoints, "read_small", meddle)
+    assert checkpoints.pointed(tmp_path, "latest") == tmp_path / "step-00000002"
+
+
+@pytest.mark.parametrize("kind", ["/dev/zero", "pipe", "folder"])
+def test_a_pointer_that_is_not_a_file_is_refused(kind: str, tmp_path: Path):
+    path = tmp_path / "best"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(kind)
+    with pytest.raises(InputError, match="best: is a "):
+        checkpoints.pointed(tmp_path, "best")
+
+
+@pytest.mark.parametrize(
+    "name", ["step-0000000a", "step-000000001", "step-" + "9" * 200, "step-٠" * 8]
+)
+def test_folders_of_other_names_are_not_checkpoints(name: str, tmp_path: Path):
+    (tmp_path / name).mkdir()
+    folder = checkpoints.save(tmp_path, make(1))
+    assert checkpoints.steps(tmp_path) == {1: folder}
+
+
+def test_a_sparse_file_of_ten_gigabytes_is_refused_at_once(tmp_path: Path):
+    folder = checkpoints.save(tmp_path, make(1))
+    for name in checkpoints.FILES:
+        kept = (folder / name).read_bytes()
+        with (folder / name).open("r+b") as file:
+            file.truncate(10**10)
+        with pytest.raises(InputError, match=name):
+            checkpoints.load(folder)
+        text = (folder / "manifest.json").read_text()
+        manifest = json.loads(text)
+        manifest["files"][name]["size"] = 10**10  # as one who means harm would write
+        (folder / "manifest.json").write_text(checkpoints._to_text(manifest))
+        with pytest.raises(InputError, match=name):
+            checkpoints.load(folder)
+        (folder / "manifest.json").write_text(text)
+        (folder / name).write_bytes(kept)

@@ -130,7 +130,7 @@ def test_every_picture_says_in_words_what_it_shows(html: str):
 
 def test_all_pictures_are_drawn_and_have_files(directory: Path):
     grid, summary, outcomes = comparison.read_comparison(directory)
-    starts = comparison.read_starts(directory)
+    starts = comparison.read_starts(directory, [arm.name for arm in grid.all_arms()])
     pictures = draw(Material(grid, summary, outcomes, starts))
     names = [picture.name for picture in pictures]
     assert names[: len(DRAWINGS)] == list(DRAWINGS)

@@ -17,28 +17,30 @@ knows tensors, names and files, not models.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt.errors import InputError
-from gpt.files import WRITING, describe, flush, write_text
+from gpt.files import WRITING, describe, flush, read_small, write_text
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json")
 MANIFEST = "manifest.json"
-STEP_NAME = re.compile(r"step-(\d{8,})")
+STEP_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,15})")
+POINTER = 2**10  # bytes that `latest` or `best` may have
 
 
 @dataclass(frozen=True)
@@ -204,25 +206,58 @@ class Writer:
 # Reading
 
 
-def load(folder: Path) -> Checkpoint:
-    """Read and verify one checkpoint folder.
+class PrunedError(InputError):
+    """A checkpoint was deleted or replaced while it was read, as a run does that is still going."""
+
+
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Within it a checkpoint is read; it counts as damaged only if it is the same one afterwards.
 
     Raises:
-        InputError: a file is missing, has another size or hash than was written, or is no valid
+        PrunedError: it is not there any more, or another one is.
+        InputError: it is damaged.
+    """
+    before = _identity(folder)
+    try:
+        yield
+    except (SafetensorError, RuntimeError, ValueError, OSError, MemoryError) as error:
+        if before is None or _identity(folder) != before:
+            raise PrunedError(f"{folder}: is not there, or was deleted while it was read") from None
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder}: is damaged: {error}") from None
+
+
+def _identity(folder: Path) -> tuple[int, ...] | None:
+    try:
+        stat = folder.stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_mtime_ns
+
+
+def load(folder: Path, *, optimizer: bool = True) -> Checkpoint:
+    """Read and verify one checkpoint folder.
+
+    Args:
+        optimizer: whether the optimizer's tensors are read; sampling does not need them.
+
+    Raises:
+        PrunedError: it is deleted or replaced meanwhile.
+        InputError: a file is missing, has another size or hash than was written, or is not a valid
             file of its kind.
     """
-    verify(folder)
-    try:
+    with reading(folder):
+        _verify(folder, [name for name in FILES if optimizer or name != "optimizer.safetensors"])
         checkpoint = Checkpoint(
             model=_read_tensors(folder / "model.safetensors"),
-            optimizer=_read_tensors(folder / "optimizer.safetensors"),
-            state=json.loads((folder / "state.json").read_text("utf-8")),
-            tokenizer=(folder / "tokenizer.json").read_text("utf-8"),
+            optimizer=_read_tensors(folder / "optimizer.safetensors") if optimizer else {},
+            state=json.loads(read_small(folder / "state.json")),
+            tokenizer=read_small(folder / "tokenizer.json").decode(),
         )
         if not isinstance(checkpoint.state, dict) or checkpoint.state.get("step") != _step(folder):
             raise ValueError("state.json is of another step")
-    except (SafetensorError, ValueError, OSError, RecursionError, MemoryError) as error:
-        raise InputError(f"{folder}: is damaged: {error}") from None
     return checkpoint
 
 
@@ -239,32 +274,58 @@ def verify(folder: Path) -> None:
     """Hold every file of a checkpoint against its manifest.
 
     Raises:
+        PrunedError: it is deleted or replaced meanwhile.
         InputError: naming the first file that differs.
     """
+    with reading(folder):
+        _verify(folder, FILES)
+
+
+def _verify(folder: Path, names: Collection[str]) -> None:
+    for name in (MANIFEST, *names):
+        path = folder / name
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise InputError(f"{path}: is damaged: it is no file of its own")
     try:
-        for name in (MANIFEST, *FILES):
+        files = _read_manifest(folder)
+        for name in names:  # what shows at once, before gigabytes are hashed
             path = folder / name
-            if path.is_symlink() or (path.exists() and not path.is_file()):
-                raise InputError(f"{path}: is damaged: it is no file of its own")
-        text = (folder / MANIFEST).read_text("utf-8")
-        manifest = json.loads(text)
-        if text != _to_text(manifest):
-            raise ValueError
-        if manifest["step"] != _step(folder):
-            raise InputError(f"{folder}: holds the checkpoint of another step")
-        files: dict[str, Any] = manifest["files"]
-        for name in FILES:
-            path = folder / name
-            if path.stat().st_size != files[name]["size"] or files[name] != describe(path):
+            if path.stat().st_size != files[name]["size"]:
                 raise InputError(f"{path}: is damaged: it is not what was written")
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):  # reads its header
+                    pass
+            else:
+                read_small(path)
+        for name in names:
+            if files[name] != describe(folder / name):
+                raise InputError(f"{folder / name}: is damaged: it is not what was written")
+    except SafetensorError as error:
+        raise InputError(f"{path}: is damaged: {error}") from None
     except FileNotFoundError as error:
         raise InputError(f"{error.filename}: is missing, so this is no checkpoint") from None
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (KeyError, TypeError):
         raise InputError(f"{folder / MANIFEST}: is damaged") from None
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """What a manifest says of the files.
+
+    Raises:
+        InputError: it is not what `_write` wrote, or of another step.
+    """
+    text = read_small(folder / MANIFEST)
+    try:
+        manifest = json.loads(text)
+        same = text == _to_text(manifest).encode()
+    except (ValueError, RecursionError):
+        same = False
+    if not same:
+        raise InputError(f"{folder / MANIFEST}: is damaged")
+    if manifest["step"] != _step(folder):
+        raise InputError(f"{folder}: holds the checkpoint of another step")
+    files: dict[str, Any] = manifest["files"]
+    return files
 
 
 def is_whole(folder: Path) -> bool:
@@ -310,12 +371,20 @@ def newest_whole(
 
 
 def pointed(folder: Path, pointer: str) -> Path | None:
-    """The checkpoint folder that `latest` or `best` names, or None."""
-    try:
-        name = (folder / pointer).read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return folder / name if STEP_NAME.fullmatch(name) and (folder / name).is_dir() else None
+    """The checkpoint folder that `latest` or `best` names, or None.
+
+    Raises:
+        InputError: the pointer is not a small regular file.
+    """
+    name, before = "", None
+    while name != before:  # what it named may have been pruned since: then it names another now
+        try:
+            before, name = name, read_small(folder / pointer, POINTER).decode().strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+        if STEP_NAME.fullmatch(name) and (folder / name).is_dir():
+            return folder / name
+    return None
 
 
 def steps(folder: Path) -> dict[int, Path]:

@@ -40,7 +40,7 @@ from gpt.config import DataConfig, read_yaml
 from gpt.console import Console, duration
 from gpt.data import preparation
 from gpt.errors import InputError, printable
-from gpt.files import is_scrap, only_one_in, write_text
+from gpt.files import is_scrap, only_one_in, refuse_links, write_text
 from gpt.run import command_line
 from gpt.wait import interruptible
 
@@ -124,9 +124,11 @@ def report(
         beside: another comparison directory, to be shown next to this one.
 
     Raises:
-        InputError: no cell has a result, or a file is damaged.
+        InputError: no cell has a result, a file is damaged, or there is a symbolic link.
     """
-    outcomes, starts = read_outcomes(cells, directory), read_starts(directory)
+    refuse_links(directory)
+    outcomes = read_outcomes(cells, directory)
+    starts = read_starts(directory, [arm.name for arm in grid.all_arms()])
     commands = read_commands(directory)
     summary = summarize(grid, outcomes)
     other = None if beside is None else (beside, read_comparison(beside))

@@ -9,9 +9,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from gpt import metrics
 from gpt.compare.grid import Cell
@@ -19,6 +19,7 @@ from gpt.compare.runner import Lost, cell_directory, has_ended
 from gpt.compare.statistics import capped
 from gpt.compare.verdicts import Verdict, verdict
 from gpt.errors import InputError
+from gpt.files import read_json
 from gpt.run import RunDirectory
 
 
@@ -92,7 +93,7 @@ class Environment(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     versions: dict[str, str]
-    unigram_entropy: FiniteFloat
+    unigram_entropy: Annotated[float, Field(ge=0, le=1000)]
     initial_weights: dict[str, Weight]
 
 
@@ -106,20 +107,19 @@ def read_outcome(cell: Cell, directory: Path, lost: Lost | None = None) -> Outco
     result = run.read_result() if has_ended(directory, cell) else None
     if result is None:
         return Outcome(cell, run.path, None, lost)
+    environment = read_json(run.environment, Environment)
     try:
-        environment = Environment.model_validate_json(run.environment.read_bytes())
         vocabulary = environment.initial_weights["token_embedding.weight"].shape[0]
-    except (OSError, ValueError, LookupError):
+    except LookupError:
         raise InputError(f"{run.environment}: is damaged") from None
     entropy = environment.unigram_entropy
     records = metrics.read(run.metrics)
     updates = [r["step"] for r in records if {"loss", "grad_norm", "batches"} <= r.keys()]
     evaluated = [r["step"] for r in records if "val_loss" in r]
-    whole = (
-        result.step > 0
-        and updates == list(range(1, result.step + 1))
-        and evaluated[-1:] == [result.step]
-    )
+    made = len(updates)
+    if updates != list(range(1, made + 1)) or made > result.step:
+        raise InputError(f"{run.metrics}: is damaged: its steps are not 1 to {result.step}")
+    whole = made == result.step and evaluated[-1:] == [result.step]
     if result.status == "finished" and not whole:
         raise InputError(f"{run.metrics}: is damaged: it does not hold all {result.step} steps")
     events = [result.reason] if result.reason.startswith("given up") else []

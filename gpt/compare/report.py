@@ -19,7 +19,6 @@ from xml.etree import ElementTree
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from pydantic import TypeAdapter
 
 from gpt.compare import figures
 from gpt.compare.figures import INK, Material, draw, save, threshold_text
@@ -35,8 +34,8 @@ from gpt.compare.summary import (
     place_text,
     rates_text,
 )
-from gpt.errors import InputError, printable
-from gpt.files import write_text
+from gpt.errors import printable
+from gpt.files import read_json, read_small, write_text
 
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
@@ -85,7 +84,7 @@ def write_report(
         "cells": [_row(outcome) for outcome in outcomes],
         "curve_of": {cell: picture.name for picture in pictures for cell in picture.cells},
         "script": Markup((TEMPLATES / "report.js").read_text("utf-8")),  # noqa: S704 - our own
-        "grid_yaml": (directory / "grid.yaml").read_text("utf-8"),
+        "grid_yaml": read_small(directory / "grid.yaml").decode(),
         "limits": limits(grid, summary),
         "beside": other,
         "names": (directory.name, beside[0].name if beside else ""),
@@ -303,10 +302,7 @@ def read_commands(directory: Path) -> list[Command]:
     path = directory / "command.json"
     if not path.is_file():
         return []
-    try:
-        return TypeAdapter(list[Command]).validate_json(path.read_text("utf-8"))
-    except ValueError:
-        raise InputError(f"{path}: is damaged; delete it to go on") from None
+    return read_json(path, list[Command], "delete it to go on")
 
 
 def _environment(outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.sharedctypes import Synchronized, SynchronizedArray
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pebble
 import torch
@@ -36,7 +36,7 @@ from gpt.compare.grid import Cell, Runner
 from gpt.console import Console
 from gpt.ensemble import shape, train_together, why_not
 from gpt.errors import InputError
-from gpt.files import write_text
+from gpt.files import read_json, write_text
 from gpt.run import RunDirectory, RunResult
 from gpt.training import train
 
@@ -49,7 +49,7 @@ GPU_WORKERS = 8
 class Lost:
     """Why a cell has no result: killed, out of memory or error, and the words for it."""
 
-    status: str
+    status: Literal["killed", "out of memory", "error"]
     reason: str
 
 
@@ -67,10 +67,7 @@ def read_lost(directory: Path) -> dict[str, Lost]:
     path = directory / "lost.json"
     if not path.is_file():
         return {}
-    try:
-        return {cell: Lost(**lost) for cell, lost in json.loads(path.read_text("utf-8")).items()}
-    except (ValueError, TypeError, AttributeError, OSError, RecursionError):
-        raise InputError(f"{path}: is damaged; delete it to try its cells again") from None
+    return read_json(path, dict[str, Lost], "delete it to try its cells again")
 
 
 def has_ended(directory: Path, cell: Cell) -> bool:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter
 
 from gpt.compare.grid import Cell
-from gpt.compare.probes import Batch, Probe, probe_depths
+from gpt.compare.probes import DEPTHS, Batch, Probe, probe_depths
 from gpt.data import preparation
 from gpt.data.prepared import Dataset
 from gpt.data.sequences import TrainingSequences
 from gpt.errors import InputError
+from gpt.files import read_json
 
 SEEDS = (0, 1)
 BATCHES, SEQUENCES = 2, 8  # of the training text
@@ -72,8 +72,11 @@ def _batches(dataset: Dataset, context: int, size: int, count: int) -> list[Batc
     return [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in arrays]
 
 
-def read_starts(directory: Path) -> list[Start]:
+def read_starts(directory: Path, arms: Collection[str]) -> list[Start]:
     """What probes.json says; nothing if it is not there.
+
+    Args:
+        arms: the comparison's, by name.
 
     Raises:
         InputError: it is damaged.
@@ -81,7 +84,24 @@ def read_starts(directory: Path) -> list[Start]:
     path = directory / "probes.json"
     if not path.is_file():
         return []
-    try:
-        return TypeAdapter(list[Start]).validate_json(path.read_text("utf-8"))
-    except ValueError:
-        raise InputError(f"{path}: is damaged; delete it to measure again") from None
+    advice = "delete it to measure again"
+    starts = read_json(path, list[Start], advice)
+    if not all(_is_measured(start, arms) for start in starts):
+        raise InputError(f"{path}: is damaged; {advice}")
+    return starts
+
+
+def _is_measured(start: Start, arms: Collection[str]) -> bool:
+    """Whether it is of arms of the comparison, at several depths, with a value for each block."""
+    depths = [probe.layers for probe in start.text]
+    return (
+        bool(start.arms)
+        and set(start.arms) <= set(arms)
+        and depths == [probe.layers for probe in start.token] == list(DEPTHS)
+        and all(
+            len(values) == probe.layers
+            for probe in (*start.text, *start.token)
+            for values in (probe.gradient_norms, probe.stream_rms, probe.betas)
+            if values is not None
+        )
+    )

@@ -26,16 +26,15 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import NonNegativeInt, TypeAdapter
 
 from gpt import tokenizer
 from gpt.config import DataConfig, SourceConfig
 from gpt.console import Console, duration
-from gpt.data.prepared import FORMAT, Dataset, open_dataset, seal, train_names
+from gpt.data.prepared import FORMAT, Dataset, Natural, open_dataset, seal, train_names
 from gpt.data.sources import SOURCES, Document, Found, Read, commit
 from gpt.data.token_files import Tokens
 from gpt.errors import InputError, StoppedError, UnreachableError, printable
-from gpt.files import flush, only_one, write_text
+from gpt.files import flush, only_one, open_own, read_json, refuse_link, refuse_links, write_text
 from gpt.tokenizer import Encoding, pieces
 from gpt.wait import Stop, interruptible, wait_for
 
@@ -44,6 +43,7 @@ T = TypeVar("T")
 JOB = 2**17  # characters or tokens that a worker is given at a time; larger ones ran slower
 NOTE = "progress.json"
 REVISIONS = "revisions.json"
+ANEW = "the next start prepares anew"  # as a folder that is damaged is deleted
 NOTE_EVERY = 5.0  # seconds between notes of how far the work has come
 SAY_EVERY = 10.0  # seconds between lines that say so, where there is no terminal
 DIFFERENT = 2**23  # bytes of different long words that bpe learns from: it needs 100 times as much
@@ -93,7 +93,7 @@ def _prepare(config: DataConfig, console: Console | None, stop: Stop) -> Dataset
                 f"{folder}: another process is preparing this data; start again when it is done",
             ):
                 if not (folder / "meta.json").is_file():  # or it was finished a moment ago
-                    if folder.exists():
+                    if folder.exists() or folder.is_symlink():
                         raise InputError(
                             f"{folder}: is damaged (it has no meta.json); delete the folder to "
                             "prepare it again"
@@ -223,6 +223,9 @@ class _Preparation:
 
     def run(self) -> None:
         """Make the folder, whole; what a failure leaves is kept if the next start can use it."""
+        refuse_link(self.folder)
+        if self.folder.exists():
+            refuse_links(self.folder)
         try:
             self._fill()
             if _plan(self.config)[0] != self.final:
@@ -265,9 +268,9 @@ class _Preparation:
         path = self.folder / REVISIONS
         revisions = [commit(source.config) for source in self.plan]  # or it is out of reach
         if path.is_file():
-            revisions = _noted(path, list[str | None])
+            revisions = read_json(path, list[str | None], ANEW)
             if len(revisions) != len(self.plan):
-                raise InputError(f"{path}: is damaged; the next start prepares anew")
+                raise InputError(f"{path}: is damaged; {ANEW}")
         else:
             write_text(path, json.dumps(revisions) + "\n")
         self.plan = [s.at(revision) for s, revision in zip(self.plan, revisions, strict=True)]
@@ -321,7 +324,7 @@ class _Preparation:
             return _encode(job, own.encoding, dtype)
 
         with contextlib.ExitStack() as stack:
-            count, files = self._open_files(stack)
+            count, files = self._open_files(stack, dtype)
             self._start("encoding")
             stack.callback(self.console.close)
             pool = stack.enter_context(ThreadPoolExecutor(_workers(), initializer=begin))
@@ -353,21 +356,32 @@ class _Preparation:
                 f"skipped {self.skipped:,} record{s} without a text: {self.first_skipped}{also}"
             )
 
-    def _open_files(self, stack: contextlib.ExitStack) -> tuple[int, dict[str, BinaryIO]]:
+    def _open_files(
+        self, stack: contextlib.ExitStack, dtype: np.dtype[Any]
+    ) -> tuple[int, dict[str, BinaryIO]]:
         """The number of items that an earlier start wrote, and the token files after these."""
         note = self.folder / NOTE
         done = dict.fromkeys(["items", *self.names], 0)
         if note.is_file():
-            done |= _noted(note, dict[str, NonNegativeInt])
+            done = self._noted(note, dtype)
             self.console.say("going on where an earlier start was stopped")
         files: dict[str, BinaryIO] = {}
         for name in self.names:
             path = self.folder / f"{name}.bin"
-            path.touch()
-            files[name] = stack.enter_context(path.open("r+b"))
+            files[name] = stack.enter_context(open_own(path))
             files[name].truncate(done[name])
             files[name].seek(done[name])
         return done["items"], files
+
+    def _noted(self, path: Path, dtype: np.dtype[Any]) -> dict[str, int]:
+        """What an earlier start noted: items written, and the sizes of the token files after it."""
+        done = read_json(path, dict[str, Natural], ANEW)
+        if done.keys() != {"items", *self.names} or any(
+            done[name] > (self.folder / f"{name}.bin").stat().st_size or done[name] % dtype.itemsize
+            for name in self.names
+        ):
+            raise InputError(f"{path}: is damaged; {ANEW}")
+        return done
 
     def _note(self, count: int, files: dict[str, BinaryIO]) -> None:
         """Note that `count` items are written, so that the next start can go on from there."""
@@ -401,14 +415,6 @@ class _Preparation:
             self.console.start(self.total, what=self.what, unit="B", every=SAY_EVERY)
         self.read += count
         self.console.progress(self.read)
-
-
-def _noted(path: Path, kind: type[T]) -> T:
-    """What an earlier start noted of its work."""
-    try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
-    except ValueError:
-        raise InputError(f"{path}: is damaged; the next start prepares anew") from None
 
 
 def _learn(

@@ -15,24 +15,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, Field
 
 from gpt import tokenizer
 from gpt.config import DataConfig
 from gpt.data.token_files import Tokens
 from gpt.errors import InputError
-from gpt.files import describe, flush, write_text
+from gpt.files import describe, flush, open_regular, read_json, read_small, write_bytes, write_text
 from gpt.tokenizer import Encoding
 
+Natural = Annotated[int, Field(ge=0, le=2**53)]
+
 FORMAT = 3
-DTYPES = ("uint16", "uint32")
 OTHERS = ("tokenizer.json", "counts.bin")  # files beside the token files
 BLOCK = 2**22  # tokens looked at together when a file is described
 REHASH = 2**30  # bytes of a token file beyond which it is only hashed again if its time changed
@@ -51,11 +53,11 @@ class TokenFile:
     """
 
     name: str
-    documents: int
-    tokens: int
-    bytes: int
-    longest: int
-    size: int
+    documents: Natural
+    tokens: Natural
+    bytes: Natural
+    longest: Natural
+    size: Natural
     sha256: str
     time: int
 
@@ -131,24 +133,24 @@ def seal(
         _describe(folder / f"{name}.bin", dtype, encoding, row)
         for name, row in zip(names, counts, strict=True)
     ]
-    counts.tofile(folder / "counts.bin")
+    write_bytes(folder / "counts.bin", counts.tobytes())
     others = {name: describe(folder / name) for name in OTHERS}
     meta = {
         "format": FORMAT,
         "dtype": dtype.name,
         "vocabulary": encoding.n_vocab,
-        "fingerprint": _fingerprint(files, others),
+        "fingerprint": _fingerprint(files, str(others["tokenizer.json"]["sha256"])),
         "revisions": revisions,
         "files": [asdict(file) for file in files],
         "others": others,
     }
-    for path in folder.iterdir():
-        flush(path)
+    for name in names:
+        flush(folder / f"{name}.bin")
     write_text(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
 
 
-def _fingerprint(files: Sequence[TokenFile], others: dict[str, dict[str, int | str]]) -> str:
-    digests = [*(file.sha256 for file in files), str(others["tokenizer.json"]["sha256"])]
+def _fingerprint(files: Sequence[TokenFile], vocabulary: str) -> str:
+    digests = [*(file.sha256 for file in files), vocabulary]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -185,6 +187,21 @@ def _describe(
 # Opening it
 
 
+class _File(BaseModel):
+    """What meta.json says of a file that holds no tokens."""
+
+    size: Natural
+    sha256: str
+
+
+class _Meta(BaseModel):
+    """What is read of meta.json."""
+
+    dtype: Literal["uint16", "uint32"]
+    files: tuple[TokenFile, ...]
+    others: dict[str, _File]
+
+
 def _map(path: Path, dtype: np.dtype[Any]) -> Tokens:
     return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
 
@@ -196,56 +213,79 @@ def open_dataset(config: DataConfig, folder: Path) -> Dataset:
         InputError: a file is missing, has been cut short, or is not what was written.
     """
     try:
-        meta = json.loads((folder / "meta.json").read_text("utf-8"))
-        files = TypeAdapter(tuple[TokenFile, ...]).validate_python(meta["files"])
-        if [file.name for file in files] != [*train_names(config), "val"]:
+        meta = read_json(folder / "meta.json", _Meta)
+        if [file.name for file in meta.files] != [*train_names(config), "val"]:
             raise ValueError("meta.json describes other files")
-        if meta["dtype"] not in DTYPES:
-            raise ValueError(f"meta.json: dtype is neither {' nor '.join(DTYPES)}")
         for name in OTHERS:
-            size = int(meta["others"][name]["size"])
-            if (
-                not _has_size(folder / name, size)
-                or describe(folder / name) != meta["others"][name]
-            ):
+            _check_size(folder / name, meta.others[name].size)
+            if describe(folder / name) != meta.others[name].model_dump():
                 raise ValueError(f"{name} is not what was written")
-        for file in files:
-            _verify(folder / f"{file.name}.bin", file)
-        dtype = np.dtype(meta["dtype"])
-        *train, val = (_map(folder / f"{file.name}.bin", dtype) for file in files)
+        dtype = np.dtype(meta.dtype)
         encoding = tokenizer.load(folder / "tokenizer.json")
+        counts = _read_counts(folder / "counts.bin", meta.files, encoding)
+        for file in meta.files:
+            _verify(folder / f"{file.name}.bin", file, dtype, encoding.n_vocab)
+        *train, val = (_map(folder / f"{file.name}.bin", dtype) for file in meta.files)
         return Dataset(
             train=tuple(train),
             weights=config.weights,
             val=val,
             encoding=encoding,
-            fingerprint=_fingerprint(files, meta["others"]),
-            files=files,
-            counts=np.fromfile(folder / "counts.bin", np.int64).reshape(
-                len(files), encoding.n_vocab
-            ),
+            fingerprint=_fingerprint(meta.files, meta.others["tokenizer.json"].sha256),
+            files=meta.files,
+            counts=counts,
             folder=folder,
         )
-    except ValidationError as error:
-        raise _damaged(folder, f"meta.json: files: {error.errors()[0]['msg']}") from None
-    except (ValueError, LookupError, TypeError, OSError, OverflowError, RecursionError) as error:
-        raise _damaged(folder, str(error).partition("\n")[0]) from None
+    except OSError as error:
+        raise _damaged(folder, f"{Path(error.filename or folder).name}: {error.strerror}") from None
+    except (ValueError, LookupError) as error:
+        reason = str(error).partition("\n")[0].removeprefix(f"{folder}{os.sep}")
+        raise _damaged(folder, reason) from None
 
 
 def _damaged(folder: Path, reason: str) -> InputError:
     return InputError(f"{folder}: is damaged ({reason}); delete the folder to prepare it again")
 
 
-def _has_size(path: Path, size: int) -> bool:
-    """Whether a plain file of that size is there; a device would be read without end."""
-    return path.is_file() and path.stat().st_size == size
+def _check_size(path: Path, size: int) -> None:
+    with open_regular(path) as file:
+        found = os.fstat(file.fileno()).st_size
+    if found != size:
+        raise ValueError(f"{path.name} has {found:,} bytes, {size:,} were written")
 
 
-def _verify(path: Path, file: TokenFile) -> None:
-    """Hold a token file against its size and SHA-256; a large one is hashed if it was touched."""
-    stat = path.stat()
-    if not _has_size(path, file.size):
-        raise ValueError(f"{path.name} has {stat.st_size:,} bytes, {file.size:,} were written")
-    trusted = file.size > REHASH and stat.st_mtime_ns == file.time
-    if not trusted and describe(path)["sha256"] != file.sha256:
+def _read_counts(
+    path: Path, files: Sequence[TokenFile], encoding: Encoding
+) -> npt.NDArray[np.int64]:
+    """How often each token occurs in each file, held against what meta.json says of the files."""
+    size = len(files) * encoding.n_vocab * 8
+    _check_size(path, size)
+    counts = np.frombuffer(read_small(path, size), np.int64).reshape(len(files), -1)
+    lengths = np.array(tokenizer.byte_lengths(encoding))
+    for file, row in zip(files, counts, strict=True):
+        found = (int(row.sum()), int(row[encoding.eot_token]), int(row @ lengths))
+        if row.min() < 0 or found != (file.tokens, file.documents, file.bytes):
+            raise ValueError(f"meta.json and counts.bin differ in {file.name}")
+    return counts
+
+
+def _verify(path: Path, file: TokenFile, dtype: np.dtype[Any], vocabulary: int) -> None:
+    """Hold a token file against its description; a large one is read if it was touched.
+
+    Raises:
+        ValueError: it is not what was written, or holds what is not a token.
+    """
+    _check_size(path, file.size)
+    if file.size != file.tokens * dtype.itemsize or not file.longest <= file.tokens > 0:
+        raise ValueError(f"meta.json: the sizes of {path.name} do not agree")
+    if file.size > REHASH and path.stat().st_mtime_ns == file.time:
+        return
+    digest, largest = hashlib.sha256(), 0
+    with open_regular(path) as opened:
+        while raw := opened.read(BLOCK * dtype.itemsize):
+            digest.update(raw)
+            largest = max(largest, int(np.frombuffer(raw, dtype).max()))
+    if digest.hexdigest() != file.sha256:
         raise ValueError(f"{path.name} is not what was written")
+    if largest >= vocabulary:
+        raise ValueError(f"{path.name} holds the id {largest} of {vocabulary} tokens")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from gpt.config import Config
 from gpt.diagnostics.layers import layer_of
 from gpt.init import depth_scaled
+from gpt.metrics import MOST_LAYERS
 from gpt.model import GPT
 from gpt.placement import PLACEMENTS, has_final_norm
 
@@ -27,7 +29,7 @@ class Place:
     """
 
     quantity: str
-    layer: int
+    layer: Annotated[int, Field(ge=0, lt=MOST_LAYERS)]
     name: str
 
 
@@ -42,7 +44,7 @@ class Failure:
         advice: what to try next, likeliest first.
     """
 
-    step: int
+    step: Annotated[int, Field(ge=0, le=2**53)]
     quantity: str
     place: Place | None
     advice: tuple[str, ...]
