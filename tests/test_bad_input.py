@@ -553,7 +553,7 @@ def test_sample_with_junk_for_flags(
 ):
     from gpt import generate
 
-    few = lambda *args, **options: iter([])  # noqa: E731 - no text of 10^9 tokens
+    few = lambda *args, **options: (row for row in ())  # noqa: E731 - no text of 10^9 tokens
     monkeypatch_module.setattr(generate, "generate", few)
     flags = data.draw(odd_flags("sample.py", option_paths(cli.SampleOptions)))
     first = data.draw(st.sampled_from([[runs["finished"]]] * 6 + [[], ["nowhere"], ["/dev/null"]]))
@@ -635,10 +635,10 @@ HOSTILE_YAML = {
     "terminal": ('"\\e[2J": 1', r"c.yaml: \x1b[2J: no such option"),
     "many lines": ('"a\\nb\\nc\\nd\\ne": 1', "no such option"),
     "pickle": (PICKLE, "c.yaml"),
-    "long": ("# " + "x" * 2**22, "is no config: it has more than 4,194,304 bytes"),
+    "long": ("# " + "x" * 2**22, "is larger than 131,072 bytes"),
     "base itself": ("base: c.yaml", "base: leads back to this file"),
     "base in a circle": ("base: sub/../sub/../c.yaml", "base: leads back to this file"),
-    "base a device": ("base: /dev/zero", "base: /dev/zero: no such file"),
+    "base a device": ("base: /dev/zero", "/dev/zero: is a device, not a regular file"),
     "base NUL": ('base: "a\\0"', r"a\x00: no such file"),
 }
 
@@ -664,7 +664,7 @@ def test_hostile_yaml(door: str, name: str, tmp_path: Path, monkeypatch: pytest.
     said = refused(door, target, folder=tmp_path)
     grid = door == "compare.py" and name in ("terminal", "many lines", "key twice")
     assert message in said or name.startswith("base") or grid
-    assert path.name in said
+    assert path.name in said or name == "base a device"
     assert not (tmp_path / "owned").exists()
 
 
@@ -673,7 +673,7 @@ def test_no_config_but_something_else(door: str, tmp_path: Path):
     loop = tmp_path / "loop.yaml"
     loop.symlink_to("loop.yaml")
     assert "loop.yaml" in refused(door, loop)
-    assert "/dev/zero: is no config" in refused(door, "/dev/zero")
+    assert "/dev/zero: is a device, not a regular file" in refused(door, "/dev/zero")
     assert "holds a NUL character" in refused(door, "a\0b")
     assert str(tmp_path / "no.yaml") in refused(door, tmp_path / "no.yaml")
     assert str(tmp_path) in refused(door, tmp_path)
@@ -826,7 +826,7 @@ def test_a_link_to_itself_for_a_run(tmp_path: Path, config: Config):
 
 def test_more_than_any_memory(run: Path):
     assert "--num-samples" in refused("sample.py", run, "--num-samples", 10**9)
-    assert "/dev/zero: is longer than" in refused("sample.py", run, "--prompt-file", "/dev/zero")
+    assert "/dev/zero: is a device" in refused("sample.py", run, "--prompt-file", "/dev/zero")
 
 
 BAD_RECORDS = [

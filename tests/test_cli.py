@@ -19,7 +19,7 @@ import torch
 import yaml
 from conftest import ROOT
 
-from gpt import cli
+from gpt import cli, training
 from gpt.config import Config
 from gpt.errors import InputError
 from gpt.flags import parse
@@ -390,9 +390,15 @@ def test_after_max_seconds_it_saves_and_the_run_goes_on(
 ):
     path, out = tmp_path / "tiny.yaml", tmp_path / "run"
     path.write_text(tiny().to_yaml())
-    calls = iter(range(1000))
-    clock = time.monotonic
-    monkeypatch.setattr(cli.time, "monotonic", lambda: clock() + (100 if next(calls) > 9 else 0))
+    made: list[None] = []
+    clock, apply = time.monotonic, training.Training._apply
+
+    def counted(self: training.Training, wanted: training.Apply) -> bool:
+        made.append(None)
+        return apply(self, wanted)
+
+    monkeypatch.setattr(training.Training, "_apply", counted)
+    monkeypatch.setattr(cli.time, "monotonic", lambda: clock() + (100 if len(made) > 4 else 0))
     code, stdout, stderr = called(capsys, "train", path, "--out-dir", out, "--max-seconds", "50")
     monkeypatch.undo()
     assert code == 75

@@ -739,8 +739,8 @@ def test_a_link_to_the_cache_is_refused_as_the_cache_itself_is(folder: Path):
 @pytest.mark.parametrize(
     ("options", "kind", "advice"),
     [
-        ({"val_fraction": 1 - 1e-9}, "training", "lower data.val_fraction, or use data.holdout"),
-        ({"val_fraction": 1e-9}, "validation", "raise data.val_fraction, or use data.holdout"),
+        ({"val_fraction": 1 - 1e-6}, "training", "lower data.val_fraction, or use data.holdout"),
+        ({"val_fraction": 1e-6}, "validation", "raise data.val_fraction, or use data.holdout"),
         ({"val_fraction": 0.99, "holdout": "tail"}, "training", "lower data.val_fraction$"),
     ],
 )
