@@ -30,12 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as parse_tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt.errors import InputError
-from gpt.files import WRITING, describe, flush, read_small, write_text
+from gpt.files import WRITING, describe, flush, open_regular, read_small, write_text
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json")
 MANIFEST = "manifest.json"
@@ -262,12 +261,20 @@ def load(folder: Path, *, optimizer: bool = True) -> Checkpoint:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in a file; safetensors itself opens only paths that are valid Unicode."""
+    with _openable(path) as named:
+        return load_file(named)
+
+
+@contextlib.contextmanager
+def _openable(path: Path) -> Iterator[Path]:
+    """A name of the file that safetensors can open: it takes valid Unicode alone."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        return parse_tensors(path.read_bytes())
-    return load_file(path)
+        with open_regular(path) as file:
+            yield Path(f"/dev/fd/{file.fileno()}")
+    else:
+        yield path
 
 
 def verify(folder: Path) -> None:
@@ -293,7 +300,7 @@ def _verify(folder: Path, names: Collection[str]) -> None:
             if path.stat().st_size != files[name]["size"]:
                 raise InputError(f"{path}: is damaged: it is not what was written")
             if path.suffix == ".safetensors":
-                with safe_open(path, "pt"):  # reads its header
+                with _openable(path) as named, safe_open(named, "pt"):  # reads its header
                     pass
             else:
                 read_small(path)
