@@ -262,12 +262,17 @@ def load(folder: Path, *, optimizer: bool = True) -> Checkpoint:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in a file; safetensors itself opens only paths that are valid Unicode."""
+    """The tensors in a file."""
+    return load_file(path) if _is_unicode(path) else parse_tensors(path.read_bytes())
+
+
+def _is_unicode(path: Path) -> bool:
+    """Whether a path is valid Unicode; safetensors opens no other."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        return parse_tensors(path.read_bytes())
-    return load_file(path)
+        return False
+    return True
 
 
 def verify(folder: Path) -> None:
@@ -292,11 +297,11 @@ def _verify(folder: Path, names: Collection[str]) -> None:
             path = folder / name
             if path.stat().st_size != files[name]["size"]:
                 raise InputError(f"{path}: is damaged: it is not what was written")
-            if path.suffix == ".safetensors":
+            if path.suffix != ".safetensors":
+                read_small(path)
+            elif _is_unicode(path):
                 with safe_open(path, "pt"):  # reads its header
                     pass
-            else:
-                read_small(path)
         for name in names:
             if files[name] != describe(folder / name):
                 raise InputError(f"{folder / name}: is damaged: it is not what was written")
