@@ -420,7 +420,7 @@ def sample(argv: list[str] | None = None, prog: str = "sample.py") -> int:
 def _prompt(options: SampleOptions, prog: str) -> str:
     """The text to continue: from the flag, the file, or what is piped in; else empty."""
     if options.prompt is not None:
-        return options.prompt
+        return options.prompt.removeprefix("\ufeff")  # of a file, by "$(cat FILE)"
     if options.prompt_file is not None:
         origin = f"--prompt-file {options.prompt_file}"
     elif _is_piped(sys.stdin):

@@ -149,6 +149,11 @@ def unpacked(file: BinaryIO, origin: str) -> Iterator[bytes]:
         if origin.lower().endswith(ending):
             named = name
     named = named or packed
+    if named and not head:
+        raise InputError(
+            f"{origin}: is empty, and not {named}-compressed, as its name says; delete it, or get "
+            "it again"
+        )
     if named != packed:
         raise InputError(
             f"{origin}: is not {named}-compressed, as its name says"

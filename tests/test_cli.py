@@ -505,6 +505,7 @@ def test_a_prompt_is_read_as_training_text_is(tmp_path: Path, pack: Callable[[by
     options = cli.SampleOptions(prompt_file=str(path))
     path.write_bytes(pack(b"\xef\xbb\xbfThe lazy"))
     assert cli._prompt(options, "sample.py") == "The lazy"
+    assert cli._prompt(cli.SampleOptions(prompt="\ufeffThe lazy"), "sample.py") == "The lazy"
     path.write_bytes(pack("The lazy".encode("utf-16")))
     with pytest.raises(InputError, match=r"--prompt-file .*: is UTF-16 text, not UTF-8 text"):
         cli._prompt(options, "sample.py")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ import yaml
 from gpt.compare import comparison
 from gpt.compare.figures import DRAWINGS, Material, draw, save
 from gpt.compare.grid import load
-from gpt.compare.report import inline
+from gpt.compare.report import _markdown, inline
 from gpt.compare.starts import measure_starts
 
 CHROMIUM = next(
@@ -72,6 +73,8 @@ def directory(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     path = folder / "grid.yaml"
     path.write_text(yaml.safe_dump(grid, sort_keys=False))
+    command = {"argv": ["compare.py", "<b>*grid*</b>"], "began": "2026-01-01"}
+    (folder / "command.json").write_text(json.dumps([command]))
     resolved, cells = load(path)
     path.write_text(resolved.to_yaml())
     for cell in cells[:-1]:
@@ -155,7 +158,21 @@ def test_markdown_names_its_pictures_and_breaks_no_table(directory: Path):
         assert (directory / name).is_file()
     widths = {line.count("|") for line in text.splitlines() if line.startswith("| ")}
     assert widths <= {8, 6}
-    assert "H₁ is" in text
+    assert re.search(r"H₁ is \d+\.\d+\.", text)
+
+
+def test_command_lines_in_markdown_are_code_not_part_of_a_list(directory: Path):
+    blocks = (directory / "report.md").read_text("utf-8").split("\n\n")
+    code = next(number for number, block in enumerate(blocks) if block.startswith("    "))
+    assert blocks[code - 1] == "Run by:"
+
+
+@pytest.mark.parametrize(
+    ("text", "escaped"),
+    [("1. a", "1\\. a"), ("2)", "2\\)"), ("- a", "\\- a"), ("2.577", "2.577"), ("-0.05", "-0.05")],
+)
+def test_only_what_begins_a_list_is_escaped_as_such(text: str, escaped: str):
+    assert _markdown(text) == escaped
 
 
 def test_text_of_a_picture_takes_the_pages_colour(directory: Path):

@@ -151,6 +151,7 @@ BAD_FILES = [
      r"UTF-8 text; .*iconv -f UTF-16"),
     ("text", "a.txt", "é".encode() * 10 + b"\0", r"byte 20 is 0x00"),
     ("text", "a.gz", b"no gzip", r"a.gz: is not gzip-compressed, as its name says; rename"),
+    ("text", "a.gz", b"", r"a.gz: is empty, and not gzip-compressed, as its name says; delete it"),
     ("text", "a.gz", gzip.compress(b"text " * 9999, mtime=0)[:-9],
      r"a.gz: is damaged or cut short \(gzip"),
     ("text", "a.gz", gzip.compress(b"\xff", mtime=0), r"a.gz: is not UTF-8 text: byte 0 is 0xff"),
@@ -252,6 +253,20 @@ def test_what_is_left_out_of_a_folder_is_counted_and_named(odd_folder: Path):
     assert odd_folder / "a/one.txt" in found.files  # by its own name
     assert f"hidden: 1 ({odd_folder}/.git)" in found.describe_left_out()
     assert "\n" not in found.describe_left_out()
+
+
+def test_a_folder_named_beside_the_one_that_it_lies_in_is_read_once(odd_folder: Path):
+    for paths in (["", "a"], ["a", ""], ["", ""], ["a", "a/loop"]):
+        names = [str(odd_folder / path) for path in paths]
+        found = SOURCES["text"].find(SourceConfig(source="text", path=names))
+        texts = [path.read_text() for path in found.files]
+        assert sorted(texts) == ["B", "one", "two"], paths
+        assert found.has_searched(odd_folder)
+
+
+def test_what_is_left_out_of_a_folder_named_twice_is_counted_once(odd_folder: Path):
+    config = SourceConfig(source="text", path=[str(odd_folder)] * 2)
+    assert f"hidden: 1 ({odd_folder}/.git)" in SOURCES["text"].find(config).describe_left_out()
 
 
 def test_patterns_match_as_those_of_glob(tmp_path: Path):

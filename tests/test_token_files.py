@@ -129,3 +129,13 @@ def test_the_sample_is_spread_over_a_large_file(tmp_path: Path):
     ids[1_000_000:] = ids_of(GPT2, 2_000_000)
     path.write_bytes(ids.tobytes())
     assert "data.dtype: uint32 reads it" in message(path, "uint16", GPT2)
+
+
+@pytest.mark.parametrize("made", [">u4", "<i8", "<f8", "<f4"])
+def test_the_advice_to_convert_a_file_works_when_it_is_followed(tmp_path: Path, made: str):
+    ids = ids_of(GPT2)
+    (tmp_path / "t.bin").write_bytes(ids.astype(made).tobytes())
+    advice = message(tmp_path / "t.bin", "uint16", GPT2)
+    assert f"np.fromfile(FILE, '{made}').astype('uint32').tofile(NEW); data.dtype: uint32" in advice
+    np.fromfile(tmp_path / "t.bin", made).astype("uint32").tofile(tmp_path / "new.bin")
+    assert (open_ids(tmp_path / "new.bin", "uint32", GPT2) == ids).all()

@@ -129,7 +129,7 @@ def _markdown(value: Any) -> Any:
         return value
     text = html.escape(printable(re.sub(r"\s+", " ", value)), quote=False)
     text = re.sub(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
-    return re.sub(r"^(\s*)([-+=#]|\d+(?=[.)]))(?=[-+=#\s.)]|$)", _marker, text)
+    return re.sub(r"^(\s*)([-+=#]|\d+(?=[.)](?:\s|$)))(?=[-+=#\s.)]|$)", _marker, text)
 
 
 def _marker(begin: re.Match[str]) -> str:

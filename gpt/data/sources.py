@@ -139,7 +139,7 @@ class Found:
         return "; ".join(
             f"{reason}: {len(paths):,} ({', '.join(printable(str(path)) for path in paths[:3])}"
             f"{', ...' if len(paths) > 3 else ''})"
-            for reason, paths in self.left_out.items()
+            for reason, paths in ((r, [*dict.fromkeys(p)]) for r, p in self.left_out.items())
         )
 
 
@@ -159,11 +159,13 @@ def _find(config: SourceConfig, *suffixes: str) -> Found:
         kind = _kind(path)
         if kind == "folder":
             files = []
-            for below in _walk(path, found):
+            searched = Found([], left_out=found.left_out)  # another path may lie in this one
+            for below in _walk(path, searched):
                 if not suffixes or below.name.lower().endswith(suffixes):
                     files.append(below)
                 else:
                     found.leave_out("other endings", below)
+            found.folders.update(searched.folders)
         elif kind == "file":
             files = [path]
         else:

@@ -174,4 +174,7 @@ def _named(kind: np.dtype[Any]) -> str:
 def _remedy(kind: np.dtype[Any]) -> str:
     if kind.str in ("<u2", "<u4"):
         return f"data.dtype: {kind.name} reads it"
-    return f"convert them: np.fromfile(FILE, {kind.str!r}).astype('uint32').tofile(NEW)"
+    return (
+        f"convert them: np.fromfile(FILE, {kind.str!r}).astype('uint32').tofile(NEW); "
+        "data.dtype: uint32 reads the new file"
+    )
