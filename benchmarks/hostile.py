@@ -44,6 +44,7 @@ import threading
 import time
 import traceback
 import types
+import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -341,8 +342,8 @@ def forked(
             os.chdir(place.work)
             _redirect(given.stdin, out, err)
             size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESSES, size + ADDRESSES))
-            resource.setrlimit(resource.RLIMIT_FSIZE, (LONGEST_FILE, LONGEST_FILE))
+            _limit(resource.RLIMIT_AS, size + ADDRESSES)
+            _limit(resource.RLIMIT_FSIZE, LONGEST_FILE)
             code = _called(action, given)
             threading._shutdown()  # type: ignore[attr-defined] # wait as an interpreter's end does
         except BaseException:
@@ -383,6 +384,14 @@ def _resident(process: int) -> int:
     return pages * resource.getpagesize()
 
 
+def _limit(resource_: int, most: int) -> None:
+    """Lower a limit of this process, which may have a lower one already."""
+    hard = resource.getrlimit(resource_)[1]
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard)
+    resource.setrlimit(resource_, (most, most))
+
+
 def _redirect(stdin: str, out: Path, err: Path) -> None:
     os.dup2(os.open(stdin, os.O_RDONLY | os.O_NONBLOCK), 0)
     for number, path in ((1, out), (2, err)):
@@ -416,6 +425,7 @@ def _called(action: Callable[[], object], given: Input) -> int:
 CODES = {"train.py": {0, 3, 75}, "prepare": {0, 75}, "compare.py": {0, 75}}
 KEYS = {part for key in option_paths(Config) for part in key.split(".")}
 KEYS |= {"run", "arms", "grid", "seeds", "pairs", "contrast", "base", "exclude", "workers"}
+IN_CACHE = re.compile(r"new cache|gone 'cache/\.[^/']+\.building['/]")  # half prepared, unusable
 RAW = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 SCRIPT = "<script>alert(1)</script>"
 
@@ -442,7 +452,7 @@ def attempt(given: Input, place: Place, plain: dict[str, int]) -> Outcome:
         failures["outside"] = "; ".join(changes[:3])
     if code == 2:
         now = contents(place.work)
-        lost = [c for c in _changes(inside, now) if not c.startswith("new cache")]
+        lost = [c for c in _changes(inside, now) if not IN_CACHE.match(c)]
         if lost:
             failures["lost"] = "; ".join(lost[:3])
         if problem := why_unclear(given, err):
@@ -458,6 +468,11 @@ def attempt(given: Input, place: Place, plain: dict[str, int]) -> Outcome:
     return Outcome("", 0, command, note, code, seconds, memory, failures, shown)
 
 
+def _can_be_shown(line: str) -> bool:
+    """Whether a line steers no terminal; spaces that are wider or do not break are only spaces."""
+    return all(c.isprintable() or unicodedata.category(c) == "Zs" for c in line)
+
+
 def why_unclear(given: Input, err: str) -> str:
     """What is wrong with a refusal, or nothing."""
     start = given.door.removesuffix(" twice") + ": "
@@ -467,7 +482,7 @@ def why_unclear(given: Input, err: str) -> str:
     if not 1 <= len(complaint) <= 3:
         return f"{len(complaint)} lines begin with {start!r}"
     for line in complaint:
-        if not line.startswith(start) or not line.isprintable() or len(line) >= 5000:
+        if not line.startswith(start) or not _can_be_shown(line) or len(line) >= 5000:
             return f"a line of it is not one to show: {line[:200]!r}"
     text = "\n".join(complaint).removeprefix(start)
     words = [Path(word).name for word in given.arguments if word]

@@ -36,7 +36,7 @@ from gpt.diagnostics.failure import Failure
 from gpt.errors import InputError
 from gpt.files import SMALL, is_scrap, open_own, read_json, write_text
 from gpt.model import GPT
-from gpt.size import check_loading
+from gpt.size import check_loading, parameters
 from gpt.state import Loss, Natural, Time
 from gpt.tokenizer import Encoding
 
@@ -357,6 +357,13 @@ def load_run(
     else:
         raise InputError(f"{path}: checkpoints are deleted faster than they can be read")
     check_loading(config.model, encoding.n_vocab, str(run.config))
+    held = sum(tensor.numel() for tensor in loaded.model.values())
+    least = parameters(config.model, encoding.n_vocab)
+    if held < least:  # or thousands of blocks are built first
+        raise InputError(
+            f"{folder}: does not fit {run.config}: it holds {held:,} parameters, not {least:,} "
+            "or more"
+        )
     model = GPT(config.model, encoding.n_vocab)
     try:
         load_weights(model, loaded.model)

@@ -526,6 +526,23 @@ def test_what_was_written_after_the_last_note_is_written_again(
     assert prepare(config).fingerprint == whole.fingerprint
 
 
+def test_ids_that_an_earlier_start_cannot_have_written_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(preparation, "JOB", 100)
+    config = text_config(folder, folder / "in")
+    asked = iter(range(40))
+    with pytest.raises(StoppedError):
+        prepare(config, stop=lambda: next(asked) == 10)
+    (building,) = left(config)
+    with (Path(config.cache_dir) / building / "train.bin").open("r+b") as file:
+        file.write(b"\xff\xff")
+    with pytest.raises(InputError, match=r"train.bin: is damaged: it holds the id 65535 of "):
+        prepare(config)
+    assert not left(config)
+    assert prepare(config)
+
+
 def test_a_dataset_is_read_at_one_commit_from_the_first_start_on(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):

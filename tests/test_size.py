@@ -178,3 +178,15 @@ def test_a_forged_config_is_not_built(
         cli.sample([str(tmp_path / "run"), "--prompt", "a"])
     assert end.value.code == 2
     assert "config.yaml: model.layers: 10,000, model.width: 10,000 needs" in capsys.readouterr().err
+
+
+def test_a_forged_config_of_more_blocks_than_the_checkpoint_has_is_not_built(
+    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from gpt import run, training
+
+    training.train(tiny(training={"steps": 1}), tmp_path / "run", quiet=True)
+    (tmp_path / "run/config.yaml").write_text(tiny(model={"layers": 10_000}).to_yaml())
+    monkeypatch.setattr(run, "GPT", lambda *arguments: pytest.fail("it was built"))
+    with pytest.raises(InputError, match=r"step-00000001: does not fit .*config.yaml: it holds"):
+        run.load_run(tmp_path / "run")

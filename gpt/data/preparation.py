@@ -30,7 +30,7 @@ import numpy.typing as npt
 from gpt import tokenizer
 from gpt.config import DataConfig, SourceConfig
 from gpt.console import Console, duration
-from gpt.data.prepared import FORMAT, Dataset, Natural, open_dataset, seal, train_names
+from gpt.data.prepared import ANEW, FORMAT, Dataset, Natural, open_dataset, seal, train_names
 from gpt.data.sources import SOURCES, Document, Found, Read, commit
 from gpt.data.token_files import Tokens
 from gpt.errors import InputError, StoppedError, UnreachableError, printable
@@ -43,7 +43,6 @@ T = TypeVar("T")
 JOB = 2**17  # characters or tokens that a worker is given at a time; larger ones ran slower
 NOTE = "progress.json"
 REVISIONS = "revisions.json"
-ANEW = "the next start prepares anew"  # as a folder that is damaged is deleted
 NOTE_EVERY = 5.0  # seconds between notes of how far the work has come
 SAY_EVERY = 10.0  # seconds between lines that say so, where there is no terminal
 DIFFERENT = 2**23  # bytes of different long words that bpe learns from: it needs 100 times as much

@@ -35,6 +35,7 @@ from gpt.tokenizer import Encoding
 Natural = Annotated[int, Field(ge=0, le=2**53)]
 
 FORMAT = 3
+ANEW = "the next start prepares anew"  # as a folder that is damaged is deleted
 OTHERS = ("tokenizer.json", "counts.bin")  # files beside the token files
 BLOCK = 2**22  # tokens looked at together when a file is described
 REHASH = 2**30  # bytes of a token file beyond which it is only hashed again if its time changed
@@ -126,6 +127,7 @@ def seal(
         revisions: the commit of each source, None where it has none.
 
     Raises:
+        InputError: a token file holds what is not a token.
         OSError: the disk is full.
     """
     counts = np.zeros((len(names), encoding.n_vocab), np.int64)
@@ -164,6 +166,11 @@ def _describe(
         while raw := file.read(BLOCK * dtype.itemsize):
             digest.update(raw)
             block = np.frombuffer(raw, dtype)
+            if block.max() >= len(counts):  # an earlier start left it, and it was altered since
+                raise InputError(
+                    f"{path}: is damaged: it holds the id {block.max()} of {len(counts)} tokens; "
+                    f"{ANEW}"
+                )
             counts += np.bincount(block, minlength=len(counts))
             ends = at + np.flatnonzero(block == encoding.eot_token)
             if len(ends):
