@@ -57,7 +57,7 @@ from gpt.run import (
     load_weights,
     open_run,
 )
-from gpt.schedule import rate, rate_change
+from gpt.schedule import rate
 from gpt.state import Progress, State, read_state
 
 DTYPES = {  # of matrix products and attention; weights and their sums stay fp32
@@ -353,11 +353,8 @@ class Training:
             checkpoints.save(run.checkpoints, self._checkpoint())
         if opened.resumed and not going_on:
             self.console.say("no checkpoint had been saved: starting again from step 0")
-        if opened.changes:
-            self.console.say("changed: " + "; ".join(opened.changes))
-            jump = rate_change(run.read_config(), self.config, step)
-            if jump is not None:
-                self.console.say(jump)
+        for line in opened.describe_changes(self.config):
+            self.console.say(line)
         if opened.resumed:
             run.note(
                 "went on",
