@@ -230,7 +230,7 @@ def _dry_run(config: Config, out_dir: Path, resume: str) -> str:
     plan.check_fits(config, device, vocab_size)
     with torch.device("meta"):
         model = GPT(config.model, vocab_size)
-    return plan.describe(
+    described = plan.describe(
         config,
         model,
         device=device,
@@ -239,6 +239,7 @@ def _dry_run(config: Config, out_dir: Path, resume: str) -> str:
         directory=out_dir,
         done=opened.checkpoint.step if opened.checkpoint else 0,
     )
+    return "\n".join([*opened.describe_changes(config), described])
 
 
 def _report(result: RunResult, prog: str) -> str:

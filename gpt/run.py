@@ -36,6 +36,7 @@ from gpt.diagnostics.failure import Failure
 from gpt.errors import InputError
 from gpt.files import SMALL, is_scrap, open_own, read_json, write_text
 from gpt.model import GPT
+from gpt.schedule import rate_change
 from gpt.size import check_loading, parameters
 from gpt.state import Loss, Natural, Time
 from gpt.tokenizer import Encoding
@@ -208,6 +209,14 @@ class Opened:
     resumed: bool = False
     changes: tuple[str, ...] = ()
     skipped: tuple[InputError, ...] = ()
+
+    def describe_changes(self, config: Config) -> list[str]:
+        """What `config` says otherwise than before, and what that does to the learning rate."""
+        if not self.changes:
+            return []
+        step = self.checkpoint.step if self.checkpoint else 0
+        jump = rate_change(self.run.read_config(), config, step)
+        return ["changed: " + "; ".join(self.changes), *([] if jump is None else [jump])]
 
 
 def ended_run(config: Config, path: Path, resume: str) -> RunResult | None:

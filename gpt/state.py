@@ -37,7 +37,7 @@ class Progress:
     idle: Natural = 0  # evaluations in a row at which it knew no more than token frequencies
     skipped: Natural = 0  # updates, for what was not finite
     skipped_in_a_row: Natural = 0
-    forked_at: Natural = 0  # the step that this directory began with
+    forked_at: Natural = 0  # the step that this directory, or its last extension, began with
     rollbacks: Natural = 0
     pending: bool = False  # what was due after this step was cut short by a stop, and is made again
     passed_over: Natural = 0  # batches, in rollbacks: update n sees batch n + passed_over

@@ -57,7 +57,7 @@ from gpt.run import (
     load_weights,
     open_run,
 )
-from gpt.schedule import rate, rate_change
+from gpt.schedule import rate
 from gpt.state import Progress, State, read_state
 
 DTYPES = {  # of matrix products and attention; weights and their sums stay fp32
@@ -268,6 +268,11 @@ class Training:
             self.micro_batch = opened.checkpoint.state["micro_batch"]  # sums keep their order
             if self.micro_batch > config.batch_sequences:
                 raise InputError(f"{opened.checkpoint.name}: its micro-batch is no part of a batch")
+        if (
+            changed(opened.changes, "training.steps")
+            and self.progress.step == opened.run.read_config().training.steps
+        ):
+            self.progress.forked_at = self.progress.step  # where it had ended is kept as scheduled
         self._open_directory(opened)
 
     def _check_tokens(self, opened: Opened) -> None:
@@ -348,11 +353,8 @@ class Training:
             checkpoints.save(run.checkpoints, self._checkpoint())
         if opened.resumed and not going_on:
             self.console.say("no checkpoint had been saved: starting again from step 0")
-        if opened.changes:
-            self.console.say("changed: " + "; ".join(opened.changes))
-            jump = rate_change(run.read_config(), self.config, step)
-            if jump is not None:
-                self.console.say(jump)
+        for line in opened.describe_changes(self.config):
+            self.console.say(line)
         if opened.resumed:
             run.note(
                 "went on",
@@ -489,11 +491,12 @@ class Training:
 
     def _stop_before_update(self, unread: list[_Update], since: float) -> RunResult | _Fault:
         """Save the newest update, as a stop was asked for while the next one was computed."""
-        if unread:
-            fault = self._record(unread, since) or self._spoilt_weight()
-            if fault is not None:
-                return fault
+        fault = self._record(unread, since) if unread else None
         step = self.progress.step
+        if fault is None and step != self.saved_step:
+            fault = self._spoilt_weight()
+        if fault is not None:
+            return fault
         if step == 0:
             return self._end("interrupted", "stopped before step 1 was made")
         with self._elsewhere_if_need_be(evaluated=False):
@@ -1055,8 +1058,14 @@ class Training:
         return self._look_for_nonfinite(self._micro_batches(fault.step, inputs, targets))
 
     def _look_for_nonfinite(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Place | None:
+        """Where one of `batches` first becomes non-finite.
+
+        Raises:
+            _StopAskedError: a stop was asked for between two of them.
+        """
         z_loss = self.config.training.z_loss
         for x, y in batches:
+            self._stop_short()
             with self._autocast():
                 place = first_nonfinite(self.model, self._on_device(x), self._on_device(y), z_loss)
             if place is not None:

@@ -181,6 +181,16 @@ def test_ctrl_c_before_there_is_anything_to_save(
     assert called(capsys, name, "x")[0] == 130
 
 
+def test_dry_run_of_a_longer_run_says_how_its_learning_rate_changes(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = ("train", config_file, "--out-dir", tmp_path / "run")
+    assert called(capsys, *run)[0] == 0
+    code, out, _ = called(capsys, *run, "--training.steps", 40, "--dry-run")
+    assert code == 0
+    assert out.startswith("changed: training.steps: 20 -> 40\nthe cosine schedule now spans 40")
+
+
 def test_dry_run_writes_nothing(
     capsys: pytest.CaptureFixture[str], config_file: Path, tmp_path: Path
 ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import subprocess
 import sys
 import threading
@@ -157,6 +158,22 @@ def test_a_stop_of_cells_whenever_it_is_asked_for_changes_nothing(tiny: Make, tm
 # -- Divergence --------------------------------------------------------------------------------
 
 
+def spoil(monkeypatch: pytest.MonkeyPatch, config: Config, step: int) -> None:
+    """Have the loss of the batch of update `step` be NaN."""
+    sequences = training.TrainingSequences(
+        prepare(config.data).train, config.model.context, config.data_seed
+    )
+    bad = torch.from_numpy(sequences.batch(step, config.batch_sequences)[0])
+    objective = GPT.objective
+
+    def spoilt(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
+        minimised, loss = objective(self, x, *rest)
+        nan = float("nan") if self.training and torch.equal(x, bad) else 1.0
+        return minimised * nan, loss * nan
+
+    monkeypatch.setattr(GPT, "objective", spoilt)
+
+
 def test_a_stop_in_the_search_for_a_divergence_is_not_its_end(tiny: Make, tmp_path: Path):
     config = tiny(
         optimizer={"name": "sgd", "learning_rate": 1e6, "clip": None, "momentum": 0},
@@ -190,23 +207,68 @@ def test_what_was_saved_for_a_stop_does_not_outlive_a_divergence(
     """`latest` names what it names in the undisturbed run, before the first checkpoint as well."""
     every = {2: 10, 6: 5}[updates]
     config = tiny(checkpoint={"every": every}, evaluation={"every": 20})
-    sequences = training.TrainingSequences(
-        prepare(config.data).train, config.model.context, config.data_seed
-    )
-    bad = torch.from_numpy(sequences.batch(8, 4)[0])
-    objective = GPT.objective
-
-    def spoilt(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
-        minimised, loss = objective(self, x, *rest)
-        nan = float("nan") if self.training and torch.equal(x, bad) else 1.0
-        return minimised * nan, loss * nan
-
-    monkeypatch.setattr(GPT, "objective", spoilt)
+    spoil(monkeypatch, config, 8)
     assert run(config, tmp_path / "whole").status == "diverged"
     run(config, tmp_path / "parts", **stop_after(updates))
     assert checkpoints.pointed(tmp_path / "parts/checkpoints", "latest") is not None
     assert run(config, tmp_path / "parts").status == "diverged"
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def test_the_end_of_a_run_outlives_a_divergence_after_it_was_extended(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    options: dict[str, Any] = {"checkpoint": {"every": 100}, "evaluation": {"every": 3}}
+    run(tiny(training={"steps": 6}, **options), tmp_path / "run")
+    longer = tiny(training={"steps": 12}, **options)
+    spoil(monkeypatch, longer, 9)
+    run(longer, tmp_path / "run", **stop_after(2))
+    assert run(longer, tmp_path / "run").status == "diverged"
+    last = checkpoints.pointed(tmp_path / "run/checkpoints", "latest")
+    assert last is not None
+    assert last.name == "step-00000006"
+
+
+def test_a_stop_between_micro_batches_saves_no_spoilt_weights(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = tiny(training={"steps": 8, "micro_batch": 2}, checkpoint={"every": 100})
+    apply, parts = training.Training._apply, training.Training._micro_batches
+    asked = False
+
+    def spoilt(self: training.Training, wanted: training.Apply) -> bool:
+        skipped = apply(self, wanted)
+        if self.progress.step == 2:
+            with torch.no_grad():
+                self.model.token_embedding.weight.fill_(math.inf)
+        return skipped
+
+    def stopping(self: training.Training, step: int, *batch: Any) -> Any:
+        nonlocal asked
+        asked = step == 4
+        return parts(self, step, *batch)
+
+    monkeypatch.setattr(training.Training, "_apply", spoilt)
+    monkeypatch.setattr(training.Training, "_micro_batches", stopping)
+    run(config, tmp_path / "run", stop=lambda: asked)
+    assert not checkpoints.steps(tmp_path / "run/checkpoints")
+
+
+def test_a_stop_does_not_wait_for_a_search_in_the_validation_text(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    searched = []
+    monkeypatch.setattr(training, "first_nonfinite", lambda *a: searched.append(a))
+    objective = GPT.objective
+
+    def spoilt(self: GPT, *arguments: Any) -> Any:
+        minimised, loss = objective(self, *arguments)
+        return minimised, loss if self.training else loss * math.nan
+
+    monkeypatch.setattr(GPT, "objective", spoilt)
+    ended = run(tiny(), tmp_path / "run", stop=lambda: bool(searched))
+    assert ended.status == "interrupted"
+    assert len(searched) == 1
 
 
 # -- The process it runs in ----------------------------------------------------------------------
