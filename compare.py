@@ -1,8 +1,11 @@
 """Compare training stability over a grid of runs: `python compare.py --help`."""
 
+import signal
 import sys
 
-from gpt.cli import compare
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before there is anything to save
+
+from gpt.cli import compare  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(compare())

@@ -1,8 +1,11 @@
 """Generate text from a run directory: `python sample.py --help`."""
 
+import signal
 import sys
 
-from gpt.cli import sample
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before there is anything to save
+
+from gpt.cli import sample  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(sample())

@@ -1,8 +1,11 @@
 """Train a GPT from a YAML config: `python train.py --help`."""
 
+import signal
 import sys
 
-from gpt.cli import train
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before there is anything to save
+
+from gpt.cli import train  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(train())

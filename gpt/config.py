@@ -215,7 +215,7 @@ Strings = Annotated[
 # machine has the memory for a combination of them is another question, for gpt/size.py.
 Count = Annotated[int, Between(1, 10**9)]
 Amount = Annotated[int, Between(0, 10**9)]
-Layers = Annotated[int, Between(1, 10_000)]
+Layers = Annotated[int, Between(1, 2_000)]
 Channels = Annotated[int, Between(1, 100_000)]
 Context = Annotated[int, Between(1, 10_000_000)]
 Vocabulary = Annotated[int, Between(257, 1_000_000)]

@@ -46,5 +46,8 @@ def global_generator(device: torch.device, *key: int | str) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     with _GLOBAL, torch.random.fork_rng(devices):
         if key:
-            torch.manual_seed(derive(*key))
+            torch.default_generator.manual_seed(derive(*key))
+        if key and devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(derive(*key))
         yield

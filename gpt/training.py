@@ -20,7 +20,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
@@ -298,8 +298,8 @@ class Training:
         fp16 = config.training.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         if checkpoint is None:
-            batch, _ = self.sequences.batch(1, config.batch_sequences)
-            first = self._host_tensor(batch[:CALIBRATION_SEQUENCES])
+            few = min(config.batch_sequences, CALIBRATION_SEQUENCES)
+            first = self._host_tensor(self.sequences.batch(1, few)[0])  # of its first sequences
             with global_generator(self.device, config.seed, "calibration"):  # of dropout
                 self.model.calibrate(self._on_device(first))
             return Progress()
@@ -459,19 +459,19 @@ class Training:
         threaded = self.alone and self.device.type == "cuda"
         batches = ahead(self._batch, numbers) if threaded else (self._batch(n) for n in numbers)
         with contextlib.closing(batches):
-            for step, batch in zip(numbers, batches, strict=True):
-                update = yield from self._update(step, *batch)
-                if update is None:
-                    return self._stop_before_update(unread, unread_since)
-                unread.append(update)
-                self.made()
-                stopping = self.stop()
-                if not (stopping or any(self._due(step)) or step % self.read_every == 0):
-                    continue
-                ended = self._record(unread, unread_since) or self._after_update(stopping)
-                if ended is not None:
-                    return ended
-                unread, unread_since = [], time.monotonic()
+            try:
+                for step, batch in zip(numbers, batches, strict=True):
+                    unread.append((yield from self._update(step, *batch)))
+                    self.made()
+                    stopping = self.stop()
+                    if not (stopping or any(self._due(step)) or step % self.read_every == 0):
+                        continue
+                    ended = self._record(unread, unread_since) or self._after_update(stopping)
+                    if ended is not None:
+                        return ended
+                    unread, unread_since = [], time.monotonic()
+            except _StopAskedError:
+                return self._stop_before_update(unread, unread_since)
         return self._end("finished", f"all {steps} steps are done")
 
     def _due(self, step: int) -> tuple[bool, bool, bool]:
@@ -561,21 +561,22 @@ class Training:
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of update `step`, in memory that the device can copy from."""
         number = step + self.progress.passed_over
-        x, y = self.sequences.batch(number, self.config.batch_sequences)
+        size = self.config.batch_sequences
+        x, y = self.sequences.batch(number, size, check=self._stop_short)
         return self._host_tensor(x), self._host_tensor(y)
 
     def _update(
         self, step: int, inputs: Tensor, targets: Tensor
-    ) -> Generator[Gradients | Apply, Any, _Update | None]:
+    ) -> Generator[Gradients | Apply, Any, _Update]:
         """One update of the weights. Nothing in it waits for the device, but fp16's scaler.
 
-        Returns:
-            None, with nothing changed, if a stop was asked for while gradients were computed.
+        Raises:
+            _StopAskedError: a stop was asked for before the gradients were computed.
         """
         config = self.config
         computed: tuple[Tensor, Tensor] | None = yield Gradients(step, inputs, targets)
         if computed is None:
-            return None
+            raise _StopAskedError
         loss, norm = computed
         seen = self.progress.batches.encode() + inputs.numpy().tobytes()
         self.progress.batches = hashlib.sha256(seen).hexdigest()
@@ -596,7 +597,7 @@ class Training:
 
     def _micro_batches(
         self, step: int, inputs: Tensor, targets: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Generator[tuple[Tensor, Tensor]]:
         """The parts of a batch, each with its own dropout.
 
         Raises:
@@ -841,6 +842,8 @@ class Training:
 
     def _is_scheduled(self, step: int) -> bool:
         """Whether a checkpoint of that step stands there in the undisturbed run, not for a stop."""
+        if self.progress.pending and step == self.progress.step:  # it is evaluated first
+            return False
         ends = (self.config.training.steps, self.progress.forked_at)
         return step % self.config.save_every == 0 or step in ends
 
@@ -916,6 +919,7 @@ class Training:
     def _what_would_fit(self, error: str) -> str:
         """In words for a user, the largest micro-batch with which an update does fit."""
         tried = self.micro_batch
+        self.stop = lambda: False  # the run has ended; a second signal ends this
         inputs, targets = map(self._on_device, self._batch(self.progress.step + 1))
         while (smaller := plan.smaller(self.micro_batch, self.config.batch_sequences)) is not None:
             self.micro_batch = smaller
@@ -972,6 +976,7 @@ class Training:
             return False
         if checkpoint is None and before.forked_at:
             return False
+        self._drop_unscheduled()
         now = self.progress = self._set_state(checkpoint)
         self.saved_step = now.step or None
         now.rollbacks = before.rollbacks + 1
@@ -1057,19 +1062,21 @@ class Training:
             self._apply(Apply(share, loss, norm))
         return self._look_for_nonfinite(self._micro_batches(fault.step, inputs, targets))
 
-    def _look_for_nonfinite(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Place | None:
+    def _look_for_nonfinite(self, batches: Generator[tuple[Tensor, Tensor]]) -> Place | None:
         """Where one of `batches` first becomes non-finite.
 
         Raises:
             _StopAskedError: a stop was asked for between two of them.
         """
         z_loss = self.config.training.z_loss
-        for x, y in batches:
-            self._stop_short()
-            with self._autocast():
-                place = first_nonfinite(self.model, self._on_device(x), self._on_device(y), z_loss)
-            if place is not None:
-                return place
+        with contextlib.closing(batches):
+            for x, y in batches:
+                self._stop_short()
+                x, y = self._on_device(x), self._on_device(y)
+                with self._autocast():
+                    place = first_nonfinite(self.model, x, y, z_loss)
+                if place is not None:
+                    return place
         return None
 
     def _end(self, status: Status, reason: str, failure: Failure | None = None) -> RunResult:
@@ -1094,7 +1101,7 @@ class Training:
             skipped_updates=progress.skipped,
             rollbacks=progress.rollbacks,
         )
-        if progress.step and self.alone:
+        if progress.step and self.alone and status != "interrupted":  # which must end soon
             from gpt.plot import plot_run  # with it comes matplotlib, which no step waits for
 
             plot_run(metrics.read(self.directory.metrics), self.directory.plot, title=config.name)

@@ -399,16 +399,16 @@ def test_numbers_of_many_digits_in_an_axis_and_an_exclusion(tmp_path: Path, digi
         f"exclude: [{{model.layers: {many}}}]"
     )
     with pytest.raises(
-        InputError, match=r"model.layers: '?9+(\.\.\.)?'? is not between 1 and 10,000"
+        InputError, match=r"model.layers: '?9+(\.\.\.)?'? is not between 1 and 2,000"
     ):
         load(path)
 
 
 def test_cells_too_large_for_the_machine_are_refused_with_their_arm(tmp_path: Path):
     path = tmp_path / "mine.yaml"
-    big = {"model.layers": 10_000, "model.width": 10_000, "model.heads": 1}
+    big = {"model.layers": 2_000, "model.width": 20_000, "model.heads": 1}
     tree = {"base": {}, "options": {"training.device": "cpu"}, "arms": {"a": {"x": {}, "y": big}}}
     path.write_text(yaml.safe_dump(tree))
     _, cells = load(path)
-    with pytest.raises(InputError, match=r"arm 'y': training model.layers: 10,000, .* GB here"):
+    with pytest.raises(InputError, match=r"arm 'y': training model.layers: 2,000, .* GB here"):
         check_sizes(cells)

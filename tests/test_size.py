@@ -118,7 +118,7 @@ def test_the_smallest_limit_is_the_memory(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("flags", [[], ["--dry-run"]])
 def test_what_cannot_fit_is_refused_before_torch_is_loaded(tmp_path: Path, flags: list[str]):
-    (tmp_path / "c.yaml").write_text("model: {layers: 10000, width: 10000, heads: 1}\n")
+    (tmp_path / "c.yaml").write_text("model: {layers: 2000, width: 20000, heads: 1}\n")
     program = (
         "import sys; from gpt import cli\n"
         "try: cli.train(sys.argv[1:])\n"
@@ -130,7 +130,7 @@ def test_what_cannot_fit_is_refused_before_torch_is_loaded(tmp_path: Path, flags
         command, cwd=tmp_path, capture_output=True, text=True, timeout=20, env=environment
     )
     assert ran.stdout == "2 False\n"
-    assert "10,000, model.width: 10,000, 11,99" in ran.stderr
+    assert "2,000, model.width: 20,000, 9,599" in ran.stderr
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -173,11 +173,11 @@ def test_a_forged_config_is_not_built(
 
     train(tiny(training={"steps": 1}), tmp_path / "run", quiet=True)
     path = tmp_path / "run/config.yaml"
-    path.write_text(tiny(model={"layers": 10_000, "width": 10_000, "heads": 1}).to_yaml())
+    path.write_text(tiny(model={"layers": 2_000, "width": 20_000, "heads": 1}).to_yaml())
     with pytest.raises(SystemExit) as end:
         cli.sample([str(tmp_path / "run"), "--prompt", "a"])
     assert end.value.code == 2
-    assert "config.yaml: model.layers: 10,000, model.width: 10,000 needs" in capsys.readouterr().err
+    assert "config.yaml: model.layers: 2,000, model.width: 20,000 needs" in capsys.readouterr().err
 
 
 def test_a_forged_config_of_more_blocks_than_the_checkpoint_has_is_not_built(
@@ -186,7 +186,7 @@ def test_a_forged_config_of_more_blocks_than_the_checkpoint_has_is_not_built(
     from gpt import run, training
 
     training.train(tiny(training={"steps": 1}), tmp_path / "run", quiet=True)
-    (tmp_path / "run/config.yaml").write_text(tiny(model={"layers": 10_000}).to_yaml())
+    (tmp_path / "run/config.yaml").write_text(tiny(model={"layers": 2_000}).to_yaml())
     monkeypatch.setattr(run, "GPT", lambda *arguments: pytest.fail("it was built"))
     with pytest.raises(InputError, match=r"step-00000001: does not fit .*config.yaml: it holds"):
         run.load_run(tmp_path / "run")

@@ -279,9 +279,10 @@ def test_runs_in_threads_are_the_runs_one_after_the_other(tiny: Make, tmp_path: 
         tiny(seed=seed, model={"dropout": 0.3}, training={"steps": 8}, sampling={"tokens": 0})
         for seed in range(3)
     ]
-    prepare(configs[0].data)
     for config in configs:
         run(config, tmp_path / f"turn-{config.seed}")
+    corpus = configs[0].data.model_copy(update={"cache_dir": str(tmp_path / "cache")})
+    configs = [config.model_copy(update={"data": corpus}) for config in configs]
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
@@ -349,3 +350,37 @@ def test_a_rate_that_does_not_change_is_not_spoken_of(tiny: Make):
     assert rate_change(short, long, 20) is None
     assert rate_change(tiny(), tiny(training={"steps": 30}), 0) is None
     assert rate_change(tiny(), tiny(training={"steps": 30}), 3) is None  # still warming up
+
+
+def test_a_huge_batch_does_not_hold_up_a_stop(tiny: Make, tmp_path: Path):
+    config = tiny(training={"batch_sequences": 10**7, "micro_batch": 1})
+    asked = 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 20
+
+    result = run(config, tmp_path / "run", stop=stop)
+    assert (result.status, result.step) == ("interrupted", 0)
+
+
+def test_an_evaluation_that_fails_after_a_resume_leaves_what_the_undisturbed_run_does(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The checkpoint of a stop before an evaluation is not one to roll back to, or to keep."""
+    config = tiny(checkpoint={"every": 5}, training={"nonfinite": "rollback", "nonfinite_limit": 2})
+    evaluate = training.Training._evaluate
+
+    def failing(self: training.Training) -> Any:
+        fault = evaluate(self)
+        if self.progress.step == 10:
+            return training._Fault(10, "validation loss", "the validation loss became nan")
+        return fault
+
+    monkeypatch.setattr(training.Training, "_evaluate", failing)
+    whole = run(config, tmp_path / "whole")
+    run(config, tmp_path / "parts", **stop_after(10))
+    parts = run(config, tmp_path / "parts")
+    assert (whole.status, whole.rollbacks) == (parts.status, parts.rollbacks) == ("diverged", 2)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")

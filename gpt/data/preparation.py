@@ -17,7 +17,7 @@ import os
 import shutil
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -80,6 +80,9 @@ def prepare(
     return interruptible(lambda stop: _prepare(config, console, stop), stop, STOPPED)
 
 
+_PREPARING = defaultdict[Path, threading.Lock](threading.Lock)  # threads wait for each other
+
+
 def _prepare(config: DataConfig, console: Console | None, stop: Stop) -> Dataset:
     """`prepare`, in a thread of its own."""
     try:
@@ -87,10 +90,10 @@ def _prepare(config: DataConfig, console: Console | None, stop: Stop) -> Dataset
         if not (folder / "meta.json").is_file():
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = folder.with_name(f".{folder.name}.lock")
-            with only_one(
-                lock,
-                f"{folder}: another process is preparing this data; start again when it is done",
-            ):
+            refusal = (
+                f"{folder}: another process is preparing this data; start again when it is done"
+            )
+            with _PREPARING[folder.absolute()], only_one(lock, refusal):
                 if not (folder / "meta.json").is_file():  # or it was finished a moment ago
                     if folder.exists() or folder.is_symlink():
                         raise InputError(

@@ -22,6 +22,7 @@ from gpt.rng import derive
 Batch = npt.NDArray[np.int64]
 Made = TypeVar("Made")
 
+CHECKED = 256  # sequences between two checks whether to go on
 CYCLE = 1000  # samples in which each of several sources has its exact share
 
 
@@ -67,12 +68,20 @@ class TrainingSequences:
         self._cycle = -1, self.slots  # the newest: its number, and its slots' order
         self._epochs: dict[tuple[int, int], tuple[int, npt.NDArray[np.int64]]] = {}
 
-    def batch(self, step: int, size: int, rank: int = 0, world: int = 1) -> tuple[Batch, Batch]:
+    def batch(
+        self,
+        step: int,
+        size: int,
+        rank: int = 0,
+        world: int = 1,
+        check: Callable[[], object] = lambda: None,
+    ) -> tuple[Batch, Batch]:
         """Inputs and targets of update `step` (from 1), (size / world, T) each.
 
         Args:
             size: sequences of the update, over all processes.
             rank, world: this process and their number; together they hold what one would.
+            check: called every `CHECKED` sequences; what it raises ends the work.
 
         Raises:
             ValueError: the processes cannot share the batch evenly.
@@ -81,7 +90,11 @@ class TrainingSequences:
             raise ValueError(f"{world} processes cannot share {size} sequences evenly")
         share = size // world
         first = (step - 1) * size + rank * share
-        rows = [self._window(index) for index in range(first, first + share)]
+        rows: list[Tokens] = []
+        for index in range(first, first + share):
+            if len(rows) % CHECKED == 0:
+                check()
+            rows.append(self._window(index))
         return _inputs_and_targets(rows)
 
     def _window(self, index: int) -> Tokens:
