@@ -660,15 +660,23 @@ def test_a_full_disk_is_said_and_leaves_nothing(folder: Path, monkeypatch: pytes
     assert left(config) == []
 
 
-def test_a_second_preparation_at_the_same_time_is_refused(folder: Path):
+def test_a_second_preparation_at_the_same_time_is_refused(
+    folder: Path, environment: dict[str, str]
+):
     config = text_config(folder, folder / "in")
+    (folder / "c.json").write_text(config.model_dump_json())
     refused: list[str] = []
+    program = (
+        "import sys; from pathlib import Path; from gpt.config import DataConfig; "
+        "from gpt.data.preparation import prepare; "
+        "prepare(DataConfig.model_validate_json(Path(sys.argv[1]).read_text()))"
+    )
 
     def second() -> bool:
         if not refused:
-            with pytest.raises(InputError) as caught:
-                prepare(config)
-            refused.append(str(caught.value))
+            command = [sys.executable, "-c", program, folder / "c.json"]
+            ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+            refused.append(ran.stderr)
         return False
 
     dataset = prepare(config, stop=second)
