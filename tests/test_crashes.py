@@ -17,13 +17,16 @@ FINE = "def test_fine(): pass\n"
 SLOW = "import time\ndef test_slow(): time.sleep(100)\ndef test_slower(): time.sleep(100)\n"
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize(("bad", "limit"), [(CRASH, "300"), (HANG, "3")], ids=["crash", "hang"])
+@pytest.mark.parametrize(
+    ("bad", "limit", "workers", "beside"),
+    [(CRASH, "300", 2, SLOW), (HANG, "3", 1, FINE)],
+    ids=["crash", "hang"],
+)
 def test_a_crash_or_a_hang_ends_the_run_and_is_named(
-    bad: str, limit: str, workers: int, tmp_path: Path
+    bad: str, limit: str, workers: int, beside: str, tmp_path: Path
 ):
     (tmp_path / "test_a.py").write_text(FINE + bad + FINE.replace("fine", "later"))
-    (tmp_path / "test_b.py").write_text(FINE if workers == 1 or limit != "300" else SLOW)
+    (tmp_path / "test_b.py").write_text(beside)
     options = ["-c", ROOT / "pyproject.toml", "-o", f"faulthandler_timeout={limit}"]
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", *options, "-p", "conftest", f"-n{workers}", tmp_path],
