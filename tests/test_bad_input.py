@@ -716,6 +716,7 @@ def test_a_runs_name_stays_in_its_folder(name: str, tmp_path: Path):
         ({"contrast": {"question": "?", "of": ["x", "nobody"]}}, "nobody"),
         ({"grid": {"seed": [1]}}, "grid"),
         ({"base": {"model": {"layers": "x"}}}, "model.layers"),
+        ({"base": {"data": {"hub": {"streaming": {"\ud842": 1}}}}}, "data.hub.streaming"),
         ({"base": "../../../../etc/passwd"}, "base"),
     ],
 )

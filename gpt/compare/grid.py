@@ -327,9 +327,10 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> tuple[Grid, 
         raise InputError(f"{path}: describes {count:,} cells; at most {MOST_CELLS:,} are run")
     base = merge(merge(base, nested(grid.options)), overrides or {})
     grid = grid.model_copy(update={"base": base, "options": {}})
+    cells = _cells(grid, str(path))
     if len(grid.to_yaml().encode()) > LONGEST:  # or its comparison could not be read again
         raise InputError(f"{path}: with its base it is longer than {LONGEST:,} bytes")
-    return grid, _cells(grid, str(path))
+    return grid, cells
 
 
 def _varied(grid: Grid) -> list[str]:
