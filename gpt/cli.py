@@ -133,8 +133,10 @@ def _door(prog: str) -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def _path(argument: str) -> Path:
+def _path(argument: str, flag: str) -> Path:
     """A path of the command line."""
+    if not argument:
+        raise InputError(f"{flag}: is empty, and must name a file or folder")
     return Path(expand_user(argument))
 
 
@@ -185,12 +187,14 @@ def train(argv: list[str] | None = None, prog: str = "train.py") -> int:
     """`train.py CONFIG.yaml ...`; returns the exit code."""
     with _door(prog):
         flags, options = parse(TrainFlags, Config, prog, argv)
-        config = load(_path(flags.config), options)
+        config = load(_path(flags.config, "CONFIG.yaml"), options)
         if flags.print_config:
             write_result(config.to_yaml())
             return 0
         check_cpu_training(config)
-        out_dir = _path(flags.out_dir) if flags.out_dir else Path("runs") / config.name
+        out_dir = Path("runs") / config.name
+        if flags.out_dir is not None:
+            out_dir = _path(flags.out_dir, "--out-dir")
         resume = expand_user(flags.resume)
         if flags.dry_run:
             show(_dry_run(config, out_dir, resume))
@@ -335,7 +339,7 @@ def prepare(argv: list[str] | None = None, prog: str = "prepare") -> int:
     """`steadygpt prepare CONFIG.yaml ...`; returns the exit code."""
     with _door(prog):
         flags, options = parse(PrepareFlags, Config, prog, argv)
-        config = load(_path(flags.config), options)
+        config = load(_path(flags.config, "CONFIG.yaml"), options)
         from gpt.console import Console
         from gpt.data.preparation import prepare as run
 
@@ -414,7 +418,7 @@ def sample(argv: list[str] | None = None, prog: str = "sample.py") -> int:
         options = validate(SampleOptions, given, origin=as_flag)
         if options.prompt is not None and options.prompt_file is not None:
             raise InputError("give --prompt or --prompt-file, not both")
-        _sample(_path(flags.run_dir), _prompt(options, prog), options, prog)
+        _sample(_path(flags.run_dir, "RUN_DIR"), _prompt(options, prog), options, prog)
     return 0
 
 
@@ -576,10 +580,12 @@ def compare(argv: list[str] | None = None, prog: str = "compare.py") -> int:
         flags, options = parse(CompareFlags, Config, prog, argv)
         if flags.dry_run and flags.report_only:
             raise InputError("give --dry-run or --report-only, not both")
-        path = _path(flags.grid)
-        directory = _path(flags.out_dir) if flags.out_dir else Path("runs") / path.stem
+        path = _path(flags.grid, "GRID.yaml")
+        directory = Path("runs") / path.stem
+        if flags.out_dir is not None:
+            directory = _path(flags.out_dir, "--out-dir")
         if path.is_dir():
-            if flags.out_dir:
+            if flags.out_dir is not None:
                 raise InputError(f"--out-dir: {path} is a comparison directory already")
             path, directory = path / "grid.yaml", path
             if not path.is_file():
@@ -600,7 +606,7 @@ def _compare(grid: Grid, cells: list[Cell], directory: Path, flags: CompareFlags
     from gpt.compare.runner import default_workers
     from gpt.console import Console
 
-    beside = _path(flags.beside) if flags.beside else None
+    beside = _path(flags.beside, "--beside") if flags.beside is not None else None
     if beside is not None:
         comparison.read_comparison(beside)  # now or never
     if flags.report_only:
@@ -644,7 +650,7 @@ def checkpoint(argv: list[str] | None = None, prog: str = "gpt.checkpoint") -> i
         flags, _ = parse(CheckpointFlags, Section, prog, argv)
         from gpt import checkpoint as checkpoints
 
-        given = _path(flags.directory)
+        given = _path(flags.directory, "DIR")
         folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
         found = list(checkpoints.steps(folder).values())
         if checkpoints.STEP_NAME.fullmatch(given.absolute().name):
@@ -687,7 +693,7 @@ def diagnose(argv: list[str] | None = None, prog: str = "diagnose") -> int:
         from gpt.plot import has_layers, plot_layers
         from gpt.run import RunDirectory
 
-        run = RunDirectory(_path(flags.run_dir))
+        run = RunDirectory(_path(flags.run_dir, "RUN_DIR"))
         run.read_config()  # this is a run
         records = metrics.read(run.metrics)
         if not has_layers(records):

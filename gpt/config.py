@@ -184,6 +184,8 @@ def expand_user(path: str) -> str:
 
 
 def _file_name(value: str) -> str:
+    if not value:
+        raise PydanticCustomError("empty", "is empty, and must name a file or folder")
     if "\0" in value:
         raise PydanticCustomError("nul", "holds a NUL character, as no file's name does")
     return expand_user(value)
@@ -950,7 +952,7 @@ def _explain(error: ErrorDetails, options: list[str]) -> tuple[str, str]:
         shown = shown if len(shown) <= 60 else shown[:57] + "..."
     except ValueError:  # an int of thousands of digits
         shown = "a very long number"
-    if error["type"] in ("choice", "number", "range", "nul", "reserved", "characters"):
+    if error["type"] in ("choice", "number", "range", "empty", "nul", "reserved", "characters"):
         return key, f"{shown} {error['msg']}"
     if error["type"] == "string_unicode":
         return key, f"{shown} is not Unicode text"

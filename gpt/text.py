@@ -27,7 +27,7 @@ FORMATS: tuple[tuple[tuple[bytes, ...], str, str], ...] = (  # first bytes, name
     ((b"PAR1",), "a Parquet file", "data.source: parquet trains on it"),
     ((b"ARROW1",), "an Arrow file", "save it as Parquet, which data.source: parquet trains on"),
     ((b"\x93NUMPY",), "a NumPy array", "data.source: tokens trains on it if it holds token ids"),
-    ((b"PK\x03\x04",), "a zip archive (or .docx, .epub, .npz, .pt)", UNPACK),
+    ((b"PK\x03\x04", b"PK\x05\x06"), "a zip archive (or .docx, .epub, .npz, .pt)", UNPACK),
     ((b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07"), "an archive", UNPACK),
     ((b"\x1f\x8b",), "gzip-compressed", "decompress it"),
     ((b"BZh",), "bzip2-compressed", "decompress it"),
@@ -42,6 +42,8 @@ FORMATS: tuple[tuple[tuple[bytes, ...], str, str], ...] = (  # first bytes, name
     ((b"\x89PNG", b"\xff\xd8\xff", b"GIF8"), "a picture", "leave it out"),
     ((b"\x7fELF", b"MZ"), "a program", "leave it out"),
 )
+FEW, RARE = 16, 0.2  # broken characters, and their share, that text may have at its beginning
+CONTROLS = [chr(n) for n in (*range(1, 9), *range(14, 27))]  # that no text has
 WIDE = {  # encoding -> bytes of a character, those that are zero in most, and one that is not
     "UTF-32LE": (4, (2, 3), 0),
     "UTF-32BE": (4, (0, 1), 3),
@@ -86,13 +88,27 @@ def _wide(head: bytes) -> tuple[str, str] | None:
 
 
 def check(head: bytes, origin: str) -> None:
-    """Refuse what is recognised as something other than UTF-8 text.
+    """Refuse what begins as something other than UTF-8 text with perhaps a few broken bytes.
 
     Raises:
-        InputError: naming the format, and what helps.
+        InputError: naming the format or how much is broken, and what helps.
     """
     if (found := recognise(head)) is not None:
         raise InputError(f"{origin}: is {found[0]}, not UTF-8 text; {found[1]}")
+    if share := _much_broken(head):
+        raise InputError(
+            f"{origin}: is not UTF-8 text: {share:.0%} of its beginning is not valid; "
+            + CONVERT.format("ENCODING")
+        )
+
+
+def _much_broken(raw: bytes) -> float:
+    """The share of broken and control characters in UTF-8 if that is more than text has, or 0."""
+    if _is_text(raw):
+        return 0.0
+    text = codecs.getincrementaldecoder("utf-8")("replace").decode(raw)
+    broken = text.count("\ufffd") - raw.count("\ufffd".encode()) + sum(map(text.count, CONTROLS))
+    return broken / len(text) if broken > max(FEW, RARE * len(text)) else 0.0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -183,8 +199,9 @@ def decoded(
 
     Args:
         origin: what a message calls them, such as the file's name.
-        replace: broken bytes become U+FFFD. What is recognised as another format is refused.
-        hint: a way on that a message about a broken byte ends with.
+        replace: broken bytes become U+FFFD. What is recognised as another format, or broken in
+            large part at its beginning, is refused.
+        hint: a way on that a message about a broken byte ends with, where few are broken.
 
     Raises:
         InputError: they are not UTF-8 text.
@@ -198,16 +215,20 @@ def decoded(
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
             at, byte = position + error.start, error.object[error.start]
-            raise _broken(origin, at, byte, hint) from None
+            raise broken(origin, at, byte, "" if _much_broken(chunk) else hint) from None
         if not replace and "\0" in text:
             at = position + len(text.partition("\0")[0].encode())
-            raise _broken(origin, at, 0, hint)
+            raise InputError(
+                f"{origin}: holds a NUL byte, as no text does: byte {at:,}; delete those bytes, "
+                f"for example by `tr -d '\\000' < FILE > NEW`{hint}"
+            )
         if text:
             yield text.removeprefix("\ufeff") if not position else text
         position += len(text.encode()) if not replace else len(chunk)
 
 
-def _broken(origin: str, position: int, byte: int, hint: str) -> InputError:
+def broken(origin: str, position: int, byte: int, hint: str) -> InputError:
+    """What is said of a byte that is not UTF-8."""
     return InputError(
         f"{origin}: is not UTF-8 text: byte {position:,} is 0x{byte:02x}; if it is in another "
         f"encoding, convert it{hint}"

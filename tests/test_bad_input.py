@@ -675,8 +675,18 @@ def test_no_config_but_something_else(door: str, tmp_path: Path):
     assert "loop.yaml" in refused(door, loop)
     assert "/dev/zero: is a device, not a regular file" in refused(door, "/dev/zero")
     assert "holds a NUL character" in refused(door, "a\0b")
+    assert "is empty, and must name a file or folder" in refused(door, "")
     assert str(tmp_path / "no.yaml") in refused(door, tmp_path / "no.yaml")
     assert str(tmp_path) in refused(door, tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["--data.path", "--data.cache-dir", "--out-dir"])
+def test_an_empty_path_is_named(flag: str, tmp_path: Path):
+    path = tmp_path / "c.yaml"
+    path.write_text("data: {source: text}" if flag == "--data.path" else "{}")
+    said = refused("train.py", path, flag, "", "--dry-run", folder=tmp_path)
+    assert flag.removeprefix("--").replace("cache-dir", "cache_dir") in said
+    assert "is empty, and must name a file or folder" in said
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", "", "<b>x</b>", "a\nb", "x" * 101])
@@ -690,7 +700,11 @@ def test_a_runs_name_stays_in_its_folder(name: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"seeds": 10**12}, "describes"),
+        ({"seeds": 10**12}, "seeds: 1000000000000 is not between 1 and 10,000"),
+        ({"seeds": "1e300"}, "seeds: '1e300' is not between 1 and 10,000"),
+        ({"seeds": True}, "seeds: True is neither a list of seeds nor how many, between 1 and"),
+        ({"seeds": 2.5}, "seeds: 2.5 is neither a list of seeds nor how many"),
+        ({"seeds": 10_000, "arms": {"a": {"x": {}, "y": {}}}}, "describes 20,000 cells"),
         ({"seeds": -1}, "seeds"),
         ({"grid": {"optimizer.learning_rate": list(range(1, 20_000))}}, "describes"),
         ({"arms": {"a": {"../x": {}}}, "pairs": [["../x", "../x"]]}, "compared with itself"),
@@ -702,6 +716,7 @@ def test_a_runs_name_stays_in_its_folder(name: str, tmp_path: Path):
         ({"contrast": {"question": "?", "of": ["x", "nobody"]}}, "nobody"),
         ({"grid": {"seed": [1]}}, "grid"),
         ({"base": {"model": {"layers": "x"}}}, "model.layers"),
+        ({"base": {"data": {"hub": {"streaming": {"\ud842": 1}}}}}, "data.hub.streaming"),
         ({"base": "../../../../etc/passwd"}, "base"),
     ],
 )

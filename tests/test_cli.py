@@ -608,6 +608,7 @@ def test_a_checkpoint_can_be_chosen(
         (["--top-k", "0"], "--top-k: '0' is not between 1 and 1,000,000,000"),
         (["--topk", "5"], "perhaps you meant --top-k"),
         (["--prompt", "a", "--prompt-file", "b"], "not both"),
+        (["--prompt-file", ""], "--prompt-file: '' is empty, and must name a file or folder"),
         (["--prompt-file", "none.txt"], "--prompt-file none.txt: No such file"),
         (["--device", "tpu"], "--device: input should be 'auto', 'cpu', 'cuda' or 'mps'"),
     ],

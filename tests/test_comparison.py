@@ -359,7 +359,7 @@ def test_too_long_or_too_large_is_said_before_it_starts(
     out = str(tmp_path / "new")
     with pytest.raises(SystemExit):
         cli.compare([str(short), "--out-dir", out])
-    assert "the grid allows 1e-06" in capsys.readouterr().err
+    assert "the grid allows 0.0036 seconds" in capsys.readouterr().err
     monkeypatch.setattr(estimate, "free_bytes", lambda path: 10)
     with pytest.raises(SystemExit):
         cli.compare([str(grid_file), "--out-dir", out])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from test_bad_input import contents, is_clear, knock
+from test_training import stop_after
 
 from gpt import plot, training
 from gpt.compare import report as reports
@@ -101,8 +102,7 @@ def original(small: Config, tmp_path_factory: pytest.TempPathFactory, quick: Non
     """A run that was stopped twice, so that it has every file of a run."""
     path = tmp_path_factory.mktemp("original") / "run"
     for steps in (2, 1):
-        stops = iter([*[False] * steps, True])
-        training.train(small, path, quiet=True, stop=lambda stops=stops: next(stops))
+        training.train(small, path, quiet=True, **stop_after(steps))
     (path / "layers.png").write_bytes(b"picture")
     shutil.copytree(path / "checkpoints/step-00000002", path / "checkpoints/damaged-step-00000002")
     return path

@@ -648,16 +648,77 @@ def test_an_empty_source_of_several_is_named(folder: Path):
         prepare(text_config(folder, folder / "in", validation={"path": str(folder / "empty.txt")}))
 
 
+def full(*args: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+FULL_DISK = r"data\.cache_dir: .*cache: No space left on device"
+
+
 def test_a_full_disk_is_said_and_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch):
     config = text_config(folder, folder / "in")
-
-    def full(*args: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(prepared, "_describe", full)
-    with pytest.raises(InputError, match=r"data\.cache_dir: .*cache: No space left on device"):
+    monkeypatch.setattr(preparation, "_encode", full)
+    with pytest.raises(InputError, match=f"{FULL_DISK}$"):
         prepare(config)
     assert left(config) == []
+
+
+@pytest.mark.parametrize("part", ["encoding", "noting", "sealing"])
+def test_what_was_noted_before_the_disk_was_full_is_kept(
+    part: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(preparation, "JOB", 100)
+    whole = prepare(text_config(folder / "whole", folder / "in"))
+    config = text_config(folder, folder / "in")
+    encoded: list[int] = []
+    encode, write_text = preparation._encode, preparation.write_text
+
+    def fills_the_disk(*arguments: Any) -> Any:
+        encoded.append(1)
+        return encode(*arguments) if len(encoded) < 10 or part != "encoding" else full()
+
+    def fills_it_with_a_note(path: Path, text: str) -> None:
+        if path.name == preparation.NOTE and path.exists() and part == "noting":
+            full()
+        write_text(path, text)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparation, "NOTE_EVERY", 0.0)
+        patch.setattr(preparation, "_encode", fills_the_disk)
+        patch.setattr(preparation, "write_text", fills_it_with_a_note)
+        if part == "sealing":
+            patch.setattr(prepared, "_describe", full)
+        with pytest.raises(InputError, match=f"{FULL_DISK}; what is prepared is kept, and the"):
+            prepare(config)
+    (building,) = left(config)
+    done = json.loads((Path(config.cache_dir) / building / preparation.NOTE).read_text())
+    assert done["items"] > 0
+    dataset = prepare(config)
+    assert dataset.fingerprint == whole.fingerprint
+    assert left(config) == [dataset.folder.name]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", None], ids=str)
+@pytest.mark.parametrize("name", ["tokenizer.json", "progress.json", "revisions.json", "train.bin"])
+def test_what_is_damaged_in_a_half_prepared_folder_is_prepared_anew(
+    name: str, content: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(preparation, "JOB", 100)
+    config = text_config(folder, folder / "in")
+    asked = iter(range(40))
+    with pytest.raises(StoppedError):
+        prepare(config, stop=lambda: next(asked) == 10)
+    (building,) = left(config)
+    path = Path(config.cache_dir) / building / name
+    path.unlink()
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_text(content)
+    with pytest.raises(InputError, match=r"building/.*; the next start prepares anew$"):
+        prepare(config)
+    assert not left(config)
+    assert prepare(config)
 
 
 def test_a_second_preparation_at_the_same_time_is_refused(

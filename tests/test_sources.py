@@ -149,7 +149,8 @@ BAD_FILES = [
     ("text", "a.txt", b"\xef\xbb\xbfabc\xff", r"byte 6 is 0xff"),
     ("text", "a.txt", "in UTF-16".encode("utf-16"), r"a.txt: is UTF-16 text, not "
      r"UTF-8 text; .*iconv -f UTF-16"),
-    ("text", "a.txt", "é".encode() * 10 + b"\0", r"byte 20 is 0x00"),
+    ("text", "a.txt", "é".encode() * 10 + b"\0", r"a.txt: holds a NUL byte, as no text "
+     r"does: byte 20; delete those bytes, for example by .*, or data.invalid_text: replace"),
     ("text", "a.gz", b"no gzip", r"a.gz: is not gzip-compressed, as its name says; rename"),
     ("text", "a.gz", b"", r"a.gz: is empty, and not gzip-compressed, as its name says; delete it"),
     ("text", "a.gz", gzip.compress(b"text " * 9999, mtime=0)[:-9],
@@ -200,6 +201,51 @@ def test_what_is_no_text_is_replaced_on_request(tmp_path: Path):
     assert list(documents(text)) == ["a\ufffdb\0"]
     jsonl = config_of("jsonl", tmp_path / "a.jsonl", **replace)
     assert list(documents(jsonl)) == ["\ufffd\ufffd"]
+
+
+JAPANESE = "これは日本語の文章です。犬が庭を走り、猫は窓から外を見ていた。\n" * 9
+OTHER_ENCODINGS = {
+    "EBCDIC": ("Lines of plain text.\n" * 9).encode("cp500"),
+    "Shift-JIS": JAPANESE.encode("shift-jis"),
+    "UTF-16BE": JAPANESE.encode("utf-16-be"),
+    "UTF-16LE": JAPANESE.encode("utf-16-le"),
+    "KOI8-R": ("Все счастливые семьи похожи.\n" * 9).encode("koi8-r"),
+}
+
+
+@pytest.mark.parametrize("encoding", OTHER_ENCODINGS)
+@pytest.mark.parametrize("source", ["text", "jsonl"])
+def test_text_in_another_encoding_is_never_replaced(tmp_path: Path, source: str, encoding: str):
+    path = tmp_path / "a.txt"
+    path.write_bytes(OTHER_ENCODINGS[encoding])
+    for invalid_text in ("refuse", "replace"):
+        with pytest.raises(InputError, match=r"not UTF-8 text: \d\d% of its .*iconv") as caught:
+            list(documents(config_of(source, path, invalid_text=invalid_text)))
+        assert "replace" not in str(caught.value)
+
+
+def test_a_few_broken_bytes_are_replaced(tmp_path: Path):
+    path = tmp_path / "a.txt"
+    for content in ("Le café est fermé jusqu'à demain.\n" * 99, "ÄÖÜ"):
+        path.write_bytes(content.encode("latin-1"))
+        with pytest.raises(InputError, match=r"data.invalid_text: replace"):
+            list(documents(config_of("text", path)))
+        [found] = documents(config_of("text", path, invalid_text="replace"))
+        assert found == re.sub("[^ -~\n]", "\ufffd", content)
+
+
+def test_replace_is_not_advised_where_much_is_broken_further_on(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes(b"x" * sources.CHUNK + JAPANESE.encode("shift-jis"))
+    with pytest.raises(InputError, match=r"byte 131,072 is 0x82; .*convert it$"):
+        list(documents(config_of("text", tmp_path)))
+
+
+def test_a_row_of_bytes_that_begins_like_another_format_is_text(tmp_path: Path):
+    pq.write_table(pa.table({"text": [b"a", b"\xff\xfea"]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a.parquet: row 2: is not UTF-8 text: byte 0 is 0xff"):
+        list(documents(config_of("parquet", tmp_path)))
+    replaced = config_of("parquet", tmp_path, invalid_text="replace")
+    assert list(documents(replaced)) == ["a", "\ufffd\ufffda"]
 
 
 @pytest.mark.parametrize("source", ["text", "jsonl", "parquet", "tokens"])
@@ -274,10 +320,31 @@ def test_patterns_match_as_those_of_glob(tmp_path: Path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     for pattern in ("**/*.txt", "a/**/c.*", "**/b/*", "**", "a/**", "**/.h/*", "**/.x", "*/**/*.md",
-                    "**/**/c.txt", "[ad]*/**/c.txt"):  # fmt: skip
+                    "**/**/c.txt", "[ad]*/**/c.txt", "**/b/../c.txt", "a/**/b/**"):  # fmt: skip
         found = SOURCES["text"].find(config_of("text", tmp_path / pattern)).files
         names = glob.glob(str(tmp_path / pattern), recursive=True)
         assert sorted(map(str, found)) == sorted(n for n in set(names) if Path(n).is_file())
+
+
+def test_a_pattern_finds_a_link_to_a_folder_that_was_searched(tmp_path: Path):
+    for version in ("v1", "v3"):
+        (tmp_path / "x" / version).mkdir(parents=True)
+        (tmp_path / "x" / version / "a.txt").write_text(version)
+    (tmp_path / "x/latest").symlink_to("v3")
+    (tmp_path / "x/v1/loop").symlink_to(tmp_path)
+    for pattern in ("*/latest/*.txt", "**/latest/*.txt", "**/latest/**", "**/*/latest/**/a.txt"):
+        found = SOURCES["text"].find(config_of("text", tmp_path / pattern)).files
+        assert found == [tmp_path / "x/latest/a.txt"], pattern
+
+
+def test_a_pattern_ends_among_many_loops(tmp_path: Path):
+    for name in "abcdefgh":
+        (tmp_path / name).mkdir()
+        for other in "abcdefgh":
+            (tmp_path / name / f"to-{other}").symlink_to(tmp_path / other)
+    (tmp_path / "h/end.txt").write_text("end")
+    [found] = SOURCES["text"].find(config_of("text", tmp_path / "**/*/**/*/**/*.txt")).files
+    assert found.samefile(tmp_path / "h/end.txt")
 
 
 @pytest.mark.parametrize("source", ["text", "jsonl", "parquet", "tokens"])
@@ -349,6 +416,7 @@ FORMATS = {
     "a Parquet file": saved(lambda f: pq.write_table(pa.table({"text": ["a"]}), f)),
     "a NumPy array": saved(lambda f: np.save(f, np.arange(5))),
     "a zip archive": saved(zipped),
+    "a zip archive .or": b"PK\5\6" + bytes(18),  # empty
     "a pickle": pickle.dumps({"text": "a"}),
     "a PDF": b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n",
     "a safetensors file": save_safetensors({"a": np.zeros(3, np.float32)}),

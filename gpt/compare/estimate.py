@@ -136,9 +136,17 @@ def check_affordable(estimated: Estimate, directory: Path, hours: float) -> None
         )
     if estimated.seconds > 3600 * hours:
         raise InputError(
-            f"is estimated to take {estimated.seconds / 3600:,.1f} hours, and the grid allows "
-            f"{hours:g};\nraise its `hours`, give more --workers, or shrink it"
+            f"{directory}: is estimated to take {_span(estimated.seconds)}, and the grid allows "
+            f"{_span(3600 * hours)};\nraise its `hours`, give more --workers, or shrink it"
         )
+
+
+def _span(seconds: float) -> str:
+    """Such as `1.5 hours`, in the largest unit of which there is at least one."""
+    for size, unit in ((3600, "hours"), (60, "minutes")):
+        if seconds >= size:
+            return f"{seconds / size:,.1f}".removesuffix(".0") + f" {unit}"
+    return f"{seconds:.2g} seconds"
 
 
 def free_bytes(directory: Path) -> int:

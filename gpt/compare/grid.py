@@ -42,6 +42,7 @@ from pydantic_core import PydanticCustomError
 
 from gpt.config import (
     LONGEST,
+    Between,
     Config,
     Hours,
     Section,
@@ -61,6 +62,7 @@ from gpt.size import check_cpu_training
 
 RATE = "optimizer.learning_rate"
 MOST_CELLS = 10_000  # and arms
+HOW_MANY = Between(1, MOST_CELLS)  # seeds
 LONGEST_VALUE = 100  # characters
 Options = dict[str, Any]  # dotted option -> value
 Measure = Literal["log_lr50", "failure", "loss"]
@@ -74,8 +76,13 @@ def _flat(value: object) -> object:
 
 def _seeds(value: object) -> object:
     """A number of seeds is that many, from 0."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return list(range(min(value, MOST_CELLS + 1)))
+    number = value if isinstance(value, bool) else HOW_MANY.check(value)
+    if isinstance(number, int) and not isinstance(number, bool):
+        return list(range(number))
+    if not isinstance(value, list | tuple):
+        raise PydanticCustomError(
+            "number", "is neither a list of seeds nor how many, {range}", {"range": str(HOW_MANY)}
+        )
     return value
 
 
@@ -320,9 +327,10 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> tuple[Grid, 
         raise InputError(f"{path}: describes {count:,} cells; at most {MOST_CELLS:,} are run")
     base = merge(merge(base, nested(grid.options)), overrides or {})
     grid = grid.model_copy(update={"base": base, "options": {}})
+    cells = _cells(grid, str(path))
     if len(grid.to_yaml().encode()) > LONGEST:  # or its comparison could not be read again
         raise InputError(f"{path}: with its base it is longer than {LONGEST:,} bytes")
-    return grid, _cells(grid, str(path))
+    return grid, cells
 
 
 def _varied(grid: Grid) -> list[str]:

@@ -10,6 +10,7 @@ goes on from there. What the folder holds in the end: prepared.py.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -48,6 +49,8 @@ SAY_EVERY = 10.0  # seconds between lines that say so, where there is no termina
 DIFFERENT = 2**23  # bytes of different long words that bpe learns from: it needs 100 times as much
 LONG = 16  # characters of a long word, between white space; what has more is rarely met again
 STOPPED = "stopped while preparing data; start again to continue from what is on disk"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # a disk that is, or that fails
+KEPT = "; what is prepared is kept, and the next start continues from it"
 HASHED = 2**20  # characters or tokens of a document, at its beginning, that decide on its side
 
 
@@ -234,12 +237,13 @@ class _Preparation:
                 raise InputError(f"data: a file of {self.final.name} changed while it was read")
             self.folder.rename(self.final)
             flush(self.final.parent)
-        except (UnreachableError, StoppedError):
-            if not (self.folder / NOTE).is_file():
+        except Exception as error:
+            is_full = isinstance(error, OSError) and error.errno in FULL
+            can_go_on = is_full or isinstance(error, UnreachableError | StoppedError)
+            if not (can_go_on and (self.folder / NOTE).is_file()):
                 shutil.rmtree(self.folder, ignore_errors=True)
-            raise
-        except Exception:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            elif isinstance(error, OSError):
+                error.strerror = f"{error.strerror}{KEPT}"
             raise
 
     def _fill(self) -> None:
@@ -269,10 +273,11 @@ class _Preparation:
         """Read datasets of the hub at one commit from the first start to the last."""
         path = self.folder / REVISIONS
         revisions = [commit(source.config) for source in self.plan]  # or it is out of reach
-        if path.is_file():
-            revisions = read_json(path, list[str | None], ANEW)
-            if len(revisions) != len(self.plan):
-                raise InputError(f"{path}: is damaged; {ANEW}")
+        if path.exists():
+            with _left_by_an_earlier_start():
+                revisions = read_json(path, list[str | None])
+                if len(revisions) != len(self.plan):
+                    raise InputError(f"{path}: is damaged")
         else:
             write_text(path, json.dumps(revisions) + "\n")
         self.plan = [s.at(revision) for s, revision in zip(self.plan, revisions, strict=True)]
@@ -297,8 +302,9 @@ class _Preparation:
     def _vocabulary(self) -> Encoding:
         """The tokenizer of an earlier start, or a new one, learnt from the text if it must be."""
         path = self.folder / "tokenizer.json"
-        if path.is_file():
-            return tokenizer.load(path)
+        if path.exists():
+            with _left_by_an_earlier_start():
+                return tokenizer.load(path)
         self._start("learning a vocabulary from")
         encoding = wait_for(
             lambda: _learn(self.config, self.plan, self._has_read, self.stop),
@@ -364,25 +370,26 @@ class _Preparation:
         """The number of items that an earlier start wrote, and the token files after these."""
         note = self.folder / NOTE
         done = dict.fromkeys(["items", *self.names], 0)
-        if note.is_file():
-            done = self._noted(note, dtype)
-            self.console.say("going on where an earlier start was stopped")
         files: dict[str, BinaryIO] = {}
-        for name in self.names:
-            path = self.folder / f"{name}.bin"
-            files[name] = stack.enter_context(open_own(path))
-            files[name].truncate(done[name])
-            files[name].seek(done[name])
+        with _left_by_an_earlier_start():
+            if note.exists():
+                done = self._noted(note, dtype)
+                self.console.say("going on where an earlier start was stopped")
+            for name in self.names:
+                path = self.folder / f"{name}.bin"
+                files[name] = stack.enter_context(open_own(path))
+                files[name].truncate(done[name])
+                files[name].seek(done[name])
         return done["items"], files
 
     def _noted(self, path: Path, dtype: np.dtype[Any]) -> dict[str, int]:
         """What an earlier start noted: items written, and the sizes of the token files after it."""
-        done = read_json(path, dict[str, Natural], ANEW)
+        done = read_json(path, dict[str, Natural])
         if done.keys() != {"items", *self.names} or any(
             done[name] > (self.folder / f"{name}.bin").stat().st_size or done[name] % dtype.itemsize
             for name in self.names
         ):
-            raise InputError(f"{path}: is damaged; {ANEW}")
+            raise InputError(f"{path}: is damaged")
         return done
 
     def _note(self, count: int, files: dict[str, BinaryIO]) -> None:
@@ -417,6 +424,19 @@ class _Preparation:
             self.console.start(self.total, what=self.what, unit="B", every=SAY_EVERY)
         self.read += count
         self.console.progress(self.read)
+
+
+@contextlib.contextmanager
+def _left_by_an_earlier_start() -> Iterator[None]:
+    """Say of what cannot be used that it is deleted."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise InputError(f"{error.filename}: {error.strerror}; {ANEW}") from None
+    except InputError as error:
+        raise InputError(f"{error}; {ANEW}") from None
 
 
 def _learn(

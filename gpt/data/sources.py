@@ -84,7 +84,11 @@ def _whole(value: object, where: str, config: SourceConfig) -> Document:
     if value is None and config.missing_text == "skip":
         return _skipped(where)
     if isinstance(value, bytes):
-        value = text.decode(value, where, replace=replace, hint=REPLACE)
+        try:
+            value = value.decode(errors="replace" if replace else "strict")
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            raise text.broken(where, error.start, byte, REPLACE) from None
     if not isinstance(value, str):
         kind = {type(None): "null", bool: "a truth value", dict: "a mapping", list: "a list"}
         number = "a number" if isinstance(value, int | float) else f"a {type(value).__name__}"
@@ -217,9 +221,7 @@ def _is_readable(path: Path, found: Found) -> bool:
     return kind == "file"
 
 
-def _walk(
-    folder: Path, found: Found, *, hidden: bool = False, follow: bool = True
-) -> Iterator[Path]:
+def _walk(folder: Path, found: Found, *, follow: bool = True) -> Iterator[Path]:
     """The files below a folder. Links are followed, and no folder is searched twice."""
     folders, links = deque([folder]), deque[Path]()
     while folders or links:  # what is not a link comes first, so that a file has its own name
@@ -234,7 +236,7 @@ def _walk(
             continue
         found.folders.add((status.st_dev, status.st_ino))
         for path in entries:
-            if path.name.startswith(".") and not hidden:
+            if path.name.startswith("."):
                 found.leave_out("hidden", path)
             elif _kind(path) != "folder":
                 if _is_readable(path, found):
@@ -248,28 +250,48 @@ def _walk(
 
 
 def _matches(pattern: str, found: Found) -> Iterator[Path]:
-    """As `glob.glob`, but below `**` no folder is searched twice: links can form a loop."""
+    """As `glob.glob`, but links can form a loop.
+
+    So below `**` no folder is searched twice for the same rest of the pattern.
+    """
     parts = Path(pattern).parts
     if "**" not in parts:
         yield from map(Path, glob.glob(pattern))
         return
     at = parts.index("**")
-    hidden = any(part.startswith(".") for part in parts[at:])
-    searched = Found([], left_out=found.left_out)  # a pattern may well pass by prepared data
+    expects_hidden = any(part.startswith(".") for part in parts[at:])
+    folders, links = deque[tuple[Path, tuple[str, ...]]](), deque[tuple[Path, tuple[str, ...]]]()
+
+    def search(path: Path, patterns: tuple[str, ...]) -> None:
+        if patterns and path.is_dir():  # links come last, so that a file has its own name
+            (links if path.is_symlink() else folders).append((path, patterns))
+
     for root in glob.glob(str(Path(*parts[:at]))) if at else ["."]:
-        for path in _walk(Path(root), searched, hidden=hidden):
-            if _fits(path.relative_to(root).parts, parts[at:]):
-                yield path
-
-
-def _fits(names: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
-    """Whether the parts of a path match those of a pattern, of which `**` matches any number."""
-    if not names or not patterns:
-        return not names and all(pattern == "**" for pattern in patterns)
-    hidden = names[0].startswith(".") and not patterns[0].startswith(".")
-    if patterns[0] == "**":
-        return _fits(names, patterns[1:]) or (not hidden and _fits(names[1:], patterns))
-    return not hidden and fnmatch(names[0], patterns[0]) and _fits(names[1:], patterns[1:])
+        search(Path(root), parts[at:])
+    searched = set[tuple[int, int, int]]()
+    while folders or links:
+        folder, patterns = (folders or links).popleft()
+        first, rest = patterns[0], patterns[1:]
+        try:
+            status = folder.stat()
+            state = status.st_dev, status.st_ino, len(patterns)
+            if state in searched:
+                continue
+            entries = sorted(folder.iterdir()) if glob.has_magic(first) else [folder / first]
+        except OSError:
+            found.leave_out(UNREADABLE, folder)
+            continue
+        searched.add(state)
+        if first == "**" and rest:
+            search(folder, rest)
+        for path in entries:
+            if path.name.startswith(".") and not first.startswith("."):
+                if first == "**" and not expects_hidden:
+                    found.leave_out("hidden", path)
+            elif first == "**" or fnmatch(path.name, first):
+                if not rest and os.path.lexists(path):
+                    yield path
+                search(path, patterns if first == "**" else rest)
 
 
 def _once(found: Found) -> list[Path]:
