@@ -224,14 +224,12 @@ def products(task: Task, ours: bool) -> Step:
     layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
     inputs = [torch.randn(task.batch, layer.in_features) for layer in layers]
     inputs.append(torch.randn(task.batch, task.shape.width))
-    calls: list[nn.Module]
     if ours:
-        kinds = (nn.Linear, PackedLinear, SlicedLinear)
         prepare(model, "fp32", task.batch)
-        calls = [m for m in model.modules() if isinstance(m, kinds)]
-    else:
+    if model.head is None:  # also where no other layout pays
         model.head = nn.Linear(task.shape.width, task.vocab_size, bias=False)
-        calls = [*layers, model.head]
+    kinds = (nn.Linear, PackedLinear, SlicedLinear)
+    calls = [m for m in model.modules() if isinstance(m, kinds)]
 
     @torch.inference_mode()
     def step() -> None:

@@ -17,10 +17,15 @@ from gpt.init import initialize
 from gpt.model import ACTIVATIONS, GPT
 from gpt.norm import NORMS
 from gpt.placement import PLACEMENTS, check
-from gpt.weights import Int8Linear, PackedLinear, SlicedLinear, prepare
+from gpt.weights import Int8Linear, PackedLinear, SlicedLinear, can_pack, prepare
 
 VOCAB = 61
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="slices are for MKL")
+needs_packing = pytest.mark.skipif(not can_pack(), reason="oneDNN's layouts need AVX2 or more")
+needs_vectors = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT",
+    reason="torch's compiler writes vector code that its headers lack without AVX2",
+)
 SWITCHES: list[dict[str, Any]] = [
     {"attention": {"qk_norm": True}},
     {"attention": {"soft_cap": 0.5}},
@@ -105,7 +110,11 @@ def test_fixed_shapes_give_the_plain_logits(options: dict[str, Any]):
 @torch.no_grad()
 @every_model
 @pytest.mark.parametrize(
-    ("samples", "kind"), [pytest.param(1, SlicedLinear, marks=needs_mkl), (2, PackedLinear)]
+    ("samples", "kind"),
+    [
+        pytest.param(1, SlicedLinear, marks=needs_mkl),
+        pytest.param(2, PackedLinear, marks=needs_packing),
+    ],
 )
 def test_other_layouts_give_the_plain_logits(
     samples: int, kind: type, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -186,6 +195,7 @@ def test_fixed_shapes_draw_the_same_text_through_windows_and_again():
     assert [drawn(model, decoder=decoder) for _ in range(2)] == [plain, plain]
 
 
+@needs_vectors
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_a_compiled_step_is_compiled_once_and_gives_the_plain_logits():
     model = make({})
