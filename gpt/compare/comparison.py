@@ -93,7 +93,8 @@ def compare(
         else:
             console.say(f"{directory}: all {len(cells)} cells have ended before; reporting again")
         write_text(directory / "grid.yaml", grid.to_yaml())
-        _note_command(directory)
+        if todo:
+            _note_command(directory)
         finished = run_cells(
             cells,
             directory,
