@@ -815,6 +815,12 @@ def test_what_is_left_out_or_skipped_is_said_once(folder: Path, capsys: pytest.C
     assert capsys.readouterr().err == ""
 
 
+def test_a_cache_folder_that_is_a_loop_of_links_is_refused(folder: Path):
+    (folder / "cache").symlink_to("cache")
+    with pytest.raises(InputError, match=r"cache: "):
+        prepare(text_config(folder, folder / "in"))
+
+
 def test_a_link_to_the_cache_is_refused_as_the_cache_itself_is(folder: Path):
     (folder / "cache").mkdir()
     (folder / "in/link").symlink_to(folder / "cache")

@@ -189,7 +189,7 @@ def _source_files(
         found = SOURCES[source.source].find(source)
     except InputError as error:
         raise InputError(f"{place}.{error}") from None
-    cache = Path(config.cache_dir).resolve()
+    cache = Path(os.path.realpath(config.cache_dir))  # which, unlike resolve, lets a loop be
     for folder in (cache, *cache.parents):
         if folder.exists() and found.has_searched(folder):
             raise InputError(
