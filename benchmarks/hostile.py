@@ -524,16 +524,19 @@ def _wrong_report(work: Path) -> str:
     """What is wrong in the reports that a command wrote."""
     for folder in {path.parent for path in work.glob("*/report.*")}:
         for name in ("report.html", "report.md"):
-            if (folder / name).is_file() and SCRIPT in (folder / name).read_text(
-                "utf-8", "replace"
-            ):
+            if _is_small(folder / name) and SCRIPT in (folder / name).read_text("utf-8", "replace"):
                 return f"{name} holds {SCRIPT}"
-        if (folder / "cells.csv").is_file():
+        if _is_small(folder / "cells.csv"):
             with (folder / "cells.csv").open(encoding="utf-8") as file:
                 for row in csv.reader(file):
                     if bad := [cell for cell in row if cell.startswith(("=", "+", "@"))]:
                         return f"cells.csv holds the formula {bad[0][:60]!r}"
     return ""
+
+
+def _is_small(path: Path) -> bool:
+    """Whether it is a file that may be read whole, as a sparse one is not."""
+    return path.is_file() and path.stat().st_size < LONGEST_FILE
 
 
 # ---------------------------------------------------------------------------------------------
