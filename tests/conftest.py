@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ from gpt.config import Config, merge, validate
 from gpt.files import describe
 
 ROOT = Path(__file__).parents[1]
+# torch's compiler keeps kernels by their source alone: those of one vector unit fail on another.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    os.path.join(tempfile.gettempdir(), f"inductor-{torch.backends.cpu.get_cpu_capability()}"),
+)
 VERSE = "The quick brown fox jumps over the lazy dog, {} times; then it sleeps.\n"
 
 
