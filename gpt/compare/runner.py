@@ -40,7 +40,7 @@ from gpt.files import read_json, write_text
 from gpt.run import RunDirectory, RunResult
 from gpt.training import train
 
-SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_BETWEEN_LOOKS = 0.1  # also until a stop is passed on to the workers
 SECONDS_BETWEEN_LINES = 30.0  # that say how far the sweep is, where there is no terminal
 GPU_WORKERS = 8
 
