@@ -15,6 +15,8 @@ from gpt.model import ACTIVATIONS, GPT, MLP, soft_cap
 from gpt.placement import PLACEMENTS
 
 VOCAB = 61
+# of fp32 sums; without vector units torch adds one number after the other, and rounds more
+ROUNDING = 4e-6 if torch.backends.cpu.get_cpu_capability() == "DEFAULT" else 1e-6
 SHAPE = ModelConfig(layers=4, heads=4, width=32, context=24)
 
 
@@ -288,7 +290,7 @@ def assert_same(fast: Result, plain: Result, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 4e-6)], ids=str
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, ROUNDING)], ids=str
 )
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize(
