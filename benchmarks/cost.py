@@ -71,7 +71,7 @@ def measure(size: Size, device_name: str, tokens: int, seconds: float) -> dict[s
     """Updates of a model of that size, at least two, for that many seconds."""
     import torch
 
-    from gpt import plan
+    from gpt.run import plan
 
     device = plan.pick_device(device_name)
     update, _, _ = _training(Size(1, HEAD, 8), device, 64)
@@ -117,11 +117,11 @@ def _training(size: Size, device: Any, tokens: int) -> tuple[Any, Any, Any]:
     """A function that makes one update, its model and config."""
     import torch
 
-    from gpt import plan
     from gpt.config import Config, validate
     from gpt.init import initialize
     from gpt.model import GPT
     from gpt.optim import Optimizer
+    from gpt.run import plan
     from gpt.training import DTYPES
 
     precision = "bf16" if device.type == "cuda" else "fp32"
@@ -202,7 +202,7 @@ def measured(size: Size, device: str, tokens: int | None, seconds: float) -> dic
 
 def child(given: str) -> dict[str, Any]:
     """`measure` with what `measured` gave."""
-    from gpt import plan
+    from gpt.run import plan
 
     size, device, tokens, seconds = json.loads(given)
     tokens = tokens or TOKENS[plan.pick_device(device).type]

@@ -34,8 +34,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from gpt import tokenizer
 from gpt.config import Config, DataConfig, load, validate
+from gpt.data import tokenizer
 
 ROOT = Path(__file__).parents[1]
 VOCAB_SIZE = 16384

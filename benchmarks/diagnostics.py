@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from gpt import metrics
 from gpt.config import load
-from gpt.plan import pick_device
+from gpt.run import metrics
+from gpt.run.plan import pick_device
 from gpt.training import READ_EVERY, train
 
 CONFIGS = ["configs/quickstart.yaml", "configs/pre-norm.yaml"]

@@ -51,12 +51,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpt import metrics, model, optim, plan, tokenizer, training
+from gpt import model, optim, training
 from gpt.config import Config, load, merge
+from gpt.data import tokenizer
 from gpt.data.preparation import prepare
 from gpt.errors import InputError, told
-from gpt.files import write_text
+from gpt.io.files import write_text
 from gpt.placement import PLACEMENTS
+from gpt.run import metrics, plan
 
 ROOT = Path(__file__).parents[1]
 BEGAN = time.monotonic()

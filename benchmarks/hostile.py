@@ -61,7 +61,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import gpt.generate
-import gpt.plot
+import gpt.run.plot
 import gpt.training
 from gpt import cli
 from gpt.compare import report as reports
@@ -70,7 +70,7 @@ from gpt.config import Config, option_paths, read_yaml
 from gpt.config import load as load_config
 from gpt.data import preparation
 from gpt.errors import StoppedError
-from gpt.files import describe
+from gpt.io.files import describe
 
 SECONDS = 10.0
 GIB = 2**30
@@ -409,7 +409,7 @@ def _called(action: Callable[[], object], given: Input) -> int:
         stack.enter_context(mock.patch.object(os, "fsync", return_value=None))
         stack.enter_context(mock.patch.object(runner, "_work", inline))
         if not given.draws:
-            stack.enter_context(mock.patch.object(gpt.plot, "_save", return_value=None))
+            stack.enter_context(mock.patch.object(gpt.run.plot, "_save", return_value=None))
             stack.enter_context(mock.patch.object(reports, "draw", return_value=[]))
         try:
             code = action()

@@ -45,9 +45,10 @@ from safetensors.torch import save_file
 
 import gpt.training
 from gpt import checkpoint as checkpoints
-from gpt import cli, metrics
+from gpt import cli
 from gpt.config import load
 from gpt.errors import InputError
+from gpt.run import metrics
 
 ROOT = Path(__file__).parents[1]
 VERSE = "The quick brown fox jumps over the lazy dog, {} times; then it sleeps.\n"

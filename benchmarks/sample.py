@@ -42,7 +42,7 @@ from gpt.config import ModelConfig, Sampling, Weights
 from gpt.generate import Decoder, generate
 from gpt.init import initialize
 from gpt.model import GPT
-from gpt.plan import pick_device
+from gpt.run.plan import pick_device
 from gpt.weights import PackedLinear, SlicedLinear, prepare
 
 SAMPLING = Sampling(temperature=1.0)

@@ -32,11 +32,12 @@ from typing import Any
 
 import torch
 
-from gpt import metrics, training
+from gpt import training
 from gpt.config import Config, load
 from gpt.data.preparation import prepare
-from gpt.plan import pick_device
-from gpt.run import RunDirectory
+from gpt.run import metrics
+from gpt.run.directory import RunDirectory
+from gpt.run.plan import pick_device
 
 ROOT = Path(__file__).parents[1]
 DOORS = ("train.py", "sample.py", "compare.py")

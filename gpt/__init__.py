@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from gpt.config import Config, load
     from gpt.errors import InputError
     from gpt.model import GPT
-    from gpt.run import RunResult, load_run
+    from gpt.run.directory import RunResult, load_run
     from gpt.training import train
 
 __all__ = [
@@ -30,9 +30,9 @@ _HOMES = {
     "GPT": "gpt.model",
     "Config": "gpt.config",
     "InputError": "gpt.errors",
-    "RunResult": "gpt.run",
+    "RunResult": "gpt.run.directory",
     "load": "gpt.config",
-    "load_run": "gpt.run",
+    "load_run": "gpt.run.directory",
     "train": "gpt.training",
 }
 

@@ -40,10 +40,10 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
 
-from gpt.console import set_encoding
 from gpt.errors import InputError, nearest
-from gpt.files import read_small
-from gpt.text import decode
+from gpt.io.console import set_encoding
+from gpt.io.files import read_small
+from gpt.io.text import decode
 
 # ---------------------------------------------------------------------------------------------
 # Kinds of value
@@ -214,7 +214,7 @@ Strings = Annotated[
     tuple[FileName, ...], BeforeValidator(_several, json_schema_input_type=str | list[str])
 ]
 # What numbers may be: more than anybody trains, less than what overflows or never ends. Whether a
-# machine has the memory for a combination of them is another question, for gpt/size.py.
+# machine has the memory for a combination of them is another question, for gpt/hardware/size.py.
 Count = Annotated[int, Between(1, 10**9)]
 Amount = Annotated[int, Between(0, 10**9)]
 Layers = Annotated[int, Between(1, 2_000)]
@@ -330,7 +330,7 @@ class DataConfig(SourceConfig):
     """Several sources in place of one, each with a weight; what they leave out stands above."""
     validation: SourceConfig | None = None
     """The validation text's own source, in place of a held-out share."""
-    tokenizer: Annotated[str, Choice("gpt.tokenizer", "TOKENIZERS")] = "bpe"
+    tokenizer: Annotated[str, Choice("gpt.data.tokenizer", "TOKENIZERS")] = "bpe"
     """How text becomes tokens; bpe is trained on the corpus, file reads data.vocabulary."""
     vocab_size: Vocabulary = 2048
     """Tokens of the bpe tokenizer: 256 bytes, the merges, and end of text."""

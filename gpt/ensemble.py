@@ -24,15 +24,15 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
-from gpt import plan
 from gpt.config import Config, leaves
-from gpt.console import Console
 from gpt.data.preparation import prepare
-from gpt.files import only_one_in
+from gpt.io.console import Console
+from gpt.io.files import only_one_in
 from gpt.model import GPT
 from gpt.optim import SEPARABLE, Optimizer, stack
 from gpt.placement import check
-from gpt.run import RunResult, open_run
+from gpt.run import plan
+from gpt.run.directory import RunResult, open_run
 from gpt.training import (
     Apply,
     Gradients,

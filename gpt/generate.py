@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from gpt.config import Sampling
+from gpt.data.tokenizer import Encoding, encode
 from gpt.model import GPT, Place
 from gpt.rng import generator
-from gpt.tokenizer import Encoding, encode
 
 
 def restrict(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -30,24 +30,25 @@ import torch
 from torch import Tensor
 
 from gpt import checkpoint as checkpoints
-from gpt import metrics, plan, tokenizer
 from gpt.checkpoint import Checkpoint
 from gpt.config import Config, changed
-from gpt.console import Console
+from gpt.data import tokenizer
 from gpt.data.preparation import prepare
 from gpt.data.prepared import Dataset
 from gpt.data.sequences import Batch, TrainingSequences, ValidationSequences, ahead
 from gpt.diagnostics.failure import Failure, Place, advice, describe, first_nonfinite
 from gpt.diagnostics.layers import EPS_ALARM, Look
 from gpt.errors import InputError, OutOfMemoryError
-from gpt.files import only_one_in, sweep, write_bytes, write_text
 from gpt.generate import continue_text
 from gpt.init import fingerprints, initialize
+from gpt.io.console import Console
+from gpt.io.files import only_one_in, sweep, write_bytes, write_text
 from gpt.model import GPT
 from gpt.optim import Optimizer
 from gpt.placement import check
 from gpt.rng import global_generator
-from gpt.run import (
+from gpt.run import metrics, plan
+from gpt.run.directory import (
     Opened,
     RunDirectory,
     RunResult,
@@ -57,8 +58,8 @@ from gpt.run import (
     load_weights,
     open_run,
 )
+from gpt.run.state import Progress, State, read_state
 from gpt.schedule import rate
-from gpt.state import Progress, State, read_state
 
 DTYPES = {  # of matrix products and attention; weights and their sums stay fp32
     "fp32": torch.float32,
@@ -89,7 +90,7 @@ def train(
 
     Args:
         out_dir: the run directory; runs/NAME unless given.
-        resume: "auto", "never" or a checkpoint folder, see `gpt.run.open_run`.
+        resume: "auto", "never" or a checkpoint folder, see `gpt.run.directory.open_run`.
         quiet: print nothing.
         stop: asked again and again, also in the middle of an update or an evaluation; once true,
             the last update is saved and the run ends as interrupted. What was due after that update
@@ -1102,7 +1103,7 @@ class Training:
             rollbacks=progress.rollbacks,
         )
         if progress.step and self.alone and status != "interrupted":  # which must end soon
-            from gpt.plot import plot_run  # with it comes matplotlib, which no step waits for
+            from gpt.run.plot import plot_run  # with it comes matplotlib, which no step waits for
 
             plot_run(metrics.read(self.directory.metrics), self.directory.plot, title=config.name)
         self.directory.write_result(result)  # last: with it the run has ended

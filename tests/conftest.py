@@ -14,7 +14,7 @@ import torch
 
 from gpt import checkpoint as checkpoints
 from gpt.config import Config, merge, validate
-from gpt.files import describe
+from gpt.io.files import describe
 
 ROOT = Path(__file__).parents[1]
 # torch's compiler keeps kernels by their source alone: those of one vector unit fail on another.

@@ -39,7 +39,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from gpt import checkpoint as checkpoints
-from gpt import cli, plot, training
+from gpt import cli, training
+from gpt.cli.flags import as_flag
 from gpt.compare import comparison, figures
 from gpt.compare import report as reports
 from gpt.compare.grid import Grid, load
@@ -47,8 +48,8 @@ from gpt.compare.starts import measure_starts
 from gpt.config import Config, SourceConfig, option_paths, validate
 from gpt.data.preparation import find
 from gpt.errors import InputError, printable, told
-from gpt.files import describe
-from gpt.flags import as_flag
+from gpt.io.files import describe
+from gpt.run import plot
 
 EXAMPLES = int(os.environ.get("STEADYGPT_EXAMPLES", "1000"))
 
@@ -284,7 +285,7 @@ def quick(monkeypatch_module: pytest.MonkeyPatch) -> None:
     """Pictures take most of the time, and show only numbers: without them."""
     nothing = lambda *args, **options: None  # noqa: E731
     monkeypatch_module.setattr(plot, "plot_run", nothing)
-    monkeypatch_module.setattr("gpt.plot._save", nothing)
+    monkeypatch_module.setattr("gpt.run.plot._save", nothing)
     monkeypatch_module.setattr(reports, "draw", lambda material: [])
 
 

@@ -13,9 +13,9 @@ from conftest import vouch
 from safetensors import SafetensorError
 
 from gpt import checkpoint as checkpoints
-from gpt import files
 from gpt.checkpoint import Checkpoint, PrunedError
 from gpt.errors import InputError
+from gpt.io import files
 
 
 def make(step: int) -> Checkpoint:

@@ -20,9 +20,9 @@ import yaml
 from conftest import ROOT
 
 from gpt import cli, training
+from gpt.cli.flags import parse
 from gpt.config import Config
 from gpt.errors import InputError
-from gpt.flags import parse
 from gpt.training import train
 
 Make = Callable[..., Config]

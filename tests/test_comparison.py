@@ -22,14 +22,15 @@ import torch
 import yaml
 from conftest import ROOT
 
-from gpt import files, metrics, plan
 from gpt.compare import comparison, runner
 from gpt.compare.grid import Cell, load
 from gpt.compare.outcomes import match, read_outcome
 from gpt.config import Config
-from gpt.console import Console
 from gpt.errors import InputError
-from gpt.run import RunDirectory
+from gpt.io import files
+from gpt.io.console import Console
+from gpt.run import metrics, plan
+from gpt.run.directory import RunDirectory
 
 Make = Callable[..., Config]
 

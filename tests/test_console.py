@@ -12,9 +12,9 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from gpt import console
-from gpt.console import Console, show, write_result
 from gpt.errors import printable
+from gpt.io import console
+from gpt.io.console import Console, show, write_result
 
 STEERING = [
     "\x1b[2J",

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from benchmarks import cost
-from gpt import plan
 from gpt.config import Config, validate
 from gpt.model import GPT
+from gpt.run import plan
 
 ROOT = Path(__file__).parents[1]
 

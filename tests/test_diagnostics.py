@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from gpt import cli, metrics, plot, training
+from gpt import cli, training
 from gpt.config import Config, ModelConfig, OptimizerConfig
 from gpt.diagnostics.failure import Place, advice, describe, first_nonfinite
 from gpt.diagnostics.layers import MEASURES, Look, layer_of
@@ -19,7 +19,8 @@ from gpt.init import initialize
 from gpt.model import GPT
 from gpt.optim import Optimizer
 from gpt.placement import PLACEMENTS
-from gpt.run import RunDirectory, RunResult
+from gpt.run import metrics, plot
+from gpt.run.directory import RunDirectory, RunResult
 from gpt.training import train
 
 Make = Callable[..., Config]

@@ -12,7 +12,6 @@ import pytest
 import torch
 from test_training import assert_same_run, records
 
-from gpt import metrics, plan
 from gpt.config import Config, leaves, merge
 from gpt.ensemble import Ensemble, shape, train_together, why_not
 from gpt.errors import InputError
@@ -21,7 +20,8 @@ from gpt.model import ACTIVATIONS, GPT
 from gpt.norm import NORMS
 from gpt.optim import OPTIMIZERS, SEPARABLE, Optimizer
 from gpt.placement import PLACEMENTS
-from gpt.run import RunResult
+from gpt.run import metrics, plan
+from gpt.run.directory import RunResult
 from gpt.training import train
 
 Make = Callable[..., Config]

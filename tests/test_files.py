@@ -14,15 +14,16 @@ import yaml
 from test_bad_input import contents, is_clear, knock
 from test_training import stop_after
 
-from gpt import plot, training
+from gpt import training
 from gpt.compare import report as reports
 from gpt.compare.comparison import compare, report
 from gpt.compare.grid import load
 from gpt.config import Config
-from gpt.console import Console
 from gpt.data import preparation
 from gpt.errors import InputError, StoppedError
-from gpt.files import open_own, read_json, refuse_links
+from gpt.io.console import Console
+from gpt.io.files import open_own, read_json, refuse_links
+from gpt.run import plot
 
 Make = Callable[..., Config]
 Link = Callable[[Path, Path], None]

@@ -8,11 +8,11 @@ import tiktoken
 import torch
 
 from gpt.config import DataConfig, ModelConfig, Sampling
+from gpt.data.tokenizer import bytes_tokenizer
 from gpt.generate import TextDecoder, continue_text, draw, generate, restrict
 from gpt.init import initialize
 from gpt.model import GPT
 from gpt.rng import generator
-from gpt.tokenizer import bytes_tokenizer
 
 CONTEXT = 12
 EOT = 256

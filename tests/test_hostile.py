@@ -39,7 +39,7 @@ def raises(arguments: list[str]) -> int:
 
 
 def warns(arguments: list[str]) -> int:
-    print("gpt/run.py:3: UserWarning: discards the imaginary part", file=sys.stderr)
+    print("gpt/run/directory.py:3: UserWarning: discards the imaginary part", file=sys.stderr)
     return 0
 
 

@@ -21,12 +21,11 @@ import datasets
 import pytest
 from conftest import ROOT
 
-from gpt import tokenizer
 from gpt.config import SourceConfig
-from gpt.data import sources
+from gpt.data import sources, tokenizer
 from gpt.data.sources import SOURCES
+from gpt.data.tokenizer import GPT2_FILES, GPT2_URL
 from gpt.errors import UnreachableError
-from gpt.tokenizer import GPT2_FILES, GPT2_URL
 
 COMMIT = "a" * 40
 TRAIN = "".join(json.dumps({"text": f"row {n} of the hub"}) + "\n" for n in range(300)).encode()

@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from gpt.metrics import MetricsLog, read, up_to
+from gpt.run.metrics import MetricsLog, read, up_to
 
 REST = {"grad_norm": 1.0, "learning_rate": 0.1, "batches": "0"}
 

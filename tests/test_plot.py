@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from gpt import plot
 from gpt.errors import printable
+from gpt.run import plot
 
 
 @pytest.mark.parametrize("rate", [1.23e-4, 0.012, 30.0])

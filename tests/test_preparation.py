@@ -23,13 +23,13 @@ from conftest import ROOT
 from filelock import FileLock
 
 from gpt.config import Config, DataConfig, SourceConfig
-from gpt.console import Console
 from gpt.data import preparation, prepared
 from gpt.data.preparation import find, prepare
 from gpt.data.prepared import Dataset
 from gpt.data.sources import SOURCES, Tokens
+from gpt.data.tokenizer import TOKENIZERS, to_json
 from gpt.errors import InputError, StoppedError
-from gpt.tokenizer import TOKENIZERS, to_json
+from gpt.io.console import Console
 
 
 def text_config(folder: Path, *paths: object, **options: Any) -> DataConfig:

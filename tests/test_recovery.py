@@ -23,17 +23,17 @@ from safetensors.torch import load_file, save_file
 from test_training import assert_same_run, records, run, stop_after, tensors
 
 from gpt import checkpoint as checkpoints
-from gpt import plan, plot
 from gpt.compare.grid import Cell
 from gpt.compare.outcomes import read_outcome
 from gpt.config import Config
 from gpt.data.preparation import prepare
 from gpt.data.sequences import TrainingSequences
 from gpt.errors import InputError, OutOfMemoryError
-from gpt.files import only_one_in
-from gpt.metrics import MetricsLog
+from gpt.io.files import only_one_in
 from gpt.model import GPT
-from gpt.run import RunDirectory
+from gpt.run import plan, plot
+from gpt.run.directory import RunDirectory
+from gpt.run.metrics import MetricsLog
 
 Make = Callable[..., Config]
 
@@ -444,7 +444,7 @@ def test_a_finished_run_tells_its_result_whoever_holds_it(tiny: Make, tmp_path: 
 
 def test_the_lock_dies_with_its_process(tiny: Make, tmp_path: Path, environment: dict[str, str]):
     hold = (
-        "import sys, time; from pathlib import Path; from gpt.files import only_one_in\n"
+        "import sys, time; from pathlib import Path; from gpt.io.files import only_one_in\n"
         "with only_one_in(Path(sys.argv[1]), 'held'): print('held', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", hold, str(tmp_path / "run")]

@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from gpt import cli, size
+from gpt import cli
 from gpt.config import Config, validate
 from gpt.errors import InputError
+from gpt.hardware import size
 from gpt.model import ACTIVATIONS, GPT
 from gpt.norm import NORMS
 from gpt.placement import PLACEMENTS
@@ -183,7 +184,8 @@ def test_a_forged_config_is_not_built(
 def test_a_forged_config_of_more_blocks_than_the_checkpoint_has_is_not_built(
     tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from gpt import run, training
+    from gpt import training
+    from gpt.run import directory as run
 
     training.train(tiny(training={"steps": 1}), tmp_path / "run", quiet=True)
     (tmp_path / "run/config.yaml").write_text(tiny(model={"layers": 2_000}).to_yaml())

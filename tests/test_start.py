@@ -22,7 +22,7 @@ import time:      2000 |       2000 |     sympy
 import time:      3000 |       5000 |   torch._dynamo
 import time:     40000 |      45000 | torch
 import time:       500 |        500 |     matplotlib.figure
-import time:        70 |        570 |   gpt.plot
+import time:        70 |        570 |   gpt.run.plot
 import time:         8 |          8 |   json
 import time:         1 |        579 | gpt.training
 import time:       600 |        600 | torch._dynamo.late

@@ -21,7 +21,7 @@ from gpt.config import Config
 from gpt.data.preparation import prepare
 from gpt.ensemble import train_together
 from gpt.model import GPT
-from gpt.run import RunResult
+from gpt.run.directory import RunResult
 from gpt.schedule import rate, rate_change
 
 Make = Callable[..., Config]

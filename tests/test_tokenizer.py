@@ -13,10 +13,9 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt import tokenizer
 from gpt.config import DataConfig
-from gpt.errors import InputError, UnreachableError
-from gpt.tokenizer import (
+from gpt.data import tokenizer
+from gpt.data.tokenizer import (
     GPT2_FILES,
     GPT2_PATTERN,
     GPT2_URL,
@@ -31,6 +30,7 @@ from gpt.tokenizer import (
     to_json,
     train_bpe,
 )
+from gpt.errors import InputError, UnreachableError
 
 TEXTS = [
     "def f(x):\n    return x + 1\n" * 20,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gpt import metrics, plan, training
+from gpt import training
 from gpt.config import Config
 from gpt.data.preparation import prepare
 from gpt.data.sequences import TrainingSequences, ValidationSequences
@@ -20,7 +20,8 @@ from gpt.init import fingerprints, initialize
 from gpt.model import GPT
 from gpt.optim import OPTIMIZERS
 from gpt.placement import PLACEMENTS
-from gpt.run import RunResult, load_run
+from gpt.run import metrics, plan
+from gpt.run.directory import RunResult, load_run
 from gpt.training import train
 
 Make = Callable[..., Config]

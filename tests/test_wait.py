@@ -10,7 +10,7 @@ import time
 import pytest
 
 from gpt.errors import StoppedError
-from gpt.wait import GRACE, SILENCE, Stop, interruptible, wait_for
+from gpt.io.wait import GRACE, SILENCE, Stop, interruptible, wait_for
 
 
 def test_an_answer_and_an_error_come_through():
@@ -102,7 +102,7 @@ def test_an_interrupt_stops_the_work_as_well():
 LEFT_BEHIND = """
 import itertools, sys, threading, time
 from tokenizers import Tokenizer, models, trainers
-from gpt.wait import leave, wait_for
+from gpt.io.wait import leave, wait_for
 
 def texts():
     for number in itertools.count():

@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt.errors import InputError
-from gpt.files import WRITING, describe, flush, open_regular, read_small, write_text
+from gpt.io.files import WRITING, describe, flush, open_regular, read_small, write_text
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json")
 MANIFEST = "manifest.json"
@@ -49,7 +49,7 @@ class Checkpoint:
     Attributes:
         model, optimizer: tensors by name.
         state: everything else, JSON values; `step` is the number of updates made.
-        tokenizer: the vocabulary, as `gpt.tokenizer.to_json` writes it.
+        tokenizer: the vocabulary, as `gpt.data.tokenizer.to_json` writes it.
     """
 
     model: dict[str, Tensor]

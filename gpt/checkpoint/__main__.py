@@ -1,4 +1,4 @@
-"""`python -m gpt.checkpoint verify DIR`: the door `checkpoint` of gpt/cli.py."""
+"""`python -m gpt.checkpoint verify DIR`: the door `checkpoint` of gpt/cli/__init__.py."""
 
 import sys
 

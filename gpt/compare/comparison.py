@@ -37,12 +37,12 @@ from gpt.compare.runner import Task, has_ended, read_lost, run_cells, tasks
 from gpt.compare.starts import Start, measure_starts, read_starts
 from gpt.compare.summary import Summary, summarize
 from gpt.config import DataConfig, read_yaml
-from gpt.console import Console, duration
 from gpt.data import preparation
 from gpt.errors import InputError, printable
-from gpt.files import is_scrap, only_one_in, refuse_links, write_text
-from gpt.run import command_line
-from gpt.wait import interruptible
+from gpt.io.console import Console, duration
+from gpt.io.files import is_scrap, only_one_in, refuse_links, write_text
+from gpt.io.wait import interruptible
+from gpt.run.directory import command_line
 
 STOPPED = "stopped; cells that have ended are saved, and the same command continues"
 

@@ -15,18 +15,18 @@ from pathlib import Path
 
 import torch
 
-from gpt import plan
 from gpt.compare.grid import Cell
 from gpt.compare.probes import DEPTHS
 from gpt.compare.runner import Task
 from gpt.config import Config
 from gpt.ensemble import Ensemble
 from gpt.errors import InputError
+from gpt.hardware.size import check_probing
 from gpt.init import initialize
 from gpt.model import GPT
 from gpt.optim import Optimizer
 from gpt.placement import check
-from gpt.size import check_probing
+from gpt.run import plan
 from gpt.training import autocast, release_memory
 
 TIMED_TOGETHER = 8  # cells of those that are trained as one

@@ -29,7 +29,6 @@ from matplotlib.ticker import (
     NullLocator,
 )
 
-from gpt import metrics
 from gpt.compare.grid import Grid
 from gpt.compare.outcomes import Outcome
 from gpt.compare.probes import Probe
@@ -37,7 +36,8 @@ from gpt.compare.starts import Start
 from gpt.compare.statistics import loglog_slope
 from gpt.compare.summary import ArmSummary, Summary, place_text
 from gpt.compare.verdicts import spikes
-from gpt.plot import label, literal_text
+from gpt.run import metrics
+from gpt.run.plot import label, literal_text
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))

@@ -56,9 +56,9 @@ from gpt.config import (
     read_yaml,
     validate,
 )
-from gpt.console import set_encoding
 from gpt.errors import InputError, nearest, printable
-from gpt.size import check_cpu_training
+from gpt.hardware.size import check_cpu_training
+from gpt.io.console import set_encoding
 
 RATE = "optimizer.learning_rate"
 MOST_CELLS = 10_000  # and arms
@@ -450,7 +450,7 @@ def check_sizes(cells: list[Cell]) -> None:
     """Refuse cells that are plainly too large for this machine, without torch.
 
     Raises:
-        InputError: as `gpt.size.check_training`, with the arm.
+        InputError: as `gpt.hardware.size.check_training`, with the arm.
     """
     for cell in cells:
         try:

@@ -35,7 +35,7 @@ from gpt.compare.summary import (
     rates_text,
 )
 from gpt.errors import printable
-from gpt.files import read_json, read_small, write_text
+from gpt.io.files import read_json, read_small, write_text
 
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"

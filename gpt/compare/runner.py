@@ -31,13 +31,13 @@ from typing import Any, Literal, NamedTuple
 import pebble
 import torch
 
-from gpt import metrics, plan
 from gpt.compare.grid import Cell, Runner
-from gpt.console import Console
 from gpt.ensemble import shape, train_together, why_not
 from gpt.errors import InputError
-from gpt.files import read_json, write_text
-from gpt.run import RunDirectory, RunResult
+from gpt.io.console import Console
+from gpt.io.files import read_json, write_text
+from gpt.run import metrics, plan
+from gpt.run.directory import RunDirectory, RunResult
 from gpt.training import train
 
 SECONDS_BETWEEN_LOOKS = 0.1  # also until a stop is passed on to the workers
@@ -385,7 +385,7 @@ def _draw(path: Path) -> None:
     run = RunDirectory(path)
     records = metrics.read(run.metrics)
     if any("loss" in record for record in records):
-        from gpt.plot import plot_run  # with it comes matplotlib, which training does not need
+        from gpt.run.plot import plot_run  # with it comes matplotlib, which training does not need
 
         plot_run(records, run.plot, title=run.read_config().name)
 

@@ -14,7 +14,7 @@ from gpt.data import preparation
 from gpt.data.prepared import Dataset
 from gpt.data.sequences import TrainingSequences
 from gpt.errors import InputError
-from gpt.files import read_json
+from gpt.io.files import read_json
 
 SEEDS = (0, 1)
 BATCHES, SEQUENCES = 2, 8  # of the training text

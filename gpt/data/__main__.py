@@ -1,4 +1,4 @@
-"""`python -m gpt.data CONFIG.yaml`: the door `prepare` of gpt/cli.py."""
+"""`python -m gpt.data CONFIG.yaml`: the door `prepare` of gpt/cli/__init__.py."""
 
 import sys
 

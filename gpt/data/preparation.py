@@ -28,16 +28,16 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from gpt import tokenizer
 from gpt.config import DataConfig, SourceConfig
-from gpt.console import Console, duration
+from gpt.data import tokenizer
 from gpt.data.prepared import ANEW, FORMAT, Dataset, Natural, open_dataset, seal, train_names
 from gpt.data.sources import SOURCES, Document, Found, Read, commit
 from gpt.data.token_files import Tokens
+from gpt.data.tokenizer import Encoding, pieces
 from gpt.errors import InputError, StoppedError, UnreachableError, printable
-from gpt.files import flush, only_one, open_own, read_json, refuse_link, refuse_links, write_text
-from gpt.tokenizer import Encoding, pieces
-from gpt.wait import Stop, interruptible, wait_for
+from gpt.io.console import Console, duration
+from gpt.io.files import flush, only_one, open_own, read_json, refuse_link, refuse_links, write_text
+from gpt.io.wait import Stop, interruptible, wait_for
 
 T = TypeVar("T")
 

@@ -25,12 +25,20 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, Field
 
-from gpt import tokenizer
 from gpt.config import DataConfig
+from gpt.data import tokenizer
 from gpt.data.token_files import Tokens
+from gpt.data.tokenizer import Encoding
 from gpt.errors import InputError
-from gpt.files import describe, flush, open_regular, read_json, read_small, write_bytes, write_text
-from gpt.tokenizer import Encoding
+from gpt.io.files import (
+    describe,
+    flush,
+    open_regular,
+    read_json,
+    read_small,
+    write_bytes,
+    write_text,
+)
 
 Natural = Annotated[int, Field(ge=0, le=2**53)]
 

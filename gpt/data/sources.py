@@ -2,10 +2,10 @@
 
 A source names the files that it reads, which tell a changed corpus from an unchanged one, and
 yields documents. A document comes in pieces of bounded size, so that a file of any length is read
-in constant memory, and ends where no token can cross (`gpt.tokenizer.pieces`).
+in constant memory, and ends where no token can cross (`gpt.data.tokenizer.pieces`).
 
 Everything that can be wrong with a user's file is found here and named: the file, and the byte,
-line, row or token. Not here: what bytes are as text (gpt/text.py), and what type token ids have
+line, row or token. Not here: what bytes are as text (gpt/io/text.py), and what type token ids have
 (token_files.py).
 """
 
@@ -30,15 +30,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gpt import text
 from gpt.config import HubConfig, SourceConfig
 from gpt.data import token_files
 from gpt.data.token_files import Tokens
+from gpt.data.tokenizer import PIECE, pieces
 from gpt.errors import InputError, UnreachableError, nearest, printable
-from gpt.files import open_regular
-from gpt.text import CHUNK, HEAD
-from gpt.tokenizer import PIECE, pieces
-from gpt.wait import PATIENCE, wait_for
+from gpt.io import text
+from gpt.io.files import open_regular
+from gpt.io.text import CHUNK, HEAD
+from gpt.io.wait import PATIENCE, wait_for
 
 Read = Callable[[int], None]  # is told of each number of bytes that was read, for the progress
 

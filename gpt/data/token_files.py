@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from gpt import text
 from gpt.errors import InputError
-from gpt.files import open_regular, read_small
+from gpt.io import text
+from gpt.io.files import open_regular, read_small
 
 Tokens = npt.NDArray[np.integer[Any]]
 

@@ -1,4 +1,4 @@
-"""`python -m gpt.diagnostics RUN_DIR`: the door `diagnose` of gpt/cli.py."""
+"""`python -m gpt.diagnostics RUN_DIR`: the door `diagnose` of gpt/cli/__init__.py."""
 
 import sys
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from gpt.config import Config
 from gpt.diagnostics.layers import layer_of
 from gpt.init import depth_scaled
-from gpt.metrics import MOST_LAYERS
 from gpt.model import GPT
 from gpt.placement import PLACEMENTS, has_final_norm
+from gpt.run.metrics import MOST_LAYERS
 
 
 @dataclass(frozen=True)

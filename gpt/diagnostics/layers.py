@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gpt.metrics import Record
 from gpt.model import GPT, CausalSelfAttention, visible
+from gpt.run.metrics import Record
 
 
 @dataclass(frozen=True)

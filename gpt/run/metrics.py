@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.errors import InputError
-from gpt.files import open_regular, write_text
+from gpt.io.files import open_regular, write_text
 
 Record = dict[str, Any]
 

@@ -20,8 +20,8 @@ from matplotlib.ticker import MaxNLocator
 
 from gpt.diagnostics.layers import MEASURES, Measure
 from gpt.errors import printable
-from gpt.files import write_bytes
-from gpt.metrics import Record
+from gpt.io.files import write_bytes
+from gpt.run.metrics import Record
 
 SMALLEST = 1e-100  # of what is drawn on a logarithmic scale: fp32 begins at 1e-45
 TRAIN, VALIDATION, OTHER = "#9ecae1", "#08519c", "#d95f02"  # told apart by the colour-blind too

@@ -1,7 +1,7 @@
 """Everything that the program prints, so that text is encoded and escaped in one place.
 
 Progress goes to stderr, a bar on a terminal and plain lines otherwise; stdout carries results only.
-This module prints; what is recorded for machines is in gpt/metrics.py.
+This module prints; what is recorded for machines is in gpt/run/metrics.py.
 """
 
 from __future__ import annotations

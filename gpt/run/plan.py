@@ -11,9 +11,9 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from gpt import size
 from gpt.config import Config, ModelConfig
 from gpt.errors import InputError, OutOfMemoryError
+from gpt.hardware import size
 from gpt.init import depth_scaled
 from gpt.model import GPT
 from gpt.placement import PLACEMENTS, has_final_norm
@@ -123,7 +123,7 @@ def micro_batch(config: Config, vocab_size: int, device: torch.device, *, models
 
 
 def check_fits(config: Config, device: torch.device, vocab_size: int = 1) -> None:
-    """Refuse a config that the memory here cannot train (see `gpt.size.check_training`).
+    """Refuse a config that the memory here cannot train (see `gpt.hardware.size.check_training`).
 
     Raises:
         InputError: it needs more than there is.

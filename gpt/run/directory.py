@@ -29,17 +29,17 @@ from torch import Tensor
 
 from gpt import checkpoint as checkpoints
 from gpt import config as configs
-from gpt import tokenizer
 from gpt.checkpoint import Checkpoint, PrunedError
 from gpt.config import Config, changed, may_change
+from gpt.data import tokenizer
+from gpt.data.tokenizer import Encoding
 from gpt.diagnostics.failure import Failure
 from gpt.errors import InputError
-from gpt.files import SMALL, is_scrap, open_own, read_json, write_text
+from gpt.hardware.size import check_loading, parameters
+from gpt.io.files import SMALL, is_scrap, open_own, read_json, write_text
 from gpt.model import GPT
+from gpt.run.state import Loss, Natural, Time
 from gpt.schedule import rate_change
-from gpt.size import check_loading, parameters
-from gpt.state import Loss, Natural, Time
-from gpt.tokenizer import Encoding
 
 ATTEMPTS = 100  # to read a checkpoint beside a run that prunes
 

@@ -26,7 +26,7 @@ PATIENCE = 8.0  # seconds until a server that has said nothing counts as out of 
 POLL = 0.1  # seconds between two looks at a thread that works
 SILENCE = 0.5  # seconds after which the waiting thread asks whether to stop, if the other did not
 GRACE = 0.8  # seconds that work has to end in good order once it should stop
-THREAD = "gpt.wait"
+THREAD = "gpt.io.wait"
 
 
 def wait_for(

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, TextIO
 
 from tyro.conf import Positional, arg
 
+from gpt.cli.flags import as_flag, parse
 from gpt.config import (
     Config,
     Count,
@@ -46,18 +47,17 @@ from gpt.config import (
     load,
     validate,
 )
-from gpt.console import set_encoding, show, write_result
 from gpt.errors import InputError, StoppedError, nearest, told
-from gpt.files import open_regular, read_small
-from gpt.flags import as_flag, parse
-from gpt.size import check_cpu_training, check_sampling
-from gpt.text import decoded, unpacked
-from gpt.wait import leave
+from gpt.hardware.size import check_cpu_training, check_sampling
+from gpt.io.console import set_encoding, show, write_result
+from gpt.io.files import open_regular, read_small
+from gpt.io.text import decoded, unpacked
+from gpt.io.wait import leave
 
 if TYPE_CHECKING:
     from gpt.compare.grid import Cell, Grid
     from gpt.data.prepared import Dataset
-    from gpt.run import RunResult
+    from gpt.run.directory import RunResult
 
 EXIT_CODES = {"finished": 0, "diverged": 3, "interrupted": 75}
 LONGEST_PROMPT = 2**26  # bytes
@@ -213,11 +213,11 @@ def train(argv: list[str] | None = None, prog: str = "train.py") -> int:
 def _dry_run(config: Config, out_dir: Path, resume: str) -> str:
     import torch
 
-    from gpt import plan
     from gpt.data import preparation
     from gpt.data.sequences import TrainingSequences, ValidationSequences
     from gpt.model import GPT
-    from gpt.run import open_run
+    from gpt.run import plan
+    from gpt.run.directory import open_run
 
     opened = open_run(config, out_dir, resume)
     if opened.result is not None:
@@ -340,8 +340,8 @@ def prepare(argv: list[str] | None = None, prog: str = "prepare") -> int:
     with _door(prog):
         flags, options = parse(PrepareFlags, Config, prog, argv)
         config = load(_path(flags.config, "CONFIG.yaml"), options)
-        from gpt.console import Console
         from gpt.data.preparation import prepare as run
+        from gpt.io.console import Console
 
         with StopSignals() as stop, contextlib.closing(Console()) as console:
             dataset = run(config.data, console, stop)
@@ -465,10 +465,10 @@ def _is_piped(stream: TextIO | None) -> bool:
 
 
 def _sample(run_dir: Path, prompt: str, options: SampleOptions, prog: str) -> None:
+    from gpt.data.tokenizer import encode
     from gpt.generate import Decoder, TextDecoder, generate
-    from gpt.plan import pick_device, total_memory
-    from gpt.run import load_run
-    from gpt.tokenizer import encode
+    from gpt.run.directory import load_run
+    from gpt.run.plan import pick_device, total_memory
     from gpt.weights import prepare
 
     device = pick_device(options.device)
@@ -604,7 +604,7 @@ def _compare(grid: Grid, cells: list[Cell], directory: Path, flags: CompareFlags
     workers = int(Workers.read(flags.workers, "--workers")) if flags.workers else 0
     from gpt.compare import comparison
     from gpt.compare.runner import default_workers
-    from gpt.console import Console
+    from gpt.io.console import Console
 
     beside = _path(flags.beside, "--beside") if flags.beside is not None else None
     if beside is not None:
@@ -689,9 +689,9 @@ def diagnose(argv: list[str] | None = None, prog: str = "diagnose") -> int:
     """`python -m gpt.diagnostics RUN_DIR`; returns the exit code."""
     with _door(prog):
         flags, _ = parse(DiagnoseFlags, Section, prog, argv)
-        from gpt import metrics
-        from gpt.plot import has_layers, plot_layers
-        from gpt.run import RunDirectory
+        from gpt.run import metrics
+        from gpt.run.directory import RunDirectory
+        from gpt.run.plot import has_layers, plot_layers
 
         run = RunDirectory(_path(flags.run_dir, "RUN_DIR"))
         run.read_config()  # this is a run

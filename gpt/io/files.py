@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
 from gpt.errors import InputError
-from gpt.wait import PATIENCE, wait_for
+from gpt.io.wait import PATIENCE, wait_for
 
 T = TypeVar("T")
 

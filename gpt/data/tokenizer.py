@@ -25,8 +25,8 @@ import tiktoken.load
 
 from gpt.config import DataConfig
 from gpt.errors import InputError, UnreachableError
-from gpt.files import read_small, write_bytes
-from gpt.wait import PATIENCE, wait_for
+from gpt.io.files import read_small, write_bytes
+from gpt.io.wait import PATIENCE, wait_for
 
 if TYPE_CHECKING:
     import tokenizers
