@@ -32,9 +32,9 @@ from gpt.compare.runner import cell_directory, run_cells, tasks
 from gpt.config import merge
 from gpt.data.preparation import prepare
 from gpt.ensemble import train_together
+from gpt.hardware.device import pick_device
 from gpt.io.console import Console
 from gpt.run import metrics
-from gpt.run.plan import pick_device
 from gpt.training import train
 
 ROOT = Path(__file__).parents[1]
@@ -98,7 +98,7 @@ def as_one(cells: Sequence[Cell], directory: Path) -> float:
     paths = [cell_directory(directory, cell) for cell in cells]
     configs = [cell.config for cell in cells]
     for ended in train_together(
-        configs, paths, stop=lambda: False, made=lambda index: None, saves=False
+        configs, paths, stop=lambda: False, on_update=lambda index: None, save_checkpoints=False
     ):
         if isinstance(ended, Exception):
             raise ended

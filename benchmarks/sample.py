@@ -40,9 +40,9 @@ from torch import Tensor, nn
 
 from gpt.config import ModelConfig, Sampling, Weights
 from gpt.generate import Decoder, generate
+from gpt.hardware.device import pick_device
 from gpt.init import initialize
 from gpt.model import GPT
-from gpt.run.plan import pick_device
 from gpt.weights import PackedLinear, SlicedLinear, prepare
 
 SAMPLING = Sampling(temperature=1.0)

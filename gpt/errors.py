@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import unicodedata
 from collections.abc import Iterable
+from typing import NamedTuple
 
 HALF = 1000  # characters at either end of a line that are always shown
 
@@ -76,3 +77,23 @@ def nearest(name: str, names: Iterable[str]) -> str:
         *(leaves[near] for near in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)),
     ]
     return next((f"; perhaps you meant {n}" for n in found if n), "")
+
+
+class Fault(NamedTuple):
+    """A number that is not finite: after which update, which quantity, and a sentence for users."""
+
+    step: int
+    quantity: str
+    text: str
+
+
+class NonFiniteError(Exception):
+    """A loss, gradient or weight is not finite; `training.nonfinite` says how that is handled."""
+
+    def __init__(self, step: int, quantity: str, text: str) -> None:
+        super().__init__(text)
+        self.fault = Fault(step, quantity, text)
+
+
+class StopRequestedError(Exception):
+    """A stop was requested during work that a resumed run does again."""

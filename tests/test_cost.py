@@ -75,7 +75,7 @@ def test_an_update_moves_the_weights_alike_in_parts_and_at_once():
         with mock.patch.object(plan, "_memory", lambda device, memory=memory: memory):
             torch.manual_seed(0)
             update, model, config = cost._training(cost.Size(1, 64, 8), torch.device("cpu"), 32)
-            assert plan.micro_batch(config, cost.VOCABULARY, torch.device("cpu")) == (
+            assert memory.micro_batch(config, cost.VOCABULARY, torch.device("cpu")) == (
                 4 if memory > 1 else 1
             )
             before = model.token_embedding.weight.detach().clone()

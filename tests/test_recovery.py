@@ -31,7 +31,7 @@ from gpt.data.sequences import TrainingSequences
 from gpt.errors import InputError, OutOfMemoryError
 from gpt.io.files import only_one_in
 from gpt.model import GPT
-from gpt.run import plan, plot
+from gpt.run import plot
 from gpt.run.directory import RunDirectory
 from gpt.run.metrics import MetricsLog
 
@@ -676,7 +676,7 @@ def test_nothing_fits(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ("now", "batch", "then"), [(12, 12, 6), (6, 12, 3), (4, 6, 2), (1, 6, None)]
 )
 def test_smaller_micro_batches_divide_the_batch(now: int, batch: int, then: int | None):
-    assert plan.smaller(now, batch) == then
+    assert memory.smaller(now, batch) == then
 
 
 # -- Killed before it was a run ------------------------------------------------------------------

@@ -496,19 +496,19 @@ def test_flops_and_peak():
     with torch.device("meta"):
         model = GPT(config.model, 50257)
     assert plan.flops_per_token(config, model) == pytest.approx(0.855e9, rel=0.01)
-    assert plan.peak_flops("NVIDIA H200", "bf16") == 989e12
-    assert plan.peak_flops("NVIDIA H200", "fp32") is None
-    assert plan.peak_flops("cpu", "bf16") is None
+    assert device.peak_flops("NVIDIA H200", "bf16") == 989e12
+    assert device.peak_flops("NVIDIA H200", "fp32") is None
+    assert device.peak_flops("cpu", "bf16") is None
 
 
 def test_the_automatic_micro_batch_divides_the_batch_and_fits(tiny: Make, monkeypatch: Any):
     config = tiny(training={"batch_sequences": 12})
     for memory, expected in ((2**40, 12), (1, 1)):
         monkeypatch.setattr(plan, "_memory", lambda device, memory=memory: memory)
-        assert plan.micro_batch(config, 257, torch.device("cpu")) == expected
+        assert memory.micro_batch(config, 257, torch.device("cpu")) == expected
     numbers = 17 * 16 * 2 + 3 * 257
     monkeypatch.setattr(plan, "_memory", lambda device: 5 * 4 * 16 * numbers)
-    assert plan.micro_batch(config, 257, torch.device("cpu")) == 4
+    assert memory.micro_batch(config, 257, torch.device("cpu")) == 4
 
 
 def test_chunks_of_the_loss_make_the_automatic_micro_batch_larger(
@@ -517,7 +517,7 @@ def test_chunks_of_the_loss_make_the_automatic_micro_batch_larger(
     numbers, logits = 17 * 16 * 2, 3 * 257  # of one token
     monkeypatch.setattr(plan, "_memory", lambda device: 4 * (6 * 16 * numbers + 16 * logits))
     sizes = [
-        plan.micro_batch(
+        memory.micro_batch(
             tiny(training={"batch_sequences": 12, "loss_chunk": chunk}), 257, torch.device("cpu")
         )
         for chunk in (None, 16, 10**6)
@@ -671,7 +671,7 @@ def test_a_soft_cap_takes_memory_and_so_makes_micro_batches_smaller(tiny: Make):
     for cap in (None, 50.0):
         model = {"width": 64, "heads": 8, "context": 512, "attention": {"soft_cap": cap}}
         config = tiny(model=model, training={"batch_sequences": 64})
-        sizes.append(plan.micro_batch(config, 257, torch.device("cpu")))
+        sizes.append(memory.micro_batch(config, 257, torch.device("cpu")))
     assert sizes[0] > sizes[1] >= 1
 
 

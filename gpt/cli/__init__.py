@@ -215,6 +215,8 @@ def _dry_run(config: Config, out_dir: Path, resume: str) -> str:
 
     from gpt.data import preparation
     from gpt.data.sequences import TrainingSequences, ValidationSequences
+    from gpt.hardware import memory
+    from gpt.hardware.device import pick_device
     from gpt.model import GPT
     from gpt.run import plan
     from gpt.run.directory import open_run
@@ -222,7 +224,7 @@ def _dry_run(config: Config, out_dir: Path, resume: str) -> str:
     opened = open_run(config, out_dir, resume)
     if opened.result is not None:
         return f"{out_dir}: {opened.result.status}, nothing is left to do: {opened.result.reason}"
-    device = plan.pick_device(config.training.device)
+    device = pick_device(config.training.device)
     train_tokens = None
     if preparation.find(config.data) is not None:
         dataset = preparation.prepare(config.data)
@@ -231,14 +233,14 @@ def _dry_run(config: Config, out_dir: Path, resume: str) -> str:
         ValidationSequences(dataset.val, config.model.context, config.evaluation.sequences)
     else:
         vocab_size = preparation.vocab_size(config.data)
-    plan.check_fits(config, device, vocab_size)
+    memory.check_fits(config, device, vocab_size)
     with torch.device("meta"):
         model = GPT(config.model, vocab_size)
     described = plan.describe(
         config,
         model,
         device=device,
-        micro_batch=plan.micro_batch(config, vocab_size, device),
+        micro_batch=memory.micro_batch(config, vocab_size, device),
         train_tokens=train_tokens,
         directory=out_dir,
         done=opened.checkpoint.step if opened.checkpoint else 0,
@@ -467,8 +469,9 @@ def _is_piped(stream: TextIO | None) -> bool:
 def _sample(run_dir: Path, prompt: str, options: SampleOptions, prog: str) -> None:
     from gpt.data.tokenizer import encode
     from gpt.generate import Decoder, TextDecoder, generate
+    from gpt.hardware.device import pick_device
+    from gpt.hardware.memory import total_memory
     from gpt.run.directory import load_run
-    from gpt.run.plan import pick_device, total_memory
     from gpt.weights import prepare
 
     device = pick_device(options.device)

@@ -34,9 +34,11 @@ import torch
 from gpt.compare.grid import Cell, Runner
 from gpt.ensemble import shape, train_together, why_not
 from gpt.errors import InputError
+from gpt.hardware.device import pick_device
+from gpt.hardware.memory import is_out_of_memory
 from gpt.io.console import Console
 from gpt.io.files import read_json, write_text
-from gpt.run import metrics, plan
+from gpt.run import metrics
 from gpt.run.directory import RunDirectory, RunResult
 from gpt.training import train
 
@@ -94,7 +96,7 @@ def default_workers(cells: Sequence[Cell]) -> int:
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    device = plan.pick_device(cells[0].config.training.device)
+    device = pick_device(cells[0].config.training.device)
     return min(len(cells), cores if device.type == "cpu" else min(GPU_WORKERS, cores))
 
 
@@ -121,7 +123,7 @@ def tasks(cells: Sequence[Cell], runner: Runner) -> list[Task]:
                 f"arm {cell.arm!r}: {hindrance} has no batched form; runner: auto trains such "
                 "cells in processes"
             )
-        on_gpu = plan.pick_device(cell.config.training.device).type == "cuda"
+        on_gpu = pick_device(cell.config.training.device).type == "cuda"
         if hindrance or runner == "processes" or (runner == "auto" and not on_gpu):
             alone.append(cell)
         else:
@@ -359,7 +361,6 @@ def _train_task(
         return [None] * len(task.cells)
     configs = [cell.config for cell in task.cells]
     paths = [cell_directory(directory, cell) for cell in task.cells]
-    made = [partial(_count, index) for index in indices]
     ended: Sequence[RunResult | Exception]
     try:
         if task.as_one:
@@ -367,11 +368,12 @@ def _train_task(
                 configs,
                 paths,
                 stop=_stopping,
-                made=lambda i: made[i](),
-                saves=keep_checkpoints,
+                on_update=lambda i: _count(indices[i]),
+                save_checkpoints=keep_checkpoints,
             )
         else:
-            ended = [train(configs[0], paths[0], quiet=True, stop=_stopping, made=made[0])]
+            count = partial(_count, indices[0])
+            ended = [train(configs[0], paths[0], quiet=True, stop=_stopping, on_update=count)]
     except Exception as error:
         ended = [error] * len(configs)
     for path, each in zip(paths, ended, strict=True):
@@ -391,7 +393,7 @@ def _draw(path: Path) -> None:
 
 
 def _lost(error: Exception) -> Lost:
-    if plan.is_out_of_memory(error):
+    if is_out_of_memory(error):
         return Lost("out of memory", str(error).partition("\n")[0])
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f" ({Path(place.filename).name}:{place.lineno})"

@@ -210,6 +210,11 @@ class Opened:
     changes: tuple[str, ...] = ()
     skipped: tuple[InputError, ...] = ()
 
+    @property
+    def resuming(self) -> bool:
+        """Whether training continues from a checkpoint of this directory."""
+        return self.resumed and self.checkpoint is not None
+
     def describe_changes(self, config: Config) -> list[str]:
         """What `config` says otherwise than before, and what that does to the learning rate."""
         if not self.changes:
