@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from gpt.config import Config, load
     from gpt.errors import InputError
     from gpt.model import GPT
-    from gpt.run.directory import RunResult, load_run
+    from gpt.run.directory import RunResult
+    from gpt.run.loading import load_run
     from gpt.training import train
 
 __all__ = [
@@ -32,7 +33,7 @@ _HOMES = {
     "InputError": "gpt.errors",
     "RunResult": "gpt.run.directory",
     "load": "gpt.config",
-    "load_run": "gpt.run.directory",
+    "load_run": "gpt.run.loading",
     "train": "gpt.training",
 }
 

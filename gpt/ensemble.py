@@ -36,7 +36,8 @@ from gpt.io.console import Console
 from gpt.io.files import only_one_in
 from gpt.model import GPT
 from gpt.optim import SEPARABLE, stack
-from gpt.run.directory import RunResult, open_run
+from gpt.run.directory import RunResult
+from gpt.run.resume import open_run
 from gpt.run.run import Run
 from gpt.trainer import Trainer
 from gpt.training import raise_if
@@ -292,14 +293,16 @@ def train_together(
                     if opened.result is not None:
                         outcomes[i] = opened.result
                         continue
-                    vocab_size = dataset.encoding.n_vocab
-                    interrupt = partial(raise_if, stopping)
-                    trainer = Trainer(configs[i], vocab_size, device, interrupt=interrupt)
                     runs[i] = Run(
                         configs[i],
                         opened,
                         dataset,
-                        trainer,
+                        Trainer(
+                            configs[i],
+                            dataset.encoding.n_vocab,
+                            device,
+                            interrupt=partial(raise_if, stopping),
+                        ),
                         console,
                         stop=stopping,
                         on_update=partial(on_update, i),
@@ -361,12 +364,12 @@ def fit_together(
 
     batched: BatchedTrainer | None = None
     cells: list[int] = []  # of `batched`, in its order; some may have ended since
-    config, done = (any_run := next(iter(runs.values()))).config, any_run.progress.step
+    steps = _steps_to_make(next(iter(runs.values())))
     try:
         for i in list(runs):
             with guarded(i):
                 after(i, runs[i].begin())
-        for step in range(done + 1, config.training.steps + 1):
+        for step in steps:
             batches: dict[int, tuple[Tensor, Tensor]] = {}
             for i in list(runs):
                 with guarded(i):
@@ -396,8 +399,12 @@ def fit_together(
             with guarded(i):
                 end(i, runs[i].interrupt() if stopping() else runs[i].finish())
     finally:
-        for run in runs.values():
-            run.close()
+        for i in list(runs):
+            runs[i].close()
+
+
+def _steps_to_make(run: Run) -> range:
+    return range(run.progress.step + 1, run.config.training.steps + 1)
 
 
 def _outcome(run: Run, error: Exception) -> RunResult | Exception:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gpt.checkpoint import Checkpoint
+from gpt.checkpoint.weights import load_weights
 from gpt.config import Config
 from gpt.data.sequences import Batch, ValidationSequences
 from gpt.hardware import device as devices
@@ -34,7 +35,6 @@ from gpt.init import initialize
 from gpt.model import GPT
 from gpt.optim import Optimizer
 from gpt.rng import global_generator
-from gpt.run.directory import load_weights
 
 
 class Trainer:

@@ -24,9 +24,10 @@ from gpt.hardware.device import flush_denormals, pick_device
 from gpt.hardware.memory import check_fits, is_out_of_memory
 from gpt.io.console import Console
 from gpt.io.files import only_one_in
-from gpt.run.directory import RunResult, ended_run, open_run
+from gpt.run.directory import RunResult
 from gpt.run.plan import describe
 from gpt.run.recovery import advise_on_memory
+from gpt.run.resume import ended_run, open_run
 from gpt.run.run import Run
 from gpt.trainer import Trainer
 
@@ -48,7 +49,7 @@ def train(
 
     Args:
         out_dir: the run directory; runs/NAME by default.
-        resume: "auto", "never" or a checkpoint folder, see `gpt.run.directory.open_run`.
+        resume: "auto", "never" or a checkpoint folder, see `gpt.run.resume.open_run`.
         quiet: print nothing.
         stop: polled often, also in the middle of an update or an evaluation. Once it returns true,
             the last update is saved and the run ends as interrupted. Whatever was due after that

@@ -300,7 +300,7 @@ def runs(config: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """A run that is finished, and the same when it was stopped half-way."""
     folder = tmp_path_factory.mktemp("runs")
     made: list[None] = []
-    options = {"made": lambda: made.append(None), "stop": lambda: len(made) == 2}
+    options = {"on_update": lambda: made.append(None), "stop": lambda: len(made) == 2}
     training.train(config, folder / "stopped", quiet=True, **options)
     training.train(config, folder / "finished", quiet=True)
     return {name: folder / name for name in ("stopped", "finished")}

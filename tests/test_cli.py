@@ -19,10 +19,11 @@ import torch
 import yaml
 from conftest import ROOT
 
-from gpt import cli, training
+from gpt import cli
 from gpt.cli.flags import parse
 from gpt.config import Config
 from gpt.errors import InputError
+from gpt.trainer import Trainer
 from gpt.training import train
 
 Make = Callable[..., Config]
@@ -401,13 +402,13 @@ def test_after_max_seconds_it_saves_and_the_run_goes_on(
     path, out = tmp_path / "tiny.yaml", tmp_path / "run"
     path.write_text(tiny().to_yaml())
     made: list[None] = []
-    clock, apply = time.monotonic, training.Training._apply
+    clock, update = time.monotonic, Trainer.update
 
-    def counted(self: training.Training, wanted: training.Apply) -> bool:
+    def counted(self: Trainer, *args: Any) -> bool:
         made.append(None)
-        return apply(self, wanted)
+        return update(self, *args)
 
-    monkeypatch.setattr(training.Training, "_apply", counted)
+    monkeypatch.setattr(Trainer, "update", counted)
     monkeypatch.setattr(cli.time, "monotonic", lambda: clock() + (100 if len(made) > 4 else 0))
     code, stdout, stderr = called(capsys, "train", path, "--out-dir", out, "--max-seconds", "50")
     monkeypatch.undo()

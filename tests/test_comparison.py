@@ -29,7 +29,7 @@ from gpt.config import Config
 from gpt.errors import InputError
 from gpt.io import files
 from gpt.io.console import Console
-from gpt.run import metrics, plan
+from gpt.run import metrics
 from gpt.run.directory import RunDirectory
 
 Make = Callable[..., Config]
@@ -683,7 +683,7 @@ def test_who_trains_which_cells(tiny: Make, tmp_path: Path, monkeypatch: pytest.
     _, cells = load(write(tmp_path / "grid.yaml", tree))
     on_cpu = runner.tasks(cells, "auto")
     assert [task.as_one for task in on_cpu] == [False] * len(cells)
-    monkeypatch.setattr(plan, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(runner, "pick_device", lambda name: torch.device("cuda"))
     on_gpu = runner.tasks(cells, "auto")
     groups = [task for task in on_gpu if task.as_one]
     assert [{cell.arm for cell in task.cells} for task in groups] == [

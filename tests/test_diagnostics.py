@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from gpt import cli, training
+from gpt import cli
 from gpt.config import Config, ModelConfig, OptimizerConfig
 from gpt.diagnostics.failure import Place, advice, describe, first_nonfinite
 from gpt.diagnostics.layers import MEASURES, Look, layer_of
@@ -225,7 +225,7 @@ def test_a_resumed_run_has_each_look_once(tiny: Make, tmp_path: Path):
     config = tiny(diagnostics={"every": 4})
     run(config, tmp_path / "whole")
     made: list[None] = []
-    options = {"made": lambda: made.append(None), "stop": lambda: len(made) == 9}
+    options = {"on_update": lambda: made.append(None), "stop": lambda: len(made) == 9}
     train(config, tmp_path / "parts", quiet=True, **options)
     run(config, tmp_path / "parts")
     assert lines(tmp_path / "whole", layers=True) == lines(tmp_path / "parts", layers=True)
@@ -397,7 +397,7 @@ def test_a_diverged_run_says_what_where_and_what_next(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_every: dict[str, int]
 ):
     """Also after a checkpoint, and where losses are read late, as from a GPU."""
-    monkeypatch.setattr(training, "READ_EVERY", read_every)
+    monkeypatch.setattr("gpt.run.log.READ_EVERY", read_every)
     config = wild(tiny, 10.0, checkpoint={"every": 2}, training={"log_every": 5})
     result = run(config, tmp_path / "run")
     assert result.status == "diverged"
@@ -419,7 +419,7 @@ def test_both_ways_of_reading_find_the_same(
 ):
     config = wild(tiny, 10.0, training={"log_every": 7})
     first = run(config, tmp_path / "each")
-    monkeypatch.setattr(training, "READ_EVERY", {})
+    monkeypatch.setattr("gpt.run.log.READ_EVERY", {})
     assert run(config, tmp_path / "late").failure == first.failure
 
 

@@ -29,6 +29,7 @@ from gpt.config import Config
 from gpt.data.preparation import prepare
 from gpt.data.sequences import TrainingSequences
 from gpt.errors import InputError, OutOfMemoryError
+from gpt.hardware.memory import smaller
 from gpt.io.files import only_one_in
 from gpt.model import GPT
 from gpt.run import plot
@@ -80,7 +81,7 @@ def later(step: int, then: Callable[[], None]) -> dict[str, Callable[[], None]]:
         if updates[0] == step:
             then()
 
-    return {"made": made}
+    return {"on_update": made}
 
 
 def power_cut(*args: Any, **options: Any) -> None:
@@ -676,7 +677,7 @@ def test_nothing_fits(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ("now", "batch", "then"), [(12, 12, 6), (6, 12, 3), (4, 6, 2), (1, 6, None)]
 )
 def test_smaller_micro_batches_divide_the_batch(now: int, batch: int, then: int | None):
-    assert memory.smaller(now, batch) == then
+    assert smaller(now, batch) == then
 
 
 # -- Killed before it was a run ------------------------------------------------------------------

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,14 @@ from gpt import checkpoint as checkpoints
 from gpt import training
 from gpt.config import Config
 from gpt.data.preparation import prepare
+from gpt.data.sequences import TrainingSequences
 from gpt.ensemble import train_together
+from gpt.errors import NonFiniteError
 from gpt.model import GPT
 from gpt.run.directory import RunResult
+from gpt.run.run import Run
 from gpt.schedule import rate, rate_change
+from gpt.trainer import Trainer
 
 Make = Callable[..., Config]
 
@@ -136,7 +141,9 @@ def test_a_stop_of_cells_whenever_it_is_asked_for_changes_nothing(tiny: Make, tm
 
     def together(out: Path, stop: Callable[[], bool]) -> list[Any]:
         paths = [out / str(i) for i in range(2)]
-        ended = train_together(configs, paths, stop=stop, made=lambda index: None, saves=False)
+        ended = train_together(
+            configs, paths, stop=stop, on_update=lambda index: None, save_checkpoints=False
+        )
         assert all(isinstance(each, RunResult) for each in ended), ended
         return ended
 
@@ -160,7 +167,7 @@ def test_a_stop_of_cells_whenever_it_is_asked_for_changes_nothing(tiny: Make, tm
 
 def spoil(monkeypatch: pytest.MonkeyPatch, config: Config, step: int) -> None:
     """Have the loss of the batch of update `step` be NaN."""
-    sequences = training.TrainingSequences(
+    sequences = TrainingSequences(
         prepare(config.data).train, config.model.context, config.data_seed
     )
     bad = torch.from_numpy(sequences.batch(step, config.batch_sequences)[0])
@@ -183,14 +190,14 @@ def test_a_stop_in_the_search_for_a_divergence_is_not_its_end(tiny: Make, tmp_pa
     assert whole.status == "diverged"
     assert whole.failure is not None
     assert whole.failure.place is not None
-    searched = training.Training._first_place
+    searched = Run.locate_by_replay
 
-    def stopped_search(self: training.Training, fault: Any) -> Any:
-        self.stop = lambda: True
+    def stopped_search(self: Run, fault: Any) -> Any:
+        self.trainer.interrupt = partial(training.raise_if, lambda: True)
         return searched(self, fault)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.Training, "_first_place", stopped_search)
+        patch.setattr(Run, "locate_by_replay", stopped_search)
         stopped = run(config, tmp_path / "parts")
     assert stopped.status == "interrupted"
     assert stopped.reason.startswith(whole.reason.partition(",")[0])
@@ -233,24 +240,24 @@ def test_a_stop_between_micro_batches_saves_no_spoilt_weights(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = tiny(training={"steps": 8, "micro_batch": 2}, checkpoint={"every": 100})
-    apply, parts = training.Training._apply, training.Training._micro_batches
-    asked = False
+    update, parts = Trainer.update, Trainer.micro_batches
+    step = 0
 
-    def spoilt(self: training.Training, wanted: training.Apply) -> bool:
-        skipped = apply(self, wanted)
-        if self.progress.step == 2:
+    def spoilt(self: Trainer, *args: Any) -> bool:
+        skipped = update(self, *args)
+        if step == 3:
             with torch.no_grad():
                 self.model.token_embedding.weight.fill_(math.inf)
         return skipped
 
-    def stopping(self: training.Training, step: int, *batch: Any) -> Any:
-        nonlocal asked
-        asked = step == 4
-        return parts(self, step, *batch)
+    def counted(self: Trainer, number: int, *batch: Any) -> Any:
+        nonlocal step
+        step = number
+        return parts(self, number, *batch)
 
-    monkeypatch.setattr(training.Training, "_apply", spoilt)
-    monkeypatch.setattr(training.Training, "_micro_batches", stopping)
-    run(config, tmp_path / "run", stop=lambda: asked)
+    monkeypatch.setattr(Trainer, "update", spoilt)
+    monkeypatch.setattr(Trainer, "micro_batches", counted)
+    run(config, tmp_path / "run", stop=lambda: step == 4)
     assert not checkpoints.steps(tmp_path / "run/checkpoints")
 
 
@@ -258,7 +265,7 @@ def test_a_stop_does_not_wait_for_a_search_in_the_validation_text(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     searched = []
-    monkeypatch.setattr(training, "first_nonfinite", lambda *a: searched.append(a))
+    monkeypatch.setattr("gpt.run.recovery.first_nonfinite", lambda *a: searched.append(a))
     objective = GPT.objective
 
     def spoilt(self: GPT, *arguments: Any) -> Any:
@@ -301,6 +308,7 @@ def test_runs_in_threads_are_the_runs_one_after_the_other(tiny: Make, tmp_path: 
 
 DENORMALS = """
 import sys
+from functools import partial
 from pathlib import Path
 import torch
 from gpt.config import Config
@@ -370,15 +378,14 @@ def test_an_evaluation_that_fails_after_a_resume_leaves_what_the_undisturbed_run
 ):
     """The checkpoint of a stop before an evaluation is not one to roll back to, or to keep."""
     config = tiny(checkpoint={"every": 5}, training={"nonfinite": "rollback", "nonfinite_limit": 2})
-    evaluate = training.Training._evaluate
+    evaluate = Run._evaluate
 
-    def failing(self: training.Training) -> Any:
-        fault = evaluate(self)
+    def failing(self: Run) -> None:
+        evaluate(self)
         if self.progress.step == 10:
-            return training._Fault(10, "validation loss", "the validation loss became nan")
-        return fault
+            raise NonFiniteError(10, "validation loss", "the validation loss became nan")
 
-    monkeypatch.setattr(training.Training, "_evaluate", failing)
+    monkeypatch.setattr(Run, "_evaluate", failing)
     whole = run(config, tmp_path / "whole")
     run(config, tmp_path / "parts", **stop_after(10))
     parts = run(config, tmp_path / "parts")

@@ -11,17 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gpt import training
 from gpt.config import Config
 from gpt.data.preparation import prepare
 from gpt.data.sequences import TrainingSequences, ValidationSequences
 from gpt.errors import InputError
+from gpt.hardware import memory
+from gpt.hardware.device import peak_flops
 from gpt.init import fingerprints, initialize
 from gpt.model import GPT
 from gpt.optim import OPTIMIZERS
 from gpt.placement import PLACEMENTS
 from gpt.run import metrics, plan
-from gpt.run.directory import RunResult, load_run
+from gpt.run.directory import RunResult
+from gpt.run.loading import load_run
+from gpt.trainer import Trainer
 from gpt.training import train
 
 Make = Callable[..., Config]
@@ -35,7 +38,7 @@ def run(config: Config, out: Path, **options: Any) -> RunResult:
 def stop_after(updates: int) -> dict[str, Callable[..., Any]]:
     """Options of `train` that ask it to stop after so many updates."""
     made: list[None] = []
-    return {"made": lambda: made.append(None), "stop": lambda: len(made) >= updates}
+    return {"on_update": lambda: made.append(None), "stop": lambda: len(made) >= updates}
 
 
 def power_cut_after(updates: int) -> dict[str, Callable[..., Any]]:
@@ -43,11 +46,11 @@ def power_cut_after(updates: int) -> dict[str, Callable[..., Any]]:
     asked = stop_after(updates)
 
     def made() -> None:
-        asked["made"]()
+        asked["on_update"]()
         if asked["stop"]():
             raise RuntimeError("power cut")
 
-    return {"made": made}
+    return {"on_update": made}
 
 
 def records(out: Path) -> list[dict[str, Any]]:
@@ -121,7 +124,7 @@ def test_a_resumed_run_keeps_its_micro_batch_whatever_memory_is_free(
     """Another micro-batch would add up the gradients in another order."""
     run(tiny(), tmp_path / "whole")
     run(tiny(), tmp_path / "parts", **stop_after(12))
-    monkeypatch.setattr(plan, "_memory", lambda device: 1)
+    monkeypatch.setattr(memory, "_activation_memory", lambda device: 1)
     run(tiny(), tmp_path / "parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -441,7 +444,7 @@ def test_metrics_read_late_are_the_same(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run(tiny(), tmp_path / "at once")
-    monkeypatch.setattr(training, "READ_EVERY", {})
+    monkeypatch.setattr("gpt.run.log.READ_EVERY", {})
     config = tiny(training={"log_every": 7})
     run(config, tmp_path / "late")
     assert_same_run(tmp_path / "at once", tmp_path / "late")
@@ -450,7 +453,7 @@ def test_metrics_read_late_are_the_same(
 def test_divergence_that_is_read_late_ends_at_its_own_step(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(training, "READ_EVERY", {})
+    monkeypatch.setattr("gpt.run.log.READ_EVERY", {})
     config = tiny(
         schedule={"warmup": "none"},
         optimizer={"name": "sgd", "learning_rate": 1e30, "clip": None},
@@ -496,18 +499,18 @@ def test_flops_and_peak():
     with torch.device("meta"):
         model = GPT(config.model, 50257)
     assert plan.flops_per_token(config, model) == pytest.approx(0.855e9, rel=0.01)
-    assert device.peak_flops("NVIDIA H200", "bf16") == 989e12
-    assert device.peak_flops("NVIDIA H200", "fp32") is None
-    assert device.peak_flops("cpu", "bf16") is None
+    assert peak_flops("NVIDIA H200", "bf16") == 989e12
+    assert peak_flops("NVIDIA H200", "fp32") is None
+    assert peak_flops("cpu", "bf16") is None
 
 
 def test_the_automatic_micro_batch_divides_the_batch_and_fits(tiny: Make, monkeypatch: Any):
     config = tiny(training={"batch_sequences": 12})
-    for memory, expected in ((2**40, 12), (1, 1)):
-        monkeypatch.setattr(plan, "_memory", lambda device, memory=memory: memory)
+    for held, expected in ((2**40, 12), (1, 1)):
+        monkeypatch.setattr(memory, "_activation_memory", lambda device, held=held: held)
         assert memory.micro_batch(config, 257, torch.device("cpu")) == expected
     numbers = 17 * 16 * 2 + 3 * 257
-    monkeypatch.setattr(plan, "_memory", lambda device: 5 * 4 * 16 * numbers)
+    monkeypatch.setattr(memory, "_activation_memory", lambda device: 5 * 4 * 16 * numbers)
     assert memory.micro_batch(config, 257, torch.device("cpu")) == 4
 
 
@@ -515,7 +518,9 @@ def test_chunks_of_the_loss_make_the_automatic_micro_batch_larger(
     tiny: Make, monkeypatch: pytest.MonkeyPatch
 ):
     numbers, logits = 17 * 16 * 2, 3 * 257  # of one token
-    monkeypatch.setattr(plan, "_memory", lambda device: 4 * (6 * 16 * numbers + 16 * logits))
+    monkeypatch.setattr(
+        memory, "_activation_memory", lambda device: 4 * (6 * 16 * numbers + 16 * logits)
+    )
     sizes = [
         memory.micro_batch(
             tiny(training={"batch_sequences": 12, "loss_chunk": chunk}), 257, torch.device("cpu")
@@ -587,13 +592,13 @@ def test_what_a_gpu_copies_from_lies_in_one_piece(
 ):
     """Rows with gaps are packed into ordinary memory first, which a copy must wait for."""
     copied: list[bool] = []
-    on_device = training.Training._on_device
+    to_device = Trainer.to_device
 
-    def spy(self: training.Training, tensor: torch.Tensor) -> torch.Tensor:
+    def spy(self: Trainer, tensor: torch.Tensor) -> torch.Tensor:
         copied.append(tensor.is_contiguous())
-        return on_device(self, tensor)
+        return to_device(self, tensor)
 
-    monkeypatch.setattr(training.Training, "_on_device", spy)
+    monkeypatch.setattr(Trainer, "to_device", spy)
     run(tiny(training={"steps": 1}), tmp_path / "run")
     assert len(copied) > 4
     assert all(copied)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from gpt import checkpoint as checkpoints
 from gpt.checkpoint import Checkpoint
+from gpt.checkpoint.state import Progress
 from gpt.config import Config
-from gpt.run.state import Progress
 
 
 class CheckpointManager:

@@ -219,7 +219,7 @@ def _dry_run(config: Config, out_dir: Path, resume: str) -> str:
     from gpt.hardware.device import pick_device
     from gpt.model import GPT
     from gpt.run import plan
-    from gpt.run.directory import open_run
+    from gpt.run.resume import open_run
 
     opened = open_run(config, out_dir, resume)
     if opened.result is not None:
@@ -471,7 +471,7 @@ def _sample(run_dir: Path, prompt: str, options: SampleOptions, prog: str) -> No
     from gpt.generate import Decoder, TextDecoder, generate
     from gpt.hardware.device import pick_device
     from gpt.hardware.memory import total_memory
-    from gpt.run.directory import load_run
+    from gpt.run.loading import load_run
     from gpt.weights import prepare
 
     device = pick_device(options.device)

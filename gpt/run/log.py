@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gpt.checkpoint.state import Progress
 from gpt.config import Config
 from gpt.diagnostics.layers import EPS_ALARM, Look
 from gpt.errors import NonFiniteError
@@ -21,7 +22,6 @@ from gpt.io.console import Console
 from gpt.model import GPT
 from gpt.run.metrics import MetricsLog, Record, up_to
 from gpt.run.plan import flops_per_token
-from gpt.run.state import Progress
 
 READ_EVERY = {"cpu": 1}  # steps between reads, where a read does not wait for a device
 

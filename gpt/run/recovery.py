@@ -16,13 +16,13 @@ from torch import Tensor
 from gpt import checkpoint as checkpoints
 from gpt.checkpoint import Checkpoint
 from gpt.checkpoint.manager import CheckpointManager
+from gpt.checkpoint.state import Progress, read_state
 from gpt.config import Config, ScheduleConfig
 from gpt.data.sequences import ValidationSequences
 from gpt.diagnostics.failure import Place, first_nonfinite
 from gpt.errors import Fault, InputError
 from gpt.io.files import write_bytes
 from gpt.run.directory import RunDirectory
-from gpt.run.state import Progress, read_state
 from gpt.schedule import rate
 from gpt.trainer import Trainer, host_tensor
 

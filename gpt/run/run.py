@@ -21,6 +21,7 @@ from torch import Tensor
 from gpt import checkpoint as checkpoints
 from gpt.checkpoint import Checkpoint
 from gpt.checkpoint.manager import CheckpointManager
+from gpt.checkpoint.state import Progress, State, read_state
 from gpt.config import Config, changed
 from gpt.data import tokenizer
 from gpt.data.prepared import Dataset
@@ -32,9 +33,9 @@ from gpt.generate import continue_text
 from gpt.io.console import Console
 from gpt.io.files import write_text
 from gpt.run import metrics, opening, recovery
-from gpt.run.directory import Opened, RunDirectory, RunResult, Status
+from gpt.run.directory import RunDirectory, RunResult, Status
 from gpt.run.log import RunLog, Update, finite_or_none
-from gpt.run.state import Progress, State, read_state
+from gpt.run.resume import ResumePlan
 from gpt.schedule import rate
 from gpt.trainer import Trainer, host_tensor
 
@@ -45,7 +46,7 @@ class Run:
     """What happens between the steps of a run: logging, evaluation, samples, checkpoints, the end.
 
     Args:
-        opened: the run directory, locked by this process, and the checkpoint to resume from.
+        plan: the run directory, locked by this process, and the checkpoint to resume from.
         dataset: what `config.data` describes, prepared.
         trainer: its state is set here.
         stop, on_update: as for `train`.
@@ -60,7 +61,7 @@ class Run:
     def __init__(
         self,
         config: Config,
-        opened: Opened,
+        plan: ResumePlan,
         dataset: Dataset,
         trainer: Trainer,
         console: Console,
@@ -70,7 +71,7 @@ class Run:
         save_checkpoints: bool = True,
         plot: bool = True,
     ) -> None:
-        self.config, self.directory, self.dataset = config, opened.run, dataset
+        self.config, self.directory, self.dataset = config, plan.run, dataset
         self.trainer, self.console = trainer, console
         self.stop, self.on_update = stop, on_update
         self.save_checkpoints, self.plot = save_checkpoints, plot
@@ -86,40 +87,38 @@ class Run:
         )
         self.validation = ValidationSequences(dataset.val, context, config.evaluation.sequences)
         self.unigram_entropy = dataset.unigram_entropy()
-        opening.check_tokens(opened, dataset)
-        self.progress = recovery.restore(trainer, opened.checkpoint, self._first_inputs)
-        opening.adopt_checkpoint(opened, config, trainer, self.progress)
-        self._open(opened)
+        opening.check_tokens(plan, dataset)
+        self.progress = recovery.restore(trainer, plan.checkpoint, self._first_inputs)
+        opening.adopt_checkpoint(plan, config, trainer, self.progress)
+        self._open(plan)
 
     def _first_inputs(self) -> Tensor:
         few = min(self.config.batch_sequences, CALIBRATION_SEQUENCES)
         return host_tensor(self.sequences.batch(1, few)[0], self.trainer.device)
 
-    def _open(self, opened: Opened) -> None:
+    def _open(self, plan: ResumePlan) -> None:
         """Make the directory ready for training, and write there what is known already."""
         run, config, step = self.directory, self.config, self.progress.step
-        opening.make_folders(opened, config)
-        opening.announce(opened, config, step, self.console)
+        opening.make_folders(plan, config)
+        opening.announce(plan, config, step, self.console)
         protected: list[int] = []
-        if any(changed(opened.changes, f"checkpoint.{key}") for key in ("keep", "keep_every")):
+        if any(changed(plan.changes, f"checkpoint.{key}") for key in ("keep", "keep_every")):
             protected = list(checkpoints.steps(run.checkpoints))  # other options kept them
         self.checkpoints = CheckpointManager(
             run.checkpoints,
             config,
-            saved_step=step if opened.resuming else None,
+            saved_step=step if plan.resuming else None,
             protected_steps=protected,
         )
-        if opened.checkpoint is not None and opened.resuming:  # what a kill had left undone
-            name, best = opened.checkpoint.name, bool(opened.checkpoint.state["best"])
+        if plan.checkpoint is not None and plan.resuming:  # what a kill had left undone
+            name, best = plan.checkpoint.name, bool(plan.checkpoint.state["best"])
             checkpoints.point(run.checkpoints, name, best=best)
             self.checkpoints.prune(self.progress)
         elif step:  # another run's checkpoint is where this one starts from, also after a crash
             checkpoints.save(run.checkpoints, self._checkpoint(best=False))
-        opening.write_identity(
-            opened, config, self.dataset, self.trainer, step, self.unigram_entropy
-        )
+        opening.write_identity(plan, config, self.dataset, self.trainer, step, self.unigram_entropy)
         self.environment = run.environment.read_text("utf-8")
-        kept = metrics.up_to(run.metrics, step) if opened.resuming else []
+        kept = metrics.up_to(run.metrics, step) if plan.resuming else []
         if self.progress.pending:  # an evaluation of this step, cut short, is repeated
             kept = [line for line in kept if line["step"] < step or "val_loss" not in line]
         self.log = RunLog(run.metrics, config, self.trainer.model, self.console, kept)
