@@ -34,6 +34,7 @@ from gpt.io.files import only_one_in
 from gpt.model import GPT
 from gpt.run import plot
 from gpt.run.directory import RunDirectory
+from gpt.run.loading import load_run
 from gpt.run.metrics import MetricsLog
 
 Make = Callable[..., Config]
@@ -166,7 +167,11 @@ def test_it_rolls_back_and_passes_over_the_batches_since(
     evaluated = [r["step"] for r in records(tmp_path / "whole") if "val_loss" in r]
     assert evaluated == [0, 10, 20]
     (event,) = history(tmp_path / "whole")
-    assert (event["event"], event["step"], event["passed_over"]) == ("rolled back", back, passed)
+    assert (event["event"], event["step"], event["skipped_batches"]) == (
+        "rolled back",
+        back,
+        passed,
+    )
     for updates in (4, 11, 5, 2):  # cut off before, at and after it, it is the same run
         with pytest.raises(RuntimeError, match="power cut"):
             run(config, tmp_path / "parts", **later(updates, power_cut))
@@ -509,7 +514,7 @@ def test_length_logging_and_paths_may_change(tiny: Make, tmp_path: Path, corpus:
     )
     assert run(second, tmp_path / "run").step == 20
     (event,) = history(tmp_path / "run")
-    assert (event["event"], event["step"]) == ("went on", 9)
+    assert (event["event"], event["step"]) == ("resumed", 9)
     assert "training.steps: 9 -> 20" in event["changes"]
     assert len(event["changes"]) == 5
     assert f"steps: {20}" in (tmp_path / "run/config.yaml").read_text()
@@ -582,6 +587,20 @@ def test_damaged_metrics_are_refused_before_anything_is_changed(tiny: Make, tmp_
     assert contents(out) == before
 
 
+def test_a_checkpoint_of_an_earlier_version_is_refused_in_plain_words(tiny: Make, tmp_path: Path):
+    out = tmp_path / "run"
+    run(tiny(), out, **stop_after(5))
+    folder = out / "checkpoints/step-00000005"
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, "format": 4}))
+    vouch(folder)
+    before = contents(out)
+    with pytest.raises(InputError, match="earlier version of steadygpt, and this one cannot"):
+        run(tiny(), out)
+    assert contents(out) == before
+    load_run(out, "5")  # but its weights are still read
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -595,7 +614,7 @@ def test_damaged_metrics_are_refused_before_anything_is_changed(tiny: Make, tmp_
         ("best", 1),
         ("micro_batch", "all"),
         ("data_fingerprint", None),
-        ("format", [4]),
+        ("format", [5]),
     ],
 )
 def test_a_state_of_the_wrong_types_is_refused(tiny: Make, tmp_path: Path, key: str, value: object):
@@ -969,8 +988,8 @@ def test_optimizer_state_of_another_shape_is_refused(tiny: Make, tmp_path: Path,
     [
         {"step": -5},
         {"step": 15},
-        {"passed_over": -100},
-        {"passed_over": 10**30},
+        {"skipped_batches": -100},
+        {"skipped_batches": 10**30},
         {"seconds": float("inf")},
         {"update_seconds": -1e9},
         {"skipped": 6},

@@ -42,7 +42,7 @@ class CheckpointManager:
         """Whether an undisturbed run keeps a checkpoint of that step, as far as schedules go."""
         if progress.pending and step == progress.step:  # its evaluation comes first
             return False
-        ends = (self.config.training.steps, progress.forked_at)
+        ends = (self.config.training.steps, progress.start_step)
         return step % self.config.save_every == 0 or step in ends
 
     def save(

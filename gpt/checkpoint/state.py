@@ -1,4 +1,4 @@
-"""What state.json of a checkpoint holds: all that a run knows of itself beside its tensors."""
+"""state.json of a checkpoint: all that resuming a run needs besides the tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from gpt.checkpoint import Checkpoint
 from gpt.errors import InputError
 
-FORMAT = 4
+FORMAT = 5
 
 
 Natural = Annotated[int, Field(ge=0, le=2**53)]
@@ -21,7 +21,7 @@ Loss = Annotated[float, Field(ge=-1e100, le=1e100)] | None
 
 @dataclass
 class Progress:
-    """How far a run is, and what it has seen and met."""
+    """How far a run is, and what has happened on the way."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
@@ -32,20 +32,20 @@ class Progress:
     val_loss: Loss = None
     val_bits_per_byte: Loss = None
     best_val_loss: Loss = None  # of all evaluations
-    best_saved_val_loss: Loss = None  # of those whose step was saved: `best`
-    batches: str = ""  # SHA-256 of this field one batch ago, and of the batch: all that was seen
-    idle: Natural = 0  # evaluations in a row at which it knew no more than token frequencies
-    skipped: Natural = 0  # updates, for what was not finite
+    best_saved_val_loss: Loss = None  # of the evaluations whose step was saved: `best`
+    inputs_digest: str = ""  # SHA-256 over all inputs so far: of its last value and the batch
+    stalled_evals: Natural = 0  # evaluations in a row no better than guessing by token frequency
+    skipped: Natural = 0  # updates that were not finite
     skipped_in_a_row: Natural = 0
-    forked_at: Natural = 0  # the step that this directory, or its last extension, began with
+    start_step: Natural = 0  # at which this directory, or its last extension, began
     rollbacks: Natural = 0
-    pending: bool = False  # what was due after this step was cut short by a stop, and is made again
-    passed_over: Natural = 0  # batches, in rollbacks: update n sees batch n + passed_over
+    pending: bool = False  # a stop interrupted what was due after this step; a resumed run does it
+    skipped_batches: Natural = 0  # by rollbacks: update n sees batch n + skipped_batches
 
 
 @dataclass
 class State:
-    """What state.json holds.
+    """The contents of state.json.
 
     Attributes:
         step: updates made.
@@ -73,9 +73,14 @@ def read_state(checkpoint: Checkpoint) -> State:
     """The state in a checkpoint.
 
     Raises:
-        InputError: it is of another format, or none.
+        InputError: it has another format, or is damaged.
     """
     found = checkpoint.state.get("format")
+    if type(found) is int and 0 < found < FORMAT:
+        raise InputError(
+            f"{checkpoint.name}: was saved by an earlier version of steadygpt, and this one cannot "
+            "resume it;\nsample.py still reads it; train with that version, or in another --out-dir"
+        )
     if found != FORMAT:
         raise InputError(f"{checkpoint.name}: state.json: format is {found!r}, not {FORMAT}")
     try:

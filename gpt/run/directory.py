@@ -21,11 +21,11 @@ import torch
 from pydantic import TypeAdapter
 
 from gpt import config as configs
+from gpt.checkpoint.state import Loss, Natural, Time
 from gpt.config import Config
 from gpt.diagnostics.failure import Failure
 from gpt.errors import InputError
 from gpt.io.files import SMALL, open_own, read_json, write_text
-from gpt.checkpoint.state import Loss, Natural, Time
 
 ATTEMPTS = 100  # to read a checkpoint beside a run that prunes
 

@@ -47,7 +47,7 @@ def adopt_checkpoint(
     checkpoint = plan.checkpoint
     if not plan.resumed:  # `best` is the best of this directory
         progress.best_val_loss = progress.best_saved_val_loss = None
-        progress.forked_at = progress.step
+        progress.start_step = progress.step
     elif checkpoint is not None and config.training.micro_batch == "auto":
         trainer.micro_batch = checkpoint.state["micro_batch"]  # sums keep their order
         if trainer.micro_batch > config.batch_sequences:
@@ -56,7 +56,7 @@ def adopt_checkpoint(
         changed(plan.changes, "training.steps")
         and progress.step == plan.run.read_config().training.steps
     ):
-        progress.forked_at = progress.step  # the checkpoint of its former end is scheduled
+        progress.start_step = progress.step  # the checkpoint of its former end is scheduled
 
 
 def make_folders(plan: ResumePlan, config: Config) -> None:
@@ -111,7 +111,7 @@ def write_identity(
     run, resuming = plan.run, plan.resuming
     if plan.resumed:
         run.note(
-            "went on",
+            "resumed",
             step,
             changes=plan.changes,
             skipped=[str(damage) for damage in plan.damaged],

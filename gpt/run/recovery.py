@@ -74,13 +74,13 @@ def roll_back(
         checkpoint = manager.newest(lambda step: manager.is_scheduled(step, progress))
     except InputError:
         return None
-    if checkpoint is None and progress.forked_at:
+    if checkpoint is None and progress.start_step:
         return None
     manager.drop_unscheduled(progress)
     restored = restore(trainer, checkpoint, first_inputs)
     manager.saved_step = restored.step or None
     restored.rollbacks = progress.rollbacks + 1
-    restored.passed_over = progress.passed_over + fault.step - restored.step
+    restored.skipped_batches = progress.skipped_batches + fault.step - restored.step
     return restored
 
 

@@ -168,7 +168,7 @@ class Run:
         Raises:
             StopRequestedError: a stop was requested.
         """
-        number = step + self.progress.passed_over
+        number = step + self.progress.skipped_batches
         x, y = self.sequences.batch(
             number, self.config.batch_sequences, check=self.trainer.interrupt
         )
@@ -181,8 +181,8 @@ class Run:
 
     def before_update(self, step: int, inputs: Tensor) -> Look | None:
         """Note which inputs were seen, and measure the layers where `diagnostics` asks for it."""
-        seen = self.progress.batches.encode() + inputs.numpy().tobytes()
-        self.progress.batches = hashlib.sha256(seen).hexdigest()
+        seen = self.progress.inputs_digest.encode() + inputs.numpy().tobytes()
+        self.progress.inputs_digest = hashlib.sha256(seen).hexdigest()
         every, trainer = self.config.diagnostics.every, self.trainer
         if every is None or (step > 1 and step % every != 0):
             return None
@@ -206,7 +206,7 @@ class Run:
         if look is not None:
             look.after()
         learning_rate = self.lr_scale(step) * self.config.optimizer.learning_rate
-        digest = self.progress.batches[:16]
+        digest = self.progress.inputs_digest[:16]
         self.log.add(Update(step, loss, grad_norm, learning_rate, digest, skipped, look))
         self.on_update()
         stopping = self.stop()
@@ -328,14 +328,14 @@ class Run:
         best = progress.best_val_loss
         progress.best_val_loss = loss if best is None else min(loss, best)
         learned = loss < self.unigram_entropy - metrics.LEARNT
-        progress.idle = 0 if learned or progress.step == 0 else progress.idle + 1
+        progress.stalled_evals = 0 if learned or progress.step == 0 else progress.stalled_evals + 1
 
     def _gives_up(self) -> bool:
         patience = self.config.evaluation.give_up_after
-        return patience is not None and self.progress.idle >= patience
+        return patience is not None and self.progress.stalled_evals >= patience
 
     def _give_up(self) -> RunResult:
-        known = f"no more than token frequencies at {self.progress.idle} evaluations"
+        known = f"no more than token frequencies at {self.progress.stalled_evals} evaluations"
         return self.end("finished", f"given up at step {self.progress.step}: {known} in a row")
 
     def _sample(self) -> None:
@@ -406,7 +406,7 @@ class Run:
         def save(run: RunDirectory) -> None:
             self.directory = run
             self.log.restart(run.metrics, metrics.up_to(run.metrics, step))
-            self.progress.best_saved_val_loss, self.progress.forked_at = None, step
+            self.progress.best_saved_val_loss, self.progress.start_step = None, step
             self.checkpoints.close()
             self.checkpoints = CheckpointManager(run.checkpoints, self.config)
             self._save(evaluated=evaluated)
@@ -443,7 +443,9 @@ class Run:
             return False
         self.progress = now
         self.log.rewind(now.step)
-        self.directory.note("rolled back", now.step, why=fault.text, passed_over=now.passed_over)
+        self.directory.note(
+            "rolled back", now.step, why=fault.text, skipped_batches=now.skipped_batches
+        )
         self.console.close()
         self.console.say(
             f"{fault.text}: back to step {now.step}, skipping the batches since ({now.rollbacks})"
