@@ -284,7 +284,7 @@ def test_on_a_full_disk_the_state_is_saved_elsewhere(tiny: Make, tmp_path: Path,
     assert contents(out / "checkpoints") == saved != {}
     (place,) = spare.iterdir()
     assert f"the state of step 15 is in {place}" in str(told.value)
-    assert f"--out-dir {place} goes on" in str(told.value)
+    assert f"--out-dir {place} resumes" in str(told.value)
     assert run(config, place).status == "finished"
     assert_same_run(tmp_path / "whole", place)
 
@@ -534,7 +534,7 @@ def test_a_run_without_checkpoints_is_not_made_longer(tiny: Make, tmp_path: Path
     run(tiny(), tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints")
     before = contents(tmp_path / "run")
-    with pytest.raises(InputError, match="has no checkpoint to go on from"):
+    with pytest.raises(InputError, match="has no checkpoint to resume from"):
         run(tiny(training={"steps": 30}), tmp_path / "run")
     assert contents(tmp_path / "run") == before
 
@@ -560,7 +560,7 @@ def test_a_damaged_checkpoint_is_skipped_and_set_aside(
         path = out / f"checkpoints/step-{step:08d}/{name}"
         assert f"skipped: {path}: is damaged: it is not what was written" in said
         assert path.parent.with_name(f"damaged-step-{step:08d}").is_dir()
-    assert "going on from step 8\n" in said
+    assert "resuming from step 8\n" in said
     assert len(history(out)[0]["skipped"]) == 2
     assert list(checkpoints.steps(out / "checkpoints")) == [4, 8, 12, 16, 20]
     assert_same_run(tmp_path / "whole", out)
@@ -677,7 +677,7 @@ def test_auto_finds_what_fits(
     run(tiny(training={"micro_batch": 2}, model={"dropout": 0.1}), tmp_path / "two")
     request.getfixturevalue("small_memory")
     train(tiny(model={"dropout": 0.1}), tmp_path / "auto")
-    assert "out of memory with micro-batches of 4 sequences; going on with 2" in (
+    assert "out of memory with micro-batches of 4 sequences; continuing with 2" in (
         capsys.readouterr().err
     )
     assert_same_run(tmp_path / "two", tmp_path / "auto")
@@ -720,7 +720,7 @@ def test_a_fork_that_was_killed_at_once_can_be_made_again(tiny: Make, tmp_path: 
     shutil.copytree(origin, out / "checkpoints" / origin.name)
     (out / "checkpoints/latest").write_text(f"{origin.name}\n")
     before = contents(out)
-    with pytest.raises(InputError, match="exists and is no run"):
+    with pytest.raises(InputError, match="exists and is not a run"):
         run(tiny(), out)
     assert contents(out) == before
     assert run(tiny(), out, resume=str(origin)).step == 20
@@ -732,7 +732,7 @@ def test_a_strangers_directory_is_left_alone(tiny: Make, tmp_path: Path, strange
     path = tmp_path / "run" / stranger
     path.parent.mkdir(parents=True)
     path.write_text("mine")
-    with pytest.raises(InputError, match="exists and is no run"):
+    with pytest.raises(InputError, match="exists and is not a run"):
         run(tiny(), tmp_path / "run")
     assert path.read_text() == "mine"
 
@@ -913,7 +913,7 @@ def test_a_diverged_run_does_not_go_on(tiny: Make, tmp_path: Path, spoil: Any):
     bad = batch(tiny(), 13)
     spoil(lambda x: torch.equal(x, bad))
     assert run(tiny(), tmp_path / "run").status == "diverged"
-    with pytest.raises(InputError, match="has diverged, and does not go on; --resume with its"):
+    with pytest.raises(InputError, match="has diverged and cannot be resumed;"):
         run(tiny(training={"nonfinite": "rollback"}), tmp_path / "run")
 
 
@@ -922,7 +922,7 @@ def test_a_link_in_a_new_directory_is_not_followed(tiny: Make, tmp_path: Path, l
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / link).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match="exists and is no run"):
+    with pytest.raises(InputError, match="exists and is not a run"):
         run(tiny(), tmp_path / "run")
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
@@ -931,7 +931,7 @@ def test_a_strangers_lock_is_left_alone(tiny: Make, tmp_path: Path):
     (tmp_path / "run").mkdir()
     for name in (".lock", "theirs.txt"):
         (tmp_path / "run" / name).write_text("theirs")
-    with pytest.raises(InputError, match="exists and is no run"):
+    with pytest.raises(InputError, match="exists and is not a run"):
         run(tiny(), tmp_path / "run")
     assert (tmp_path / "run/.lock").read_text() == "theirs"
 

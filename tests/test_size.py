@@ -185,10 +185,10 @@ def test_a_forged_config_of_more_blocks_than_the_checkpoint_has_is_not_built(
     tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     from gpt import training
-    from gpt.run import directory as run
+    from gpt.run.loading import load_run
 
     training.train(tiny(training={"steps": 1}), tmp_path / "run", quiet=True)
     (tmp_path / "run/config.yaml").write_text(tiny(model={"layers": 2_000}).to_yaml())
-    monkeypatch.setattr(run, "GPT", lambda *arguments: pytest.fail("it was built"))
+    monkeypatch.setattr("gpt.run.loading.GPT", lambda *arguments: pytest.fail("it was built"))
     with pytest.raises(InputError, match=r"step-00000001: does not fit .*config.yaml: it holds"):
-        run.load_run(tmp_path / "run")
+        load_run(tmp_path / "run")

@@ -222,7 +222,7 @@ def test_a_run_is_never_overwritten(
 
 def test_a_folder_with_other_things_is_left_alone(tiny: Make, tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("...")
-    with pytest.raises(InputError, match="exists and is no run"):
+    with pytest.raises(InputError, match="exists and is not a run"):
         run(tiny(), tmp_path)
 
 

@@ -99,6 +99,9 @@ class Run:
     def _open(self, plan: ResumePlan) -> None:
         """Make the directory ready for training, and write there what is known already."""
         run, config, step = self.directory, self.config, self.progress.step
+        kept = metrics.up_to(run.metrics, step) if plan.resuming else []
+        if self.progress.pending:  # an evaluation of this step, cut short, is repeated
+            kept = [line for line in kept if line["step"] < step or "val_loss" not in line]
         opening.make_folders(plan, config)
         opening.announce(plan, config, step, self.console)
         protected: list[int] = []
@@ -118,9 +121,6 @@ class Run:
             checkpoints.save(run.checkpoints, self._checkpoint(best=False))
         opening.write_identity(plan, config, self.dataset, self.trainer, step, self.unigram_entropy)
         self.environment = run.environment.read_text("utf-8")
-        kept = metrics.up_to(run.metrics, step) if plan.resuming else []
-        if self.progress.pending:  # an evaluation of this step, cut short, is repeated
-            kept = [line for line in kept if line["step"] < step or "val_loss" not in line]
         self.log = RunLog(run.metrics, config, self.trainer.model, self.console, kept)
 
     # -- What the loop calls ---------------------------------------------------------------------
