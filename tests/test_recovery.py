@@ -727,6 +727,14 @@ def test_a_fork_that_was_killed_at_once_can_be_made_again(tiny: Make, tmp_path: 
     assert records(out)[0]["step"] == 11
 
 
+def test_a_fork_starts_from_a_link_to_a_checkpoint_as_well(tiny: Make, tmp_path: Path):
+    run(tiny(), tmp_path / "origin")
+    link = tmp_path / "favourite"
+    link.symlink_to(tmp_path / "origin/checkpoints/step-00000010")
+    assert run(tiny(), tmp_path / "run", resume=str(link)).step == 20
+    assert records(tmp_path / "run")[0]["step"] == 11
+
+
 @pytest.mark.parametrize("stranger", ["notes.txt", "samples/mine.txt", "checkpoints/mine.pt"])
 def test_a_strangers_directory_is_left_alone(tiny: Make, tmp_path: Path, stranger: str):
     path = tmp_path / "run" / stranger

@@ -24,6 +24,7 @@ from gpt.data.sequences import TrainingSequences
 from gpt.ensemble import train_together
 from gpt.errors import NonFiniteError
 from gpt.model import GPT
+from gpt.run import opening
 from gpt.run.directory import RunResult
 from gpt.run.run import Run
 from gpt.schedule import rate, rate_change
@@ -230,6 +231,30 @@ def test_the_end_of_a_run_outlives_a_divergence_after_it_was_extended(
     longer = tiny(training={"steps": 12}, **options)
     spoil(monkeypatch, longer, 9)
     run(longer, tmp_path / "run", **stop_after(2))
+    assert run(longer, tmp_path / "run").status == "diverged"
+    last = checkpoints.pointed(tmp_path / "run/checkpoints", "latest")
+    assert last is not None
+    assert last.name == "step-00000006"
+
+
+def test_the_end_of_a_run_outlives_a_kill_while_it_is_extended(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The config names the new length already, and nothing has been saved since."""
+    options: dict[str, Any] = {"checkpoint": {"every": 100}, "evaluation": {"every": 3}}
+    run(tiny(training={"steps": 6}, **options), tmp_path / "run")
+    longer = tiny(training={"steps": 12}, **options)
+    spoil(monkeypatch, longer, 9)
+    write = opening.write_identity
+
+    def killed(*arguments: Any) -> None:
+        write(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(opening, "write_identity", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(longer, tmp_path / "run")
     assert run(longer, tmp_path / "run").status == "diverged"
     last = checkpoints.pointed(tmp_path / "run/checkpoints", "latest")
     assert last is not None

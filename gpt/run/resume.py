@@ -138,7 +138,7 @@ def _check_unused(run: RunDirectory, resume: str) -> None:
     Raises:
         InputError: it holds something else.
     """
-    origin = {"latest", Path(resume).name} if resume not in ("auto", "never") else set()
+    origin = {"latest", Path(resume).resolve().name} if resume not in ("auto", "never") else set()
     ours = (run.samples, run.checkpoints)
     if not run.path.is_dir() or not all(
         (is_scrap(path) or (path in ours and path.is_dir()))
@@ -152,7 +152,7 @@ def _check_unused(run: RunDirectory, resume: str) -> None:
 def _start_from(config: Config, resume: str) -> Checkpoint | None:
     if resume in ("auto", "never"):
         return None
-    folder = Path(resume).absolute()
+    folder = Path(resume).resolve()
     if not checkpoints.STEP_NAME.fullmatch(folder.name) or not folder.is_dir():
         raise InputError(
             f"--resume {resume}: is neither auto, never nor a checkpoint folder, such as "

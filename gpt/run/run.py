@@ -115,6 +115,9 @@ class Run:
         )
         if plan.checkpoint is not None and plan.resuming:  # what a kill had left undone
             name, best = plan.checkpoint.name, bool(plan.checkpoint.state["best"])
+            if self.progress.start_step == step and step % config.save_every:
+                # Extended: on disk, too, this checkpoint is scheduled before the config says so.
+                checkpoints.save(run.checkpoints, self._checkpoint(best), best=best, replaces=True)
             checkpoints.point(run.checkpoints, name, best=best)
             self.checkpoints.prune(self.progress)
         elif step:  # another run's checkpoint is where this one starts from, also after a crash
