@@ -114,7 +114,7 @@ class Ensemble:
             self.steps[name] = nn.Parameter(torch.zeros_like(stacked))
             self.steps[name].grad = stacked.grad
         self.optimizer = stack(optimizers, self.steps, config.optimizer)
-        decays = [optimizer.decays() for optimizer in optimizers]
+        decays = [optimizer.weight_decays() for optimizer in optimizers]
         self.decays = {name: self._numbers([own[name] for own in decays]) for name in self.weights}
         self.rates = self._numbers([optimizer.config.learning_rate for optimizer in optimizers])
         self.clips = self._numbers([math.inf if clip is None else clip for clip in clips])

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ from gpt.run.directory import (
     open_run,
 )
 from gpt.run.state import Progress, State, read_state
-from gpt.schedule import rate
+from gpt.schedule import lr_multiplier
 
 DTYPES = {  # of matrix products and attention; weights and their sums stay fp32
     "fp32": torch.float32,
@@ -307,9 +307,9 @@ class Training:
         state = read_state(checkpoint)
         try:
             load_weights(self.model, checkpoint.model)
-            self.optimizer.load_state(checkpoint.optimizer)
+            self.optimizer.load_state_tensors(checkpoint.optimizer)
             updates = state.progress.step - state.progress.skipped
-            if updates and self.optimizer.has_memory and not checkpoint.optimizer:
+            if updates and self.optimizer.has_state and not checkpoint.optimizer:
                 raise ValueError("the optimizer's state is missing")
             if state.scaler and fp16:
                 self.scaler.load_state_dict(state.scaler)
@@ -585,11 +585,11 @@ class Training:
         every = config.diagnostics.every
         if every is not None and (step == 1 or step % every == 0):
             optimizer = self.optimizer
-            look = Look(self.model, optimizer.eps(), optimizer.second_moments())
+            look = Look(self.model, optimizer.adam_eps(), optimizer.second_moments())
             few = min(config.diagnostics.sequences, self.micro_batch)
             with self._autocast():
                 look.forward(self._on_device(inputs[:few]))
-        share = rate(config.schedule, step, config.training.steps)
+        share = lr_multiplier(config.schedule, step, config.training.steps)
         skipped = yield Apply(share, loss, norm)
         if look is not None:
             look.after()
@@ -640,9 +640,8 @@ class Training:
             self.scaler.scale(minimised * share_of_batch).backward()
             loss += cross_entropy.detach() * share_of_batch
 
-        self.scaler.unscale_(
-            cast(torch.optim.Optimizer, self.optimizer)
-        )  # of which it reads groups
+        for optimizer in self.optimizer.torch_optimizers:
+            self.scaler.unscale_(optimizer)
         gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
         return loss, torch.nn.utils.get_total_norm(gradients)
 
@@ -952,7 +951,7 @@ class Training:
         )
         return Checkpoint(
             self.model.state_dict(),
-            self.optimizer.state(),
+            self.optimizer.state_tensors(),
             asdict(state),
             tokenizer.to_json(self.dataset.encoding),
         )
@@ -1059,7 +1058,7 @@ class Training:
             loss, norm = self._gradients(step, inputs, targets)
             if not loss.isfinite() or not (norm.isfinite() or self.scaler.is_enabled()):
                 return self._look_for_nonfinite(self._micro_batches(step, inputs, targets))
-            share = rate(self.config.schedule, step, self.config.training.steps)
+            share = lr_multiplier(self.config.schedule, step, self.config.training.steps)
             self._apply(Apply(share, loss, norm))
         return self._look_for_nonfinite(self._micro_batches(fault.step, inputs, targets))
 

@@ -39,7 +39,7 @@ from gpt.hardware.size import check_loading, parameters
 from gpt.io.files import SMALL, is_scrap, open_own, read_json, write_text
 from gpt.model import GPT
 from gpt.run.state import Loss, Natural, Time
-from gpt.schedule import rate_change
+from gpt.schedule import describe_lr_change
 
 ATTEMPTS = 100  # to read a checkpoint beside a run that prunes
 
@@ -215,7 +215,7 @@ class Opened:
         if not self.changes:
             return []
         step = self.checkpoint.step if self.checkpoint else 0
-        jump = rate_change(self.run.read_config(), config, step)
+        jump = describe_lr_change(self.run.read_config(), config, step)
         return ["changed: " + "; ".join(self.changes), *([] if jump is None else [jump])]
 
 
