@@ -95,15 +95,15 @@ OPTIMIZERS: dict[str, Callable[[ParamGroups, OptimizerConfig], torch.optim.Optim
     ),
 }
 
-# Those whose update is the learning rate times a step that does not depend on the weights.
+# Their update, without decay, is the learning rate times a step independent of the weights.
 SEPARABLE = {"adamw", "radam"}
 
 
 class Optimizer:
-    """Updates all parameters of a model; its state is tensors named `parameter|quantity`.
+    """Updates all parameters of a model. Its state is tensors named `parameter|quantity`.
 
     Attributes:
-        torch_optimizers: one; for "muon" two, Muon and AdamW. A gradient scaler unscales each.
+        torch_optimizers: one, or for "muon" two: Muon and AdamW. A GradScaler unscales each.
     """
 
     def __init__(
@@ -141,16 +141,12 @@ class Optimizer:
 
     def weight_decays(self) -> dict[str, float]:
         """Each parameter's weight decay, which its update multiplies by the learning rate."""
-        return {
-            name: group["weight_decay"]
-            for group in self.param_groups
-            for name in group["param_names"]
-        }
+        return {name: g["weight_decay"] for g in self.param_groups for name in g["param_names"]}
 
     def adam_eps(self) -> dict[str, float]:
         """Adam's epsilon, for each parameter that AdamW or RAdam updates."""
-        adam = (group for group in self.param_groups if "betas" in group)
-        return {name: group["eps"] for group in adam for name in group["param_names"]}
+        adam_groups = [group for group in self.param_groups if "betas" in group]
+        return {name: group["eps"] for group in adam_groups for name in group["param_names"]}
 
     def second_moments(self) -> dict[str, Tensor]:
         """Adam's bias-corrected second moments, by parameter; empty before the first update."""
@@ -181,20 +177,17 @@ class Optimizer:
             return
         self.reset_state()
         state = self.state_tensors()
-        given, expected = (
-            {key: (tensor.shape, tensor.dtype) for key, tensor in each.items()}
-            for each in (tensors, state)
-        )
-        for key in {**given, **expected}:
-            if given.get(key) != expected.get(key):
+        for key in {**tensors, **state}:
+            given, own = tensors.get(key), state.get(key)
+            if given is None or own is None or (given.shape, given.dtype) != (own.shape, own.dtype):
                 raise ValueError(f"optimizer state of another model: {key}")
-            state[key].copy_(tensors[key])
+            own.copy_(given)
 
     def reset_state(self) -> None:
-        """Set the state of every parameter to zero, creating it if need be.
+        """Set the state of every parameter to zero, as it is when the first update begins.
 
-        torch's classes create it in an update. So one is made that leaves the weights as they are,
-        with zero gradients at learning rate 0, which is how torch.distributed.checkpoint does it.
+        torch's classes create their state in an update. This makes one that leaves the weights as
+        they are: zero gradients at learning rate 0 (torch.distributed.checkpoint does the same).
         """
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in parameters]
@@ -221,9 +214,9 @@ def stack(
 ) -> Optimizer:
     """One optimizer for N models of one shape, at learning rate 1 and without weight decay.
 
-    From the gradients of `steps` it adds to each model's slice what the model's own optimizer would
-    add to its weights, but for the learning rate. The states of `optimizers` become views of its
-    state.
+    From the gradients of `steps`, it adds to each model's slice of them what the model's own
+    optimizer would add to the weights, divided by the learning rate. The state tensors of
+    `optimizers` become views of its own.
 
     Args:
         optimizers: N of one kind in SEPARABLE, after the same number of updates.
