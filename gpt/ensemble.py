@@ -106,7 +106,7 @@ class BatchedTrainer:
             self.steps[name].grad = stacked.grad
         optimizers = [trainer.optimizer for trainer in trainers]
         self.optimizer = stack(optimizers, self.steps, self.config.optimizer)
-        decays = [optimizer.decays() for optimizer in optimizers]
+        decays = [optimizer.weight_decays() for optimizer in optimizers]
         self.decays = {name: self._numbers([own[name] for own in decays]) for name in self.weights}
         options = [trainer.config.optimizer for trainer in trainers]
         self.rates = self._numbers([each.learning_rate for each in options])

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator
-from typing import cast
 
 import numpy as np
 import torch
@@ -103,8 +102,8 @@ class Trainer:
         self.reset()
         try:
             load_weights(self.model, checkpoint.model)
-            self.optimizer.load_state(checkpoint.optimizer)
-            if updates and self.optimizer.has_memory and not checkpoint.optimizer:
+            self.optimizer.load_state_tensors(checkpoint.optimizer)
+            if updates and self.optimizer.has_state and not checkpoint.optimizer:
                 raise ValueError("the optimizer's state is missing")
             if scaler and self.scaler.is_enabled():
                 self.scaler.load_state_dict(scaler)
@@ -141,7 +140,8 @@ class Trainer:
                 weight = len(x) / len(inputs)
                 self.scaler.scale(total_loss * weight).backward()
                 loss += cross_entropy.detach() * weight
-        self.scaler.unscale_(cast(torch.optim.Optimizer, self.optimizer))  # which has its groups
+        for optimizer in self.optimizer.torch_optimizers:
+            self.scaler.unscale_(optimizer)
         gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
         return loss, torch.nn.utils.get_total_norm(gradients)
 

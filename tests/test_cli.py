@@ -114,19 +114,6 @@ def test_training_starts_without_what_only_its_end_needs(environment: dict[str, 
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 
 
-def test_a_run_that_is_not_compiled_never_loads_torchs_compiler(
-    tmp_path: Path, config_file: Path, environment: dict[str, str]
-):
-    """It takes two seconds of a start; torch loads it wherever one of its optimizers is made."""
-    code = (
-        "import sys; from gpt.cli import train; code = train(sys.argv[1:]); "
-        "sys.exit(code or 'torch._dynamo' in sys.modules)"
-    )
-    command = [sys.executable, "-c", code, str(config_file), "--out-dir", str(tmp_path / "run")]
-    assert subprocess.run(command, env=environment).returncode == 0
-    assert (tmp_path / "run/result.json").is_file()
-
-
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_a_combination_that_makes_no_sense_is_refused_before_anything_is_done(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch, dry: list[str]

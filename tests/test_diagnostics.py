@@ -140,7 +140,7 @@ def test_a_gradient_is_held_against_the_root_of_adams_second_moment():
         optimizer.step()
         optimizer.zero_grad()
     model.loss(tokens(), tokens(1)).backward()
-    look = Look(model, optimizer.eps(), optimizer.second_moments())
+    look = Look(model, optimizer.adam_eps(), optimizer.second_moments())
     ratios = []
     for name, parameter in model.named_parameters():
         if name.startswith("blocks.0."):

@@ -159,7 +159,7 @@ def test_a_cell_that_failed_keeps_its_weights(tiny: Make):
         for model, old in zip(models, before, strict=True)
     ]
     assert moved == [True, False]
-    assert all(value.isfinite().all() for value in trainers[1].optimizer.state().values())
+    assert all(value.isfinite().all() for value in trainers[1].optimizer.state_tensors().values())
 
 
 def test_the_stack_shrinks_when_cells_have_ended(

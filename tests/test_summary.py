@@ -312,7 +312,9 @@ def test_arms_are_described_by_medians_means_and_shares():
     assert arm.clipped == pytest.approx(1 / 6)
     assert arm.initial_loss == 5.0
     config = runs[0].cell.config
-    shares = [schedule.rate(config.schedule, n, config.training.steps) for n in range(1, 1001)]
+    shares = [
+        schedule.lr_multiplier(config.schedule, n, config.training.steps) for n in range(1, 1001)
+    ]
     assert arm.summed_rate == pytest.approx(sum(shares))
     assert arm.lr50_interval is not None
     assert arm.lr50_interval.low == pytest.approx(1e-2)  # no run failed: it lies above

@@ -33,7 +33,7 @@ from gpt.compare.statistics import (
     threshold_interval,
     wilson,
 )
-from gpt.schedule import rate as share_of_rate
+from gpt.schedule import lr_multiplier
 
 Answer = Literal["supported", "contradicted", "open"]
 
@@ -243,7 +243,7 @@ def _arm(arm: str, place: str, group: Sequence[Outcome]) -> ArmSummary:
         best_loss=best.median_loss,
         initial_loss=float(np.mean([o.initial_loss for o in ended])),
         summed_rate=sum(
-            share_of_rate(config.schedule, step, config.training.steps)
+            lr_multiplier(config.schedule, step, config.training.steps)
             for step in range(1, config.training.steps + 1)
         ),
         spiked=sum(o.verdict is not None and o.verdict.loss_spikes > 0 for o in ended),

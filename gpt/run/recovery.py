@@ -23,7 +23,7 @@ from gpt.diagnostics.failure import Place, first_nonfinite
 from gpt.errors import Fault, InputError
 from gpt.io.files import write_bytes
 from gpt.run.directory import RunDirectory
-from gpt.schedule import rate
+from gpt.schedule import lr_multiplier
 from gpt.trainer import Trainer, host_tensor
 
 MakeBatch = Callable[[int], tuple[Tensor, Tensor]]  # of a step: inputs and targets, on the host
@@ -114,7 +114,7 @@ def locate_by_replay(
         loss, norm = trainer.backward(step, inputs, targets)
         if not loss.isfinite() or not (norm.isfinite() or trainer.scaler.is_enabled()):
             break
-        trainer.update(rate(schedule, step, trainer.config.training.steps), loss, norm)
+        trainer.update(lr_multiplier(schedule, step, trainer.config.training.steps), loss, norm)
     return locate_in_batch(trainer, step, inputs, targets)
 
 

@@ -14,7 +14,7 @@ from gpt.config import Config, changed, may_change
 from gpt.errors import InputError
 from gpt.io.files import is_scrap
 from gpt.run.directory import RunDirectory, RunResult
-from gpt.schedule import rate_change
+from gpt.schedule import describe_lr_change
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ResumePlan:
         if not self.changes:
             return []
         step = self.checkpoint.step if self.checkpoint else 0
-        jump = rate_change(self.run.read_config(), config, step)
+        jump = describe_lr_change(self.run.read_config(), config, step)
         return ["changed: " + "; ".join(self.changes), *([] if jump is None else [jump])]
 
 

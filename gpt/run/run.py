@@ -36,7 +36,7 @@ from gpt.run import metrics, opening, recovery
 from gpt.run.directory import RunDirectory, RunResult, Status
 from gpt.run.log import RunLog, Update, finite_or_none
 from gpt.run.resume import ResumePlan
-from gpt.schedule import rate
+from gpt.schedule import lr_multiplier
 from gpt.trainer import Trainer, host_tensor
 
 CALIBRATION_SEQUENCES = 64  # of the first batch, at most, for what a placement sets from data
@@ -180,7 +180,7 @@ class Run:
 
     def lr_scale(self, step: int) -> float:
         """The learning rate of update `step`, as a multiple of `optimizer.learning_rate`."""
-        return rate(self.config.schedule, step, self.config.training.steps)
+        return lr_multiplier(self.config.schedule, step, self.config.training.steps)
 
     def before_update(self, step: int, inputs: Tensor) -> Look | None:
         """Note which inputs were seen, and measure the layers where `diagnostics` asks for it."""
@@ -189,7 +189,7 @@ class Run:
         every, trainer = self.config.diagnostics.every, self.trainer
         if every is None or (step > 1 and step % every != 0):
             return None
-        look = Look(trainer.model, trainer.optimizer.eps(), trainer.optimizer.second_moments())
+        look = Look(trainer.model, trainer.optimizer.adam_eps(), trainer.optimizer.second_moments())
         few = min(self.config.diagnostics.sequences, trainer.micro_batch)
         with trainer.autocast():
             look.forward(trainer.to_device(inputs[:few]))
@@ -383,7 +383,7 @@ class Run:
         )
         return Checkpoint(
             self.trainer.model.state_dict(),
-            self.trainer.optimizer.state(),
+            self.trainer.optimizer.state_tensors(),
             asdict(state),
             tokenizer.to_json(self.dataset.encoding),
         )
