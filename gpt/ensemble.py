@@ -30,7 +30,6 @@ from gpt.io.console import Console
 from gpt.io.files import only_one_in
 from gpt.model import GPT
 from gpt.optim import SEPARABLE, Optimizer, stack
-from gpt.placement import check
 from gpt.run import plan
 from gpt.run.directory import RunResult, open_run
 from gpt.training import (
@@ -123,7 +122,7 @@ class Ensemble:
             template = GPT(config.model, models[0].vocab_size)
         for attention in template.attentions():
             attention.kernel = _flattened
-        self.objective = vmap(partial(_objective, _Objective(template), config.training.z_loss))
+        self.loss_fn = vmap(partial(_cell_loss, _LossFn(template), config.training.z_loss))
         vocabulary, count = models[0].vocab_size, len(models)
         release_memory(self.device)  # or what the allocator holds would not count as free
         self.micro_batch = micro_batch or plan.micro_batch(
@@ -155,9 +154,9 @@ class Ensemble:
         micro_batches = (half.split(self.micro_batch, dim=1) for half in (inputs, targets))
         for x, y in zip(*micro_batches, strict=True):
             with autocast(self.device, self.config.training.precision):
-                minimised, cross_entropy = self.objective(self.weights, x, y)
+                total_loss, cross_entropy = self.loss_fn(self.weights, x, y)
             share = x.shape[1] / inputs.shape[1]
-            (minimised * share).sum().backward()
+            (total_loss * share).sum().backward()
             losses += cross_entropy.detach() * share
         norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
         return losses, norms
@@ -209,21 +208,21 @@ def _named(models: Sequence[GPT]) -> Iterator[Iterator[Any]]:
         yield iter(model.parameters())
 
 
-class _Objective(nn.Module):
-    """A model whose `forward` is its objective, which is what functional_call calls."""
+class _LossFn(nn.Module):
+    """A model whose `forward` is `loss_fn`, because functional_call calls `forward`."""
 
     def __init__(self, model: GPT) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, tokens: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-        return self.model.objective(tokens, targets, z_loss)
+        return self.model.loss_fn(tokens, targets, z_loss)
 
 
-def _objective(
-    template: _Objective, z_loss: float, weights: dict[str, Tensor], x: Tensor, y: Tensor
+def _cell_loss(
+    template: _LossFn, z_loss: float, weights: dict[str, Tensor], x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The objective of one cell."""
+    """(total loss, cross-entropy) of one cell."""
     named = {f"model.{name}": weight for name, weight in weights.items()}
     return functional_call(template, named, (x, y, z_loss))
 
@@ -274,7 +273,6 @@ def train_together(
         How each ended: its result, or what it raised.
     """
     config = configs[0]
-    check(config.model)
     device = plan.pick_device(config.training.device)
     dataset = prepare(config.data)
     release_memory(device)

@@ -45,7 +45,6 @@ from gpt.io.console import Console
 from gpt.io.files import only_one_in, sweep, write_bytes, write_text
 from gpt.model import GPT
 from gpt.optim import Optimizer
-from gpt.placement import check
 from gpt.rng import global_generator
 from gpt.run import metrics, plan
 from gpt.run.directory import (
@@ -108,7 +107,6 @@ def train(
         OutOfMemoryError: not even one sequence at a time fits, or not as many as the config says.
         StoppedError: `stop` came true while data was prepared; a start goes on from there.
     """
-    check(config.model)
     path = Path(out_dir) if out_dir is not None else Path("runs") / config.name
     device = plan.pick_device(config.training.device)
     ended = ended_run(config, path, resume)
@@ -249,9 +247,9 @@ class Training:
         with global_generator(device):  # torch draws weights of its own, which are then replaced
             self.model = GPT(config.model, encoding.n_vocab).to(device)
         self.model.loss_chunk = config.training.loss_chunk
-        self.objective = self.model.objective
+        self.loss_fn = self.model.loss_fn
         if config.training.compile:  # a last, smaller part of the validation is compiled for itself
-            self.objective = torch.compile(self.objective, dynamic=False)
+            self.loss_fn = torch.compile(self.loss_fn, dynamic=False)
         self.micro_batch = plan.micro_batch(config, encoding.n_vocab, device)
         self.read_every = READ_EVERY.get(device.type, config.training.log_every)
         self.flops_per_token = plan.flops_per_token(config, self.model)
@@ -635,9 +633,9 @@ class Training:
         loss = torch.zeros((), device=self.device)
         for x, y in self._micro_batches(step, inputs, targets):
             with self._autocast():
-                minimised, cross_entropy = self.objective(x, y, config.training.z_loss)
+                total_loss, cross_entropy = self.loss_fn(x, y, config.training.z_loss)
             share_of_batch = len(x) / config.batch_sequences
-            self.scaler.scale(minimised * share_of_batch).backward()
+            self.scaler.scale(total_loss * share_of_batch).backward()
             loss += cross_entropy.detach() * share_of_batch
 
         self.scaler.unscale_(
@@ -758,7 +756,7 @@ class Training:
                     self._stop_short()
                 x, y = (self._on_device(self._host_tensor(each)) for each in (inputs, targets))
                 with self._autocast():
-                    total += self.objective(x, y)[1] * len(x)
+                    total += self.loss_fn(x, y)[1] * len(x)
                 tokens += targets.size
                 text_bytes += int(self.byte_lengths[targets].sum())
         finally:
@@ -803,7 +801,7 @@ class Training:
                 tokens=options.tokens,
                 sampling=options,
                 seed=self.config.seed,
-                drawn=self._stop_short,
+                on_token=self._stop_short,
             )
             write_text(self.directory.samples / f"step-{self.progress.step:08d}.txt", text + "\n")
 

@@ -9,7 +9,7 @@ import torch
 
 from gpt.config import DataConfig, ModelConfig, Sampling
 from gpt.data.tokenizer import bytes_tokenizer
-from gpt.generate import TextDecoder, continue_text, draw, generate, restrict
+from gpt.generate import TextDecoder, continue_text, generate, logits_to_probs, sample_tokens
 from gpt.init import initialize
 from gpt.model import GPT
 from gpt.rng import generator
@@ -120,16 +120,16 @@ LOGITS = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
     ],
 )
 def test_restrictions(options: dict[str, float], expected: list[float]):
-    found = restrict(LOGITS, Sampling.model_validate(options))
+    found = logits_to_probs(LOGITS, Sampling.model_validate(options))
     assert found.tolist() == pytest.approx(expected, abs=1e-6)
-    batch = restrict(torch.stack([LOGITS, LOGITS.flip(0)]), Sampling.model_validate(options))
+    batch = logits_to_probs(torch.stack([LOGITS, LOGITS.flip(0)]), Sampling.model_validate(options))
     assert batch[1].tolist() == pytest.approx(expected[::-1], abs=1e-6)
 
 
 def test_draws_have_the_distribution():
     generators = [generator(0, "test")]
     sampling = Sampling(temperature=1.0, top_k=3)
-    counts = Counter(int(draw(LOGITS[None], sampling, generators)) for _ in range(4000))
+    counts = Counter(int(sample_tokens(LOGITS[None], sampling, generators)) for _ in range(4000))
     assert counts[0] == 0
     for token, share in ((1, 4 / 9), (2, 2 / 9), (3, 3 / 9)):
         error = 4 * math.sqrt(share * (1 - share) / 4000)
@@ -141,7 +141,7 @@ def test_rounding_of_the_logits_does_not_change_a_text():
     noise = 1e-3 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
     sampling = Sampling(temperature=1.0)
     texts = [
-        draw(each, sampling, [generator(0, i) for i in range(200)])
+        sample_tokens(each, sampling, [generator(0, i) for i in range(200)])
         for each in (logits, logits + noise)
     ]
     assert len(set(texts[0].tolist())) > 150
@@ -161,7 +161,7 @@ def test_the_rarest_tokens_have_their_share(uniform: float, expected: int, monke
     monkeypatch.setattr(torch.Tensor, "uniform_", uniform_)
     logits = torch.full((1, 50257), math.log(1e-12))
     logits[0, 0] = 0
-    assert draw(logits, Sampling(temperature=1.0), [generator(0)]).item() == expected
+    assert sample_tokens(logits, Sampling(temperature=1.0), [generator(0)]).item() == expected
 
 
 def test_text_waits_for_a_whole_character(encoding: tiktoken.Encoding):

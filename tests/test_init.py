@@ -78,7 +78,7 @@ SIGMAS = {  # embedding, q, out, up, mlp.out, head
 @pytest.mark.parametrize("regime", REGIMES)
 def test_a_regimes_standard_deviations(regime: str):
     model = make(tied_head=False, init={"regime": regime})
-    block = model.placements()[3]
+    block = model.blocks[3]
     measured = [
         spread(model.token_embedding.weight),
         *(spread(part) for part in block.attention.qkv.weight.chunk(3)),
@@ -105,7 +105,7 @@ def test_the_stream_starts_with_variance_1_and_tied_logits_near_1(regime: str):
 
 def test_gates_and_values_start_as_matrices_of_their_own():
     model = make(init={"regime": "xavier"}, mlp={"activation": "swiglu"})
-    for part in model.placements()[0].mlp.up.weight.chunk(2):
+    for part in model.blocks[0].mlp.up.weight.chunk(2):
         assert spread(part) == pytest.approx(math.sqrt(2 / (D + part.shape[0])), rel=0.03)
 
 
@@ -120,8 +120,8 @@ SCALED = {  # what "auto" means: GPT-2's own, where the placement has no other a
 @pytest.mark.parametrize("switch", ["auto", "on", "off"])
 def test_depth_scaling_is_a_switch_of_its_own(placement: str, regime: str, switch: str):
     options = {"norm": {"placement": placement}, "layers": 8}
-    scaled = make(**options, init={"regime": regime, "depth_scaled": switch}).placements()[5]
-    plain = make(**options, init={"regime": regime, "depth_scaled": "off"}).placements()[5]
+    scaled = make(**options, init={"regime": regime, "depth_scaled": switch}).blocks[5]
+    plain = make(**options, init={"regime": regime, "depth_scaled": "off"}).blocks[5]
     expected = {"auto": SCALED[placement][regime], "on": True, "off": False}[switch]
     for name in ("attention.out", "mlp.out", "mlp.up", "attention.qkv"):
         mine, other = (m.get_submodule(name).weight for m in (scaled, plain))

@@ -185,7 +185,7 @@ def test_soft_caps_bound():
 
 def test_qk_norm_bounds_attention_whatever_the_weights():
     model = make(attention={"qk_norm": True})
-    attention = model.placements()[0].attention
+    attention = model.blocks[0].attention
     with torch.no_grad():
         attention.qkv.weight *= 1e4
     q, k, _ = attention.project(torch.randn(2, 24, 32))
@@ -198,7 +198,7 @@ def test_qk_norm_bounds_attention_whatever_the_weights():
 
 def test_attention_dropout_is_there_with_a_soft_cap_too():
     model = make(dropout=0.5, attention={"soft_cap": 30.0})
-    attention = model.placements()[0].attention
+    attention = model.blocks[0].attention
     attention.out_dropout.p = 0.0
     x = torch.randn(2, 24, 32)
     assert not torch.equal(attention(x), attention(x))
@@ -233,18 +233,18 @@ def test_swiglu_has_about_as_many_parameters(width: int, hidden: int):
 @pytest.mark.parametrize(("multiple", "hidden"), [(1, 32), (2.5, 80), (4, 128)])
 def test_the_inner_width_is_a_multiple(multiple: float, hidden: int):
     model = make(mlp={"multiple": multiple})
-    assert {b.mlp.up.weight.shape for b in model.placements()} == {(hidden, 32)}
+    assert {b.mlp.up.weight.shape for b in model.blocks} == {(hidden, 32)}
 
 
 def test_z_loss_adds_the_mean_square_of_log_z():
     model = make()
     shake(model)
     x, y = tokens(), tokens(seed=1)
-    minimised, loss = model.objective(x, y, z_loss=0.5)
+    total_loss, loss = model.loss_fn(x, y, z_loss=0.5)
     log_z = model(x).exp().sum(-1).log()
-    torch.testing.assert_close(minimised, loss + 0.5 * (log_z**2).mean())
+    torch.testing.assert_close(total_loss, loss + 0.5 * (log_z**2).mean())
     assert torch.equal(loss, model.loss(x, y))
-    assert torch.equal(model.objective(x, y)[0], loss)
+    assert torch.equal(model.loss_fn(x, y)[0], loss)
 
 
 def test_a_feed_forward_network_without_width_is_refused():
@@ -273,12 +273,12 @@ Result = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 
 def learnt(model: GPT, z_loss: float) -> Result:
-    """What is minimised, the loss, and all gradients."""
+    """The total loss, the cross-entropy, and all gradients."""
     x, y = tokens(3), tokens(3, seed=1)
     model.zero_grad()
-    minimised, loss = model.objective(x, y, z_loss)
-    minimised.backward()
-    return minimised, loss, {name: p.grad.clone() for name, p in model.named_parameters()}
+    total_loss, loss = model.loss_fn(x, y, z_loss)
+    total_loss.backward()
+    return total_loss, loss, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 def assert_same(fast: Result, plain: Result, tolerance: float) -> None:
@@ -355,7 +355,7 @@ def test_gradients_of_chunks_scale_with_what_is_derived():
         model.loss_chunk = chunk
         model.zero_grad()
         for seed in (0, 1):
-            (model.objective(tokens(seed=seed), tokens(seed=2), 0.1)[0] * 1000).backward()
+            (model.loss_fn(tokens(seed=seed), tokens(seed=2), 0.1)[0] * 1000).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-3, rtol=1e-5)
 
@@ -370,8 +370,8 @@ def test_the_fast_paths_compile_to_one_graph(precision: str, monkeypatch: pytest
         monkeypatch.setattr("gpt.model.VOCABULARY_MULTIPLE", {"cpu": 64})
         model.loss_chunk = 20
         torch._dynamo.reset()
-        model.objective = torch.compile(  # type: ignore[method-assign]
-            model.objective, dynamic=False, fullgraph=True, backend="aot_eager"
+        model.loss_fn = torch.compile(  # type: ignore[method-assign]
+            model.loss_fn, dynamic=False, fullgraph=True, backend="aot_eager"
         )
         compiled = learnt(model, 0.1)
     torch._dynamo.reset()
@@ -389,7 +389,7 @@ model.loss_chunk = int(sys.argv[1]) or None
 x = torch.zeros(4, 512, dtype=torch.long)
 peak = lambda: int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
 before = peak()
-model.objective(x, x)[0].backward()
+model.loss_fn(x, x)[0].backward()
 print(peak() - before)
 """
 

@@ -147,7 +147,7 @@ def test_amplification_is_what_the_jacobian_expects_of_it():
 def test_gradients_are_averaged_over_batches_before_the_norm():
     config, batches = shaped(layers=2), [batch(1), batch(2)]
     model = start(config, 0)
-    w2 = [block.mlp.out.weight for block in model.placements()]
+    w2 = [block.mlp.out.weight for block in model.blocks]
     first, second = (torch.autograd.grad(model.loss(*pair), w2) for pair in batches)
     of_mean = [((a + b) / 2).norm().item() for a, b in zip(first, second, strict=True)]
     mean_of = [(a.norm() + b.norm()).item() / 2 for a, b in zip(first, second, strict=True)]

@@ -33,7 +33,7 @@ SIZES = """
 import copy
 import random
 from torch import nn
-from gpt.weights import Int8Linear, PackedLinear, SlicedLinear, can_multiply_int8, can_pack
+from gpt.inference import Int8Linear, PackedLinear, SlicedLinear, can_multiply_int8, can_pack
 
 torch.set_grad_enabled(False)
 random.seed(0)

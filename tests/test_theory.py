@@ -39,7 +39,7 @@ def make(
     initialize(model, config, seed)
     if uniform:
         with torch.no_grad():
-            for block in model.placements():
+            for block in model.blocks:
                 block.attention.qkv.weight[: 2 * width] = 0
     return model
 
@@ -68,7 +68,7 @@ def test_the_pre_norm_stream_grows_between_lemma_2s_bounds():
     for seed in range(3):
         model = make("pre", layers, seed, width=256, uniform=True)
         stream = model.embed(x)
-        for index, block in enumerate(model.placements()):
+        for index, block in enumerate(model.blocks):
             stream = block(stream)
             norms[index] += mean_square(stream) / 3
     for number, norm in enumerate(norms.tolist(), 1):
@@ -80,7 +80,7 @@ def test_the_post_norm_stream_is_1_and_a_half_d_before_each_norm():
     """E|x|^2 = 1.5 d before the norm that follows the feed-forward network."""
     model = make("post", 6, seed=0, width=256, uniform=True)
     sums: list[float] = []
-    for block in model.placements():
+    for block in model.blocks:
         block.add.register_forward_hook(lambda module, inputs, out: sums.append(mean_square(out)))
     model(tokens(32, 32))
     assert sums[1::2] == pytest.approx([1.5] * 6, rel=0.1)
@@ -98,7 +98,7 @@ def last_matrix_gradients(placement: str) -> list[float]:
             model = make(placement, layers, seed, context=1, uniform=True)
             x, y = tokens(1, 1, seed), tokens(1, 1, seed + 1000)
             model.loss(x, y).backward()
-            total += model.placements()[-1].mlp.out.weight.grad.norm().item()
+            total += model.blocks[-1].mlp.out.weight.grad.norm().item()
         norms.append(total / 40)
     return norms
 

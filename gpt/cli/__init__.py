@@ -467,9 +467,9 @@ def _is_piped(stream: TextIO | None) -> bool:
 def _sample(run_dir: Path, prompt: str, options: SampleOptions, prog: str) -> None:
     from gpt.data.tokenizer import encode
     from gpt.generate import Decoder, TextDecoder, generate
+    from gpt.inference import optimize_for_inference
     from gpt.run.directory import load_run
     from gpt.run.plan import pick_device, total_memory
-    from gpt.weights import prepare
 
     device = pick_device(options.device)
     if options.compile and device.type != "cuda":
@@ -485,7 +485,7 @@ def _sample(run_dir: Path, prompt: str, options: SampleOptions, prog: str) -> No
             file=sys.stderr,
         )
     count = options.num_samples
-    prepare(model, options.weights, count)
+    optimize_for_inference(model, options.weights, count)
     check_sampling(
         model.config,
         encoding.n_vocab,

@@ -25,7 +25,6 @@ from gpt.hardware.size import check_probing
 from gpt.init import initialize
 from gpt.model import GPT
 from gpt.optim import Optimizer
-from gpt.placement import check
 from gpt.run import plan
 from gpt.training import autocast, release_memory
 
@@ -64,12 +63,10 @@ def check_cells(cells: Sequence[Cell], *, probes: bool = False) -> None:
         probes: whether the networks are to be measured at their start.
 
     Raises:
-        InputError: a placement does not go with the rest, the device is not there, or the memory
-            is too small.
+        InputError: the device is not there, or the memory is too small.
     """
     for cell in cells:
         try:
-            check(cell.config.model)
             plan.check_fits(cell.config, plan.pick_device(cell.config.training.device))
             if probes:
                 check_probing(cell.config.model, max(DEPTHS))
@@ -184,7 +181,7 @@ def _measure(config: Config, vocab_size: int) -> tuple[float, int, int]:
     while count < 1 or learning + updating < TIMED_SECONDS:
         began = _now(device)
         with autocast(device, precision):
-            loss, _ = model.objective(x, x)
+            loss, _ = model.loss_fn(x, x)
         loss.backward()
         between = _now(device)
         optimizer.step()

@@ -1,4 +1,4 @@
-"""The fast ways to sample, held to the plain one: other weights, fixed shapes, compiled steps."""
+"""Fast ways to sample against the plain one: other layers, fixed shapes, compiled steps."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gpt import weights
+from gpt import inference
 from gpt.config import ModelConfig, Sampling, Weights
 from gpt.errors import InputError
 from gpt.generate import Decoder, generate
+from gpt.inference import Int8Linear, PackedLinear, SlicedLinear, can_pack, optimize_for_inference
 from gpt.init import initialize
 from gpt.model import ACTIVATIONS, GPT
 from gpt.norm import NORMS
-from gpt.placement import PLACEMENTS, check
-from gpt.weights import Int8Linear, PackedLinear, SlicedLinear, can_pack, prepare
+from gpt.placement import PLACEMENTS
 
 VOCAB = 61
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="slices are for MKL")
@@ -37,10 +37,10 @@ SWITCHES: list[dict[str, Any]] = [
 ]
 
 
-def goes(options: dict[str, Any]) -> bool:
+def is_valid(options: dict[str, Any]) -> bool:
     try:
-        check(shaped(options))
-    except InputError:
+        shaped(options)
+    except ValueError:
         return False
     return True
 
@@ -55,7 +55,7 @@ MODELS = [
     *({"norm": {"placement": p}} for p in PLACEMENTS),
     *SWITCHES,
 ]
-every_model = pytest.mark.parametrize("options", [m for m in MODELS if goes(m)], ids=str)
+every_model = pytest.mark.parametrize("options", [m for m in MODELS if is_valid(m)], ids=str)
 
 
 def make(options: dict[str, Any]) -> GPT:
@@ -78,7 +78,7 @@ def read(model: GPT, x: Tensor, **options: Any) -> Tensor:
     with Decoder(model, 2, **options) as decoder:
         for piece in x.flip(1).split([4, 1, x.shape[1] - 5], dim=1):
             decoder.read(piece)
-        decoder.restart()
+        decoder.reset()
         for piece in x.split([5, 1, 1, x.shape[1] - 8, 1], dim=1):
             logits = decoder.read(piece)
         assert decoder.length == x.shape[1]
@@ -119,11 +119,11 @@ def test_fixed_shapes_give_the_plain_logits(options: dict[str, Any]):
 def test_other_layouts_give_the_plain_logits(
     samples: int, kind: type, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(weights, "LAID_OUT_FROM", 0)
+    monkeypatch.setattr(inference, "MIN_SIZE", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # no divisor of any width here
     model = make(options)
     expected, texts = model(tokens())[:, -1], drawn(model)
-    prepare(model, "fp32", samples)
+    optimize_for_inference(model, "fp32", samples)
     kinds = {type(m) for m in model.modules()}
     assert kind in kinds
     assert nn.Linear not in kinds
@@ -149,7 +149,7 @@ def test_slices_give_the_whole_product(
 def test_small_matrices_are_left_as_they_are():
     model = make({})
     before = {name: id(module) for name, module in model.blocks.named_modules()}
-    prepare(model, "fp32", samples=1)
+    optimize_for_inference(model, "fp32", samples=1)
     assert {name: id(module) for name, module in model.blocks.named_modules()} == before
 
 
@@ -159,7 +159,7 @@ def test_small_matrices_are_left_as_they_are():
 def test_fewer_bits_are_near_the_plain_logits(options: dict[str, Any], name: Weights):
     model = make(options)
     expected = model(tokens())[:, -1]
-    prepare(model, name, samples=2)
+    optimize_for_inference(model, name, samples=2)
     assert 0 < distance(read(model, tokens()), expected) < 0.1
 
 
@@ -183,8 +183,8 @@ def test_int8_weights_are_the_matrix_to_half_a_step(bias: bool):
 def test_int8_weights_are_for_a_cpu():
     with torch.device("meta"):
         model = GPT(shaped({}), VOCAB)
-    with pytest.raises(InputError, match=r"--weights int8: is for a CPU; on meta take bf16"):
-        prepare(model, "int8", samples=1)
+    with pytest.raises(InputError, match=r"--weights int8: needs a CPU; on meta use bf16"):
+        optimize_for_inference(model, "int8", samples=1)
 
 
 def test_fixed_shapes_draw_the_same_text_through_windows_and_again():
