@@ -409,13 +409,14 @@ def test_what_is_no_section_is_not_replaced(tmp_path: Path, changes: dict[str, A
 def test_numbers_of_many_digits_in_an_axis_and_an_exclusion(tmp_path: Path, digits: int):
     path = tmp_path / "mine.yaml"
     many = "9" * digits
-    path.write_text(
-        f"base: {{}}\narms: {{a: {{x: {{}}}}}}\nseeds: 1\ngrid: {{model.layers: [{many}]}}\n"
-        f"exclude: [{{model.layers: {many}}}]"
-    )
+    tree = f"base: {{}}\narms: {{a: {{x: {{}}}}}}\nseeds: 1\ngrid: {{model.layers: [{many}]}}\n"
+    path.write_text(tree)
     with pytest.raises(
         InputError, match=r"model.layers: '?9+(\.\.\.)?'? is not between 1 and 2,000"
     ):
+        load(path)
+    path.write_text(f"{tree}exclude: [{{model.layers: {many}}}]")
+    with pytest.raises(InputError, match="exclude leaves no cell"):
         load(path)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.config import ModelConfig
-from gpt.norm import NORMS, BatchNorm, layer_norm, make_norm
+from gpt.norm import BIASED, NORMS, BatchNorm, layer_norm, make_norm
 
 WIDTH = 16
 
@@ -91,7 +91,12 @@ PARAMETERS = {
     ],
 )
 def test_its_bias_is_a_switch(norm_type: str, options: dict[str, Any], bias: bool):
-    norm = make(norm_type, **{**options, "norm": {**options.get("norm", {}), "type": norm_type}})
+    own = {**options.get("norm", {}), "type": norm_type}
+    if own.get("bias") and norm_type not in BIASED:
+        with pytest.raises(ValueError, match=f"norm.type {norm_type}, which has no bias"):
+            make(norm_type, **{**options, "norm": own})
+        return
+    norm = make(norm_type, **{**options, "norm": own})
     names = {name for name, _ in norm.named_parameters()}
     assert names == PARAMETERS[norm_type] - (set() if bias else {"bias"})
     assert norm(numbers(2, 3, WIDTH)).isfinite().all()
