@@ -184,7 +184,7 @@ class GPT(nn.Module):
     """A decoder-only transformer language model (Radford et al. 2019).
 
     Args:
-        config: shape and norms. Validation has refused combinations that make no sense.
+        config: shape and norms, validated; note that `model_copy` does not validate.
         vocab_size: V, from the tokenizer.
 
     Attributes:

@@ -57,11 +57,11 @@ class Block(nn.Module):
         final_norm: whether a norm follows the last block if `norm.final_norm` is "auto".
         has_norms: whether the placement has norms.
         needs_norms: why it cannot do without norms; empty if it can.
-        least_layers: the smallest L at which it differs from another placement.
+        least_layers: the smallest L at which it differs from the other placements.
         scales_depth: whether it replaces the factor 1/sqrt(2 L) of the initial weights.
         more_stable: placements found to be more stable, suggested when a run diverges.
 
-    Validation of a config reads these attributes from the source, so they are literals.
+    Give the attributes as literals: validation reads them from the source, without torch.
     """
 
     final_norm: ClassVar[bool] = True
