@@ -55,7 +55,7 @@ PAIRS = [
 
 
 def make(placement: str, norm_type: str | None = None, **options: Any) -> GPT:
-    """In float64, with every parameter away from its start, so that each of them counts."""
+    """A float64 model whose parameters are all moved, so that each of them has an effect."""
     config = shaped(placement, norm_type, **options)
     model = GPT(config, VOCAB)
     initialize(model, config, seed=1)
@@ -70,7 +70,7 @@ def tokens(batch: int = 3, length: int = 12, seed: int = 0) -> Tensor:
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-# -- The references: functions of the weights, with none of the model's own code ------------------
+# -- The references: functions of the weights, without any code of the model ------------------
 
 
 class Reference:
@@ -252,7 +252,7 @@ def test_every_placement_has_a_reference():
 
 
 @pytest.mark.parametrize(("placement", "norm"), PAIRS)
-def test_gradients_are_those_of_finite_differences(placement: str, norm: str):
+def test_gradients_equal_finite_differences(placement: str, norm: str):
     model = make(placement, norm)
     x, y = tokens(2, 3), tokens(2, 3, seed=1)
     names = [name for name, _ in model.named_parameters()]
@@ -266,7 +266,7 @@ def test_gradients_are_those_of_finite_differences(placement: str, norm: str):
 
 
 @pytest.mark.parametrize(("placement", "norm"), PAIRS)
-def test_no_position_sees_a_later_one_but_by_batch_norm_in_training(placement: str, norm: str):
+def test_only_batch_norm_in_training_sees_later_positions(placement: str, norm: str):
     model = make(placement, norm)
     x = tokens(1)
     for training in (True, False):
@@ -361,7 +361,7 @@ def test_lns_divides_by_the_root_of_the_block(layer: int, scale: float):
 
 
 @pytest.mark.parametrize("layers", [2, 5])
-def test_admins_omega_is_the_spread_of_the_branches_so_far(layers: int):
+def test_admins_omega_is_the_standard_deviation_of_the_earlier_branches(layers: int):
     model = make("admin", layers=layers)
     x = tokens(4)
     model.calibrate(x)
@@ -384,7 +384,7 @@ def biased(x: Tensor) -> float:
     return ((x - x.mean()) ** 2).mean().item()
 
 
-def test_only_admin_reads_a_batch():
+def test_only_admin_is_calibrated():
     for placement in PLACEMENTS:
         model = make(placement)
         before = {name: p.clone() for name, p in model.state_dict().items()}
@@ -397,7 +397,7 @@ def test_only_admin_reads_a_batch():
     assert not model.embedding_norm.num_batches_tracked
 
 
-def test_branches_that_rezero_starts_with_are_closed():
+def test_rezeros_blocks_start_as_the_identity():
     config = shaped("rezero")
     model = GPT(config, VOCAB)
     initialize(model, config, seed=0)
@@ -420,7 +420,7 @@ def test_dlcl_starts_with_the_mean_of_all_outputs():
 
 
 @pytest.mark.parametrize("placement", ["pre", "post", "peri", "res_post", "mix"])
-def test_without_norms_the_simple_placements_are_the_control(placement: str):
+def test_without_norms_simple_placements_equal_none(placement: str):
     model, control = make(placement, "none"), make("none")
     control.load_state_dict(model.state_dict())
     torch.testing.assert_close(model(tokens()), control(tokens()))
