@@ -250,17 +250,17 @@ class Section(BaseModel):
         return {} if value is None else value
 
     def refuse(self, conflicts: Mapping[str, str]) -> None:
-        """For validators: options that do not fit together, by dotted path within this section.
+        """Fail validation with a message for each option, by its dotted path in this section.
 
         Raises:
-            ValidationError: with all of them, if there are any.
+            ValidationError: there is a conflict; with all of them.
         """
         if conflicts:
             details: list[InitErrorDetails] = [
                 {
                     "type": PydanticCustomError("conflict", "{text}", {"text": text}),
                     "loc": tuple(path.split(".")),
-                    "input": None,
+                    "input": self,
                 }
                 for path, text in conflicts.items()
             ]
@@ -481,33 +481,34 @@ class ModelConfig(Section):
     def _norms_fit(self) -> Self:
         """Refuse combinations that would not be what their names say."""
         norm, name = self.norm, self.norm.placement
-        conflicts: dict[str, str] = {}
         of_placement = partial(variants.attribute, "gpt.placement", "PLACEMENTS", name)
-        asking = {  # values that ask for a norm
-            "norm.type": "" if norm.type in (None, "none") else norm.type,
-            "norm.final_norm": "on" if norm.final_norm == "on" else "",
-            "norm.embedding": "true" if norm.embedding else "",
-            "attention.qk_norm": "true" if self.attention.qk_norm else "",
+        conflicts: dict[str, str] = {}
+
+        def refuse(option: str, value: object, other: str) -> None:
+            conflicts[option] = f"{value} conflicts with {other}"
+
+        wanted = {  # options that ask for a norm, and their values
+            "norm.type": norm.type if norm.type not in (None, "none") else None,
+            "norm.final_norm": "on" if norm.final_norm == "on" else None,
+            "norm.embedding": "true" if norm.embedding else None,
+            "attention.qk_norm": "true" if self.attention.qk_norm else None,
         }
-        for option, value in asking.items():
+        for option, value in wanted.items():
             if value and not of_placement("has_norms"):
-                why = f"placement {name}, which has no norms; leave it at its default"
-                conflicts[option] = f"{value} conflicts with {why}"
+                refuse(
+                    option, value, f"placement {name}, which has no norms; leave it at its default"
+                )
             elif value and norm.type == "none":
-                conflicts[option] = f"{value} conflicts with norm.type none; leave one of them out"
+                refuse(option, value, "norm.type none; leave one of them out")
         if norm.type == "none" and of_placement("needs_norms"):
-            why = f"placement {name}: {of_placement('needs_norms')}"
-            conflicts["norm.type"] = f"none conflicts with {why}"
+            refuse("norm.type", "none", f"placement {name}: {of_placement('needs_norms')}")
         if norm.bias and (norm.type or "layer") not in variants.names("gpt.norm", "BIASED"):
-            why = f"norm.type {norm.type}, which has no bias; leave it null"
-            conflicts["norm.bias"] = f"true conflicts with {why}"
+            refuse("norm.bias", "true", f"norm.type {norm.type}, which has no bias; leave it null")
         least = of_placement("least_layers")
         if self.layers < least:
-            why = f"placement {name}, which needs at least {least} layers"
-            conflicts["layers"] = f"{self.layers} conflicts with {why}"
+            refuse("layers", self.layers, f"placement {name}, which needs at least {least} layers")
         if norm.type == "batch" and self.context == 1:
-            why = "norm.type batch, which needs more than one token"
-            conflicts["context"] = f"1 conflicts with {why}"
+            refuse("context", 1, "norm.type batch, which needs more than one token")
         self.refuse(conflicts)
         return self
 

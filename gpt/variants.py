@@ -19,17 +19,14 @@ from typing import Any
 
 def names(module: str, table: str) -> tuple[str, ...]:
     """The keys of a dict, or the elements of a set, in the order of the source."""
-    node = None if module in sys.modules else _assigned(_statements(module), table)
-    if isinstance(node, ast.Dict):
-        return tuple(ast.literal_eval(key) for key in node.keys if key)
-    if isinstance(node, ast.Set):
-        return tuple(map(ast.literal_eval, node.elts))
-    return tuple(getattr(importlib.import_module(module), table))
+    found = None if _is_imported(module, table) else _names(module, table)
+    return found or tuple(getattr(importlib.import_module(module), table))
 
 
 def attribute(module: str, table: str, name: str, attribute: str) -> Any:
     """A class attribute of the class that a table has under `name`."""
-    node = None if module in sys.modules else _attribute(module, table, name, attribute)
+    read = not _is_imported(module, table)
+    node = _attribute(module, table, name, attribute) if read else None
     if node is not None:
         try:
             return ast.literal_eval(node)
@@ -38,6 +35,21 @@ def attribute(module: str, table: str, name: str, attribute: str) -> Any:
     return getattr(getattr(importlib.import_module(module), table)[name], attribute)
 
 
+def _is_imported(module: str, table: str) -> bool:
+    """Whether a module is imported, and not only being imported."""
+    return hasattr(sys.modules.get(module), table)
+
+
+@functools.cache
+def _names(module: str, table: str) -> tuple[str, ...] | None:
+    """The keys or elements of a dict or set display; None if there is no such display."""
+    node = _assigned(_statements(module), table)
+    if isinstance(node, ast.Dict):
+        return tuple(map(_text, node.keys))
+    return tuple(map(_text, node.elts)) if isinstance(node, ast.Set) else None
+
+
+@functools.cache
 def _attribute(module: str, table: str, name: str, attribute: str) -> ast.expr | None:
     """The expression of a class attribute, of the class itself or its nearest base in `module`."""
     statements = _statements(module)

@@ -66,6 +66,12 @@ def test_what_is_not_a_literal_comes_from_the_module(
     assert variants.attribute("variants_of_a_test", "MADE", "b", "y") == 3
 
 
+def test_the_module_of_a_table_can_be_imported_first(environment: dict[str, str]):
+    """It imports gpt.config, which reads the table before it exists."""
+    command = [sys.executable, "-c", "import gpt.placement"]
+    assert subprocess.run(command, env=environment).returncode == 0
+
+
 def test_a_model_is_validated_without_torch(environment: dict[str, str]):
     code = """
 import sys
