@@ -109,8 +109,9 @@ class CausalSelfAttention(Sublayer):
 
     def weights(self, scores: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Softmax of the capped scores over the keys that a query attends to: (B, h, T, S)."""
+        T, S = scores.shape[-2:]
         if attn_mask is None:
-            attn_mask = causal_mask(*scores.shape[-2:], scores.device)
+            attn_mask = causal_mask(T, S, scores.device)
         return soft_cap(scores, self.cap).masked_fill(~attn_mask, -torch.inf).softmax(-1)
 
 
