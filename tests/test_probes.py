@@ -19,7 +19,6 @@ from gpt.compare.probes import (
 )
 from gpt.compare.statistics import loglog_slope
 from gpt.config import ModelConfig
-from gpt.errors import InputError
 from gpt.init import initialize
 from gpt.model import GPT
 from gpt.placement import PLACEMENTS
@@ -203,12 +202,6 @@ def test_depths_that_a_placement_cannot_have_are_left_out():
 def test_by_default_the_depths_are_2_to_24():
     found = probe_depths(shaped(), VOCAB, [batch(0, 1, 1)], [0])
     assert [p.layers for p in found] == list(DEPTHS) == [2, 4, 6, 12, 24]
-
-
-def test_what_a_placement_refuses_is_the_users_to_know():
-    config = shaped("deepnorm", norm={"type": "none"})
-    with pytest.raises(InputError, match="deepnorm"):
-        probe_depths(config, VOCAB, [batch(0)], [0])
 
 
 def test_a_probe_is_the_same_each_time_and_draws_nothing_from_the_global_generator():
