@@ -143,7 +143,7 @@ def _training(size: Size, device: Any, tokens: int) -> tuple[Any, Any, Any]:
     def update() -> None:
         for x in batch.split(micro_batch):
             with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
-                loss, _ = model.objective(x, x)
+                loss, _ = model.loss_fn(x, x)
             (loss * (len(x) / len(batch))).backward()
         norm = torch.nn.utils.get_total_norm(
             p.grad for p in model.parameters() if p.grad is not None

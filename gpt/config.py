@@ -13,16 +13,13 @@ that holds the variants; see `Choice`.
 
 from __future__ import annotations
 
-import ast
-import functools
-import importlib
-import importlib.util
 import json
 import os
 import re
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -38,8 +35,15 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
+from pydantic_core import (
+    CoreSchema,
+    ErrorDetails,
+    InitErrorDetails,
+    PydanticCustomError,
+    core_schema,
+)
 
+from gpt import variants
 from gpt.errors import InputError, nearest
 from gpt.io.console import set_encoding
 from gpt.io.files import read_small
@@ -51,11 +55,10 @@ from gpt.io.text import decode
 
 @dataclass(frozen=True)
 class Choice:
-    """A string that must be a key of the dict `table` in `module`, such as `gpt.norm.PLACEMENTS`.
+    """A string that must be a key of the dict `table` in `module`, such as `gpt.norm.NORMS`.
 
-    The variants live in one visible dict beside their code, and that dict is the only list of
-    their names. Before its module is imported the keys are read from the module's source, because
-    importing it would import torch: 1.3 s that `--help` and a misspelt option need not wait for.
+    The variants live in one visible dict next to their code, and that dict is the only list of
+    their names; `gpt.variants` reads it without importing torch.
     """
 
     module: str
@@ -63,8 +66,7 @@ class Choice:
 
     def names(self) -> tuple[str, ...]:
         """The valid values, in the table's order."""
-        unread = None if self.module in sys.modules else _keys(self.module, self.table)
-        return unread or tuple(getattr(importlib.import_module(self.module), self.table))
+        return variants.names(self.module, self.table)
 
     def _check(self, value: str) -> str:
         names = self.names()
@@ -85,22 +87,6 @@ class Choice:
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
         return {**handler(schema), "enum": list(self.names())}
-
-
-@functools.cache
-def _keys(module: str, table: str) -> tuple[str, ...] | None:
-    """The keys of a dict display in a module's source; None if there is no such display."""
-    spec = importlib.util.find_spec(module)
-    if spec is not None and spec.origin is not None:
-        for node in ast.parse(Path(spec.origin).read_text("utf-8")).body:
-            if (
-                isinstance(node, ast.AnnAssign)
-                and isinstance(node.target, ast.Name)
-                and node.target.id == table
-                and isinstance(node.value, ast.Dict)
-            ):
-                return tuple(ast.literal_eval(key) for key in node.value.keys if key)
-    return None
 
 
 @dataclass(frozen=True)
@@ -262,6 +248,23 @@ class Section(BaseModel):
     @classmethod
     def _empty(cls, value: object) -> object:
         return {} if value is None else value
+
+    def refuse(self, conflicts: Mapping[str, str]) -> None:
+        """Fail validation with a message for each option, by its dotted path in this section.
+
+        Raises:
+            ValidationError: there is a conflict; with all of them.
+        """
+        if conflicts:
+            details: list[InitErrorDetails] = [
+                {
+                    "type": PydanticCustomError("conflict", "{text}", {"text": text}),
+                    "loc": tuple(path.split(".")),
+                    "input": self,
+                }
+                for path, text in conflicts.items()
+            ]
+            raise ValidationError.from_exception_data(type(self).__name__, details)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -472,6 +475,41 @@ class ModelConfig(Section):
             raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
         if self.width * self.mlp.multiple < 1:
             raise ValueError(f"mlp.multiple ({self.mlp.multiple:g}) leaves no channel inside")
+        return self
+
+    @model_validator(mode="after")
+    def _norms_fit(self) -> Self:
+        """Refuse combinations that would not be what their names say."""
+        norm, name = self.norm, self.norm.placement
+        of_placement = partial(variants.attribute, "gpt.placement", "PLACEMENTS", name)
+        conflicts: dict[str, str] = {}
+
+        def refuse(option: str, value: object, other: str) -> None:
+            conflicts[option] = f"{value} conflicts with {other}"
+
+        wanted = {  # options that ask for a norm, and their values
+            "norm.type": norm.type if norm.type not in (None, "none") else None,
+            "norm.final_norm": "on" if norm.final_norm == "on" else None,
+            "norm.embedding": "true" if norm.embedding else None,
+            "attention.qk_norm": "true" if self.attention.qk_norm else None,
+        }
+        for option, value in wanted.items():
+            if value and not of_placement("has_norms"):
+                refuse(
+                    option, value, f"placement {name}, which has no norms; leave it at its default"
+                )
+            elif value and norm.type == "none":
+                refuse(option, value, "norm.type none; leave one of them out")
+        if norm.type == "none" and of_placement("needs_norms"):
+            refuse("norm.type", "none", f"placement {name}: {of_placement('needs_norms')}")
+        if norm.bias and (norm.type or "layer") not in variants.names("gpt.norm", "BIASED"):
+            refuse("norm.bias", "true", f"norm.type {norm.type}, which has no bias; leave it null")
+        least = of_placement("least_layers")
+        if self.layers < least:
+            refuse("layers", self.layers, f"placement {name}, which needs at least {least} layers")
+        if norm.type == "batch" and self.context == 1:
+            refuse("context", 1, "norm.type batch, which needs more than one token")
+        self.refuse(conflicts)
         return self
 
 
@@ -958,6 +996,8 @@ def _explain(error: ErrorDetails, options: list[str]) -> tuple[str, str]:
         return key, f"{shown} is not Unicode text"
     if error["type"] == "model_type":
         return key, f"must be a mapping of options, found {shown}"
+    if error["type"] == "conflict":
+        return key, error["msg"]
     message = error["msg"].partition(", unable to parse")[0]
     return key, f"{message[0].lower()}{message[1:]}, found {shown}"
 

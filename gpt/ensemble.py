@@ -119,8 +119,8 @@ class BatchedTrainer:
             template = GPT(self.config.model, vocab_size)
         for attention in template.attentions():
             attention.kernel = _flattened
-        objective = partial(_objective, _Objective(template), self.config.training.z_loss)
-        self.objective = vmap(objective)
+        loss_fn = partial(_cell_loss, _LossFn(template), self.config.training.z_loss)
+        self.loss_fn = vmap(loss_fn)
         release_memory(self.device)  # or what the allocator holds would not count as free
         self.micro_batch = micro_batch or memory.micro_batch(
             self.config, vocab_size, self.device, models=len(trainers)
@@ -151,7 +151,7 @@ class BatchedTrainer:
         micro_batches = (half.split(self.micro_batch, dim=1) for half in (inputs, targets))
         for x, y in zip(*micro_batches, strict=True):
             with autocast(self.device, self.config.training.precision):
-                total_loss, cross_entropy = self.objective(self.weights, x, y)
+                total_loss, cross_entropy = self.loss_fn(self.weights, x, y)
             weight = x.shape[1] / inputs.shape[1]
             (total_loss * weight).sum().backward()
             losses += cross_entropy.detach() * weight
@@ -205,21 +205,21 @@ def _named(models: Sequence[GPT]) -> Iterator[Iterator[Any]]:
         yield iter(model.parameters())
 
 
-class _Objective(nn.Module):
-    """A model whose `forward` is its objective, which is what functional_call calls."""
+class _LossFn(nn.Module):
+    """A model whose `forward` is `loss_fn`, because functional_call calls `forward`."""
 
     def __init__(self, model: GPT) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, tokens: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-        return self.model.objective(tokens, targets, z_loss)
+        return self.model.loss_fn(tokens, targets, z_loss)
 
 
-def _objective(
-    template: _Objective, z_loss: float, weights: dict[str, Tensor], x: Tensor, y: Tensor
+def _cell_loss(
+    template: _LossFn, z_loss: float, weights: dict[str, Tensor], x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The objective of one cell."""
+    """(total loss, cross-entropy) of one cell."""
     named = {f"model.{name}": weight for name, weight in weights.items()}
     return functional_call(template, named, (x, y, z_loss))
 

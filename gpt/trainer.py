@@ -66,9 +66,9 @@ class Trainer:
         with global_generator(device):  # torch draws initial weights, which `reset` replaces
             self.model = GPT(config.model, vocab_size).to(device)
         self.model.loss_chunk = config.training.loss_chunk
-        self.objective = self.model.objective
+        self.loss_fn = self.model.loss_fn
         if config.training.compile:  # a smaller last batch of validation is compiled separately
-            self.objective = torch.compile(self.objective, dynamic=False)
+            self.loss_fn = torch.compile(self.loss_fn, dynamic=False)
         self.micro_batch = micro_batch(config, vocab_size, device)
         fp16 = config.training.precision == "fp16"
         self.skips_nonfinite = config.training.nonfinite == "skip" or fp16
@@ -136,7 +136,7 @@ class Trainer:
         with contextlib.closing(self.micro_batches(step, inputs, targets)) as micro_batches:
             for x, y in micro_batches:
                 with self.autocast():
-                    total_loss, cross_entropy = self.objective(x, y, self.config.training.z_loss)
+                    total_loss, cross_entropy = self.loss_fn(x, y, self.config.training.z_loss)
                 weight = len(x) / len(inputs)
                 self.scaler.scale(total_loss * weight).backward()
                 loss += cross_entropy.detach() * weight
@@ -196,7 +196,7 @@ class Trainer:
                     self.interrupt()
                 x, y = (self.to_device(host_tensor(part, self.device)) for part in batch)
                 with self.autocast():
-                    total += self.objective(x, y)[1] * len(x)
+                    total += self.loss_fn(x, y)[1] * len(x)
         finally:
             self.model.train()
         return total.item() / len(sequences)

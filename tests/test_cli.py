@@ -114,7 +114,7 @@ def test_training_starts_without_what_only_its_end_needs(environment: dict[str, 
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 
 
-@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize("dry", [[], ["--dry-run"], ["--print-config"]])
 def test_a_combination_that_makes_no_sense_is_refused_before_anything_is_done(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch, dry: list[str]
 ):
@@ -122,8 +122,8 @@ def test_a_combination_that_makes_no_sense_is_refused_before_anything_is_done(
     flags = ["--model.norm.placement", "rezero", "--model.norm.type", "rms", *dry]
     code, out, err = called(capsys, "train", str(ROOT / "configs/pre-norm.yaml"), *flags)
     assert (code, out) == (2, "")
-    message = "placement rezero has no norms at all; leave that at its default"
-    assert err == f"train.py: model.norm.type: rms: {message}\n"
+    message = "rms conflicts with placement rezero, which has no norms; leave it at its default"
+    assert err == f"train.py: --model.norm.type: {message}\n"
     assert not list(tmp_path.glob("~*"))
 
 

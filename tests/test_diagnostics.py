@@ -52,7 +52,7 @@ def looked(model: GPT, adams: bool = True) -> list[metrics.Record]:
     look = Look(model, dict.fromkeys(adam, 1e-8), moments)
     look.forward(tokens())
     with torch.no_grad():
-        for parameter in model.placements()[1].parameters():
+        for parameter in model.blocks[1].parameters():
             if parameter.ndim == 2:
                 parameter /= 2
     look.after()
@@ -97,7 +97,7 @@ def test_measures_by_hand():
 
     x = model.embed(tokens())
     assert records[0]["stream_rms"] == pytest.approx(x.square().mean().sqrt().item())
-    for number, (record, block) in enumerate(zip(records[1:], model.placements(), strict=False), 1):
+    for number, (record, block) in enumerate(zip(records[1:], model.blocks, strict=False), 1):
         own = [g for name, g in gradients.items() if name.startswith(f"blocks.{number - 1}.")]
         squares = sum(g.square().sum().item() for g in own)
         count = sum(g.numel() for g in own)
@@ -285,7 +285,7 @@ def test_a_picture_of_nothing_is_refused(tiny: Make, tmp_path: Path, capsys):
 def test_a_weight_is_found_first():
     model = make()
     with torch.no_grad():
-        model.placements()[2].mlp.up.weight[3, 3] = math.inf
+        model.blocks[2].mlp.up.weight[3, 3] = math.inf
     place = first_nonfinite(model, tokens(), tokens(1), 0.0)
     assert place == Place("weight", 3, "blocks.2.mlp.up.weight")
     assert describe(place, LAYERS) == "as a non-finite weight in block 3 of 4 (mlp.up.weight)"
@@ -308,7 +308,7 @@ def test_attention_that_overflows_is_found_at_the_matrix_that_reads_it():
     """No module stands for a placement's norms where it has none."""
     model = make(norm={"type": "none"})
     with torch.no_grad():
-        qkv = model.placements()[0].attention.qkv
+        qkv = model.blocks[0].attention.qkv
         qkv.weight[:32] = 1e20  # q k^T is infinite, and its softmax not a number
         qkv.bias[:32] = 0
     place = first_nonfinite(model, tokens(), tokens(1), 0.0)
@@ -330,7 +330,7 @@ def test_a_gradient_is_found_from_the_loss_backwards():
     def spoil(gradient: torch.Tensor) -> torch.Tensor:
         return gradient * math.nan
 
-    add = model.placements()[1].add
+    add = model.blocks[1].add
     add.register_forward_hook(lambda module, inputs, out: out.register_hook(spoil) and None)
     place = first_nonfinite(model, tokens(), tokens(1), 0.0)
     assert place is not None
@@ -340,7 +340,7 @@ def test_a_gradient_is_found_from_the_loss_backwards():
 def test_the_gradient_that_came_first_is_named():
     """A number that is none at the output of a block's first matrix spoils that matrix first."""
     model = make()
-    up = model.placements()[1].mlp.up
+    up = model.blocks[1].mlp.up
     up.register_forward_hook(
         lambda module, inputs, out: out.register_hook(lambda g: g * math.nan) and None
     )
@@ -352,7 +352,7 @@ def test_the_gradient_that_came_first_is_named():
 
 def test_a_norm_that_overflows_where_no_gradient_does():
     model = make()
-    big = model.placements()[2].mlp.out
+    big = model.blocks[2].mlp.out
     big.register_forward_hook(
         lambda module, inputs, out: out.register_hook(lambda g: g * 1e25) and None
     )
@@ -435,13 +435,13 @@ def test_a_validation_loss_that_fails_is_looked_into(tiny: Make, tmp_path: Path)
 def test_a_non_finite_gradient_is_divergence_before_the_weights_are_spoilt(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    objective = GPT.objective
+    loss_fn = GPT.loss_fn
 
     def spoilt(self: GPT, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        minimised, loss = objective(self, *arguments)
-        return minimised + (self.final_norm.weight[0] - 1).abs().sqrt(), loss  # slope inf at 1
+        total_loss, loss = loss_fn(self, *arguments)
+        return total_loss + (self.final_norm.weight[0] - 1).abs().sqrt(), loss  # slope inf at 1
 
-    monkeypatch.setattr(GPT, "objective", spoilt)
+    monkeypatch.setattr(GPT, "loss_fn", spoilt)
     result = run(tiny(sampling={"tokens": 0}), tmp_path / "run")
     assert (result.status, result.step) == ("diverged", 1)
     assert result.failure is not None

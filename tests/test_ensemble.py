@@ -293,15 +293,15 @@ def test_ended_cells_hold_no_memory(tiny: Make, tmp_path: Path, monkeypatch: pyt
 def test_out_of_memory_makes_micro_batches_smaller(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    whole, seen = GPT.objective, []
+    whole, seen = GPT.loss_fn, []
 
-    def objective(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
+    def loss_fn(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
         seen.append(len(x))
         if len(x) > 2 and len(seen) > 3:
             raise torch.OutOfMemoryError("no room")
         return whole(self, x, *rest)
 
-    monkeypatch.setattr(GPT, "objective", objective)
+    monkeypatch.setattr(GPT, "loss_fn", loss_fn)
     configs = [tiny(evaluation={"sequences": 2}, **cell) for cell in CELLS]
     ended = together(configs, tmp_path / "small")
     monkeypatch.undo()

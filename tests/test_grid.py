@@ -120,6 +120,14 @@ def test_excluded_cells_are_left_out(tmp_path: Path):
     assert 0 < len(left) < len(everything)
 
 
+def test_a_cell_that_makes_no_sense_can_be_excluded(tmp_path: Path):
+    arms = {"norm": {"rezero": {"model.norm.placement": "rezero"}, "pre": {}}}
+    changes = {"arms": arms, "grid": {"model.norm.type": ["rms", None]}}
+    assert "arm 'rezero': model.norm.type: rms conflicts" in message(tmp_path, **changes)
+    exclude = [{"norm": "rezero", "model.norm.type": "rms"}]
+    assert len(cells(tmp_path, **changes, exclude=exclude)) == 3 * 2
+
+
 def test_a_resolved_grid_gives_the_same_cells(tmp_path: Path):
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(TREE))
@@ -155,6 +163,13 @@ def test_the_base_may_be_a_file_beside_the_grid(tmp_path: Path):
         ({"grid": {"model.layers": [2, "2"]}}, ["a value or name stands twice"]),
         ({"grid": {"model.layers": ["many"]}}, ["arm 'pre, cold': model.layers", "'many'"]),
         ({"grid": {"model.width": [15]}}, ["heads (2) must divide width (15)"]),
+        (
+            {
+                "grid": {"model.norm.type": ["layer", "none"]},
+                "options": {"model.norm.embedding": True},
+            },
+            ["arm 'pre, cold': model.norm.embedding: true conflicts with norm.type none"],
+        ),
         (
             {"arms": {"a": {"x": {"model.bias": True}}, "b": {"y": {"model.bias": False}}}},
             ["model.bias is set by 'y' and by another factor"],
@@ -394,13 +409,14 @@ def test_what_is_no_section_is_not_replaced(tmp_path: Path, changes: dict[str, A
 def test_numbers_of_many_digits_in_an_axis_and_an_exclusion(tmp_path: Path, digits: int):
     path = tmp_path / "mine.yaml"
     many = "9" * digits
-    path.write_text(
-        f"base: {{}}\narms: {{a: {{x: {{}}}}}}\nseeds: 1\ngrid: {{model.layers: [{many}]}}\n"
-        f"exclude: [{{model.layers: {many}}}]"
-    )
+    tree = f"base: {{}}\narms: {{a: {{x: {{}}}}}}\nseeds: 1\ngrid: {{model.layers: [{many}]}}\n"
+    path.write_text(tree)
     with pytest.raises(
         InputError, match=r"model.layers: '?9+(\.\.\.)?'? is not between 1 and 2,000"
     ):
+        load(path)
+    path.write_text(f"{tree}exclude: [{{model.layers: {many}}}]")
+    with pytest.raises(InputError, match="exclude leaves no cell"):
         load(path)
 
 

@@ -19,7 +19,6 @@ from gpt.compare.probes import (
 )
 from gpt.compare.statistics import loglog_slope
 from gpt.config import ModelConfig
-from gpt.errors import InputError
 from gpt.init import initialize
 from gpt.model import GPT
 from gpt.placement import PLACEMENTS
@@ -147,7 +146,7 @@ def test_amplification_is_what_the_jacobian_expects_of_it():
 def test_gradients_are_averaged_over_batches_before_the_norm():
     config, batches = shaped(layers=2), [batch(1), batch(2)]
     model = start(config, 0)
-    w2 = [block.mlp.out.weight for block in model.placements()]
+    w2 = [block.mlp.out.weight for block in model.blocks]
     first, second = (torch.autograd.grad(model.loss(*pair), w2) for pair in batches)
     of_mean = [((a + b) / 2).norm().item() for a, b in zip(first, second, strict=True)]
     mean_of = [(a.norm() + b.norm()).item() / 2 for a, b in zip(first, second, strict=True)]
@@ -203,12 +202,6 @@ def test_depths_that_a_placement_cannot_have_are_left_out():
 def test_by_default_the_depths_are_2_to_24():
     found = probe_depths(shaped(), VOCAB, [batch(0, 1, 1)], [0])
     assert [p.layers for p in found] == list(DEPTHS) == [2, 4, 6, 12, 24]
-
-
-def test_what_a_placement_refuses_is_the_users_to_know():
-    config = shaped("deepnorm", norm={"type": "none"})
-    with pytest.raises(InputError, match="deepnorm"):
-        probe_depths(config, VOCAB, [batch(0)], [0])
 
 
 def test_a_probe_is_the_same_each_time_and_draws_nothing_from_the_global_generator():

@@ -1,6 +1,6 @@
-"""Whichever of this CPU's vector units torch uses, results differ by rounding only.
+"""Results differ only by rounding between the vector units that torch can use on this CPU.
 
-Each is tried in a process of its own, since `ATEN_CPU_CAPABILITY` is read when torch starts and a
+Each is tried in its own process, since `ATEN_CPU_CAPABILITY` is read when torch starts and a
 wrong call of a private operator may kill the process.
 """
 
@@ -33,7 +33,7 @@ SIZES = """
 import copy
 import random
 from torch import nn
-from gpt.weights import Int8Linear, PackedLinear, SlicedLinear, can_multiply_int8, can_pack
+from gpt.inference import Int8Linear, PackedLinear, SlicedLinear, can_multiply_int8, can_pack
 
 torch.set_grad_enabled(False)
 random.seed(0)
@@ -100,7 +100,7 @@ print(json.dumps(found))
 
 
 def run(script: str, capability: str, *arguments: object) -> str:
-    """What the script prints with torch held to that capability."""
+    """Output of the script with torch restricted to that capability."""
     ran = subprocess.run(
         [sys.executable, "-c", START + script, capability, *map(str, arguments)],
         capture_output=True,
@@ -115,7 +115,7 @@ def run(script: str, capability: str, *arguments: object) -> str:
 
 
 @every_capability
-def test_every_size_of_matrix_gives_the_plain_product(capability: str):
+def test_products_of_every_size_are_right(capability: str):
     run(SIZES, capability)
 
 
@@ -134,7 +134,7 @@ def losses(
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES[1:])
-def test_runs_have_the_same_losses_to_rounding(
+def test_losses_of_runs_agree_up_to_rounding(
     capability: str, losses: Callable[[str], dict[str, list[float]]]
 ):
     plain, found = losses("default"), losses(capability)

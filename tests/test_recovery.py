@@ -53,15 +53,15 @@ def history(out: Path) -> list[dict[str, Any]]:
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[torch.Tensor], bool]], None]:
     """`spoil(when)` makes the training loss NaN for inputs of which `when` is true."""
-    objective = GPT.objective
+    loss_fn = GPT.loss_fn
 
     def install(when: Callable[[torch.Tensor], bool]) -> None:
         def spoilt(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
-            minimised, loss = objective(self, x, *rest)
+            total_loss, loss = loss_fn(self, x, *rest)
             nan = float("nan") if self.training and when(x) else 1.0
-            return minimised * nan, loss * nan
+            return total_loss * nan, loss * nan
 
-        monkeypatch.setattr(GPT, "objective", spoilt)
+        monkeypatch.setattr(GPT, "loss_fn", spoilt)
 
     return install
 
@@ -222,14 +222,14 @@ def test_a_stop_changes_nothing_of_a_rollback(tiny: Make, tmp_path: Path, spoil:
 def test_fp16_does_not_overflow_for_ever(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nonfinite: str
 ):
-    objective = GPT.objective
+    loss_fn = GPT.loss_fn
 
     def overflowing(self: GPT, *arguments: Any) -> Any:
-        minimised, loss = objective(self, *arguments)
+        total_loss, loss = loss_fn(self, *arguments)
         bad = self.token_embedding.weight[0, 0] * 1e30
-        return minimised + (bad - bad.detach()) * 1e30, loss
+        return total_loss + (bad - bad.detach()) * 1e30, loss
 
-    monkeypatch.setattr(GPT, "objective", overflowing)
+    monkeypatch.setattr(GPT, "loss_fn", overflowing)
     options = {"precision": "fp16", "nonfinite": nonfinite, "nonfinite_limit": 4}
     result = run(tiny(training=options), tmp_path / "run")
     assert result.status == "diverged"
@@ -649,14 +649,14 @@ def test_a_link_out_of_the_directory_is_not_written_through(tiny: Make, tmp_path
 @pytest.fixture
 def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that can train on two sequences at a time."""
-    objective = GPT.objective
+    loss_fn = GPT.loss_fn
 
     def limited(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
         if self.training and len(x) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
-        return objective(self, x, *rest)
+        return loss_fn(self, x, *rest)
 
-    monkeypatch.setattr(GPT, "objective", limited)
+    monkeypatch.setattr(GPT, "loss_fn", limited)
 
 
 @pytest.mark.usefixtures("small_memory")
@@ -687,7 +687,7 @@ def test_nothing_fits(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def none(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(GPT, "objective", none)
+    monkeypatch.setattr(GPT, "loss_fn", none)
     with pytest.raises(OutOfMemoryError, match="with a single sequence at a time"):
         run(tiny(), tmp_path / "run")
 
@@ -947,14 +947,14 @@ def test_a_strangers_lock_is_left_alone(tiny: Make, tmp_path: Path):
 def test_auto_finds_what_fits_of_an_evaluation(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    objective = GPT.objective
+    loss_fn = GPT.loss_fn
 
     def limited(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
         if not self.training and len(x) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return objective(self, x, *rest)
+        return loss_fn(self, x, *rest)
 
-    monkeypatch.setattr(GPT, "objective", limited)
+    monkeypatch.setattr(GPT, "loss_fn", limited)
     assert run(tiny(), tmp_path / "run").status == "finished"
 
 

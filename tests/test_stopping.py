@@ -110,14 +110,14 @@ def test_stops_one_after_the_other_change_nothing(every: Config, tmp_path: Path)
 def test_a_stop_does_not_wait_for_an_evaluation(tiny: Make, tmp_path: Path, monkeypatch: Any):
     """What is due after the last update is left, and comes first when the run is resumed."""
     config = tiny()
-    objective, evaluated = GPT.objective, []
+    loss_fn, evaluated = GPT.loss_fn, []
 
     def counted(self: GPT, *arguments: Any) -> Any:
         if not self.training:
             evaluated.append(None)
-        return objective(self, *arguments)
+        return loss_fn(self, *arguments)
 
-    monkeypatch.setattr(GPT, "objective", counted)
+    monkeypatch.setattr(GPT, "loss_fn", counted)
     run(config, tmp_path / "run", **stop_after(10))
     assert len(evaluated) == 2  # before the first update; 8 sequences in micro-batches of 4
     assert not list((tmp_path / "run/samples").iterdir())
@@ -172,14 +172,14 @@ def spoil(monkeypatch: pytest.MonkeyPatch, config: Config, step: int) -> None:
         prepare(config.data).train, config.model.context, config.data_seed
     )
     bad = torch.from_numpy(sequences.batch(step, config.batch_sequences)[0])
-    objective = GPT.objective
+    loss_fn = GPT.loss_fn
 
     def spoilt(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
-        minimised, loss = objective(self, x, *rest)
+        total_loss, loss = loss_fn(self, x, *rest)
         nan = float("nan") if self.training and torch.equal(x, bad) else 1.0
-        return minimised * nan, loss * nan
+        return total_loss * nan, loss * nan
 
-    monkeypatch.setattr(GPT, "objective", spoilt)
+    monkeypatch.setattr(GPT, "loss_fn", spoilt)
 
 
 def test_a_stop_in_the_search_for_a_divergence_is_not_its_end(tiny: Make, tmp_path: Path):
@@ -291,13 +291,13 @@ def test_a_stop_does_not_wait_for_a_search_in_the_validation_text(
 ):
     searched = []
     monkeypatch.setattr("gpt.run.recovery.first_nonfinite", lambda *a: searched.append(a))
-    objective = GPT.objective
+    loss_fn = GPT.loss_fn
 
     def spoilt(self: GPT, *arguments: Any) -> Any:
-        minimised, loss = objective(self, *arguments)
-        return minimised, loss if self.training else loss * math.nan
+        total_loss, loss = loss_fn(self, *arguments)
+        return total_loss, loss if self.training else loss * math.nan
 
-    monkeypatch.setattr(GPT, "objective", spoilt)
+    monkeypatch.setattr(GPT, "loss_fn", spoilt)
     ended = run(tiny(), tmp_path / "run", stop=lambda: bool(searched))
     assert ended.status == "interrupted"
     assert len(searched) == 1

@@ -396,14 +396,14 @@ def test_an_fp16_overflow_skips_the_whole_update(
 ):
     """An infinite gradient in the embedding must not move the matrices either."""
     config = tiny(optimizer={"name": optimizer}, training={"precision": "fp16", "steps": 1})
-    objective = GPT.objective
+    loss_fn = GPT.loss_fn
 
     def overflowing(self: GPT, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         bad = self.token_embedding.weight[0, 0] * 1e30
-        minimised, loss = objective(self, *arguments)
-        return minimised + (bad - bad.detach()) * 1e30, loss
+        total_loss, loss = loss_fn(self, *arguments)
+        return total_loss + (bad - bad.detach()) * 1e30, loss
 
-    monkeypatch.setattr(GPT, "objective", overflowing)
+    monkeypatch.setattr(GPT, "loss_fn", overflowing)
     run(config, tmp_path / "run")
     start = GPT(config.model, 257)
     initialize(start, start.config, seed=0)
@@ -546,14 +546,14 @@ def test_a_run_with_chunks_of_the_loss_is_the_plain_run(
     run(tiny(training={"z_loss": 1e-3}), tmp_path / "plain")
     chunked = tiny(training={"z_loss": 1e-3, "loss_chunk": 24})
     lengths: list[int] = []
-    logits_by = GPT.logits_by
+    apply_head = GPT.apply_head
 
     def spy(self: GPT, x: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         lengths.append(len(x))
-        return logits_by(self, x, head)
+        return apply_head(self, x, head)
 
     with monkeypatch.context() as patch:
-        patch.setattr(GPT, "logits_by", spy)
+        patch.setattr(GPT, "apply_head", spy)
         run(chunked, tmp_path / "chunks", **stop_after(13))
     assert set(lengths) == {24, 16} | {1}  # 64 tokens; and generation
     run(tiny(training={"z_loss": 1e-3}), tmp_path / "chunks")
@@ -638,7 +638,7 @@ def test_a_checkpoint_holds_the_tokenizer(tiny: Make, tmp_path: Path):
     assert encoding.n_vocab == 257
 
 
-def test_z_loss_is_minimised_and_not_reported(tiny: Make, tmp_path: Path):
+def test_z_loss_is_minimised_but_not_reported(tiny: Make, tmp_path: Path):
     plain = tiny(sampling={"tokens": 0})
     pressed = tiny(sampling={"tokens": 0}, training={"z_loss": 1.0})
     losses = []

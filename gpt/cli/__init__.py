@@ -471,8 +471,8 @@ def _sample(run_dir: Path, prompt: str, options: SampleOptions, prog: str) -> No
     from gpt.generate import Decoder, TextDecoder, generate
     from gpt.hardware.device import pick_device
     from gpt.hardware.memory import total_memory
+    from gpt.inference import optimize_for_inference
     from gpt.run.loading import load_run
-    from gpt.weights import prepare
 
     device = pick_device(options.device)
     if options.compile and device.type != "cuda":
@@ -488,7 +488,7 @@ def _sample(run_dir: Path, prompt: str, options: SampleOptions, prog: str) -> No
             file=sys.stderr,
         )
     count = options.num_samples
-    prepare(model, options.weights, count)
+    optimize_for_inference(model, options.weights, count)
     check_sampling(
         model.config,
         encoding.n_vocab,

@@ -26,7 +26,6 @@ from gpt.hardware.device import pick_device
 from gpt.hardware.memory import release_memory
 from gpt.hardware.size import check_probing
 from gpt.model import GPT
-from gpt.placement import check
 from gpt.run import plan
 from gpt.trainer import Trainer
 
@@ -65,12 +64,10 @@ def check_cells(cells: Sequence[Cell], *, probes: bool = False) -> None:
         probes: whether the networks are to be measured at their start.
 
     Raises:
-        InputError: a placement does not go with the rest, the device is not there, or the memory
-            is too small.
+        InputError: the device is not there, or the memory is too small.
     """
     for cell in cells:
         try:
-            check(cell.config.model)
             memory.check_fits(cell.config, pick_device(cell.config.training.device))
             if probes:
                 check_probing(cell.config.model, max(DEPTHS))

@@ -348,9 +348,15 @@ def _cells(grid: Grid, origin: str) -> list[Cell]:
     cells: dict[str, Cell] = {}
     varied, excluded = _varied(grid), [_texts_of(entry) for entry in grid.exclude]
     fitting = set()
+    assert isinstance(grid.base, dict)
+    base = {**dict(leaves(Config().model_dump())), **dict(leaves(grid.base))}
     for seed, arm, values in combinations:
-        cell = _cell(grid, arm, values, seed, varied, origin)
-        known = _texts_of({"arm": arm.name, "seed": seed, **arm.levels, **cell.factors})
+        placed: Options = {}
+        for axis, value in values.items():
+            placed |= _assign(axis, value, origin)
+        options = {**base, **arm.options, **placed}  # not validated: what is excluded may be wrong
+        factors = {key: options[key] for key in varied}
+        known = _texts_of({"arm": arm.name, "seed": seed, **arm.levels, **factors})
         entries = {
             number
             for number, entry in enumerate(excluded)
@@ -359,6 +365,7 @@ def _cells(grid: Grid, origin: str) -> list[Cell]:
         fitting |= entries
         if entries:
             continue
+        cell = _cell(grid, arm, placed, seed, varied, origin)
         twin = cells.setdefault(cell.id.lower(), cell)  # as some file systems see it
         if twin is not cell:
             why = f"rename {twin.arm!r} or {arm.name!r}, which give one folder"
@@ -373,11 +380,8 @@ def _cells(grid: Grid, origin: str) -> list[Cell]:
     return list(cells.values())
 
 
-def _cell(grid: Grid, arm: Arm, values: Options, seed: int, varied: list[str], origin: str) -> Cell:
+def _cell(grid: Grid, arm: Arm, placed: Options, seed: int, varied: list[str], origin: str) -> Cell:
     assert isinstance(grid.base, dict)
-    placed: Options = {}
-    for axis, value in values.items():
-        placed |= _assign(axis, value, origin)
     name = _id(arm, placed, seed)
     tree = merge(grid.base, nested({**arm.options, **placed, "seed": seed, "name": name}))
     where = f"{origin}: arm {arm.name!r}"

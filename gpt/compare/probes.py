@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from gpt.config import ModelConfig
 from gpt.diagnostics.layers import Look
-from gpt.init import Stacked, initialize
-from gpt.model import GPT
+from gpt.init import initialize
+from gpt.model import GPT, FusedLinear
 from gpt.placement import PLACEMENTS
 from gpt.rng import generator, global_generator
 
@@ -80,9 +80,6 @@ def probe(
             activations are measured on all at once, and the first sets what one batch decides
             (Admin's ω).
         seeds: of initial weights; at least one.
-
-    Raises:
-        InputError: the placement does not go with the rest (see `gpt.placement.check`).
     """
     starts = [_measure(config, vocab_size, batches, seed) for seed in seeds]
 
@@ -107,11 +104,7 @@ def probe_depths(
     seeds: Sequence[int],
     depths: Sequence[int] = DEPTHS,
 ) -> list[Probe]:
-    """`probe` with `layers` at each of `depths` that the placement can have.
-
-    Raises:
-        InputError: as `probe`.
-    """
+    """`probe` with `layers` at each of `depths` that the placement can have."""
     least = PLACEMENTS[config.norm.placement].least_layers
     return [
         probe(config.model_copy(update={"layers": layers}), vocab_size, batches, seeds)
@@ -175,7 +168,7 @@ def _disturbed(model: GPT, seed: int) -> Iterator[None]:
     """Within it the blocks' matrices have noise of SHARE of their own standard deviation."""
     before = [linear.weight.clone() for _, linear in _linears(model)]
     for name, linear in _linears(model):
-        parts = len(linear.parts) if isinstance(linear, Stacked) else 1
+        parts = len(linear.parts) if isinstance(linear, FusedLinear) else 1
         noise = torch.randn(linear.weight.shape, generator=generator(seed, "probe", name))
         for matrix, change in zip(linear.weight.chunk(parts), noise.chunk(parts), strict=True):
             matrix += SHARE * matrix.std() * change

@@ -89,11 +89,11 @@ def first_nonfinite(model: GPT, tokens: Tensor, targets: Tensor, z_loss: float) 
     ]
     model.zero_grad()
     try:
-        minimised, _ = model.objective(tokens, targets, z_loss)
-        if not found and not minimised.isfinite():
+        total_loss, _ = model.loss_fn(tokens, targets, z_loss)
+        if not found and not total_loss.isfinite():
             found.append(Place("loss", model.config.layers + 1, "loss"))
         if not found:
-            minimised.backward()
+            total_loss.backward()
     finally:
         for hook in hooks:
             hook.remove()
@@ -138,12 +138,12 @@ def advice(config: Config, place: Place | None, updates: int) -> list[str]:
         tips.append("--model.norm.final-norm auto  (the stream grows, and nothing bounds it)")
     if placement.has_norms and norm.type == "none":
         tips.append("--model.norm.type layer  (norms)")
-    elif placement.calmer:
+    elif placement.more_stable:
         with_norms = " --model.norm.type layer" if norm.type == "none" else ""
-        others = ", ".join(placement.calmer[1:])
+        others = ", ".join(placement.more_stable[1:])
         tips.append(
-            f"--model.norm.placement {placement.calmer[0]}{with_norms}"
-            f"  (calmer than {norm.placement}" + (f"; also {others})" if others else ")")
+            f"--model.norm.placement {placement.more_stable[0]}{with_norms}"
+            f"  (more stable than {norm.placement}" + (f"; also {others})" if others else ")")
         )
     if not updates and model.init.regime != "gpt2":
         tips.append("--model.init.regime gpt2  (smaller first weights)")

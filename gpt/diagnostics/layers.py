@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gpt.model import GPT, CausalSelfAttention, visible
+from gpt.model import GPT, CausalSelfAttention, causal_mask
+from gpt.placement import Block
 from gpt.run.metrics import Record
 
 
@@ -70,6 +71,7 @@ class Look:
         self, model: GPT, eps: dict[str, float], second_moments: Mapping[str, Tensor]
     ) -> None:
         self.model, self.eps, self.second_moments = model, eps, second_moments
+        self.blocks = [block for block in model.blocks if isinstance(block, Block)]
         self.layers: list[dict[str, Tensor]] = [{} for _ in range(model.config.layers + 2)]
         self.before = {name: p.detach().clone() for name, p in self._matrices()}
         self._gradients()
@@ -100,7 +102,7 @@ class Look:
                 measures["grad_over_eps"] = _joint_rms(ratios)
             if moved:
                 measures["grad_over_root_v"] = _joint_rms(moved)
-        for measures, block in zip(self.layers[1:], self.model.placements(), strict=False):
+        for measures, block in zip(self.layers[1:], self.blocks, strict=False):
             gradient = block.mlp.out.weight.grad
             if gradient is not None:
                 measures["w2_grad_norm"] = _norm([gradient])
@@ -111,7 +113,7 @@ class Look:
         model = self.model
         hooks: list[RemovableHandle] = []
         betas: list[list[Tensor]] = [[] for _ in model.blocks]
-        for index, block in enumerate(model.placements()):
+        for index, block in enumerate(self.blocks):
             measures = self.layers[index + 1]
 
             def attention(
@@ -187,7 +189,7 @@ def _attention(module: CausalSelfAttention, x: Tensor) -> dict[str, Tensor]:
     scores = module.scores(q, k)
     weights = module.weights(scores).float()
     T, S = scores.shape[-2:]
-    largest = scores.masked_fill(~visible(T, S, scores.device), -torch.inf).amax()
+    largest = scores.masked_fill(~causal_mask(T, S, scores.device), -torch.inf).amax()
     entropy = torch.special.entr(weights).sum(-1).mean()
     return {"attention_logit": largest, "attention_entropy": entropy}
 

@@ -355,7 +355,7 @@ class Run:
             tokens=options.tokens,
             sampling=options,
             seed=self.config.seed,
-            drawn=self.trainer.interrupt,
+            on_token=self.trainer.interrupt,
         )
         path = self.directory.samples / f"step-{self.progress.step:08d}.txt"
         write_text(path, text + "\n")

@@ -1,7 +1,7 @@
-"""Weights as sampling reads them: laid out for few rows at a time, or fewer bits of each.
+"""Faster linear layers for sampling: other memory layouts, or fewer bits per weight.
 
-One token reads every matrix once, so memory sets the pace. A CPU reads the usual layout at half of
-memory's speed, and other layouts faster. Training has nothing to do with this.
+Each token reads every matrix once, so sampling is limited by memory bandwidth. On a CPU, torch's
+layout reaches half of it and these layouts reach more. Training does not use this module.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from gpt.config import Weights
 from gpt.errors import InputError
 from gpt.model import GPT
 
-LAID_OUT_FROM = 2**19  # numbers of a matrix: on smaller ones a call of torch's own is quicker
+MIN_SIZE = 2**19  # numbers in a matrix; for smaller ones torch's own layer is faster
 
-# Private operators of torch are called in this file alone. They check their arguments badly or not
-# at all, so these two functions do; where they return False, public ones give the same product.
+# Only this module calls private operators of torch. They hardly check their arguments, so these two
+# functions do; where they return False, public operators compute the same product.
 
 
 def can_pack() -> bool:
-    """Whether PackedLinear's operators exist, on a CPU with vector units they are tested on."""
+    """Whether the operators of PackedLinear exist, on a CPU with AVX2 or AVX-512."""
     return (
         _has_vectors()
         and torch.backends.mkldnn.is_available()
@@ -36,9 +36,9 @@ def can_pack() -> bool:
 def can_multiply_int8(weight: Tensor) -> bool:
     """Whether `torch._weight_int8pack_mm` exists and takes this (n_out, n_in) matrix.
 
-    With AVX-512 it loads 16 inputs at a time, from addresses that must be multiples of 32 bytes in
-    x and of 16 in W, and reads past the end of rows of another length; with AVX2 it loads 8. It has
-    no vector code for less, and its offsets are 32-bit.
+    With AVX-512 it loads 16 inputs at a time, reads past the end of rows whose length is not a
+    multiple of 16, and needs x aligned to 32 bytes and W to 16; with AVX2 it loads 8. It has no
+    vector code for other CPUs, and its offsets are 32-bit.
     """
     return (
         _has_vectors()
@@ -55,17 +55,17 @@ def _has_vectors() -> bool:
 
 
 class SlicedLinear(nn.Module):
-    """x Wᵀ + b in fp32 on a CPU, W cut into a slice of its outputs for each thread, for one row x.
+    """x Wᵀ + b in fp32 on a CPU for one row x, W cut into one slice of outputs per thread.
 
-    torch gives one row times one matrix to one thread, and a batch of matrices to all. A slice's
-    longer side is contiguous, along which memory is read best.
+    torch computes one row times one matrix on one thread, but a batch of matrices on all. The
+    longer side of a slice is contiguous in memory, which reads fastest.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         outputs, inputs = weight.shape
         self.outputs, n = outputs, torch.get_num_threads()
-        padding = -outputs % n  # for slices of one size
+        padding = -outputs % n  # makes all slices equal
         slices = F.pad(weight.detach(), (0, 0, 0, padding)).view(n, -1, inputs).transpose(1, 2)
         tall = slices.shape[2] > inputs
         self.slices = slices.contiguous() if tall else slices  # (n, n_in, n_out / n)
@@ -80,7 +80,7 @@ class SlicedLinear(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """x Wᵀ + b in fp32 on a CPU, W in the layout that oneDNN likes for `rows` rows of x."""
+    """x Wᵀ + b in fp32 on a CPU, W in oneDNN's preferred layout for `rows` rows of x."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         super().__init__()
@@ -93,15 +93,16 @@ class PackedLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """x Wᵀ + b with W as 8-bit integers times a scale for each output channel, x and x Wᵀ as bf16.
+    """x Wᵀ + b with 8-bit integers W times a scale per output channel; x and x Wᵀ are bf16.
 
-    The scale s is the smallest bf16 number with |W| <= 127 s; Dettmers et al. 2022 call it absmax.
+    The scale s is the smallest bf16 number with |W| <= 127 s (absmax quantisation, Dettmers et al.
+    2022).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         largest = weight.detach().abs().amax(1).clamp(min=1e-30)
-        scale = (largest / 127 * (1 + 2**-8)).bfloat16()  # rounded, it is not below largest / 127
+        scale = (largest / 127 * (1 + 2**-8)).bfloat16()  # at least largest / 127 when rounded
         self.weight = (weight.detach() / scale[:, None].float()).round().to(torch.int8)
         self.scale, self.bias = scale, bias
         self.fused = can_multiply_int8(self.weight)
@@ -110,7 +111,7 @@ class Int8Linear(nn.Module):
         """(..., n_in) -> (..., n_out)."""
         rows = x.flatten(0, -2)
         if self.fused and len(rows) * max(self.weight.shape) < 2**31:  # its offsets are 32-bit
-            # a copy, since torch allocates at multiples of 64 bytes and a view may start anywhere
+            # a copy, because a view may start anywhere; torch aligns allocations to 64 bytes
             rows = rows.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format)
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
         else:
@@ -120,16 +121,16 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def prepare(model: GPT, weights: Weights, samples: int) -> None:
-    """Change `model` in place for sampling; it can neither be trained nor saved from then on.
+def optimize_for_inference(model: GPT, weights: Weights, samples: int) -> None:
+    """Replace layers of `model` in place for faster sampling; it can then not be trained or saved.
 
     Args:
-        weights: fp32 changes the layout alone, on a CPU; bf16 rounds everything; int8 rounds the
-            matrices, but neither embeddings nor norms.
-        samples: made side by side, for which the layout is chosen.
+        weights: fp32 changes only the layout, on a CPU; bf16 rounds all parameters; int8 rounds the
+            matrices, but not the embeddings and norms.
+        samples: the number of samples in parallel, for which the layout is chosen.
 
     Raises:
-        InputError: int8 weights on a GPU.
+        InputError: int8 weights on a device other than a CPU.
     """
     device = model.token_embedding.weight.device
     make: Callable[[Tensor, Tensor | None], nn.Module]
@@ -138,18 +139,18 @@ def prepare(model: GPT, weights: Weights, samples: int) -> None:
         return
     if weights == "int8":
         if device.type != "cpu":
-            raise InputError(f"--weights int8: is for a CPU; on {device.type} take bf16")
-        make, least = Int8Linear, 0
+            raise InputError(f"--weights int8: needs a CPU; on {device.type} use bf16")
+        make, min_size = Int8Linear, 0
     elif device.type == "cpu" and samples == 1 and torch.backends.mkl.is_available():
-        make, least = SlicedLinear, LAID_OUT_FROM
+        make, min_size = SlicedLinear, MIN_SIZE
     elif device.type == "cpu" and can_pack():
-        make, least = partial(PackedLinear, rows=samples), LAID_OUT_FROM
+        make, min_size = partial(PackedLinear, rows=samples), MIN_SIZE
     else:
         return
-    if model.head is None:  # untie it: the embedding is still looked up as it was
+    if model.head is None:  # untie it: the embedding keeps its layout for look-ups
         model.head = nn.Linear(model.config.width, model.vocab_size, bias=False, device="meta")
         model.head.weight = model.token_embedding.weight
     for owner in list(model.modules()):
         for name, module in list(owner.named_children()):
-            if isinstance(module, nn.Linear) and module.weight.numel() >= least:
+            if isinstance(module, nn.Linear) and module.weight.numel() >= min_size:
                 setattr(owner, name, make(module.weight, module.bias))

@@ -1,4 +1,4 @@
-"""The fast ways to sample, held to the plain one: other weights, fixed shapes, compiled steps."""
+"""Fast ways to sample against the plain one: other layers, fixed shapes, compiled steps."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gpt import weights
+from gpt import inference
 from gpt.config import ModelConfig, Sampling, Weights
 from gpt.errors import InputError
 from gpt.generate import Decoder, generate
+from gpt.inference import Int8Linear, PackedLinear, SlicedLinear, can_pack, optimize_for_inference
 from gpt.init import initialize
 from gpt.model import ACTIVATIONS, GPT
 from gpt.norm import NORMS
-from gpt.placement import PLACEMENTS, check
-from gpt.weights import Int8Linear, PackedLinear, SlicedLinear, can_pack, prepare
+from gpt.placement import PLACEMENTS
 
 VOCAB = 61
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="slices are for MKL")
@@ -37,10 +37,10 @@ SWITCHES: list[dict[str, Any]] = [
 ]
 
 
-def goes(options: dict[str, Any]) -> bool:
+def is_valid(options: dict[str, Any]) -> bool:
     try:
-        check(shaped(options))
-    except InputError:
+        shaped(options)
+    except ValueError:
         return False
     return True
 
@@ -55,11 +55,11 @@ MODELS = [
     *({"norm": {"placement": p}} for p in PLACEMENTS),
     *SWITCHES,
 ]
-every_model = pytest.mark.parametrize("options", [m for m in MODELS if goes(m)], ids=str)
+every_model = pytest.mark.parametrize("options", [m for m in MODELS if is_valid(m)], ids=str)
 
 
 def make(options: dict[str, Any]) -> GPT:
-    """With every parameter away from its start, so that each of them counts."""
+    """A model whose parameters are all moved, so that each of them has an effect."""
     model = GPT(shaped(options), VOCAB)
     initialize(model, model.config, seed=1)
     noise = torch.Generator().manual_seed(7)
@@ -74,11 +74,11 @@ def tokens(length: int = 20) -> Tensor:
 
 
 def read(model: GPT, x: Tensor, **options: Any) -> Tensor:
-    """(2, V) logits after reading in pieces, once the caches hold something else."""
+    """(2, V) logits after reading x in pieces, with caches that were used before."""
     with Decoder(model, 2, **options) as decoder:
         for piece in x.flip(1).split([4, 1, x.shape[1] - 5], dim=1):
             decoder.read(piece)
-        decoder.restart()
+        decoder.reset()
         for piece in x.split([5, 1, 1, x.shape[1] - 8, 1], dim=1):
             logits = decoder.read(piece)
         assert decoder.length == x.shape[1]
@@ -94,7 +94,7 @@ def drawn(model: GPT, **options: Any) -> list[list[int]]:
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """RMS of the difference, relative to the spread of what is expected."""
+    """RMS of the difference, relative to the standard deviation of the expected logits."""
     return ((found.float() - expected).square().mean().sqrt() / expected.std()).item()
 
 
@@ -119,11 +119,11 @@ def test_fixed_shapes_give_the_plain_logits(options: dict[str, Any]):
 def test_other_layouts_give_the_plain_logits(
     samples: int, kind: type, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(weights, "LAID_OUT_FROM", 0)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # no divisor of any width here
+    monkeypatch.setattr(inference, "MIN_SIZE", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # does not divide any width here
     model = make(options)
     expected, texts = model(tokens())[:, -1], drawn(model)
-    prepare(model, "fp32", samples)
+    optimize_for_inference(model, "fp32", samples)
     kinds = {type(m) for m in model.modules()}
     assert kind in kinds
     assert nn.Linear not in kinds
@@ -135,7 +135,7 @@ def test_other_layouts_give_the_plain_logits(
 @pytest.mark.parametrize("threads", [1, 3, 100])
 @pytest.mark.parametrize("shape", [(48, 16), (16, 48), (61, 32)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_slices_give_the_whole_product(
+def test_slices_give_the_full_product(
     threads: int, shape: tuple[int, int], bias: bool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
@@ -146,26 +146,26 @@ def test_slices_give_the_whole_product(
         torch.testing.assert_close(sliced(x), linear(x), atol=1e-5, rtol=1e-5)
 
 
-def test_small_matrices_are_left_as_they_are():
+def test_small_matrices_are_not_changed():
     model = make({})
     before = {name: id(module) for name, module in model.blocks.named_modules()}
-    prepare(model, "fp32", samples=1)
+    optimize_for_inference(model, "fp32", samples=1)
     assert {name: id(module) for name, module in model.blocks.named_modules()} == before
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["bf16", "int8"])
 @every_model
-def test_fewer_bits_are_near_the_plain_logits(options: dict[str, Any], name: Weights):
+def test_fewer_bits_give_nearly_the_plain_logits(options: dict[str, Any], name: Weights):
     model = make(options)
     expected = model(tokens())[:, -1]
-    prepare(model, name, samples=2)
+    optimize_for_inference(model, name, samples=2)
     assert 0 < distance(read(model, tokens()), expected) < 0.1
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [True, False])
-def test_int8_weights_are_the_matrix_to_half_a_step(bias: bool):
+def test_int8_weights_round_to_half_a_step(bias: bool):
     linear = nn.Linear(64, 48, bias=bias)
     linear.weight[3] = 0
     linear.weight[5] *= 1e3
@@ -180,14 +180,14 @@ def test_int8_weights_are_the_matrix_to_half_a_step(bias: bool):
     torch.testing.assert_close(made(x), expected, atol=2e-2, rtol=1e-2)
 
 
-def test_int8_weights_are_for_a_cpu():
+def test_int8_weights_need_a_cpu():
     with torch.device("meta"):
         model = GPT(shaped({}), VOCAB)
-    with pytest.raises(InputError, match=r"--weights int8: is for a CPU; on meta take bf16"):
-        prepare(model, "int8", samples=1)
+    with pytest.raises(InputError, match=r"--weights int8: needs a CPU; on meta use bf16"):
+        optimize_for_inference(model, "int8", samples=1)
 
 
-def test_fixed_shapes_draw_the_same_text_through_windows_and_again():
+def test_fixed_shapes_generate_the_same_text_beyond_the_context_and_again():
     model = make({})
     plain = drawn(model)
     assert len(plain) > 24  # beyond the context
@@ -197,7 +197,7 @@ def test_fixed_shapes_draw_the_same_text_through_windows_and_again():
 
 @needs_vectors
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
-def test_a_compiled_step_is_compiled_once_and_gives_the_plain_logits():
+def test_a_step_is_compiled_once_and_gives_the_plain_logits():
     model = make({})
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True), torch.inference_mode():
