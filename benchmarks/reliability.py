@@ -170,7 +170,7 @@ def torn(run: Path) -> list[str]:
     found = []
     for pointer in ("latest", "best"):
         path = run / "checkpoints" / pointer
-        if path.exists() and checkpoints.pointed(path.parent, pointer) is None:
+        if path.exists() and checkpoints.read_pointer(path.parent, pointer) is None:
             found.append(f"{path}: names no checkpoint")
     for folder in checkpoints.steps(run / "checkpoints").values():
         try:
@@ -282,7 +282,7 @@ class Fault:
             write(log, records)
 
         mock.patch.object(os, "fsync", flush).start()
-        mock.patch.object(checkpoints, "save_file", save).start()
+        mock.patch.object(checkpoints.store, "save_file", save).start()
         mock.patch.object(metrics.MetricsLog, "write", append).start()
         sys.addaudithook(self._audit)
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from gpt.config import Config, leaves
 from gpt.data.preparation import prepare
 from gpt.io.console import Console
-from gpt.io.files import only_one_in
+from gpt.io.files import lock_directory
 from gpt.model import GPT
 from gpt.optim import SEPARABLE, Optimizer, stack
 from gpt.placement import check
@@ -292,7 +292,7 @@ def train_together(
             for i in group:
                 try:
                     held.enter_context(
-                        only_one_in(paths[i], f"{paths[i]}: another process trains there")
+                        lock_directory(paths[i], f"{paths[i]}: another process trains there")
                     )
                     opened = open_run(configs[i], paths[i], "auto")
                     if opened.result is not None:

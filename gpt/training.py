@@ -35,14 +35,20 @@ from gpt.config import Config, changed
 from gpt.data import tokenizer
 from gpt.data.preparation import prepare
 from gpt.data.prepared import Dataset
-from gpt.data.sequences import Batch, TrainingSequences, ValidationSequences, ahead
-from gpt.diagnostics.failure import Failure, Place, advice, describe, first_nonfinite
-from gpt.diagnostics.layers import EPS_ALARM, Look
+from gpt.data.sequences import Batch, TrainingSequences, ValidationSequences, prefetch
+from gpt.diagnostics.failure import (
+    Failure,
+    FaultLocation,
+    advice,
+    describe_location,
+    first_nonfinite,
+)
+from gpt.diagnostics.layers import EPS_ALARM, LayerStats
 from gpt.errors import InputError, OutOfMemoryError
 from gpt.generate import continue_text
 from gpt.init import fingerprints, initialize
 from gpt.io.console import Console
-from gpt.io.files import only_one_in, sweep, write_bytes, write_text
+from gpt.io.files import lock_directory, remove_partial, write_bytes, write_text
 from gpt.model import GPT
 from gpt.optim import Optimizer
 from gpt.placement import check
@@ -116,7 +122,7 @@ def train(
         return ended
     plan.check_fits(config, device)
     with (
-        only_one_in(path, f"{path}: another process trains there"),
+        lock_directory(path, f"{path}: another process trains there"),
         flush_denormals(),
         contextlib.closing(Console(quiet)) as console,
     ):
@@ -187,7 +193,7 @@ class _Update:
     learning_rate: float
     batches: str
     skipped: bool
-    look: Look | None
+    look: LayerStats | None
 
 
 class _StopAskedError(Exception):
@@ -321,7 +327,7 @@ class Training:
     def _open_directory(self, opened: Opened) -> None:
         run, step, config = self.directory, self.progress.step, self.config.checkpoint
         going_on = opened.resumed and opened.checkpoint is not None
-        kept = metrics.up_to(run.metrics, step) if going_on else []
+        kept = metrics.read_up_to(run.metrics, step) if going_on else []
         if self.progress.pending:  # an evaluation of this step, cut short, comes again
             kept = [line for line in kept if line["step"] < step or "val_loss" not in line]
         spare = Path(config.spare_dir) if config.spare_dir else None
@@ -332,7 +338,7 @@ class Training:
             except OSError as error:
                 raise InputError(f"{folder}: cannot be made: {error.strerror}") from None
         for folder in (run.path, run.samples, run.checkpoints):
-            sweep(folder)
+            remove_partial(folder)
         for damage in opened.skipped:
             self.console.say(f"skipped: {damage}")
         later = self._later_state() if going_on else None
@@ -341,14 +347,14 @@ class Training:
         if opened.skipped:
             self.console.say(f"going on from step {step}")
             for path in checkpoints.steps(run.checkpoints).values():
-                if not checkpoints.is_whole(path):
+                if not checkpoints.is_intact(path):
                     self.console.say(f"set aside: {checkpoints.set_aside(path)}")
         self.spared: list[int] = []
         if any(changed(opened.changes, f"checkpoint.{key}") for key in ("keep", "keep_every")):
             self.spared = list(checkpoints.steps(run.checkpoints))  # other options kept them
         if opened.checkpoint is not None and going_on:  # what a kill had left undone
             name, best = opened.checkpoint.name, bool(opened.checkpoint.state["best"])
-            checkpoints.point(run.checkpoints, name, best=best)
+            checkpoints.write_pointers(run.checkpoints, name, best=best)
             self._prune(run.checkpoints)
         elif step:  # another run's checkpoint is where this one starts from, also after a crash
             checkpoints.save(run.checkpoints, self._checkpoint())
@@ -380,7 +386,7 @@ class Training:
         self.saved_step = step if going_on else None
         self.environment = run.environment.read_text("utf-8")
         self.log = metrics.MetricsLog(run.metrics, kept)
-        self.writer = checkpoints.Writer()
+        self.writer = checkpoints.BackgroundWriter()
 
     # -- The loop --------------------------------------------------------------------------------
 
@@ -458,7 +464,7 @@ class Training:
         unread_since = time.monotonic()
         numbers = range(progress.step + 1, steps + 1)
         threaded = self.alone and self.device.type == "cuda"
-        batches = ahead(self._batch, numbers) if threaded else (self._batch(n) for n in numbers)
+        batches = prefetch(self._batch, numbers) if threaded else (self._batch(n) for n in numbers)
         with contextlib.closing(batches):
             try:
                 for step, batch in zip(numbers, batches, strict=True):
@@ -585,14 +591,14 @@ class Training:
         every = config.diagnostics.every
         if every is not None and (step == 1 or step % every == 0):
             optimizer = self.optimizer
-            look = Look(self.model, optimizer.eps(), optimizer.second_moments())
+            look = LayerStats(self.model, optimizer.eps(), optimizer.second_moments())
             few = min(config.diagnostics.sequences, self.micro_batch)
             with self._autocast():
-                look.forward(self._on_device(inputs[:few]))
+                look.measure_activations(self._on_device(inputs[:few]))
         share = rate(config.schedule, step, config.training.steps)
         skipped = yield Apply(share, loss, norm)
         if look is not None:
-            look.after()
+            look.measure_update()
         learning_rate = share * config.optimizer.learning_rate
         return _Update(step, loss, norm, learning_rate, self.progress.batches[:16], skipped, look)
 
@@ -689,7 +695,7 @@ class Training:
                 }
             )
             if update.look is not None:
-                layers = update.look.read(update.step)
+                layers = update.look.to_records(update.step)
                 records += layers
                 self._warn(layers)
             progress.step, progress.train_loss = update.step, _finite(loss)
@@ -885,7 +891,7 @@ class Training:
         reason = f"{why.filename or own.path}: {why.strerror}"
         if not own.config.is_file():
             reason = f"{own.path}: was deleted or moved while training"
-        saved = checkpoints.pointed(own.checkpoints, "latest")
+        saved = checkpoints.read_pointer(own.checkpoints, "latest")
         before = f"{saved} is untouched" if saved else "no checkpoint is left there"
         place = self._spare_place()
         made: Path | None = None
@@ -898,7 +904,7 @@ class Training:
             write_text(run.environment, self.environment)
             write_bytes(run.metrics, self.log.contents())
             self.log.close()
-            self.log = metrics.MetricsLog(run.metrics, metrics.up_to(run.metrics, step))
+            self.log = metrics.MetricsLog(run.metrics, metrics.read_up_to(run.metrics, step))
             self.progress.best_saved_val_loss, self.progress.forked_at = None, step
             self.saved_step = None
             self._save(evaluated=evaluated)
@@ -972,7 +978,9 @@ class Training:
         if training.nonfinite != "rollback" or before.rollbacks >= training.nonfinite_limit:
             return False
         try:
-            checkpoint, _ = checkpoints.newest_whole(self.directory.checkpoints, self._is_scheduled)
+            checkpoint, _ = checkpoints.newest_intact(
+                self.directory.checkpoints, self._is_scheduled
+            )
         except InputError:
             return False
         if checkpoint is None and before.forked_at:
@@ -984,7 +992,7 @@ class Training:
         now.passed_over = before.passed_over + fault.step - now.step
         self.log.close()
         log = self.directory.metrics
-        self.log = metrics.MetricsLog(log, metrics.up_to(log, now.step) if checkpoint else ())
+        self.log = metrics.MetricsLog(log, metrics.read_up_to(log, now.step) if checkpoint else ())
         self.directory.note("rolled back", now.step, why=fault.text, passed_over=now.passed_over)
         self.console.close()
         self.console.say(
@@ -1001,7 +1009,7 @@ class Training:
         self._drop_unscheduled()
         reason = fault.text
         if place is not None:
-            reason += f", first {describe(place, self.config.model.layers)}"
+            reason += f", first {describe_location(place, self.config.model.layers)}"
         spoilt_by_update = fault.quantity in ("weight", "validation loss")
         tips = advice(self.config, place, fault.step if spoilt_by_update else fault.step - 1)
         return self._end(
@@ -1011,7 +1019,7 @@ class Training:
     def _stopped_in_search(self, fault: _Fault) -> RunResult:
         """End where the newest checkpoint is: a resumed run diverges again, and searches again."""
         try:
-            checkpoint, _ = checkpoints.newest_whole(self.directory.checkpoints)
+            checkpoint, _ = checkpoints.newest_intact(self.directory.checkpoints)
         except InputError:
             checkpoint = None
         self.progress = read_state(checkpoint).progress if checkpoint else Progress()
@@ -1025,12 +1033,12 @@ class Training:
             found = checkpoints.steps(folder)
             scheduled = [path.name for step, path in found.items() if self._is_scheduled(step)]
             if scheduled:
-                checkpoints.point(folder, scheduled[-1], best=False)
+                checkpoints.write_pointers(folder, scheduled[-1], best=False)
             else:
                 (folder / "latest").unlink(missing_ok=True)
             self._prune(folder)
 
-    def _first_place(self, fault: _Fault) -> Place | None:
+    def _first_place(self, fault: _Fault) -> FaultLocation | None:
         """What was first not finite, inside the network.
 
         A validation loss fails on weights that are still there. An update that fails has spoilt its
@@ -1046,7 +1054,7 @@ class Training:
             inputs, targets = self._batch(fault.step)
             return self._look_for_nonfinite(self._micro_batches(fault.step, inputs, targets))
         try:
-            checkpoint, _ = checkpoints.newest_whole(self.directory.checkpoints)
+            checkpoint, _ = checkpoints.newest_intact(self.directory.checkpoints)
         except InputError:
             return None
         self._set_state(checkpoint)
@@ -1063,7 +1071,9 @@ class Training:
             self._apply(Apply(share, loss, norm))
         return self._look_for_nonfinite(self._micro_batches(fault.step, inputs, targets))
 
-    def _look_for_nonfinite(self, batches: Generator[tuple[Tensor, Tensor]]) -> Place | None:
+    def _look_for_nonfinite(
+        self, batches: Generator[tuple[Tensor, Tensor]]
+    ) -> FaultLocation | None:
         """Where one of `batches` first becomes non-finite.
 
         Raises:

@@ -399,7 +399,7 @@ def test_two_at_once_in_one_directory_are_refused(
 ):
     from gpt import cli
 
-    with files.only_one_in(tmp_path / "new", "held"), pytest.raises(SystemExit) as end:
+    with files.lock_directory(tmp_path / "new", "held"), pytest.raises(SystemExit) as end:
         cli.compare([str(grid_file), "--out-dir", str(tmp_path / "new")])
     assert end.value.code == 2
     assert "another process runs this comparison" in capsys.readouterr().err

@@ -51,7 +51,7 @@ from gpt.errors import InputError, StoppedError, nearest, told
 from gpt.hardware.size import check_cpu_training, check_sampling
 from gpt.io.console import set_encoding, show, write_result
 from gpt.io.files import open_regular, read_small
-from gpt.io.text import decoded, unpacked
+from gpt.io.text import decoded, decompressed
 from gpt.io.wait import leave
 
 if TYPE_CHECKING:
@@ -438,7 +438,7 @@ def _prompt(options: SampleOptions, prog: str) -> str:
         with contextlib.nullcontext(sys.stdin.buffer) if path is None else _opened(path) as file:
             raw = file.read(LONGEST_PROMPT + 1)
         size, chunks = 0, []
-        for chunk in unpacked(io.BytesIO(raw), origin):
+        for chunk in decompressed(io.BytesIO(raw), origin):
             size += len(chunk)
             if size > LONGEST_PROMPT:
                 raise InputError(f"{origin}: is longer than {LONGEST_PROMPT:,} bytes")

@@ -1,4 +1,4 @@
-"""Where a run that diverged first went wrong, and what the literature would try next."""
+"""Where a diverged run first became non-finite, and what the literature suggests to try next."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from gpt.run.metrics import MOST_LAYERS
 
 
 @dataclass(frozen=True)
-class Place:
-    """The first thing that was not finite.
+class FaultLocation:
+    """Where the first non-finite value arose.
 
     Attributes:
         quantity: weight, activation, logit, loss, gradient or gradient norm.
-        layer: 0 the embeddings, 1 ... L the blocks, L + 1 the final norm, the head and the loss.
+        layer: 0 for the embeddings, 1 ... L for the blocks, L + 1 for the final norm, the head and
+            the loss.
         name: of the module or parameter, such as blocks.2.mlp.up.
     """
 
@@ -38,30 +39,37 @@ class Failure:
     """How a run diverged.
 
     Attributes:
-        step: the update at which it was first seen; 0: before the first.
-        quantity: what was not finite: training loss, gradient norm, weight or validation loss.
-        place: what inside the network was first not finite; None if it could not be found again.
-        advice: what to try next, likeliest first.
+        step: the update at which it was first observed; 0 before the first update.
+        quantity: what was non-finite: training loss, gradient norm, weight or validation loss.
+        place: where in the network the first non-finite value arose; None if it did not arise
+            again when the step was repeated.
+        advice: what to try next, the most promising first.
     """
 
     step: Annotated[int, Field(ge=0, le=2**53)]
     quantity: str
-    place: Place | None
+    place: FaultLocation | None
     advice: tuple[str, ...]
 
 
-def first_nonfinite(model: GPT, tokens: Tensor, targets: Tensor, z_loss: float) -> Place | None:
-    """Look for what is not finite, in the order of computation; None if all is finite.
+def first_nonfinite(
+    model: GPT, tokens: Tensor, targets: Tensor, z_loss: float
+) -> FaultLocation | None:
+    """Find the first non-finite value, in the order of computation; None if all are finite.
 
-    Weights come first; then the outputs of all modules in the forward pass, logits and loss; then
-    the gradients of the parameters, as they come from the loss backwards; last their norm, which
-    can be too large for a number where no gradient is. Gradients are left behind.
+    Weights come first; then the outputs of all modules in the forward pass, the logits and the
+    loss; then the gradients of the parameters, from the loss backwards; last their norm, which can
+    overflow although no gradient does. Leaves the gradients in the model.
+
+    Args:
+        tokens, targets: (B, T) token ids.
+        z_loss: weight of the z-loss in the loss.
     """
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
-            return Place("weight", layer_of(name, model), name)
+            return FaultLocation("weight", layer_of(name, model), name)
 
-    found: list[Place] = []
+    found: list[FaultLocation] = []
     names = {m: n for n, m in model.named_modules() if not isinstance(m, nn.Identity)}
 
     def watch(module: nn.Module, inputs: Any, out: Any) -> None:
@@ -69,17 +77,17 @@ def first_nonfinite(model: GPT, tokens: Tensor, targets: Tensor, z_loss: float) 
         if not found and not all(each.isfinite().all() for each in outputs):
             name = names[module]
             if name:
-                found.append(Place("activation", layer_of(name, model), name))
+                found.append(FaultLocation("activation", layer_of(name, model), name))
             else:  # the model itself: its output is the logits
-                found.append(Place("logit", model.config.layers + 1, "head"))
+                found.append(FaultLocation("logit", model.config.layers + 1, "head"))
 
-    norms: dict[str, Tensor] = {}  # of the gradients, in the order in which they come
+    norms: dict[str, Tensor] = {}  # of the gradients, in the order in which they arrive
 
     def arrived(name: str, parameter: Tensor) -> None:
         if parameter.grad is not None:
             norms[name] = parameter.grad.norm()
             if not found and not parameter.grad.isfinite().all():
-                found.append(Place("gradient", layer_of(name, model), name))
+                found.append(FaultLocation("gradient", layer_of(name, model), name))
 
     parameters = dict(model.named_parameters())
     hooks = [module.register_forward_hook(watch) for module in names]
@@ -91,7 +99,7 @@ def first_nonfinite(model: GPT, tokens: Tensor, targets: Tensor, z_loss: float) 
     try:
         minimised, _ = model.objective(tokens, targets, z_loss)
         if not found and not minimised.isfinite():
-            found.append(Place("loss", model.config.layers + 1, "loss"))
+            found.append(FaultLocation("loss", model.config.layers + 1, "loss"))
         if not found:
             minimised.backward()
     finally:
@@ -102,26 +110,28 @@ def first_nonfinite(model: GPT, tokens: Tensor, targets: Tensor, z_loss: float) 
     if torch.stack(list(norms.values())).norm().isfinite():
         return None
     largest = max(norms, key=lambda name: norms[name].item())  # of infinite ones, the first
-    return Place("gradient norm", layer_of(largest, model), largest)
+    return FaultLocation("gradient norm", layer_of(largest, model), largest)
 
 
-def describe(place: Place, layers: int) -> str:
-    """The place in words, for a model of so many blocks."""
+def describe_location(place: FaultLocation, layers: int) -> str:
+    """The location in words, for a model of `layers` blocks."""
     if place.layer == 0:
         where = f"in the embeddings ({place.name})"
     elif place.layer <= layers:
         inside = place.name.split(".")[2:]  # nothing if it is the block itself
         where = f"in block {place.layer} of {layers}" + (f" ({'.'.join(inside)})" if inside else "")
     else:
-        where = f"behind the last block ({place.name})"
+        where = f"after the last block ({place.name})"
     return f"as a non-finite {place.quantity} {where}"
 
 
-def advice(config: Config, place: Place | None, updates: int) -> list[str]:
-    """What to try next, likeliest first: flags, and why. Only what the config does not do yet.
+def advice(config: Config, place: FaultLocation | None, updates: int) -> list[str]:
+    """What to try next, the most promising first: flags that the config does not set yet, and why.
 
     Args:
-        updates: made before it failed; before the first one, no rate and no warm-up matters.
+        place: where the first non-finite value arose, if known.
+        updates: made before the failure; before the first one, learning rate and warm-up are
+            irrelevant.
     """
     schedule, optimizer, training = config.schedule, config.optimizer, config.training
     model, norm = config.model, config.model.norm
@@ -135,41 +145,47 @@ def advice(config: Config, place: Place | None, updates: int) -> list[str]:
             f"  ({'a longer' if warming else 'a'} warm-up; Xiong et al. 2020)"
         )
     if placement.final_norm and not has_final_norm(config.model):
-        tips.append("--model.norm.final-norm auto  (the stream grows, and nothing bounds it)")
+        tips.append("--model.norm.final-norm auto  (the residual stream grows without bound)")
     if placement.has_norms and norm.type == "none":
-        tips.append("--model.norm.type layer  (norms)")
+        tips.append("--model.norm.type layer  (adds the norms)")
     elif placement.calmer:
         with_norms = " --model.norm.type layer" if norm.type == "none" else ""
         others = ", ".join(placement.calmer[1:])
         tips.append(
             f"--model.norm.placement {placement.calmer[0]}{with_norms}"
-            f"  (calmer than {norm.placement}" + (f"; also {others})" if others else ")")
+            f"  (more stable than {norm.placement}" + (f"; also {others})" if others else ")")
         )
     if not updates and model.init.regime != "gpt2":
-        tips.append("--model.init.regime gpt2  (smaller first weights)")
+        tips.append("--model.init.regime gpt2  (smaller initial weights)")
     if not updates and not depth_scaled(model):
-        tips.append("--model.init.depth-scaled on  (1/sqrt(2L) on what writes into the stream)")
+        tips.append(
+            "--model.init.depth-scaled on  (1/sqrt(2L) on projections into the residual stream)"
+        )
     if updates and optimizer.name == "sgd":
         tips.append(
             "--optimizer.name adamw --optimizer.learning-rate 1e-3"
-            "  (its steps do not grow with the gradient)"
+            "  (its updates do not grow with the gradient)"
         )
     if updates:
         rate = optimizer.learning_rate / 3
-        tips.append(f"--optimizer.learning-rate {rate:.2g}  (a third, and again until it holds)")
+        tips.append(
+            f"--optimizer.learning-rate {rate:.2g}  (a third; repeat until training is stable)"
+        )
     if updates and optimizer.clip is None:
-        tips.append("--optimizer.clip 1.0  (clipping: it hides an instability, and gets past it)")
+        tips.append("--optimizer.clip 1.0  (gradient clipping, which can mask an instability)")
     in_attention = place is not None and ".attention." in place.name
     if in_attention and placement.has_norms and norm.type != "none" and not model.attention.qk_norm:
-        tips.append("--model.attention.qk-norm true  (bounded attention; Dehghani et al. 2023)")
+        tips.append(
+            "--model.attention.qk-norm true  (bounds the attention logits; Dehghani et al. 2023)"
+        )
     at_the_end = place is not None and place.layer > model.layers
     if at_the_end and training.z_loss == 0:
-        tips.append("--training.z-loss 1e-4  (holds the logits; Wortsman et al. 2023)")
+        tips.append("--training.z-loss 1e-4  (keeps the logits small; Wortsman et al. 2023)")
     if updates and training.nonfinite == "stop":
         tips.append(
             "--training.nonfinite rollback"
-            "  (back to the last checkpoint and past the batches since; Chowdhery et al. 2022)"
+            "  (returns to a checkpoint and skips the batches since; Chowdhery et al. 2022)"
         )
     if training.precision != "fp32":
-        tips.append("--training.precision fp32  (to see whether the arithmetic is to blame)")
+        tips.append("--training.precision fp32  (to rule out rounding and overflow)")
     return tips

@@ -1,4 +1,4 @@
-"""The machine: what fits it.
+"""The machine and its memory.
 
-size.py  memory that a config needs, counted without building anything
+size.py  the memory that a config needs, estimated without building a model
 """

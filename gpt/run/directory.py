@@ -36,7 +36,7 @@ from gpt.data.tokenizer import Encoding
 from gpt.diagnostics.failure import Failure
 from gpt.errors import InputError
 from gpt.hardware.size import check_loading, parameters
-from gpt.io.files import SMALL, is_scrap, open_own, read_json, write_text
+from gpt.io.files import SMALL, is_partial, open_for_update, read_json, write_text
 from gpt.model import GPT
 from gpt.run.state import Loss, Natural, Time
 from gpt.schedule import rate_change
@@ -160,7 +160,7 @@ class RunDirectory:
         """Append to history.jsonl what happened to the run, beside training."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         line = json.dumps({"time": now, "step": step, "event": event, **facts}) + "\n"
-        with open_own(self.history) as file:
+        with open_for_update(self.history) as file:
             file.seek(0, os.SEEK_END)
             file.write(line.encode())
 
@@ -267,7 +267,7 @@ def open_run(config: Config, path: Path, resume: str) -> Opened:
         return Opened(run, _start_from(config, resume))
     changes, result = _same_run(run, config, resume)
     run.check_places()
-    checkpoint, skipped = checkpoints.newest_whole(run.checkpoints)
+    checkpoint, skipped = checkpoints.newest_intact(run.checkpoints)
     if checkpoint is None and result is not None and result.step:
         raise InputError(f"{path}: has no checkpoint to go on from; choose another --out-dir")
     steps = config.training.steps
@@ -309,9 +309,9 @@ def _check_unborn(run: RunDirectory, resume: str) -> None:
     origin = {"latest", Path(resume).name} if resume not in ("auto", "never") else set()
     ours = (run.samples, run.checkpoints)
     if not run.path.is_dir() or not all(
-        (is_scrap(path) or (path in ours and path.is_dir()))
+        (is_partial(path) or (path in ours and path.is_dir()))
         and not path.is_symlink()
-        and all(is_scrap(p) or p.name in origin for p in (path.iterdir() if path in ours else ()))
+        and all(is_partial(p) or p.name in origin for p in (path.iterdir() if path in ours else ()))
         for path in run.path.iterdir()
     ):
         raise InputError(f"{run.path}: exists and is no run; choose another --out-dir")
@@ -387,7 +387,7 @@ def _choose(run: RunDirectory, checkpoint: str) -> Path:
     if not available:
         raise InputError(f"{run.path}: holds no checkpoint yet")
     if checkpoint in ("best", "latest"):
-        return checkpoints.pointed(run.checkpoints, checkpoint) or available[max(available)]
+        return checkpoints.read_pointer(run.checkpoints, checkpoint) or available[max(available)]
     steps = {str(step): path for step, path in available.items()}
     found = steps.get(checkpoint.lstrip("0") or "0")
     if found is None:
