@@ -16,7 +16,8 @@ from pathlib import Path
 from gpt.config import DataConfig, SourceConfig
 from gpt.data import tokenizer
 from gpt.data.prepared import FORMAT, train_names
-from gpt.data.sources import SOURCES, SourceFiles
+from gpt.data.sources import SOURCES
+from gpt.data.sources.paths import SourceFiles
 from gpt.errors import InputError
 
 

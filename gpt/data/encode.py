@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -23,7 +23,7 @@ Encoded = tuple[int, dict[str, Tokens]]  # number of items, and their ids by tok
 
 def encode_items(
     items: Iterable[Item], encoding: Encoding, dtype: np.dtype[Any]
-) -> Iterator[Encoded]:
+) -> Generator[Encoded]:
     """Encode items on all cores, a job at a time and in order.
 
     Raises:

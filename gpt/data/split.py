@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from gpt.config import DataConfig
 from gpt.data.cache import PlannedSource
-from gpt.data.sources import SOURCES, Document, OnRead
+from gpt.data.sources import SOURCES
+from gpt.data.sources.document import Document, OnRead
 from gpt.data.token_files import Tokens
 
 Piece = str | Tokens

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from gpt.config import DataConfig
 from gpt.data import tokenizer
 from gpt.data.cache import PlannedSource
-from gpt.data.sources import OnRead
+from gpt.data.sources.document import OnRead
 from gpt.data.split import size_of, split_documents
 from gpt.data.tokenizer import Encoding, pieces
 from gpt.errors import StoppedError

@@ -57,7 +57,7 @@ MEASURES: dict[str, Measure] = {
 }
 
 
-class Look:
+class LayerStats:
     """A snapshot of one update.
 
     Create it after the backward pass, call `measure_activations`, update the weights, call
