@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gpt.config import Config
 from gpt.diagnostics.layers import layer_of
@@ -70,31 +72,8 @@ def first_nonfinite(
             return FaultLocation("weight", layer_of(name, model), name)
 
     found: list[FaultLocation] = []
-    names = {m: n for n, m in model.named_modules() if not isinstance(m, nn.Identity)}
-
-    def watch(module: nn.Module, inputs: Any, out: Any) -> None:
-        outputs = out if isinstance(out, tuple) else (out,)
-        if not found and not all(each.isfinite().all() for each in outputs):
-            name = names[module]
-            if name:
-                found.append(FaultLocation("activation", layer_of(name, model), name))
-            else:  # the model itself: its output is the logits
-                found.append(FaultLocation("logit", model.config.layers + 1, "head"))
-
     norms: dict[str, Tensor] = {}  # of the gradients, in the order in which they arrive
-
-    def arrived(name: str, parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            norms[name] = parameter.grad.norm()
-            if not found and not parameter.grad.isfinite().all():
-                found.append(FaultLocation("gradient", layer_of(name, model), name))
-
-    parameters = dict(model.named_parameters())
-    hooks = [module.register_forward_hook(watch) for module in names]
-    hooks += [
-        parameter.register_post_accumulate_grad_hook(partial(arrived, name))
-        for name, parameter in parameters.items()
-    ]
+    hooks = [*_watch_outputs(model, found), *_watch_gradients(model, found, norms)]
     model.zero_grad()
     try:
         minimised, _ = model.objective(tokens, targets, z_loss)
@@ -111,6 +90,39 @@ def first_nonfinite(
         return None
     largest = max(norms, key=lambda name: norms[name].item())  # of infinite ones, the first
     return FaultLocation("gradient norm", layer_of(largest, model), largest)
+
+
+def _watch_outputs(model: GPT, found: list[FaultLocation]) -> Iterator[RemovableHandle]:
+    """Hooks that append the first module with a non-finite output to `found`."""
+    names = {m: n for n, m in model.named_modules() if not isinstance(m, nn.Identity)}
+
+    def check(module: nn.Module, inputs: Any, out: Any) -> None:
+        outputs = out if isinstance(out, tuple) else (out,)
+        if not found and not all(each.isfinite().all() for each in outputs):
+            name = names[module]
+            if name:
+                found.append(FaultLocation("activation", layer_of(name, model), name))
+            else:  # the model itself, whose output is the logits
+                found.append(FaultLocation("logit", model.config.layers + 1, "head"))
+
+    return (module.register_forward_hook(check) for module in names)
+
+
+def _watch_gradients(
+    model: GPT, found: list[FaultLocation], norms: dict[str, Tensor]
+) -> Iterator[RemovableHandle]:
+    """Hooks that append the first non-finite gradient to `found`, and fill in all `norms`."""
+
+    def check(name: str, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            norms[name] = parameter.grad.norm()
+            if not found and not parameter.grad.isfinite().all():
+                found.append(FaultLocation("gradient", layer_of(name, model), name))
+
+    return (
+        parameter.register_post_accumulate_grad_hook(partial(check, name))
+        for name, parameter in model.named_parameters()
+    )
 
 
 def describe_location(place: FaultLocation, layers: int) -> str:
@@ -133,59 +145,78 @@ def advice(config: Config, place: FaultLocation | None, updates: int) -> list[st
         updates: made before the failure; before the first one, learning rate and warm-up are
             irrelevant.
     """
-    schedule, optimizer, training = config.schedule, config.optimizer, config.training
+    return [
+        *_warmup_advice(config, updates),
+        *_architecture_advice(config, updates),
+        *_optimizer_advice(config, updates),
+        *_logit_advice(config, place),
+        *_numerical_advice(config, updates),
+    ]
+
+
+def _warmup_advice(config: Config, updates: int) -> Iterator[str]:
+    schedule = config.schedule
+    tenth = max(1, config.training.steps // 10)
+    steps = 0 if schedule.warmup == "none" else schedule.warmup_steps
+    if updates and steps < tenth:
+        yield (
+            f"--schedule.warmup linear --schedule.warmup-steps {tenth}"
+            f"  ({'a longer' if steps else 'a'} warm-up; Xiong et al. 2020)"
+        )
+
+
+def _architecture_advice(config: Config, updates: int) -> Iterator[str]:
     model, norm = config.model, config.model.norm
     placement = PLACEMENTS[norm.placement]
-    tips = []
-    tenth = max(1, training.steps // 10)
-    warming = 0 if schedule.warmup == "none" else schedule.warmup_steps
-    if updates and warming < tenth:
-        tips.append(
-            f"--schedule.warmup linear --schedule.warmup-steps {tenth}"
-            f"  ({'a longer' if warming else 'a'} warm-up; Xiong et al. 2020)"
-        )
-    if placement.final_norm and not has_final_norm(config.model):
-        tips.append("--model.norm.final-norm auto  (the residual stream grows without bound)")
+    if placement.final_norm and not has_final_norm(model):
+        yield "--model.norm.final-norm auto  (the residual stream grows without bound)"
     if placement.has_norms and norm.type == "none":
-        tips.append("--model.norm.type layer  (adds the norms)")
+        yield "--model.norm.type layer  (adds the norms)"
     elif placement.calmer:
         with_norms = " --model.norm.type layer" if norm.type == "none" else ""
         others = ", ".join(placement.calmer[1:])
-        tips.append(
+        yield (
             f"--model.norm.placement {placement.calmer[0]}{with_norms}"
             f"  (more stable than {norm.placement}" + (f"; also {others})" if others else ")")
         )
     if not updates and model.init.regime != "gpt2":
-        tips.append("--model.init.regime gpt2  (smaller initial weights)")
+        yield "--model.init.regime gpt2  (smaller initial weights)"
     if not updates and not depth_scaled(model):
-        tips.append(
-            "--model.init.depth-scaled on  (1/sqrt(2L) on projections into the residual stream)"
-        )
-    if updates and optimizer.name == "sgd":
-        tips.append(
+        yield "--model.init.depth-scaled on  (1/sqrt(2L) on projections into the residual stream)"
+
+
+def _optimizer_advice(config: Config, updates: int) -> Iterator[str]:
+    optimizer = config.optimizer
+    if not updates:
+        return
+    if optimizer.name == "sgd":
+        yield (
             "--optimizer.name adamw --optimizer.learning-rate 1e-3"
             "  (its updates do not grow with the gradient)"
         )
-    if updates:
-        rate = optimizer.learning_rate / 3
-        tips.append(
-            f"--optimizer.learning-rate {rate:.2g}  (a third; repeat until training is stable)"
-        )
-    if updates and optimizer.clip is None:
-        tips.append("--optimizer.clip 1.0  (gradient clipping, which can mask an instability)")
-    in_attention = place is not None and ".attention." in place.name
-    if in_attention and placement.has_norms and norm.type != "none" and not model.attention.qk_norm:
-        tips.append(
-            "--model.attention.qk-norm true  (bounds the attention logits; Dehghani et al. 2023)"
-        )
-    at_the_end = place is not None and place.layer > model.layers
-    if at_the_end and training.z_loss == 0:
-        tips.append("--training.z-loss 1e-4  (keeps the logits small; Wortsman et al. 2023)")
+    rate = optimizer.learning_rate / 3
+    yield f"--optimizer.learning-rate {rate:.2g}  (a third; repeat until training is stable)"
+    if optimizer.clip is None:
+        yield "--optimizer.clip 1.0  (gradient clipping, which can mask an instability)"
+
+
+def _logit_advice(config: Config, place: FaultLocation | None) -> Iterator[str]:
+    model, norm = config.model, config.model.norm
+    if place is None:
+        return
+    has_norms = PLACEMENTS[norm.placement].has_norms and norm.type != "none"
+    if ".attention." in place.name and has_norms and not model.attention.qk_norm:
+        yield "--model.attention.qk-norm true  (bounds the attention logits; Dehghani et al. 2023)"
+    if place.layer > model.layers and config.training.z_loss == 0:
+        yield "--training.z-loss 1e-4  (keeps the logits small; Wortsman et al. 2023)"
+
+
+def _numerical_advice(config: Config, updates: int) -> Iterator[str]:
+    training = config.training
     if updates and training.nonfinite == "stop":
-        tips.append(
+        yield (
             "--training.nonfinite rollback"
             "  (returns to a checkpoint and skips the batches since; Chowdhery et al. 2022)"
         )
     if training.precision != "fp32":
-        tips.append("--training.precision fp32  (to rule out rounding and overflow)")
-    return tips
+        yield "--training.precision fp32  (to rule out rounding and overflow)"

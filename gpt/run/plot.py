@@ -77,34 +77,11 @@ def plot_run(records: list[Record], path: Path, title: str) -> None:
         3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1, 1]}
     )
     loss_axes.set_title(label(title))
-    loss_axes.plot(steps, [r["loss"] for r in training], color=TRAIN, lw=1, label="training")
-    loss_axes.plot(
-        [r["step"] for r in evaluations],
-        [r["val_loss"] for r in evaluations],
-        color=VALIDATION,
-        linestyle=":",  # nothing is known between two evaluations
-        marker="o",
-        ms=4,
-        label="validation",
-    )
-    if evaluations:
-        last = evaluations[-1]
-        loss_axes.annotate(
-            f"{last['val_loss']:.3f}",
-            (last["step"], last["val_loss"]),
-            xytext=(0, 8),
-            textcoords="offset points",
-            ha="right",
-            color=VALIDATION,
-        )
-    loss_axes.set_ylabel("loss (nats per token)")
-    loss_axes.legend(frameon=False)
+    _plot_losses(loss_axes, training, evaluations)
     rate_axes.plot(steps, [r["learning_rate"] for r in training], color=OTHER, lw=1.5)
     rate_axes.set_ylabel("learning rate")
     rate_axes.set_ylim(bottom=0)
-    rate_axes.ticklabel_format(
-        axis="y", scilimits=(-3, 3)
-    )  # keeps the labels short enough for the margin
+    rate_axes.ticklabel_format(axis="y", scilimits=(-3, 3))  # keeps the labels within the margin
     norms = [(r["step"], r["grad_norm"]) for r in training if r["grad_norm"] is not None]
     norm_axes.plot([s for s, _ in norms], [n for _, n in norms], color=OTHER, lw=0.8)
     norm_axes.set_ylabel("gradient norm")
@@ -117,6 +94,32 @@ def plot_run(records: list[Record], path: Path, title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.align_ylabels()
     _save(figure, path)
+
+
+def _plot_losses(axes: Axes, training: list[Record], evaluations: list[Record]) -> None:
+    steps = [r["step"] for r in training]
+    axes.plot(steps, [r["loss"] for r in training], color=TRAIN, lw=1, label="training")
+    axes.plot(
+        [r["step"] for r in evaluations],
+        [r["val_loss"] for r in evaluations],
+        color=VALIDATION,
+        linestyle=":",  # nothing is known between two evaluations
+        marker="o",
+        ms=4,
+        label="validation",
+    )
+    if evaluations:
+        last = evaluations[-1]
+        axes.annotate(
+            f"{last['val_loss']:.3f}",
+            (last["step"], last["val_loss"]),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="right",
+            color=VALIDATION,
+        )
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend(frameon=False)
 
 
 def has_layers(records: list[Record]) -> bool:
