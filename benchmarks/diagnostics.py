@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from gpt import metrics
 from gpt.config import load
 from gpt.hardware.device import pick_device
-from gpt.run import metrics
 from gpt.run.log import READ_EVERY
 from gpt.training import train
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from gpt import metrics
 from gpt.compare import grid as grids
 from gpt.compare.grid import Cell
 from gpt.compare.runner import cell_directory, run_cells, tasks
@@ -34,7 +35,6 @@ from gpt.data.preparation import prepare
 from gpt.ensemble import train_together
 from gpt.hardware.device import pick_device
 from gpt.io.console import Console
-from gpt.run import metrics
 from gpt.training import train
 
 ROOT = Path(__file__).parents[1]

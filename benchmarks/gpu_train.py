@@ -51,7 +51,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpt import model, optim, training
+from gpt import metrics, model, optim, training
 from gpt.config import Config, OptimizerConfig, load, merge
 from gpt.data import tokenizer
 from gpt.data.preparation import prepare
@@ -60,7 +60,7 @@ from gpt.hardware import memory
 from gpt.io.files import write_text
 from gpt.placement import PLACEMENTS
 from gpt.run import log as run_log
-from gpt.run import metrics, plan
+from gpt.run import plan
 
 ROOT = Path(__file__).parents[1]
 BEGAN = time.monotonic()

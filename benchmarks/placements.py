@@ -65,7 +65,7 @@ def run(cell: Cell, out_dir: Path) -> tuple[Cell, str, float, float | None]:
     """Train the cell, or read what it gave: (cell, status, loss at the start, loss at the end)."""
     import torch
 
-    from gpt.run import metrics
+    from gpt import metrics
     from gpt.training import train
 
     torch.set_num_threads(1)

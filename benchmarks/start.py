@@ -33,11 +33,10 @@ from typing import Any
 
 import torch
 
-from gpt import training
+from gpt import metrics, training
 from gpt.config import Config, load
 from gpt.data.preparation import prepare
 from gpt.hardware.device import pick_device
-from gpt.run import metrics
 from gpt.run.directory import RunDirectory
 
 ROOT = Path(__file__).parents[1]

@@ -27,13 +27,13 @@ from torch.nn import functional as F
 
 from gpt.config import Config, leaves
 from gpt.data.preparation import prepare
-from gpt.diagnostics.layers import Look
+from gpt.diagnostics.layers import LayerStats
 from gpt.errors import NonFiniteError, StopRequestedError
 from gpt.hardware import memory
 from gpt.hardware.device import autocast, flush_denormals, pick_device
 from gpt.hardware.memory import is_out_of_memory, release_memory, retry_with_less_memory
 from gpt.io.console import Console
-from gpt.io.files import only_one_in
+from gpt.io.files import lock_directory
 from gpt.model import GPT
 from gpt.optim import SEPARABLE, stack
 from gpt.run.directory import RunResult
@@ -287,7 +287,7 @@ def train_together(
             for i in group:
                 try:
                     held.enter_context(
-                        only_one_in(paths[i], f"{paths[i]}: another process trains there")
+                        lock_directory(paths[i], f"{paths[i]}: another process trains there")
                     )
                     opened = open_run(configs[i], paths[i], "auto")
                     if opened.result is not None:
@@ -385,16 +385,16 @@ def fit_together(
             any_batch = next(iter(batches.values()))
             inputs, targets = zip(*(batches.get(i, any_batch) for i in cells), strict=True)
             losses, grad_norms = batched.backward(torch.stack(inputs), torch.stack(targets))
-            looks: dict[int, Look | None] = {}
+            layer_stats: dict[int, LayerStats | None] = {}
             for i in list(runs):
                 with guarded(i):
-                    looks[i] = runs[i].before_update(step, batches[i][0])
+                    layer_stats[i] = runs[i].before_update(step, batches[i][0])
             lr_scales = [runs[i].lr_scale(step) if i in runs else 0.0 for i in cells]
             batched.update(lr_scales, losses, grad_norms)
             for i, loss, grad_norm in zip(cells, losses, grad_norms, strict=True):
                 if i in runs:
                     with guarded(i):
-                        after(i, runs[i].after_update(step, loss, grad_norm, False, looks[i]))
+                        after(i, runs[i].after_update(step, loss, grad_norm, False, layer_stats[i]))
         for i in list(runs):
             with guarded(i):
                 end(i, runs[i].interrupt() if stopping() else runs[i].finish())

@@ -23,7 +23,7 @@ from gpt.errors import NonFiniteError, OutOfMemoryError, StopRequestedError
 from gpt.hardware.device import flush_denormals, pick_device
 from gpt.hardware.memory import check_fits, is_out_of_memory
 from gpt.io.console import Console
-from gpt.io.files import only_one_in
+from gpt.io.files import lock_directory
 from gpt.run.directory import RunResult
 from gpt.run.plan import describe
 from gpt.run.recovery import advise_on_memory
@@ -73,7 +73,7 @@ def train(
         return ended
     check_fits(config, device)
     with (
-        only_one_in(path, f"{path}: another process trains there"),
+        lock_directory(path, f"{path}: another process trains there"),
         flush_denormals(),
         contextlib.closing(Console(quiet)) as console,
     ):
@@ -133,9 +133,9 @@ def fit(run: Run, trainer: Trainer) -> RunResult:
         with contextlib.closing(run.batches()) as batches:
             for step, inputs, targets in batches:
                 loss, grad_norm = trainer.backward(step, inputs, targets)
-                look = run.before_update(step, inputs)
+                layer_stats = run.before_update(step, inputs)
                 skipped = trainer.update(run.lr_scale(step), loss, grad_norm)
-                result = run.after_update(step, loss, grad_norm, skipped, look)
+                result = run.after_update(step, loss, grad_norm, skipped, layer_stats)
                 if result is not None:
                     return result
     except StopRequestedError:

@@ -75,7 +75,7 @@ def vouch(folder: Path) -> None:
     path = folder / checkpoints.MANIFEST
     step = json.loads(path.read_text())["step"]
     files = {name: describe(folder / name) for name in checkpoints.FILES}
-    path.write_text(checkpoints._to_text({"step": step, "files": files}))
+    path.write_text(checkpoints.manifest_text({"step": step, "files": files}))
 
 
 @pytest.fixture(autouse=True)

@@ -384,7 +384,7 @@ def seal_again(folder: Path) -> None:
         with contextlib.suppress(Exception):
             tree = json.loads(path.read_bytes())
             tree["files"] = {name: describe(path.parent / name) for name in tree["files"]}
-            path.write_text(checkpoints._to_text(tree))
+            path.write_text(checkpoints.manifest_text(tree))
     for path in folder.rglob("meta.json"):
         with contextlib.suppress(Exception):
             tree = json.loads(path.read_bytes())
@@ -808,7 +808,7 @@ def test_no_tokenizer(what: str, run: Path, config: Config, tmp_path: Path):
     path = newest(run) / "tokenizer.json"
     path.write_bytes(TOKENIZERS[what])
     seal_again(run)
-    assert "is no tokenizer file" in refused("sample.py", run, *SHORT, folder=run)
+    assert "is not a tokenizer file" in refused("sample.py", run, *SHORT, folder=run)
     (tmp_path / "c.yaml").write_text(config.to_yaml())
     flags = ("--data.tokenizer", "file", "--data.vocabulary", path, "--dry-run")
     assert str(path) in refused("train.py", tmp_path / "c.yaml", *flags, folder=tmp_path)
@@ -943,7 +943,7 @@ def test_sampling_looks_again_when_its_checkpoint_is_pruned(
     def meddle(path: Path, **options: Any) -> checkpoints.Checkpoint:
         if not pruned:
             pruned.append(path)
-            checkpoints.point(folder.parent, as_step(folder, 9).name, best=True)
+            checkpoints.write_pointers(folder.parent, as_step(folder, 9).name, best=True)
             checkpoints.prune(folder.parent, ())
         return load(path, **options)
 

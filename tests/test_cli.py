@@ -460,7 +460,7 @@ def test_verify_tells_of_every_checkpoint(
     for given, of in ((copy, 2), (twenty, 1)):
         code, stdout, stderr = called(capsys, "checkpoint", "verify", given)
         assert code == 2
-        assert stdout.splitlines()[-1] == f"{path}: is damaged: it is not what was written"
+        assert stdout.splitlines()[-1] == f"{path}: is damaged: it has changed since it was written"
         assert stderr == f"gpt.checkpoint: {given}: 1 of {of} checkpoints damaged\n"
     code, _, stderr = called(capsys, "checkpoint", "verify", tmp_path)
     assert (code, stderr) == (2, f"gpt.checkpoint: {tmp_path}: holds no checkpoint\n")

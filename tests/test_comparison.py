@@ -22,6 +22,7 @@ import torch
 import yaml
 from conftest import ROOT
 
+from gpt import metrics
 from gpt.compare import comparison, runner
 from gpt.compare.grid import Cell, load
 from gpt.compare.outcomes import match, read_outcome
@@ -29,7 +30,6 @@ from gpt.config import Config
 from gpt.errors import InputError
 from gpt.io import files
 from gpt.io.console import Console
-from gpt.run import metrics
 from gpt.run.directory import RunDirectory
 
 Make = Callable[..., Config]
@@ -399,7 +399,7 @@ def test_two_at_once_in_one_directory_are_refused(
 ):
     from gpt import cli
 
-    with files.only_one_in(tmp_path / "new", "held"), pytest.raises(SystemExit) as end:
+    with files.lock_directory(tmp_path / "new", "held"), pytest.raises(SystemExit) as end:
         cli.compare([str(grid_file), "--out-dir", str(tmp_path / "new")])
     assert end.value.code == 2
     assert "another process runs this comparison" in capsys.readouterr().err

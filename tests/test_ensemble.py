@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_training import assert_same_run, records
 
+from gpt import metrics
 from gpt.config import Config, leaves, merge
 from gpt.ensemble import BatchedTrainer, shape, train_together, why_not
 from gpt.errors import InputError
@@ -20,7 +21,6 @@ from gpt.model import ACTIVATIONS, GPT
 from gpt.norm import NORMS
 from gpt.optim import OPTIMIZERS, SEPARABLE, Optimizer
 from gpt.placement import PLACEMENTS
-from gpt.run import metrics
 from gpt.run.directory import RunResult
 from gpt.trainer import Trainer
 from gpt.training import train

@@ -1,4 +1,4 @@
-"""Files outside a directory stay as they are, whatever links into or out of it."""
+"""Files outside a directory stay unchanged, whatever links lead into or out of it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from gpt.compare import report as reports
 from gpt.compare.comparison import compare, report
 from gpt.compare.grid import load
 from gpt.config import Config
-from gpt.data import preparation
+from gpt.data import encode, preparation
 from gpt.errors import InputError, StoppedError
 from gpt.io.console import Console
-from gpt.io.files import open_own, read_json, refuse_links
+from gpt.io.files import open_for_update, read_json, refuse_links
 from gpt.run import plot
 
 Make = Callable[..., Config]
@@ -42,7 +42,7 @@ def to_nothing(path: Path, outside: Path) -> None:
 
 
 def to_the_same(path: Path, outside: Path) -> None:
-    """What stood there is outside now."""
+    """A link to the original contents, moved outside."""
     kept = path.with_name(f"{path.name}.kept")
     shutil.move(kept, outside / "moved") if kept.exists() else (outside / "moved").mkdir()
     path.symlink_to(outside / "moved")
@@ -53,7 +53,7 @@ LINKS = [to_file, to_folder, to_nothing, to_the_same]
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Path:
-    """A folder that is nobody's but its owner's."""
+    """A folder that the program must not touch."""
     folder = tmp_path / "outside"
     (folder / "folder").mkdir(parents=True)
     (folder / "file").write_text("precious\n")
@@ -63,7 +63,7 @@ def outside(tmp_path: Path) -> Path:
 
 
 def put(link: Link, path: Path, outside: Path) -> None:
-    """Make `path`, whatever stands there, a link."""
+    """Replace `path` by a link."""
     kept = path.with_name(f"{path.name}.kept")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -306,7 +306,7 @@ def building(small: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """A corpus that was stopped while it was prepared, and its config."""
     data = small.data.model_copy(update={"cache_dir": str(tmp_path / "cache")})
     with monkeypatch.context() as patch:
-        patch.setattr(preparation, "JOB", 100)
+        patch.setattr(encode, "JOB", 100)
         stops = iter([False] * 5)
         with pytest.raises(StoppedError):
             preparation.prepare(data, stop=lambda: next(stops, True))
@@ -322,7 +322,7 @@ BUILDING = [
 
 
 def prepared(config: Config, tmp_path: Path) -> str:
-    """What `train.py` says of data that it cannot prepare."""
+    """The error of `train.py` about data that it cannot prepare."""
     (tmp_path / "c.yaml").write_text(config.to_yaml())
     answer = knock("train.py", tmp_path / "c.yaml", "--out-dir", tmp_path / "run")
     assert not is_clear(answer)
@@ -376,14 +376,14 @@ def test_a_file_is_changed_in_place_only_if_it_is_no_link(tmp_path: Path):
     (tmp_path / "file").write_text("abc")
     os.link(tmp_path / "file", tmp_path / "hard")
     (tmp_path / "soft").symlink_to("file")
-    with open_own(tmp_path / "hard") as file:
+    with open_for_update(tmp_path / "hard") as file:
         assert file.read(1) == b"a"
         file.write(b"x")
     assert (tmp_path / "hard").read_text() == "axc"
     assert (tmp_path / "file").read_text() == "abc"
     with pytest.raises(InputError, match="soft: is a symbolic link"):
-        open_own(tmp_path / "soft")
-    with open_own(tmp_path / "new") as file:
+        open_for_update(tmp_path / "soft")
+    with open_for_update(tmp_path / "new") as file:
         assert file.read() == b""
 
 

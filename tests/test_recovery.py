@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from test_training import assert_same_run, records, run, stop_after, tensors
 
 from gpt import checkpoint as checkpoints
+from gpt.checkpoint import store
 from gpt.compare.grid import Cell
 from gpt.compare.outcomes import read_outcome
 from gpt.config import Config
@@ -30,12 +31,12 @@ from gpt.data.preparation import prepare
 from gpt.data.sequences import TrainingSequences
 from gpt.errors import InputError, OutOfMemoryError
 from gpt.hardware.memory import smaller
-from gpt.io.files import only_one_in
+from gpt.io.files import lock_directory
+from gpt.metrics import MetricsLog
 from gpt.model import GPT
 from gpt.run import plot
 from gpt.run.directory import RunDirectory
 from gpt.run.loading import load_run
-from gpt.run.metrics import MetricsLog
 
 Make = Callable[..., Config]
 
@@ -242,13 +243,13 @@ def test_fp16_does_not_overflow_for_ever(
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints are written when they are begun, so that a test knows what is on disk when."""
-    monkeypatch.setattr(checkpoints.Writer, "start", lambda self, write: write())
+    monkeypatch.setattr(checkpoints.BackgroundWriter, "start", lambda self, write: write())
 
 
 @pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     """`full(folder)` lets no checkpoint and no metrics be written below a folder any more."""
-    write, hand_over = checkpoints._write, MetricsLog._hand_over
+    write, hand_over = store._write, MetricsLog._write_waiting
 
     def install(below: Path) -> None:
         def refuse(folder: Path, checkpoint: checkpoints.Checkpoint) -> None:
@@ -262,8 +263,8 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
             hand_over(self)
 
-        monkeypatch.setattr(checkpoints, "_write", refuse)
-        monkeypatch.setattr(MetricsLog, "_hand_over", refuse_lines)
+        monkeypatch.setattr(store, "_write", refuse)
+        monkeypatch.setattr(MetricsLog, "_write_waiting", refuse_lines)
 
     return install
 
@@ -328,13 +329,13 @@ def test_a_checkpoint_is_written_while_training_goes_on(
 ):
     """And is of the step that it was begun at, whatever was trained meanwhile."""
     run(tiny(), tmp_path / "whole")
-    write, trained = checkpoints._write, threading.Event()
+    write, trained = store._write, threading.Event()
 
     def held_up(folder: Path, checkpoint: checkpoints.Checkpoint) -> None:
         assert trained.wait(60)
         write(folder, checkpoint)
 
-    monkeypatch.setattr(checkpoints, "_write", held_up)
+    monkeypatch.setattr(store, "_write", held_up)
     run(tiny(), tmp_path / "run", **later(15, trained.set))
     for step in (10, 20):
         assert_same_run(tmp_path / "whole", tmp_path / "run", step)
@@ -347,14 +348,14 @@ def test_a_write_that_fails_behind_is_told_at_the_next_save_or_the_end(
     spare, out = tmp_path / "spare", tmp_path / "run"
     config = tiny(checkpoint={"spare_dir": str(spare)})
     run(config, tmp_path / "whole")
-    write = checkpoints._write
+    write = store._write
 
     def fail(folder: Path, checkpoint: checkpoints.Checkpoint) -> None:
         if checkpoint.step == failing and folder.is_relative_to(out):
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder))
         write(folder, checkpoint)
 
-    monkeypatch.setattr(checkpoints, "_write", fail)
+    monkeypatch.setattr(store, "_write", fail)
     with pytest.raises(InputError, match="Input/output error") as told:
         run(config, out)
     monkeypatch.undo()
@@ -370,7 +371,7 @@ def test_a_disk_that_is_full_for_a_while_loses_no_line(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run(tiny(), tmp_path / "whole")
-    hand_over = MetricsLog._hand_over
+    hand_over = MetricsLog._write_waiting
     calls = [0]
 
     def sometimes(self: MetricsLog) -> None:
@@ -381,7 +382,7 @@ def test_a_disk_that_is_full_for_a_while_loses_no_line(
             raise OSError(errno.ENOSPC, "No space left on device")
         hand_over(self)
 
-    monkeypatch.setattr(MetricsLog, "_hand_over", sometimes)
+    monkeypatch.setattr(MetricsLog, "_write_waiting", sometimes)
     run(tiny(), tmp_path / "full")
     assert calls[0] > 20
     assert_same_run(tmp_path / "whole", tmp_path / "full")
@@ -407,7 +408,7 @@ def test_a_disk_that_is_really_full(tiny: Make, tmp_path: Path, small_disk: Path
         run(config, small_disk / "run")
     steps = checkpoints.steps(small_disk / "run/checkpoints")
     assert steps
-    assert all(map(checkpoints.is_whole, steps.values()))
+    assert all(map(checkpoints.is_intact, steps.values()))
     (place,) = (tmp_path / "spare").iterdir()
     assert run(config, place).status == "finished"
     assert records(place) == records(tmp_path / "whole")
@@ -421,7 +422,7 @@ def test_a_folder_that_may_not_be_written_is_wrong_input(tiny: Make, tmp_path: P
         if root:
             os.seteuid(65534)
         try:
-            with pytest.raises(InputError, match="run: cannot be made: Permission denied"):
+            with pytest.raises(InputError, match="run: cannot be created: Permission denied"):
                 run(tiny(), place / "run")
         finally:
             if root:
@@ -435,7 +436,7 @@ def test_a_folder_that_may_not_be_written_is_wrong_input(tiny: Make, tmp_path: P
 def test_two_runs_in_one_directory_are_refused(tiny: Make, tmp_path: Path):
     run(tiny(), tmp_path / "run", **stop_after(5))
     before = contents(tmp_path / "run")
-    with only_one_in(tmp_path / "run", "held"):
+    with lock_directory(tmp_path / "run", "held"):
         with pytest.raises(InputError, match="another process trains there"):
             run(tiny(), tmp_path / "run")
         assert {**before, ".lock": hashlib.sha256(b"").hexdigest()} == contents(tmp_path / "run")
@@ -444,14 +445,14 @@ def test_two_runs_in_one_directory_are_refused(tiny: Make, tmp_path: Path):
 
 def test_a_finished_run_tells_its_result_whoever_holds_it(tiny: Make, tmp_path: Path):
     done = run(tiny(), tmp_path / "run")
-    with only_one_in(tmp_path / "run", "held"):
+    with lock_directory(tmp_path / "run", "held"):
         assert run(tiny(), tmp_path / "run") == done
 
 
 def test_the_lock_dies_with_its_process(tiny: Make, tmp_path: Path, environment: dict[str, str]):
     hold = (
-        "import sys, time; from pathlib import Path; from gpt.io.files import only_one_in\n"
-        "with only_one_in(Path(sys.argv[1]), 'held'): print('held', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from gpt.io.files import lock_directory\n"
+        "with lock_directory(Path(sys.argv[1]), 'held'): print('held', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", hold, str(tmp_path / "run")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as other:
@@ -558,7 +559,7 @@ def test_a_damaged_checkpoint_is_skipped_and_set_aside(
     said = capsys.readouterr().err
     for step, name in ((14, "model.safetensors"), (12, "state.json")):
         path = out / f"checkpoints/step-{step:08d}/{name}"
-        assert f"skipped: {path}: is damaged: it is not what was written" in said
+        assert f"skipped: {path}: is damaged: it has changed since it was written" in said
         assert path.parent.with_name(f"damaged-step-{step:08d}").is_dir()
     assert "resuming from step 8\n" in said
     assert len(history(out)[0]["skipped"]) == 2
@@ -572,7 +573,7 @@ def test_with_no_whole_checkpoint_it_is_not_trained_over(tiny: Make, tmp_path: P
     for path in checkpoints.steps(out / "checkpoints").values():
         (path / "state.json").unlink()
     before = contents(out)
-    with pytest.raises(InputError, match=r"no checkpoint in .* is whole \(of 2\)"):
+    with pytest.raises(InputError, match=r"no checkpoint in .* is intact \(of 2\)"):
         run(tiny(), out)
     assert contents(out) == before
 
@@ -792,14 +793,14 @@ def test_a_run_that_another_process_has_just_finished_is_told(
 ):
     from gpt import training
 
-    out, hold = tmp_path / "run", training.only_one_in
+    out, hold = tmp_path / "run", training.lock_directory
 
     def late(path: Path, refusal: str) -> Any:
-        monkeypatch.setattr(training, "only_one_in", hold)
+        monkeypatch.setattr(training, "lock_directory", hold)
         run(tiny(), out)
         return hold(path, refusal)
 
-    monkeypatch.setattr(training, "only_one_in", late)
+    monkeypatch.setattr(training, "lock_directory", late)
     assert run(tiny(), out, stop=power_cut).status == "finished"  # it does not train
     assert len(records(out)) == 23
     assert (out / "result.json").is_file()
@@ -847,19 +848,21 @@ def test_pointers_that_a_kill_left_behind_are_set(
 ):
     config = tiny(checkpoint={"every": 5, "keep": 9}, evaluation={"every": 5})
     run(config, tmp_path / "whole")
-    point = checkpoints.point
+    write_pointers = store.write_pointers
 
     def killed(folder: Path, name: str, *, best: bool) -> None:
         if name == "step-00000010":
             power_cut()
-        point(folder, name, best=best)
+        write_pointers(folder, name, best=best)
 
-    with cut_off_at(monkeypatch, checkpoints, "point", killed):
+    with cut_off_at(monkeypatch, store, "write_pointers", killed):
         run(config, tmp_path / "parts")
-    assert checkpoints.pointed(tmp_path / "parts/checkpoints", "latest").name == "step-00000005"
+    assert (
+        checkpoints.read_pointer(tmp_path / "parts/checkpoints", "latest").name == "step-00000005"
+    )
     run(config, tmp_path / "parts", **stop_after(0))
     for pointer in ("latest", "best"):
-        named = checkpoints.pointed(tmp_path / "parts/checkpoints", pointer)
+        named = checkpoints.read_pointer(tmp_path / "parts/checkpoints", pointer)
         assert named.name == "step-00000010"
     run(config, tmp_path / "parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")

@@ -218,7 +218,7 @@ def test_what_was_saved_for_a_stop_does_not_outlive_a_divergence(
     spoil(monkeypatch, config, 8)
     assert run(config, tmp_path / "whole").status == "diverged"
     run(config, tmp_path / "parts", **stop_after(updates))
-    assert checkpoints.pointed(tmp_path / "parts/checkpoints", "latest") is not None
+    assert checkpoints.read_pointer(tmp_path / "parts/checkpoints", "latest") is not None
     assert run(config, tmp_path / "parts").status == "diverged"
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
@@ -232,7 +232,7 @@ def test_the_end_of_a_run_outlives_a_divergence_after_it_was_extended(
     spoil(monkeypatch, longer, 9)
     run(longer, tmp_path / "run", **stop_after(2))
     assert run(longer, tmp_path / "run").status == "diverged"
-    last = checkpoints.pointed(tmp_path / "run/checkpoints", "latest")
+    last = checkpoints.read_pointer(tmp_path / "run/checkpoints", "latest")
     assert last is not None
     assert last.name == "step-00000006"
 
@@ -256,7 +256,7 @@ def test_the_end_of_a_run_outlives_a_kill_while_it_is_extended(
         with pytest.raises(KeyboardInterrupt):
             run(longer, tmp_path / "run")
     assert run(longer, tmp_path / "run").status == "diverged"
-    last = checkpoints.pointed(tmp_path / "run/checkpoints", "latest")
+    last = checkpoints.read_pointer(tmp_path / "run/checkpoints", "latest")
     assert last is not None
     assert last.name == "step-00000006"
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gpt import metrics
 from gpt.config import Config
 from gpt.data.preparation import prepare
 from gpt.data.sequences import TrainingSequences, ValidationSequences
@@ -21,7 +22,7 @@ from gpt.init import fingerprints, initialize
 from gpt.model import GPT
 from gpt.optim import OPTIMIZERS
 from gpt.placement import PLACEMENTS
-from gpt.run import metrics, plan
+from gpt.run import plan
 from gpt.run.directory import RunResult
 from gpt.run.loading import load_run
 from gpt.trainer import Trainer

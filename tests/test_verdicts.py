@@ -18,7 +18,7 @@ import pytest
 
 from gpt.compare.verdicts import EPS_ALARM, FAILED, STATUSES, Verdict, spike_score, spikes, verdict
 from gpt.diagnostics import layers
-from gpt.run.metrics import Record
+from gpt.metrics import Record
 
 H1 = 3.341
 

@@ -36,7 +36,7 @@ class CheckpointManager:
     ) -> None:
         self.folder, self.config = folder, config
         self.saved_step, self.protected_steps = saved_step, protected_steps
-        self._writer = checkpoints.Writer()
+        self._writer = checkpoints.BackgroundWriter()
 
     def is_scheduled(self, step: int, progress: Progress) -> bool:
         """Whether an undisturbed run keeps a checkpoint of that step, as far as schedules go."""
@@ -91,7 +91,7 @@ class CheckpointManager:
         found = checkpoints.steps(self.folder)
         scheduled = [path.name for step, path in found.items() if self.is_scheduled(step, progress)]
         if scheduled:
-            checkpoints.point(self.folder, scheduled[-1], best=False)
+            checkpoints.write_pointers(self.folder, scheduled[-1], best=False)
         else:
             (self.folder / "latest").unlink(missing_ok=True)
         self.prune(progress)
@@ -102,7 +102,7 @@ class CheckpointManager:
         Raises:
             InputError: there are checkpoints, and all are damaged.
         """
-        return checkpoints.newest_whole(self.folder, among)[0]
+        return checkpoints.newest_intact(self.folder, among)[0]
 
     def wait(self) -> None:
         """Wait until everything is on disk.

@@ -51,7 +51,7 @@ from gpt.errors import InputError, StoppedError, nearest, told
 from gpt.hardware.size import check_cpu_training, check_sampling
 from gpt.io.console import set_encoding, show, write_result
 from gpt.io.files import open_regular, read_small
-from gpt.io.text import decoded, unpacked
+from gpt.io.text import decoded, decompressed
 from gpt.io.wait import leave
 
 if TYPE_CHECKING:
@@ -440,7 +440,7 @@ def _prompt(options: SampleOptions, prog: str) -> str:
         with contextlib.nullcontext(sys.stdin.buffer) if path is None else _opened(path) as file:
             raw = file.read(LONGEST_PROMPT + 1)
         size, chunks = 0, []
-        for chunk in unpacked(io.BytesIO(raw), origin):
+        for chunk in decompressed(io.BytesIO(raw), origin):
             size += len(chunk)
             if size > LONGEST_PROMPT:
                 raise InputError(f"{origin}: is longer than {LONGEST_PROMPT:,} bytes")
@@ -692,7 +692,7 @@ def diagnose(argv: list[str] | None = None, prog: str = "diagnose") -> int:
     """`python -m gpt.diagnostics RUN_DIR`; returns the exit code."""
     with _door(prog):
         flags, _ = parse(DiagnoseFlags, Section, prog, argv)
-        from gpt.run import metrics
+        from gpt import metrics
         from gpt.run.directory import RunDirectory
         from gpt.run.plot import has_layers, plot_layers
 

@@ -40,7 +40,7 @@ from gpt.config import DataConfig, read_yaml
 from gpt.data import preparation
 from gpt.errors import InputError, printable
 from gpt.io.console import Console, duration
-from gpt.io.files import is_scrap, only_one_in, refuse_links, write_text
+from gpt.io.files import is_partial, lock_directory, refuse_links, write_text
 from gpt.io.wait import interruptible
 from gpt.run.directory import command_line
 
@@ -72,7 +72,7 @@ def compare(
     """
     check_cells(cells, probes=grid.probes)
     check_directory(grid, directory)
-    with only_one_in(directory, f"{directory}: another process runs this comparison"):
+    with lock_directory(directory, f"{directory}: another process runs this comparison"):
         before = directory / "grid.yaml"
         if before.is_file() and read_yaml(before).get("keep_checkpoints"):  # what was kept stays
             grid = grid.model_copy(update={"keep_checkpoints": True})
@@ -174,7 +174,7 @@ def check_directory(grid: Grid, directory: Path) -> None:
     path = directory / "grid.yaml"
     if not path.is_file():
         if directory.exists() and (
-            not directory.is_dir() or not all(map(is_scrap, directory.iterdir()))
+            not directory.is_dir() or not all(map(is_partial, directory.iterdir()))
         ):
             raise InputError(f"{directory}: exists and is no comparison; choose another --out-dir")
         return

@@ -29,6 +29,7 @@ from matplotlib.ticker import (
     NullLocator,
 )
 
+from gpt import metrics
 from gpt.compare.grid import Grid
 from gpt.compare.outcomes import Outcome
 from gpt.compare.probes import Probe
@@ -36,7 +37,6 @@ from gpt.compare.starts import Start
 from gpt.compare.statistics import loglog_slope
 from gpt.compare.summary import ArmSummary, Summary, place_text
 from gpt.compare.verdicts import spikes
-from gpt.run import metrics
 from gpt.run.plot import label, literal_text
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")

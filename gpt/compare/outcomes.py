@@ -13,13 +13,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
+from gpt import metrics
 from gpt.compare.grid import Cell
 from gpt.compare.runner import Lost, cell_directory, has_ended
 from gpt.compare.statistics import capped
 from gpt.compare.verdicts import Verdict, verdict
 from gpt.errors import InputError
 from gpt.io.files import read_json
-from gpt.run import metrics
 from gpt.run.directory import RunDirectory
 
 

@@ -8,7 +8,7 @@ averages have seen nothing yet.
 The theory of the gradients is of one token. Mean gradients over many tokens of real text are
 another quantity, with other slopes; for the theory's own picture, give batches of one token.
 
-Not here: measures of a training run (gpt/diagnostics/layers.py, whose `Look` is used here).
+Not here: measures of a training run (gpt/diagnostics/layers.py, whose `LayerStats` is used here).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.config import ModelConfig
-from gpt.diagnostics.layers import Look
+from gpt.diagnostics.layers import LayerStats
 from gpt.init import initialize
 from gpt.model import GPT, FusedLinear
 from gpt.placement import PLACEMENTS
@@ -121,9 +121,9 @@ def _measure(
     model = _start(config, vocab_size, batches[0][0], seed)
     losses = torch.stack([model.loss(inputs, targets) for inputs, targets in batches])
     losses.mean().backward()
-    look = Look(model, {}, {})
-    look.forward(tokens)
-    blocks = look.read(step=0)[1:-1]
+    look = LayerStats(model, {}, {})
+    look.measure_activations(tokens)
+    blocks = look.to_records(step=0)[1:-1]
     measures = {
         "initial_loss": losses.mean().item(),
         "gradient_norms": [block["w2_grad_norm"] for block in blocks],

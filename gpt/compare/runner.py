@@ -31,6 +31,7 @@ from typing import Any, Literal, NamedTuple
 import pebble
 import torch
 
+from gpt import metrics
 from gpt.compare.grid import Cell, Runner
 from gpt.ensemble import shape, train_together, why_not
 from gpt.errors import InputError
@@ -38,7 +39,6 @@ from gpt.hardware.device import pick_device
 from gpt.hardware.memory import is_out_of_memory
 from gpt.io.console import Console
 from gpt.io.files import read_json, write_text
-from gpt.run import metrics
 from gpt.run.directory import RunDirectory, RunResult
 from gpt.training import train
 

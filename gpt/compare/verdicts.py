@@ -20,7 +20,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from gpt.run.metrics import Record
+from gpt.metrics import Record
 
 Status = Literal["trained", "spiked", "regressed", "plateaued", "diverged"]
 STATUSES: tuple[Status, ...] = get_args(Status)  # the gravest last

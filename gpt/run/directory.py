@@ -25,7 +25,7 @@ from gpt.checkpoint.state import Loss, Natural, Time
 from gpt.config import Config
 from gpt.diagnostics.failure import Failure
 from gpt.errors import InputError
-from gpt.io.files import SMALL, open_own, read_json, write_text
+from gpt.io.files import SMALL, open_for_update, read_json, write_text
 
 ATTEMPTS = 100  # to read a checkpoint beside a run that prunes
 
@@ -146,7 +146,7 @@ class RunDirectory:
         """Append an event that is not part of training, such as a resumption, to history.jsonl."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         line = json.dumps({"time": now, "step": step, "event": event, **facts}) + "\n"
-        with open_own(self.history) as file:
+        with open_for_update(self.history) as file:
             file.seek(0, os.SEEK_END)
             file.write(line.encode())
 

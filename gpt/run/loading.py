@@ -63,7 +63,7 @@ def _choose(run: RunDirectory, checkpoint: str) -> Path:
     if not available:
         raise InputError(f"{run.path}: holds no checkpoint yet")
     if checkpoint in ("best", "latest"):
-        return checkpoints.pointed(run.checkpoints, checkpoint) or available[max(available)]
+        return checkpoints.read_pointer(run.checkpoints, checkpoint) or available[max(available)]
     steps = {str(step): path for step, path in available.items()}
     found = steps.get(checkpoint.lstrip("0") or "0")
     if found is None:

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from gpt.checkpoint.state import Progress
 from gpt.config import Config
-from gpt.diagnostics.layers import EPS_ALARM, Look
+from gpt.diagnostics.layers import EPS_ALARM, LayerStats
 from gpt.errors import NonFiniteError
 from gpt.hardware.device import peak_flops
 from gpt.io.console import Console
+from gpt.metrics import MetricsLog, Record, read_up_to
 from gpt.model import GPT
-from gpt.run.metrics import MetricsLog, Record, up_to
 from gpt.run.plan import flops_per_token
 
 READ_EVERY = {"cpu": 1}  # steps between reads, where a read does not wait for a device
@@ -36,7 +36,7 @@ class Update:
     learning_rate: float
     batches: str
     skipped: bool
-    look: Look | None
+    layer_stats: LayerStats | None
 
 
 class RunLog:
@@ -44,7 +44,7 @@ class RunLog:
 
     Args:
         path: metrics.jsonl.
-        kept: its lines from before, see `gpt.run.metrics.up_to`.
+        kept: its lines from before, see `gpt.metrics.read_up_to`.
     """
 
     def __init__(
@@ -112,7 +112,9 @@ class RunLog:
             **({"skipped": True} if update.skipped else {}),
             **speed,
         }
-        layers = update.look.read(update.step) if update.look is not None else []
+        layers = (
+            update.layer_stats.to_records(update.step) if update.layer_stats is not None else []
+        )
         for layer in layers:
             self._warn(layer)
         return [record, *layers]
@@ -168,7 +170,7 @@ class RunLog:
 
     def rewind(self, step: int) -> None:
         """Forget everything after `step`; at 0, everything."""
-        self.restart(self.path, up_to(self.path, step) if step else [])
+        self.restart(self.path, read_up_to(self.path, step) if step else [])
 
 
 def finite_or_none(value: float) -> float | None:

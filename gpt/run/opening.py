@@ -12,7 +12,7 @@ from gpt.data.prepared import Dataset
 from gpt.errors import InputError
 from gpt.init import fingerprints
 from gpt.io.console import Console
-from gpt.io.files import sweep, write_text
+from gpt.io.files import remove_partial, write_text
 from gpt.run import recovery
 from gpt.run.directory import command_line
 from gpt.run.resume import ResumePlan
@@ -73,7 +73,7 @@ def make_folders(plan: ResumePlan, config: Config) -> None:
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be made: {error.strerror}") from None
     for folder in (run.path, run.samples, run.checkpoints):
-        sweep(folder)
+        remove_partial(folder)
 
 
 def announce(plan: ResumePlan, config: Config, step: int, console: Console) -> None:
@@ -91,7 +91,7 @@ def announce(plan: ResumePlan, config: Config, step: int, console: Console) -> N
     if plan.damaged:
         console.say(f"resuming from step {step}")
         for path in checkpoints.steps(run.checkpoints).values():
-            if not checkpoints.is_whole(path):
+            if not checkpoints.is_intact(path):
                 console.say(f"set aside: {checkpoints.set_aside(path)}")
     if plan.resumed and not resuming:
         console.say("no checkpoint had been saved: starting again from step 0")

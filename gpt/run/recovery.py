@@ -19,7 +19,7 @@ from gpt.checkpoint.manager import CheckpointManager
 from gpt.checkpoint.state import Progress, read_state
 from gpt.config import Config, ScheduleConfig
 from gpt.data.sequences import ValidationSequences
-from gpt.diagnostics.failure import Place, first_nonfinite
+from gpt.diagnostics.failure import FaultLocation, first_nonfinite
 from gpt.errors import Fault, InputError
 from gpt.io.files import write_bytes
 from gpt.run.directory import RunDirectory
@@ -92,7 +92,7 @@ def locate_by_replay(
     make_batch: MakeBatch,
     first_inputs: Callable[[], Tensor],
     notify: Callable[[str], object],
-) -> Place | None:
+) -> FaultLocation | None:
     """Find where a number was first not finite, by repeating the run from its last checkpoint.
 
     The update that failed has spoilt its weights, so training is repeated up to the last good ones.
@@ -118,13 +118,15 @@ def locate_by_replay(
     return locate_in_batch(trainer, step, inputs, targets)
 
 
-def locate_in_batch(trainer: Trainer, step: int, inputs: Tensor, targets: Tensor) -> Place | None:
+def locate_in_batch(
+    trainer: Trainer, step: int, inputs: Tensor, targets: Tensor
+) -> FaultLocation | None:
     """Find what becomes non-finite first in a training batch with the weights as they are."""
     x, y = trainer.to_device(inputs), trainer.to_device(targets)
     return _first_nonfinite(trainer, trainer.micro_batches(step, x, y))
 
 
-def locate_in_validation(trainer: Trainer, sequences: ValidationSequences) -> Place | None:
+def locate_in_validation(trainer: Trainer, sequences: ValidationSequences) -> FaultLocation | None:
     """Find what becomes non-finite first in the validation sequences."""
     trainer.model.eval()
     return _first_nonfinite(
@@ -136,7 +138,9 @@ def locate_in_validation(trainer: Trainer, sequences: ValidationSequences) -> Pl
     )
 
 
-def _first_nonfinite(trainer: Trainer, batches: Generator[tuple[Tensor, Tensor]]) -> Place | None:
+def _first_nonfinite(
+    trainer: Trainer, batches: Generator[tuple[Tensor, Tensor]]
+) -> FaultLocation | None:
     with contextlib.closing(batches):
         for x, y in batches:
             trainer.interrupt()
@@ -206,7 +210,7 @@ def save_to_fallback(
     reason = f"{why.filename or own.path}: {why.strerror}"
     if not own.config.is_file():
         reason = f"{own.path}: was deleted or moved while training"
-    saved = checkpoints.pointed(own.checkpoints, "latest")
+    saved = checkpoints.read_pointer(own.checkpoints, "latest")
     before = f"{saved} is untouched" if saved else "no checkpoint is left there"
     parent = fallback_parent(config)
     made: Path | None = None

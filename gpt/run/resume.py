@@ -12,7 +12,7 @@ from gpt import checkpoint as checkpoints
 from gpt.checkpoint import Checkpoint
 from gpt.config import Config, changed, may_change
 from gpt.errors import InputError
-from gpt.io.files import is_scrap
+from gpt.io.files import is_partial
 from gpt.run.directory import RunDirectory, RunResult
 from gpt.schedule import describe_lr_change
 
@@ -99,7 +99,7 @@ def open_run(config: Config, path: Path, resume: str) -> ResumePlan:
         return ResumePlan(run, _start_from(config, resume))
     changes, result = _same_run(run, config, resume)
     run.check_paths()
-    checkpoint, damaged = checkpoints.newest_whole(run.checkpoints)
+    checkpoint, damaged = checkpoints.newest_intact(run.checkpoints)
     if checkpoint is None and result is not None and result.step:
         raise InputError(f"{path}: has no checkpoint to resume from; choose another --out-dir")
     steps = config.training.steps
@@ -141,9 +141,9 @@ def _check_unused(run: RunDirectory, resume: str) -> None:
     origin = {"latest", Path(resume).resolve().name} if resume not in ("auto", "never") else set()
     ours = (run.samples, run.checkpoints)
     if not run.path.is_dir() or not all(
-        (is_scrap(path) or (path in ours and path.is_dir()))
+        (is_partial(path) or (path in ours and path.is_dir()))
         and not path.is_symlink()
-        and all(is_scrap(p) or p.name in origin for p in (path.iterdir() if path in ours else ()))
+        and all(is_partial(p) or p.name in origin for p in (path.iterdir() if path in ours else ()))
         for path in run.path.iterdir()
     ):
         raise InputError(f"{run.path}: exists and is not a run; choose another --out-dir")

@@ -19,20 +19,21 @@ import torch
 from torch import Tensor
 
 from gpt import checkpoint as checkpoints
+from gpt import metrics
 from gpt.checkpoint import Checkpoint
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.checkpoint.state import Progress, State, read_state
 from gpt.config import Config, changed
 from gpt.data import tokenizer
 from gpt.data.prepared import Dataset
-from gpt.data.sequences import TrainingSequences, ValidationSequences, ahead
-from gpt.diagnostics.failure import Failure, Place, advice, describe
-from gpt.diagnostics.layers import Look
+from gpt.data.sequences import TrainingSequences, ValidationSequences, prefetch
+from gpt.diagnostics.failure import Failure, FaultLocation, advice, describe_location
+from gpt.diagnostics.layers import LayerStats
 from gpt.errors import Fault, InputError, NonFiniteError, StopRequestedError
 from gpt.generate import continue_text
 from gpt.io.console import Console
 from gpt.io.files import write_text
-from gpt.run import metrics, opening, recovery
+from gpt.run import opening, recovery
 from gpt.run.directory import RunDirectory, RunResult, Status
 from gpt.run.log import RunLog, Update, finite_or_none
 from gpt.run.resume import ResumePlan
@@ -99,7 +100,7 @@ class Run:
     def _open(self, plan: ResumePlan) -> None:
         """Make the directory ready for training, and write there what is known already."""
         run, config, step = self.directory, self.config, self.progress.step
-        kept = metrics.up_to(run.metrics, step) if plan.resuming else []
+        kept = metrics.read_up_to(run.metrics, step) if plan.resuming else []
         if self.progress.pending:  # an evaluation of this step, cut short, is repeated
             kept = [line for line in kept if line["step"] < step or "val_loss" not in line]
         opening.make_folders(plan, config)
@@ -118,7 +119,7 @@ class Run:
             if self.progress.start_step == step and step % config.save_every:
                 # Extended: on disk, too, this checkpoint is scheduled before the config says so.
                 checkpoints.save(run.checkpoints, self._checkpoint(best), best=best, replaces=True)
-            checkpoints.point(run.checkpoints, name, best=best)
+            checkpoints.write_pointers(run.checkpoints, name, best=best)
             self.checkpoints.prune(self.progress)
         elif step:  # another run's checkpoint is where this one starts from, also after a crash
             checkpoints.save(run.checkpoints, self._checkpoint(best=False))
@@ -156,7 +157,7 @@ class Run:
         """Step number, inputs and targets of all updates to come; prefetched for a GPU."""
         steps = range(self.progress.step + 1, self.config.training.steps + 1)
         on_gpu = self.trainer.device.type == "cuda"
-        batches = ahead(self._pinned_batch, steps) if on_gpu else (self.batch(n) for n in steps)
+        batches = prefetch(self._pinned_batch, steps) if on_gpu else (self.batch(n) for n in steps)
         with contextlib.closing(batches):
             for step, (inputs, targets) in zip(steps, batches, strict=True):
                 yield step, inputs, targets
@@ -182,21 +183,28 @@ class Run:
         """The learning rate of update `step`, as a multiple of `optimizer.learning_rate`."""
         return lr_multiplier(self.config.schedule, step, self.config.training.steps)
 
-    def before_update(self, step: int, inputs: Tensor) -> Look | None:
+    def before_update(self, step: int, inputs: Tensor) -> LayerStats | None:
         """Note which inputs were seen, and measure the layers where `diagnostics` asks for it."""
         seen = self.progress.inputs_digest.encode() + inputs.numpy().tobytes()
         self.progress.inputs_digest = hashlib.sha256(seen).hexdigest()
         every, trainer = self.config.diagnostics.every, self.trainer
         if every is None or (step > 1 and step % every != 0):
             return None
-        look = Look(trainer.model, trainer.optimizer.adam_eps(), trainer.optimizer.second_moments())
+        layer_stats = LayerStats(
+            trainer.model, trainer.optimizer.adam_eps(), trainer.optimizer.second_moments()
+        )
         few = min(self.config.diagnostics.sequences, trainer.micro_batch)
         with trainer.autocast():
-            look.forward(trainer.to_device(inputs[:few]))
-        return look
+            layer_stats.measure_activations(trainer.to_device(inputs[:few]))
+        return layer_stats
 
     def after_update(
-        self, step: int, loss: Tensor, grad_norm: Tensor, skipped: bool, look: Look | None
+        self,
+        step: int,
+        loss: Tensor,
+        grad_norm: Tensor,
+        skipped: bool,
+        layer_stats: LayerStats | None,
     ) -> RunResult | None:
         """Log an update; evaluate, sample and save where that is due; returns how the run ended.
 
@@ -206,11 +214,11 @@ class Run:
         Raises:
             NonFiniteError: something is not finite.
         """
-        if look is not None:
-            look.after()
+        if layer_stats is not None:
+            layer_stats.measure_update()
         learning_rate = self.lr_scale(step) * self.config.optimizer.learning_rate
         digest = self.progress.inputs_digest[:16]
-        self.log.add(Update(step, loss, grad_norm, learning_rate, digest, skipped, look))
+        self.log.add(Update(step, loss, grad_norm, learning_rate, digest, skipped, layer_stats))
         self.on_update()
         stopping = self.stop()
         if not (stopping or any(self._due(step)) or step % self.log.read_every == 0):
@@ -408,7 +416,7 @@ class Run:
 
         def save(run: RunDirectory) -> None:
             self.directory = run
-            self.log.restart(run.metrics, metrics.up_to(run.metrics, step))
+            self.log.restart(run.metrics, metrics.read_up_to(run.metrics, step))
             self.progress.best_saved_val_loss, self.progress.start_step = None, step
             self.checkpoints.close()
             self.checkpoints = CheckpointManager(run.checkpoints, self.config)
@@ -461,7 +469,7 @@ class Run:
         except OSError as error:  # then that checkpoint does not exist
             self.console.say(f"{error.filename}: {error.strerror}")
 
-    def locate_by_replay(self, fault: Fault) -> Place | None:
+    def locate_by_replay(self, fault: Fault) -> FaultLocation | None:
         """Where inside the network the failure began, found by repeating the last steps."""
         if fault.quantity == "validation loss":  # the weights that failed are still there
             return recovery.locate_in_validation(self.trainer, self.validation)
@@ -475,13 +483,13 @@ class Run:
             self.console.say,
         )
 
-    def locate_in_batch(self, fault: Fault) -> Place | None:
+    def locate_in_batch(self, fault: Fault) -> FaultLocation | None:
         """The same where the update that failed was not applied."""
         if fault.quantity == "validation loss":
             return recovery.locate_in_validation(self.trainer, self.validation)
         return recovery.locate_in_batch(self.trainer, fault.step, *self.batch(fault.step))
 
-    def diverge(self, fault: Fault, locate: Callable[[Fault], Place | None]) -> RunResult:
+    def diverge(self, fault: Fault, locate: Callable[[Fault], FaultLocation | None]) -> RunResult:
         """End with what became non-finite, where that began, and what to try next."""
         self._wait_for_checkpoint()
         try:
@@ -491,7 +499,7 @@ class Run:
         self.checkpoints.drop_unscheduled(self.progress)
         reason = fault.text
         if place is not None:
-            reason += f", first {describe(place, self.config.model.layers)}"
+            reason += f", first {describe_location(place, self.config.model.layers)}"
         updates = fault.step if fault.quantity in ("weight", "validation loss") else fault.step - 1
         tips = advice(self.config, place, updates)
         failure = Failure(fault.step, fault.quantity, place, tuple(tips))

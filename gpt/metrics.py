@@ -1,10 +1,10 @@
-"""metrics.jsonl: one JSON object a line, appended as training goes.
+"""metrics.jsonl: one JSON object per line, appended during training.
 
-Training lines hold step (from 1), tokens, loss (nats per token), learning_rate, grad_norm (before
-clipping), batches (a digest of all inputs up to this step), tokens_per_second and step_seconds (of
-a cell that is trained with others as one: the wall clock, in which the others' evaluations are);
-evaluation lines step (0: before the first update), val_loss (nats per token) and val_bits_per_byte.
-A non-finite number is written as null.
+Training records contain step (from 1), tokens, loss (nats per token), learning_rate, grad_norm
+(before clipping), batches (a digest of all inputs up to this step), tokens_per_second and
+step_seconds (for cells trained in a batch: wall-clock time, including the evaluations of others).
+Evaluation records contain step (0 is before the first update), val_loss (nats per token) and
+val_bits_per_byte. A non-finite number is written as null.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from gpt.io.files import open_regular, write_text
 
 Record = dict[str, Any]
 
-LONGEST = 2**16  # bytes of a line
-LARGEST = 1e100  # that a number may be: fp32 ends at 3.4e38, and a square must still be finite
-MOST_LAYERS = 10_000  # no run has more; a picture has a row for each
-LEARNT = 0.05  # nats under the unigram entropy H₁ that count as having learnt more than frequencies
+MAX_LINE = 2**16  # bytes of a line
+LARGEST = 1e100  # maximum of a number: fp32 ends at 3.4e38, and its square must still be finite
+MOST_LAYERS = 10_000  # maximum of layers: a plot has a row for each
+# Nats that a validation loss must be below the unigram entropy (H₁, the loss of guessing tokens by
+# their frequency) for the model to count as having learned more than token frequencies.
+LEARNT = 0.05
 
 
 class MetricsLog:
@@ -34,31 +36,31 @@ class MetricsLog:
 
     Args:
         path: the file.
-        kept: what it holds to begin with, in place of what it held; see `up_to`.
+        kept: its initial records, replacing earlier contents; see `read_up_to`.
     """
 
     def __init__(self, path: Path, kept: Iterable[Record] = ()) -> None:
         write_text(path, "".join(map(_line, kept)))
         self._path = path
         self._file = path.open("a+b", buffering=0)
-        self._waiting = b""  # what the disk has not taken yet
+        self._waiting = b""  # not yet written to the file
 
     def write(self, records: Iterable[Record]) -> None:
-        """Append `records` and hand them to the operating system.
+        """Append `records` to the file.
 
-        What a full disk does not take waits for the next call, and at the latest for `sync`.
+        If the disk is full, the rest is kept and written by a later call, at the latest by `sync`.
         """
         self._waiting += "".join(map(_line, records)).encode()
         with contextlib.suppress(OSError):
-            self._hand_over()
+            self._write_waiting()
 
     def sync(self) -> None:
-        """Flush to disk, so that a checkpoint never knows more steps than the log.
+        """Flush to disk, so that a checkpoint is never ahead of the log.
 
         Raises:
             OSError: the file cannot be written, or has been deleted.
         """
-        self._hand_over()
+        self._write_waiting()
         os.fsync(self._file.fileno())
         try:
             here = os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
@@ -68,7 +70,7 @@ class MetricsLog:
             raise OSError(errno.ENOENT, "was deleted or moved while in use", str(self._path))
 
     def contents(self) -> bytes:
-        """All that was written, also where the disk has not taken it or the file was deleted."""
+        """All records, even if the disk is full or the file was deleted."""
         self._file.seek(0)
         return self._file.read() + self._waiting
 
@@ -76,7 +78,7 @@ class MetricsLog:
         """Close the file."""
         self._file.close()
 
-    def _hand_over(self) -> None:
+    def _write_waiting(self) -> None:
         try:
             while self._waiting:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
@@ -84,8 +86,8 @@ class MetricsLog:
             raise OSError(error.errno, error.strerror, str(self._path)) from None
 
 
-def up_to(path: Path, step: int) -> list[Record]:
-    """The records of a metrics.jsonl up to a step, so that a run that goes on has no step twice.
+def read_up_to(path: Path, step: int) -> list[Record]:
+    """The records of a metrics.jsonl up to a step, so that a resumed run repeats none.
 
     Raises:
         InputError: as `read`.
@@ -94,17 +96,17 @@ def up_to(path: Path, step: int) -> list[Record]:
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl, without a last line that was cut off while being written.
+    """The records of a metrics.jsonl, without an incomplete last line; none if it is missing.
 
     Raises:
-        InputError: another line is no record, or this is no file.
+        InputError: another line is not a record, or it is not a regular file.
     """
     records: list[Record] = []
     try:
         with open_regular(path) as file:
-            while (line := file.readline(LONGEST)).endswith(b"\n"):
+            while (line := file.readline(MAX_LINE)).endswith(b"\n"):
                 records.append(_record(line))
-            if len(line) == LONGEST:
+            if len(line) == MAX_LINE:
                 raise ValueError
     except FileNotFoundError:
         return records
@@ -125,7 +127,7 @@ def _record(line: bytes) -> Record:
 
 
 def _is_record(record: Any) -> bool:
-    """Whether a line holds what training writes: a step, numbers, and all of an update."""
+    """Whether a record is one that training writes: a step, numbers, and all keys of an update."""
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         return False
     numbers = (value for key, value in record.items() if key != "batches")
@@ -140,5 +142,5 @@ def _is_record(record: Any) -> bool:
 
 
 def _line(record: Record) -> str:
-    lost = {k: None for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
-    return json.dumps({**record, **lost}, allow_nan=False) + "\n"
+    nulls = {k: None for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
+    return json.dumps({**record, **nulls}, allow_nan=False) + "\n"
