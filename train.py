@@ -1,11 +1,13 @@
 """Train a GPT from a YAML config: `python train.py --help`."""
 
-import signal
 import sys
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before there is anything to save
-
-from gpt.cli import train  # noqa: E402
+from gpt.cli.common import command
 
 if __name__ == "__main__":
-    sys.exit(train())
+    with command("train.py"):  # turns errors and Ctrl-C into exit codes; the imports come after it
+        from gpt.cli.train import load, report, train
+
+        arguments, config = load(sys.argv[1:])  # YAML and flags: one validated Config
+        result = train(arguments, config)  # the loop is in gpt/training.py
+        sys.exit(report(result))  # losses, files, what to do next

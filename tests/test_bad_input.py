@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,13 +41,14 @@ from safetensors.torch import load_file, save_file
 from gpt import checkpoint as checkpoints
 from gpt import cli, training
 from gpt.cli.flags import as_flag
+from gpt.cli.sample import Arguments as SampleArguments
 from gpt.compare import comparison, figures
 from gpt.compare import report as reports
 from gpt.compare.grid import Grid, load
 from gpt.compare.starts import measure_starts
 from gpt.config import Config, SourceConfig, option_paths, validate
 from gpt.data.preparation import find
-from gpt.errors import InputError, printable, told
+from gpt.errors import InputError, format_error, printable
 from gpt.io.files import describe
 from gpt.run import plot
 
@@ -67,18 +68,12 @@ def tries(share: float) -> settings:
 
 
 # ---------------------------------------------------------------------------------------------
-# At the door
+# Commands in this process
 
-DOORS: dict[str, Callable[[list[str]], int]] = {
-    "train.py": cli.train,
-    "sample.py": cli.sample,
-    "compare.py": cli.compare,
-    "diagnose": cli.diagnose,
-}
 WENT_WELL = {"train.py": {0, 3, 75}, "sample.py": {0}, "compare.py": {0}, "diagnose": {0}}
 KEYS = {
     "run",  # the argument run-dir
-    *(part for section in (Config, cli.SampleOptions) for key in option_paths(section)
+    *(part for section in (Config, SampleArguments) for key in option_paths(section)
       for part in key.split(".")),
     *(key for section in (Grid, SourceConfig) for key in section.model_fields),
 }  # fmt: skip
@@ -101,7 +96,7 @@ def knock(door: str, *arguments: object) -> Answer:
     given = [str(argument) for argument in arguments]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code: object = DOORS[door](given)
+            code: object = cli.run(door.removesuffix(".py"), given, prog=door)
         except SystemExit as end:
             code = end.code
     return Answer(door, given, code, out.getvalue(), err.getvalue())
@@ -127,7 +122,7 @@ def is_clear(answer: Answer) -> bool:
         word
         for argument in answer.arguments
         for given in (argument, argument.partition("=")[2], Path(argument).name)
-        for word in (told(InputError(given))[0], repr(given)[:30], ascii(given)[1:30])
+        for word in (format_error(InputError(given))[0], repr(given)[:30], ascii(given)[1:30])
         if word
     }
     named = set(re.findall(r"\w+", text)) & KEYS or any(word in text for word in words)
@@ -507,7 +502,7 @@ def test_compare_with_junk_in_its_grid(config: Config, data: st.DataObject):
 own_flags = {
     "train.py": ["--out-dir", "--resume", "--dry-run", "--config", "--help"],
     "compare.py": ["--out-dir", "--workers", "--beside", "--grid", "--hours", "--dry-run"],
-    "sample.py": [as_flag(key) for key in option_paths(cli.SampleOptions)],
+    "sample.py": [as_flag(key) for key in option_paths(SampleArguments)],
     "diagnose": ["--run-dir", "--every"],
 }
 odd_values = (
@@ -556,7 +551,7 @@ def test_sample_with_junk_for_flags(
 
     few = lambda *args, **options: (row for row in ())  # noqa: E731 - no text of 10^9 tokens
     monkeypatch_module.setattr(generate, "generate", few)
-    flags = data.draw(odd_flags("sample.py", option_paths(cli.SampleOptions)))
+    flags = data.draw(odd_flags("sample.py", option_paths(SampleArguments)))
     first = data.draw(st.sampled_from([[runs["finished"]]] * 6 + [[], ["nowhere"], ["/dev/null"]]))
     must_be_clear("sample.py", *first, *flags, folder=runs["finished"])
 
@@ -631,7 +626,7 @@ HOSTILE_YAML = {
     "no text": (b"name: \xff", "is not UTF-8 text: byte 6 is 0xff"),
     "UTF-16": ("name: a".encode("utf-16"), "is UTF-16 text, not UTF-8 text; convert it"),
     "NUL": ("name: \0", "c.yaml"),
-    "key twice": ("seed: 1\nseed: 2", "line 2: the key 'seed' stands twice"),
+    "key twice": ("seed: 1\nseed: 2", "line 2: duplicate key 'seed'"),
     "list": ("- 1", "must be a mapping of options"),
     "terminal": ('"\\e[2J": 1', r"c.yaml: \x1b[2J: no such option"),
     "many lines": ('"a\\nb\\nc\\nd\\ne": 1', "no such option"),
@@ -675,7 +670,7 @@ def test_no_config_but_something_else(door: str, tmp_path: Path):
     loop.symlink_to("loop.yaml")
     assert "loop.yaml" in refused(door, loop)
     assert "/dev/zero: is a device, not a regular file" in refused(door, "/dev/zero")
-    assert "holds a NUL character" in refused(door, "a\0b")
+    assert "contains a NUL character" in refused(door, "a\0b")
     assert "is empty, and must name a file or folder" in refused(door, "")
     assert str(tmp_path / "no.yaml") in refused(door, tmp_path / "no.yaml")
     assert str(tmp_path) in refused(door, tmp_path)
@@ -886,7 +881,7 @@ def test_metrics_out_of_their_range(line: str, run: Path):
 def test_a_look_into_the_layers_that_saw_nothing(record: dict[str, Any], run: Path):
     line = json.dumps({"step": 1, "layer": 0, **record})
     (run / "metrics.jsonl").write_text(line + "\n")
-    assert "has no measures of its layers" in refused("diagnose", run, folder=run)
+    assert "has no layer statistics" in refused("diagnose", run, folder=run)
 
 
 RESULTS: list[dict[str, Any]] = [

@@ -578,11 +578,11 @@ def test_a_hub_dataset_and_its_validation_split():
     [
         ({"source": "hub"}, "needs hub.name"),
         ({"source": "jsonl"}, "source: jsonl needs path"),
-        ({"path": "a"}, "source: stdlib reads no path; source: text does"),
+        ({"path": "a"}, "source: stdlib does not read path; source: text does"),
         ({"source": "text", "path": "a", "validation": {}}, "validation: source: text needs path"),
         ({"source": "text", "path": "a", "mix": [{"path": "b"}]}, "path and mix are both given"),
         ({"mix": [{"source": "text"}]}, "mix.0: source: text needs path"),
-        ({"mix": [{"source": "txt", "path": "a"}]}, "mix.0.source: 'txt' is none of"),
+        ({"mix": [{"source": "txt", "path": "a"}]}, "mix.0.source: 'txt' is not one of"),
         ({"mix": [{"weight": -1}]}, "mix.0.weight: -1 is not between 1e-06 and 1e+06"),
         ({"mix": [{"pth": "a"}]}, "mix.0.pth: no such option; perhaps you meant mix.0.path"),
         ({"mix": 3}, "mix: input should be a valid tuple"),

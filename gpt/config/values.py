@@ -239,7 +239,7 @@ _RESERVED = {
 
 def is_reserved(name: str) -> bool:
     """Whether Windows reserves a file name, whatever its extension."""
-    return name.partition(".")[0].rstrip().lower() in _DEVICES
+    return name.partition(".")[0].rstrip().lower() in _RESERVED
 
 
 def _run_name(name: str) -> str:
