@@ -266,9 +266,8 @@ def test_a_dry_run_lists_cells_and_writes_nothing(
 ):
     from gpt import cli
 
-    assert (
-        cli.run("compare", [str(grid_file), "--dry-run", "--out-dir", str(tmp_path / "new")]) == 0
-    )
+    flags = ["--dry-run", "--out-dir", str(tmp_path / "new")]
+    assert cli.run("compare", [str(grid_file), *flags]) == 0
     out = capsys.readouterr().out
     _, cells = load(grid_file)
     for cell in cells:

@@ -377,6 +377,7 @@ def numbers(section: type[configs.Section], prefix: str = "") -> dict[str, confi
 
 
 SECTIONS = {"Config": Config, "MixedSource": configs.MixedSource, "Sampling": SampleArguments}
+REQUIRED = {"Sampling": {"run_dir": "run"}}
 NUMBERS = [(name, key) for name, section in SECTIONS.items() for key in numbers(section)]
 
 
@@ -408,7 +409,7 @@ def test_a_number_out_of_its_range_is_refused_with_key_value_and_range(section: 
         if value == between.minimum:  # 0 - 0
             continue
         with pytest.raises(InputError) as caught:
-            validate(kind, configs.nest({key: value}))
+            validate(kind, configs.nest({key: value, **REQUIRED.get(section, {})}))
         message = str(caught.value)
         assert message.startswith(f"{key}: "), message
         assert f" is not {between}" in message
