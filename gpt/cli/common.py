@@ -2,8 +2,6 @@
 
 Exit codes: 0 finished, 1 an unexpected fault (traceback), 2 wrong input, 3 diverged,
 75 interrupted and saved; 130 for Ctrl-C where there is nothing to save.
-
-This module imports little, so that `command` handles Ctrl-C before the rest is imported.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ from gpt.errors import InputError, StoppedError, format_error
 from gpt.io.console import set_encoding, show
 from gpt.io.wait import leave
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EXIT_CODES = {"finished": 0, "diverged": 3, "interrupted": 75}
 
 # Errors of the machine, not of the program: permissions, disk space, names.
@@ -75,7 +74,7 @@ class StopSignals:
         self._requested = False
         self._max_seconds = math.inf if max_seconds is None else max_seconds
         self._deadline = time.monotonic() + self._max_seconds
-        self._handlers = _signal_handlers(dict.fromkeys(_STOP, self._request))
+        self._handlers = _signal_handlers(dict.fromkeys(STOP_SIGNALS, self._request))
 
     def __call__(self) -> bool:
         if not self._requested and time.monotonic() > self._deadline:
@@ -94,13 +93,10 @@ class StopSignals:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self._requested = True
-        for each in _STOP:
+        for each in STOP_SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         name = signal.Signals(number).name
         os.write(2, f"\n{name}: stopping; a second signal ends at once\n".encode())
-
-
-_STOP = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager

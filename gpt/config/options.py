@@ -75,7 +75,7 @@ class SourceConfig(Section):
     hub: HubConfig = HubConfig()
 
     @model_validator(mode="after")
-    def _source_is_whole(self) -> Self:
+    def _source_is_complete(self) -> Self:
         self._check_source()
         return self
 
@@ -94,7 +94,7 @@ class MixedSource(SourceConfig):
     """One source of several."""
 
     weight: Ratio = 1.0
-    """Fraction of the training sequences drawn from it, relative to the other weights."""
+    """Share of the training sequences drawn from it, relative to the other weights."""
 
 
 def _parse_flag(value: object, name: str) -> object:
@@ -152,7 +152,7 @@ class DataConfig(SourceConfig):
             super()._check_source()
 
     @model_validator(mode="after")
-    def _has_vocabulary(self) -> Self:
+    def _tokenizer_fits_the_data(self) -> Self:
         if (self.tokenizer == "file") != (self.vocabulary is not None):
             raise ValueError("tokenizer: file and vocabulary (the file) go together")
         everything = [*self.sources, *([self.validation] if self.validation else [])]
@@ -244,7 +244,7 @@ class ModelConfig(Section):
     mlp: MLPConfig = MLPConfig()
 
     @model_validator(mode="after")
-    def _shape_is_whole(self) -> Self:
+    def _shape_is_valid(self) -> Self:
         if self.width % self.heads:
             raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
         if self.width * self.mlp.multiple < 1:
@@ -256,7 +256,7 @@ class ScheduleConfig(Section):
     """Learning rate at each step, as a multiple of optimizer.learning_rate: warm-up, then body."""
 
     warmup: Annotated[str, Choice("gpt.schedule", "WARMUPS")] = "linear"
-    """Shape of the warm-up; none starts at the full rate and ignores warmup_steps."""
+    """Shape of the warm-up; none: start at the full rate and ignore warmup_steps."""
     warmup_steps: CountOrZero = 100
     """Updates until the full rate is reached; the first update is never at rate 0."""
     body: Annotated[str, Choice("gpt.schedule", "BODIES")] = "cosine"
@@ -283,9 +283,9 @@ class OptimizerConfig(Section):
     momentum: Decay = 0.95
     """Momentum of sgd and muon, both in Nesterov's form."""
     weight_decay: Factor = 0.1
-    """Decoupled weight decay, on matrices and embeddings, never on norms and biases."""
+    """Decoupled weight decay of matrices and embeddings, not of norms and biases."""
     independent_decay: bool = False
-    """Scale the decay by the schedule alone, not by learning_rate; 1e-4 is typical."""
+    """Scale the decay by the schedule alone, not by learning_rate; then 1e-4 is typical."""
     clip: Rate | None = 1.0
     """Gradient clipping: largest global gradient norm; null: no clipping."""
 
@@ -300,7 +300,7 @@ class OptimizerConfig(Section):
 
 
 class TrainingConfig(Section):
-    """Duration, batch, device and arithmetic."""
+    """Duration, batch, device and precision."""
 
     steps: Count = 1000
     """Total number of updates."""
@@ -313,9 +313,9 @@ class TrainingConfig(Section):
     device: Device = "auto"
     """auto picks cuda, then mps, then cpu."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the forward and backward pass; weights stay fp32. fp16 uses loss scaling."""
+    """Precision of the forward and backward pass; weights stay fp32. fp16 uses loss scaling."""
     z_loss: Factor = 0.0
-    """Weight of log² Z of the softmax, added to the cross-entropy; 1e-4 is typical."""
+    """Weight of log² Z of the softmax, which is added to the loss; 1e-4 is typical."""
     loss_chunk: Count | None = None
     """Compute logits for this many tokens at a time: less memory, slower. Unset: all at once."""
     compile: bool = False
@@ -423,7 +423,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _kept_is_saved(self) -> Self:
+    def _kept_steps_are_saved(self) -> Self:
         kept, saved = self.checkpoint.keep_every, self.save_every
         if kept is not None and kept % saved:
             raise ValueError(
