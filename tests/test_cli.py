@@ -46,7 +46,7 @@ def run_dir(tiny: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def door(
+def script(
     name: str, *arguments: object, environment: dict[str, str], **options: Any
 ) -> subprocess.CompletedProcess[str]:
     options.setdefault("stdin", subprocess.DEVNULL)
@@ -75,7 +75,7 @@ def test_train_then_sample_as_a_user_does(
     config_file: Path, tmp_path: Path, environment: dict[str, str]
 ):
     out = tmp_path / "run"
-    done = door("train", config_file, "--out-dir", out, environment=environment)
+    done = script("train", config_file, "--out-dir", out, environment=environment)
     assert done.returncode == 0, done.stderr
     assert "finished: all 20 steps are done" in done.stdout
     assert "nats per token" in done.stdout
@@ -86,11 +86,11 @@ def test_train_then_sample_as_a_user_does(
         assert word in done.stderr
     assert "step 20/20  loss" in done.stderr
 
-    again = door("train", config_file, "--out_dir", out, environment=environment)
+    again = script("train", config_file, "--out_dir", out, environment=environment)
     assert again.returncode == 0
     assert again.stdout == done.stdout
 
-    text = door("sample", out, "--prompt", "The quick", environment=environment)
+    text = script("sample", out, "--prompt", "The quick", environment=environment)
     assert text.returncode == 0, text.stderr
     assert text.stdout.startswith("The quick")
     assert "step 20" in text.stderr
@@ -184,7 +184,7 @@ def test_ctrl_c_before_there_is_anything_to_save(
     assert called(capsys, name, "x")[0] == 130
 
 
-def test_dry_run_of_a_longer_run_says_how_its_learning_rate_changes(
+def test_dry_run_of_a_longer_run_describes_how_its_learning_rate_changes(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     run = ("train", config_file, "--out-dir", tmp_path / "run")
@@ -287,7 +287,7 @@ def test_weights_in_a_pickle_are_not_read(
         ("config.yaml", b"\xff"),
     ],
 )
-def test_a_damaged_file_is_named_when_a_run_goes_on(
+def test_a_damaged_file_is_named_when_a_run_is_resumed(
     capsys: pytest.CaptureFixture[str],
     config_file: Path,
     run_dir: Path,
@@ -342,7 +342,7 @@ def test_divergence_is_exit_code_3(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_run_goes_on(
+def test_a_signal_saves_and_the_run_can_be_resumed(
     tiny: Make, tmp_path: Path, environment: dict[str, str], number: signal.Signals
 ):
     long = {
@@ -405,7 +405,7 @@ def test_the_callers_own_signal_handlers_come_back(capsys: pytest.CaptureFixture
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_after_max_seconds_it_saves_and_the_run_goes_on(
+def test_after_max_seconds_it_saves_and_the_run_can_be_resumed(
     capsys: pytest.CaptureFixture[str], tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     path, out = tmp_path / "tiny.yaml", tmp_path / "run"
@@ -471,7 +471,7 @@ def test_a_second_start_in_one_directory_is_refused(
 # -- checkpoint --------------------------------------------------------------------------------
 
 
-def test_verify_tells_of_every_checkpoint(
+def test_verify_reports_every_checkpoint(
     capsys: pytest.CaptureFixture[str], run_dir: Path, tmp_path: Path
 ):
     copy = tmp_path / "copy"
@@ -499,8 +499,8 @@ def test_the_prompt_comes_from_a_flag_a_file_or_a_pipe(
 ):
     (tmp_path / "prompt.txt").write_text("The lazy")
     common = ["--max-new-tokens", 12, "--seed", 4]
-    flag = door("sample", run_dir, "--prompt", "The lazy", *common, environment=environment)
-    file = door(
+    flag = script("sample", run_dir, "--prompt", "The lazy", *common, environment=environment)
+    file = script(
         "sample",
         run_dir,
         "--prompt-file",
@@ -508,13 +508,13 @@ def test_the_prompt_comes_from_a_flag_a_file_or_a_pipe(
         *common,
         environment=environment,
     )
-    pipe = door("sample", run_dir, *common, environment=environment, input="The lazy", stdin=None)
+    pipe = script("sample", run_dir, *common, environment=environment, input="The lazy", stdin=None)
     assert flag.returncode == file.returncode == pipe.returncode == 0
     assert flag.stdout == file.stdout == pipe.stdout
     assert flag.stdout.startswith("The lazy")
 
 
-def test_a_pipe_that_holds_no_text_is_refused(run_dir: Path, environment: dict[str, str]):
+def test_a_pipe_without_text_is_refused(run_dir: Path, environment: dict[str, str]):
     command = [sys.executable, str(ROOT / "sample.py"), str(run_dir)]
     done = subprocess.run(command, input=b"a\xff", capture_output=True, env=environment, timeout=60)
     assert done.returncode == 2
@@ -665,7 +665,7 @@ def test_a_damaged_run_is_named(
 # -- The installed command ---------------------------------------------------------------------
 
 
-def test_prepare_says_what_it_found(
+def test_prepare_describes_the_corpus(
     capsys: pytest.CaptureFixture[str], config_file: Path, tmp_path: Path, monkeypatch
 ):
     arguments = [str(config_file), "--data.cache-dir", str(tmp_path / "cache")]
@@ -736,7 +736,7 @@ def test_a_value_may_begin_with_a_dash(arguments: list[str], expected: str):
         ("sample", ["--", "-run"], "-run: no such directory"),
     ],
 )
-def test_a_dash_that_begins_no_value_is_explained(
+def test_a_dash_that_does_not_begin_a_value_is_explained(
     capsys: pytest.CaptureFixture[str], name: str, arguments: list[str], words: str
 ):
     code, out, err = called(capsys, name, *arguments)

@@ -214,7 +214,7 @@ def test_a_switch_may_be_written_as_yaml_reads_it(tmp_path: Path):
         assert load(path) == config
 
 
-def test_independent_decay_that_would_eat_the_weights_is_refused():
+def test_independent_decay_that_would_lose_the_weights_is_refused():
     message = error_of({"optimizer": {"independent_decay": True}})
     assert (
         "weight_decay (0.1): with independent_decay this fraction of the weights is lost" in message
@@ -427,7 +427,7 @@ def test_out_of_range_in_a_file_names_file_and_key(tmp_path: Path, written: str)
 
 
 @pytest.mark.parametrize("written", ["1:30", "1:1:1.5", "0o17", "0x" + "f" * 5000])
-def test_what_yaml_1_2_reads_as_text_is_no_number(tmp_path: Path, written: str):
+def test_what_yaml_1_2_reads_as_text_is_not_a_number(tmp_path: Path, written: str):
     path = write(tmp_path / "c.yaml", f"seed: {written}")
     with pytest.raises(InputError, match="seed: input should be a valid integer"):
         load(path)
@@ -435,7 +435,7 @@ def test_what_yaml_1_2_reads_as_text_is_no_number(tmp_path: Path, written: str):
     assert load(path).sampling.prompt == written
 
 
-def test_a_date_is_text_and_a_leading_zero_is_nothing(tmp_path: Path):
+def test_a_date_is_text_and_a_leading_zero_is_ignored(tmp_path: Path):
     path = write(tmp_path / "c.yaml", "name: 2026-01-02\nseed: 010\ntraining: {steps: 0x1f}")
     config = load(path)
     assert (config.name, config.seed, config.training.steps) == ("2026-01-02", 10, 31)
@@ -452,7 +452,7 @@ def test_the_cost_of_a_number_is_linear(tmp_path: Path, before: str, unit: str):
 
 
 @pytest.mark.parametrize("over", ["layers", "norm"])
-def test_a_mapping_does_not_hide_what_is_none(tmp_path: Path, over: str):
+def test_a_mapping_does_not_replace_another_value(tmp_path: Path, over: str):
     on_top = {"layers": {"layers": "3"}, "norm": {"norm": {"eps": "0.1"}}}[over]
     below = {"layers": "model: 5", "norm": "model: {norm: 5}"}[over]
     key = {"layers": "model", "norm": "model.norm"}[over]
@@ -475,7 +475,7 @@ def test_a_long_chain_of_bases_is_refused(tmp_path: Path):
     assert load(tmp_path / "84.yaml").seed == 84
 
 
-def test_a_config_or_base_that_is_no_small_file_is_refused(tmp_path: Path):
+def test_a_config_or_base_that_is_not_a_small_file_is_refused(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe")
     write(tmp_path / "long.yaml", "#" * (configs.MAX_BYTES + 1))
     for name, words in (

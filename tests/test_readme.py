@@ -32,14 +32,14 @@ def test_it_opens_with_the_two_commands():
     assert [line for line in pinned if "==" not in line and not line.startswith("#")] == []
 
 
-DOORS = ("train", "train.py", "gpt.data")  # the last one has the options of the others
+PROGRAMS = ("train", "train.py", "gpt.data")  # the last one has the options of the others
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(r" (train|gpt\.data)", c)])
 def test_train_and_prepare_commands(command: str, capsys: pytest.CaptureFixture[str], monkeypatch):
     monkeypatch.chdir(ROOT)
     words = shlex.split(command, comments=True)
-    start = next(i for i, word in enumerate(words) if word in DOORS) + 1
+    start = next(i for i, word in enumerate(words) if word in PROGRAMS) + 1
     arguments = [word for word in words[start:] if word != "--print-config"]
     assert cli.run("train", [*arguments, "--print-config"]) == 0
     assert capsys.readouterr().out
