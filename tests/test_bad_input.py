@@ -690,7 +690,7 @@ def test_a_runs_name_stays_in_its_folder(name: str, tmp_path: Path):
     path = tmp_path / "c.yaml"
     path.write_text(json.dumps({"name": name}))
     error = refused("train.py", path, "--print-config", folder=tmp_path)
-    assert f"{path}: name: string should" in error
+    assert f"{path}: name: must " in error
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_all_errors_at_once_by_dotted_path_with_the_nearest_name():
     assert "model.widht: no such option; perhaps you meant model.width" in message
     assert "model.norm.placement: 'prenorm' is not one of pre, post" in message
     assert "perhaps you meant pre" in message
-    assert "training.steps: input should be a valid integer, found 'many'" in message
+    assert "training.steps: must be a valid integer, found 'many'" in message
     assert len(message.splitlines()) == 3
 
 
@@ -174,13 +174,13 @@ def test_many_errors_still_fit_three_lines():
             "training.steps: 0 is not between 1 and 1,000,000,000",
         ),
         ({"optimizer": {"learning_rate": "nan"}}, "'nan' is not between 1e-30 and 1e+30"),
-        ({"optimizer": {"learning_rate": ".inf"}}, "valid number"),
+        ({"optimizer": {"learning_rate": ".inf"}}, "must be a valid number"),
         ({"model": {"heads": 3}}, "heads (3) must divide width (128)"),
         ({"training": {"batch_sequences": 1, "batch_tokens": 128}}, "set one of them to null"),
         ({"training": {"batch_tokens": 100}}, "must be a multiple of model.context (128)"),
         ({"training": {"batch_sequences": 6, "micro_batch": 4}}, "must divide the batch of 6"),
         ({"data": {"source": "text"}}, "source: text needs path"),
-        ({"name": "../up"}, "name: string should match"),
+        ({"name": "../up"}, "name: must match pattern"),
         ({"model": 3}, "model: must be a mapping"),
     ],
 )
@@ -429,7 +429,7 @@ def test_out_of_range_in_a_file_names_file_and_key(tmp_path: Path, written: str)
 @pytest.mark.parametrize("written", ["1:30", "1:1:1.5", "0o17", "0x" + "f" * 5000])
 def test_what_yaml_1_2_reads_as_text_is_not_a_number(tmp_path: Path, written: str):
     path = write(tmp_path / "c.yaml", f"seed: {written}")
-    with pytest.raises(InputError, match="seed: input should be a valid integer"):
+    with pytest.raises(InputError, match="seed: must be a valid integer"):
         load(path)
     path = write(tmp_path / "c.yaml", f"sampling: {{prompt: {written}}}")
     assert load(path).sampling.prompt == written

@@ -12,12 +12,13 @@ from pydantic import Field
 
 from gpt.cli.common import StopSignals
 from gpt.cli.flags import parse
+from gpt.compare import grid as grids
+from gpt.compare.grid import Cell, Grid
 from gpt.config import Config, FileName, Seconds, Section, WorkerCount
 from gpt.errors import InputError, StoppedError
 from gpt.io.console import Console, show
 
 if TYPE_CHECKING:
-    from gpt.compare.grid import Cell, Grid
     from gpt.compare.summary import Summary
 
 
@@ -69,8 +70,6 @@ def load(argv: Sequence[str], prog: str = "compare.py") -> tuple[Arguments, Comp
     Raises:
         InputError: in either.
     """
-    from gpt.compare import grid as grids
-
     arguments, options = parse(Arguments, prog, argv, Config)
     if arguments.dry_run and arguments.report_only:
         raise InputError("give --dry-run or --report-only, not both")

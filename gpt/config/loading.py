@@ -8,6 +8,7 @@ by dotted path.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -132,7 +133,11 @@ def _describe(error: ErrorDetails, options: list[str]) -> tuple[str, str]:
             return key, f"{found} is not Unicode text"
         case "model_type":
             return key, f"must be a mapping of options, found {found}"
+        case "missing":
+            return key, "is missing"
     message = message.partition(", unable to parse")[0]
+    message = re.sub(r"^\w+ should ", "must ", message)  # such as "Input should be a valid integer"
+    message = message.replace("tuple", "list").replace("dictionary", "mapping")
     return key, f"{message[0].lower()}{message[1:]}, found {found}"
 
 
