@@ -79,4 +79,4 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def _plain(name: str) -> str:
-    return name.lower().replace("-", "_")
+    return name.lower().lstrip("-").replace("-", "_")

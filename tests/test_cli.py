@@ -21,8 +21,6 @@ from conftest import ROOT
 
 from gpt import cli, training
 from gpt.cli import common
-from gpt.cli.flags import parse
-from gpt.cli.sample import Arguments as SampleArguments
 from gpt.cli.sample import load as load_prompt
 from gpt.config import Config
 from gpt.errors import InputError
@@ -706,22 +704,6 @@ def test_the_installed_command_runs_the_same_commands(
 
 
 # -- arguments ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["--prompt", "-x"], "-x"),
-        (["--prompt=-x"], "-x"),
-        (["--prompt=--top-k"], "--top-k"),
-        (["--prompt", "---"], "---"),
-        (["--prompt", "-- a dialogue"], "-- a dialogue"),
-        (["--prompt", "-1e-3"], "-1e-3"),
-    ],
-)
-def test_a_value_may_begin_with_a_dash(arguments: list[str], expected: str):
-    parsed, _ = parse(SampleArguments, "sample.py", ["run", *arguments])
-    assert parsed == SampleArguments(run_dir="run", prompt=expected)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import io
 import os
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 from pydantic import Field
 
@@ -20,6 +20,9 @@ from gpt.hardware.size import check_sampling
 from gpt.io.console import show, write_result
 from gpt.io.files import open_regular
 from gpt.io.text import decoded, unpacked
+
+if TYPE_CHECKING:
+    from gpt.data.tokenizer import Encoding
 
 MAX_PROMPT = 2**26  # bytes
 
@@ -111,9 +114,9 @@ def _is_piped(stream: TextIO | None) -> bool:
 
 
 def sample(arguments: Arguments, prompt: str, prog: str = "sample.py") -> Iterator[str]:
-    """Yield the texts in pieces: the first as it is generated, the others when all are done."""
+    """Load the model and generate; returns the text in pieces, as `_to_text` yields them."""
     from gpt.data.tokenizer import encode
-    from gpt.generate import Decoder, TextDecoder, generate
+    from gpt.generate import Decoder, generate
     from gpt.run.directory import load_run
     from gpt.run.plan import pick_device, total_memory
     from gpt.weights import prepare
@@ -152,19 +155,31 @@ def sample(arguments: Arguments, prompt: str, prog: str = "sample.py") -> Iterat
         stop=encoding.eot_token,
         decoder=Decoder(model, count, size=length, compiled=arguments.compile),
     )
-    yield prompt
+    return _to_text(rows, encoding, prompt, count)
+
+
+def _to_text(
+    rows: Iterable[Sequence[int]], encoding: Encoding, prompt: str, count: int
+) -> Iterator[str]:
+    """Yield the first text as it is generated, and the others when all are done.
+
+    Args:
+        rows: the next token of each of the `count` texts.
+    """
+    from gpt.generate import TextDecoder
+
     decoders = [TextDecoder(encoding) for _ in range(count)]
-    texts = [""] * count
+    texts = [prompt] * count
+    yield prompt
     for row in rows:
-        pieces = [
-            decoder.feed(token) if token != encoding.eot_token else ""
-            for decoder, token in zip(decoders, row, strict=True)
-        ]
-        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
-        yield pieces[0]
+        for index, token in enumerate(row):
+            piece = decoders[index].feed(token) if token != encoding.eot_token else ""
+            texts[index] += piece
+            if index == 0:
+                yield piece
     yield decoders[0].close()
     for text, decoder in zip(texts[1:], decoders[1:], strict=True):
-        yield f"\n{'-' * 60}\n{prompt}{text}{decoder.close()}"
+        yield f"\n{'-' * 60}\n{text}{decoder.close()}"
     yield "\n"
 
 
