@@ -591,7 +591,7 @@ def test_a_hub_dataset_and_its_validation_split():
         ({"validation": {"hub": 3}}, "validation.hub: must be a mapping"),
         ({"tokenizer": "file"}, "go together"),
         ({"vocabulary": "x.json"}, "go together"),
-        ({"source": "tokens", "path": "a"}, "no text that a bpe tokenizer could learn from"),
+        ({"source": "tokens", "path": "a"}, "no text to train a bpe tokenizer on"),
         ({"source": "tokens", "path": "a", "dtype": "int8"}, "dtype: must be 'uint16'"),
     ],
 )
