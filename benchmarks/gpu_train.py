@@ -55,7 +55,7 @@ from gpt import metrics, model, optim, training
 from gpt.config import Config, OptimizerConfig, load, merge
 from gpt.data import tokenizer
 from gpt.data.preparation import prepare
-from gpt.errors import InputError, told
+from gpt.errors import InputError, format_error
 from gpt.hardware import memory
 from gpt.io.files import write_text
 from gpt.placement import PLACEMENTS
@@ -623,7 +623,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             report = run(flags, folder)
     except InputError as error:
-        print("\n".join(told(error)), file=sys.stderr)
+        print("\n".join(format_error(error)), file=sys.stderr)
         sys.exit(2)
     write_text(flags.out, json.dumps(report, indent=2) + "\n")
     print(table(report))

@@ -50,6 +50,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -94,11 +95,11 @@ def inline(calls: Any, workers: int, shared: Any, console: Any, stop: Any) -> bo
 
 def compare_and_report(arguments: list[str]) -> int:
     """A comparison, and its report once more from its directory: what is accepted is reported."""
-    code = cli.compare(arguments)
+    code = cli.run("compare", arguments)
     if code == 0:
         directory = arguments[arguments.index("--out-dir") + 1]
         try:
-            code = cli.compare([directory, "--report-only"])
+            code = cli.run("compare", [directory, "--report-only"])
         except SystemExit:
             code = NO_REPORT
     return code
@@ -106,12 +107,12 @@ def compare_and_report(arguments: list[str]) -> int:
 
 NO_REPORT = 99
 DOORS: dict[str, Door] = {
-    "train.py": cli.train,
-    "sample.py": cli.sample,
-    "compare.py": cli.compare,
-    "diagnose": cli.diagnose,
-    "prepare": cli.prepare,
-    "gpt.checkpoint": cli.checkpoint,
+    "train.py": partial(cli.run, "train", prog="train.py"),
+    "sample.py": partial(cli.run, "sample", prog="sample.py"),
+    "compare.py": partial(cli.run, "compare", prog="compare.py"),
+    "diagnose": partial(cli.run, "diagnose", prog="diagnose"),
+    "prepare": partial(cli.run, "prepare", prog="prepare"),
+    "gpt.checkpoint": partial(cli.run, "checkpoint", prog="gpt.checkpoint"),
     "compare.py twice": compare_and_report,
 }
 
@@ -212,7 +213,7 @@ class Place:
         gpt.training.train(config, Path("runs/stopped"), quiet=True, stop=lambda: next(stops))
         gpt.training.train(config, Path("runs/finished"), quiet=True)
         shutil.copy("runs/finished/tokenizer.json", "vocabulary.json")
-        cli.compare(["grid.yaml", "--out-dir", "compared", "--workers", "1"])
+        cli.run("compare", ["grid.yaml", "--out-dir", "compared", "--workers", "1"])
         half, asked = load_config("half.yaml").data, Counter[str]()
 
         def stop() -> bool:  # after the vocabulary, when the first tokens are written

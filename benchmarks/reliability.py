@@ -45,7 +45,8 @@ from safetensors.torch import save_file
 
 import gpt.training
 from gpt import checkpoint as checkpoints
-from gpt import cli, metrics
+from gpt import metrics
+from gpt.cli.common import EXIT_CODES
 from gpt.config import load
 from gpt.errors import InputError
 
@@ -209,7 +210,7 @@ def train_forked(config: Path, run: Path, fault: Fault | None = None) -> tuple[i
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
             if fault is not None:
                 fault.install()
-            code = cli.EXIT_CODES[gpt.training.train(load(config), run).status]
+            code = EXIT_CODES[gpt.training.train(load(config), run).status]
         except InputError as error:
             print(error, file=sys.stderr)
             code = 2

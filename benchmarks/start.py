@@ -42,7 +42,7 @@ from gpt.run.directory import RunDirectory
 ROOT = Path(__file__).parents[1]
 DOORS = ("train.py", "sample.py", "compare.py")
 MARKS = ("set-up", "validation at step 0", "first update")
-IMPORTS = ("torch._dynamo", "torch", "matplotlib", "numpy", "pydantic", "tyro", "yaml", "gpt")
+IMPORTS = ("torch._dynamo", "torch", "matplotlib", "numpy", "pydantic", "yaml", "gpt")
 PARTS = {  # of a run's time, and the functions that take it
     "logging": ("gpt.run.log.RunLog.flush",),
     "evaluation": ("gpt.run.run.Run._evaluate",),

@@ -29,10 +29,10 @@ __all__ = [
 
 _HOMES = {
     "GPT": "gpt.model",
-    "Config": "gpt.config",
+    "Config": "gpt.config.options",
     "InputError": "gpt.errors",
     "RunResult": "gpt.run.directory",
-    "load": "gpt.config",
+    "load": "gpt.config.loading",
     "load_run": "gpt.run.loading",
     "train": "gpt.training",
 }

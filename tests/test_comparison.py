@@ -241,7 +241,7 @@ def test_report_only_redraws_from_the_files(
     for name in ("report.html", "report.md", "summary.json", "cells.csv"):
         (copy / name).unlink()
     shutil.rmtree(copy / "figures")
-    assert cli.compare([str(copy), "--report-only"]) == 0
+    assert cli.run("compare", [str(copy), "--report-only"]) == 0
     assert "report.html" in capsys.readouterr().out
     for name in ("report.html", "report.md", "summary.json", "cells.csv"):
         assert (copy / name).is_file()
@@ -254,7 +254,7 @@ def test_two_comparisons_side_by_side(
 ):
     from gpt import cli
 
-    assert cli.compare([str(copy), "--report-only", "--beside", str(done[0])]) == 0
+    assert cli.run("compare", [str(copy), "--report-only", "--beside", str(done[0])]) == 0
     assert (copy / "figures/beside.png").is_file()
     assert "beside" in (copy / "report.html").read_text()
     assert str(done[0]) in (copy / "report.html").read_text()
@@ -266,7 +266,8 @@ def test_a_dry_run_lists_cells_and_writes_nothing(
 ):
     from gpt import cli
 
-    assert cli.compare([str(grid_file), "--dry-run", "--out-dir", str(tmp_path / "new")]) == 0
+    flags = ["--dry-run", "--out-dir", str(tmp_path / "new")]
+    assert cli.run("compare", [str(grid_file), *flags]) == 0
     out = capsys.readouterr().out
     _, cells = load(grid_file)
     for cell in cells:
@@ -283,8 +284,8 @@ def test_a_dry_run_lists_cells_and_writes_nothing(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--workers", "0"], ["--workers 0: must be a whole number between 1 and 1,000"]),
-        (["--workers", "two"], ["--workers two"]),
+        (["--workers", "0"], ["--workers: '0' is not between 1 and 1,000"]),
+        (["--workers", "two"], ["--workers: must be a valid integer", "two"]),
         (["--optimizer.learning-rate", "1e-3"], ["--optimizer.learning_rate", "change that file"]),
         (["--training.stepz", "1"], ["--training.stepz: no such option"]),
         (["--dry-run", "--report-only"], ["not both"]),
@@ -307,7 +308,7 @@ def test_wrong_input_is_exit_2(
     from gpt import cli
 
     with pytest.raises(SystemExit) as end:
-        cli.compare([str(grid_file), "--out-dir", str(tmp_path / "new"), *arguments])
+        cli.run("compare", [str(grid_file), "--out-dir", str(tmp_path / "new"), *arguments])
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert 1 <= len(error.splitlines()) <= 3
@@ -325,7 +326,7 @@ def test_what_was_registered_is_not_changed_after_the_runs(
     tree["contrast"]["of"] = ["deepnorm", "pre"]
     changed = write(tmp_path / "changed.yaml", tree)
     with pytest.raises(SystemExit) as end:
-        cli.compare([str(changed), "--out-dir", str(copy)])
+        cli.run("compare", [str(changed), "--out-dir", str(copy)])
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert "holds a comparison of another grid (other contrast), and what was registered" in error
@@ -340,7 +341,7 @@ def test_a_folder_of_something_else_is_left_alone(
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters/dear.txt").write_text("hello")
     with pytest.raises(SystemExit) as end:
-        cli.compare([str(grid_file), "--out-dir", str(tmp_path / "letters")])
+        cli.run("compare", [str(grid_file), "--out-dir", str(tmp_path / "letters")])
     assert end.value.code == 2
     assert "exists and is no comparison" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "letters").iterdir()] == ["dear.txt"]
@@ -359,11 +360,11 @@ def test_too_long_or_too_large_is_said_before_it_starts(
     short = write(tmp_path / "short.yaml", {**tree, "hours": 1e-6})
     out = str(tmp_path / "new")
     with pytest.raises(SystemExit):
-        cli.compare([str(short), "--out-dir", out])
+        cli.run("compare", [str(short), "--out-dir", out])
     assert "the grid allows 0.0036 seconds" in capsys.readouterr().err
     monkeypatch.setattr(estimate, "free_bytes", lambda path: 10)
     with pytest.raises(SystemExit):
-        cli.compare([str(grid_file), "--out-dir", out])
+        cli.run("compare", [str(grid_file), "--out-dir", out])
     assert "are free" in capsys.readouterr().err.replace("\n", " ")
 
 
@@ -371,7 +372,7 @@ def test_too_long_or_too_large_is_said_before_it_starts(
     ("path", "words"),
     [
         ("configs/quickstart.yaml", "is a config for train.py; a grid has arms"),
-        ("docs", "docs: holds no comparison (no grid.yaml)"),
+        ("docs", "docs: is not a comparison directory (no grid.yaml)"),
         ("configs/compare/quik.yaml", "quik.yaml: cannot be read"),
     ],
 )
@@ -382,7 +383,7 @@ def test_what_is_no_grid_is_said(
 
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as end:
-        cli.compare([path])
+        cli.run("compare", [path])
     assert end.value.code == 2
     assert words in capsys.readouterr().err
 
@@ -400,7 +401,7 @@ def test_two_at_once_in_one_directory_are_refused(
     from gpt import cli
 
     with files.lock_directory(tmp_path / "new", "held"), pytest.raises(SystemExit) as end:
-        cli.compare([str(grid_file), "--out-dir", str(tmp_path / "new")])
+        cli.run("compare", [str(grid_file), "--out-dir", str(tmp_path / "new")])
     assert end.value.code == 2
     assert "another process runs this comparison" in capsys.readouterr().err
 
@@ -505,7 +506,7 @@ def test_a_signal_saves_the_cells_and_they_go_on(
     os.kill(process.pid, number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert "the same command goes on" in error
+    assert "run the same command to resume" in error
     for arm in ("pre", "deepnorm"):
         run = RunDirectory(directory / "cells" / f"{arm}_learning-rate-0.01_seed-0")
         result = run.read_result()
@@ -565,7 +566,7 @@ def test_a_faulty_cell_is_exit_1_and_the_others_have_results(
     (directory / "cells").mkdir(parents=True)
     (directory / "cells" / cells[0].id).write_text("in the way")
     (directory / "grid.yaml").write_text(grid.to_yaml())
-    assert cli.compare([str(path), "--out-dir", str(directory), "--workers", "1"]) == 1
+    assert cli.run("compare", [str(path), "--out-dir", str(directory), "--workers", "1"]) == 1
     out, _ = capsys.readouterr()
     assert "1 of 2 cells have no result (1 error)" in out
     assert cells[0].id in json.loads((directory / "lost.json").read_text())
@@ -666,7 +667,7 @@ def test_as_one_refuses_what_cannot_be(
     base = tiny(model={"dropout": 0.1})
     path = write(tmp_path / "dropout.yaml", grid_tree(base, runner="batched"))
     with pytest.raises(SystemExit) as ended:
-        cli.compare([str(path), "--out-dir", str(tmp_path / "new")])
+        cli.run("compare", [str(path), "--out-dir", str(tmp_path / "new")])
     assert ended.value.code == 2
     _, err = capsys.readouterr()
     assert "model.dropout: 0.1 has no batched form" in err

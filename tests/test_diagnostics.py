@@ -245,7 +245,7 @@ def test_gradients_near_epsilon_raise_an_alarm(tiny: Make, tmp_path: Path, capsy
 def test_the_plot(tiny: Make, tmp_path: Path, capsys, precision: str):
     config = tiny(diagnostics={"every": 5}, training={"precision": precision})
     run(config, tmp_path / "run")
-    assert cli.diagnose([str(tmp_path / "run")]) == 0
+    assert cli.run("diagnose", [str(tmp_path / "run")]) == 0
     picture = Path(capsys.readouterr().out.strip())
     assert picture == RunDirectory(tmp_path / "run").layers
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -267,14 +267,14 @@ def test_a_plot_of_a_run_that_failed_at_once(tiny: Make, tmp_path: Path):
     config = tiny(diagnostics={"every": 1}, optimizer=optimizer, schedule={"warmup": "none"})
     assert run(config, tmp_path / "run").status == "diverged"
     assert any(r["grad_norm"] is None for r in lines(tmp_path / "run", layers=True)[4:])
-    assert cli.diagnose([str(tmp_path / "run")]) == 0
+    assert cli.run("diagnose", [str(tmp_path / "run")]) == 0
 
 
 def test_a_plot_of_nothing_is_rejected(tiny: Make, tmp_path: Path, capsys):
     run(tiny(), tmp_path / "run")
     for folder, words in ((tmp_path / "run", "--diagnostics.every"), (tmp_path, "holds no run")):
         with pytest.raises(SystemExit) as caught:
-            cli.diagnose([str(folder)])
+            cli.run("diagnose", [str(folder)])
         assert caught.value.code == 2
         assert words in capsys.readouterr().err
 
@@ -514,5 +514,5 @@ def test_advice_consists_of_flags_that_train_accepts(tiny: Make, tmp_path: Path,
     path.write_text(config.to_yaml())
     for tip in advice(config, place, 0) + advice(config, place, 7):
         flags = tip.partition("  ")[0].split()
-        assert cli.train([str(path), *flags, "--print-config"]) == 0
+        assert cli.run("train", [str(path), *flags, "--print-config"]) == 0
         assert capsys.readouterr().out != config.to_yaml()

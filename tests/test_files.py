@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_bad_input import contents, is_clear, knock
+from test_bad_input import call, contents, is_clear
 from test_training import stop_after
 
 from gpt import training
@@ -133,7 +133,7 @@ def test_a_run_does_not_write_through_a_link(
     put(link, run / name, outside)
     (run.parent / "c.yaml").write_text(small.to_yaml())
     before = contents(outside), contents(run)
-    answer = knock("train.py", run.parent / "c.yaml", "--out-dir", run)
+    answer = call("train.py", run.parent / "c.yaml", "--out-dir", run)
     assert not is_clear(answer)
     assert str(run / name) in answer.err or name in ("config.yaml", "result.json")
     assert (contents(outside), contents(run)) == before
@@ -143,7 +143,7 @@ def test_a_run_does_not_write_through_a_link(
 def test_a_picture_of_layers_takes_the_place_of_a_link(link: Link, run: Path, outside: Path):
     put(link, run / "layers.png", outside)
     before = contents(outside)
-    assert knock("diagnose", run).code == 0
+    assert call("diagnose", run).code == 0
     assert (run / "layers.png").read_bytes() == b"picture"
     assert contents(outside) == before
 
@@ -156,7 +156,7 @@ def test_a_fresh_run_does_not_write_through_a_link(
     put(link, tmp_path / "run" / name, outside)
     (tmp_path / "c.yaml").write_text(small.to_yaml())
     before = contents(tmp_path)
-    assert not is_clear(knock("train.py", tmp_path / "c.yaml", "--out-dir", tmp_path / "run"))
+    assert not is_clear(call("train.py", tmp_path / "c.yaml", "--out-dir", tmp_path / "run"))
     assert contents(tmp_path) == before
 
 
@@ -170,8 +170,8 @@ def test_a_run_leaves_alone_what_has_hard_links_elsewhere(
     shutil.copytree(run, snapshot, copy_function=os.link)
     before = contents(snapshot)
     (tmp_path / "c.yaml").write_text(small.to_yaml())
-    assert knock("train.py", tmp_path / "c.yaml", "--out-dir", run).code == 0
-    assert knock("diagnose", run).code == 0
+    assert call("train.py", tmp_path / "c.yaml", "--out-dir", run).code == 0
+    assert call("diagnose", run).code == 0
     assert contents(snapshot) == before
     assert (run / "history.jsonl").read_bytes().startswith(before["history.jsonl"])
     assert len((run / "history.jsonl").read_text().splitlines()) == 2
@@ -183,7 +183,7 @@ def test_a_run_directory_may_itself_be_a_link(
 ):
     (tmp_path / "c.yaml").write_text(small.to_yaml())
     (tmp_path / "link").symlink_to(run)
-    assert knock("train.py", tmp_path / "c.yaml", "--out-dir", tmp_path / "link").code == 0
+    assert call("train.py", tmp_path / "c.yaml", "--out-dir", tmp_path / "link").code == 0
     assert (run / "result.json").is_file()
 
 
@@ -263,7 +263,7 @@ def test_a_comparison_does_not_write_or_delete_through_a_link(
     path = comparison / name.replace("CELL", cell)
     put(link, path, outside)
     before = contents(outside), contents(comparison)
-    answer = knock("compare.py", comparison, *flags)
+    answer = call("compare.py", comparison, *flags)
     assert not is_clear(answer)
     assert str(path) in answer.err or name == "grid.yaml" or name.startswith("cells")
     assert (contents(outside), contents(comparison)) == before
@@ -277,7 +277,7 @@ def test_a_comparison_leaves_alone_what_has_hard_links_elsewhere(
     snapshot = tmp_path / "snapshot"
     shutil.copytree(comparison, snapshot, copy_function=os.link)
     before = contents(snapshot)
-    assert knock("compare.py", comparison, *flags).code == 0
+    assert call("compare.py", comparison, *flags).code == 0
     assert contents(snapshot) == before
     assert not (comparison / "figures/old.png").exists()
 
@@ -324,7 +324,7 @@ BUILDING = [
 def prepared(config: Config, tmp_path: Path) -> str:
     """The error of `train.py` about data that it cannot prepare."""
     (tmp_path / "c.yaml").write_text(config.to_yaml())
-    answer = knock("train.py", tmp_path / "c.yaml", "--out-dir", tmp_path / "run")
+    answer = call("train.py", tmp_path / "c.yaml", "--out-dir", tmp_path / "run")
     assert not is_clear(answer)
     return answer.err
 

@@ -322,7 +322,7 @@ def test_a_grid_is_documented_and_its_schema_is_current():
     [
         *((f"a{c}b", "cannot be shown") for c in "\x1b\x00\x9b\uffff\u202e\u200b\u2028\n\t"),
         ("a\udcffb", "a\\udcffb' is not Unicode text"),
-        *((name, "string should match pattern") for name in (" ", "", "\u3000", "a ", "a,b")),
+        *((name, "must match pattern") for name in (" ", "", "\u3000", "a ", "a,b")),
         ("x" * 41, "at most 40 characters"),
         *((name, "not a file's name on Windows") for name in ("con", "NUL", "aux.x", "com1.txt")),
     ],
@@ -398,7 +398,7 @@ def test_text_that_no_picture_could_show_is_refused(
         ({"options": {"model": 5}}, "options: model: no such option"),
         ({"arms": {"a": {"x": {"model": 5}}}}, "arms.a.x: model: no such option"),
         ({"grid": {"model": [5]}}, "grid: model: no such option"),
-        ({"arms": {"a": {}}}, "arms: dictionary should have at least 1 item"),
+        ({"arms": {"a": {}}}, "arms: must have at least 1 item"),
     ],
 )
 def test_what_is_no_section_is_not_replaced(tmp_path: Path, changes: dict[str, Any], words: str):

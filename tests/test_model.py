@@ -248,7 +248,7 @@ def test_z_loss_adds_the_mean_square_of_log_z():
 
 
 def test_a_feed_forward_network_without_width_is_refused():
-    with pytest.raises(ValueError, match=r"mlp\.multiple \(0\.001\) leaves no channel inside"):
+    with pytest.raises(ValueError, match=r"mlp\.multiple \(0\.001\) gives a hidden width of 0"):
         make(mlp={"multiple": 0.001})
 
 

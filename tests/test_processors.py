@@ -80,19 +80,19 @@ import contextlib
 import io
 import json
 from pathlib import Path
-from gpt.cli import sample, train
+from gpt.cli import run
 
 folder, found = Path(sys.argv[2]), {}
 for config in sorted(folder.glob("*.yaml")):
     out = str(folder / sys.argv[1] / config.stem)
-    assert train([str(config), "--out-dir", out]) == 0
+    assert run("train", [str(config), "--out-dir", out]) == 0
     lines = map(json.loads, (Path(out) / "metrics.jsonl").read_text().splitlines())
     losses = [line["loss"] for line in lines if "loss" in line]
     for weights in ("fp32", "bf16", "int8"):
         for samples in ("1", "3"):
             flags = ["--weights", weights, "--num-samples", samples, "--max-new-tokens", "40"]
             with contextlib.redirect_stdout(io.StringIO()) as stdout:
-                assert sample([out, "--prompt", "The", *flags]) == 0
+                assert run("sample", [out, "--prompt", "The", *flags]) == 0
             assert len(stdout.getvalue()) > 30
     found[config.stem] = losses
 print(json.dumps(found))

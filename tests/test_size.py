@@ -124,7 +124,7 @@ def test_a_config_that_cannot_fit_is_rejected_before_torch_is_loaded(
     (tmp_path / "c.yaml").write_text("model: {layers: 2000, width: 20000, heads: 1}\n")
     program = (
         "import sys; from gpt import cli\n"
-        "try: cli.train(sys.argv[1:])\n"
+        "try: cli.run('train', sys.argv[1:])\n"
         "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
     )
     command = [sys.executable, "-c", program, "c.yaml", "--training.device", "cpu", *flags]
@@ -178,7 +178,7 @@ def test_a_forged_config_is_not_built(
     path = tmp_path / "run/config.yaml"
     path.write_text(tiny(model={"layers": 2_000, "width": 20_000, "heads": 1}).to_yaml())
     with pytest.raises(SystemExit) as end:
-        cli.sample([str(tmp_path / "run"), "--prompt", "a"])
+        cli.run("sample", [str(tmp_path / "run"), "--prompt", "a"])
     assert end.value.code == 2
     assert "config.yaml: model.layers: 2,000, model.width: 20,000 needs" in capsys.readouterr().err
 

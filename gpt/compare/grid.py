@@ -41,7 +41,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from gpt.config import (
-    LONGEST,
+    MAX_BYTES,
     Between,
     Config,
     Hours,
@@ -51,6 +51,7 @@ from gpt.config import (
     is_reserved,
     leaves,
     merge,
+    nest,
     option_paths,
     read,
     read_yaml,
@@ -325,11 +326,11 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> tuple[Grid, 
     )
     if count > MOST_CELLS:
         raise InputError(f"{path}: describes {count:,} cells; at most {MOST_CELLS:,} are run")
-    base = merge(merge(base, nested(grid.options)), overrides or {})
+    base = merge(merge(base, nest(grid.options)), overrides or {})
     grid = grid.model_copy(update={"base": base, "options": {}})
     cells = _cells(grid, str(path))
-    if len(grid.to_yaml().encode()) > LONGEST:  # or its comparison could not be read again
-        raise InputError(f"{path}: with its base it is longer than {LONGEST:,} bytes")
+    if len(grid.to_yaml().encode()) > MAX_BYTES:  # or its comparison could not be read again
+        raise InputError(f"{path}: with its base it is longer than {MAX_BYTES:,} bytes")
     return grid, cells
 
 
@@ -383,7 +384,7 @@ def _cells(grid: Grid, origin: str) -> list[Cell]:
 def _cell(grid: Grid, arm: Arm, placed: Options, seed: int, varied: list[str], origin: str) -> Cell:
     assert isinstance(grid.base, dict)
     name = _id(arm, placed, seed)
-    tree = merge(grid.base, nested({**arm.options, **placed, "seed": seed, "name": name}))
+    tree = merge(grid.base, nest({**arm.options, **placed, "seed": seed, "name": name}))
     where = f"{origin}: arm {arm.name!r}"
     config = validate(Config, tree, lambda key: f"{where}: {key}".rstrip(": "))
     factors = {key: _value(config, key) for key in varied}
@@ -439,15 +440,6 @@ def _id(arm: Arm, options: Options, seed: int) -> str:
     if not told or len(name) > 80:
         name = f"{name[:70]}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}".lstrip("_-.")
     return f"{name}_seed-{seed}"
-
-
-def nested(options: Options) -> dict[str, Any]:
-    """`{"model.layers": 4}` -> `{"model": {"layers": 4}}`."""
-    tree: dict[str, Any] = {}
-    for key, value in options.items():
-        section, _, rest = key.partition(".")
-        tree = merge(tree, {section: nested({rest: value}) if rest else value})
-    return tree
 
 
 def check_sizes(cells: list[Cell]) -> None:
