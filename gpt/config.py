@@ -44,6 +44,7 @@ from gpt.errors import InputError, nearest
 from gpt.io.console import set_encoding
 from gpt.io.files import read_small
 from gpt.io.text import decode
+from gpt.shipped import find
 
 # ---------------------------------------------------------------------------------------------
 # Kinds of value
@@ -869,24 +870,27 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def base_of(path: Path, base: str) -> Path:
-    """The file that the file `path` names as its base.
+    """The file that the file `path` names as its base, or the config of that name that ships.
 
     Raises:
-        InputError: it is not there.
+        InputError: there is neither.
     """
-    origin = path.parent / expand_user(base)
-    if not origin.exists():
-        raise InputError(f"{path}: base: {base}: no such file (looked in {path.parent.absolute()})")
-    return origin
+    try:
+        return find(expand_user(base), "config", start=path.parent)
+    except InputError as error:
+        raise InputError(f"{path}: base: {error}") from None
 
 
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """The config in the YAML file `path`, its bases, and `overrides` (a nested mapping) on top.
 
+    Args:
+        path: a file, or the name of a config that comes with steadygpt, such as `quickstart`.
+
     Raises:
         InputError: with every error at once, by dotted path, and the nearest valid name.
     """
-    path, overrides = Path(path), overrides or {}
+    path, overrides = find(path, "config"), overrides or {}
     tree = {"name": path.stem, **read(path)}
     flags = {key for key, _ in leaves(overrides)}
     origin = lambda key: f"--{key}" if key in flags else f"{path}: {key}" if key else str(path)  # noqa: E731
@@ -988,7 +992,8 @@ def schema() -> str:
     tree = Config.model_json_schema()
     tree["properties"]["base"] = {
         "type": "string",
-        "description": "A YAML file, relative to this one, whose values this one overrides.",
+        "description": "A YAML file, relative to this one, or the name of a config that comes with "
+        "steadygpt; this file overrides its values.",
     }
     return json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
 

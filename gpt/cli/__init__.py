@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, TextIO
 
 from tyro.conf import Positional, arg
 
+from gpt import __version__
 from gpt.cli.flags import as_flag, parse
 from gpt.config import (
     Config,
@@ -53,6 +54,7 @@ from gpt.io.console import set_encoding, show, write_result
 from gpt.io.files import open_regular, read_small
 from gpt.io.text import decoded, unpacked
 from gpt.io.wait import leave
+from gpt.shipped import names
 
 if TYPE_CHECKING:
     from gpt.compare.grid import Cell, Grid
@@ -62,6 +64,13 @@ if TYPE_CHECKING:
 EXIT_CODES = {"finished": 0, "diverged": 3, "interrupted": 75}
 LONGEST_PROMPT = 2**26  # bytes
 _RUNS = "(default: runs/NAME)"
+ConfigArgument = Annotated[
+    Positional[str],
+    arg(
+        metavar="CONFIG.yaml",
+        help="a YAML file, or the name of a shipped config: " + ", ".join(names("config")),
+    ),
+]
 MaxSeconds = Annotated[
     str,
     arg(
@@ -88,10 +97,14 @@ def main() -> int:
         return commands[name](sys.argv[2:], prog=f"steadygpt {name}")
     usage = (
         "usage: steadygpt train CONFIG.yaml ... | sample RUN_DIR ... | compare GRID.yaml ... | "
-        "prepare CONFIG.yaml ... | checkpoint verify DIR | diagnose RUN_DIR   (--help for each)"
+        "prepare CONFIG.yaml ... | checkpoint verify DIR | diagnose RUN_DIR   (--help for each) | "
+        "--version"
     )
     if name in ("-h", "--help"):
         show(usage)
+        return 0
+    if name == "--version":
+        show(f"steadygpt {__version__}")
         return 0
     show(f"steadygpt: {name}: no such command{nearest(name, commands)}\n{usage}", sys.stderr)
     return 2
@@ -166,7 +179,7 @@ def _handled(handlers: Mapping[int, Any]) -> Iterator[None]:
 class TrainFlags:
     """Train a GPT from a YAML config. Every option of the config is a flag too."""
 
-    config: Annotated[Positional[str], arg(metavar="CONFIG.yaml", help="the YAML file")]
+    config: ConfigArgument
     out_dir: Annotated[
         str | None, arg(metavar="DIR", help="the run directory", help_behavior_hint=_RUNS)
     ] = None
@@ -332,7 +345,7 @@ class StopSignals:
 class PrepareFlags:
     """Prepare a config's data without training, and say what was found."""
 
-    config: Annotated[Positional[str], arg(metavar="CONFIG.yaml", help="the YAML file")]
+    config: ConfigArgument
 
 
 def prepare(argv: list[str] | None = None, prog: str = "prepare") -> int:
@@ -538,7 +551,11 @@ class CompareFlags:
 
     grid: Annotated[
         Positional[str],
-        arg(metavar="GRID.yaml", help="the grid file, or the directory of a comparison"),
+        arg(
+            metavar="GRID.yaml",
+            help="a grid file, the directory of a comparison, or the name of a shipped grid: "
+            + ", ".join(names("grid")),
+        ),
     ]
     out_dir: Annotated[
         str | None,

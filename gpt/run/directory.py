@@ -27,6 +27,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from gpt import __version__
 from gpt import checkpoint as checkpoints
 from gpt import config as configs
 from gpt.checkpoint import Checkpoint, PrunedError
@@ -171,8 +172,8 @@ class RunDirectory:
             facts: what training knows: micro_batch, data_fingerprint, unigram_entropy (H₁) and
                 initial_weights (see `gpt.init.fingerprints`).
         """
-        packages = ("numpy", "safetensors", "steadygpt", "tiktoken", "tokenizers", "torch")
-        versions = {"python": platform.python_version()}
+        packages = ("numpy", "safetensors", "tiktoken", "tokenizers", "torch")
+        versions = {"python": platform.python_version(), "steadygpt": __version__}
         for name in packages:
             try:
                 versions[name] = importlib.metadata.version(name)
@@ -451,7 +452,10 @@ def command_line() -> list[str]:
 
 def _git_commit() -> str | None:
     """The commit of the program, with "-dirty" if it was changed since; None outside a checkout."""
-    command: list[Any] = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    clone = Path(__file__).parents[2]
+    if not (clone / ".git").exists():  # installed, perhaps inside a repository of something else
+        return None
+    command: list[Any] = ["git", "-C", clone, "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(
             [*command, "--abbrev=40", "--exclude=*"], capture_output=True, text=True, timeout=10
