@@ -78,11 +78,9 @@ def test_a_comparison_directory_wins_over_a_grid(
     assert "quick: holds no comparison" in capsys.readouterr().err
 
 
-def test_a_name_that_may_mean_two_files_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_name_that_may_mean_two_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "quickstart.yaml").write_text("name: mine")
-    with pytest.raises(InputError, match="shipped config, and quickstart.yaml exists too"):
+    with pytest.raises(InputError, match=r"shipped config, and quickstart\.yaml exists too"):
         load("quickstart")
     assert load("quickstart.yaml").name == "mine"
     monkeypatch.chdir(ROOT / "configs")
