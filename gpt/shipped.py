@@ -46,13 +46,15 @@ def find(name: str | Path, kind: Kind, start: Path = Path()) -> Path:
     name, path = str(name), start / name
     known = name in names(kind)
     try:
-        if not stat.S_ISDIR(wait_for(partial(os.stat, path), PATIENCE).st_mode) or not known:
-            return path
+        is_folder = stat.S_ISDIR(wait_for(partial(os.stat, path), PATIENCE).st_mode)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL character
         if not known:
             raise InputError(_missing(name, kind, start)) from None
     except OSError:
         return path  # reading it reports the error
+    else:
+        if not (is_folder and known):
+            return path
     shipped, local = FOLDERS[kind] / f"{name}.yaml", start / f"{name}.yaml"
     if local.exists() and not local.samefile(shipped):
         raise InputError(

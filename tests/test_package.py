@@ -161,9 +161,9 @@ def test_the_source_distribution_holds_tests_configs_and_docs(tmp_path: Path):
     (path,) = SdistBuilder(str(ROOT)).build(directory=str(tmp_path))
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    patterns = ("*.md", "*.py", "*.txt", "*.cff", ".ci/*", ".github/**/*.yml", ".pre-commit-*.yaml")
-    patterns += ("tests/*.py", "configs/**/*.yaml", "docs/**/*.md", "benchmarks/*.py", "gpt/**/*.py")
-    for pattern in patterns:
+    top = ("*.md", "*.py", "*.txt", "*.cff", ".ci/*", ".github/**/*.yml", ".pre-commit-*.yaml")
+    folders = ("benchmarks/*.py", "configs/**/*.yaml", "docs/**/*.md", "gpt/**/*.py", "tests/*.py")
+    for pattern in (*top, *folders):
         files = {path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern)}
         assert files, pattern
         assert files <= names, pattern
