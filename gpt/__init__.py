@@ -1,7 +1,7 @@
 """steadygpt: a small GPT-2 training framework whose stability can be measured and compared.
 
     from gpt import load, train
-    result = train(load("configs/quickstart.yaml"))
+    result = train(load("quickstart"))
 
 Names are imported when they are first used, so that `import gpt` does not import torch.
 """
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gpt.run.loading import load_run
     from gpt.training import train
 
+__version__ = "0.2.0"
 __all__ = [
     "GPT",
     "Config",
@@ -37,8 +38,9 @@ _HOMES = {
     "train": "gpt.training",
 }
 
+if not TYPE_CHECKING:  # a type checker reports a name that is not exported
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'gpt' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'gpt' has no attribute {name!r}")
+        return getattr(importlib.import_module(_HOMES[name]), name)

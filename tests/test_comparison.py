@@ -373,7 +373,7 @@ def test_too_long_or_too_large_is_said_before_it_starts(
     [
         ("configs/quickstart.yaml", "is a config for train.py; a grid has arms"),
         ("docs", "docs: is not a comparison directory (no grid.yaml)"),
-        ("configs/compare/quik.yaml", "quik.yaml: cannot be read"),
+        ("configs/compare/quik.yaml", "quik.yaml: no such file"),
     ],
 )
 def test_what_is_no_grid_is_said(

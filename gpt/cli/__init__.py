@@ -11,6 +11,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from gpt import __version__
 from gpt.cli.common import command
 from gpt.errors import nearest
 from gpt.io.console import show
@@ -32,7 +33,9 @@ usage: steadygpt COMMAND ...   (--help for each)
   compare GRID.yaml        compare training stability over a grid of runs
   prepare CONFIG.yaml      prepare a config's data without training
   checkpoint verify DIR    check that checkpoints are what was written
-  diagnose RUN_DIR         plot the statistics of a run's layers"""
+  diagnose RUN_DIR         plot the statistics of a run's layers
+
+  --version                print the version"""
 
 
 def main() -> int:
@@ -42,6 +45,9 @@ def main() -> int:
         return run(name, sys.argv[2:], f"steadygpt {name}")
     if name in ("-h", "--help"):
         show(USAGE)
+        return 0
+    if name == "--version":
+        show(f"steadygpt {__version__}")
         return 0
     show(f"steadygpt: {name}: no such command{nearest(name, COMMANDS)}\n{USAGE}", sys.stderr)
     return 2

@@ -15,6 +15,7 @@ from gpt.cli.flags import parse
 from gpt.compare import grid as grids
 from gpt.compare.grid import Cell, Grid
 from gpt.config import Config, FileName, Seconds, Section, WorkerCount
+from gpt.config.shipped import names
 from gpt.errors import InputError, StoppedError
 from gpt.io.console import Console, show
 
@@ -26,8 +27,11 @@ class Arguments(Section):
     """Compare arms over learning rates, settings and seeds. Every option of the cells is also a
     flag."""
 
-    grid: FileName = Field(title="GRID.yaml")
-    """The grid file, or the directory of a comparison."""
+    grid: FileName = Field(
+        title="GRID.yaml",
+        description="A grid file, the directory of a comparison, or the name of a shipped grid: "
+        + ", ".join(names("grid")),
+    )
     out_dir: FileName | None = Field(None, title="DIR")
     """The comparison directory (default: runs/NAME)."""
     workers: WorkerCount | None = Field(None, title="INT")

@@ -12,6 +12,7 @@ from pydantic import Field
 from gpt.cli.common import StopSignals
 from gpt.cli.flags import parse
 from gpt.config import Config, FileName, Section, load
+from gpt.config.shipped import names
 from gpt.io.console import Console, show
 
 if TYPE_CHECKING:
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 class Arguments(Section):
     """Prepare a config's data without training, and describe it."""
 
-    config: FileName = Field(title="CONFIG.yaml")
-    """The YAML file."""
+    config: FileName = Field(
+        title="CONFIG.yaml",
+        description="A YAML file, or the name of a shipped config: " + ", ".join(names("config")),
+    )
 
 
 def main(argv: Sequence[str], prog: str = "python -m gpt.data") -> int:

@@ -14,6 +14,7 @@ from gpt.cli.common import EXIT_CODES, StopSignals
 from gpt.cli.flags import parse
 from gpt.config import Config, FileName, Seconds, Section
 from gpt.config import load as load_config
+from gpt.config.shipped import names
 from gpt.hardware.size import check_cpu_training
 from gpt.io.console import show, write_result
 from gpt.io.files import read_small
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 class Arguments(Section):
     """Train a GPT from a YAML config. Every option of the config is also a flag."""
 
-    config: FileName = Field(title="CONFIG.yaml")
-    """The YAML file."""
+    config: FileName = Field(
+        title="CONFIG.yaml",
+        description="A YAML file, or the name of a shipped config: " + ", ".join(names("config")),
+    )
     out_dir: FileName | None = Field(None, title="DIR")
     """The run directory (default: runs/NAME)."""
     resume: FileName = Field("auto", title="auto|never|CHECKPOINT")

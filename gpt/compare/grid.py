@@ -57,6 +57,7 @@ from gpt.config import (
     read_yaml,
     validate,
 )
+from gpt.config.shipped import find
 from gpt.errors import InputError, nearest, printable
 from gpt.hardware.size import check_cpu_training
 from gpt.io.console import set_encoding
@@ -291,10 +292,11 @@ def split(axis: str) -> list[str]:
     return [key.strip() for key in axis.split(",")]
 
 
-def load(path: Path, overrides: Mapping[str, Any] | None = None) -> tuple[Grid, list[Cell]]:
+def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> tuple[Grid, list[Cell]]:
     """The grid in a YAML file, and its cells.
 
     Args:
+        path: a file, or the name of a grid that comes with steadygpt, such as `quick`.
         overrides: options for all cells, a nested mapping, on top of the file's.
 
     Returns:
@@ -304,6 +306,7 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> tuple[Grid, 
     Raises:
         InputError: the file, its base or a cell's config is wrong; with the place.
     """
+    path = find(path, "grid")
     tree = read_yaml(path)
     if "arms" not in tree and set(tree) & set(Config.model_fields):
         raise InputError(f"{path}: is a config for train.py; a grid has arms, see configs/compare/")

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from gpt.config.options import Config, MixedSource
+from gpt.config.shipped import find
 from gpt.config.strict_yaml import read_yaml
 from gpt.config.trees import leaves, merge
 from gpt.config.values import Section, expand_user
@@ -30,10 +31,13 @@ SectionType = TypeVar("SectionType", bound=Section)
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """The config in the YAML file `path`, its bases, and `overrides` (a nested mapping) on top.
 
+    Args:
+        path: a file, or the name of a config that comes with steadygpt, such as `quickstart`.
+
     Raises:
         InputError: with every error at once, by dotted path, and the nearest valid name.
     """
-    path, overrides = Path(path), overrides or {}
+    path, overrides = find(path, "config"), overrides or {}
     tree = {"name": path.stem, **read(path)}
     flags = {key for key, _ in leaves(overrides)}
 
@@ -76,15 +80,15 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def base_of(path: Path, base: str) -> Path:
-    """The file that the file `path` names as its base.
+    """The file that the file `path` names as its base, or the shipped config of that name.
 
     Raises:
-        InputError: it does not exist.
+        InputError: neither exists.
     """
-    origin = path.parent / expand_user(base)
-    if not origin.exists():
-        raise InputError(f"{path}: base: {base}: no such file (looked in {path.parent.absolute()})")
-    return origin
+    try:
+        return find(expand_user(base), "config", start=path.parent)
+    except InputError as error:
+        raise InputError(f"{path}: base: {error}") from None
 
 
 def validate(
@@ -187,6 +191,7 @@ def schema() -> str:
     tree = Config.model_json_schema()
     tree["properties"]["base"] = {
         "type": "string",
-        "description": "A YAML file, relative to this one, whose values this one overrides.",
+        "description": "A YAML file, relative to this one, or the name of a config that comes with "
+        "steadygpt; this file overrides its values.",
     }
     return json.dumps(tree, indent=2, ensure_ascii=False) + "\n"

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from pydantic import TypeAdapter
 
+from gpt import __version__
 from gpt import config as configs
 from gpt.checkpoint.state import Loss, Natural, Time
 from gpt.config import Config
@@ -157,8 +158,8 @@ class RunDirectory:
             facts: known to training: micro_batch, data_fingerprint, unigram_entropy (H₁) and
                 initial_weights (see `gpt.init.fingerprints`).
         """
-        packages = ("numpy", "safetensors", "steadygpt", "tiktoken", "tokenizers", "torch")
-        versions = {"python": platform.python_version()}
+        packages = ("numpy", "safetensors", "tiktoken", "tokenizers", "torch")
+        versions = {"python": platform.python_version(), "steadygpt": __version__}
         for name in packages:
             try:
                 versions[name] = importlib.metadata.version(name)
@@ -187,7 +188,10 @@ def command_line() -> list[str]:
 
 def _git_commit() -> str | None:
     """The program's git commit, with "-dirty" if files have changed; None outside a checkout."""
-    command: list[Any] = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    clone = Path(__file__).parents[2]
+    if not (clone / ".git").exists():  # installed, perhaps inside a repository of something else
+        return None
+    command: list[Any] = ["git", "-C", clone, "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(
             [*command, "--abbrev=40", "--exclude=*"], capture_output=True, text=True, timeout=10
