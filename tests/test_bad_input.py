@@ -1171,7 +1171,7 @@ def test_a_corpus_reads_no_file_outside(name: str, prepared: Path):
     meta = json.loads((prepared / "meta.json").read_text())
     meta["files"][0]["name"] = name
     (prepared / "meta.json").write_text(json.dumps(meta))
-    assert "meta.json describes other files" in refused_corpus(prepared)
+    assert "meta.json describes different files" in refused_corpus(prepared)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "counts.bin", "train.bin", "val.bin"])
@@ -1200,7 +1200,7 @@ def test_a_corpus_of_tokens_that_the_vocabulary_has_not(prepared: Path):
     with (prepared / "train.bin").open("r+b") as file:
         file.seek(10)
         file.write(b"\xff\xfe")
-    assert "train.bin holds the id 65279 of 257 tokens" in refused_corpus(prepared)
+    assert "train.bin contains the id 65279, outside the vocabulary" in refused_corpus(prepared)
 
 
 @pytest.mark.parametrize("counts", [b"", b"\xff", b"\0"])
@@ -1292,7 +1292,7 @@ def test_a_state_without_a_part(key: str, config: Config, stopped: Path):
 @pytest.mark.parametrize("other", ["model", "optimizer"])
 @pytest.mark.parametrize("what", ["other shapes", "other names", "none"])
 def test_tensors_of_another_model(what: str, other: str, config: Config, stopped: Path):
-    """Whole safetensors files of another model, sealed again, when going on."""
+    """Whole safetensors files of another model, with a matching manifest, when resuming."""
     path = newest(stopped) / f"{other}.safetensors"
     tensors = load_file(path)
     if what == "other shapes":
