@@ -1164,7 +1164,7 @@ def test_a_corpus_reads_no_file_outside(name: str, prepared: Path):
     meta = json.loads((prepared / "meta.json").read_text())
     meta["files"][0]["name"] = name
     (prepared / "meta.json").write_text(json.dumps(meta))
-    assert "meta.json describes other files" in refused_corpus(prepared)
+    assert "meta.json describes different files" in refused_corpus(prepared)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "counts.bin", "train.bin", "val.bin"])
@@ -1193,7 +1193,7 @@ def test_a_corpus_of_tokens_outside_the_vocabulary(prepared: Path):
     with (prepared / "train.bin").open("r+b") as file:
         file.seek(10)
         file.write(b"\xff\xfe")
-    assert "train.bin holds the id 65279 of 257 tokens" in refused_corpus(prepared)
+    assert "train.bin contains the id 65279, outside the vocabulary" in refused_corpus(prepared)
 
 
 @pytest.mark.parametrize("counts", [b"", b"\xff", b"\0"])
