@@ -44,7 +44,7 @@ from gpt.cli.flags import as_flag
 from gpt.compare import comparison, figures
 from gpt.compare import report as reports
 from gpt.compare.grid import Grid, load
-from gpt.compare.starts import measure_starts
+from gpt.compare.init_probes import measure_init_probes, write_init_probes
 from gpt.config import Config, SourceConfig, option_paths, validate
 from gpt.data.preparation import find
 from gpt.errors import InputError, printable, told
@@ -286,7 +286,7 @@ def quick(monkeypatch_module: pytest.MonkeyPatch) -> None:
     nothing = lambda *args, **options: None  # noqa: E731
     monkeypatch_module.setattr(plot, "plot_run", nothing)
     monkeypatch_module.setattr("gpt.run.plot._save", nothing)
-    monkeypatch_module.setattr(reports, "draw", lambda material: [])
+    monkeypatch_module.setattr(reports, "draw", lambda data: {})
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +329,7 @@ def compared(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.rmtree(folder / "cells" / cell.id / "checkpoints", ignore_errors=True)
     lost = {cells[-1].id: {"status": "killed", "reason": "its process ended early"}}
     (folder / "lost.json").write_text(json.dumps(lost))
-    (folder / "probes.json").write_text(comparison._starts_json(measure_starts(cells[:1]) or []))
+    write_init_probes(folder, measure_init_probes(cells[:1]) or [])
     command = {"argv": ["compare.py", "x.yaml"], "began": "2026-01-01T00:00:00"}
     (folder / "command.json").write_text(json.dumps([command]))
     return folder

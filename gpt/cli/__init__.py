@@ -603,7 +603,7 @@ def compare(argv: list[str] | None = None, prog: str = "compare.py") -> int:
 def _compare(grid: Grid, cells: list[Cell], directory: Path, flags: CompareFlags) -> int:
     workers = int(Workers.read(flags.workers, "--workers")) if flags.workers else 0
     from gpt.compare import comparison
-    from gpt.compare.runner import default_workers
+    from gpt.compare.tasks import default_workers
     from gpt.io.console import Console
 
     beside = _path(flags.beside, "--beside") if flags.beside is not None else None
@@ -625,7 +625,7 @@ def _compare(grid: Grid, cells: list[Cell], directory: Path, flags: CompareFlags
             print("interrupted: cells are saved; the same command goes on", file=sys.stderr)
             return EXIT_CODES["interrupted"]
         summary = done
-    show(comparison.told(summary, directory))
+    show(comparison.format_summary(summary, directory))
     return 1 if "error" in summary.lost.values() else 0
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gpt.model import GPT, CausalSelfAttention, visible
+from gpt.run.metrics import EPS_ALARM as EPS_ALARM
 from gpt.run.metrics import Record
 
 
@@ -34,9 +35,6 @@ class Measure:
     title: str
     log: bool = True
     alarm: float | None = None
-
-
-EPS_ALARM = 10  # times epsilon: gradients below it make Adam's updates shrink
 
 
 MEASURES: dict[str, Measure] = {

@@ -27,6 +27,7 @@ LONGEST = 2**16  # bytes of a line
 LARGEST = 1e100  # that a number may be: fp32 ends at 3.4e38, and a square must still be finite
 MOST_LAYERS = 10_000  # no run has more; a picture has a row for each
 LEARNT = 0.05  # nats under the unigram entropy H₁ that count as having learnt more than frequencies
+EPS_ALARM = 10  # times epsilon: gradients below it make Adam's updates shrink
 
 
 class MetricsLog:
