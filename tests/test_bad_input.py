@@ -41,7 +41,7 @@ from safetensors.torch import load_file, save_file
 from gpt import checkpoint as checkpoints
 from gpt import cli, training
 from gpt.cli.flags import as_flag
-from gpt.compare import comparison, figures
+from gpt.compare import figures
 from gpt.compare import report as reports
 from gpt.compare.grid import Grid, load
 from gpt.compare.init_probes import measure_init_probes, write_init_probes
@@ -703,8 +703,8 @@ def test_a_runs_name_stays_in_its_folder(name: str, tmp_path: Path):
     [
         ({"seeds": 10**12}, "seeds: 1000000000000 is not between 1 and 10,000"),
         ({"seeds": "1e300"}, "seeds: '1e300' is not between 1 and 10,000"),
-        ({"seeds": True}, "seeds: True is neither a list of seeds nor how many, between 1 and"),
-        ({"seeds": 2.5}, "seeds: 2.5 is neither a list of seeds nor how many"),
+        ({"seeds": True}, "seeds: True is neither a list of seeds nor their number, between 1 and"),
+        ({"seeds": 2.5}, "seeds: 2.5 is neither a list of seeds nor their number"),
         ({"seeds": 10_000, "arms": {"a": {"x": {}, "y": {}}}}, "describes 20,000 cells"),
         ({"seeds": -1}, "seeds"),
         ({"grid": {"optimizer.learning_rate": list(range(1, 20_000))}}, "describes"),
@@ -712,7 +712,7 @@ def test_a_runs_name_stays_in_its_folder(name: str, tmp_path: Path):
         ({"arms": {"a": {"x,y": {}}}}, "arms"),
         ({"arms": {"": {"x": {}}}}, "arms"),
         ({"arms": {"a": {}}}, "arm"),
-        ({"exclude": [{"arm": "x"}]}, "leaves no cell"),
+        ({"exclude": [{"arm": "x"}]}, "leaves no cells"),
         ({"exclude": [{"nothing": 1}]}, "exclude.0"),
         ({"contrast": {"question": "?", "of": ["x", "nobody"]}}, "nobody"),
         ({"grid": {"seed": [1]}}, "grid"),

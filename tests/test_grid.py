@@ -53,9 +53,7 @@ def test_cells_are_every_arm_in_every_setting_rate_and_seed(tmp_path: Path):
     found = cells(tmp_path)
     assert len(found) == 2 * 2 * 3 * 2 * 2
     assert len({cell.id for cell in found}) == len(found)
-    assert [cell.config.seed for cell in found] == [0] * 24 + [
-        1
-    ] * 24  # all cells of a seed before the next seed
+    assert [cell.config.seed for cell in found] == [0] * 24 + [1] * 24  # seed by seed
     cell = next(c for c in found if c.arm == "post, warm" and c.config.seed == 1)
     config = cell.config
     assert isinstance(config, Config)

@@ -374,7 +374,7 @@ def test_few_seeds_settle_nothing_however_clear_they_are(measure: str, seeds: in
     assert found.interval is not None
     assert found.interval.low > 0
     assert found.answer == answer
-    assert ("can not settle" in found.why) == (answer == "open")
+    assert ("cannot settle" in found.why) == (answer == "open")
 
 
 def test_the_verdict_is_two_sentences():

@@ -83,7 +83,7 @@ def run_cells(
                 outcome = f"{error.status}: {error.reason}"
             else:
                 continue  # stopped
-            pool.steps[pool.index[cell.id]] = cell.config.training.steps
+            pool.shared.steps[pool.index[cell.id]] = cell.config.training.steps
             ended += 1
             console.say(f"{ended}/{len(cells)}  {cell.id}: {outcome}")
         write_errors(directory, errors)
@@ -149,27 +149,32 @@ class _Pool:
     """Runs jobs in worker processes, and shares memory with them.
 
     Attributes:
-        steps: the number of updates of each cell, counted by the workers.
-        index: of a cell in `steps`, by its id.
+        shared: see `worker.Shared`.
+        index: of a cell in `shared.steps`, by its id.
     """
 
     def __init__(self, cells: Sequence[Cell], console: Console, stop: Callable[[], bool]) -> None:
         self.console, self.stop = console, stop
         self.context = multiprocessing.get_context("spawn")
-        self.stopping = self.context.Value("b", 0, lock=False)
-        self.steps = self.context.Array("l", len(cells), lock=False)
+        self.shared = worker.Shared(
+            self.context.Value("b", 0, lock=False),  # type: ignore[arg-type]
+            self.context.Array("l", len(cells), lock=False),  # type: ignore[arg-type]
+            os.getpid(),
+        )
         self.index = {cell.id: index for index, cell in enumerate(cells)}
 
     def run(self, jobs: Sequence[_Job], workers: int) -> bool:
         """Run all jobs in at most `workers` processes; returns false if `stop` became true."""
         if not jobs:
             return True
+        request = self.shared.request
+        request.value = stopped = 0
         with (
             _environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"),
             pebble.ProcessPool(
                 min(workers, len(jobs)),
                 initializer=worker.begin,
-                initargs=(self.stopping, self.steps, os.getpid()),
+                initargs=(self.shared,),
                 context=self.context,
             ) as processes,
         ):
@@ -181,15 +186,16 @@ class _Pool:
                 while pending:
                     done, pending = wait(pending, SECONDS_BETWEEN_POLLS, FIRST_COMPLETED)
                     if self.stop():
-                        self.stopping.value = 1
+                        request.value = stopped = worker.STOP
                     for future in done:
                         futures[future].done(future)
                     if self.index:  # some cells are being trained
-                        self.console.progress(sum(self.steps))
+                        self.console.progress(sum(self.shared.steps))
+                request.value = worker.CLOSE
             except BaseException:
-                self.stopping.value = 1  # or the workers would continue alone
+                request.value = worker.STOP  # or the workers would continue alone
                 raise
-        return not self.stopping.value
+        return not stopped
 
 
 @contextlib.contextmanager

@@ -1,13 +1,14 @@
 """A worker process of a comparison: it trains the cells of one task after another.
 
-The worker makes run directories and answers the parent, in runner.py, with the error of each cell
-that has no result. Meanwhile it shares memory with the parent: the parent's request to stop, at
-which it saves its cells after the update in progress, and the number of updates of each cell. If
-the parent dies, the worker stops as well.
+The worker fills run directories and answers its parent, in runner.py, with the error of each cell
+that has no result. Meanwhile the two share memory: the parent's request to stop, at which the
+worker saves its cells after the update in progress, and the number of updates of each cell. If the
+parent dies, the worker stops as well.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import signal
@@ -16,7 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.sharedctypes import Synchronized, SynchronizedArray
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,17 +27,19 @@ from gpt.run import metrics
 from gpt.run.directory import RunDirectory, RunResult
 from gpt.training import train
 
+STOP, CLOSE = 1, 2  # values of `Shared.request`
+
 
 @dataclass(frozen=True)
 class Shared:
     """Memory shared by the parent and its workers, and the parent's process id.
 
     Attributes:
-        stopping: 1 once workers should save their cells and end.
+        request: STOP once workers should save their cells and end; CLOSE once all have answered.
         steps: the number of updates of each cell.
     """
 
-    stopping: Synchronized[int]
+    request: Synchronized[int]
     steps: SynchronizedArray[int]
     parent: int
 
@@ -45,17 +47,24 @@ class Shared:
 _shared: Shared  # set by `begin`, once per worker process
 
 
-def begin(stopping: Any, steps: Any, parent: int) -> None:
+def begin(shared: Shared) -> None:
     """Prepare this process, before its first task: one thread, and signals left to the parent."""
     global _shared
-    _shared = Shared(stopping, steps, parent)
+    _shared = shared
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    atexit.register(_exit)
+
+
+def _exit() -> None:
+    """Skip the slow teardown of an interpreter with torch, if the parent has all answers."""
+    if _shared.request.value == CLOSE:
+        os._exit(0)
 
 
 def _should_stop() -> bool:
-    return bool(_shared.stopping.value) or os.getppid() != _shared.parent
+    return _shared.request.value == STOP or os.getppid() != _shared.parent
 
 
 def _count_update(index: int) -> None:
@@ -75,7 +84,7 @@ def train_task(
     Returns:
         The error of each cell; None if it has a result, or was stopped.
     """
-    if _shared.stopping.value:
+    if _shared.request.value == STOP:
         return [None] * len(task.cells)
     paths = [cell_directory(directory, cell) for cell in task.cells]
     ended = _train(task, paths, indices, keep_checkpoints)
