@@ -170,6 +170,7 @@ def test_the_worst_value_of_each_layer_measure_is_in_the_table(done: tuple[Path,
 
 def test_summary_json_agrees_with_the_cells(done: tuple[Path, Any]):
     tree = json.loads((done[0] / "summary.json").read_text())
+    assert tree["version"] == 2
     assert [(arm["arm"], arm["failures"], arm["runs"]) for arm in tree["arms"]] == [
         ("pre", 2, 4),
         ("deepnorm", 2, 4),
@@ -513,6 +514,21 @@ def test_a_signal_saves_the_cells(slow: tuple[Path, Path, subprocess.Popen[str]]
         assert result.status == "interrupted"
         assert 3 < result.step < 800
         assert (run.checkpoints / "latest").is_file()
+
+
+@pytest.mark.parametrize(
+    ("request_value", "exits"), [(0, []), (worker.STOP, []), (worker.CLOSE, [0])]
+)
+def test_a_worker_exits_at_once_only_after_all_have_answered(
+    request_value: int, exits: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    codes: list[int] = []
+    memory = shared_memory()
+    memory.request.value = request_value
+    monkeypatch.setattr(worker, "_shared", memory, raising=False)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    worker._exit()
+    assert codes == exits
 
 
 def test_a_cell_that_needs_too_much_memory_is_recorded(

@@ -336,7 +336,7 @@ def test_arms_are_counted_before_they_are_built(tmp_path: Path):
     began = time.process_time()
     arms = {f"f{n}": {"a": {}, "b": {}} for n in range(24)}
     text = message(tmp_path, arms=arms, contrast=None, pairs=[], exclude=[])
-    assert "arms: gives 16,777,216 arms; at most 10,000 are allowed" in text
+    assert "arms: 16,777,216 combinations of levels; at most 10,000 are allowed" in text
     axes = {"optimizer.learning_rate": [1e-6 * n for n in range(1, 200)]}
     axes |= {"model.layers": list(range(1, 200))}
     assert "describes" in message(tmp_path, grid=axes, exclude=[])

@@ -16,10 +16,10 @@ from gpt.compare.grid import Cell, Grid
 from gpt.compare.outcomes import Outcome
 from gpt.compare.report.cells_csv import csv_row
 from gpt.compare.results import Summary
-from gpt.compare.statistics import holm, wilson
+from gpt.compare.statistics import Interval, Threshold, holm, wilson
 from gpt.compare.summary import summarize
 from gpt.compare.verdicts import Verdict
-from gpt.compare.wording import failures_text
+from gpt.compare.wording import failures_text, rates_text, threshold_text
 from gpt.config import Config, validate
 
 RATES = (1e-3, 1e-2, 1e-1, 1.0)
@@ -408,3 +408,30 @@ def test_arms_that_fail_equally_often_are_not_distinguished():
         "At every rate tried, the same fraction of each arm's runs failed: these runs do not "
         "tell the arms apart."
     )
+
+
+@pytest.mark.parametrize(
+    ("bound", "text"),
+    [("", "0.05"), ("above", "above 0.05"), ("below", "below 0.05"), ("unclear", "unclear")],
+)
+def test_a_threshold_is_given_with_its_bound(bound: str, text: str):
+    assert threshold_text(Threshold(0.05, bound, None, None)) == text  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [(0.2, 5, "0.2 to 5"), (0.2, math.inf, "0.2 or more"), (0, 5, "5 or less")],
+)
+def test_an_open_end_of_an_interval_of_rates_is_named(low: float, high: float, text: str):
+    assert rates_text(Interval(low, high)) == text
+
+
+def test_a_measures_question_is_answered_in_its_own_unit():
+    contrast = {"question": "?", "measure": "loss", "of": ["post, cold", "pre, cold"]}
+    (answer, _) = summary(MOVED, contrast=contrast).verdict
+    assert answer.startswith(
+        "The mean loss changes by +0.225 nats from 'pre, cold' to 'post, cold'"
+    )
+    contrast["measure"] = "failure"
+    (answer, _) = summary(MOVED, contrast=contrast).verdict
+    assert answer.startswith("The fraction of failed runs changes by +25 points from 'pre, cold'")

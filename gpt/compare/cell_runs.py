@@ -31,7 +31,7 @@ class CellError:
 
     @classmethod
     def of(cls, error: Exception) -> CellError:
-        """The cell error for what training raised."""
+        """The cell error for an exception that training raised."""
         if plan.is_out_of_memory(error):
             return cls("out of memory", str(error).partition("\n")[0])
         message = "; ".join(str(error).splitlines()) or type(error).__name__

@@ -167,30 +167,13 @@ class Grid(Section):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
-        known = set(option_paths(Config)) - {"name", "seed"}
         count = math.prod(map(len, self.arms.values()))
         if count > MOST_CELLS:  # before they are built
             raise ValueError(
                 f"arms: {count:,} combinations of levels; at most {MOST_CELLS:,} are allowed"
             )
         arms = self.all_arms()
-        used = [("options", key) for key in self.options]
-        used += [("grid", key) for axis in self.grid for key in split(axis)]
-        for factor, levels in self.arms.items():
-            for name, level in levels.items():
-                used += [(f"arms.{factor}.{name}", key) for key in level if key not in self.grid]
-        for where, key in used:
-            if key not in known:
-                raise ValueError(f"{where}: {key}: no such option of a cell{nearest(key, known)}")
-        of_axes = {key for axis in self.grid for key in split(axis)}
-        for arm in arms:
-            for key in sorted(of_axes & arm.options.keys()):
-                raise ValueError(f"{key}: is set by arm {arm.name!r} and by the grid")
-        duplicates = [
-            key for key, n in Counter(k for axis in self.grid for k in split(axis)).items() if n > 1
-        ]
-        if duplicates:
-            raise ValueError(f"grid: {duplicates[0]} is in two axes")
+        self._check_options(arms)
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds: duplicate seed")
         for factor in self.arms:
@@ -203,19 +186,40 @@ class Grid(Section):
                 _check_values(f"arms: {arm.name!r}: {axis}", values)
         for axis, values in self.grid.items():
             _check_values(f"grid: {axis}", values)
+        self._check_questions([arm.name for arm in arms])
+        return self
+
+    def _check_options(self, arms: Sequence[Arm]) -> None:
+        """Every option exists and is set in one place."""
+        known = set(option_paths(Config)) - {"name", "seed"}
+        on_axes = [key for axis in self.grid for key in split(axis)]
+        used = [("options", key) for key in self.options] + [("grid", key) for key in on_axes]
+        for factor, levels in self.arms.items():
+            for name, level in levels.items():
+                used += [(f"arms.{factor}.{name}", key) for key in level if key not in self.grid]
+        for where, key in used:
+            if key not in known:
+                raise ValueError(f"{where}: {key}: no such option of a cell{nearest(key, known)}")
+        for arm in arms:
+            for key in sorted(set(on_axes) & arm.options.keys()):
+                raise ValueError(f"{key}: is set by arm {arm.name!r} and by the grid")
+        for key, count in Counter(on_axes).items():
+            if count > 1:
+                raise ValueError(f"grid: {key} is in two axes")
+
+    def _check_questions(self, arms: Sequence[str]) -> None:
+        """The contrast and the pairs compare different arms of this grid."""
         for a, b in [*self.pairs, *([self.contrast.of] if self.contrast else [])]:
             if a == b:
                 raise ValueError(f"{a!r} is compared with itself")
         if len(set(map(frozenset, self.pairs))) < len(self.pairs):
             raise ValueError("pairs: duplicate pair")
-        names = dict.fromkeys(arm.name for arm in arms)
-        asked = [name for pair in self.pairs for name in pair]
+        names = list(itertools.chain(*self.pairs))
         if self.contrast is not None:
-            asked += [*self.contrast.of, *(self.contrast.against or ())]
-        for name in asked:
-            if name not in names:
-                raise ValueError(f"{name!r} is not one of the arms: {'; '.join(names)}")
-        return self
+            names += [*self.contrast.of, *(self.contrast.against or ())]
+        for name in names:
+            if name not in arms:
+                raise ValueError(f"{name!r} is not one of the arms: {'; '.join(arms)}")
 
     def all_arms(self) -> list[Arm]:
         """Every combination of levels, the last factor changing fastest.

@@ -1,7 +1,7 @@
 """The results of a comparison as data: what summary.json holds.
 
 summary.py computes them, wording.py puts them into words, and the figures and the report show them.
-Losses are in nats per token. Cells without a result are in no number but the counts of lost cells.
+Losses are in nats per token. Cells without a result count as lost and are in no other number.
 """
 
 from __future__ import annotations

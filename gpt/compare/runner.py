@@ -63,31 +63,13 @@ def run_cells(
         Whether all cells were tried; false if `stop` became true.
     """
     missing = [cell for cell in cells if not has_ended(directory, cell)]
-    names = {cell.id for cell in missing}
-    errors = {name: error for name, error in read_errors(directory).items() if name in names}
-    write_errors(directory, errors)
-    for cell in cells:
-        if cell.id not in names and not keep_checkpoints:  # a killed worker did not get to this
-            shutil.rmtree(cell_directory(directory, cell) / "checkpoints", ignore_errors=True)
+    if not keep_checkpoints:
+        names = {cell.id for cell in missing}
+        for cell in cells:
+            if cell.id not in names:  # a worker was killed before it did this
+                shutil.rmtree(cell_directory(directory, cell) / "checkpoints", ignore_errors=True)
     pool = _Pool(missing, console, stop)
-    ended = len(cells) - len(missing)
-
-    def record(task: Task, answer: Future[list[CellError | None]]) -> None:
-        nonlocal ended
-        for cell, error in zip(task.cells, _errors(answer, len(task.cells)), strict=True):
-            if has_ended(directory, cell):
-                errors.pop(cell.id, None)
-                outcome = describe(cell)
-            elif error is not None:
-                errors[cell.id] = error
-                outcome = f"{error.status}: {error.reason}"
-            else:
-                continue  # stopped
-            pool.shared.steps[pool.index[cell.id]] = cell.config.training.steps
-            ended += 1
-            console.say(f"{ended}/{len(cells)}  {cell.id}: {outcome}")
-        write_errors(directory, errors)
-
+    results = _Results(directory, cells, missing, pool, console, describe)
     if missing:
         steps = sum(cell.config.training.steps for cell in missing)
         console.start(steps, every=SECONDS_BETWEEN_LINES)
@@ -97,7 +79,7 @@ def run_cells(
             _Job(
                 worker.train_task,
                 (task, directory, [pool.index[cell.id] for cell in task.cells], keep_checkpoints),
-                partial(record, task),
+                partial(results.record, task),
             )
             for task in tasks
             if task.batched == batched
@@ -115,6 +97,41 @@ def run_cells(
         if _lacks_plot(directory, cell)
     ]
     return pool.run(plots, workers)
+
+
+class _Results:
+    """Records how cells ended: a line on the console, and lost.json."""
+
+    def __init__(
+        self,
+        directory: Path,
+        cells: Sequence[Cell],
+        missing: Sequence[Cell],
+        pool: _Pool,
+        console: Console,
+        describe: Callable[[Cell], str],
+    ) -> None:
+        self.directory, self.pool, self.console, self.describe = directory, pool, console, describe
+        self.total, self.ended = len(cells), len(cells) - len(missing)
+        before = read_errors(directory)
+        self.errors = {cell.id: before[cell.id] for cell in missing if cell.id in before}
+        write_errors(directory, self.errors)
+
+    def record(self, task: Task, answer: Future[list[CellError | None]]) -> None:
+        """Record a worker's answer to a task."""
+        for cell, error in zip(task.cells, _errors(answer, len(task.cells)), strict=True):
+            if has_ended(self.directory, cell):
+                self.errors.pop(cell.id, None)
+                outcome = self.describe(cell)
+            elif error is not None:
+                self.errors[cell.id] = error
+                outcome = f"{error.status}: {error.reason}"
+            else:
+                continue  # stopped
+            self.pool.shared.steps[self.pool.index[cell.id]] = cell.config.training.steps
+            self.ended += 1
+            self.console.say(f"{self.ended}/{self.total}  {cell.id}: {outcome}")
+        write_errors(self.directory, self.errors)
 
 
 def _lacks_plot(directory: Path, cell: Cell) -> bool:

@@ -263,11 +263,11 @@ def lr50(rates: Sequence[float], failed: Sequence[bool]) -> Threshold:
     tried = sorted(set(rates))
     lowest, highest = tried[0], tried[-1]
     runs = list(zip(rates, failed, strict=True))
-    shares = [fmean(fails for r, fails in runs if r == rate) for rate in tried]
-    stable = [rate for rate, share in zip(tried, shares, strict=True) if share <= 0.5]
+    fractions = [fmean(fails for r, fails in runs if r == rate) for rate in tried]
+    stable = [rate for rate, fraction in zip(tried, fractions, strict=True) if fraction <= 0.5]
     threshold = partial(
         Threshold,
-        low=highest_stable_rate(tried, [share > 0.5 for share in shares]),
+        low=highest_stable_rate(tried, [fraction > 0.5 for fraction in fractions]),
         high=min((rate for rate in tried if rate > max(stable, default=0)), default=None),
     )
     if not any(failed):

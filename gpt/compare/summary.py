@@ -191,7 +191,7 @@ def _common_runs(arms: Sequence[str], outcomes: Sequence[Outcome]) -> _CommonRun
 
 @dataclass(frozen=True)
 class _Measured:
-    """A contrast's measure: each arm's value, and what is known of their signed sum.
+    """A contrast's measure: the value of each arm, and the uncertainty of their signed sum.
 
     Attributes:
         p: of a paired test; for thresholds the smallest that one could give.

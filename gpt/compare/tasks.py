@@ -1,7 +1,7 @@
 """Which cells are trained together: the tasks of a comparison.
 
-A task is what a worker process is given at once: either a single cell, or a batch of cells of one
-shape whose weights are stacked and trained in the same matrix products (see gpt/ensemble.py).
+A task is the unit of work of a worker process: a single cell, or a batch of cells of one shape,
+whose weights are stacked and trained in the same matrix products (see gpt/ensemble.py).
 """
 
 from __future__ import annotations

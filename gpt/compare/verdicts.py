@@ -222,15 +222,15 @@ def _plateau(
         return None
     # Clearly under: a run that never learned fluctuates about the bar, and noise often takes it
     # below, all the more as H1 is of the validation text and the training text may be easier.
-    seen = steps[0]
+    onset = steps[0]
     for index in reversed(range(len(windows))):
         window = windows[index]
         mean = window.mean()
         if mean < bar and mean + STANDARD_ERRORS * _standard_error(window) < bar:
-            seen = steps[min(index + windows.shape[1], len(steps) - 1)]
+            onset = steps[min(index + windows.shape[1], len(steps) - 1)]
             break
     words = f"final loss {final_val_loss:.3f} is not {LEARNT} under H1 = {unigram_entropy:.3f}"
-    return _Finding("plateaued", seen, _starved_block(records), words)
+    return _Finding("plateaued", onset, _starved_block(records), words)
 
 
 def _starved_block(records: Sequence[Record]) -> int | None:

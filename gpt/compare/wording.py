@@ -34,7 +34,7 @@ REASONS: dict[Reason, str] = {
     "one side": "the whole interval lies on one side of zero",
 }
 
-# Measure of a contrast -> what changes, the name of the difference of two changes, its format.
+# Measure -> subject and verb of a change, subject and verb of a difference of changes, its format.
 MEASURES: dict[str, tuple[str, str, Callable[[float], str]]] = {
     "log_lr50": (
         "the rate at which half of the runs fail",
@@ -133,13 +133,13 @@ def verdict(
 
 def _contrast_sentence(result: ContrastResult, contrast: Contrast) -> str:
     pairs = [contrast.of, *([contrast.against] if contrast.against else [])]
-    what, size, number = MEASURES[result.measure]
+    subject, size, number = MEASURES[result.measure]
     changes = [
         f"{_fold(part, reach) if result.measure == 'log_lr50' else f'by {number(part)}'} "
         f"from {b!r} to {a!r}"
         for (a, b), part, reach in zip(pairs, result.parts, result.reach, strict=True)
     ]
-    sentence = f"{what} {', and '.join(changes)}"
+    sentence = f"{subject} {', and '.join(changes)}"
     if len(pairs) > 1 and not any(result.reach):
         sentence += f"; {size} {number(result.value)}"
     interval = "one seed gives no interval"

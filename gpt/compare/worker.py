@@ -97,7 +97,7 @@ def train_task(
 def _train(
     task: Task, paths: Sequence[Path], indices: Sequence[int], keep_checkpoints: bool
 ) -> Sequence[RunResult | Exception]:
-    """How each cell ended: its result, or what it raised."""
+    """The result of each cell, or the exception that it raised."""
     configs = [cell.config for cell in task.cells]
     try:
         if task.batched:

@@ -7,8 +7,8 @@ initialization.py  the networks before training
 runs.py            the runs while they train: layers, loss curves
 
 All are drawn by matplotlib, so that PNG, SVG and the report show the same. A figure's artists carry
-ids: `arm-3` belongs to the fourth arm, `cell-ID` to a cell. The report makes of them what can be
-hovered over, followed by a link, and switched off.
+ids: `arm-3` belongs to the fourth arm, `cell-ID` to a cell. The report turns them into elements
+that a reader can hover over, follow by a link, and switch off.
 """
 
 from __future__ import annotations

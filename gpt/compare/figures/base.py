@@ -37,8 +37,8 @@ class Plot:
 
     Attributes:
         title: a heading.
-        caption: what is drawn, and how to read it.
-        alt: what is to be seen, for readers who cannot see it.
+        caption: the quantities shown, and how to read them.
+        alt: a description for readers who cannot see it.
         cells: whose curves it shows.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -44,7 +45,7 @@ def loss_by_rate(data: PlotData) -> Plot:
 
 
 def beside(data: PlotData, other: PlotData, names: tuple[str, str]) -> Plot:
-    """Final loss against learning rate in two comparisons; arms of one name look alike."""
+    """Final loss against learning rate in two comparisons; arms of one name share a style."""
     names = (label(names[0], 40), label(names[1], 40))
     only_other = {name: style for name, style in other.styles.items() if name not in data.styles}
     styles = {name: replace(style, index=None) for name, style in only_other.items()} | data.styles
@@ -66,7 +67,7 @@ def beside(data: PlotData, other: PlotData, names: tuple[str, str]) -> Plot:
     return Plot(
         f"{names[0]} and {names[1]}",
         "Final loss against learning rate in two comparisons, on the same scale. Arms of the same "
-        "name look alike.",
+        "name have the same style.",
         f"{names[0]}: {_median_losses(data)}. {names[1]}: {_median_losses(other)}",
         figure,
     )
@@ -138,40 +139,13 @@ def failures(data: PlotData) -> Plot:
     width = (1.8 if len(groups) == 1 else 1.2) + 0.52 * len(rates)
     for_titles = 0.7 + 0.085 * max(map(len, groups))  # the layout makes no room for their width
     figure, axes_list = panels(len(groups), width=max(width, for_titles), height=0.9 + 0.34 * rows)
-    for axes, (title, lines) in zip(axes_list, groups.items(), strict=True):
-        fractions = np.full((rows, len(rates)), np.nan)
-        for row, (_, key) in enumerate(lines):
-            for column, rate in enumerate(rates):
-                failed, n = counts.get((*key, rate), (0, 0))
-                if n:
-                    fractions[row, column] = failed / n
-                    axes.text(
-                        column,
-                        row,
-                        f"{failed}/{n}",
-                        ha="center",
-                        va="center",
-                        fontsize=8,
-                        color="white" if failed > n / 2 else "black",
-                    )
-        axes.pcolormesh(
-            np.arange(len(rates) + 1) - 0.5,
-            np.arange(rows + 1) - 0.5,
-            fractions,
-            cmap="cividis_r",
-            vmin=0,
-            vmax=1,
-            edgecolors="white",
-            linewidth=1,
-        )
-        axes.invert_yaxis()
-        axes.grid(False)
+    for axes, (title, keys) in zip(axes_list, groups.items(), strict=True):
+        table = [[counts.get((*key, rate), (0, 0)) for rate in rates] for _, key in keys]
+        _draw_failures(axes, table)
         axes.set_title(title)
         axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates], rotation=45)
-        axes.set_yticks(range(rows), [name for name, _ in lines])
+        axes.set_yticks(range(rows), [name for name, _ in keys])
         axes.set_xlabel("learning rate")
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
     return Plot(
         "Which runs failed",
         "Failed seeds of all seeds. A run failed if its loss became non-finite, did not end more "
@@ -181,3 +155,28 @@ def failures(data: PlotData) -> Plot:
         ),
         figure,
     )
+
+
+def _draw_failures(axes: Axes, table: Sequence[Sequence[tuple[int, int]]]) -> None:
+    """One panel: (failures, seeds) by row and column, (0, 0) where there is no run."""
+    fractions = np.array([[failed / n if n else np.nan for failed, n in row] for row in table])
+    for row, column in np.argwhere(np.isfinite(fractions)):
+        failed, n = table[row][column]
+        colour = "white" if failed > n / 2 else "black"
+        text = f"{failed}/{n}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+    rows, columns = fractions.shape
+    axes.pcolormesh(
+        np.arange(columns + 1) - 0.5,
+        np.arange(rows + 1) - 0.5,
+        fractions,
+        cmap="cividis_r",
+        vmin=0,
+        vmax=1,
+        edgecolors="white",
+        linewidth=1,
+    )
+    axes.invert_yaxis()
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
