@@ -42,10 +42,10 @@ from gpt import checkpoint as checkpoints
 from gpt import cli, training
 from gpt.cli.flags import as_flag
 from gpt.cli.sample import Arguments as SampleArguments
-from gpt.compare import comparison, figures
+from gpt.compare import figures
 from gpt.compare import report as reports
 from gpt.compare.grid import Grid, load
-from gpt.compare.starts import measure_starts
+from gpt.compare.init_probes import measure_init_probes, write_init_probes
 from gpt.config import Config, SourceConfig, option_paths, validate
 from gpt.data.preparation import find
 from gpt.errors import InputError, format_error, printable
@@ -281,7 +281,7 @@ def quick(monkeypatch_module: pytest.MonkeyPatch) -> None:
     nothing = lambda *args, **options: None  # noqa: E731
     monkeypatch_module.setattr(plot, "plot_run", nothing)
     monkeypatch_module.setattr("gpt.run.plot._save", nothing)
-    monkeypatch_module.setattr(reports, "draw", lambda material: [])
+    monkeypatch_module.setattr(reports, "draw", lambda data: {})
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +324,7 @@ def compared(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.rmtree(folder / "cells" / cell.id / "checkpoints", ignore_errors=True)
     lost = {cells[-1].id: {"status": "killed", "reason": "its process ended early"}}
     (folder / "lost.json").write_text(json.dumps(lost))
-    (folder / "probes.json").write_text(comparison._starts_json(measure_starts(cells[:1]) or []))
+    write_init_probes(folder, measure_init_probes(cells[:1]) or [])
     command = {"argv": ["compare.py", "x.yaml"], "began": "2026-01-01T00:00:00"}
     (folder / "command.json").write_text(json.dumps([command]))
     return folder
@@ -698,8 +698,8 @@ def test_a_runs_name_stays_in_its_folder(name: str, tmp_path: Path):
     [
         ({"seeds": 10**12}, "seeds: 1000000000000 is not between 1 and 10,000"),
         ({"seeds": "1e300"}, "seeds: '1e300' is not between 1 and 10,000"),
-        ({"seeds": True}, "seeds: True is neither a list of seeds nor how many, between 1 and"),
-        ({"seeds": 2.5}, "seeds: 2.5 is neither a list of seeds nor how many"),
+        ({"seeds": True}, "seeds: True is neither a list of seeds nor their number, between 1 and"),
+        ({"seeds": 2.5}, "seeds: 2.5 is neither a list of seeds nor their number"),
         ({"seeds": 10_000, "arms": {"a": {"x": {}, "y": {}}}}, "describes 20,000 cells"),
         ({"seeds": -1}, "seeds"),
         ({"grid": {"optimizer.learning_rate": list(range(1, 20_000))}}, "describes"),
@@ -707,7 +707,7 @@ def test_a_runs_name_stays_in_its_folder(name: str, tmp_path: Path):
         ({"arms": {"a": {"x,y": {}}}}, "arms"),
         ({"arms": {"": {"x": {}}}}, "arms"),
         ({"arms": {"a": {}}}, "arm"),
-        ({"exclude": [{"arm": "x"}]}, "leaves no cell"),
+        ({"exclude": [{"arm": "x"}]}, "leaves no cells"),
         ({"exclude": [{"nothing": 1}]}, "exclude.0"),
         ({"contrast": {"question": "?", "of": ["x", "nobody"]}}, "nobody"),
         ({"grid": {"seed": [1]}}, "grid"),

@@ -1,4 +1,4 @@
-"""A comparison as its user meets it: runs, losses of runs, starting again, reports."""
+"""A comparison as its user sees it: runs, runs without a result, starting again, reports."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ import yaml
 from conftest import ROOT
 
 from gpt import metrics
-from gpt.compare import comparison, runner
+from gpt.compare import comparison, worker
 from gpt.compare.grid import Cell, load
-from gpt.compare.outcomes import match, read_outcome
+from gpt.compare.matching import match
+from gpt.compare.outcomes import read_outcome
+from gpt.compare.tasks import Task, make_tasks
 from gpt.config import Config
 from gpt.errors import InputError
 from gpt.io import files
@@ -103,7 +105,7 @@ def test_it_ends_with_a_verdict_and_a_report(done: tuple[Path, subprocess.Comple
     assert ran.returncode == 0, ran.stderr
     assert f"{directory}/report.html" in ran.stdout
     assert "2 failures in 2 seeds" not in ran.stdout
-    assert "the arms failed alike" in ran.stdout
+    assert "the same fraction of each arm's runs failed" in ran.stdout
     names = {path.name for path in directory.iterdir()} - {".lock"}
     assert names == {
         "grid.yaml",
@@ -154,20 +156,21 @@ def test_divergence_is_a_recorded_result(done: tuple[Path, Any]):
     assert {row["status"] for row in rows if row["failed"] == "True"} & {"diverged", "plateaued"}
 
 
-def test_the_worst_that_the_looks_saw_is_in_the_table(done: tuple[Path, Any]):
+def test_the_worst_value_of_each_layer_measure_is_in_the_table(done: tuple[Path, Any]):
     with (done[0] / "cells.csv").open() as file:
         row = next(row for row in csv.DictReader(file) if row["status"] == "trained")
-    looks = metrics.read(done[0] / "cells" / row["id"] / "metrics.jsonl")
-    logits = [r["attention_logit"] for r in looks if "attention_logit" in r]
+    records = metrics.read(done[0] / "cells" / row["id"] / "metrics.jsonl")
+    logits = [r["attention_logit"] for r in records if "attention_logit" in r]
     assert len(logits) == 2 * 3  # two blocks, at steps 1, 10 and 20
     assert float(row["max_attention_logit"]) == max(logits)
-    entropies = [r["attention_entropy"] for r in looks if "attention_entropy" in r]
+    entropies = [r["attention_entropy"] for r in records if "attention_entropy" in r]
     assert float(row["min_attention_entropy"]) == min(entropies)
     assert float(row["max_grad_over_root_v"]) > 0
 
 
 def test_summary_json_agrees_with_the_cells(done: tuple[Path, Any]):
     tree = json.loads((done[0] / "summary.json").read_text())
+    assert tree["version"] == 2
     assert [(arm["arm"], arm["failures"], arm["runs"]) for arm in tree["arms"]] == [
         ("pre", 2, 4),
         ("deepnorm", 2, 4),
@@ -184,10 +187,10 @@ def test_arms_are_matched_and_the_report_says_so(done: tuple[Path, Any], grid_fi
     assert found.equal + found.rescaled == found.parameters
     assert found.rescaled > 0  # deepnorm's gain
     text = (done[0] / "report.md").read_text()
-    assert "6 of 6 runs saw the inputs" in text
+    assert "6 of 6 runs saw the same inputs" in text
 
 
-def test_other_batches_and_other_draws_are_found(copy: Path, grid_file: Path):
+def test_different_batches_and_initial_weights_are_found(copy: Path, grid_file: Path):
     _, cells = load(grid_file)
     victim, other = (c for c in cells if c.arm == "deepnorm" and c.config.seed == 1)
     log = copy / "cells" / victim.id / "metrics.jsonl"
@@ -204,7 +207,7 @@ def test_other_batches_and_other_draws_are_found(copy: Path, grid_file: Path):
     facts.write_text(json.dumps(tree))
     found = match([read_outcome(cell, copy) for cell in cells])
     assert found.same_batches == 5
-    assert any(victim.id in text and "other batches" in text for text in found.exceptions)
+    assert any(victim.id in text and "different batches" in text for text in found.exceptions)
     assert any(other.id in text and "token_embedding.weight" in text for text in found.exceptions)
 
 
@@ -284,9 +287,9 @@ def test_a_dry_run_lists_cells_and_writes_nothing(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--workers", "0"], ["--workers: '0' is not between 1 and 1,000"]),
-        (["--workers", "two"], ["--workers: must be a valid integer", "two"]),
-        (["--optimizer.learning-rate", "1e-3"], ["--optimizer.learning_rate", "change that file"]),
+        (["--workers", "0"], ["--workers 0: must be a whole number between 1 and 1,000"]),
+        (["--workers", "two"], ["--workers two"]),
+        (["--optimizer.learning-rate", "1e-3"], ["--optimizer.learning_rate", "edit that file"]),
         (["--training.stepz", "1"], ["--training.stepz: no such option"]),
         (["--dry-run", "--report-only"], ["not both"]),
         (["--beside", "nowhere"], ["nowhere", "holds no comparison"]),
@@ -317,7 +320,7 @@ def test_wrong_input_is_exit_2(
     assert not (tmp_path / "new").exists()
 
 
-def test_what_was_registered_is_not_changed_after_the_runs(
+def test_a_grid_cannot_change_after_its_runs(
     copy: Path, tmp_path: Path, grid_file: Path, capsys: pytest.CaptureFixture[str]
 ):
     from gpt import cli
@@ -329,11 +332,11 @@ def test_what_was_registered_is_not_changed_after_the_runs(
         cli.run("compare", [str(changed), "--out-dir", str(copy)])
     assert end.value.code == 2
     error = capsys.readouterr().err
-    assert "holds a comparison of another grid (other contrast), and what was registered" in error
+    assert "holds a comparison of another grid (different contrast), and a grid cannot" in error
     assert "choose another --out-dir" in error
 
 
-def test_a_folder_of_something_else_is_left_alone(
+def test_a_directory_of_something_else_is_left_alone(
     grid_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     from gpt import cli
@@ -343,11 +346,11 @@ def test_a_folder_of_something_else_is_left_alone(
     with pytest.raises(SystemExit) as end:
         cli.run("compare", [str(grid_file), "--out-dir", str(tmp_path / "letters")])
     assert end.value.code == 2
-    assert "exists and is no comparison" in capsys.readouterr().err
+    assert "exists and is not a comparison" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "letters").iterdir()] == ["dear.txt"]
 
 
-def test_too_long_or_too_large_is_said_before_it_starts(
+def test_a_grid_that_takes_too_long_or_too_much_disk_is_refused_before_it_starts(
     grid_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -376,7 +379,7 @@ def test_too_long_or_too_large_is_said_before_it_starts(
         ("configs/compare/quik.yaml", "quik.yaml: no such file"),
     ],
 )
-def test_what_is_no_grid_is_said(
+def test_what_is_not_a_grid_is_refused(
     path: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     from gpt import cli
@@ -388,7 +391,7 @@ def test_what_is_no_grid_is_said(
     assert words in capsys.readouterr().err
 
 
-def test_a_warm_up_as_long_as_the_run_is_said(grid_file: Path):
+def test_a_warm_up_as_long_as_the_run_is_reported(grid_file: Path):
     _, cells = load(grid_file, {"schedule": {"warmup_steps": 20}})
     assert comparison.too_long_warmups(cells) == ["pre", "deepnorm"]
     _, cells = load(grid_file, {"schedule": {"warmup_steps": 19}})
@@ -407,13 +410,13 @@ def test_two_at_once_in_one_directory_are_refused(
 
 
 # ---------------------------------------------------------------------------------------------
-# Cells that are lost, and stopping
+# Cells without a result, and stopping
 
 
 def wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.05)
 
 
@@ -452,10 +455,10 @@ def slow(
 
 
 @pytest.fixture
-def slow_as_one(
+def slow_batched(
     tiny: Make, tmp_path: Path, environment: dict[str, str]
 ) -> Iterator[tuple[Path, Path, subprocess.Popen[str]]]:
-    """Two cells of one shape, trained as one."""
+    """Two cells of one shape, batched."""
     arms = {"warm-up": {"none": {"schedule.warmup": "none"}, "linear": {}}}
     changes: dict[str, Any] = {"contrast": None, "pairs": []}
     with started(
@@ -469,7 +472,7 @@ def _updates(run: Path) -> int:
     return sum(b'"loss"' in line for line in log.read_bytes().splitlines()) if log.is_file() else 0
 
 
-def test_a_killed_cell_is_recorded_and_the_others_go_on(
+def test_a_killed_cell_is_recorded_and_the_others_continue(
     slow: tuple[Path, Path, subprocess.Popen[str]], environment: dict[str, str]
 ):
     path, directory, process = slow
@@ -499,9 +502,7 @@ def test_a_killed_cell_is_recorded_and_the_others_go_on(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_the_cells_and_they_go_on(
-    slow: tuple[Path, Path, subprocess.Popen[str]], number: int
-):
+def test_a_signal_saves_the_cells(slow: tuple[Path, Path, subprocess.Popen[str]], number: int):
     _, directory, process = slow
     os.kill(process.pid, number)
     _, error = process.communicate(timeout=60)
@@ -516,46 +517,60 @@ def test_a_signal_saves_the_cells_and_they_go_on(
         assert (run.checkpoints / "latest").is_file()
 
 
+@pytest.mark.parametrize(
+    ("request_value", "exits"), [(0, []), (worker.STOP, []), (worker.CLOSE, [0])]
+)
+def test_a_worker_exits_at_once_only_after_all_have_answered(
+    request_value: int, exits: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    codes: list[int] = []
+    memory = shared_memory()
+    memory.request.value = request_value
+    monkeypatch.setattr(worker, "_shared", memory, raising=False)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    worker._exit()
+    assert codes == exits
+
+
 def test_a_cell_that_needs_too_much_memory_is_recorded(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def exhausted(*arguments: object, **options: object) -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
 
-    monkeypatch.setattr(runner, "train", exhausted)
-    monkeypatch.setattr(runner, "_worker", _idle(), raising=False)
+    monkeypatch.setattr(worker, "train", exhausted)
+    monkeypatch.setattr(worker, "_shared", shared_memory(), raising=False)
     cell = Cell("one", "arm", {}, {}, tiny())
-    (lost,) = runner._train_task(runner.Task((cell,), as_one=False), tmp_path, [0], False)
-    assert lost is not None
-    assert lost.status == "out of memory"
-    assert "can't allocate memory" in lost.reason
+    (error,) = worker.train_task(Task((cell,), batched=False), tmp_path, [0], False)
+    assert error is not None
+    assert error.status == "out of memory"
+    assert "can't allocate memory" in error.reason
 
 
-def test_a_fault_of_the_program_is_recorded_with_its_place(
+def test_an_unexpected_error_is_recorded_with_its_line(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def faulty(*arguments: object, **options: object) -> None:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr(runner, "train", faulty)
-    monkeypatch.setattr(runner, "_worker", _idle(), raising=False)
+    monkeypatch.setattr(worker, "train", faulty)
+    monkeypatch.setattr(worker, "_shared", shared_memory(), raising=False)
     cell = Cell("one", "arm", {}, {}, tiny())
-    (lost,) = runner._train_task(runner.Task((cell,), as_one=False), tmp_path, [0], False)
-    assert lost is not None
-    assert lost.status == "error"
-    assert "ZeroDivisionError: division by zero (test_comparison.py:" in lost.reason
+    (error,) = worker.train_task(Task((cell,), batched=False), tmp_path, [0], False)
+    assert error is not None
+    assert error.status == "error"
+    assert "ZeroDivisionError: division by zero (test_comparison.py:" in error.reason
 
 
-def _idle() -> Any:
-    """What a worker shares with its parent, when nothing is asked of it."""
-    stopping = SimpleNamespace(value=0)
-    return SimpleNamespace(stopping=stopping, steps=[0], parent=os.getppid())
+def shared_memory() -> Any:
+    """What a worker shares with its parent, without a request to stop."""
+    return worker.Shared(SimpleNamespace(value=0), [0], os.getppid())  # type: ignore[arg-type]
 
 
-def test_a_faulty_cell_is_exit_1_and_the_others_have_results(
+def test_an_error_in_a_cell_is_exit_1_and_the_others_have_results(
     grid_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """One cell's directory cannot be made, for a file stands in its place."""
+    """One cell's directory cannot be made, because a file is in its place."""
     from gpt import cli
 
     tree = yaml.safe_load(grid_file.read_text())
@@ -573,7 +588,7 @@ def test_a_faulty_cell_is_exit_1_and_the_others_have_results(
 
 
 def test_two_workers_give_what_one_gives(done: tuple[Path, Any], grid_file: Path, tmp_path: Path):
-    """Cell by cell the same losses, whoever trained them."""
+    """Cell by cell the same losses, whichever worker trained them."""
     grid, cells = load(grid_file)
     assert comparison.compare(
         grid.model_copy(update={"probes": False}),
@@ -594,10 +609,10 @@ def test_two_workers_give_what_one_gives(done: tuple[Path, Any], grid_file: Path
         assert pair[0] == pair[1]
 
 
-# -- Cells trained as one ----------------------------------------------------------------------
+# -- Batched cells -----------------------------------------------------------------------------
 
 
-def test_as_one_gives_what_processes_give(
+def test_batched_cells_give_what_processes_give(
     done: tuple[Path, Any], grid_file: Path, tmp_path: Path, environment: dict[str, str]
 ):
     """The same files, verdicts and inputs; losses to rounding, which a wild rate magnifies."""
@@ -605,7 +620,7 @@ def test_as_one_gives_what_processes_give(
     path, directory = write(tmp_path / "one.yaml", {**tree, "probes": False}), tmp_path / "one"
     ran = door(path, "--runner", "batched", "--out-dir", directory, environment=environment)
     assert ran.returncode == 0, ran.stderr
-    assert "cells as one, by a short timing here" in ran.stderr
+    assert "with a batch of up to 8 cells, estimated by a short timing here" in ran.stderr
     rows = []
     for each in (done[0], directory):
         with (each / "cells.csv").open() as file:
@@ -614,7 +629,7 @@ def test_as_one_gives_what_processes_give(
     for name, alone in rows[0].items():
         for key in ("status", "diverged_at", "steps"):
             assert rows[1][name][key] == alone[key]
-        if alone["status"] == "converged":
+        if alone["status"] == "trained":
             assert float(rows[1][name]["final_val_loss"]) == pytest.approx(
                 float(alone["final_val_loss"]), abs=0.01
             )
@@ -633,10 +648,10 @@ def test_as_one_gives_what_processes_give(
         assert inputs[0] == inputs[1]
     again = door(path, "--out-dir", directory, environment=environment)
     assert again.returncode == 0
-    assert "have ended before" in again.stderr
+    assert "have already ended" in again.stderr
 
 
-def test_what_was_kept_stays_and_a_picture_that_fails_is_told(
+def test_kept_checkpoints_stay_and_a_plot_that_fails_is_reported(
     grid_file: Path, tmp_path: Path, environment: dict[str, str]
 ):
     tree = yaml.safe_load(grid_file.read_text())
@@ -659,7 +674,7 @@ def test_what_was_kept_stays_and_a_picture_that_fails_is_told(
     assert yaml.safe_load((directory / "grid.yaml").read_text())["keep_checkpoints"]
 
 
-def test_as_one_refuses_what_cannot_be(
+def test_a_grid_without_a_batched_form_is_refused(
     tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     from gpt import cli
@@ -674,7 +689,9 @@ def test_as_one_refuses_what_cannot_be(
     assert not (tmp_path / "new").exists()
 
 
-def test_who_trains_which_cells(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_cells_are_divided_into_tasks_by_shape(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     base = tiny(sampling={"tokens": 0})
     arms = {
         "placement": {"pre": {}, "post": {"model.norm.placement": "post"}},
@@ -682,27 +699,27 @@ def test_who_trains_which_cells(tiny: Make, tmp_path: Path, monkeypatch: pytest.
     }
     tree = grid_tree(base, arms=arms, contrast=None, pairs=[])
     _, cells = load(write(tmp_path / "grid.yaml", tree))
-    on_cpu = runner.tasks(cells, "auto")
-    assert [task.as_one for task in on_cpu] == [False] * len(cells)
-    monkeypatch.setattr(runner, "pick_device", lambda name: torch.device("cuda"))
-    on_gpu = runner.tasks(cells, "auto")
-    groups = [task for task in on_gpu if task.as_one]
+    on_cpu = make_tasks(cells, "auto")
+    assert [task.batched for task in on_cpu] == [False] * len(cells)
+    monkeypatch.setattr("gpt.compare.tasks.pick_device", lambda name: torch.device("cuda"))
+    on_gpu = make_tasks(cells, "auto")
+    groups = [task for task in on_gpu if task.batched]
     assert [{cell.arm for cell in task.cells} for task in groups] == [
         {"pre, adamw"},
         {"post, adamw"},
     ]
-    alone = [cell for task in on_gpu if not task.as_one for cell in task.cells]
+    alone = [cell for task in on_gpu if not task.batched for cell in task.cells]
     assert {cell.arm for cell in alone} == {"pre, muon", "post, muon"}
     assert sum(len(task.cells) for task in on_gpu) == len(cells)
-    assert not any(task.as_one for task in runner.tasks(cells, "processes"))
+    assert not any(task.batched for task in make_tasks(cells, "processes"))
     with pytest.raises(InputError, match="muon has no batched form"):
-        runner.tasks(cells, "batched")
+        make_tasks(cells, "batched")
 
 
-def test_cells_as_one_are_stopped_saved_and_gone_on_with(
-    slow_as_one: tuple[Path, Path, subprocess.Popen[str]], environment: dict[str, str]
+def test_batched_cells_are_stopped_saved_and_resumed(
+    slow_batched: tuple[Path, Path, subprocess.Popen[str]], environment: dict[str, str]
 ):
-    path, directory, process = slow_as_one
+    path, directory, process = slow_batched
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 75, err
@@ -720,10 +737,10 @@ def test_cells_as_one_are_stopped_saved_and_gone_on_with(
         assert not (directory / "cells" / name / "checkpoints").exists()
 
 
-def test_cells_as_one_that_are_killed_are_tried_again(
-    slow_as_one: tuple[Path, Path, subprocess.Popen[str]], environment: dict[str, str]
+def test_batched_cells_that_are_killed_are_tried_again(
+    slow_batched: tuple[Path, Path, subprocess.Popen[str]], environment: dict[str, str]
 ):
-    path, directory, process = slow_as_one
+    path, directory, process = slow_batched
     (worker,) = [
         child
         for child in psutil.Process(process.pid).children()

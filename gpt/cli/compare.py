@@ -20,7 +20,7 @@ from gpt.errors import InputError, StoppedError
 from gpt.io.console import Console, show
 
 if TYPE_CHECKING:
-    from gpt.compare.summary import Summary
+    from gpt.compare.results import Summary
 
 
 class Arguments(Section):
@@ -103,7 +103,7 @@ def compare(arguments: Arguments, comparison: Comparison) -> Summary | None:
         StoppedError: it was interrupted.
     """
     from gpt.compare import comparison as comparisons
-    from gpt.compare.runner import default_workers
+    from gpt.compare.tasks import default_workers
 
     grid, cells, directory = comparison.grid, comparison.cells, comparison.directory
     other = Path(arguments.beside) if arguments.beside is not None else None
@@ -131,5 +131,5 @@ def report(summary: Summary | None, comparison: Comparison) -> int:
         return 0
     from gpt.compare import comparison as comparisons
 
-    show(comparisons.told(summary, comparison.directory))
+    show(comparisons.format_summary(summary, comparison.directory))
     return 1 if "error" in summary.lost.values() else 0

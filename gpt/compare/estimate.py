@@ -17,7 +17,7 @@ import torch
 
 from gpt.compare.grid import Cell
 from gpt.compare.probes import DEPTHS
-from gpt.compare.runner import Task
+from gpt.compare.tasks import Task
 from gpt.config import Config
 from gpt.ensemble import BatchedTrainer
 from gpt.errors import InputError
@@ -99,7 +99,7 @@ def estimate(
         evaluations = 2 + (steps - 1) // config.evaluation.every
         evaluated = (config.evaluation.sequences or batch) * evaluations
         seconds = START_SECONDS + update * evaluated / batch / 3  # forward: a third
-        if task.as_one:
+        if task.batched:
             seconds += steps * _measure_together(config, vocab_size, count)
             as_one += seconds * count
         else:
@@ -108,14 +108,14 @@ def estimate(
         flops += float(per_token) * count * steps * batch * config.model.context
         disk += count * (METRICS_BYTES * steps + CELL_BYTES)
         checkpoint = CHECKPOINT_BYTES * parameters * KEPT
-        largest = max(largest, checkpoint * (count if task.as_one else workers))
+        largest = max(largest, checkpoint * (count if task.batched else workers))
         disk += count * checkpoint if keep_checkpoints else 0
     torch.set_num_threads(threads)
     for device in {task.cells[0].config.training.device for task in tasks}:
         release_memory(pick_device(device))
     disk += 0 if keep_checkpoints else largest
     cells = sum(len(task.cells) for task in tasks)
-    separate = sum(not task.as_one for task in tasks)
+    separate = sum(not task.batched for task in tasks)
     seconds = as_one + alone / max(1, min(workers, separate))
     return Estimate(cells, tokens, flops, seconds, disk)
 

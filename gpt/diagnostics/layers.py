@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gpt.metrics import Record
+from gpt.metrics import EPS_ALARM, Record
 from gpt.model import GPT, CausalSelfAttention, causal_mask
 from gpt.placement import Block
 
@@ -38,8 +38,6 @@ class Measure:
     log: bool = True
     alarm: float | None = None
 
-
-EPS_ALARM = 10  # times epsilon: smaller gradients make Adam's updates shrink
 
 MEASURES: dict[str, Measure] = {
     "grad_norm": Measure("gradient norm, all parameters of the layer"),

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from gpt.checkpoint.state import Progress
 from gpt.config import Config
-from gpt.diagnostics.layers import EPS_ALARM, LayerStats
+from gpt.diagnostics.layers import LayerStats
 from gpt.errors import NonFiniteError
 from gpt.hardware.device import peak_flops
 from gpt.io.console import Console
-from gpt.metrics import MetricsLog, Record, read_up_to
+from gpt.metrics import EPS_ALARM, MetricsLog, Record, read_up_to
 from gpt.model import GPT
 from gpt.run.plan import flops_per_token
 

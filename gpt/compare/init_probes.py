@@ -1,9 +1,13 @@
-"""The arms' networks at their start, at several depths: probes.json, and reading it back."""
+"""The comparison's networks at initialization, at several depths: probes.json, and reading it back.
+
+Arms that differ only in how they are trained, such as their warm-up, share a network.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -14,22 +18,22 @@ from gpt.data import preparation
 from gpt.data.prepared import Dataset
 from gpt.data.sequences import TrainingSequences
 from gpt.errors import InputError
-from gpt.io.files import read_json
+from gpt.io.files import read_json, write_text
 
 SEEDS = (0, 1)
 BATCHES, SEQUENCES = 2, 8  # of the training text
-TOKEN_SEEDS = tuple(range(16))  # with one token each: the theory's setting
+TOKEN_SEEDS = tuple(range(16))  # with one token each, as in the theory
 
 
 @dataclass(frozen=True)
-class Start:
+class InitProbe:
     """One network of the comparison before training.
 
     Attributes:
-        arms: the arms that start from it; they differ in what is no matter of the model.
+        arms: the arms that share it.
         regime: of its initial weights.
         text: probes on batches of the training text, by depth.
-        token: the same on single tokens, one a seed.
+        token: the same on single tokens, one per seed.
     """
 
     arms: tuple[str, ...]
@@ -38,32 +42,32 @@ class Start:
     token: tuple[Probe, ...]
 
 
-def measure_starts(
+def measure_init_probes(
     cells: Sequence[Cell], stop: Callable[[], bool] = lambda: False
-) -> list[Start] | None:
-    """Probe every network of the comparison, at `probes.DEPTHS`; None once `stop` comes true."""
-    models: dict[str, list[Cell]] = {}
+) -> list[InitProbe] | None:
+    """Probe every network of the comparison, at `probes.DEPTHS`; None if `stop` becomes true."""
+    networks: dict[str, list[Cell]] = {}
     for cell in cells:
-        alike = cell.config.model.model_copy(update={"layers": 0})
-        models.setdefault(repr((alike, cell.config.data)), []).append(cell)
-    starts = []
-    for alike_cells in models.values():
+        without_depth = cell.config.model.model_copy(update={"layers": 0})
+        networks.setdefault(repr((without_depth, cell.config.data)), []).append(cell)
+    init_probes = []
+    for same in networks.values():
         if stop():
             return None
-        config = alike_cells[0].config
+        config = same[0].config
         dataset = preparation.prepare(config.data)
         vocabulary = dataset.encoding.n_vocab
         text = _batches(dataset, config.model.context, SEQUENCES, BATCHES)
         token = _batches(dataset, 1, 1, 1)
-        starts.append(
-            Start(
-                arms=tuple(dict.fromkeys(cell.arm for cell in alike_cells)),
+        init_probes.append(
+            InitProbe(
+                arms=tuple(dict.fromkeys(cell.arm for cell in same)),
                 regime=config.model.init.regime,
                 text=tuple(probe_depths(config.model, vocabulary, text, SEEDS)),
                 token=tuple(probe_depths(config.model, vocabulary, token, TOKEN_SEEDS)),
             )
         )
-    return starts
+    return init_probes
 
 
 def _batches(dataset: Dataset, context: int, size: int, count: int) -> list[Batch]:
@@ -72,11 +76,17 @@ def _batches(dataset: Dataset, context: int, size: int, count: int) -> list[Batc
     return [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in arrays]
 
 
-def read_starts(directory: Path, arms: Collection[str]) -> list[Start]:
-    """What probes.json says; nothing if it is not there.
+def write_init_probes(directory: Path, init_probes: Sequence[InitProbe]) -> None:
+    """Write probes.json."""
+    tree = [asdict(each) for each in init_probes]
+    write_text(directory / "probes.json", json.dumps(tree, indent=2) + "\n")
+
+
+def read_init_probes(directory: Path, arms: Collection[str]) -> list[InitProbe]:
+    """The contents of probes.json; empty if there is no such file.
 
     Args:
-        arms: the comparison's, by name.
+        arms: the names of the comparison's arms.
 
     Raises:
         InputError: it is damaged.
@@ -85,22 +95,22 @@ def read_starts(directory: Path, arms: Collection[str]) -> list[Start]:
     if not path.is_file():
         return []
     advice = "delete it to measure again"
-    starts = read_json(path, list[Start], advice)
-    if not all(_is_measured(start, arms) for start in starts):
+    init_probes = read_json(path, list[InitProbe], advice)
+    if not all(_is_valid(each, arms) for each in init_probes):
         raise InputError(f"{path}: is damaged; {advice}")
-    return starts
+    return init_probes
 
 
-def _is_measured(start: Start, arms: Collection[str]) -> bool:
-    """Whether it is of arms of the comparison, at several depths, with a value for each block."""
-    depths = [probe.layers for probe in start.text]
+def _is_valid(init_probe: InitProbe, arms: Collection[str]) -> bool:
+    """Whether it is of arms of the comparison, at all depths, with a value for each block."""
+    depths = [probe.layers for probe in init_probe.text]
     return (
-        bool(start.arms)
-        and set(start.arms) <= set(arms)
-        and depths == [probe.layers for probe in start.token] == list(DEPTHS)
+        bool(init_probe.arms)
+        and set(init_probe.arms) <= set(arms)
+        and depths == [probe.layers for probe in init_probe.token] == list(DEPTHS)
         and all(
             len(values) == probe.layers
-            for probe in (*start.text, *start.token)
+            for probe in (*init_probe.text, *init_probe.token)
             for values in (probe.gradient_norms, probe.stream_rms, probe.betas)
             if values is not None
         )
