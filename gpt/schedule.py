@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from gpt.config import Config, ScheduleConfig
+from gpt.config import ScheduleConfig
 
 # Multiplier by the fraction x of the warm-up, 0 < x <= 1.
 WARMUPS: dict[str, Callable[[float], float]] = {
@@ -84,23 +84,3 @@ def lr_multiplier(config: ScheduleConfig, step: int, steps: int) -> float:
 
 def _interpolate(start: float, end: float, x: float) -> float:
     return start + (end - start) * x
-
-
-def describe_lr_change(before: Config, now: Config, step: int) -> str | None:
-    """A sentence on how a new `training.steps` changes the learning rate after `step` updates.
-
-    Returns:
-        None if it does not, as with a constant body.
-    """
-    if step == 0:
-        return None
-    old = lr_multiplier(before.schedule, step, before.training.steps)
-    new = lr_multiplier(now.schedule, step, now.training.steps)
-    if math.isclose(old, new, rel_tol=1e-6):
-        return None
-    full = now.optimizer.learning_rate
-    following = full * lr_multiplier(now.schedule, step + 1, now.training.steps)
-    return (
-        f"the {now.schedule.body} schedule now spans {now.training.steps} steps: the learning rate "
-        f"was {full * old:.2e} at step {step} and is {following:.2e} at step {step + 1}"
-    )

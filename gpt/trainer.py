@@ -22,14 +22,7 @@ from gpt.checkpoint.weights import load_weights
 from gpt.config import Config
 from gpt.data.sequences import Batch, ValidationSequences
 from gpt.hardware import device as devices
-from gpt.hardware.memory import (
-    check_fits,
-    is_out_of_memory,
-    micro_batch,
-    release_memory,
-    retry_with_less_memory,
-    smaller,
-)
+from gpt.hardware.memory import check_fits, micro_batch, release_memory, retry_with_less_memory
 from gpt.init import initialize
 from gpt.model import GPT
 from gpt.optim import Optimizer
@@ -212,22 +205,6 @@ class Trainer:
             f"continuing with {micro_batch}"
         )
         self.micro_batch = micro_batch
-
-    def find_fitting_micro_batch(self, step: int, inputs: Tensor, targets: Tensor) -> int | None:
-        """Switch to the largest smaller micro-batch with which `backward` fits; None: none does."""
-        x, y = self.to_device(inputs), self.to_device(targets)
-        while (fewer := smaller(self.micro_batch, self.config.batch_sequences)) is not None:
-            self.micro_batch = fewer
-            self.optimizer.zero_grad()
-            release_memory(self.device)
-            try:
-                self._backward(step, x, y)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-            else:
-                return fewer
-        return None
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """A copy on the device; from pinned memory, it does not wait for the GPU."""

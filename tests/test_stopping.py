@@ -26,8 +26,9 @@ from gpt.errors import NonFiniteError
 from gpt.model import GPT
 from gpt.run import opening
 from gpt.run.directory import RunResult
+from gpt.run.resume import describe_lr_change
 from gpt.run.run import Run
-from gpt.schedule import describe_lr_change, lr_multiplier
+from gpt.schedule import lr_multiplier
 from gpt.trainer import Trainer
 
 Make = Callable[..., Config]

@@ -21,6 +21,7 @@ from gpt.config import Config, ScheduleConfig
 from gpt.data.sequences import ValidationSequences
 from gpt.diagnostics.failure import FaultLocation, first_nonfinite
 from gpt.errors import Fault, InputError
+from gpt.hardware.memory import is_out_of_memory, release_memory, smaller
 from gpt.io.files import write_bytes
 from gpt.run.directory import RunDirectory
 from gpt.schedule import lr_multiplier
@@ -165,7 +166,10 @@ def advise_on_memory(trainer: Trainer, step: int, make_batch: MakeBatch, shortag
     """
     tried = trainer.micro_batch
     trainer.interrupt = lambda: None  # the run has ended; a second signal ends this
-    fitting = trainer.find_fitting_micro_batch(step, *make_batch(step))
+    inputs, targets = make_batch(step)
+    fitting = smaller(tried, trainer.config.batch_sequences)
+    while fitting is not None and not _fits(trainer, fitting, step, inputs, targets):
+        fitting = smaller(fitting, trainer.config.batch_sequences)
     if fitting is None:
         return f"training.micro_batch: out of memory with a single sequence at a time ({shortage})"
     automatic = trainer.config.training.micro_batch == "auto"
@@ -175,6 +179,20 @@ def advise_on_memory(trainer: Trainer, step: int, make_batch: MakeBatch, shortag
         + ("" if automatic else ", or auto, which finds what fits,")
         + " resumes from the last checkpoint"
     )
+
+
+def _fits(trainer: Trainer, micro_batch: int, step: int, inputs: Tensor, targets: Tensor) -> bool:
+    """Whether `backward` has memory for micro-batches of that size."""
+    trainer.micro_batch = micro_batch
+    trainer.optimizer.zero_grad()
+    release_memory(trainer.device)
+    try:
+        trainer.backward(step, inputs, targets)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ A directory that holds a run is never overwritten. `open_run` decides before any
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from gpt.config import Config, changed, may_change
 from gpt.errors import InputError
 from gpt.io.files import is_partial
 from gpt.run.directory import RunDirectory, RunResult
-from gpt.schedule import describe_lr_change
+from gpt.schedule import lr_multiplier
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,26 @@ class ResumePlan:
         step = self.checkpoint.step if self.checkpoint else 0
         jump = describe_lr_change(self.run.read_config(), config, step)
         return ["changed: " + "; ".join(self.changes), *([] if jump is None else [jump])]
+
+
+def describe_lr_change(before: Config, now: Config, step: int) -> str | None:
+    """A sentence on how a new `training.steps` changes the learning rate after `step` updates.
+
+    Returns:
+        None if it does not, as with a constant body.
+    """
+    if step == 0:
+        return None
+    old = lr_multiplier(before.schedule, step, before.training.steps)
+    new = lr_multiplier(now.schedule, step, now.training.steps)
+    if math.isclose(old, new, rel_tol=1e-6):
+        return None
+    full = now.optimizer.learning_rate
+    following = full * lr_multiplier(now.schedule, step + 1, now.training.steps)
+    return (
+        f"the {now.schedule.body} schedule now spans {now.training.steps} steps: the learning rate "
+        f"was {full * old:.2e} at step {step} and is {following:.2e} at step {step + 1}"
+    )
 
 
 def ended_run(config: Config, path: Path, resume: str) -> RunResult | None:
