@@ -34,15 +34,15 @@ from gpt.hardware.device import autocast, flush_denormals, pick_device
 from gpt.hardware.memory import is_out_of_memory, release_memory, retry_with_less_memory
 from gpt.io.console import Console
 from gpt.io.files import lock_directory
+from gpt.io.wait import raise_if
 from gpt.model import GPT
 from gpt.optim import SEPARABLE, stack
 from gpt.run.directory import RunResult
 from gpt.run.resume import open_run
 from gpt.run.run import Run
 from gpt.trainer import Trainer
-from gpt.training import raise_if
 
-# Options in which the cells of one ensemble may differ: what is a number to each of them.
+# Options, by prefix, in which the cells of one batch may differ; all others are equal.
 OWN = (
     "name",
     "seed",
@@ -53,7 +53,7 @@ OWN = (
     "optimizer.independent_decay",
     "optimizer.clip",
 )
-FULL_ENOUGH = 0.75  # share of cells that still train, below which the stack is made smaller
+FULL_ENOUGH = 0.75  # fraction of cells that still train, below which the stack is rebuilt
 
 
 def why_not(config: Config) -> str | None:

@@ -24,6 +24,7 @@ from gpt.hardware.device import flush_denormals, pick_device
 from gpt.hardware.memory import check_fits, is_out_of_memory
 from gpt.io.console import Console
 from gpt.io.files import lock_directory
+from gpt.io.wait import raise_if
 from gpt.run.directory import RunResult
 from gpt.run.plan import describe
 from gpt.run.recovery import advise_on_memory
@@ -141,13 +142,3 @@ def fit(run: Run, trainer: Trainer) -> RunResult:
     except StopRequestedError:
         return run.interrupt()
     return run.finish()
-
-
-def raise_if(stop: Callable[[], bool]) -> None:
-    """Interrupt work that a resumed run does again.
-
-    Raises:
-        StopRequestedError: `stop` returned true.
-    """
-    if stop():
-        raise StopRequestedError

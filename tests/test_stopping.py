@@ -23,6 +23,7 @@ from gpt.data.preparation import prepare
 from gpt.data.sequences import TrainingSequences
 from gpt.ensemble import train_together
 from gpt.errors import NonFiniteError
+from gpt.io.wait import raise_if
 from gpt.model import GPT
 from gpt.run import opening
 from gpt.run.directory import RunResult
@@ -195,7 +196,7 @@ def test_a_stop_in_the_search_for_a_divergence_is_not_its_end(tiny: Make, tmp_pa
     searched = Run.locate_by_replay
 
     def stopped_search(self: Run, fault: Any) -> Any:
-        self.trainer.interrupt = partial(training.raise_if, lambda: True)
+        self.trainer.interrupt = partial(raise_if, lambda: True)
         return searched(self, fault)
 
     with pytest.MonkeyPatch.context() as patch:

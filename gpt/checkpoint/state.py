@@ -37,7 +37,7 @@ class Progress:
     stalled_evals: Natural = 0  # evaluations in a row no better than guessing by token frequency
     skipped: Natural = 0  # updates that were not finite
     skipped_in_a_row: Natural = 0
-    start_step: Natural = 0  # at which this directory, or its last extension, began
+    start_step: Natural = 0  # where this directory started, or training.steps was last raised
     rollbacks: Natural = 0
     pending: bool = False  # a stop interrupted what was due after this step; a resumed run does it
     skipped_batches: Natural = 0  # by rollbacks: update n sees batch n + skipped_batches

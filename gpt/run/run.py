@@ -117,7 +117,8 @@ class Run:
         if plan.checkpoint is not None and plan.resuming:  # what a kill had left undone
             name, best = plan.checkpoint.name, bool(plan.checkpoint.state["best"])
             if self.progress.start_step == step and step % config.save_every:
-                # Extended: on disk, too, this checkpoint is scheduled before the config says so.
+                # training.steps was raised. This step is scheduled only because the run once ended
+                # here: state.json must say so (`start_step`) before config.yaml has the new length.
                 checkpoints.save(run.checkpoints, self._checkpoint(best), best=best, replaces=True)
             checkpoints.write_pointers(run.checkpoints, name, best=best)
             self.checkpoints.prune(self.progress)
@@ -184,9 +185,9 @@ class Run:
         return lr_multiplier(self.config.schedule, step, self.config.training.steps)
 
     def before_update(self, step: int, inputs: Tensor) -> LayerStats | None:
-        """Note which inputs were seen, and measure the layers where `diagnostics` asks for it."""
-        seen = self.progress.inputs_digest.encode() + inputs.numpy().tobytes()
-        self.progress.inputs_digest = hashlib.sha256(seen).hexdigest()
+        """Add the inputs to the digest, and measure the layers if `diagnostics` asks for it."""
+        inputs_so_far = self.progress.inputs_digest.encode() + inputs.numpy().tobytes()
+        self.progress.inputs_digest = hashlib.sha256(inputs_so_far).hexdigest()
         every, trainer = self.config.diagnostics.every, self.trainer
         if every is None or (step > 1 and step % every != 0):
             return None
@@ -439,7 +440,7 @@ class Run:
     # -- Failure ---------------------------------------------------------------------------------
 
     def roll_back(self, fault: Fault) -> bool:
-        """Return to the last scheduled checkpoint, and skip the batches that were seen since.
+        """Return to the last scheduled checkpoint, and skip the batches trained on since.
 
         Returns:
             False, with nothing done, if `training.nonfinite` is not rollback, the limit is reached,
@@ -484,7 +485,7 @@ class Run:
         )
 
     def locate_in_batch(self, fault: Fault) -> FaultLocation | None:
-        """The same where the update that failed was not applied."""
+        """Where the failure began, for a run in a batch: its failed update was not applied."""
         if fault.quantity == "validation loss":
             return recovery.locate_in_validation(self.trainer, self.validation)
         return recovery.locate_in_batch(self.trainer, fault.step, *self.batch(fault.step))
@@ -545,7 +546,3 @@ class Run:
             plot_run(metrics.read(self.directory.metrics), self.directory.plot, title=config.name)
         self.directory.write_result(result)  # last: it marks the run as ended
         return result
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
