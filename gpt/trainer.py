@@ -30,7 +30,7 @@ from gpt.rng import global_generator
 
 
 class Trainer:
-    """A model with its optimizer and loss scaler.
+    """A model with its optimizer and loss scaler; `reset` or `load` sets their first state.
 
     Args:
         vocab_size: tokens of the vocabulary.
@@ -65,7 +65,6 @@ class Trainer:
         self.micro_batch = micro_batch(config, vocab_size, device)
         fp16 = config.training.precision == "fp16"
         self.skips_nonfinite = config.training.nonfinite == "skip" or fp16
-        self.reset()
 
     # -- State -----------------------------------------------------------------------------------
 

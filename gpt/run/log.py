@@ -137,12 +137,12 @@ class RunLog:
         """
         training = self.config.training
         progress.step, progress.train_loss = update.step, finite_or_none(loss)
-        progress.skipped += update.skipped
+        progress.skipped_updates += update.skipped
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if update.skipped else 0
         if update.skipped and training.nonfinite == "skip":
             self.console.say(
                 f"step {update.step}: skipped: loss {loss:g}, gradient norm {norm:g} "
-                f"({progress.skipped} skipped so far)"
+                f"({progress.skipped_updates} skipped so far)"
             )
         in_a_row = progress.skipped_in_a_row
         too_often = in_a_row > training.nonfinite_limit

@@ -50,7 +50,9 @@ def restore(
         return Progress()
     state = read_state(checkpoint)
     try:
-        trainer.load(checkpoint, state.scaler, updates=state.progress.step - state.progress.skipped)
+        trainer.load(
+            checkpoint, state.scaler, updates=state.progress.step - state.progress.skipped_updates
+        )
     except ValueError as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{checkpoint.name}: does not fit the config: {reason}") from None
