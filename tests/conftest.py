@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from gpt import checkpoint as checkpoints
 from gpt.config import Config, merge, validate
@@ -76,6 +78,36 @@ def vouch(folder: Path) -> None:
     step = json.loads(path.read_text())["step"]
     files = {name: describe(folder / name) for name in checkpoints.FILES}
     path.write_text(checkpoints._to_text({"step": step, "files": files}))
+
+
+RENDER = {name: getattr(Figure, name) for name in ("savefig", "draw_without_rendering")}
+EMPTY = {
+    "png": b"\x89PNG\r\n\x1a\n",
+    "svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="1pt" height="1pt"/>',
+}
+
+
+def _save_empty(self: Figure, target: Any, *, format: str | None = None, **options: Any) -> None:
+    content = EMPTY[format or Path(target).suffix.removeprefix(".")]
+    target.write(content) if hasattr(target, "write") else Path(target).write_bytes(content)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _pictures_are_empty() -> Iterator[None]:
+    """Rendering would be most of what a tiny run costs: figures are built, and saved empty."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", _save_empty)
+        patch.setattr(Figure, "draw_without_rendering", lambda self: None)
+        yield
+
+
+@contextlib.contextmanager
+def rendering() -> Iterator[None]:
+    """Pictures are rendered meanwhile, for tests of what is in them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, method in RENDER.items():
+            patch.setattr(Figure, name, method)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
+from conftest import rendering
 
 from gpt.compare import comparison
 from gpt.compare.figures import DRAWINGS, Material, draw, save
@@ -34,6 +35,12 @@ FLAGS = [
     "--disable-sync",
     "--no-first-run",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _rendered() -> Iterator[None]:
+    with rendering():
+        yield
 
 
 @pytest.fixture(scope="module")
