@@ -70,6 +70,7 @@ def test_it_trains_samples_and_is_looked_into(
     assert "layer_scale" in run("train.py", "--help").stdout
 
 
+@pytest.mark.slow
 def test_the_tests_cover_it(extended: Path, environment: dict[str, str]):
     """All of them on placements, options and the command line's help, with the schema made anew."""
     here = {**environment, "PYTHONPATH": str(extended)}

@@ -140,6 +140,7 @@ def test_every_sort_is_planted():
     assert set(PLANTED.values()) - {None} == set(hostile.SORTS)
 
 
+@pytest.mark.slow
 def test_a_few_inputs_of_each_kind(environment: dict[str, str]):
     """They run and are counted; whether the program withstands them is the benchmark's to say."""
     number = 4 * len(hostile.KINDS)

@@ -50,6 +50,13 @@ def goes(placement: str, norm: str) -> bool:
 
 
 PAIRS = [(placement, norm) for placement in PLACEMENTS for norm in NORMS if goes(placement, norm)]
+# The equations are compared for all pairs; what follows from them, for each placement with layer and
+# with batch norm (which mixes positions), and for each norm in pre-norm and in DLCL's stack of outputs.
+FEW = [
+    (placement, norm)
+    for placement, norm in PAIRS
+    if placement in ("pre", "dlcl") or norm in ("layer", "batch") or placement not in NORMED
+]
 
 
 def make(placement: str, norm_type: str | None = None, **options: Any) -> GPT:
@@ -249,7 +256,7 @@ def test_every_placement_has_a_reference():
     assert list(STACKS) == list(PLACEMENTS)
 
 
-@pytest.mark.parametrize(("placement", "norm"), PAIRS)
+@pytest.mark.parametrize(("placement", "norm"), FEW)
 def test_gradients_are_those_of_finite_differences(placement: str, norm: str):
     model = make(placement, norm)
     x, y = tokens(2, 3), tokens(2, 3, seed=1)
@@ -263,7 +270,7 @@ def test_gradients_are_those_of_finite_differences(placement: str, norm: str):
     assert torch.autograd.gradcheck(loss, tuple(model.parameters()), fast_mode=True)
 
 
-@pytest.mark.parametrize(("placement", "norm"), PAIRS)
+@pytest.mark.parametrize(("placement", "norm"), FEW)
 def test_no_position_sees_a_later_one_but_by_batch_norm_in_training(placement: str, norm: str):
     model = make(placement, norm)
     x = tokens(1)
@@ -278,7 +285,7 @@ def test_no_position_sees_a_later_one_but_by_batch_norm_in_training(placement: s
             assert not torch.allclose(before[:, position + 1 :], after[:, position + 1 :])
 
 
-@pytest.mark.parametrize(("placement", "norm"), PAIRS)
+@pytest.mark.parametrize(("placement", "norm"), FEW)
 def test_the_cache_gives_the_uncached_logits(placement: str, norm: str):
     model = make(placement, norm).eval()
     x = tokens(2)

@@ -225,6 +225,7 @@ def page(browser: Any, directory: Path) -> Iterator[Any]:
     context.close()
 
 
+@pytest.mark.slow
 @needs_browser
 def test_it_opens_and_draws(page: Any):
     assert page.title() == "</title><script>document.title = 'owned'</script>"
@@ -235,6 +236,7 @@ def test_it_opens_and_draws(page: Any):
     assert page.locator("figure svg path").count() > 100
 
 
+@pytest.mark.slow
 @needs_browser
 def test_hovering_shows_a_cells_values(page: Any):
     drawn = page.locator("#loss-by-rate [data-cell]").first
@@ -245,6 +247,7 @@ def test_hovering_shows_a_cells_values(page: Any):
     assert re.search(r"rate .*, seed \d: \w+", tip.text_content())
 
 
+@pytest.mark.slow
 @needs_browser
 def test_arms_can_be_switched_off_and_on(page: Any):
     box = page.locator(".arms input").first
@@ -259,6 +262,7 @@ def test_arms_can_be_switched_off_and_on(page: Any):
     assert lines.first.is_visible()
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_row_leads_to_its_curve_which_is_marked(page: Any):
     link = page.locator("[data-show]").first
@@ -267,6 +271,7 @@ def test_a_row_leads_to_its_curve_which_is_marked(page: Any):
     assert page.locator(".chosen").count() >= 1
 
 
+@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize("width", [360, 1400])
 def test_it_fits_a_phone_and_a_screen(page: Any, width: int):
@@ -274,6 +279,7 @@ def test_it_fits_a_phone_and_a_screen(page: Any, width: int):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_in_light_and_dark(page: Any, scheme: str):
@@ -291,6 +297,7 @@ def test_text_stands_out_in_light_and_dark(page: Any, scheme: str):
     assert abs(paper - label) > 120
 
 
+@pytest.mark.slow
 @needs_browser
 def test_it_can_be_printed(page: Any, tmp_path: Path):
     page.emulate_media(media="print")
