@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,27 @@ def tiny(tree: dict[str, Any]) -> Callable[..., Config]:
 def environment() -> dict[str, str]:
     """Environment of a subprocess that runs a door: one thread, as a test's model is tiny."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comparison trains its cells here, without worker processes, which take seconds to start."""
+    from gpt.compare import runner
+
+    def work(calls: Any, workers: int, shared: Any, console: Any, stop: Any) -> bool:
+        worker = runner._Worker(shared.stopping, shared.steps, os.getppid())
+        monkeypatch.setattr(runner, "_worker", worker, raising=False)
+        for call in calls:
+            shared.stopping.value |= stop()
+            answer: Future[Any] = Future()
+            try:
+                answer.set_result(call.function(*call.arguments))
+            except Exception as error:
+                answer.set_exception(error)
+            call.ended(answer)
+        return not shared.stopping.value
+
+    monkeypatch.setattr(runner, "_work", work)
 
 
 def vouch(folder: Path) -> None:

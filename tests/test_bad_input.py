@@ -3,8 +3,8 @@
 A clear error is exit code 2 and one to three lines on stderr that begin with the door's name and
 name a key, a flag or a file; no byte of what stood there has changed. Never is it a traceback.
 
-STEADYGPT_EXAMPLES=10000 makes ten times as many examples as the ordinary run, which always makes
-the same ones.
+The ordinary run makes a few hundred examples, always the same ones. STEADYGPT_EXAMPLES sets how
+many; `.ci/run` makes thousands.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ from gpt.errors import InputError, printable, told
 from gpt.io.files import describe
 from gpt.run import plot
 
-EXAMPLES = int(os.environ.get("STEADYGPT_EXAMPLES", "1000"))
+EXAMPLES = int(os.environ.get("STEADYGPT_EXAMPLES", "200"))
 
 
-def tries(share: float) -> settings:
-    """Settings of a test that makes this share of the examples."""
-    return settings(
+def tries(share: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator of a test that makes this share of the examples."""
+    made = settings(
         max_examples=max(1, round(EXAMPLES * share)),
         derandomize=True,
         deadline=None,
@@ -64,6 +64,7 @@ def tries(share: float) -> settings:
         phases=[Phase.generate],  # what fails is small, and making it smaller takes minutes
         suppress_health_check=list(HealthCheck),
     )
+    return lambda test: pytest.mark.fuzz(made(test))
 
 
 # ---------------------------------------------------------------------------------------------

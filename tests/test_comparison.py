@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, rendering
 
 from gpt.compare import comparison, runner
 from gpt.compare.grid import Cell, load
@@ -70,6 +70,15 @@ def door(
     return subprocess.run(
         command, capture_output=True, text=True, env=environment, timeout=300, **options
     )
+
+
+def called(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of compare.py, called in this process."""
+    from gpt import cli
+
+    code = cli.compare(list(map(str, arguments)))
+    out, err = capsys.readouterr()
+    return code, out, err
 
 
 @pytest.fixture(scope="module")
@@ -209,25 +218,25 @@ def test_other_batches_and_other_draws_are_found(copy: Path, grid_file: Path):
 
 
 def test_started_again_it_runs_nothing_and_reports(
-    copy: Path, grid_file: Path, environment: dict[str, str]
+    copy: Path, grid_file: Path, capsys: pytest.CaptureFixture[str]
 ):
     before = {path: path.stat().st_mtime_ns for path in copy.glob("cells/*/*")}
     (copy / "report.html").unlink()
-    ran = door(grid_file, "--out-dir", copy, environment=environment)
-    assert ran.returncode == 0
+    assert called(capsys, grid_file, "--out-dir", copy)[0] == 0
     assert {path: path.stat().st_mtime_ns for path in copy.glob("cells/*/*")} == before
     assert (copy / "report.html").is_file()
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_started_again_it_runs_what_is_missing(
-    copy: Path, grid_file: Path, environment: dict[str, str]
+    copy: Path, grid_file: Path, capsys: pytest.CaptureFixture[str]
 ):
     _, cells = load(grid_file)
     shutil.rmtree(copy / "cells" / cells[3].id)
     old = metrics.read(copy / "cells" / cells[2].id / "metrics.jsonl")
-    ran = door(grid_file, "--out-dir", copy, "--workers", 1, environment=environment)
-    assert ran.returncode == 0, ran.stderr
-    lines = [line for line in ran.stderr.splitlines() if "/8  " in line]
+    code, _, err = called(capsys, grid_file, "--out-dir", copy)
+    assert code == 0, err
+    lines = [line for line in err.splitlines() if "/8  " in line]
     assert len(lines) == 1
     assert cells[3].id in lines[0]
     assert metrics.read(copy / "cells" / cells[2].id / "metrics.jsonl") == old
@@ -241,7 +250,8 @@ def test_report_only_redraws_from_the_files(
     for name in ("report.html", "report.md", "summary.json", "cells.csv"):
         (copy / name).unlink()
     shutil.rmtree(copy / "figures")
-    assert cli.compare([str(copy), "--report-only"]) == 0
+    with rendering():
+        assert cli.compare([str(copy), "--report-only"]) == 0
     assert "report.html" in capsys.readouterr().out
     for name in ("report.html", "report.md", "summary.json", "cells.csv"):
         assert (copy / name).is_file()
@@ -551,6 +561,7 @@ def _idle() -> Any:
     return SimpleNamespace(stopping=stopping, steps=[0], parent=os.getppid())
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_faulty_cell_is_exit_1_and_the_others_have_results(
     grid_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -571,7 +582,10 @@ def test_a_faulty_cell_is_exit_1_and_the_others_have_results(
     assert cells[0].id in json.loads((directory / "lost.json").read_text())
 
 
-def test_two_workers_give_what_one_gives(done: tuple[Path, Any], grid_file: Path, tmp_path: Path):
+@pytest.mark.usefixtures("in_this_process")
+def test_two_workers_give_what_one_process_gives(
+    done: tuple[Path, Any], grid_file: Path, tmp_path: Path
+):
     """Cell by cell the same losses, whoever trained them."""
     grid, cells = load(grid_file)
     assert comparison.compare(
@@ -596,15 +610,16 @@ def test_two_workers_give_what_one_gives(done: tuple[Path, Any], grid_file: Path
 # -- Cells trained as one ----------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_as_one_gives_what_processes_give(
-    done: tuple[Path, Any], grid_file: Path, tmp_path: Path, environment: dict[str, str]
+    done: tuple[Path, Any], grid_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     """The same files, verdicts and inputs; losses to rounding, which a wild rate magnifies."""
     tree = yaml.safe_load(grid_file.read_text())
     path, directory = write(tmp_path / "one.yaml", {**tree, "probes": False}), tmp_path / "one"
-    ran = door(path, "--runner", "batched", "--out-dir", directory, environment=environment)
-    assert ran.returncode == 0, ran.stderr
-    assert "cells as one, by a short timing here" in ran.stderr
+    code, _, err = called(capsys, path, "--runner", "batched", "--out-dir", directory)
+    assert code == 0, err
+    assert "cells as one, by a short timing here" in err
     rows = []
     for each in (done[0], directory):
         with (each / "cells.csv").open() as file:
@@ -630,19 +645,20 @@ def test_as_one_gives_what_processes_give(
             for d in (done[0], directory)
         ]
         assert inputs[0] == inputs[1]
-    again = door(path, "--out-dir", directory, environment=environment)
-    assert again.returncode == 0
-    assert "have ended before" in again.stderr
+    code, _, err = called(capsys, path, "--out-dir", directory)
+    assert code == 0
+    assert "have ended before" in err
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_what_was_kept_stays_and_a_picture_that_fails_is_told(
-    grid_file: Path, tmp_path: Path, environment: dict[str, str]
+    grid_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     tree = yaml.safe_load(grid_file.read_text())
     axis = {"optimizer.learning_rate": [0.03]}
     small = {**tree, "seeds": 1, "probes": False, "grid": axis, "keep_checkpoints": True}
     path, directory = write(tmp_path / "kept.yaml", small), tmp_path / "kept"
-    assert door(path, "--out-dir", directory, environment=environment).returncode == 0
+    assert called(capsys, path, "--out-dir", directory)[0] == 0
     kept = sorted(directory.glob("cells/*/checkpoints/step-*"))
     assert kept
     missing, picture = sorted(directory.glob("cells/*/loss.png"))[:2]
@@ -650,9 +666,9 @@ def test_what_was_kept_stays_and_a_picture_that_fails_is_told(
     picture.unlink()
     picture.mkdir()  # nothing can be drawn there
     write(path, {**small, "keep_checkpoints": False})
-    again = door(path, "--out-dir", directory, environment=environment)
-    assert again.returncode == 0, again.stderr
-    assert "a cell's loss.png could not be drawn" in again.stderr
+    code, _, err = called(capsys, path, "--out-dir", directory)
+    assert code == 0, err
+    assert "a cell's loss.png could not be drawn" in err
     assert missing.is_file()
     assert sorted(directory.glob("cells/*/checkpoints/step-*")) == kept
     assert yaml.safe_load((directory / "grid.yaml").read_text())["keep_checkpoints"]
