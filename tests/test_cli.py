@@ -23,6 +23,7 @@ from conftest import ROOT
 from gpt import cli, training
 from gpt.cli.flags import parse
 from gpt.config import Config
+from gpt.data.preparation import prepare
 from gpt.errors import InputError
 from gpt.training import train
 
@@ -451,6 +452,7 @@ def test_a_second_start_in_one_directory_is_refused(
             answers.append(called(capsys, "train", config_file, "--out-dir", out))
         return False
 
+    prepare(tiny().data)  # which asks in a thread
     train(tiny(), out, quiet=True, stop=start_another)
     assert len(answers) > 3
     assert set(answers) == {(2, "", f"train.py: {out}: another process trains there\n")}

@@ -50,8 +50,8 @@ def goes(placement: str, norm: str) -> bool:
 
 
 PAIRS = [(placement, norm) for placement in PLACEMENTS for norm in NORMS if goes(placement, norm)]
-# The equations are compared for all pairs; what follows from them, for each placement with layer and
-# with batch norm (which mixes positions), and for each norm in pre-norm and in DLCL's stack of outputs.
+# The equations are compared for all pairs; what follows from them, for each placement with layer
+# and with batch norm, which mixes positions, and for each norm in pre-norm and in DLCL.
 FEW = [
     (placement, norm)
     for placement, norm in PAIRS
