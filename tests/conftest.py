@@ -73,6 +73,17 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
+@contextlib.contextmanager
+def few_probes() -> Iterator[None]:
+    """Networks are probed at their start from one seed meanwhile, in place of sixteen."""
+    from gpt.compare import starts
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(starts, "SEEDS", (0,))
+        patch.setattr(starts, "TOKEN_SEEDS", (0,))
+        yield
+
+
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """A comparison trains its cells here, without worker processes, which take seconds to start."""
@@ -135,6 +146,13 @@ def rendering() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """A single file is run in this process: workers would take longer to start."""
+    files = {argument.partition("::")[0] for argument in config.args}
+    return 0 if len(files) == 1 and files.pop().endswith(".py") else None
 
 
 @pytest.hookimpl(optionalhook=True)

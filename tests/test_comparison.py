@@ -21,7 +21,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import ROOT, rendering
+from conftest import ROOT, few_probes, rendering
 
 from gpt.compare import comparison, runner
 from gpt.compare.grid import Cell, load
@@ -92,7 +92,11 @@ def done(grid_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
     directory = tmp_path_factory.mktemp("runs") / "small"
     command = ["compare.py", str(grid_file), "--out-dir", str(directory), "--workers", "2"]
-    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.MonkeyPatch.context() as patch:
+    with (
+        few_probes(),
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setattr(sys, "argv", command)  # which the report shows
         assert cli.compare(command[1:]) == 0
     return directory, out.getvalue()
