@@ -185,7 +185,10 @@ def test_what_the_hub_does_not_have(
     assert prepare.left() == []
 
 
-@pytest.mark.parametrize("server", ["silent", "refusing"])
+SERVERS = [pytest.param("silent", marks=pytest.mark.slow), "refusing"]  # the first one takes 10 s
+
+
+@pytest.mark.parametrize("server", SERVERS)
 def test_an_unreachable_hub_is_noticed_soon(prepare: Prepare, silent: str, server: str):
     address = silent if server == "silent" else "http://127.0.0.1:9"
     code, _, err, seconds = prepare(*DATASET, HF_ENDPOINT=address)
@@ -199,6 +202,7 @@ def test_an_unreachable_hub_is_noticed_soon(prepare: Prepare, silent: str, serve
     assert prepare.left() == []
 
 
+@pytest.mark.slow
 def test_an_unreachable_hub_is_noticed_soon_when_going_on(prepare: Prepare, hub: str, silent: str):
     assert prepare(*DATASET, HF_ENDPOINT=hub)[0] == 0
     (folder,) = (prepare.folder / "cache").iterdir()
@@ -264,7 +268,7 @@ def test_a_local_folder_is_a_dataset_too(prepare: Prepare):
 GPT2 = ("--data.tokenizer", "gpt2")
 
 
-@pytest.mark.parametrize("server", ["silent", "refusing"])
+@pytest.mark.parametrize("server", SERVERS)
 def test_a_missing_vocabulary_is_noticed_soon(prepare: Prepare, silent: str, server: str):
     proxy = silent if server == "silent" else "http://127.0.0.1:9"
     code, _, err, seconds = prepare(*GPT2, HTTPS_PROXY=proxy, https_proxy=proxy)

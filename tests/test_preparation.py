@@ -485,7 +485,9 @@ def test_stopped_while_its_files_are_hashed_nothing_is_encoded_again(
     assert not {"progress.json", "revisions.json"} & {p.name for p in dataset.folder.iterdir()}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_the_learning_of_a_vocabulary(
     tmp_path: Path, environment: dict[str, str], number: signal.Signals
 ):
@@ -758,7 +760,9 @@ def test_a_lock_that_nobody_holds_any_more_is_no_hindrance(folder: Path):
     assert left(config) == [place.name]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_a_killed_preparation_goes_on(
     tiny: Callable[..., Config], tmp_path: Path, environment: dict[str, str], number: signal.Signals
 ):

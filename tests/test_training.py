@@ -90,6 +90,19 @@ def test_20_steps_are_10_and_10_more(tiny: Make, tmp_path: Path, optimizer: str)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
+def test_resuming_changes_nothing_of_any_placement(tiny: Make, tmp_path: Path, placement: str):
+    config = tiny(
+        model={"layers": 4, "dropout": 0.2, "norm": {"placement": placement}},
+        training={"steps": 3},
+        sampling={"tokens": 0},
+    )
+    run(config, tmp_path / "whole")
+    run(config, tmp_path / "parts", **stop_after(2))
+    run(config, tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", step=3)
+
+
+@pytest.mark.parametrize("placement", ["pre", "admin"])
 def test_resuming_at_every_single_step_changes_nothing(tiny: Make, tmp_path: Path, placement: str):
     config = tiny(
         model={"layers": 4, "dropout": 0.2, "norm": {"placement": placement}},
