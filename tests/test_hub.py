@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import datasets
 import pytest
 from conftest import ROOT
 
@@ -235,7 +234,7 @@ def test_a_hub_that_falls_silent_is_noticed(silent_in: str, monkeypatch: pytest.
         return Rows()
 
     monkeypatch.setattr(sources, "STALL", 0.2)
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     config = SourceConfig.model_validate({"source": "hub", "hub": {"name": "me/data"}})
     found: list[str] = []
 
