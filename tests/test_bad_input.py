@@ -1012,8 +1012,14 @@ READ_FILES = [
 ]
 
 
-@pytest.mark.parametrize("kind", ODD_KINDS)
-@pytest.mark.parametrize("name", READ_FILES)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [  # what fills the memory or blocks, for every file
+        *((name, kind) for name in READ_FILES for kind in ("/dev/zero", "pipe")),
+        *(("metrics.jsonl", kind) for kind in ("folder", "sparse")),
+        *(("CHECKPOINT/model.safetensors", kind) for kind in ("folder", "sparse")),
+    ],
+)
 def test_what_is_not_a_file_in_a_run(
     name: str, kind: str, config: Config, stopped: Path, quick: None
 ):
@@ -1048,8 +1054,18 @@ WRONG_JSON = [
 ]
 
 
-@pytest.mark.parametrize("text", WRONG_JSON, ids=lambda text: text[:8])
-@pytest.mark.parametrize("name", ["lost.json", "probes.json", "command.json", "environment.json"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("lost.json", text) for text in WRONG_JSON),
+        *(
+            (name, text)
+            for name in ("probes.json", "command.json", "environment.json")
+            for text in ("", "[]", '{"a": 1}', "[[1]]")
+        ),
+    ],
+    ids=lambda text: text[:12],
+)
 def test_json_of_the_wrong_types(name: str, text: str, compared: Path, tmp_path: Path, quick: None):
     folder = Path(shutil.copytree(compared, tmp_path / "compared"))
     path = folder / name
