@@ -19,6 +19,18 @@ from gpt.placement import PLACEMENTS
 TEXT = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
 
 
+def test_every_module_and_every_test_file_is_in_the_table():
+    (table,) = re.findall(r"^\| a change in .*?\n\n", TEXT, re.DOTALL | re.MULTILINE)
+    named = set(re.findall(r"`(gpt\.[\w.]+)`", table))
+    files = set(re.findall(r"`(test_\w+\.py)`", table))
+    assert files == {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    paths = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "gpt").rglob("*.py")]
+    modules = {".".join(path.parts).removesuffix(".__init__") for path in paths} - {"gpt"}
+    assert named <= modules
+    for module in modules:  # itself, or what it is a part of, or, of a package, a part of it
+        assert any(f"{module}.".startswith(f"{n}.") or n.startswith(f"{module}.") for n in named)
+
+
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project with the example's blocks where it says."""
