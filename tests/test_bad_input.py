@@ -33,7 +33,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT, few_probes
+from conftest import ROOT, few_probes, rendering
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -1410,7 +1410,8 @@ def test_every_name_that_is_accepted_has_a_report(
     starts = json.loads((folder / "probes.json").read_text())
     (folder / "probes.json").write_text(json.dumps([s | {"arms": ODD_NAMES} for s in starts]))
 
-    answer = knock("compare.py", folder, "--report-only")
+    with rendering():
+        answer = knock("compare.py", folder, "--report-only")
     assert answer.code == 0, answer
     assert printable(answer.out, "\n\t") == answer.out
     assert not [str(w.message) for w in recwarn if "font" in str(w.message)]
