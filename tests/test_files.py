@@ -52,7 +52,7 @@ LINKS = [to_file, to_folder, to_nothing, to_the_same]
 
 
 def two_links(names: list[str]) -> list[tuple[str, Link]]:
-    """Each name with the likeliest link, to what stood there, and with one of the others in turn."""
+    """Each name as a link to what stood there, and as one of the others in turn."""
     return [
         (name, link)
         for number, name in enumerate(names)
