@@ -59,7 +59,12 @@ def losses(out: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("placement", "steps"), [("pre", 100), ("post", 100), *((name, 20) for name in PLACEMENTS)]
+    ("placement", "steps"),
+    [
+        ("pre", 100),
+        *((name, 20) for name in PLACEMENTS if name != "pre"),
+        *(pytest.param(name, 100, marks=pytest.mark.slow) for name in PLACEMENTS if name != "pre"),
+    ],
 )
 def test_cells_train_as_they_do_alone(tiny: Make, tmp_path: Path, placement: str, steps: int):
     """Each cell with its own seed, rate, clip, decay and schedule."""
