@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 
 from gpt import checkpoint as checkpoints
 from gpt.config import Config, merge, validate
-from gpt.io.files import describe
+from gpt.io.files import describe, write_bytes
+from gpt.run import plot
 
 ROOT = Path(__file__).parents[1]
 # torch's compiler keeps kernels by their source alone: those of one vector unit fail on another.
@@ -113,7 +114,6 @@ def vouch(folder: Path) -> None:
     path.write_text(checkpoints._to_text({"step": step, "files": files}))
 
 
-RENDER = {name: getattr(Figure, name) for name in ("savefig", "draw_without_rendering")}
 EMPTY = {
     "png": b"\x89PNG\r\n\x1a\n",
     "svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="1pt" height="1pt"/>',
@@ -125,21 +125,30 @@ def _save_empty(self: Figure, target: Any, *, format: str | None = None, **optio
     target.write(content) if hasattr(target, "write") else Path(target).write_bytes(content)
 
 
+# Drawing would be most of what a tiny run costs. A run's picture is not made, and other figures
+# are built, but saved empty.
+CHEAP: list[tuple[object, str, Callable[..., None]]] = [
+    (plot, "plot_run", lambda records, path, title: write_bytes(path, EMPTY["png"])),
+    (Figure, "savefig", _save_empty),
+    (Figure, "draw_without_rendering", lambda self: None),
+]
+REAL = [(owner, name, getattr(owner, name)) for owner, name, _ in CHEAP]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _pictures_are_empty() -> Iterator[None]:
-    """Rendering would be most of what a tiny run costs: figures are built, and saved empty."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", _save_empty)
-        patch.setattr(Figure, "draw_without_rendering", lambda self: None)
+        for change in CHEAP:
+            patch.setattr(*change)
         yield
 
 
 @contextlib.contextmanager
 def rendering() -> Iterator[None]:
-    """Pictures are rendered meanwhile, for tests of what is in them."""
+    """Pictures are drawn meanwhile, for tests of what is in them."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, method in RENDER.items():
-            patch.setattr(Figure, name, method)
+        for change in REAL:
+            patch.setattr(*change)
         yield
 
 
