@@ -18,6 +18,7 @@ from gpt.model import GPT
 from gpt.run import plan
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 1.9])
@@ -87,7 +88,6 @@ def test_an_update_moves_the_weights_alike_in_parts_and_at_once():
         assert torch.allclose(weight, after[1][name], atol=1e-4), name
 
 
-@pytest.mark.slow
 def test_it_runs_at_small_sizes(tmp_path: Path, environment: dict[str, str]):
     found, picture = tmp_path / "cost.json", tmp_path / "cost.png"
     sizes = ["--context", "32", "64", "128", "--width", "--layers", "--tokens", "256"]

@@ -17,6 +17,7 @@ if sys.platform != "linux":
 from benchmarks import hostile
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -140,7 +141,6 @@ def test_every_sort_is_planted():
     assert set(PLANTED.values()) - {None} == set(hostile.SORTS)
 
 
-@pytest.mark.slow
 def test_a_few_inputs_of_each_kind(environment: dict[str, str]):
     """They run and are counted; whether the program withstands them is the benchmark's to say."""
     number = 4 * len(hostile.KINDS)
