@@ -734,6 +734,7 @@ def test_cells_as_one_are_stopped_saved_and_gone_on_with(
         assert not (folder / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_cells_as_one_that_are_killed_are_tried_again(
     two_as_one: TwoCells, request: pytest.FixtureRequest
 ):
