@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import rendering
 from safetensors.torch import load_file
 
 from gpt import training
@@ -164,7 +165,8 @@ def test_a_checkpoint_starts_a_directory_of_its_own(tiny: Make, tmp_path: Path):
 
 def test_what_a_run_leaves(tiny: Make, tmp_path: Path):
     out = tmp_path / "run"
-    result = run(tiny(optimizer={"clip": 0.5}), out)
+    with rendering():
+        result = run(tiny(optimizer={"clip": 0.5}), out)
     assert {path.name for path in out.iterdir()} == {
         "config.yaml",
         "environment.json",
@@ -338,7 +340,8 @@ def test_divergence_is_a_result(tiny: Make, tmp_path: Path):
         optimizer={"name": "sgd", "learning_rate": 1e30, "clip": None},
         evaluation={"every": 1},
     )
-    result = run(config, tmp_path / "run")
+    with rendering():
+        result = run(config, tmp_path / "run")
     assert result.status == "diverged"
     assert result.step <= 3
     assert "non-finite" in result.reason or "became" in result.reason
