@@ -119,7 +119,7 @@ SCALED = {  # what "auto" means: GPT-2's own, where the placement has no other a
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("switch", ["auto", "on", "off"])
 def test_depth_scaling_is_a_switch_of_its_own(placement: str, regime: str, switch: str):
-    options = {"norm": {"placement": placement}, "layers": 8}
+    options = {"norm": {"placement": placement}, "layers": 8, "width": 16}
     scaled = make(**options, init={"regime": regime, "depth_scaled": switch}).placements()[5]
     plain = make(**options, init={"regime": regime, "depth_scaled": "off"}).placements()[5]
     expected = {"auto": SCALED[placement][regime], "on": True, "off": False}[switch]

@@ -360,7 +360,7 @@ def test_gradients_of_chunks_scale_with_what_is_derived():
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-3, rtol=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_the_fast_paths_compile_to_one_graph(precision: str, monkeypatch: pytest.MonkeyPatch):
     """Here without generating code, which takes minutes; in bf16 to what rounding leaves equal."""
     model = make(layers=1)
@@ -386,7 +386,7 @@ from gpt.model import GPT
 model = GPT(ModelConfig(layers=1, heads=1, width=16, context=512), 50257)
 initialize(model, model.config, seed=0)
 model.loss_chunk = int(sys.argv[1]) or None
-x = torch.zeros(4, 512, dtype=torch.long)
+x = torch.zeros(512, dtype=torch.long)[None]
 peak = lambda: int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
 before = peak()
 model.objective(x, x)[0].backward()
@@ -397,10 +397,10 @@ print(peak() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 def test_chunks_of_the_loss_take_less_memory(environment: dict[str, str]):
     peaks = []
-    for chunk in ("0", "256"):
+    for chunk in ("0", "64"):
         command = [sys.executable, "-c", PEAK, chunk]
         done = subprocess.run(command, env=environment, capture_output=True, check=True)
         peaks.append(int(done.stdout) / 1024)  # MiB
-    logits = 4 * 512 * 50257 * 4 / 2**20  # MiB of float32
+    logits = 512 * 50257 * 4 / 2**20  # MiB of float32
     assert peaks[0] > 2 * logits
     assert peaks[1] < logits
