@@ -71,9 +71,11 @@ def measure(size: Size, device_name: str, tokens: int, seconds: float) -> dict[s
     """Updates of a model of that size, at least two, for that many seconds."""
     import torch
 
+    from gpt.hardware import memory
+    from gpt.hardware.device import pick_device
     from gpt.run import plan
 
-    device = plan.pick_device(device_name)
+    device = pick_device(device_name)
     update, _, _ = _training(Size(1, HEAD, 8), device, 64)
     update()
     _reset_peak(device)
@@ -81,7 +83,7 @@ def measure(size: Size, device_name: str, tokens: int, seconds: float) -> dict[s
     update, model, config = _training(size, device, tokens)
     for _ in range(2):  # only the second has all at once: activations, gradients, Adam's moments
         update()
-    memory = _peak_bytes(device) - before
+    peak = _peak_bytes(device) - before
     _matrix_rate(device)
     times: list[float] = []
     rates: list[float] = []
@@ -100,7 +102,7 @@ def measure(size: Size, device_name: str, tokens: int, seconds: float) -> dict[s
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "tokens": tokens,
-        "micro_batch": plan.micro_batch(config, VOCABULARY, device),
+        "micro_batch": memory.micro_batch(config, VOCABULARY, device),
         "parameters": model.num_parameters(),
         "flops_per_token": flops,
         "seconds": times,
@@ -109,7 +111,7 @@ def measure(size: Size, device_name: str, tokens: int, seconds: float) -> dict[s
         "matrix_flops_per_second": statistics.median(rates),
         "operations_per_token": operations,
         "share_of_matrix_rate": flops / operations,
-        "peak_bytes": memory,
+        "peak_bytes": peak,
     }
 
 
@@ -118,11 +120,11 @@ def _training(size: Size, device: Any, tokens: int) -> tuple[Any, Any, Any]:
     import torch
 
     from gpt.config import Config, validate
+    from gpt.hardware import memory
+    from gpt.hardware.device import DTYPES
     from gpt.init import initialize
     from gpt.model import GPT
     from gpt.optim import Optimizer
-    from gpt.run import plan
-    from gpt.training import DTYPES
 
     precision = "bf16" if device.type == "cuda" else "fp32"
     tree = {
@@ -136,12 +138,12 @@ def _training(size: Size, device: Any, tokens: int) -> tuple[Any, Any, Any]:
     optimizer = Optimizer(model.named_parameters(), config.optimizer)
     shape = (config.batch_sequences, size.context)
     batch = torch.randint(VOCABULARY, shape, device=device)
-    micro_batch = plan.micro_batch(config, VOCABULARY, device)
+    micro_batch = memory.micro_batch(config, VOCABULARY, device)
 
     def update() -> None:
         for x in batch.split(micro_batch):
             with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
-                loss, _ = model.objective(x, x)
+                loss, _ = model.loss_fn(x, x)
             (loss * (len(x) / len(batch))).backward()
         norm = torch.nn.utils.get_total_norm(
             p.grad for p in model.parameters() if p.grad is not None
@@ -202,10 +204,10 @@ def measured(size: Size, device: str, tokens: int | None, seconds: float) -> dic
 
 def child(given: str) -> dict[str, Any]:
     """`measure` with what `measured` gave."""
-    from gpt.run import plan
+    from gpt.hardware.device import pick_device
 
     size, device, tokens, seconds = json.loads(given)
-    tokens = tokens or TOKENS[plan.pick_device(device).type]
+    tokens = tokens or TOKENS[pick_device(device).type]
     return measure(Size(**size), device, tokens, seconds)
 
 

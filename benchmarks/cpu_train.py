@@ -34,8 +34,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpt import metrics
 from gpt.config import load
-from gpt.run import metrics
 from gpt.training import train
 
 ROOT = Path(__file__).parents[1]

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
+from gpt import metrics
 from gpt.config import load
-from gpt.run import metrics
-from gpt.run.plan import pick_device
-from gpt.training import READ_EVERY, train
+from gpt.hardware.device import pick_device
+from gpt.run.log import READ_EVERY
+from gpt.training import train
 
 CONFIGS = ["configs/quickstart.yaml", "configs/pre-norm.yaml"]
 

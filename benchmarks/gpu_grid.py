@@ -1,13 +1,13 @@
-"""Many small runs on one GPU: all cells of one shape as one, against one after another.
+"""Many small runs on one GPU: all cells of one shape batched, against one after another.
 
     python benchmarks/gpu_grid.py [--grid configs/compare/single-gpu.yaml] [--small]
 
 The cells are those of a grid file, cut down to `--steps` updates. For the grid's first shape: runs
-one after another (`gpt.train`), in processes that share the GPU, and as one (`gpt.ensemble`) at
-growing numbers of cells; then every other shape as one, whole. Measured are the seconds of an
-update of all cells, the median without the first reading, and the peak memory. The last lines
-project the whole grid from them; the grid itself is run by compare.py. `--small` runs the same at a
-size for a CPU and proves nothing about a GPU. The table comes last, and goes to `--json` as well.
+one after another (`gpt.train`), in processes that share the GPU, and batched (`gpt.ensemble`) at
+growing numbers of cells; then all cells of every other shape, batched. It measures the seconds of
+an update of all cells (the median without the first reading) and the peak memory. The last lines
+extrapolate to the whole grid; the grid itself is run by compare.py. `--small` runs the same at a
+size for a CPU and proves nothing about a GPU. The table comes last, and is written to `--json`.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ from typing import Any
 
 import torch
 
+from gpt import metrics
 from gpt.compare import grid as grids
+from gpt.compare.cell_runs import cell_directory
 from gpt.compare.grid import Cell
-from gpt.compare.runner import cell_directory, run_cells, tasks
+from gpt.compare.runner import run_cells
+from gpt.compare.tasks import make_tasks
 from gpt.config import merge
 from gpt.data.preparation import prepare
 from gpt.ensemble import train_together
+from gpt.hardware.device import pick_device
 from gpt.io.console import Console
-from gpt.run import metrics
-from gpt.run.plan import pick_device
 from gpt.training import train
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +52,7 @@ class Row:
 
     Attributes:
         update_seconds: of one update of all the cells.
-        start_seconds: of all else, for a cell.
+        start_seconds: of everything else, per cell.
         peak_bytes: of GPU memory; None on a CPU, and for processes.
     """
 
@@ -63,12 +65,12 @@ class Row:
 
     @property
     def cell_updates(self) -> float:
-        """Updates of cells in a second."""
+        """Updates of cells per second."""
         return self.cells / self.update_seconds
 
 
 def cut(path: Path, steps: int, small: bool) -> list[Cell]:
-    """The grid's cells, so many updates long, with an evaluation at either end."""
+    """The grid's cells, cut to `steps` updates, with an evaluation at either end."""
     options: dict[str, Any] = {
         "training": {"steps": steps, "log_every": max(1, steps // 4)},
         "evaluation": {"every": steps},
@@ -77,7 +79,7 @@ def cut(path: Path, steps: int, small: bool) -> list[Cell]:
 
 
 def update_seconds(directory: Path, cells: Sequence[Cell]) -> list[float]:
-    """Each cell's median step, without those of the first reading."""
+    """Each cell's median step in seconds, without those of the first reading."""
     medians = []
     for cell in cells:
         records = metrics.read(cell_directory(directory, cell) / "metrics.jsonl")
@@ -93,12 +95,12 @@ def one_after_another(cells: Sequence[Cell], directory: Path) -> float:
     return sum(update_seconds(directory, cells))
 
 
-def as_one(cells: Sequence[Cell], directory: Path) -> float:
-    """Train all as one."""
+def batched(cells: Sequence[Cell], directory: Path) -> float:
+    """Train all together."""
     paths = [cell_directory(directory, cell) for cell in cells]
     configs = [cell.config for cell in cells]
     for ended in train_together(
-        configs, paths, stop=lambda: False, made=lambda index: None, saves=False
+        configs, paths, stop=lambda: False, on_update=lambda index: None, save_checkpoints=False
     ):
         if isinstance(ended, Exception):
             raise ended
@@ -106,7 +108,7 @@ def as_one(cells: Sequence[Cell], directory: Path) -> float:
 
 
 def in_processes(cells: Sequence[Cell], directory: Path) -> float:
-    """Train each in a process, all at once."""
+    """Train each in a process, all at the same time."""
     run_cells(
         cells,
         directory,
@@ -115,7 +117,7 @@ def in_processes(cells: Sequence[Cell], directory: Path) -> float:
         keep_checkpoints=False,
         console=Console(quiet=True),
         stop=lambda: False,
-        verdict=lambda cell: "",
+        describe=lambda cell: "",
     )
     return max(update_seconds(directory, cells))
 
@@ -123,12 +125,12 @@ def in_processes(cells: Sequence[Cell], directory: Path) -> float:
 WAYS: dict[str, Callable[[Sequence[Cell], Path], float]] = {
     "one after another": one_after_another,
     "in processes": in_processes,
-    "as one": as_one,
+    "batched": batched,
 }
 
 
 def measure(way: str, cells: Sequence[Cell], answers: Any) -> None:
-    """In a process of its own: send a row, or what failed."""
+    """Send a row, or the error, from a process of its own."""
     torch.set_num_threads(1)
     on_gpu = pick_device("auto").type == "cuda"
     try:
@@ -143,7 +145,7 @@ def measure(way: str, cells: Sequence[Cell], answers: Any) -> None:
         answers.put(f"{type(error).__name__}: {error}".partition("\n")[0])
 
 
-def apart(way: str, cells: Sequence[Cell]) -> Row | str:
+def measure_in_process(way: str, cells: Sequence[Cell]) -> Row | str:
     """`measure` in a process of its own."""
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
@@ -162,7 +164,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--grid", type=Path, default=ROOT / "configs/compare/single-gpu.yaml")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--small", action="store_true", help="a size for a CPU")
-    parser.add_argument("--seconds", type=float, default=420, help="start nothing new after these")
+    parser.add_argument(
+        "--seconds", type=float, default=420, help="start no measurement later than this"
+    )
     parser.add_argument("--json", type=Path)
     flags = parser.parse_args(argv)
     on_gpu = pick_device("auto").type == "cuda"
@@ -174,18 +178,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     full = grids.load(flags.grid)[1]
     for cell in cells[:1]:
         prepare(cell.config.data)
-    shapes = [list(task.cells) for task in tasks(cells, "batched")]
+    shapes = [list(task.cells) for task in make_tasks(cells, "batched")]
     first = shapes[0][: 8 if flags.small else None]
     sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n < len(first)]
-    plans = [("one after another", first[:2]), ("as one", first)]
-    plans += [("as one", shape[: len(first)]) for shape in shapes[1:]]
-    plans += [("as one", first[:n]) for n in sizes]
+    plans = [("one after another", first[:2]), ("batched", first)]
+    plans += [("batched", shape[: len(first)]) for shape in shapes[1:]]
+    plans += [("batched", first[:n]) for n in sizes]
     plans += [("in processes", first[: 2 if flags.small else 8])]
     rows: list[Row] = []
     missing: list[str] = []
     for way, some in plans:
         name = f"{some[0].arm}, {len(some)} cells, {way}"
-        found = apart(way, some) if time.monotonic() - began < flags.seconds else "out of time"
+        found = (
+            measure_in_process(way, some)
+            if time.monotonic() - began < flags.seconds
+            else "out of time"
+        )
         print(f"{time.monotonic() - began:5.0f} s  {name}: {found}", file=sys.stderr)
         if isinstance(found, Row):
             rows.append(found)
@@ -203,18 +211,20 @@ def report(
     *,
     small: bool,
 ) -> None:
-    """Print and write what was measured."""
+    """Print and write the measurements."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, one thread"
     facts = {"torch": torch.__version__, "device": device, "small": small}
     alone = next((row for row in rows if row.way == "one after another"), None)
-    whole = [row for row in rows if row.way == "as one" and row.cells == max(r.cells for r in rows)]
+    whole = [
+        row for row in rows if row.way == "batched" and row.cells == max(r.cells for r in rows)
+    ]
     cells = sum(map(len, shapes))
     projected: dict[str, float] = {}
     if alone is not None:
         update = alone.update_seconds / alone.cells
         projected["one after another"] = cells * (steps * update + alone.start_seconds)
     if len(whole) == len(shapes):
-        projected["as one"] = sum(
+        projected["batched"] = sum(
             len(shape) * (steps * row.update_seconds / row.cells + row.start_seconds)
             for shape, row in zip(shapes, whole, strict=True)
         )
@@ -222,9 +232,7 @@ def report(
         tree = {**facts, "rows": [asdict(row) for row in rows], "missing": list(missing)}
         path.write_text(json.dumps({**tree, "projected_seconds": projected}, indent=2) + "\n")
     print(f"torch {torch.__version__}, {device}" + (", at a size for a CPU" if small else ""))
-    print(
-        "| cells | way | ms an update of all | cell updates/s | against alone | peak GB | start |"
-    )
+    print("| cells | way | ms per update of all | cell updates/s | against one | peak GB | start |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
         ratio = f"{row.cell_updates / alone.cell_updates:.2f}x" if alone else "not measured"

@@ -51,14 +51,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpt import model, optim, training
-from gpt.config import Config, load, merge
+from gpt import metrics, model, optim, training
+from gpt.config import Config, OptimizerConfig, load, merge
 from gpt.data import tokenizer
 from gpt.data.preparation import prepare
-from gpt.errors import InputError, told
+from gpt.errors import InputError, format_error
+from gpt.hardware import memory
 from gpt.io.files import write_text
 from gpt.placement import PLACEMENTS
-from gpt.run import metrics, plan
+from gpt.run import log as run_log
+from gpt.run import plan
 
 ROOT = Path(__file__).parents[1]
 BEGAN = time.monotonic()
@@ -183,7 +185,7 @@ class Timed(Exception):  # noqa: N818 - the end, and no error
 
 
 class Clock:
-    """Called after each update, as `gpt.train` calls its `made`.
+    """Called after each update, as `gpt.train` calls its `on_update`.
 
     Until its first update is done a row shares the lock with those of its wave; then it waits until
     it has the lock to itself.
@@ -234,9 +236,9 @@ def steadygpt(row: Row, work: Work, clock: Clock) -> Measured:
     out = Path(work.folder) / f"run-{os.getpid()}"
     config = work.config(row, data)
     prepare(config.data)  # here, where the clock is not asked
-    no_search = mock.patch.object(plan, "smaller", return_value=None)  # for what would fit
+    no_search = mock.patch("gpt.trainer.smaller", return_value=None)  # for what would fit
     with SWITCHES.get(row.switch, contextlib.nullcontext)(), no_search, contextlib.suppress(Timed):
-        training.train(config, out, quiet=True, made=clock)
+        training.train(config, out, quiet=True, on_update=clock)
     updates = [line for line in metrics.read(out / "metrics.jsonl") if "loss" in line]
     return {"loss": updates[work.size.updates - 1]["loss"], "note": note}
 
@@ -357,14 +359,19 @@ def cuda_graphs() -> Iterator[None]:
         yield
 
 
+def adamw_not_fused(groups: optim.ParamGroups, c: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW with the kernels that torch chooses."""
+    return torch.optim.AdamW(groups, c.learning_rate, (c.beta1, c.beta2), c.eps)
+
+
 # What a process does otherwise where no option says so.
 SWITCHES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "vocabulary not padded": lambda: mock.patch.dict(model.VOCABULARY_MULTIPLE, clear=True),
-    "AdamW not fused": lambda: mock.patch.object(optim.AdamW, "fused", None),
+    "AdamW not fused": lambda: mock.patch.dict(optim.OPTIMIZERS, adamw=adamw_not_fused),
     "cuDNN attention": lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
     "flash attention": lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION),
     "CUDA graphs": cuda_graphs,
-    "metrics read at every step": lambda: mock.patch.dict(training.READ_EVERY, {"cuda": 1}),
+    "metrics read at every step": lambda: mock.patch.dict(run_log.READ_EVERY, {"cuda": 1}),
 }
 
 
@@ -391,7 +398,7 @@ def measure(row: Row, work: Work) -> Measured:
     except ModuleNotFoundError as error:
         return {"note": f"not measured: {error.name} is not installed"}
     except Exception as error:
-        if plan.is_out_of_memory(error):
+        if memory.is_out_of_memory(error):
             return {"note": OUT_OF_MEMORY}
         said = " ".join(f"{type(error).__name__}: {error}".split())
         return {"note": f"failed: {said[:160]}"}
@@ -616,7 +623,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             report = run(flags, folder)
     except InputError as error:
-        print("\n".join(told(error)), file=sys.stderr)
+        print("\n".join(format_error(error)), file=sys.stderr)
         sys.exit(2)
     write_text(flags.out, json.dumps(report, indent=2) + "\n")
     print(table(report))

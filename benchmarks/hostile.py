@@ -49,7 +49,8 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -65,7 +66,7 @@ import gpt.run.plot
 import gpt.training
 from gpt import cli
 from gpt.compare import report as reports
-from gpt.compare import runner
+from gpt.compare import runner, worker
 from gpt.config import Config, option_paths, read_yaml
 from gpt.config import load as load_config
 from gpt.data import preparation
@@ -79,26 +80,26 @@ SORTS = ("traceback", "signal", "time", "memory", "outside", "lost", "unclear", 
 Door = Callable[[list[str]], int]
 
 
-def inline(calls: Any, workers: int, shared: Any, console: Any, stop: Any) -> bool:
-    """In place of `runner._work`: the workers' calls in this process, which takes no seconds."""
-    runner._worker = runner._Worker(shared.stopping, shared.steps, os.getppid())
-    for call in calls:
+def inline(pool: Any, jobs: Any, workers: int) -> bool:
+    """In place of `runner._Pool.run`: the jobs in this process, which takes no seconds."""
+    worker._shared = replace(pool.shared, parent=os.getppid())
+    for job in jobs:
         future: Future[Any] = Future()
         try:
-            future.set_result(call.function(*call.arguments))
+            future.set_result(job.function(*job.arguments))
         except Exception as error:
             future.set_exception(error)
-        call.ended(future)
-    return not shared.stopping.value
+        job.done(future)
+    return True
 
 
 def compare_and_report(arguments: list[str]) -> int:
     """A comparison, and its report once more from its directory: what is accepted is reported."""
-    code = cli.compare(arguments)
+    code = cli.run("compare", arguments)
     if code == 0:
         directory = arguments[arguments.index("--out-dir") + 1]
         try:
-            code = cli.compare([directory, "--report-only"])
+            code = cli.run("compare", [directory, "--report-only"])
         except SystemExit:
             code = NO_REPORT
     return code
@@ -106,12 +107,12 @@ def compare_and_report(arguments: list[str]) -> int:
 
 NO_REPORT = 99
 DOORS: dict[str, Door] = {
-    "train.py": cli.train,
-    "sample.py": cli.sample,
-    "compare.py": cli.compare,
-    "diagnose": cli.diagnose,
-    "prepare": cli.prepare,
-    "gpt.checkpoint": cli.checkpoint,
+    "train.py": partial(cli.run, "train", prog="train.py"),
+    "sample.py": partial(cli.run, "sample", prog="sample.py"),
+    "compare.py": partial(cli.run, "compare", prog="compare.py"),
+    "diagnose": partial(cli.run, "diagnose", prog="diagnose"),
+    "prepare": partial(cli.run, "prepare", prog="prepare"),
+    "gpt.checkpoint": partial(cli.run, "checkpoint", prog="gpt.checkpoint"),
     "compare.py twice": compare_and_report,
 }
 
@@ -212,7 +213,7 @@ class Place:
         gpt.training.train(config, Path("runs/stopped"), quiet=True, stop=lambda: next(stops))
         gpt.training.train(config, Path("runs/finished"), quiet=True)
         shutil.copy("runs/finished/tokenizer.json", "vocabulary.json")
-        cli.compare(["grid.yaml", "--out-dir", "compared", "--workers", "1"])
+        cli.run("compare", ["grid.yaml", "--out-dir", "compared", "--workers", "1"])
         half, asked = load_config("half.yaml").data, Counter[str]()
 
         def stop() -> bool:  # after the vocabulary, when the first tokens are written
@@ -407,10 +408,10 @@ def _called(action: Callable[[], object], given: Input) -> int:
     sys.argv = [given.door, *given.arguments]
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(os, "fsync", return_value=None))
-        stack.enter_context(mock.patch.object(runner, "_work", inline))
+        stack.enter_context(mock.patch.object(runner._Pool, "run", inline))
         if not given.draws:
             stack.enter_context(mock.patch.object(gpt.run.plot, "_save", return_value=None))
-            stack.enter_context(mock.patch.object(reports, "draw", return_value=[]))
+            stack.enter_context(mock.patch.object(reports, "draw", return_value={}))
         try:
             code = action()
         except SystemExit as end:

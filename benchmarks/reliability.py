@@ -45,10 +45,10 @@ from safetensors.torch import save_file
 
 import gpt.training
 from gpt import checkpoint as checkpoints
-from gpt import cli
+from gpt import metrics
+from gpt.cli.common import EXIT_CODES
 from gpt.config import load
 from gpt.errors import InputError
-from gpt.run import metrics
 
 ROOT = Path(__file__).parents[1]
 VERSE = "The quick brown fox jumps over the lazy dog, {} times; then it sleeps.\n"
@@ -170,7 +170,7 @@ def torn(run: Path) -> list[str]:
     found = []
     for pointer in ("latest", "best"):
         path = run / "checkpoints" / pointer
-        if path.exists() and checkpoints.pointed(path.parent, pointer) is None:
+        if path.exists() and checkpoints.read_pointer(path.parent, pointer) is None:
             found.append(f"{path}: names no checkpoint")
     for folder in checkpoints.steps(run / "checkpoints").values():
         try:
@@ -210,7 +210,7 @@ def train_forked(config: Path, run: Path, fault: Fault | None = None) -> tuple[i
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
             if fault is not None:
                 fault.install()
-            code = cli.EXIT_CODES[gpt.training.train(load(config), run).status]
+            code = EXIT_CODES[gpt.training.train(load(config), run).status]
         except InputError as error:
             print(error, file=sys.stderr)
             code = 2
@@ -282,7 +282,7 @@ class Fault:
             write(log, records)
 
         mock.patch.object(os, "fsync", flush).start()
-        mock.patch.object(checkpoints, "save_file", save).start()
+        mock.patch.object(checkpoints.store, "save_file", save).start()
         mock.patch.object(metrics.MetricsLog, "write", append).start()
         sys.addaudithook(self._audit)
 

@@ -3,7 +3,7 @@
 GPT-2's 124M shape with random weights, a prompt of 16 tokens and 64 new ones, drawn at temperature
 1, at batch 1 and 16. The contestants, each built with as many parameters as the others:
 
-    steadygpt       gpt.generate.generate after gpt.weights.prepare: what sample.py does
+    steadygpt       optimize_for_inference, then generate: what sample.py does
     transformers    GPT2LMHeadModel.generate; on a GPU also with a static cache, compiled
     nanoGPT         model.generate of the clone that --nanogpt names; it keeps no cache
 
@@ -40,10 +40,10 @@ from torch import Tensor, nn
 
 from gpt.config import ModelConfig, Sampling, Weights
 from gpt.generate import Decoder, generate
+from gpt.hardware.device import pick_device
+from gpt.inference import PackedLinear, SlicedLinear, optimize_for_inference
 from gpt.init import initialize
 from gpt.model import GPT
-from gpt.run.plan import pick_device
-from gpt.weights import PackedLinear, SlicedLinear, prepare
 
 SAMPLING = Sampling(temperature=1.0)
 READS = "limit: plain reads"
@@ -83,7 +83,7 @@ class Task:
 def steadygpt(task: Task, weights: Weights, compiled: bool = False) -> Run:
     """`generate`, with a Decoder that is used again, as within one long text."""
     model = plain(task)
-    prepare(model, weights, task.batch)
+    optimize_for_inference(model, weights, task.batch)
     size = len(task.prompt) + task.tokens
     decoder = Decoder(model, task.batch, size=size, compiled=compiled)
 
@@ -225,7 +225,7 @@ def products(task: Task, ours: bool) -> Step:
     inputs = [torch.randn(task.batch, layer.in_features) for layer in layers]
     inputs.append(torch.randn(task.batch, task.shape.width))
     if ours:
-        prepare(model, "fp32", task.batch)
+        optimize_for_inference(model, "fp32", task.batch)
     if model.head is None:  # also where no other layout pays
         model.head = nn.Linear(task.shape.width, task.vocab_size, bias=False)
     kinds = (nn.Linear, PackedLinear, SlicedLinear)

@@ -20,6 +20,7 @@ import argparse
 import functools
 import json
 import os
+import pkgutil
 import platform
 import statistics
 import subprocess
@@ -32,24 +33,24 @@ from typing import Any
 
 import torch
 
-from gpt import training
+from gpt import metrics, training
 from gpt.config import Config, load
 from gpt.data.preparation import prepare
-from gpt.run import metrics
+from gpt.hardware.device import pick_device
 from gpt.run.directory import RunDirectory
-from gpt.run.plan import pick_device
 
 ROOT = Path(__file__).parents[1]
 DOORS = ("train.py", "sample.py", "compare.py")
 MARKS = ("set-up", "validation at step 0", "first update")
-IMPORTS = ("torch._dynamo", "torch", "matplotlib", "numpy", "pydantic", "tyro", "yaml", "gpt")
-PARTS = {  # of a run's time, and the methods of its loop that take it
-    "logging": ("_record",),
-    "evaluation": ("_evaluate",),
-    "checkpoints": ("_save", "_weights_are_finite"),
-    "samples": ("_sample",),
-    "picture and result": ("_end",),
+IMPORTS = ("torch._dynamo", "torch", "matplotlib", "numpy", "pydantic", "yaml", "gpt")
+PARTS = {  # of a run's time, and the functions that take it
+    "logging": ("gpt.run.log.RunLog.flush",),
+    "evaluation": ("gpt.run.run.Run._evaluate",),
+    "checkpoints": ("gpt.run.run.Run._save", "gpt.run.run.Run._check_weights"),
+    "samples": ("gpt.run.run.Run._sample",),
+    "picture and result": ("gpt.run.run.Run.end",),
 }
+WHOLE = "gpt.training._fit_or_recover"
 GOAL = ("logging", "evaluation", "checkpoints")  # whose share is to stay small
 
 
@@ -128,13 +129,12 @@ def seconds_of_imports(report: str) -> dict[str, float]:
 
 
 def parts_of_a_run(config: Config, folder: Path) -> dict[str, Any]:
-    """Train, and time the methods that PARTS names: seconds and calls of each, and of the run.
+    """Train, and time the functions that PARTS names: seconds and calls of each, and of the run.
 
     They are replaced for good, so this wants a process of its own.
     """
-    loop = training.Training
-    methods = ["run", *(name for names in PARTS.values() for name in names)]
-    seconds, calls = dict.fromkeys(methods, 0.0), dict.fromkeys(methods, 0)
+    names = [WHOLE, *(name for names in PARTS.values() for name in names)]
+    seconds, calls = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
 
     def timed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
@@ -150,8 +150,10 @@ def parts_of_a_run(config: Config, folder: Path) -> dict[str, Any]:
 
         return call
 
-    for name in methods:
-        setattr(loop, name, timed(name, getattr(loop, name)))
+    for name in names:
+        owner, _, attribute = name.rpartition(".")
+        home = pkgutil.resolve_name(owner)
+        setattr(home, attribute, timed(name, getattr(home, attribute)))
     training.train(config, folder / "run", quiet=True)
     return {"steps": config.training.steps, "seconds": seconds, "calls": calls}
 
@@ -245,7 +247,7 @@ def table(figures: dict[str, Any]) -> str:
         lines.append(f"| {part} | " + " | ".join(_share(run, part) for run in runs) + " |")
     together = " + ".join(GOAL)
     lines.append(f"| **{together}** | " + " | ".join(_share(run, *GOAL) for run in runs) + " |")
-    totals = (f"{run['seconds']['run']:.1f}" for run in runs)
+    totals = (f"{run['seconds'][WHOLE]:.1f}" for run in runs)
     lines.append("| all of it, s | " + " | ".join(totals) + " |")
     return "\n".join(lines)
 
@@ -258,7 +260,7 @@ def _share(run: dict[str, Any], *parts: str) -> str:
     """What the parts take of a run's time; of one, also how often it came."""
     taken = sum(run["seconds"][name] for part in parts for name in PARTS[part])
     times = f" ({run['calls'][PARTS[parts[0]][0]]} times)" if len(parts) == 1 else ""
-    return f"{taken / run['seconds']['run']:.2%}{times}"
+    return f"{taken / run['seconds'][WHOLE]:.2%}{times}"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """steadygpt: a small GPT-2 training framework whose stability can be measured and compared.
 
     from gpt import load, train
-    result = train(load("configs/quickstart.yaml"))
+    result = train(load("quickstart"))
 
 Names are imported when they are first used, so that `import gpt` does not import torch.
 """
@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from gpt.config import Config, load
     from gpt.errors import InputError
     from gpt.model import GPT
-    from gpt.run.directory import RunResult, load_run
+    from gpt.run.directory import RunResult
+    from gpt.run.loading import load_run
     from gpt.training import train
 
+__version__ = "0.2.0"
 __all__ = [
     "GPT",
     "Config",
@@ -28,16 +30,17 @@ __all__ = [
 
 _HOMES = {
     "GPT": "gpt.model",
-    "Config": "gpt.config",
+    "Config": "gpt.config.options",
     "InputError": "gpt.errors",
     "RunResult": "gpt.run.directory",
-    "load": "gpt.config",
-    "load_run": "gpt.run.directory",
+    "load": "gpt.config.loading",
+    "load_run": "gpt.run.loading",
     "train": "gpt.training",
 }
 
+if not TYPE_CHECKING:  # a type checker reports a name that is not exported
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'gpt' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'gpt' has no attribute {name!r}")
+        return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,13 +1,14 @@
-"""Many small runs trained as one: their weights stacked along a first dimension, a cell each.
+"""Many small runs trained in one batch: their weights stacked along a first dimension, of cells.
 
-A tiny model does not fill a GPU, nor hide the time that Python takes to start its kernels. N of one
-shape, stacked, are one model whose matrix products are batched; `torch.func.vmap` makes it from the
-plain one. Everything else about a run (its data, rate, clip, evaluation, log, directory, result) is
-its own `Training`, which asks for the two things that are computed here: gradients and update.
+A tiny model does not fill a GPU, nor hide the time that Python takes to start its kernels. N models
+of one shape, stacked, are one model whose matrix products are batched; `torch.func.vmap` makes it
+from the plain one. `BatchedTrainer` has the two calls of gpt/trainer.py, `backward` and `update`;
+everything else about a run (data, learning rate, evaluation, log, directory, result) is its own
+`Run`, as in gpt/training.py.
 
-Cells cannot touch each other: no sum goes over the first dimension but that of the losses, whose
+Cells cannot affect each other: the only sum over the first dimension is that of the losses, whose
 gradients are the cells' own. A cell whose loss or gradient is not finite keeps the weights that it
-had before, for good, while the others go on.
+had before, while the others continue.
 """
 
 from __future__ import annotations
@@ -26,22 +27,20 @@ from torch.nn import functional as F
 
 from gpt.config import Config, leaves
 from gpt.data.preparation import prepare
+from gpt.diagnostics.layers import LayerStats
+from gpt.errors import NonFiniteError, StopRequestedError
+from gpt.hardware import memory
+from gpt.hardware.device import autocast, flush_denormals, pick_device
+from gpt.hardware.memory import is_out_of_memory, release_memory, retry_with_less_memory
 from gpt.io.console import Console
-from gpt.io.files import only_one_in
+from gpt.io.files import lock_directory
 from gpt.model import GPT
-from gpt.optim import SEPARABLE, Optimizer, stack
-from gpt.placement import check
-from gpt.run import plan
-from gpt.run.directory import RunResult, open_run
-from gpt.training import (
-    Apply,
-    Gradients,
-    Training,
-    Work,
-    autocast,
-    flush_denormals,
-    release_memory,
-)
+from gpt.optim import SEPARABLE, stack
+from gpt.run.directory import RunResult
+from gpt.run.resume import open_run
+from gpt.run.run import Run
+from gpt.trainer import Trainer
+from gpt.training import raise_if
 
 # Options in which the cells of one ensemble may differ: what is a number to each of them.
 OWN = (
@@ -77,35 +76,27 @@ def shape(config: Config) -> str:
     return repr(common)
 
 
-class Ensemble:
-    """N models of one shape as one, and their optimizers.
+class BatchedTrainer:
+    """N trainers of models of one shape, whose steps are computed together.
 
-    The models' parameters, gradients and Adam's moments become views of the stacked ones: what is
-    done to a cell's model is done to the cell.
+    The parameters, gradients and Adam moments of each trainer's model become views of the stacked
+    ones: evaluating or saving a trainer needs nothing of this.
 
     Nothing is compiled, whatever `training.compile` says: torch 2.13's compiler does not follow
     attention's rule for vmap.
 
     Args:
-        config: any cell's; they differ only in options that are a cell's own (see `shape`).
-        models: on one device.
-        optimizers: the models', all after the same number of updates.
-        clips: the most that each cell's gradient norm may be.
-        micro_batch: sequences of each cell in one forward pass; what fits, unless given.
+        trainers: on one device, after the same number of updates. Their configs differ only in
+            options that may differ between cells (see `shape`).
+        micro_batch: sequences of each cell per forward pass; by default, what fits the memory.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        models: Sequence[GPT],
-        optimizers: Sequence[Optimizer],
-        clips: Sequence[float | None],
-        micro_batch: int | None = None,
-    ) -> None:
-        self.config, self.device = config, models[0].token_embedding.weight.device
+    def __init__(self, trainers: Sequence[Trainer], micro_batch: int | None = None) -> None:
+        first = trainers[0]
+        self.config, self.device = first.config, first.device
         self.weights: dict[str, Tensor] = {}
-        self.steps: dict[str, nn.Parameter] = {}  # what the optimizer adds to them at rate 1
-        for name, *cells in zip(*_named(models), strict=True):
+        self.steps: dict[str, nn.Parameter] = {}  # what the optimizer adds at learning rate 1
+        for name, *cells in zip(*_named([t.model for t in trainers]), strict=True):
             stacked = torch.stack([cell.detach() for cell in cells]).requires_grad_()
             stacked.grad = torch.zeros_like(stacked)
             for cell, values, gradient in zip(cells, stacked.detach(), stacked.grad, strict=True):
@@ -113,21 +104,26 @@ class Ensemble:
             self.weights[name] = stacked
             self.steps[name] = nn.Parameter(torch.zeros_like(stacked))
             self.steps[name].grad = stacked.grad
-        self.optimizer = stack(optimizers, self.steps, config.optimizer)
-        decays = [optimizer.decays() for optimizer in optimizers]
+        optimizers = [trainer.optimizer for trainer in trainers]
+        self.optimizer = stack(optimizers, self.steps, self.config.optimizer)
+        decays = [optimizer.weight_decays() for optimizer in optimizers]
         self.decays = {name: self._numbers([own[name] for own in decays]) for name in self.weights}
-        self.rates = self._numbers([optimizer.config.learning_rate for optimizer in optimizers])
-        self.clips = self._numbers([math.inf if clip is None else clip for clip in clips])
-        self.alive = torch.ones(len(models), dtype=torch.bool, device=self.device)
+        options = [trainer.config.optimizer for trainer in trainers]
+        self.rates = self._numbers([each.learning_rate for each in options])
+        self.clips = self._numbers(
+            [math.inf if each.clip is None else each.clip for each in options]
+        )
+        self.alive = torch.ones(len(trainers), dtype=torch.bool, device=self.device)
+        vocab_size = first.model.vocab_size
         with torch.device("meta"):
-            template = GPT(config.model, models[0].vocab_size)
+            template = GPT(self.config.model, vocab_size)
         for attention in template.attentions():
             attention.kernel = _flattened
-        self.objective = vmap(partial(_objective, _Objective(template), config.training.z_loss))
-        vocabulary, count = models[0].vocab_size, len(models)
+        loss_fn = partial(_cell_loss, _LossFn(template), self.config.training.z_loss)
+        self.loss_fn = vmap(loss_fn)
         release_memory(self.device)  # or what the allocator holds would not count as free
-        self.micro_batch = micro_batch or plan.micro_batch(
-            config, vocabulary, self.device, models=count
+        self.micro_batch = micro_batch or memory.micro_batch(
+            self.config, vocab_size, self.device, models=len(trainers)
         )
 
     def _numbers(self, values: Sequence[float]) -> Tensor:
@@ -136,69 +132,69 @@ class Ensemble:
     def __len__(self) -> int:
         return len(self.alive)
 
-    def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Forward and backward: the losses, and the norms of the gradients, which the cells hold.
+    def backward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of one batch for each cell, and leave them in the parameters.
 
         Args:
-            inputs, targets: (N, B, T) integers, on the host.
+            inputs, targets: (N, sequences, T) integers, on the host.
 
         Returns:
-            (N,) and (N,).
+            The cells' cross-entropies and gradient norms: (N,) and (N,), on the device.
         """
-        x, y = self._on_device(inputs), self._on_device(targets)
-        return plan.with_less_memory(self, lambda: self._gradients(x, y))
+        x, y = self._to_device(inputs), self._to_device(targets)
+        return retry_with_less_memory(self, lambda: self._backward(x, y))
 
-    def _gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        gradients = self._held()
+    def _backward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        gradients = self._gradients()
         torch._foreach_zero_(gradients)
         losses = torch.zeros(len(self), device=self.device)
         micro_batches = (half.split(self.micro_batch, dim=1) for half in (inputs, targets))
         for x, y in zip(*micro_batches, strict=True):
             with autocast(self.device, self.config.training.precision):
-                minimised, cross_entropy = self.objective(self.weights, x, y)
-            share = x.shape[1] / inputs.shape[1]
-            (minimised * share).sum().backward()
-            losses += cross_entropy.detach() * share
+                total_loss, cross_entropy = self.loss_fn(self.weights, x, y)
+            weight = x.shape[1] / inputs.shape[1]
+            (total_loss * weight).sum().backward()
+            losses += cross_entropy.detach() * weight
         norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
         return losses, norms
 
-    def use(self, micro_batch: int) -> None:
-        """Go on with smaller micro-batches."""
-        self.micro_batch = micro_batch
-        release_memory(self.device)
-
-    def _on_device(self, tensor: Tensor) -> Tensor:
-        pinned = tensor.pin_memory() if self.device.type == "cuda" else tensor
-        return pinned.to(self.device, non_blocking=True)
-
     @torch.no_grad()
-    def apply(self, shares: Sequence[float], losses: Tensor, norms: Tensor) -> None:
-        """Clip the gradients and update the weights; of a cell that failed no more.
+    def update(self, lr_scales: Sequence[float], losses: Tensor, grad_norms: Tensor) -> None:
+        """Clip and update. Failed cells keep their weights.
 
         Args:
-            shares: of each cell's full rate.
-            losses, norms: what `gradients` returned.
+            lr_scales: multiples of each cell's learning rate.
+            losses, grad_norms: returned by `backward`.
         """
-        self.alive &= (losses + norms).isfinite()
-        clipping = (self.clips / (norms + 1e-6)).clamp(max=1)
-        rates = torch.where(self.alive, self.rates * self._on_device(torch.tensor(shares)), 0)
-        gradients = self._held()
-        for gradient in gradients:
-            gradient.mul_(_beside(clipping, gradient))
-            gradient.masked_fill_(~_beside(self.alive, gradient), 0)
+        self.alive &= (losses + grad_norms).isfinite()
+        clipping = (self.clips / (grad_norms + 1e-6)).clamp(max=1)
+        scales = self._to_device(torch.tensor(lr_scales))
+        rates = torch.where(self.alive, self.rates * scales, 0)
+        for gradient in self._gradients():
+            gradient.mul_(_per_cell(clipping, gradient))
+            gradient.masked_fill_(~_per_cell(self.alive, gradient), 0)
         torch._foreach_zero_(list[Tensor](self.steps.values()))
         self.optimizer.step()
         for name, weight in self.weights.items():
             values = weight.detach()
-            values.mul_(_beside(1 - rates * self.decays[name], values))
-            values.addcmul_(self.steps[name], _beside(rates, values))
+            values.mul_(_per_cell(1 - rates * self.decays[name], values))
+            values.addcmul_(self.steps[name], _per_cell(rates, values))
 
-    def _held(self) -> list[Tensor]:
+    def set_micro_batch(self, micro_batch: int) -> None:
+        """Use smaller micro-batches from now on."""
+        self.micro_batch = micro_batch
+        release_memory(self.device)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        pinned = tensor.pin_memory() if self.device.type == "cuda" else tensor
+        return pinned.to(self.device, non_blocking=True)
+
+    def _gradients(self) -> list[Tensor]:
         return [weight.grad for weight in self.weights.values() if weight.grad is not None]
 
 
-def _beside(numbers: Tensor, tensor: Tensor) -> Tensor:
-    """(N,) in a shape that goes with (N, ...)."""
+def _per_cell(numbers: Tensor, tensor: Tensor) -> Tensor:
+    """(N,) numbers in a shape that broadcasts against (N, ...)."""
     return numbers.view(-1, *[1] * (tensor.ndim - 1))
 
 
@@ -209,21 +205,21 @@ def _named(models: Sequence[GPT]) -> Iterator[Iterator[Any]]:
         yield iter(model.parameters())
 
 
-class _Objective(nn.Module):
-    """A model whose `forward` is its objective, which is what functional_call calls."""
+class _LossFn(nn.Module):
+    """A model whose `forward` is `loss_fn`, because functional_call calls `forward`."""
 
     def __init__(self, model: GPT) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, tokens: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-        return self.model.objective(tokens, targets, z_loss)
+        return self.model.loss_fn(tokens, targets, z_loss)
 
 
-def _objective(
-    template: _Objective, z_loss: float, weights: dict[str, Tensor], x: Tensor, y: Tensor
+def _cell_loss(
+    template: _LossFn, z_loss: float, weights: dict[str, Tensor], x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The objective of one cell."""
+    """(total loss, cross-entropy) of one cell."""
     named = {f"model.{name}": weight for name, weight in weights.items()}
     return functional_call(template, named, (x, y, z_loss))
 
@@ -250,7 +246,7 @@ def _flattened(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------
-# Runs as cells
+# The loop over many runs
 
 
 def train_together(
@@ -258,142 +254,168 @@ def train_together(
     paths: Sequence[Path],
     *,
     stop: Callable[[], bool],
-    made: Callable[[int], object],
-    saves: bool,
+    on_update: Callable[[int], object],
+    save_checkpoints: bool,
 ) -> list[RunResult | Exception]:
-    """Train runs of one shape as one, as many at once as the memory holds.
+    """Train runs of one shape in batches, as many at once as the memory holds.
 
     Args:
         paths: their run directories.
-        stop: asked again and again; once true, all are saved after the same update and end as
-            interrupted.
-        made: called with the index of each run that has made an update.
-        saves: whether checkpoints are saved as scheduled, or only when runs are stopped.
+        stop: polled often; once it returns true, all runs are saved after the same update and end
+            as interrupted.
+        on_update: called with the index of each run that has made an update.
+        save_checkpoints: whether checkpoints are saved as scheduled, or only for a stop.
 
     Returns:
-        How each ended: its result, or what it raised.
+        For each run its result, or the exception that it raised.
     """
     config = configs[0]
-    check(config.model)
-    device = plan.pick_device(config.training.device)
+    device = pick_device(config.training.device)
     dataset = prepare(config.data)
     release_memory(device)
-    most = plan.models_at_once(config, dataset.encoding.n_vocab, device)
+    most = memory.models_at_once(config, dataset.encoding.n_vocab, device)
     outcomes: dict[int, RunResult | Exception] = {}
+    stopping = _Latch(stop)
     while len(outcomes) < len(configs):
         group = [i for i in range(len(configs)) if i not in outcomes][:most]
-        runs: dict[int, Training] = {}
-        together = _Together(stop, outcomes)
         with (
             contextlib.ExitStack() as held,
             flush_denormals(),
             contextlib.closing(Console(quiet=True)) as console,
         ):
+            runs: dict[int, Run] = {}
             for i in group:
                 try:
                     held.enter_context(
-                        only_one_in(paths[i], f"{paths[i]}: another process trains there")
+                        lock_directory(paths[i], f"{paths[i]}: another process trains there")
                     )
                     opened = open_run(configs[i], paths[i], "auto")
                     if opened.result is not None:
                         outcomes[i] = opened.result
                         continue
-                    runs[i] = Training(
+                    runs[i] = Run(
                         configs[i],
                         opened,
                         dataset,
-                        device,
+                        Trainer(
+                            configs[i],
+                            dataset.encoding.n_vocab,
+                            device,
+                            interrupt=partial(raise_if, stopping),
+                        ),
                         console,
-                        together.stopped,
-                        partial(made, i),
-                        alone=False,
-                        saves=saves,
+                        stop=stopping,
+                        on_update=partial(on_update, i),
+                        save_checkpoints=save_checkpoints,
+                        plot=False,
                     )
                 except Exception as error:
                     outcomes[i] = error
             try:
                 for step in sorted({run.progress.step for run in runs.values()}):
                     at_step = [i for i, run in runs.items() if run.progress.step == step]
-                    together.train({i: runs.pop(i) for i in at_step})
+                    fit_together({i: runs.pop(i) for i in at_step}, outcomes, stopping)
             except Exception as error:
-                if not plan.is_out_of_memory(error) or len(group) == 1:
+                if not is_out_of_memory(error) or len(group) == 1:
                     outcomes |= {i: error for i in group if i not in outcomes}
         release_memory(device)
-        if any(i not in outcomes for i in group):  # for want of memory: fewer, from where they were
+        if any(i not in outcomes for i in group):  # out of memory: fewer, from where they were
             most = max(1, len(group) // 2)
     return [outcomes[i] for i in range(len(configs))]
 
 
-class _Together:
-    """Drives runs that are at one step, update by update, to their ends.
+class _Latch:
+    """A stop that stays true, so that all runs stop after the same update."""
+
+    def __init__(self, stop: Callable[[], bool]) -> None:
+        self._stop, self._stopped = stop, False
+
+    def __call__(self) -> bool:
+        self._stopped = self._stopped or self._stop()
+        return self._stopped
+
+
+def fit_together(
+    runs: dict[int, Run], outcomes: dict[int, RunResult | Exception], stopping: Callable[[], bool]
+) -> None:
+    """The loop of `gpt.training.fit`, for runs that have made equally many updates.
 
     Args:
-        outcomes: where it says how each ended.
+        runs: by number; a run is removed when it ends, so that nothing holds its memory.
+        outcomes: receives the result of each, or the exception that it raised.
+        stopping: whether all shall stop.
     """
 
-    def __init__(
-        self, stop: Callable[[], bool], outcomes: dict[int, RunResult | Exception]
-    ) -> None:
-        self.stop, self.outcomes = stop, outcomes
-        self.stopping = False
+    def end(i: int, outcome: RunResult | Exception) -> None:
+        outcomes[i] = outcome
+        runs.pop(i).close()
 
-    def stopped(self) -> bool:
-        """What a run asks, again and again: all stop after the same step."""
-        self.stopping = self.stopping or self.stop()
-        return self.stopping
-
-    def train(self, runs: dict[int, Training]) -> None:
-        """Train them, and forget each as it ends, so that nothing holds its memory."""
-        works = {i: run.work() for i, run in runs.items()}
+    @contextlib.contextmanager
+    def guarded(i: int) -> Iterator[None]:
+        """End run `i` if the block raises."""
         try:
-            self._train(runs, works)
-        finally:
-            for work in works.values():
-                work.close()
+            yield
+        except Exception as error:
+            end(i, _outcome(runs[i], error))
 
-    def _train(self, runs: dict[int, Training], works: dict[int, Work]) -> None:
-        batches: dict[int, Gradients] = self._ask(runs, works, dict.fromkeys(works))
-        ensemble: Ensemble | None = None
-        cells: list[int] = []  # of the ensemble, in its order; some may have ended since
-        while batches:
-            if self.stopped():  # some may have asked for their next batch before others were asked
-                self._ask(runs, works, dict.fromkeys(batches))
+    def after(i: int, result: RunResult | None) -> None:
+        if result is not None:
+            end(i, result)
+
+    batched: BatchedTrainer | None = None
+    cells: list[int] = []  # of `batched`, in its order; some may have ended since
+    steps = _steps_to_make(next(iter(runs.values())))
+    try:
+        for i in list(runs):
+            with guarded(i):
+                after(i, runs[i].begin())
+        for step in steps:
+            batches: dict[int, tuple[Tensor, Tensor]] = {}
+            for i in list(runs):
+                with guarded(i):
+                    batches[i] = runs[i].batch(step)
+            if stopping():
+                break
+            if not runs:
                 return
-            if ensemble is None or len(batches) < FULL_ENOUGH * len(cells):
-                micro_batch = None if ensemble is None else ensemble.micro_batch
-                ensemble, cells = None, list(batches)
-                ensemble = _ensemble([runs[i] for i in cells], micro_batch)
+            if batched is None or len(runs) < FULL_ENOUGH * len(cells):
+                micro_batch = None if batched is None else batched.micro_batch
+                batched, cells = None, list(runs)  # frees its memory first
+                batched = BatchedTrainer([runs[i].trainer for i in cells], micro_batch)
             any_batch = next(iter(batches.values()))
-            asked = [batches.get(i, any_batch) for i in cells]
-            losses, norms = ensemble.gradients(
-                torch.stack([batch.inputs for batch in asked]),
-                torch.stack([batch.targets for batch in asked]),
-            )
-            found = dict(zip(cells, zip(losses, norms, strict=True), strict=True))
-            updates: dict[int, Apply] = self._ask(runs, works, {i: found[i] for i in batches})
-            shares = [updates[i].share if i in updates else 0.0 for i in cells]
-            ensemble.apply(shares, losses, norms)
-            batches = self._ask(runs, works, dict.fromkeys(updates, False))
-
-    def _ask(
-        self, runs: dict[int, Training], works: dict[int, Work], answers: dict[int, Any]
-    ) -> dict[int, Any]:
-        """What those runs want next that have not ended."""
-        wanted = {}
-        for i, answer in answers.items():
-            try:
-                wanted[i] = works[i].send(answer)
-            except Exception as ended:
-                self.outcomes[i] = ended.value if isinstance(ended, StopIteration) else ended
-                del works[i], runs[i]
-        return wanted
+            inputs, targets = zip(*(batches.get(i, any_batch) for i in cells), strict=True)
+            losses, grad_norms = batched.backward(torch.stack(inputs), torch.stack(targets))
+            layer_stats: dict[int, LayerStats | None] = {}
+            for i in list(runs):
+                with guarded(i):
+                    layer_stats[i] = runs[i].before_update(step, batches[i][0])
+            lr_scales = [runs[i].lr_scale(step) if i in runs else 0.0 for i in cells]
+            batched.update(lr_scales, losses, grad_norms)
+            for i, loss, grad_norm in zip(cells, losses, grad_norms, strict=True):
+                if i in runs:
+                    with guarded(i):
+                        after(i, runs[i].after_update(step, loss, grad_norm, False, layer_stats[i]))
+        for i in list(runs):
+            with guarded(i):
+                end(i, runs[i].interrupt() if stopping() else runs[i].finish())
+    finally:
+        for i in list(runs):
+            runs[i].close()
 
 
-def _ensemble(runs: Sequence[Training], micro_batch: int | None) -> Ensemble:
-    return Ensemble(
-        runs[0].config,
-        [run.model for run in runs],
-        [run.optimizer for run in runs],
-        [run.config.optimizer.clip for run in runs],
-        micro_batch,
-    )
+def _steps_to_make(run: Run) -> range:
+    return range(run.progress.step + 1, run.config.training.steps + 1)
+
+
+def _outcome(run: Run, error: Exception) -> RunResult | Exception:
+    """How a run ends that raised `error`."""
+    try:
+        if isinstance(error, StopRequestedError):
+            return run.interrupt()
+        if isinstance(error, NonFiniteError):
+            return run.diverge(error.fault, run.locate_in_batch)
+    except NonFiniteError as fault:
+        return _outcome(run, fault)
+    except Exception as another:
+        return another
+    return error

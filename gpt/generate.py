@@ -1,9 +1,8 @@
-"""Sampling: the next token from the logits, again and again, with a key/value cache.
+"""Sampling: generate text token by token, with a key/value cache.
 
-`generate` is a loop over two steps: a `Decoder` reads on, and a token is drawn from what `restrict`
-(temperature, top-k, top-p, min-p) leaves. Each
-sample draws from a generator of its own, so that the first of five samples is the same text as a
-single one with that seed.
+`generate` repeats two steps: a `Decoder` computes the logits of the next token, and `sample_tokens`
+draws it after temperature, top-k, top-p and min-p. Each sample has its own random generator, so the
+first of five samples is the same text as a single sample with that seed.
 """
 
 from __future__ import annotations
@@ -18,26 +17,27 @@ from torch import Tensor
 
 from gpt.config import Sampling
 from gpt.data.tokenizer import Encoding, encode
-from gpt.model import GPT, Place
+from gpt.kv_cache import DecodePosition
+from gpt.model import GPT
 from gpt.rng import generator
 
 
-def restrict(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities to draw from, after temperature, top-k, top-p and min-p: (..., V) -> (..., V).
+def logits_to_probs(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities after temperature, top-k, top-p and min-p: (..., V) -> (..., V).
 
-    Temperature comes first and the others act on the tempered distribution, each on what the one
-    before it left. The likeliest token always stays.
+    Temperature comes first; the filters follow in this order, each on the tokens that the previous
+    one kept. The likeliest token is always kept.
     """
     likeliest = logits.amax(-1, keepdim=True)
-    logits = (logits - likeliest) / max(sampling.temperature, 1e-6)  # no overflow, however cold
+    logits = (logits - likeliest) / max(sampling.temperature, 1e-6)  # at most 0: no overflow
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     if sampling.top_p < 1:
-        ordered, places = logits.softmax(-1).sort(dim=-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # what the likelier tokens hold already
-        cut = (before >= sampling.top_p).gather(-1, places.argsort(-1))
-        logits = logits.masked_fill(cut, -torch.inf)
+        ordered, order = logits.softmax(-1).sort(dim=-1, descending=True)
+        before = ordered.cumsum(-1) - ordered  # probability of all likelier tokens
+        dropped = (before >= sampling.top_p).gather(-1, order.argsort(-1))
+        logits = logits.masked_fill(dropped, -torch.inf)
     if sampling.min_p > 0:
         probabilities = logits.softmax(-1)
         least = sampling.min_p * probabilities.amax(-1, keepdim=True)
@@ -45,40 +45,39 @@ def restrict(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits.softmax(-1)
 
 
-def draw(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
+def sample_tokens(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
     """One token for each row: (N, V) logits and N generators -> (N,) integers.
 
-    With E_v exponential, argmax of p_v / E_v is a draw from p (the exponential race). Rounding
-    changes it only where two tokens are nearly level, so that a text is the same however many are
-    made beside it. E = -log(1 - uniform) in fp64: fp32 has too few numbers for the rarest tokens.
+    For exponential E_v, argmax of p_v / E_v is distributed as p (the exponential race). Rounding
+    changes it only if two tokens nearly tie, so a text does not depend on the number of samples.
+    E = -log(1 - uniform) is in fp64, since fp32 is too coarse for the rarest tokens.
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # which mps lacks
+    dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # mps has no fp64
     uniform = torch.empty_like(logits, dtype=dtype)
     for row, own in zip(uniform, generators, strict=True):
         row.uniform_(generator=own)
     exponential = uniform.neg_().log1p_().neg_()
-    return (restrict(logits, sampling) / exponential).argmax(-1)
+    return (logits_to_probs(logits, sampling) / exponential).argmax(-1)
 
 
 class Decoder:
-    """A model that reads on and tells the next token's logits, with a key/value cache.
+    """Computes the next token's logits with a key/value cache.
 
-    It is a context: within it the model is in evaluation mode and has the caches; after it the
-    model is as it was before.
+    A context manager: inside it the model is in evaluation mode and uses the caches; on exit its
+    previous state is restored.
 
     Args:
         model: on any device.
-        samples: N, sequences side by side.
-        size: S, tokens that the caches hold at most; the model's context unless given.
-        fixed: one-token steps have shapes that never change, and on a GPU are replayed as one CUDA
-            graph, so that no time goes into launching their kernels; by default so on a GPU, and
-            if compiled.
-        compiled: those steps are compiled by torch.compile, which takes up to a minute at first.
+        samples: N, the sequences that are continued in parallel.
+        size: S, the tokens that the caches can hold; by default the model's context.
+        fixed: give one-token steps fixed shapes. On a GPU they are then replayed as one CUDA graph,
+            which saves launching their kernels. By default on a GPU, and if `compiled`.
+        compiled: compile those steps with torch.compile, which takes up to a minute at first.
 
     Attributes:
-        length: tokens that the caches hold.
+        length: tokens in the caches.
     """
 
     def __init__(
@@ -95,7 +94,7 @@ class Decoder:
         self.size = min(size or model.config.context, model.config.context)
         if fixed is None:
             fixed = compiled or self.device.type == "cuda"
-        self._place = Place(self.size, self.device) if fixed else None
+        self._position = DecodePosition(self.size, self.device) if fixed else None
         self._caches = model.make_caches(samples, self.size)
         self._step: Callable[[Tensor], Tensor] = self._logits
         if compiled:
@@ -112,23 +111,23 @@ class Decoder:
         self.model.detach_caches()
         self.model.train(self._was_training)
 
-    def restart(self) -> None:
-        """Forget what was read."""
+    def reset(self) -> None:
+        """Empty the caches."""
         self.length = 0
 
     @torch.inference_mode()
     def read(self, tokens: Tensor) -> Tensor:
-        """Read T more tokens of each sample: (N, T) integers -> (N, V) logits of the next.
+        """Append T tokens to each sample: (N, T) integers -> (N, V) logits of the next token.
 
-        They may be overwritten by the next call.
+        The next call may overwrite these logits.
         """
-        place = self._place if tokens.shape[1] == 1 else None
+        position = self._position if tokens.shape[1] == 1 else None
         for cache in self._caches:
-            cache.length, cache.place = self.length, place
-        if place is None:
+            cache.length, cache.position = self.length, position
+        if position is None:
             logits = self._logits(tokens)
         else:
-            place.move(self.length)
+            position.move(self.length)
             if self._graph is None and self.device.type == "cuda":
                 self._graph = Graph(self._step, tokens)
             logits = (self._graph or self._step)(tokens)
@@ -140,11 +139,11 @@ class Decoder:
 
 
 class Graph:
-    """A function's kernels as one CUDA graph: launched together, on the same memory every time.
+    """A function captured as one CUDA graph: its kernels are launched together, on fixed memory.
 
     Args:
-        function: one whose shapes never change, and which may be called more than once.
-        x: its argument, the first time.
+        function: its shapes must be fixed, and extra calls must do no harm.
+        x: an argument to capture it with.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
@@ -152,7 +151,7 @@ class Graph:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):  # compile, and let libraries take the memory that they work in
+            for _ in range(3):  # warm up: compile, and let libraries allocate their workspaces
                 function(self._x)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
@@ -160,7 +159,7 @@ class Graph:
             self._y = function(self._x)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The function's value, which the next call overwrites."""
+        """The function's value, overwritten by the next call."""
         self._x.copy_(x)
         self._graph.replay()
         return self._y
@@ -178,34 +177,34 @@ def generate(
     stop: int,
     decoder: Decoder | None = None,
 ) -> Generator[list[int]]:
-    """Continue `prompt` in `samples` independent ways, at most `tokens` tokens each.
+    """Continue `prompt` with `samples` independent samples of at most `tokens` tokens each.
 
-    Yields one list a step: the next token of each sample; a sample that has ended repeats `stop`.
-    Ends when all have. A prompt or text longer than the context is seen through a window: when the
-    cache is full, the last half of the context is read again and the text goes on from there.
+    Yields a list per step, the next token of each sample. A sample that has ended repeats `stop`;
+    the generator returns when all have ended. Text longer than the context is seen through a
+    window: when the cache is full, it is refilled with the last half of the context.
 
     Args:
-        model: on any device; its training mode is put back at the end.
+        model: on any device; its training mode is restored at the end.
         prompt: at least one token id.
-        seed: sample i draws from (seed, i), whatever their number.
+        seed: sample i draws from (seed, i), independently of the number of samples.
         stop: the token that ends a sample, end of text.
-        decoder: of this model and so many samples, to be used again; its size is the window.
+        decoder: one to reuse, of this model and number of samples; its size is the window.
     """
     assert prompt, "a prompt has at least one token; end of text starts a new document"
     decoder = decoder or Decoder(model, samples, size=len(prompt) + tokens)
     device, size = decoder.device, decoder.size
     generators = [generator(seed, "sample", i, device=device) for i in range(samples)]
-    window = torch.tensor([prompt[-size:]] * samples, device=device)  # what the cache will hold
+    window = torch.tensor([prompt[-size:]] * samples, device=device)  # the last tokens
     ended = torch.zeros(samples, dtype=torch.bool, device=device)
-    decoder.restart()
+    decoder.reset()
     with decoder:
         fresh = window
         for _ in range(tokens):
             if decoder.length + fresh.shape[1] > size:
                 window = window[:, -max(1, size // 2) :]
-                decoder.restart()
+                decoder.reset()
                 fresh = window
-            token = draw(decoder.read(fresh).float(), sampling, generators)
+            token = sample_tokens(decoder.read(fresh).float(), sampling, generators)
             token = token.masked_fill(ended, stop)
             ended |= token == stop
             row: list[int] = token.tolist()
@@ -224,12 +223,12 @@ def continue_text(
     tokens: int,
     sampling: Sampling,
     seed: int,
-    drawn: Callable[[], object] = lambda: None,
+    on_token: Callable[[], object] = lambda: None,
 ) -> str:
-    """`prompt` and at most `tokens` tokens more; an empty prompt starts a new document.
+    """`prompt` and at most `tokens` more tokens; an empty prompt starts a new document.
 
     Args:
-        drawn: called after each token; what it raises ends the text.
+        on_token: called for each token; an exception that it raises stops generation.
     """
     decoder = TextDecoder(encoding)
     text = [prompt]
@@ -244,23 +243,23 @@ def continue_text(
     )
     with contextlib.closing(steps):
         for (token,) in steps:
-            drawn()
+            on_token()
             if token != encoding.eot_token:
                 text.append(decoder.feed(token))
     return "".join([*text, decoder.close()])
 
 
 class TextDecoder:
-    """Token by token to text; bytes of an unfinished character wait for the rest of it."""
+    """Decodes token by token; bytes of an incomplete character are held back until it is whole."""
 
     def __init__(self, encoding: Encoding) -> None:
         self._encoding = encoding
         self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, token: int) -> str:
-        """The text that `token` completes."""
+        """The text that is complete with this token; may be empty."""
         return self._bytes.decode(self._encoding.decode_single_token_bytes(token))
 
     def close(self) -> str:
-        """What is left, a broken character as U+FFFD."""
+        """The rest; an incomplete character becomes U+FFFD."""
         return self._bytes.decode(b"", final=True)

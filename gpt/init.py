@@ -1,12 +1,12 @@
-"""Initial weights: a controlled factor of the comparison, named by `model.init.regime`.
+"""Initial weights: a controlled factor of a comparison, chosen by `model.init.regime`.
 
-Every matrix is normal with mean 0; a regime is the standard deviations. Biases start at 0 and norms
-as the identity. On top come two factors: 1/sqrt(2L) on the two matrices of a block that write into
-the residual stream (there are 2L of them), if `depth_scaled`; and the placement's own gain.
+Every matrix is drawn from a normal distribution with mean 0; a regime sets the standard deviations.
+Biases start at 0 and norms as the identity. Two factors come on top: 1/sqrt(2L) on the 2L matrices
+that write into the residual stream, if `depth_scaled`, and the placement's `gain`.
 
-Each parameter is drawn by a generator of its own, seeded from (seed, name). So two models that
-share a parameter's name and shape start from the same draw there, whatever else differs between
-them; that is what lets pre-norm and post-norm be compared from one starting point.
+Each parameter has its own generator, seeded from (seed, name). Two models that share a parameter's
+name and shape therefore share its draw, whatever else differs between them; so pre-norm and
+post-norm can be compared from the same starting point.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from gpt.config import ModelConfig
 from gpt.placement import PLACEMENTS
 from gpt.rng import generator
 
-Sigma = Callable[[int, int], float]  # of one matrix: (n_in, n_out) -> standard deviation
+Sigma = Callable[[int, int], float]  # (n_in, n_out) of a matrix -> its standard deviation
 
 
 def constant(n_in: int, n_out: int) -> float:
-    """GPT-2's, whatever the size (Radford et al. 2019)."""
+    """0.02 for every shape; GPT-2, Radford et al. 2019."""
     return 0.02
 
 
@@ -38,19 +38,19 @@ def xavier(n_in: int, n_out: int) -> float:
 
 
 def small(n_in: int, n_out: int) -> float:
-    """sqrt(2 / 5d): attention's matrices as if 4d wide; Nguyen and Salazar 2019, SmallInit."""
+    """sqrt(2 / 5d), Xavier's for a matrix of d x 4d; SmallInit, Nguyen and Salazar 2019."""
     return math.sqrt(2 / (5 * n_in))
 
 
 @dataclass(frozen=True)
 class Regime:
-    """Standard deviations at the start.
+    """Standard deviations of the initial weights.
 
     Attributes:
-        attention, other: of the matrices of attention, and of all others.
-        embedding: of token and position embeddings; their sum is the stream's first value.
-        unit_stream: that sum has variance 1, so a tied head divides its logits by sqrt(d).
-        depth_scaled: whether 1/sqrt(2L) belongs to it, where the config says "auto".
+        attention, other: for the matrices of attention, and for all others.
+        embedding: for the token and position embeddings, whose sum enters the first block.
+        unit_stream: whether that sum has variance 1; a tied head then divides logits by sqrt(d).
+        depth_scaled: whether "auto" applies the factor 1/sqrt(2L).
     """
 
     attention: Sigma
@@ -68,35 +68,25 @@ REGIMES: dict[str, Regime] = {
 
 
 def logit_scale(config: ModelConfig) -> float:
-    """1/sqrt(d) for a tied head whose rows have a norm near sqrt(d), so that logits are near 1."""
+    """1/sqrt(d) for a tied head whose rows have norms near sqrt(d), so that logits are near 1."""
     unit = config.tied_head and REGIMES[config.init.regime].unit_stream
     return config.width**-0.5 if unit else 1.0
 
 
 def depth_scaled(config: ModelConfig) -> bool:
-    """Whether the matrices that write into the stream start at 1/sqrt(2L) of the regime's sigma."""
+    """Whether matrices that write into the residual stream are scaled by 1/sqrt(2L)."""
     if config.init.depth_scaled != "auto":
         return config.init.depth_scaled == "on"
-    own_answer = PLACEMENTS[config.norm.placement].scales_depth
-    return REGIMES[config.init.regime].depth_scaled and not own_answer
-
-
-class Stacked(nn.Linear):
-    """Several matrices that read the same input, as one product; each starts as if it were alone.
-
-    Args:
-        n_in, n_out: channels of one of them.
-        parts: their names, in the order in which their outputs stand.
-    """
-
-    def __init__(self, n_in: int, n_out: int, parts: tuple[str, ...], bias: bool) -> None:
-        super().__init__(n_in, n_out * len(parts), bias)
-        self.parts = parts
+    by_placement = PLACEMENTS[config.norm.placement].scales_depth
+    return REGIMES[config.init.regime].depth_scaled and not by_placement
 
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Set every parameter of the GPT `model` in place. The numbers do not depend on the device."""
+    """Set every parameter of the GPT `model` in place, to the same numbers on every device.
+
+    A linear layer with `parts`, the names of several fused matrices, is initialised part by part.
+    """
     regime = REGIMES[config.init.regime]
     placement = PLACEMENTS[config.norm.placement]
     depth = 1 / math.sqrt(2 * config.layers) if depth_scaled(config) else 1.0
@@ -106,7 +96,7 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
             module.weight.copy_(values)
         elif isinstance(module, nn.Linear):
             path = name.split(".")  # blocks, 0, attention, qkv
-            parts = module.parts if isinstance(module, Stacked) else path[-1:]
+            parts = getattr(module, "parts", path[-1:])
             sigma = regime.attention if "attention" in path else regime.other
             values = _draw(module.weight, seed, name)
             for matrix, part in zip(values.chunk(len(parts)), parts, strict=True):
@@ -124,10 +114,10 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
 
 @torch.no_grad()
 def fingerprints(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What tells whether two models start alike, parameter by parameter.
+    """Shape, digests and RMS of each parameter, to compare the initial weights of two models.
 
-    `sha256` is of the numbers, `signs` of their signs alone: equal signs under unequal numbers are
-    one draw at two scales, such as a placement's gain makes; `rms` is the scale.
+    `sha256` is a digest of the numbers, `signs` of their signs. Equal signs with unequal numbers
+    are the same draw at another scale, which `rms` gives; a placement's gain has this effect.
     """
     return {
         name: {
@@ -145,6 +135,6 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _draw(weight: Tensor, seed: int, name: str) -> Tensor:
-    """Standard normal numbers in the shape of `weight`, on the CPU, for the module `name`."""
+    """Standard normal numbers in the shape of `weight`, on the CPU, seeded for module `name`."""
     values = torch.empty(weight.shape)
     return values.normal_(generator=generator(seed, "init", f"{name}.weight"))

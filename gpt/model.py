@@ -2,18 +2,18 @@
 
     tokens -> token embedding + position embedding -> L blocks -> final norm -> head -> logits
 
-A block is causal self-attention and a feed-forward network, joined by a placement
-(gpt/placement.py), which holds the norms (gpt/norm.py) and the residual connections. Shapes: B
-sequences, T tokens, d channels, h heads, V tokens in the vocabulary. Initial weights are set in
-gpt/init.py, by name.
+A block is causal self-attention and a feed-forward network, joined by residual connections and
+norms; how they are joined is the block's placement (gpt/placement.py). Norms are in gpt/norm.py,
+initial weights in gpt/init.py. Shapes: B sequences, T tokens, d channels, h heads, V tokens in the
+vocabulary.
 
-Not here: training (gpt/training.py) and the choice of the next token (gpt/generate.py).
+Not here: training (gpt/training.py) and sampling (gpt/generate.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -21,95 +21,36 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt.config import ModelConfig
-from gpt.init import Stacked, logit_scale
-from gpt.loss import chunked_cross_entropy, cross_entropy
+from gpt.init import logit_scale
+from gpt.kv_cache import KVCache
+from gpt.loss import chunked_next_token_loss, next_token_loss
 from gpt.norm import make_norm
-from gpt.placement import PLACEMENTS, Placement, Sublayer, check, has_final_norm
+from gpt.placement import PLACEMENTS, Block, Sublayer, has_final_norm
+
+# ---------------------------------------------------------------------------------------------
+# Attention
 
 
-class Place:
-    """Where generation stands, as tensors: one-token steps then have shapes that never change.
+class FusedLinear(nn.Linear):
+    """Several matrices that read the same input, computed as one product.
 
-    A CUDA graph needs that. Attention goes over the whole cache, and `seen` hides what is not read.
-
-    Attributes:
-        position: (1,), the next token's.
-        seen: (1, S), true up to that position and at it.
-    """
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.position = torch.zeros(1, dtype=torch.long, device=device)
-        self.seen = torch.zeros(1, size, dtype=torch.bool, device=device)
-        self._all = torch.arange(size, device=device)[None]
-
-    def move(self, position: int) -> None:
-        """Change both in place."""
-        self.position.fill_(position)
-        torch.le(self._all, self.position, out=self.seen)
-
-
-class KVCache:
-    """Keys and values of the tokens that one attention layer has seen, for generation.
+    Each is initialised as if it were a layer of its own (see `gpt.init.initialize`).
 
     Args:
-        size: S, the most tokens that it can hold; the model's context unless given.
-
-    Attributes:
-        keys, values: (B, h, S, d/h), of which the first `length` positions are filled.
-        place: if not None, counts in place of `length`, which then stands still.
+        n_in, n_out: channels of each matrix.
+        parts: names of the matrices, in the order of their outputs.
     """
 
-    def __init__(
-        self, batch: int, config: ModelConfig, like: Tensor, size: int | None = None
-    ) -> None:
-        shape = (batch, config.heads, size or config.context, config.width // config.heads)
-        self.keys = like.new_zeros(shape)
-        self.values = like.new_zeros(shape)
-        self.length = 0
-        self.place: Place | None = None
-
-    @property
-    def seen(self) -> Tensor | None:
-        """(1, S), what of the cache the one next token sees; None: all that `extend` returns."""
-        return None if self.place is None else self.place.seen
-
-    def positions(self, count: int) -> Tensor:
-        """Where the next `count` tokens stand: (count,) integers."""
-        if self.place is not None:
-            return self.place.position
-        end, size = self.length + count, self.keys.shape[2]
-        assert end <= size, f"{end} tokens in a cache of {size}"
-        return torch.arange(self.length, end, device=self.keys.device)
-
-    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append (B, h, t, d/h) keys and values; returns all so far, (B, h, length, d/h).
-
-        With a `place`, t is 1 and the whole cache is returned, (B, h, S, d/h).
-        """
-        if self.place is not None:
-            self.keys.index_copy_(2, self.place.position, keys)
-            self.values.index_copy_(2, self.place.position, values)
-            return self.keys, self.values
-        end = self.length + keys.shape[2]
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-
-def soft_cap(z: Tensor, cap: float | None) -> Tensor:
-    """The value of c tanh(z/c): nearly z if it is small, never beyond ±c; z itself without a cap.
-
-    Bello et al. 2017; Gemma 2 caps attention's logits at 50 and the last ones at 30.
-    """
-    return z if cap is None else cap * torch.tanh(z / cap)
+    def __init__(self, n_in: int, n_out: int, parts: tuple[str, ...], bias: bool) -> None:
+        super().__init__(n_in, n_out * len(parts), bias)
+        self.parts = parts
 
 
 class CausalSelfAttention(Sublayer):
     """softmax(q k^T / sqrt(d/h) + causal mask) v, in h heads (Vaswani et al. 2017).
 
     With QK-norm, each head's q and k are normalised (Henry et al. 2020, Dehghani et al. 2023).
-    With a `cache`, the input's tokens follow those in the cache, and see them.
+    With a `cache`, the input's tokens follow those in the cache and attend to them.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -117,7 +58,7 @@ class CausalSelfAttention(Sublayer):
         self.heads = config.heads
         self.dropout = config.dropout
         self.cap = config.attention.soft_cap
-        self.qkv = Stacked(config.width, config.width, ("q", "k", "v"), config.bias)
+        self.qkv = FusedLinear(config.width, config.width, ("q", "k", "v"), config.bias)
         qk_norm, width = config.attention.qk_norm, config.width // config.heads
         self.q_norm = make_norm(config, width) if qk_norm else nn.Identity()
         self.k_norm = make_norm(config, width) if qk_norm else nn.Identity()
@@ -130,11 +71,11 @@ class CausalSelfAttention(Sublayer):
         """(B, T, d) -> (B, T, d)."""
         B, T, d = x.shape
         q, k, v = self.project(x)
-        seen = None
+        attn_mask = None
         if self.cache is not None:
             k, v = self.cache.extend(k, v)  # each (B, h, S, d/h), S >= T
-            seen = self.cache.seen
-        y = self.mix(q, k, v, seen)  # (B, h, T, d/h)
+            attn_mask = self.cache.attn_mask
+        y = self.attend(q, k, v, attn_mask)  # (B, h, T, d/h)
         y = y.transpose(1, 2).reshape(B, T, d)
         return self.out_dropout(self.out(self.inner_norm(y)))
 
@@ -145,37 +86,50 @@ class CausalSelfAttention(Sublayer):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         return self.q_norm(q), self.k_norm(k), v
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
-        """The values, weighted: q (B, h, T, d/h), k and v (B, h, S, d/h) -> (B, h, T, d/h).
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """Weighted sums of v: q (B, h, T, d/h), k and v (B, h, S, d/h) -> (B, h, T, d/h).
 
-        torch's kernel never forms the (T, S) weights, but has no soft cap.
+        torch's kernel never forms the (T, S) weights, but cannot cap the scores.
 
         Args:
-            seen: (T, S), which keys a query sees; None: see `visible`.
+            attn_mask: (T, S), true where a query attends to a key; None: the causal mask.
         """
         T, S = q.shape[2], k.shape[2]
         dropout = self.dropout if self.training else 0.0
-        if self.cap is None:
-            causal = seen is None and T == S
-            if seen is None and 1 < T < S:
-                seen = visible(T, S, q.device)
-            return self.kernel(q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=causal)
-        return F.dropout(self.weights(self.scores(q, k), seen), dropout) @ v
+        if self.cap is not None:
+            return F.dropout(self.weights(self.scores(q, k), attn_mask), dropout) @ v
+        causal = attn_mask is None and T == S
+        if attn_mask is None and 1 < T < S:
+            attn_mask = causal_mask(T, S, q.device)
+        return self.kernel(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=causal)
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Inner products q k^T / sqrt(d/h): (B, h, T, d/h), (B, h, S, d/h) -> (B, h, T, S)."""
         return (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
 
-    def weights(self, scores: Tensor, seen: Tensor | None = None) -> Tensor:
-        """The softmax of the capped scores over the keys that a query sees: (B, h, T, S)."""
+    def weights(self, scores: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """Softmax of the capped scores over the keys that a query attends to: (B, h, T, S)."""
         T, S = scores.shape[-2:]
-        hidden = ~(visible(T, S, scores.device) if seen is None else seen)
-        return soft_cap(scores, self.cap).masked_fill(hidden, -torch.inf).softmax(-1)
+        if attn_mask is None:
+            attn_mask = causal_mask(T, S, scores.device)
+        return soft_cap(scores, self.cap).masked_fill(~attn_mask, -torch.inf).softmax(-1)
 
 
-def visible(T: int, S: int, device: torch.device) -> Tensor:
-    """(T, S), true where query t of the last T of S positions may see key s: s <= S - T + t."""
+def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
+    """(T, S), true where query t of the last T of S positions may attend to key s <= S - T + t."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+def soft_cap(z: Tensor, cap: float | None) -> Tensor:
+    """The bounded c tanh(z/c), close to z for small z, never beyond ±c; without a cap, z itself.
+
+    Bello et al. 2017; Gemma 2 caps attention's logits at 50 and the last ones at 30.
+    """
+    return z if cap is None else cap * torch.tanh(z / cap)
+
+
+# ---------------------------------------------------------------------------------------------
+# Feed-forward
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -192,22 +146,23 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": lambda x: F.relu(x).square(),  # So et al. 2021
     "swiglu": swiglu,
 }
-GATED = {"swiglu"}  # those that take two matrices' outputs
+GATED = {"swiglu"}  # those that take the outputs of two matrices
 
 
 class MLP(Sublayer):
-    """W2 φ(W1 x), four times as wide inside, φ the activation; GPT-2's is GELU in its tanh form.
+    """W2 φ(W1 x), four times as wide inside; φ is the activation, GPT-2's GELU in its tanh form.
 
-    A gated φ needs a third matrix; two thirds of the width, to the nearest multiple of 8, then give
-    about as many parameters (Shazeer 2020).
+    A gated φ needs a third matrix. Two thirds of the width, rounded to a multiple of 8, then give
+    about the same number of parameters (Shazeer 2020).
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         gated = config.mlp.activation in GATED
+        parts = ("gate", "up") if gated else ("up",)
         hidden = config.mlp.multiple * config.width
         hidden = 8 * max(1, round(hidden * 2 / 3 / 8)) if gated else round(hidden)
-        self.up = Stacked(config.width, hidden, ("gate", "up") if gated else ("up",), config.bias)
+        self.up = FusedLinear(config.width, hidden, parts, config.bias)
         self.activation = ACTIVATIONS[config.mlp.activation]
         self.out = nn.Linear(hidden, config.width, bias=config.bias)
         self.out_dropout = nn.Dropout(config.dropout)
@@ -217,8 +172,12 @@ class MLP(Sublayer):
         return self.out_dropout(self.out(self.inner_norm(self.activation(self.up(x)))))
 
 
-# While training, the head's matrix is padded to a multiple of so many rows, by kind of device: a
-# GPU's matrix units need rows of 16 bytes, and 50,257 is odd. The logits are those without it.
+# ---------------------------------------------------------------------------------------------
+# The whole model
+
+
+# During training the head's matrix is padded to a multiple of this many rows, by device type: a
+# GPU's matrix units need rows of 16 bytes, and 50,257 is odd. The padding's logits are cut off.
 VOCABULARY_MULTIPLE = {"cuda": 64}
 
 
@@ -226,26 +185,23 @@ class GPT(nn.Module):
     """A decoder-only transformer language model (Radford et al. 2019).
 
     Args:
-        config: shape and norms.
+        config: shape and norms, validated; note that `model_copy` does not validate.
         vocab_size: V, from the tokenizer.
 
     Attributes:
-        loss_chunk: tokens whose logits `objective` makes at a time; None: all of them.
-
-    Raises:
-        InputError: the placement does not go with the rest (see `gpt.placement.check`).
+        loss_chunk: tokens whose logits `loss_fn` computes at a time; None: all of them.
+        cache: during generation, the first attention layer's cache.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
-        check(config)
         self.config = config
         self.vocab_size = vocab_size
         self.token_embedding = nn.Embedding(vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.context, config.width)
         self.embedding_dropout = nn.Dropout(config.dropout)
         self.embedding_norm = make_norm(config) if config.norm.embedding else nn.Identity()
-        self.placement: type[Placement] = PLACEMENTS[config.norm.placement]
+        self.placement: type[Block] = PLACEMENTS[config.norm.placement]
         self.blocks = nn.ModuleList(
             self.placement(config, layer, CausalSelfAttention(config), MLP(config))
             for layer in range(1, config.layers + 1)
@@ -254,23 +210,24 @@ class GPT(nn.Module):
         self.head = None if config.tied_head else nn.Linear(config.width, vocab_size, bias=False)
         self.logit_scale = logit_scale(config)
         self.loss_chunk: int | None = None
+        self.cache: KVCache | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of the next token at every position: (B, T) integers -> (B, T, V).
 
-        T may be at most `config.context`, less what the caches hold (see `attach_caches`).
+        T is at most `config.context`, less the length of the caches (see `attach_caches`).
         """
         return self.logits(self.hidden(tokens))
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """The stream after the final norm: (B, T) integers -> (B, T, d)."""
+        """The residual stream after the final norm: (B, T) integers -> (B, T, d)."""
         stream = self.placement.begin(self.embed(tokens))
         for block in self.blocks:
             stream = block(stream)
         return self.placement.end(stream, self.final_norm)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """The stream before the first block: (B, T) integers -> (B, T, d)."""
+        """The residual stream before the first block: (B, T) integers -> (B, T, d)."""
         T, context = tokens.shape[1], self.config.context
         if self.cache is not None:
             positions = self.cache.positions(T)
@@ -282,54 +239,51 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., d) after the final norm -> (..., V)."""
-        if self.head is not None and not self.training:  # sampling may have replaced it
-            return self._scaled(self.head(x))
-        return self.logits_by(x, self.head_matrix)
+        if self.head is not None and not self.training:  # may be a layer of gpt/inference.py
+            return self._scale_logits(self.head(x))
+        return self.apply_head(x, self.head_matrix)
 
     @property
     def head_matrix(self) -> Tensor:
-        """(V, d); a tied head's is the token embedding."""
+        """(V, d); with a tied head, the token embedding."""
         return self.token_embedding.weight if self.head is None else self.head.weight
 
-    def logits_by(self, x: Tensor, head: Tensor) -> Tensor:
+    def apply_head(self, x: Tensor, head: Tensor) -> Tensor:
         """(..., d) after the final norm, (V, d) -> (..., V)."""
         padding = -len(head) % VOCABULARY_MULTIPLE.get(x.device.type, 1)
-        if padding and self.training:  # for one token of generation it would not pay
+        if padding and self.training:  # copying the matrix would slow generation down
             head = F.pad(head, (0, 0, 0, padding))
-        return self._scaled(F.linear(x, head)[..., : self.vocab_size])
+        return self._scale_logits(F.linear(x, head)[..., : self.vocab_size])
 
-    def _scaled(self, logits: Tensor) -> Tensor:
+    def _scale_logits(self, logits: Tensor) -> Tensor:
         if self.logit_scale != 1:
             logits = logits * self.logit_scale
         return soft_cap(logits, self.config.logit_soft_cap)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats per token, a float32 scalar. Both (B, T) integers."""
-        return self.objective(tokens, targets)[1]
+        return self.loss_fn(tokens, targets)[1]
 
-    def objective(
+    def loss_fn(
         self, tokens: Tensor, targets: Tensor, z_loss: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """What training makes small, and the mean cross-entropy in it; float32 scalars.
+        """(total loss, cross-entropy), means in nats per token; float32 scalars.
 
-        The first has z_loss * mean(log² Z) beside it (see `gpt.loss.cross_entropy`).
+        Training minimises the first: cross-entropy + z_loss * mean(log² Z), see
+        `gpt.loss.next_token_loss`. Both arguments are (B, T) integers.
         """
         targets = targets.flatten()
         if self.loss_chunk is None:
-            return cross_entropy(self(tokens).flatten(0, 1), targets, z_loss)
+            return next_token_loss(self(tokens).flatten(0, 1), targets, z_loss)
         x = self.hidden(tokens).flatten(0, 1)
-        return chunked_cross_entropy(
-            self.logits_by, x, self.head_matrix, targets, z_loss, self.loss_chunk
+        return chunked_next_token_loss(
+            self.apply_head, x, self.head_matrix, targets, z_loss, self.loss_chunk
         )
 
     @torch.no_grad()
     def calibrate(self, tokens: Tensor) -> None:
-        """Let the placement set what one batch decides (Admin's ω); (B, T) integers."""
-        self.placement.calibrate(self.placements(), partial(self.embed, tokens))
-
-    def placements(self) -> list[Placement]:
-        """The blocks, first one first."""
-        return [block for block in self.blocks if isinstance(block, Placement)]
+        """Set the parameters that a placement takes from one batch (Admin's ω); (B, T) integers."""
+        self.placement.calibrate(self.blocks, partial(self.embed, tokens))
 
     # -- Generation: a key/value cache in every attention layer ---------------------------------
 
@@ -342,22 +296,17 @@ class GPT(nn.Module):
         like = self.token_embedding.weight
         return [KVCache(batch, self.config, like, size) for _ in self.attentions()]
 
-    def attach_caches(self, caches: Iterable[KVCache]) -> None:
-        """From here on, `forward` continues the sequences that these caches hold."""
+    def attach_caches(self, caches: Sequence[KVCache]) -> None:
+        """From now on, `forward` continues the sequences that these caches hold."""
+        self.cache = caches[0]  # all hold the same positions
         for attention, cache in zip(self.attentions(), caches, strict=True):
             attention.cache = cache
 
     def detach_caches(self) -> None:
-        """Back to `forward` on whole sequences."""
+        """From now on, `forward` takes whole sequences again."""
+        self.cache = None
         for attention in self.attentions():
             attention.cache = None
-
-    @property
-    def cache(self) -> KVCache | None:
-        """The first attention layer's, which tells what all hold."""
-        first = self.blocks[0].attention
-        assert isinstance(first, CausalSelfAttention)
-        return first.cache
 
     # -- Size ------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
-"""Normalisation layers, each a few lines: what is made small, and over which numbers.
+"""Normalisation layers, each a few lines: which statistics they divide by, and over which numbers.
 
-Where they stand in a block is the other half of the matter: gpt/placement.py.
+Where a block applies them is its placement: gpt/placement.py.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from gpt.config import ModelConfig
 
 
 def layer_norm(x: Tensor, gamma: Tensor | float, beta: Tensor | float, eps: float) -> Tensor:
-    """Layer norm as its formula: γ (x - mean) / sqrt(variance + ε) + β; Ba et al. 2016.
+    """Layer norm written out: γ (x - mean) / sqrt(variance + ε) + β; Ba et al. 2016.
 
-    Mean and variance are those of one token's own channels, so no other token and no padding can
-    change them. The variance is the biased one: divided by d, not d - 1. To be read; the model
-    uses torch's, which is the same in one pass over memory.
+    Mean and variance are taken over one token's channels, so they depend neither on other tokens
+    nor on padding. The variance is biased: divided by d, not d - 1. This function is for reading;
+    the model uses torch's layer norm, which computes the same in one pass over memory.
 
     Args:
         x: (..., d).
         gamma, beta: (d,), or one number.
+
+    Returns:
+        (..., d).
     """
     mean = x.mean(-1, keepdim=True)
     variance = ((x - mean) ** 2).mean(-1, keepdim=True)
@@ -31,12 +34,12 @@ def layer_norm(x: Tensor, gamma: Tensor | float, beta: Tensor | float, eps: floa
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Each channel by its mean and variance over batch and time; Ioffe and Szegedy 2015.
+    """Normalises each channel over batch and time; Ioffe and Szegedy 2015.
 
-    Offered to show why layer norm won: while training, every token's value depends on all the
-    others, later ones and padding included, so the model sees the future that it shall predict.
-    In evaluation it uses running averages, which differ from what training saw; before the first
-    update there are none, so the evaluation there says nothing.
+    Included to show why layer norm won. In training, every token depends on all others, later ones
+    and padding included, so the model sees the tokens that it should predict. In evaluation it uses
+    running averages, which differ from the statistics of training; before the first update there
+    are none, so that evaluation is meaningless.
     """
 
     def __init__(self, width: int, eps: float, bias: bool) -> None:
@@ -49,7 +52,7 @@ class BatchNorm(nn.BatchNorm1d):
         return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
 
     def reset_parameters(self) -> None:
-        """γ = 1, β = 0, and no averages yet."""
+        """γ = 1, β = 0, and no running averages."""
         self.reset_running_stats()
         nn.init.ones_(self.weight)
         if self.bias is not None:
@@ -57,7 +60,7 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class DynamicTanh(nn.Module):
-    """γ tanh(α x) + β, with no statistics at all; α starts at 0.5. Zhu et al. 2025."""
+    """γ tanh(α x) + β, without any statistics; α starts at 0.5. Zhu et al. 2025."""
 
     def __init__(self, width: int, bias: bool) -> None:
         super().__init__()
@@ -80,7 +83,7 @@ class DynamicTanh(nn.Module):
 
 
 class ScaleNorm(nn.Module):
-    """g x / ||x||, one trained number g, which starts at sqrt(d); Nguyen and Salazar 2019."""
+    """g x / ||x|| with one trained number g, initially sqrt(d); Nguyen and Salazar 2019."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -89,7 +92,7 @@ class ScaleNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """With g = sqrt(d) the RMS of the output is 1."""
+        """Set g = sqrt(d), so that the RMS of the output is 1."""
         nn.init.constant_(self.g, math.sqrt(self.width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,14 +101,14 @@ class ScaleNorm(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """γ x / sqrt(mean(x²) + ε), no mean taken off and no shift; Zhang and Sennrich 2019."""
+    """γ x / sqrt(mean(x²) + ε): no mean is subtracted, no bias added; Zhang and Sennrich 2019."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., d), in the weights' precision also under autocast."""
+        """(..., d) -> (..., d), in the precision of γ, also under autocast."""
         return super().forward(x.to(self.weight.dtype))
 
 
-# A norm over `width` channels, with ε and whether it has a shift β.
+# Each takes the channels to normalise over, ε, and whether to have a bias β.
 NORMS: dict[str, Callable[[int, float, bool], nn.Module]] = {
     "layer": lambda width, eps, bias: nn.LayerNorm(width, eps=eps, bias=bias),  # GPT-2's
     "rms": lambda width, eps, bias: RMSNorm(width, eps=eps),
@@ -114,14 +117,14 @@ NORMS: dict[str, Callable[[int, float, bool], nn.Module]] = {
     "scale": lambda width, eps, bias: ScaleNorm(width, eps),
     "none": lambda width, eps, bias: nn.Identity(),
 }
-SHIFTED = {"layer", "batch", "dyt"}  # those that can have a β
+BIASED: set[str] = {"layer", "batch", "dyt"}  # those that can have a bias β
 
 
 def make_norm(config: ModelConfig, width: int | None = None) -> nn.Module:
-    """The norm that the config names, (..., width) -> (..., width); the identity at the start.
+    """The norm that the config names: (..., width) -> (..., width).
 
     Args:
-        width: the model's unless given.
+        width: channels; by default the model's width.
     """
     norm = config.norm
     bias = config.bias if norm.bias is None else norm.bias

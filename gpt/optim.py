@@ -1,209 +1,67 @@
-"""Optimizers: torch's updates, called as functions, and what they remember of every parameter.
+"""Optimizers: torch.optim's classes, and Muon, as one object for all parameters of a model.
 
 Weight decay acts on matrices and embeddings, never on biases, norms or a placement's own weights.
-All optimizers decouple it from the gradient (Loshchilov and Hutter 2019) but SGD, where torch adds
-it to the gradient. Independent decay is not multiplied by the rate (Wortsman et al. 2023).
+It is decoupled from the gradient (Loshchilov and Hutter 2019) except in SGD, where torch adds it to
+the gradient. It is multiplied by the learning rate unless `independent_decay` is set (Wortsman et
+al. 2023).
 
-torch's Optimizer classes would do the same, but the first of them to be made loads torch's
-compiler, which takes two seconds of every start.
-
-Not here: the learning rate's course (gpt/schedule.py) and clipping (gpt/training.py).
+The learning rate schedule is in gpt/schedule.py; gradients are clipped in the training step.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import _adafactor, adamw, radam, sgd  # Adafactor's is in a private module only
 
 from gpt.config import OptimizerConfig
 
-Memory = dict[str, Tensor]  # what is remembered of one parameter, by torch's names
+ParamGroups = list[dict[str, Any]]  # as torch.optim's classes accept them
 
 
-@dataclass(frozen=True)
-class Update:
-    """One update of parameters that have one rule and one decay; what it changes is in lists."""
+class Muon(torch.optim.Optimizer):
+    """Orthogonalized momentum for matrices; Jordan et al. 2024.
 
-    parameters: list[Tensor]
-    gradients: list[Tensor]
-    memory: list[Memory]
-    rate: float
-    decay: float
-
-    def remembered(self, quantity: str) -> list[Tensor]:
-        """That quantity of each parameter."""
-        return [memory[quantity] for memory in self.memory]
-
-
-class Rule(ABC):
-    """How parameters follow their gradients."""
-
-    fused: bool | None = None  # one kernel for all, which finds `step` on the device
-
-    def __init__(self, config: OptimizerConfig) -> None:
-        self.config = config
-
-    @abstractmethod
-    def shapes(self, parameter: Tensor) -> dict[str, torch.Size]:
-        """What is remembered of a parameter; `step` counts its updates."""
-
-    @abstractmethod
-    def apply(self, update: Update) -> None:
-        """Change parameters and memory in place."""
-
-    def start(self, parameter: Tensor) -> Memory:
-        """What is remembered before the first update: zeros."""
-        start = {q: parameter.new_zeros(shape) for q, shape in self.shapes(parameter).items()}
-        if "step" in start:
-            device = parameter.device if self.fused else "cpu"
-            start["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        return start
-
-
-class AdamW(Rule):
-    """Adam with decoupled weight decay; Kingma and Ba 2015, Loshchilov and Hutter 2019."""
-
-    fused: bool | None = True
-
-    def shapes(self, parameter: Tensor) -> dict[str, torch.Size]:
-        return {
-            "step": torch.Size(),
-            "exp_avg": parameter.shape,
-            "exp_avg_sq": parameter.shape,
-        }
-
-    def apply(self, update: Update) -> None:
-        adamw.adamw(
-            update.parameters,
-            update.gradients,
-            update.remembered("exp_avg"),
-            update.remembered("exp_avg_sq"),
-            [],
-            update.remembered("step"),
-            lr=update.rate,
-            beta1=self.config.beta1,
-            beta2=self.config.beta2,
-            eps=self.config.eps,
-            weight_decay=update.decay,
-            amsgrad=False,
-            maximize=False,
-            fused=self.fused,
-        )
-
-
-class RAdam(AdamW):
-    """Adam whose first updates are scaled by the variance of their rate; Liu et al. 2020.
-
-    Without that variance's estimate (the first few steps) it is momentum SGD: warm-up built in.
+    W <- (1 - lr * decay) W - lr * 0.2 sqrt(max(rows, columns)) * orthogonalize(M), where M is the
+    gradient with Nesterov momentum. The factor gives updates the RMS of AdamW's (Liu et al. 2025),
+    so that both share one learning rate. torch.optim.Muon always multiplies in bf16, which many
+    CPUs emulate, and one matrix at a time; this class batches matrices of one shape.
     """
 
-    fused = None
+    def __init__(self, params: ParamGroups, lr: float, momentum: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
 
-    def apply(self, update: Update) -> None:
-        radam.radam(
-            update.parameters,
-            update.gradients,
-            update.remembered("exp_avg"),
-            update.remembered("exp_avg_sq"),
-            update.remembered("step"),
-            lr=update.rate,
-            beta1=self.config.beta1,
-            beta2=self.config.beta2,
-            eps=self.config.eps,
-            weight_decay=update.decay,
-            decoupled_weight_decay=True,
-        )
-
-
-class Adafactor(Rule):
-    """Adam's second moment kept as row and column means; Shazeer and Stern 2018.
-
-    Its rate is relative to the RMS of each parameter, and at most 1/sqrt(step).
-    """
-
-    def shapes(self, parameter: Tensor) -> dict[str, torch.Size]:
-        shape = parameter.shape
-        if parameter.ndim < 2:
-            return {"step": torch.Size(), "variance": shape}
-        row, column = (*shape[:-1], 1), (*shape[:-2], 1, shape[-1])
-        return {"step": torch.Size(), "row_var": torch.Size(row), "col_var": torch.Size(column)}
-
-    def apply(self, update: Update) -> None:
-        _adafactor.adafactor(
-            update.parameters,
-            update.gradients,
-            [memory.get("row_var") for memory in update.memory],
-            [memory.get("col_var") for memory in update.memory],
-            [memory.get("variance") for memory in update.memory],
-            update.remembered("step"),
-            lr=update.rate,
-            beta2_decay=-0.8,
-            eps1=torch.finfo(update.parameters[0].dtype).eps,
-            eps2=1e-3,
-            d=1.0,
-            weight_decay=update.decay,
-            maximize=False,
-        )
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every matrix that has a gradient. Closures are not supported."""
+        for group in self.param_groups:
+            lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
+            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if parameter not in self.state:
+                    self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+                buffer = self.state[parameter]["momentum_buffer"]
+                buffer.lerp_(parameter.grad, 1 - momentum)
+                nesterov = parameter.grad.lerp(buffer, momentum)
+                by_shape[parameter.shape].append((parameter, nesterov))
+            for shape, pairs in by_shape.items():
+                directions = orthogonalize(torch.stack([nesterov for _, nesterov in pairs]))
+                size = lr * 0.2 * math.sqrt(max(shape))
+                for (parameter, _), direction in zip(pairs, directions, strict=True):
+                    parameter.mul_(1 - lr * decay).add_(direction, alpha=-size)
 
 
-class SGD(Rule):
-    """Stochastic gradient descent with Nesterov momentum (plain if the momentum is 0)."""
-
-    def shapes(self, parameter: Tensor) -> dict[str, torch.Size]:
-        return {"momentum_buffer": parameter.shape} if self.config.momentum else {}
-
-    def apply(self, update: Update) -> None:
-        sgd.sgd(
-            update.parameters,
-            update.gradients,
-            [memory.get("momentum_buffer") for memory in update.memory],
-            lr=update.rate,
-            momentum=self.config.momentum,
-            nesterov=self.config.momentum > 0,
-            dampening=0,
-            weight_decay=update.decay,
-            maximize=False,
-        )
-
-
-class Muon(Rule):
-    """Momentum made orthogonal, for the blocks' matrices (Jordan et al. 2024); AdamW elsewhere.
-
-    W <- (1 - rate * decay) W - rate * 0.2 sqrt(max(rows, columns)) * orthogonal(M), M the gradient
-    with Nesterov momentum. The root scales updates to the RMS of AdamW's (Liu et al. 2025), so that
-    both share one rate. torch's own multiplies in bf16, which many CPUs must emulate.
-    """
-
-    def shapes(self, parameter: Tensor) -> dict[str, torch.Size]:
-        return {"momentum_buffer": parameter.shape}
-
-    def apply(self, update: Update) -> None:
-        momentum = self.config.momentum
-        alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}  # those go through it together
-        for parameter, gradient, buffer in zip(
-            update.parameters, update.gradients, update.remembered("momentum_buffer"), strict=True
-        ):
-            ahead = gradient.lerp(buffer.lerp_(gradient, 1 - momentum), momentum)
-            alike.setdefault(parameter.shape, []).append((parameter, ahead))
-        for shape, pairs in alike.items():
-            steps = orthogonal(torch.stack([ahead for _, ahead in pairs]))
-            size = update.rate * 0.2 * math.sqrt(max(shape))
-            for (parameter, _), step in zip(pairs, steps, strict=True):
-                parameter.mul_(1 - update.rate * update.decay).add_(step, alpha=-size)
-
-
-def orthogonal(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """Nearly U V^T of each matrix's U S V^T, its singular values near 1: (N, n, m) -> (N, n, m).
 
     Five Newton-Schulz iterations X <- a X + b (X X^T) X + c (X X^T)² X (Jordan et al. 2024), in
-    bf16 under CUDA.
+    bf16 on CUDA and in fp32 elsewhere.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]
@@ -216,170 +74,162 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-OPTIMIZERS: dict[str, type[Rule]] = {
-    "adamw": AdamW,
-    "radam": RAdam,
-    "adafactor": Adafactor,
-    "muon": Muon,
-    "sgd": SGD,
+OPTIMIZERS: dict[str, Callable[[ParamGroups, OptimizerConfig], torch.optim.Optimizer]] = {
+    # Kingma and Ba 2015; decoupled weight decay, Loshchilov and Hutter 2019
+    "adamw": lambda groups, c: torch.optim.AdamW(
+        groups, c.learning_rate, (c.beta1, c.beta2), c.eps, fused=True
+    ),
+    # Rectifies the variance of Adam's adaptive learning rate: its first few steps are those of SGD
+    # with momentum, a built-in warm-up; Liu et al. 2020
+    "radam": lambda groups, c: torch.optim.RAdam(
+        groups, c.learning_rate, (c.beta1, c.beta2), c.eps, decoupled_weight_decay=True
+    ),
+    # Factors Adam's second moment into row and column means. The learning rate is relative to each
+    # parameter's RMS, and at most 1/sqrt(step); Shazeer and Stern 2018
+    "adafactor": lambda groups, c: torch.optim.Adafactor(groups, c.learning_rate),
+    # For the blocks' matrices, with AdamW for all other parameters
+    "muon": lambda groups, c: Muon(groups, c.learning_rate, c.momentum),
+    # With Nesterov momentum unless the momentum is 0
+    "sgd": lambda groups, c: torch.optim.SGD(
+        groups, c.learning_rate, c.momentum, nesterov=c.momentum > 0
+    ),
 }
 
-
-# Those whose update is the rate times a step that does not depend on the weights.
+# Their update, without decay, is the learning rate times a step independent of the weights.
 SEPARABLE = {"adamw", "radam"}
 
 
-@dataclass(frozen=True)
-class Group:
-    """Parameters with one rule and one decay: an update takes decay * rate of each away."""
-
-    rule: Rule
-    decay: float
-    parameters: dict[str, nn.Parameter]
-
-
-def grouped(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[Group]:
-    """Each parameter in exactly one group."""
-    decay = config.weight_decay  # the rules multiply it by the rate
-    decay = decay / config.learning_rate if config.independent_decay else decay
-    rule = OPTIMIZERS[config.name](config)
-    elsewhere = AdamW(config) if isinstance(rule, Muon) else rule
-    groups: dict[tuple[Rule, float], Group] = {}
-    for name, parameter in parameters:
-        inside = parameter.ndim == 2 and name.startswith("blocks.")
-        key = (rule if inside else elsewhere, decay if parameter.ndim >= 2 else 0.0)
-        groups.setdefault(key, Group(*key, {})).parameters[name] = parameter
-    return list(groups.values())
-
-
 class Optimizer:
-    """Updates parameters by their gradients, and remembers what that takes.
+    """Updates all parameters of a model. Its state is tensors named `parameter|quantity`.
 
     Attributes:
-        memory: by the parameters' names; begun with a first gradient, loaded, or stacked.
+        torch_optimizers: one, or for "muon" two: Muon and AdamW. A GradScaler unscales each.
     """
 
     def __init__(
-        self, parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig
+        self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig
     ) -> None:
         self.config = config
-        self.groups = grouped(parameters, config)
-        self.memory: dict[str, Memory] = {}
+        decay = config.weight_decay  # torch multiplies it by the learning rate
+        decay = decay / config.learning_rate if config.independent_decay else decay
+        by_kind: dict[tuple[str, float], list[tuple[str, nn.Parameter]]] = defaultdict(list)
+        for name, parameter in named_parameters:
+            in_blocks = name.startswith("blocks.") and parameter.ndim == 2
+            kind = "adamw" if config.name == "muon" and not in_blocks else config.name
+            by_kind[kind, decay if parameter.ndim >= 2 else 0.0].append((name, parameter))
+        groups: dict[str, ParamGroups] = defaultdict(list)
+        for (kind, weight_decay), named in by_kind.items():
+            groups[kind].append({"params": named, "weight_decay": weight_decay})
+        self.torch_optimizers = [OPTIMIZERS[kind](groups[kind], config) for kind in groups]
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The parameters, as torch.amp.GradScaler looks for them."""
-        return [{"params": list(group.parameters.values())} for group in self.groups]
+    def param_groups(self) -> ParamGroups:
+        """The groups of all torch optimizers; together they hold each parameter exactly once."""
+        return [group for optimizer in self.torch_optimizers for group in optimizer.param_groups]
 
-    @torch.no_grad()
-    def step(self, share: float = 1.0) -> None:
-        """Update every parameter that has a gradient, at `share` of the full rate."""
-        for group in self.groups:
-            moved = {n: p for n, p in group.parameters.items() if p.grad is not None}
-            if not moved:
-                continue
-            for name, parameter in moved.items():
-                if name not in self.memory:
-                    self.memory[name] = group.rule.start(parameter)
-            group.rule.apply(
-                Update(
-                    list(moved.values()),
-                    [p.grad for p in moved.values() if p.grad is not None],
-                    [self.memory[name] for name in moved],
-                    share * self.config.learning_rate,
-                    group.decay,
-                )
-            )
+    def step(self, lr_scale: float = 1.0) -> None:
+        """Update every parameter that has a gradient, at `lr_scale` times the learning rate."""
+        for group in self.param_groups:
+            group["lr"] = lr_scale * self.config.learning_rate
+        for optimizer in self.torch_optimizers:
+            optimizer.step()
 
     def zero_grad(self) -> None:
-        """Forget all gradients."""
-        for group in self.groups:
-            for parameter in group.parameters.values():
-                parameter.grad = None
+        """Set all gradients to None."""
+        for optimizer in self.torch_optimizers:
+            optimizer.zero_grad()
 
-    def decays(self) -> dict[str, float]:
-        """How fast each parameter decays (see `Group`)."""
-        return {name: group.decay for group in self.groups for name in group.parameters}
+    def weight_decays(self) -> dict[str, float]:
+        """Each parameter's weight decay, which its update multiplies by the learning rate."""
+        return {name: g["weight_decay"] for g in self.param_groups for name in g["param_names"]}
 
-    def eps(self) -> dict[str, float]:
-        """What Adam adds to the root of its second moment, for each parameter that it updates."""
-        return dict.fromkeys(self._by_adam(), self.config.eps)
+    def adam_eps(self) -> dict[str, float]:
+        """Adam's epsilon, for each parameter that AdamW or RAdam updates."""
+        adam_groups = [group for group in self.param_groups if "betas" in group]
+        return {name: group["eps"] for group in adam_groups for name in group["param_names"]}
 
     def second_moments(self) -> dict[str, Tensor]:
-        """Adam's estimate of each squared gradient, without bias; none before the first update."""
-        found = {}
-        for name in self._by_adam():
-            memory = self.memory.get(name, {})
-            updates = memory["step"].item() if memory else 0
-            if updates:
-                found[name] = memory["exp_avg_sq"] / (1 - self.config.beta2**updates)
-        return found
-
-    def _by_adam(self) -> Iterator[str]:
-        for group in self.groups:
-            if isinstance(group.rule, AdamW):
-                yield from group.parameters
-
-    def state(self) -> dict[str, Tensor]:
-        """All of its memory as tensors named `parameter|quantity`."""
-        return _flat(self.memory)
+        """Adam's bias-corrected second moments, by parameter; empty before the first update."""
+        return {
+            name: state["exp_avg_sq"] / (1 - self.config.beta2**updates)
+            for name, state in self._state().items()
+            if "exp_avg_sq" in state and (updates := state["step"].item())
+        }
 
     @property
-    def has_memory(self) -> bool:
-        """Whether updates leave anything in `state`; plain gradient descent's leave nothing."""
-        return any(g.rule.shapes(p) for g in self.groups for p in g.parameters.values())
+    def has_state(self) -> bool:
+        """Whether updates leave state; only those of SGD without momentum do not."""
+        return self.config.name != "sgd" or self.config.momentum > 0
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over a copy of what `state` returned.
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The state itself, not a copy; empty before the first update."""
+        return {f"{n}|{key}": t for n, state in self._state().items() for key, t in state.items()}
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy `tensors`, which `state_tensors` returned, into the state.
 
         Raises:
-            ValueError: it is of other parameters.
+            ValueError: they belong to other parameters or another optimizer.
         """
-        if not tensors:  # of before the first update
-            self.memory = {}
+        if not tensors:  # saved before the first update
+            for optimizer in self.torch_optimizers:
+                optimizer.state.clear()
             return
-        memory = {n: g.rule.start(p) for g in self.groups for n, p in g.parameters.items()}
-        fresh = _flat(memory)
-        expected, given = _kinds(fresh), _kinds(tensors)
-        for key in {**given, **expected}:
-            if given.get(key) != expected.get(key):
+        self.reset_state()
+        state = self.state_tensors()
+        for key in {**tensors, **state}:
+            given, own = tensors.get(key), state.get(key)
+            if given is None or own is None or (given.shape, given.dtype) != (own.shape, own.dtype):
                 raise ValueError(f"optimizer state of another model: {key}")
-            fresh[key].copy_(tensors[key])
-        self.memory = memory
+            own.copy_(given)
 
+    def reset_state(self) -> None:
+        """Set the state of every parameter to zero, as it is when the first update begins.
 
-def _flat(memory: Mapping[str, Memory]) -> dict[str, Tensor]:
-    return {
-        f"{name}|{quantity}": value for name in memory for quantity, value in memory[name].items()
-    }
+        torch's classes create their state in an update. This makes one that leaves the weights as
+        they are: zero gradients at learning rate 0 (torch.distributed.checkpoint does the same).
+        """
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.step(lr_scale=0.0)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        for tensor in self.state_tensors().values():
+            tensor.zero_()
 
-
-def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    return {key: (value.shape, value.dtype) for key, value in tensors.items()}
+    def _state(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            name: optimizer.state[parameter]
+            for optimizer in self.torch_optimizers
+            for group in optimizer.param_groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+            if parameter in optimizer.state
+        }
 
 
 def stack(
     optimizers: Sequence[Optimizer], steps: Mapping[str, nn.Parameter], config: OptimizerConfig
 ) -> Optimizer:
-    """The optimizers of N models of one shape as one, at rate 1 and without decay.
+    """One optimizer for N models of one shape, at learning rate 1 and without weight decay.
 
-    What it adds to `steps`, from their gradients, is for every model what its own optimizer would
-    add to the weights, but for the rate. The optimizers' memory becomes views of this one's.
+    From the gradients of `steps`, it adds to each model's slice of them what the model's own
+    optimizer would add to the weights, divided by the learning rate. The state tensors of
+    `optimizers` become views of its own.
 
     Args:
-        optimizers: of one kind, which is SEPARABLE, after the same number of updates.
-        steps: (N, ...) each, by the parameters' names.
+        optimizers: N of one kind in SEPARABLE, after the same number of updates.
+        steps: (N, ...) each, by parameter name.
     """
     plain = {"learning_rate": 1.0, "weight_decay": 0.0}
     stacked = Optimizer(steps.items(), config.model_copy(update=plain))
-    for group in stacked.groups:
-        for name, step in group.parameters.items():
-            stacked.memory[name] = group.rule.start(step)
-            for quantity, whole in stacked.memory[name].items():
-                for index, optimizer in enumerate(optimizers):
-                    cell = whole[index] if whole.ndim else whole  # all have made as many updates
-                    memory = optimizer.memory.setdefault(name, {})
-                    if quantity in memory:
-                        cell.copy_(memory[quantity])
-                    memory[quantity] = cell
+    stacked.reset_state()
+    whole = stacked.state_tensors()
+    for index, optimizer in enumerate(optimizers):
+        if not optimizer.state_tensors():
+            optimizer.reset_state()
+        for key, tensor in optimizer.state_tensors().items():
+            view = whole[key][index] if whole[key].ndim else whole[key]  # all share `step`
+            tensor.data = view.copy_(tensor)
     return stacked

@@ -1,32 +1,32 @@
-"""Norm placements: where the norm N stands around attention A and feed-forward F.
+"""Norm placements: where a block applies its norms N to attention A and feed-forward F.
 
-A placement is one block of the transformer, and its `forward` is its equation. A new one is a class
-and one entry in `PLACEMENTS`; what else the model must know of it (whether a norm follows the last
-block, how its weights start) are attributes of the class. CONTRIBUTING.md adds one as an example.
+Each placement is a `Block` of the transformer whose `forward` is its equation. A new one is a class
+and one entry in `PLACEMENTS`; CONTRIBUTING.md adds one as an example. Class attributes tell the
+rest: whether a norm follows the last block, which options it excludes, how its weights start.
 
-Shapes: the stream x is (B, T, d), B sequences of T tokens with d channels. L is the number of
-blocks, l = 1 ... L the block's own. A block has two sublayers, so the model has 2 L.
+Shapes: the residual stream x is (B, T, d), B sequences of T tokens with d channels. L is the number
+of blocks, l = 1 ... L the number of this one. A block has two sublayers, so the model has 2 L.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from gpt.config import ModelConfig
-from gpt.errors import InputError
-from gpt.norm import SHIFTED, make_norm
+from gpt.norm import make_norm
 
 
 class Sublayer(nn.Module):
-    """Attention or feed-forward: f, (B, T, d) -> (B, T, d). Its last matrix is `out`.
+    """Attention or feed-forward: f, (B, T, d) -> (B, T, d).
 
     Attributes:
-        inner_norm: applied to what `out` reads; the identity unless a placement sets it.
+        out: its last linear layer.
+        inner_norm: applied to the input of `out`; the identity unless a placement sets it.
     """
 
     out: nn.Linear
@@ -37,28 +37,31 @@ class Sublayer(nn.Module):
 
 
 class Add(nn.Module):
-    """x + f(x), the residual connection; a module of its own so that diagnostics can watch it."""
+    """x + f, the residual connection; a module so that diagnostics can observe it."""
 
     def forward(self, x: Tensor, f: Tensor) -> Tensor:
         """Two (B, T, d) -> (B, T, d)."""
         return x + f
 
 
-class Placement(nn.Module):
-    """One block. `forward` takes what the block before it returned: x, or a tuple that holds it.
+class Block(nn.Module):
+    """One block of the transformer. `forward` maps the stream to the stream.
+
+    The stream is x, (B, T, d), unless `begin` and `end` say otherwise.
 
     Args:
-        config: the model's.
-        layer: l, from 1.
+        layer: l, counted from 1.
         attention, mlp: A and F.
 
     Attributes:
-        final_norm: whether a norm follows the last block, where the config says "auto".
-        has_norms: whether there are norms at all.
-        needs_norms: why norm type "none" makes no sense here; empty if it does.
-        least_layers: the fewest blocks with which it is itself.
-        scales_depth: it has its own answer to depth, in place of the factor 1/sqrt(2 L).
-        calmer: placements that were found to be more stable, for advice when a run fails.
+        final_norm: whether a norm follows the last block if `norm.final_norm` is "auto".
+        has_norms: whether the placement has norms.
+        needs_norms: why it cannot do without norms; empty if it can.
+        least_layers: the smallest L at which it differs from the other placements.
+        scales_depth: whether it replaces the factor 1/sqrt(2 L) of the initial weights.
+        more_stable: placements found to be more stable, suggested when a run diverges.
+
+    Give the attributes as literals: validation reads them from the source, without torch.
     """
 
     final_norm: ClassVar[bool] = True
@@ -66,7 +69,7 @@ class Placement(nn.Module):
     needs_norms: ClassVar[str] = ""
     least_layers: ClassVar[int] = 1
     scales_depth: ClassVar[bool] = False
-    calmer: ClassVar[tuple[str, ...]] = ()
+    more_stable: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: ModelConfig, layer: int, attention: Sublayer, mlp: Sublayer) -> None:
         super().__init__()
@@ -78,52 +81,57 @@ class Placement(nn.Module):
 
     @staticmethod
     def gain(layers: int, part: str) -> float:
-        """Factor on the initial weights of a block's matrix: q, k, v, out, up or gate."""
+        """Factor on the initial weights of one matrix: q, k, v, out, up or gate."""
         return 1.0
 
     @staticmethod
     def begin(x: Tensor) -> Any:
-        """What the first block gets, from the embeddings."""
+        """The embeddings, (B, T, d) -> the stream that enters the first block."""
         return x
 
     @staticmethod
     def end(stream: Any, final_norm: nn.Module) -> Tensor:
-        """What the head gets, from what the last block returned."""
+        """The stream after the last block -> the head's input, (B, T, d)."""
         return final_norm(stream)
 
     @classmethod
-    def calibrate(cls, blocks: Sequence[Placement], embed: Callable[[], Tensor]) -> None:
-        """Set what the first batch decides, whose embeddings `embed` gives; mostly nothing."""
+    def calibrate(cls, blocks: Iterable[nn.Module], embed: Callable[[], Tensor]) -> None:
+        """Set parameters that depend on the first batch. Most placements have none.
+
+        Args:
+            blocks: all L, in order.
+            embed: returns the embeddings of that batch, (B, T, d).
+        """
 
 
-class PreNorm(Placement):
+class PreNorm(Block):
     """The norm inside the residual branch; GPT-2, Xiong et al. 2020.
 
-    The stream grows with depth, so a final norm follows.
+    The stream grows with depth, so a norm follows the last block.
     """
 
-    calmer = ("peri",)
+    more_stable = ("peri",)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.add(x, self.attention(self.attention_norm(x)))
         return self.add(h, self.mlp(self.mlp_norm(h)))
 
 
-class PostNorm(Placement):
+class PostNorm(Block):
     """The norm after the residual connection; Vaswani et al. 2017, GPT-1.
 
-    Its output is normalised: no final norm.
+    The last block's output is normalised already, so no norm follows it.
     """
 
     final_norm = False
-    calmer = ("pre", "deepnorm", "admin")
+    more_stable = ("pre", "deepnorm", "admin")
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.attention_norm(self.add(x, self.attention(x)))
         return self.mlp_norm(self.add(h, self.mlp(h)))
 
 
-class PeriNorm(Placement):
+class PeriNorm(Block):
     """Norms before and after each sublayer; CogView's sandwich (Ding et al. 2021), Kim et al. 2025.
 
     Peri-LN also normalises the embeddings: `norm.embedding`.
@@ -138,26 +146,26 @@ class PeriNorm(Placement):
         return self.add(h, self.mlp_out_norm(self.mlp(self.mlp_norm(h))))
 
 
-class ResPostNorm(Placement):
-    """The norm on the sublayer's output; Swin v2 (Liu et al. 2022), OLMo 2, there with QK-norm."""
+class ResPostNorm(Block):
+    """The norm on the sublayer's output; Swin v2 (Liu et al. 2022), OLMo 2 (with QK-norm)."""
 
-    calmer = ("peri",)
+    more_stable = ("peri",)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.add(x, self.attention_norm(self.attention(x)))
         return self.add(h, self.mlp_norm(self.mlp(h)))
 
 
-class DeepNorm(Placement):
-    """Post-norm with a stronger residual, α = (2L)^¼, and smaller weights, β = (8L)^-¼.
+class DeepNorm(Block):
+    """Post-norm with a residual scaled up, α = (2L)^¼, and weights scaled down, β = (8L)^-¼.
 
-    Wang et al. 2022 (DeepNet), for decoders; their weights are Xavier's times β.
+    Wang et al. 2022 (DeepNet), for decoders. Their weights are Xavier's times β.
     """
 
     final_norm = False
-    needs_norms = "its α > 1 enlarges the stream at each sublayer, and the norms bring it back"
+    needs_norms = "its α > 1 scales the stream up at each sublayer, and only norms scale it down"
     scales_depth = True
-    calmer = ("pre",)
+    more_stable = ("pre",)
 
     @staticmethod
     def alpha(layers: int) -> float:
@@ -174,16 +182,16 @@ class DeepNorm(Placement):
         return self.mlp_norm(self.add(alpha * h, self.mlp(h)))
 
 
-class Admin(Placement):
-    """Post-norm whose residual is weighted by ω, one number a channel; Liu et al. 2020.
+class Admin(Block):
+    """Post-norm whose residual is scaled by a trained ω per channel; Liu et al. 2020.
 
-    ω is trained. It starts at the standard deviation that the sum of all branches up to there has
-    in one profiled batch, ω²ᵢ₊₁ = Var[ωᵢ xᵢ] + Var[fᵢ], so that late sublayers add little.
+    ω starts at the standard deviation of the sum of all earlier branches in one profiled batch,
+    ω²ᵢ₊₁ = Var[ωᵢ xᵢ] + Var[fᵢ], so that late sublayers add little.
     """
 
     final_norm = False
-    needs_norms = "its ω weigh branches that follow a norm"
-    calmer = ("pre",)
+    needs_norms = "its ω compensate for the norms after each sublayer"
+    more_stable = ("pre",)
 
     def __init__(self, config: ModelConfig, layer: int, attention: Sublayer, mlp: Sublayer) -> None:
         super().__init__(config, layer, attention, mlp)
@@ -192,13 +200,13 @@ class Admin(Placement):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """1, until they are calibrated."""
+        """ω = 1, until `calibrate`."""
         nn.init.ones_(self.attention_omega)
         nn.init.ones_(self.mlp_omega)
 
     @classmethod
     @torch.no_grad()
-    def calibrate(cls, blocks: Sequence[Placement], embed: Callable[[], Tensor]) -> None:
+    def calibrate(cls, blocks: Iterable[nn.Module], embed: Callable[[], Tensor]) -> None:
         """Profile: ω₁ = 1, then the recursion; variances over the whole batch, biased."""
         x = embed()
         variance = torch.ones((), device=x.device)
@@ -218,15 +226,15 @@ class Admin(Placement):
         return self.mlp_norm(self.add(self.mlp_omega * h, self.mlp(h)))
 
 
-class ReZero(Placement):
-    """Branches that start closed: one trained number a block, 0 at first; Bachlechner et al. 2020.
+class ReZero(Block):
+    """Branches scaled by one trained number per block, initially 0; Bachlechner et al. 2020.
 
-    No norms anywhere.
+    There are no norms.
     """
 
     final_norm = False
     has_norms = False
-    calmer = ("pre",)
+    more_stable = ("pre",)
 
     def __init__(self, config: ModelConfig, layer: int, attention: Sublayer, mlp: Sublayer) -> None:
         super().__init__(config, layer, attention, mlp)
@@ -234,7 +242,7 @@ class ReZero(Placement):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Closed."""
+        """Set a = 0, so that every block starts as the identity."""
         nn.init.zeros_(self.a)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -242,16 +250,16 @@ class ReZero(Placement):
         return self.add(h, self.a * self.mlp(h))
 
 
-class DLCL(Placement):
+class DLCL(Block):
     """A block reads a trained mix of all earlier outputs, each normalised; Wang et al. 2019.
 
-    Dynamic linear combination of layers, round pre-norm blocks. With y₀ the embeddings and y_k the
-    output of block k, z₀ = y₀ and z_k = N_k(y_k), block l + 1 reads Σ_k w_k z_k over k = 0 ... l,
-    and the final norm the last such sum. The weights start as the mean's, 1/(l + 1). The first
-    block reads y₀ itself: a weight there would only scale the embeddings.
+    A dynamic linear combination of layers around pre-norm blocks. Let y₀ be the embeddings, y_k the
+    output of block k, z₀ = y₀ and z_k = N_k(y_k). Block l + 1 reads Σ_k w_k z_k over k = 0 ... l,
+    and the final norm reads the last such sum. The weights start at 1/(l + 1), the mean. The first
+    block reads y₀ itself, since a weight there would only scale the embeddings.
     """
 
-    calmer = ("pre",)
+    more_stable = ("pre",)
 
     def __init__(self, config: ModelConfig, layer: int, attention: Sublayer, mlp: Sublayer) -> None:
         super().__init__(config, layer, attention, mlp)
@@ -260,12 +268,12 @@ class DLCL(Placement):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The mean of all outputs so far."""
+        """Equal weights, the mean of all outputs so far."""
         nn.init.constant_(self.mix, 1 / (self.layer + 1))
 
     @staticmethod
     def begin(x: Tensor) -> tuple[Tensor, ...]:
-        return x, x  # what the block reads, and the outputs so far
+        return x, x  # the input of the next block, and the outputs so far
 
     @staticmethod
     def end(stream: tuple[Tensor, ...], final_norm: nn.Module) -> Tensor:
@@ -280,11 +288,11 @@ class DLCL(Placement):
         return x, *outputs
 
 
-class ResiDual(Placement):
-    """Two streams, x normalised as in post-norm and r summed as in pre-norm; Xie et al. 2023."""
+class ResiDual(Block):
+    """Two streams: x, normalised as in post-norm, and r, summed as in pre-norm; Xie et al. 2023."""
 
-    needs_norms = "its two streams differ only by the norms"
-    calmer = ("pre",)
+    needs_norms = "only norms tell its two streams apart"
+    more_stable = ("pre",)
 
     @staticmethod
     def begin(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -303,12 +311,12 @@ class ResiDual(Placement):
         return self.mlp_norm(self.add(x, f)), r + f
 
 
-class B2T(Placement):
-    """Post-norm, and a path round the first norm, from bottom to top; Takase et al. 2022."""
+class B2T(Block):
+    """Post-norm with a path around the first norm, from bottom to top; Takase et al. 2022."""
 
     final_norm = False
     scales_depth = True
-    calmer = ("pre",)
+    more_stable = ("pre",)
 
     @staticmethod
     def gain(layers: int, part: str) -> float:
@@ -319,21 +327,21 @@ class B2T(Placement):
         return self.mlp_norm(self.add(x + h, self.mlp(h)))
 
 
-class MixLN(Placement):
-    """Post-norm in the first ⌊L/4⌋ blocks, pre-norm in the rest; Li et al. 2024."""
+class MixLN(Block):
+    """Post-norm in the first ⌊L/4⌋ blocks, pre-norm in the others; Li et al. 2024."""
 
     least_layers = 4
-    calmer = ("pre",)
+    more_stable = ("pre",)
 
     def forward(self, x: Tensor) -> Tensor:
-        kind: type[Placement] = PostNorm if self.layer <= self.layers // 4 else PreNorm
+        kind: type[Block] = PostNorm if self.layer <= self.layers // 4 else PreNorm
         return kind.forward(self, x)
 
 
-class LayerNormScaling(Placement):
-    """Pre-norm whose norms give N(x)/sqrt(l), less the deeper they stand; Sun et al. 2025."""
+class LayerNormScaling(Block):
+    """Pre-norm with norms scaled down with depth, N(x)/sqrt(l); Sun et al. 2025."""
 
-    needs_norms = "it scales what the norms give"
+    needs_norms = "it scales the output of its norms"
     scales_depth = True
 
     def forward(self, x: Tensor) -> Tensor:
@@ -345,10 +353,10 @@ class LayerNormScaling(Placement):
 class SubLN(PreNorm):
     """Pre-norm with a second norm in each sublayer, before its last matrix; Wang et al. 2022b.
 
-    Magneto's. Its weights start larger, by sqrt(ln 2L).
+    From Magneto. Its weights start larger, by sqrt(ln 2L).
     """
 
-    needs_norms = "its second norms are what it is"
+    needs_norms = "its second norms are all that distinguishes it"
     scales_depth = True
 
     def __init__(self, config: ModelConfig, layer: int, attention: Sublayer, mlp: Sublayer) -> None:
@@ -361,19 +369,19 @@ class SubLN(PreNorm):
         return 1.0 if part in ("q", "k") else math.sqrt(math.log(2 * layers))
 
 
-class NoNorm(Placement):
-    """The residual connections alone, for comparison."""
+class NoNorm(Block):
+    """Residual connections without norms, for comparison."""
 
     final_norm = False
     has_norms = False
-    calmer = ("pre", "rezero")
+    more_stable = ("pre", "rezero")
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.add(x, self.attention(x))
         return self.add(h, self.mlp(h))
 
 
-PLACEMENTS: dict[str, type[Placement]] = {
+PLACEMENTS: dict[str, type[Block]] = {
     "pre": PreNorm,
     "post": PostNorm,
     "peri": PeriNorm,
@@ -396,44 +404,3 @@ def has_final_norm(config: ModelConfig) -> bool:
     if config.norm.final_norm != "auto":
         return config.norm.final_norm == "on"
     return PLACEMENTS[config.norm.placement].final_norm
-
-
-def check(config: ModelConfig) -> None:
-    """Refuse what would not be what its name says.
-
-    Raises:
-        InputError: the placement does not go with another option, and why.
-    """
-    norm, name = config.norm, config.norm.placement
-    placement = PLACEMENTS[name]
-    wanting = {  # options that ask for a norm
-        f"model.norm.type: {norm.type}": norm.type not in (None, "none"),
-        "model.norm.final_norm: on": norm.final_norm == "on",
-        "model.norm.embedding: true": norm.embedding,
-        "model.attention.qk_norm: true": config.attention.qk_norm,
-    }
-    asked = [option for option, wants in wanting.items() if wants]
-    if asked and not placement.has_norms:
-        raise InputError(
-            f"{asked[0]}: placement {name} has no norms at all; leave that at its default"
-        )
-    if asked and norm.type == "none":
-        raise InputError(
-            f"{asked[0]}: norm.type is none, so there is no norm; leave one of them out"
-        )
-    if norm.type == "none" and placement.needs_norms:
-        raise InputError(
-            f"model.norm.type: none makes no sense with placement {name}: {placement.needs_norms}"
-        )
-    if norm.bias and (norm.type or "layer") not in SHIFTED:
-        raise InputError(
-            f"model.norm.bias: true: norm.type {norm.type} has no shift to switch on; "
-            "leave that null"
-        )
-    if config.layers < placement.least_layers:
-        raise InputError(
-            f"model.norm.placement: {name} needs at least {placement.least_layers} layers, and "
-            f"model.layers is {config.layers}"
-        )
-    if norm.type == "batch" and config.context == 1:
-        raise InputError("model.norm.type: batch needs a context of more than one token")

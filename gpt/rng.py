@@ -1,8 +1,8 @@
-"""Randomness as a function of (seed, purpose, ...): there is no hidden state to save or disturb.
+"""Randomness as a function of (seed, purpose, ...), without hidden state to save or disturb.
 
-Every random number in the program comes from a seed derived here, so that evaluation cannot shift
-training, a resumed run draws what the undisturbed run would have drawn, and two runs that differ in
-one option share everything that the option does not touch.
+Every random number in the program comes from a seed derived here. So evaluation cannot change what
+training draws, a resumed run draws the same numbers as an uninterrupted one, and two runs that
+differ in one option draw the same numbers for everything that the option does not affect.
 """
 
 from __future__ import annotations
@@ -23,25 +23,23 @@ def derive(*key: int | str) -> int:
 
 def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A torch generator on `device`, seeded from `key`."""
-    made = torch.Generator(device)
-    made.manual_seed(derive(*key))
-    return made
+    return torch.Generator(device).manual_seed(derive(*key))
 
 
-_GLOBAL = threading.Lock()  # held by the thread that draws from torch's global generators
+_GLOBAL = threading.Lock()  # held while a thread draws from torch's global generators
 
 
 @contextlib.contextmanager
 def global_generator(device: torch.device, *key: int | str) -> Iterator[None]:
-    """Seed torch's global generators from `key` within a block, and leave them as they were.
+    """Seed torch's global generators from `key` for a `with` block, and restore them after it.
 
-    Dropout and the constructors of torch's modules draw from these generators and accept no other.
-    One thread at a time is inside, so that runs in several threads of a process do not draw each
-    other's numbers.
+    Dropout and the constructors of torch's modules draw from these generators and accept no others.
+    A lock admits one thread at a time, so that runs in several threads of a process do not draw
+    each other's numbers.
 
     Args:
-        device: whose generator is used, beside the CPU's.
-        key: as of `derive`; without one the generators are only put back.
+        device: the device whose generator is seeded along with the CPU's.
+        key: as for `derive`; without one, the generators are restored but not seeded.
     """
     devices = [device] if device.type == "cuda" else []
     with _GLOBAL, torch.random.fork_rng(devices):

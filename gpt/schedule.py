@@ -1,14 +1,16 @@
-"""The learning rate at a step: warm-up, then body; pure functions of the step number.
+"""The learning rate schedule: warm-up, then body, as pure functions of the step number.
 
-Update n (counted from 1) of N, with a warm-up of w updates, is made at `learning_rate` times
+Update n (counted from 1) of N, with a warm-up of w updates, has the learning rate
+`optimizer.learning_rate` times
 
-    warmup(n / w)                                  while n <= w
-    body(x, n / max(w, 1))                         after, with x = (n - w - 1) / (N - w)
+    warmup(n / w)                                  if n <= w
+    body(x, n / max(w, 1))                         otherwise, with x = (n - w - 1) / (N - w)
 
-so the first update is never at rate 0, w = 0 means the full rate at once, and x runs from 0 at the
-first update after warm-up towards 1, which no update reaches: a decay to 0 wastes none either.
+Every update has a positive learning rate: the first one has warmup(1 / w), not warmup(0), and x
+runs from 0 at the first update after the warm-up towards 1 without reaching it. Without warm-up
+(w = 0) the first update has the full learning rate.
 
-This module is not a torch scheduler: there is no state to save, and `rate` answers for any step.
+These are not torch's schedulers: there is no state to save, and any step can be asked for.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from gpt.config import Config, ScheduleConfig
+from gpt.config import ScheduleConfig
 
-# Height at the share x of the warm-up, 0 < x <= 1.
+# Multiplier by the fraction x of the warm-up, 0 < x <= 1.
 WARMUPS: dict[str, Callable[[float], float]] = {
     "none": lambda x: 1.0,
     "linear": lambda x: x,
@@ -27,18 +29,18 @@ WARMUPS: dict[str, Callable[[float], float]] = {
 
 
 def constant(config: ScheduleConfig, x: float, n: float) -> float:
-    """The full rate to the end."""
+    """The full learning rate to the end."""
     return 1.0
 
 
 def linear(config: ScheduleConfig, x: float, n: float) -> float:
     """A straight line from 1 to `final_ratio`."""
-    return _between(1.0, config.final_ratio, x)
+    return _interpolate(1.0, config.final_ratio, x)
 
 
 def cosine(config: ScheduleConfig, x: float, n: float) -> float:
     """Half a cosine from 1 to `final_ratio` (Loshchilov and Hutter 2017, without restarts)."""
-    return _between(1.0, config.final_ratio, 0.5 * (1 - math.cos(math.pi * x)))
+    return _interpolate(1.0, config.final_ratio, 0.5 * (1 - math.cos(math.pi * x)))
 
 
 def inverse_sqrt(config: ScheduleConfig, x: float, n: float) -> float:
@@ -56,10 +58,11 @@ def wsd(config: ScheduleConfig, x: float, n: float) -> float:
     Also called the trapezoid (Zhai et al. 2022; Hu et al. 2024).
     """
     start = 1.0 - config.decay_fraction
-    return _between(1.0, config.final_ratio, max(0.0, (x - start) / config.decay_fraction))
+    return _interpolate(1.0, config.final_ratio, max(0.0, (x - start) / config.decay_fraction))
 
 
-# Height at the share x of the updates after the warm-up, and n updates in units of its length.
+# Multiplier by the fraction x of the updates after the warm-up, 0 <= x < 1, and by the number n of
+# updates from the start, in warm-up lengths.
 BODIES: dict[str, Callable[[ScheduleConfig, float, float], float]] = {
     "constant": constant,
     "linear": linear,
@@ -69,35 +72,15 @@ BODIES: dict[str, Callable[[ScheduleConfig, float, float], float]] = {
 }
 
 
-def rate(config: ScheduleConfig, step: int, steps: int) -> float:
-    """Learning rate of update `step` (1 ... `steps`) as a share of the full rate."""
+def lr_multiplier(config: ScheduleConfig, step: int, steps: int) -> float:
+    """What update `step` (1 ... `steps`) multiplies the full learning rate by, in (0, 1]."""
     assert 1 <= step <= steps, f"update {step} of {steps}"
-    warm = 0 if config.warmup == "none" else config.warmup_steps
-    if step <= warm:
-        return WARMUPS[config.warmup](step / warm)
-    return BODIES[config.body](config, (step - warm - 1) / (steps - warm), step / max(warm, 1))
+    warmup_steps = 0 if config.warmup == "none" else config.warmup_steps
+    if step <= warmup_steps:
+        return WARMUPS[config.warmup](step / warmup_steps)
+    x = (step - warmup_steps - 1) / (steps - warmup_steps)
+    return BODIES[config.body](config, x, step / max(warmup_steps, 1))
 
 
-def _between(start: float, end: float, share: float) -> float:
-    return start + (end - start) * share
-
-
-def rate_change(before: Config, now: Config, step: int) -> str | None:
-    """How another length changes the learning rate of a run after `step` updates, in words.
-
-    Returns:
-        None if it does not, as with a constant body.
-    """
-    if step == 0 or math.isclose(
-        rate(before.schedule, step, before.training.steps),
-        rate(now.schedule, step, now.training.steps),
-        rel_tol=1e-6,
-    ):
-        return None
-    full = now.optimizer.learning_rate
-    last = full * rate(before.schedule, step, before.training.steps)
-    following = full * rate(now.schedule, step + 1, now.training.steps)
-    return (
-        f"the {now.schedule.body} schedule now spans {now.training.steps} steps: the learning rate "
-        f"was {last:.2e} at step {step} and is {following:.2e} at step {step + 1}"
-    )
+def _interpolate(start: float, end: float, x: float) -> float:
+    return start + (end - start) * x

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -76,34 +76,35 @@ def environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def few_probes() -> Iterator[None]:
-    """Networks are probed at their start from one seed meanwhile, in place of sixteen."""
-    from gpt.compare import starts
+    """Within, networks are probed at initialization with one seed instead of sixteen."""
+    from gpt.compare import init_probes
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(starts, "SEEDS", (0,))
-        patch.setattr(starts, "TOKEN_SEEDS", (0,))
+        patch.setattr(init_probes, "SEEDS", (0,))
+        patch.setattr(init_probes, "TOKEN_SEEDS", (0,))
         yield
 
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """A comparison trains its cells here, without worker processes, which take seconds to start."""
-    from gpt.compare import runner
+    from gpt.compare import runner, worker
 
-    def work(calls: Any, workers: int, shared: Any, console: Any, stop: Any) -> bool:
-        worker = runner._Worker(shared.stopping, shared.steps, os.getppid())
-        monkeypatch.setattr(runner, "_worker", worker, raising=False)
-        for call in calls:
-            shared.stopping.value |= stop()
+    def run(self: runner._Pool, jobs: Sequence[runner._Job], workers: int) -> bool:
+        shared = worker.Shared(self.shared.request, self.shared.steps, os.getppid())
+        monkeypatch.setattr(worker, "_shared", shared, raising=False)
+        for job in jobs:
+            if self.stop():
+                shared.request.value = worker.STOP
             answer: Future[Any] = Future()
             try:
-                answer.set_result(call.function(*call.arguments))
+                answer.set_result(job.function(*job.arguments))
             except Exception as error:
                 answer.set_exception(error)
-            call.ended(answer)
-        return not shared.stopping.value
+            job.done(answer)
+        return shared.request.value != worker.STOP
 
-    monkeypatch.setattr(runner, "_work", work)
+    monkeypatch.setattr(runner._Pool, "run", run)
 
 
 def vouch(folder: Path) -> None:
@@ -111,7 +112,7 @@ def vouch(folder: Path) -> None:
     path = folder / checkpoints.MANIFEST
     step = json.loads(path.read_text())["step"]
     files = {name: describe(folder / name) for name in checkpoints.FILES}
-    path.write_text(checkpoints._to_text({"step": step, "files": files}))
+    path.write_text(checkpoints.manifest_text({"step": step, "files": files}))
 
 
 EMPTY = {

@@ -1,7 +1,7 @@
-"""Bad input by the thousand: whatever comes to the doors, it works or ends in a clear error.
+"""Bad input by the thousand: every command works or ends in a clear error.
 
-A clear error is exit code 2 and one to three lines on stderr that begin with the door's name and
-name a key, a flag or a file; no byte of what stood there has changed. Never is it a traceback.
+A clear error is exit code 2 and one to three lines on stderr that begin with the command's name and
+name a key, a flag or a file, and no byte on disk has changed. It is never a traceback.
 
 The ordinary run makes a few hundred examples, always the same ones. STEADYGPT_EXAMPLES sets how
 many; `.ci/run` makes thousands.
@@ -41,13 +41,14 @@ from safetensors.torch import load_file, save_file
 from gpt import checkpoint as checkpoints
 from gpt import cli, training
 from gpt.cli.flags import as_flag
-from gpt.compare import comparison, figures
+from gpt.cli.sample import Arguments as SampleArguments
+from gpt.compare import figures
 from gpt.compare import report as reports
 from gpt.compare.grid import Grid, load
-from gpt.compare.starts import measure_starts
+from gpt.compare.init_probes import measure_init_probes, write_init_probes
 from gpt.config import Config, SourceConfig, option_paths, validate
 from gpt.data.preparation import find
-from gpt.errors import InputError, printable, told
+from gpt.errors import InputError, format_error, printable
 from gpt.io.files import describe
 from gpt.run import plot
 
@@ -55,7 +56,7 @@ EXAMPLES = int(os.environ.get("STEADYGPT_EXAMPLES", "200"))
 
 
 def tries(share: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator of a test that makes this share of the examples."""
+    """A decorator of a test that makes this fraction of the examples."""
     made = settings(
         max_examples=max(1, round(EXAMPLES * share)),
         derandomize=True,
@@ -68,18 +69,12 @@ def tries(share: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 
 # ---------------------------------------------------------------------------------------------
-# At the door
+# Commands in this process
 
-DOORS: dict[str, Callable[[list[str]], int]] = {
-    "train.py": cli.train,
-    "sample.py": cli.sample,
-    "compare.py": cli.compare,
-    "diagnose": cli.diagnose,
-}
-WENT_WELL = {"train.py": {0, 3, 75}, "sample.py": {0}, "compare.py": {0}, "diagnose": {0}}
+SUCCESS = {"train.py": {0, 3, 75}, "sample.py": {0}, "compare.py": {0}, "diagnose": {0}}
 KEYS = {
     "run",  # the argument run-dir
-    *(part for section in (Config, cli.SampleOptions) for key in option_paths(section)
+    *(part for section in (Config, SampleArguments) for key in option_paths(section)
       for part in key.split(".")),
     *(key for section in (Grid, SourceConfig) for key in section.model_fields),
 }  # fmt: skip
@@ -87,33 +82,33 @@ KEYS = {
 
 @dataclass(frozen=True)
 class Answer:
-    """What a door said, and its exit code."""
+    """The output of a command, and its exit code."""
 
-    door: str
+    prog: str
     arguments: list[str]
     code: object
     out: str
     err: str
 
 
-def knock(door: str, *arguments: object) -> Answer:
-    """Call a door in this process. An exception that it lets through fails the test."""
+def call(prog: str, *arguments: object) -> Answer:
+    """Run a command in this process. An exception that it does not handle fails the test."""
     out, err = io.StringIO(), io.StringIO()
     given = [str(argument) for argument in arguments]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code: object = DOORS[door](given)
+            code: object = cli.run(prog.removesuffix(".py"), given, prog=prog)
         except SystemExit as end:
             code = end.code
-    return Answer(door, given, code, out.getvalue(), err.getvalue())
+    return Answer(prog, given, code, out.getvalue(), err.getvalue())
 
 
 def is_clear(answer: Answer) -> bool:
-    """Whether it went well; otherwise the error must be a clear one."""
-    if answer.code in WENT_WELL[answer.door]:
+    """Whether the command succeeded; otherwise its error must be a clear one."""
+    if answer.code in SUCCESS[answer.prog]:
         return True
     assert answer.code == 2, answer
-    start = f"{answer.door}: "
+    start = f"{answer.prog}: "
     lines = answer.err.removesuffix("\n").split("\n")
     first = next((i for i, line in enumerate(lines) if line.startswith(start)), len(lines))
     complaint = lines[first:]
@@ -128,7 +123,7 @@ def is_clear(answer: Answer) -> bool:
         word
         for argument in answer.arguments
         for given in (argument, argument.partition("=")[2], Path(argument).name)
-        for word in (told(InputError(given))[0], repr(given)[:30], ascii(given)[1:30])
+        for word in (format_error(InputError(given))[0], repr(given)[:30], ascii(given)[1:30])
         if word
     }
     named = set(re.findall(r"\w+", text)) & KEYS or any(word in text for word in words)
@@ -139,7 +134,7 @@ def is_clear(answer: Answer) -> bool:
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """Everything below a folder, but for locks."""
+    """Everything in a folder, except locks."""
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
@@ -151,19 +146,19 @@ def contents(folder: Path) -> dict[str, object]:
     return found
 
 
-def must_be_clear(door: str, *arguments: object, folder: Path) -> Answer:
-    """Knock; where it does not go well nothing in `folder` has changed."""
+def must_be_clear(prog: str, *arguments: object, folder: Path) -> Answer:
+    """Run a command; if it does not succeed, nothing in `folder` has changed."""
     before = contents(folder)
-    answer = knock(door, *arguments)
+    answer = call(prog, *arguments)
     if not is_clear(answer):
         assert contents(folder) == before, answer
     return answer
 
 
-def refused(door: str, *arguments: object, folder: Path | None = None) -> str:
-    """Knock where it cannot go well; returns what was said."""
+def refused(prog: str, *arguments: object, folder: Path | None = None) -> str:
+    """Run a command that must fail; returns what it printed on stderr."""
     before = contents(folder) if folder else None
-    answer = knock(door, *arguments)
+    answer = call(prog, *arguments)
     assert not is_clear(answer), answer
     assert folder is None or contents(folder) == before, answer
     return answer.err
@@ -260,7 +255,7 @@ any_yaml = (
 
 @pytest.fixture(scope="module")
 def config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run of four steps, as small as can be."""
+    """A run of four steps, as small as possible."""
     data = {
         "source": "text",
         "path": [str(corpus)],
@@ -283,11 +278,11 @@ def config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture(scope="module")
 def quick(monkeypatch_module: pytest.MonkeyPatch) -> None:
-    """Pictures take most of the time, and show only numbers: without them."""
+    """Skip the pictures, which take most of the time."""
     nothing = lambda *args, **options: None  # noqa: E731
     monkeypatch_module.setattr(plot, "plot_run", nothing)
     monkeypatch_module.setattr("gpt.run.plot._save", nothing)
-    monkeypatch_module.setattr(reports, "draw", lambda material: [])
+    monkeypatch_module.setattr(reports, "draw", lambda data: {})
 
 
 @pytest.fixture(scope="module")
@@ -298,10 +293,10 @@ def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.fixture(scope="module")
 def runs(config: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run that is finished, and the same when it was stopped half-way."""
+    """A finished run, and the same run stopped half-way."""
     folder = tmp_path_factory.mktemp("runs")
     made: list[None] = []
-    options = {"made": lambda: made.append(None), "stop": lambda: len(made) == 2}
+    options = {"on_update": lambda: made.append(None), "stop": lambda: len(made) == 2}
     training.train(config, folder / "stopped", quiet=True, **options)
     training.train(config, folder / "finished", quiet=True)
     return {name: folder / name for name in ("stopped", "finished")}
@@ -309,7 +304,7 @@ def runs(config: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def compared(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A comparison of two arms at two rates, of whose cells one was lost."""
+    """A comparison of two arms at two rates, with one cell lost."""
     folder = tmp_path_factory.mktemp("compared") / "small"
     folder.mkdir()
     tree = config.model_dump(mode="json")
@@ -331,8 +326,7 @@ def compared(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     lost = {cells[-1].id: {"status": "killed", "reason": "its process ended early"}}
     (folder / "lost.json").write_text(json.dumps(lost))
     with few_probes():
-        starts = measure_starts(cells[:1]) or []
-    (folder / "probes.json").write_text(comparison._starts_json(starts))
+        write_init_probes(folder, measure_init_probes(cells[:1]) or [])
     command = {"argv": ["compare.py", "x.yaml"], "began": "2026-01-01T00:00:00"}
     (folder / "command.json").write_text(json.dumps([command]))
     return folder
@@ -358,7 +352,7 @@ odd_json = trees | st.sampled_from(
 
 
 def tampered(draw: st.DrawFn, raw: bytes) -> bytes:
-    """JSON, or lines of it, with one place replaced; of anything else its middle."""
+    """JSON, or lines of it, with one value replaced; anything else with its middle replaced."""
     lines = raw.decode("utf-8", "replace").splitlines()
     number = draw(st.integers(0, max(0, len(lines) - 1)))
     whole = not raw.startswith(b'{"step"')
@@ -382,12 +376,12 @@ def tampered(draw: st.DrawFn, raw: bytes) -> bytes:
 
 
 def seal_again(folder: Path) -> None:
-    """Manifests and descriptions that fit what stands there, as one who means harm would write."""
+    """Make manifests and descriptions fit the files, as an attacker would."""
     for path in folder.rglob("manifest.json"):
         with contextlib.suppress(Exception):
             tree = json.loads(path.read_bytes())
             tree["files"] = {name: describe(path.parent / name) for name in tree["files"]}
-            path.write_text(checkpoints._to_text(tree))
+            path.write_text(checkpoints.manifest_text(tree))
     for path in folder.rglob("meta.json"):
         with contextlib.suppress(Exception):
             tree = json.loads(path.read_bytes())
@@ -447,7 +441,7 @@ def damage(draw: st.DrawFn, folder: Path, outside: Path) -> None:
 
 @contextlib.contextmanager
 def spoilt_copy(draw: st.DrawFn, original: Path) -> Iterator[Path]:
-    """A damaged copy of a directory; a file outside, to which links may lead, stays as it is."""
+    """A damaged copy of a directory; a file outside, which links may point to, must not change."""
     with tempfile.TemporaryDirectory() as name:
         folder, outside = Path(name) / original.name, Path(name) / "outside"
         outside.write_bytes(b'{"step": 1}\n')
@@ -510,7 +504,7 @@ def test_compare_with_junk_in_its_grid(config: Config, data: st.DataObject):
 own_flags = {
     "train.py": ["--out-dir", "--resume", "--dry-run", "--config", "--help"],
     "compare.py": ["--out-dir", "--workers", "--beside", "--grid", "--hours", "--dry-run"],
-    "sample.py": [as_flag(key) for key in option_paths(cli.SampleOptions)],
+    "sample.py": [as_flag(key) for key in option_paths(SampleArguments)],
     "diagnose": ["--run-dir", "--every"],
 }
 odd_values = (
@@ -523,9 +517,9 @@ odd_values = (
 )
 
 
-def odd_flags(door: str, options: list[str]) -> st.SearchStrategy[list[str]]:
-    """Real flags and wrong ones, with junk behind them, or after a sign, or nothing."""
-    real = st.sampled_from([*own_flags[door] * 3, *map(as_flag, options)])
+def odd_flags(prog: str, options: list[str]) -> st.SearchStrategy[list[str]]:
+    """Valid and invalid flags, followed by junk, by `=` and junk, or by nothing."""
+    real = st.sampled_from([*own_flags[prog] * 3, *map(as_flag, options)])
     wrong = st.text(max_size=8).map("--{}".format) | real.map(lambda flag: flag[:-1])
     flag = real | real | real | wrong | real.map(lambda flag: flag.replace("-", "_")[2:])
     part = (
@@ -559,7 +553,7 @@ def test_sample_with_junk_for_flags(
 
     few = lambda *args, **options: (row for row in ())  # noqa: E731 - no text of 10^9 tokens
     monkeypatch_module.setattr(generate, "generate", few)
-    flags = data.draw(odd_flags("sample.py", option_paths(cli.SampleOptions)))
+    flags = data.draw(odd_flags("sample.py", option_paths(SampleArguments)))
     first = data.draw(st.sampled_from([[runs["finished"]]] * 6 + [[], ["nowhere"], ["/dev/null"]]))
     must_be_clear("sample.py", *first, *flags, folder=runs["finished"])
 
@@ -619,7 +613,7 @@ def test_a_spoilt_corpus(config: Config, data: st.DataObject):
 
 
 # ---------------------------------------------------------------------------------------------
-# One by one: files that mean harm
+# One by one: malicious files
 
 LAUGHS = "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nd: [*c, *c]\n"
 HOSTILE_YAML = {
@@ -634,7 +628,7 @@ HOSTILE_YAML = {
     "no text": (b"name: \xff", "is not UTF-8 text: byte 6 is 0xff"),
     "UTF-16": ("name: a".encode("utf-16"), "is UTF-16 text, not UTF-8 text; convert it"),
     "NUL": ("name: \0", "c.yaml"),
-    "key twice": ("seed: 1\nseed: 2", "line 2: the key 'seed' stands twice"),
+    "key twice": ("seed: 1\nseed: 2", "line 2: duplicate key 'seed'"),
     "list": ("- 1", "must be a mapping of options"),
     "terminal": ('"\\e[2J": 1', r"c.yaml: \x1b[2J: no such option"),
     "many lines": ('"a\\nb\\nc\\nd\\ne": 1', "no such option"),
@@ -648,13 +642,13 @@ HOSTILE_YAML = {
 
 
 @pytest.mark.parametrize("name", HOSTILE_YAML)
-@pytest.mark.parametrize("door", ["train.py", "compare.py", "sample.py", "diagnose"])
-def test_hostile_yaml(door: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("prog", ["train.py", "compare.py", "sample.py", "diagnose"])
+def test_hostile_yaml(prog: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """As a config, a grid, and the config of a run."""
     text, message = HOSTILE_YAML[name]
     path = tmp_path / "c.yaml"
     run = tmp_path / "run"
-    if door in ("sample.py", "diagnose"):
+    if prog in ("sample.py", "diagnose"):
         run.mkdir()
         path = run / "config.yaml"
         text, message = (
@@ -664,41 +658,41 @@ def test_hostile_yaml(door: str, name: str, tmp_path: Path, monkeypatch: pytest.
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub").mkdir()
-    target = {"train.py": path, "compare.py": path}.get(door, run)
-    said = refused(door, target, folder=tmp_path)
-    grid = door == "compare.py" and name in ("terminal", "many lines", "key twice")
-    assert message in said or name.startswith("base") or grid
-    assert path.name in said or name == "base a device"
+    target = {"train.py": path, "compare.py": path}.get(prog, run)
+    error = refused(prog, target, folder=tmp_path)
+    grid = prog == "compare.py" and name in ("terminal", "many lines", "key twice")
+    assert message in error or name.startswith("base") or grid
+    assert path.name in error or name == "base a device"
     assert not (tmp_path / "owned").exists()
 
 
-@pytest.mark.parametrize("door", ["train.py", "compare.py"])
-def test_no_config_but_something_else(door: str, tmp_path: Path):
+@pytest.mark.parametrize("prog", ["train.py", "compare.py"])
+def test_something_other_than_a_config(prog: str, tmp_path: Path):
     loop = tmp_path / "loop.yaml"
     loop.symlink_to("loop.yaml")
-    assert "loop.yaml" in refused(door, loop)
-    assert "/dev/zero: is a device, not a regular file" in refused(door, "/dev/zero")
-    assert "holds a NUL character" in refused(door, "a\0b")
-    assert "is empty, and must name a file or folder" in refused(door, "")
-    assert str(tmp_path / "no.yaml") in refused(door, tmp_path / "no.yaml")
-    assert str(tmp_path) in refused(door, tmp_path)
+    assert "loop.yaml" in refused(prog, loop)
+    assert "/dev/zero: is a device, not a regular file" in refused(prog, "/dev/zero")
+    assert "contains a NUL character" in refused(prog, "a\0b")
+    assert "is empty, and must name a file or folder" in refused(prog, "")
+    assert str(tmp_path / "no.yaml") in refused(prog, tmp_path / "no.yaml")
+    assert str(tmp_path) in refused(prog, tmp_path)
 
 
 @pytest.mark.parametrize("flag", ["--data.path", "--data.cache-dir", "--out-dir"])
 def test_an_empty_path_is_named(flag: str, tmp_path: Path):
     path = tmp_path / "c.yaml"
     path.write_text("data: {source: text}" if flag == "--data.path" else "{}")
-    said = refused("train.py", path, flag, "", "--dry-run", folder=tmp_path)
-    assert flag.removeprefix("--").replace("cache-dir", "cache_dir") in said
-    assert "is empty, and must name a file or folder" in said
+    error = refused("train.py", path, flag, "", "--dry-run", folder=tmp_path)
+    assert flag.removeprefix("--").replace("cache-dir", "cache_dir") in error
+    assert "is empty, and must name a file or folder" in error
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", "", "<b>x</b>", "a\nb", "x" * 101])
 def test_a_runs_name_stays_in_its_folder(name: str, tmp_path: Path):
     path = tmp_path / "c.yaml"
     path.write_text(json.dumps({"name": name}))
-    said = refused("train.py", path, "--print-config", folder=tmp_path)
-    assert f"{path}: name: string should" in said
+    error = refused("train.py", path, "--print-config", folder=tmp_path)
+    assert f"{path}: name: must " in error
 
 
 @pytest.mark.parametrize(
@@ -706,8 +700,8 @@ def test_a_runs_name_stays_in_its_folder(name: str, tmp_path: Path):
     [
         ({"seeds": 10**12}, "seeds: 1000000000000 is not between 1 and 10,000"),
         ({"seeds": "1e300"}, "seeds: '1e300' is not between 1 and 10,000"),
-        ({"seeds": True}, "seeds: True is neither a list of seeds nor how many, between 1 and"),
-        ({"seeds": 2.5}, "seeds: 2.5 is neither a list of seeds nor how many"),
+        ({"seeds": True}, "seeds: True is neither a list of seeds nor their number, between 1 and"),
+        ({"seeds": 2.5}, "seeds: 2.5 is neither a list of seeds nor their number"),
         ({"seeds": 10_000, "arms": {"a": {"x": {}, "y": {}}}}, "describes 20,000 cells"),
         ({"seeds": -1}, "seeds"),
         ({"grid": {"optimizer.learning_rate": list(range(1, 20_000))}}, "describes"),
@@ -715,7 +709,7 @@ def test_a_runs_name_stays_in_its_folder(name: str, tmp_path: Path):
         ({"arms": {"a": {"x,y": {}}}}, "arms"),
         ({"arms": {"": {"x": {}}}}, "arms"),
         ({"arms": {"a": {}}}, "arm"),
-        ({"exclude": [{"arm": "x"}]}, "leaves no cell"),
+        ({"exclude": [{"arm": "x"}]}, "leaves no cells"),
         ({"exclude": [{"nothing": 1}]}, "exclude.0"),
         ({"contrast": {"question": "?", "of": ["x", "nobody"]}}, "nobody"),
         ({"grid": {"seed": [1]}}, "grid"),
@@ -728,8 +722,8 @@ def test_hostile_grids(tree: dict[str, Any], message: str, tmp_path: Path):
     whole = {"base": {}, "arms": {"a": {"x": {}}}, "seeds": 1, **tree}
     path = tmp_path / "g.yaml"
     path.write_text(json.dumps(whole))
-    said = refused("compare.py", path, "--report-only", "--out-dir", tmp_path / "o")
-    assert message in said
+    error = refused("compare.py", path, "--report-only", "--out-dir", tmp_path / "o")
+    assert message in error
 
 
 def test_arms_cannot_name_a_folder_outside(tmp_path: Path):
@@ -757,7 +751,7 @@ def stopped(runs: dict[str, Path], tmp_path: Path) -> Path:
 
 
 class Touch:
-    """What a pickle can do to who loads it."""
+    """What loading a pickle can do."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -775,7 +769,7 @@ SHORT = ("--prompt", "a", "--max-new-tokens", "2", "--checkpoint", "latest")
 
 @pytest.mark.parametrize("sealed", [False, True])
 @pytest.mark.parametrize("what", ["pickle", "huge header", "odd header", "empty", "JSON", "zip"])
-def test_no_tensors_in_a_checkpoint(what: str, sealed: bool, run: Path, tmp_path: Path):
+def test_a_checkpoint_without_tensors(what: str, sealed: bool, run: Path, tmp_path: Path):
     odd = {
         "pickle": pickle.dumps(Touch(tmp_path / "owned")),
         "huge header": HUGE_HEADER,
@@ -787,9 +781,9 @@ def test_no_tensors_in_a_checkpoint(what: str, sealed: bool, run: Path, tmp_path
     (newest(run) / "model.safetensors").write_bytes(odd[what])
     if sealed:
         seal_again(run)
-    said = refused("sample.py", run, *SHORT, folder=run)
-    assert f"{newest(run)}" in said
-    assert "damaged" in said
+    error = refused("sample.py", run, *SHORT, folder=run)
+    assert f"{newest(run)}" in error
+    assert "damaged" in error
     assert not (tmp_path / "owned").exists()
 
 
@@ -806,12 +800,12 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize("what", TOKENIZERS)
-def test_no_tokenizer(what: str, run: Path, config: Config, tmp_path: Path):
-    """In a checkpoint that was sealed again, and as data.vocabulary."""
+def test_a_file_that_is_not_a_tokenizer(what: str, run: Path, config: Config, tmp_path: Path):
+    """In a checkpoint with a matching manifest, and as data.vocabulary."""
     path = newest(run) / "tokenizer.json"
     path.write_bytes(TOKENIZERS[what])
     seal_again(run)
-    assert "is no tokenizer file" in refused("sample.py", run, *SHORT, folder=run)
+    assert "is not a tokenizer file" in refused("sample.py", run, *SHORT, folder=run)
     (tmp_path / "c.yaml").write_text(config.to_yaml())
     flags = ("--data.tokenizer", "file", "--data.vocabulary", path, "--dry-run")
     assert str(path) in refused("train.py", tmp_path / "c.yaml", *flags, folder=tmp_path)
@@ -819,9 +813,9 @@ def test_no_tokenizer(what: str, run: Path, config: Config, tmp_path: Path):
 
 @pytest.mark.parametrize("target", ["../../outside", "/etc", "step-00000002/..", "x\0", "\x1b[2J"])
 def test_latest_leads_nowhere_else(target: str, run: Path):
-    """What it says must be a checkpoint's name; otherwise the newest is taken."""
+    """If it does not name a checkpoint, the newest is used."""
     (run / "checkpoints" / "latest").write_text(target)
-    assert knock("sample.py", run, *SHORT).code == 0
+    assert call("sample.py", run, *SHORT).code == 0
 
 
 def test_a_link_to_other_weights(run: Path, tmp_path: Path):
@@ -829,16 +823,16 @@ def test_a_link_to_other_weights(run: Path, tmp_path: Path):
     path = newest(run) / "model.safetensors"
     path.unlink()
     path.symlink_to(tmp_path / "other")
-    said = refused("sample.py", run, *SHORT, folder=run)
-    assert f"{path}: is damaged" in said
+    error = refused("sample.py", run, *SHORT, folder=run)
+    assert f"{path}: is damaged" in error
     assert (tmp_path / "other").read_bytes() == b"secret"
 
 
 def test_a_link_to_itself_for_a_run(tmp_path: Path, config: Config):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "c.yaml").write_text(config.to_yaml())
-    for door in ("sample.py", "diagnose", "compare.py"):
-        assert "loop" in refused(door, tmp_path / "loop", folder=tmp_path)
+    for prog in ("sample.py", "diagnose", "compare.py"):
+        assert "loop" in refused(prog, tmp_path / "loop", folder=tmp_path)
     flags = ("--out-dir", tmp_path / "loop" / "x")
     assert "loop" in refused("train.py", tmp_path / "c.yaml", *flags, folder=tmp_path)
 
@@ -871,8 +865,8 @@ def test_metrics_of_wrong_types(record: str, run: Path, compared: Path, tmp_path
     folder = Path(shutil.copytree(compared, tmp_path / "compared"))
     for path in folder.glob("cells/*/metrics.jsonl"):
         path.write_text(path.read_text() + record + "\n")
-    said = refused("compare.py", folder, "--report-only", folder=folder)
-    assert re.search(line, said)
+    error = refused("compare.py", folder, "--report-only", folder=folder)
+    assert re.search(line, error)
 
 
 @pytest.mark.parametrize("line", [
@@ -886,10 +880,10 @@ def test_metrics_out_of_their_range(line: str, run: Path):
 
 
 @pytest.mark.parametrize("record", [{}, {"grad_norm": None, "log_z": None}, {"other": 1.0}])
-def test_a_look_into_the_layers_that_saw_nothing(record: dict[str, Any], run: Path):
+def test_layer_statistics_without_values(record: dict[str, Any], run: Path):
     line = json.dumps({"step": 1, "layer": 0, **record})
     (run / "metrics.jsonl").write_text(line + "\n")
-    assert "has no measures of its layers" in refused("diagnose", run, folder=run)
+    assert "has no layer statistics" in refused("diagnose", run, folder=run)
 
 
 RESULTS: list[dict[str, Any]] = [
@@ -907,8 +901,8 @@ RESULTS: list[dict[str, Any]] = [
 def test_a_result_that_no_run_has(change: dict[str, Any], run: Path):
     path = run / "result.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    said = refused("train.py", run / "config.yaml", "--out-dir", run, folder=run)
-    assert f"{path}: is damaged" in said
+    error = refused("train.py", run / "config.yaml", "--out-dir", run, folder=run)
+    assert f"{path}: is damaged" in error
 
 
 @pytest.mark.parametrize("dtype", ["complex64", "int32", "bool", "float64", "float16"])
@@ -917,15 +911,15 @@ def test_weights_of_another_type(dtype: str, config: Config, stopped: Path):
     wrong = {key: value.to(getattr(torch, dtype)) for key, value in load_file(path).items()}
     save_file(wrong, path)
     seal_again(stopped)
-    said = refused("sample.py", stopped, *SHORT, folder=stopped)
-    assert f"its type is torch.{dtype}, not torch.float32" in said
+    error = refused("sample.py", stopped, *SHORT, folder=stopped)
+    assert f"its type is torch.{dtype}, not torch.float32" in error
     assert f"its type is torch.{dtype}, not torch.float32" in resumed(config, stopped)
 
 
 @pytest.mark.parametrize("step", ["9" * 5000, "-1", "1.0", "5", "٤", "step-00000004", "worst"])
 def test_a_checkpoint_that_is_not_there(step: str, run: Path):
-    said = refused("sample.py", run, "--checkpoint", step, "--prompt", "a", folder=run)
-    assert f"{run} has best, latest, " in said
+    error = refused("sample.py", run, "--checkpoint", step, "--prompt", "a", folder=run)
+    assert f"{run} has best, latest, " in error
 
 
 def as_step(folder: Path, step: int) -> Path:
@@ -938,20 +932,18 @@ def as_step(folder: Path, step: int) -> Path:
     return copy
 
 
-def test_sampling_looks_again_when_its_checkpoint_is_pruned(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_sampling_retries_when_its_checkpoint_is_pruned(run: Path, monkeypatch: pytest.MonkeyPatch):
     folder, load, pruned = newest(run), checkpoints.load, []
 
     def meddle(path: Path, **options: Any) -> checkpoints.Checkpoint:
         if not pruned:
             pruned.append(path)
-            checkpoints.point(folder.parent, as_step(folder, 9).name, best=True)
+            checkpoints.write_pointers(folder.parent, as_step(folder, 9).name, best=True)
             checkpoints.prune(folder.parent, ())
         return load(path, **options)
 
     monkeypatch.setattr(checkpoints, "load", meddle)
-    answer = knock("sample.py", run, *SHORT)
+    answer = call("sample.py", run, *SHORT)
     assert answer.code == 0, answer
     assert f"{run}, step 9" in answer.err
     assert not folder.exists()
@@ -969,9 +961,9 @@ def test_sampling_from_a_step_that_is_pruned_names_those_that_are_left(
         return load(path, **options)
 
     monkeypatch.setattr(checkpoints, "load", meddle)
-    said = knock("sample.py", run, "--checkpoint", "9", "--prompt", "a").err
-    assert f"--checkpoint 9: {run} has best, latest, " in said
-    assert "damaged" not in said
+    error = call("sample.py", run, "--checkpoint", "9", "--prompt", "a").err
+    assert f"--checkpoint 9: {run} has best, latest, " in error
+    assert "damaged" not in error
 
 
 def test_the_checkpoint_that_is_advised_is_not_the_damaged_one(run: Path):
@@ -982,16 +974,16 @@ def test_the_checkpoint_that_is_advised_is_not_the_damaged_one(run: Path):
     other = as_step(latest, 2)
     (latest / "state.json").write_text("[]")
     seal_again(latest)
-    said = refused("sample.py", run, *SHORT, folder=run)
-    assert f"{latest.name}: is damaged" in said
-    assert "--checkpoint 2 is whole" in said
+    error = refused("sample.py", run, *SHORT, folder=run)
+    assert f"{latest.name}: is damaged" in error
+    assert "--checkpoint 2 is whole" in error
     (other / "state.json").write_text("[]")
     seal_again(other)
     assert "is whole" not in refused("sample.py", run, *SHORT, folder=run)
 
 
 def put(kind: str, path: Path) -> None:
-    """Something in a file's place that is not a file, or has no end, or ten gigabytes."""
+    """Replace a file by something that is not a file, is endless, or has ten gigabytes."""
     path.unlink(missing_ok=True)
     if kind == "pipe":
         os.mkfifo(path)
@@ -1023,14 +1015,14 @@ READ_FILES = [
 def test_what_is_not_a_file_in_a_run(
     name: str, kind: str, config: Config, stopped: Path, quick: None
 ):
-    """It is read by nobody, or refused at once: neither does it block nor fill the memory."""
+    """It is ignored or refused at once; it neither blocks nor fills the memory."""
     put(kind, stopped / name.replace("CHECKPOINT", f"checkpoints/{newest(stopped).name}"))
     (stopped.parent / "c.yaml").write_text(config.to_yaml())
     began = time.process_time()
-    is_clear(knock("sample.py", stopped, *SHORT[:-1], "best"))
-    is_clear(knock("sample.py", stopped, *SHORT))
-    is_clear(knock("diagnose", stopped))
-    answer = knock("train.py", stopped.parent / "c.yaml", "--out-dir", stopped)
+    is_clear(call("sample.py", stopped, *SHORT[:-1], "best"))
+    is_clear(call("sample.py", stopped, *SHORT))
+    is_clear(call("diagnose", stopped))
+    answer = call("train.py", stopped.parent / "c.yaml", "--out-dir", stopped)
     if not is_clear(answer):
         assert Path(name).name in answer.err or name == "config.yaml"
     else:  # another checkpoint than this one was taken, or one of an earlier step
@@ -1086,7 +1078,7 @@ ODD_STARTS: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize(("where", "value"), ODD_STARTS, ids=repr)
 def test_starts_that_were_not_measured(where: str, value: Any, compared: Path, tmp_path: Path):
-    """Without `quick`: what is let through is drawn."""
+    """Without `quick`, so that values that are accepted are also drawn."""
     folder = Path(shutil.copytree(compared, tmp_path / "compared"))
     path = folder / "probes.json"
     tree = json.loads(path.read_text())
@@ -1096,8 +1088,8 @@ def test_starts_that_were_not_measured(where: str, value: Any, compared: Path, t
         place = place[int(part) if part.isdecimal() else part]
     place[last] = value
     path.write_text(json.dumps(tree))
-    said = refused("compare.py", folder, "--report-only", folder=folder)
-    assert f"{path}: is damaged; delete it to measure again" in said
+    error = refused("compare.py", folder, "--report-only", folder=folder)
+    assert f"{path}: is damaged; delete it to measure again" in error
 
 
 @pytest.mark.parametrize("kind", ODD_KINDS)
@@ -1112,7 +1104,7 @@ def test_what_is_not_a_file_in_a_comparison(
     cell = min((folder / "cells").iterdir())
     put(kind, folder / name.replace("CELL", f"cells/{cell.name}"))
     began = time.process_time()
-    is_clear(knock("compare.py", folder, "--report-only"))
+    is_clear(call("compare.py", folder, "--report-only"))
     assert time.process_time() - began < 10  # measured: 0.1 s
 
 
@@ -1137,7 +1129,7 @@ def test_html_in_a_comparison_is_text(compared: Path, tmp_path: Path):
     lost = {cell.id: {"status": "killed", "reason": HTML} for cell in load(folder / "grid.yaml")[1]}
     (folder / "lost.json").write_text(json.dumps(lost))
     (folder / "command.json").write_text(json.dumps([{"argv": [HTML], "began": HTML}]))
-    answer = knock("compare.py", folder, "--report-only")
+    answer = call("compare.py", folder, "--report-only")
     assert answer.code == 0, answer
     html = (folder / "report.html").read_text()
     assert "&lt;script&gt;alert(1)" in html
@@ -1161,10 +1153,10 @@ def refused_corpus(prepared: Path, seal: bool = True) -> str:
     if seal:
         seal_again(prepared)
     config, cache = prepared.parents[1] / "c.yaml", prepared.parent
-    said = refused("train.py", config, "--data.cache-dir", cache, "--dry-run", folder=cache)
-    assert f"{prepared}: is damaged (" in said
-    assert "delete the folder to prepare it again" in said
-    return said
+    error = refused("train.py", config, "--data.cache-dir", cache, "--dry-run", folder=cache)
+    assert f"{prepared}: is damaged (" in error
+    assert "delete the folder to prepare it again" in error
+    return error
 
 
 @pytest.mark.parametrize("change", [
@@ -1190,7 +1182,7 @@ def test_a_corpus_reads_no_file_outside(name: str, prepared: Path):
     meta = json.loads((prepared / "meta.json").read_text())
     meta["files"][0]["name"] = name
     (prepared / "meta.json").write_text(json.dumps(meta))
-    assert "meta.json describes other files" in refused_corpus(prepared)
+    assert "meta.json describes different files" in refused_corpus(prepared)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "counts.bin", "train.bin", "val.bin"])
@@ -1215,11 +1207,11 @@ def test_a_corpus_of_wrong_numbers(key: str, value: object, prepared: Path):
         refused_corpus(prepared, seal=False)
 
 
-def test_a_corpus_of_tokens_that_the_vocabulary_has_not(prepared: Path):
+def test_a_corpus_of_tokens_outside_the_vocabulary(prepared: Path):
     with (prepared / "train.bin").open("r+b") as file:
         file.seek(10)
         file.write(b"\xff\xfe")
-    assert "train.bin holds the id 65279 of 257 tokens" in refused_corpus(prepared)
+    assert "train.bin contains the id 65279, outside the vocabulary" in refused_corpus(prepared)
 
 
 @pytest.mark.parametrize("counts", [b"", b"\xff", b"\0"])
@@ -1235,7 +1227,7 @@ def test_what_is_not_a_file_in_a_corpus(name: str, kind: str, prepared: Path):
     put(kind, prepared / name)
     config, cache = prepared.parents[1] / "c.yaml", prepared.parent
     began = time.process_time()
-    answer = knock("train.py", config, "--data.cache-dir", cache, "--dry-run")
+    answer = call("train.py", config, "--data.cache-dir", cache, "--dry-run")
     if name == "meta.json" and kind != "sparse":
         assert is_clear(answer)  # as if it were not prepared
     else:
@@ -1244,40 +1236,40 @@ def test_what_is_not_a_file_in_a_corpus(name: str, kind: str, prepared: Path):
     assert time.process_time() - began < 10
 
 
-# In a run that was stopped, and would go on ----------------------------------------------------
+# In a run that was stopped, and is resumed ----------------------------------------------------
 
 
 def resumed(config: Config, run: Path) -> str:
-    """Going on with a damaged run must fail, and leave it as it is."""
+    """Resuming a damaged run must fail and leave it unchanged; returns stderr."""
     (run.parent / "c.yaml").write_text(config.to_yaml())
     return refused("train.py", run.parent / "c.yaml", "--out-dir", run, folder=run)
 
 
 @pytest.mark.parametrize("text", WRONG_JSON, ids=lambda text: text[:8])
-def test_a_result_that_is_none(text: str, config: Config, stopped: Path):
+def test_a_file_that_is_not_a_result(text: str, config: Config, stopped: Path):
     (stopped / "result.json").write_text(text)
     assert f"{stopped / 'result.json'}: is damaged" in resumed(config, stopped)
 
 
 @pytest.mark.parametrize("text", WRONG_JSON, ids=lambda text: text[:8])
-def test_a_manifest_that_is_none(text: str, config: Config, stopped: Path):
+def test_a_file_that_is_not_a_manifest(text: str, config: Config, stopped: Path):
     (newest(stopped) / "manifest.json").write_text(text)
-    said = refused("sample.py", stopped, *SHORT, folder=stopped)
-    assert f"{newest(stopped) / 'manifest.json'}: is damaged" in said
+    error = refused("sample.py", stopped, *SHORT, folder=stopped)
+    assert f"{newest(stopped) / 'manifest.json'}: is damaged" in error
     assert "manifest.json" in resumed(config, stopped)
 
 
-@pytest.mark.parametrize("door", ["sample.py", "train.py"])
+@pytest.mark.parametrize("prog", ["sample.py", "train.py"])
 @pytest.mark.parametrize("text", WRONG_JSON, ids=lambda text: text[:8])
-def test_a_state_of_the_wrong_types(text: str, door: str, config: Config, stopped: Path):
-    """A state of the wrong types under a manifest that fits."""
+def test_a_state_of_the_wrong_types(text: str, prog: str, config: Config, stopped: Path):
+    """A state of the wrong types with a manifest that matches it."""
     (newest(stopped) / "state.json").write_text(text)
     seal_again(stopped)
-    if door == "train.py":
-        said = resumed(config, stopped)
+    if prog == "train.py":
+        error = resumed(config, stopped)
     else:
-        said = refused(door, stopped, *SHORT, folder=stopped)
-    assert newest(stopped).name in said
+        error = refused(prog, stopped, *SHORT, folder=stopped)
+    assert newest(stopped).name in error
 
 
 STATES = [
@@ -1293,7 +1285,7 @@ def test_a_state_with_a_wrong_value(change: dict[str, Any], config: Config, stop
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     seal_again(stopped)
     if change == {"scaler": 3}:  # only fp16 reads it
-        assert knock("train.py", stopped / "config.yaml", "--out-dir", stopped).code in (0, 2)
+        assert call("train.py", stopped / "config.yaml", "--out-dir", stopped).code in (0, 2)
     else:
         resumed(config, stopped)
 
@@ -1311,7 +1303,7 @@ def test_a_state_without_a_part(key: str, config: Config, stopped: Path):
 @pytest.mark.parametrize("other", ["model", "optimizer"])
 @pytest.mark.parametrize("what", ["other shapes", "other names", "none"])
 def test_tensors_of_another_model(what: str, other: str, config: Config, stopped: Path):
-    """Whole safetensors files of another model, sealed again, when going on."""
+    """Intact safetensors files of another model, with a matching manifest, when resuming."""
     path = newest(stopped) / f"{other}.safetensors"
     tensors = load_file(path)
     if what == "other shapes":
@@ -1329,7 +1321,7 @@ METRICS = ["[", '{"a": 1}', "null", '{"step": "x"}', '{"step": 1, "loss": "x"}',
 
 
 @pytest.mark.parametrize("line", METRICS, ids=lambda line: line[:30])
-def test_metrics_that_are_none(line: str, config: Config, stopped: Path):
+def test_a_file_that_is_not_metrics(line: str, config: Config, stopped: Path):
     path = stopped / "metrics.jsonl"
     path.write_text(line + "\n" + path.read_text())
     assert f"{path}: " in resumed(config, stopped)
@@ -1351,25 +1343,25 @@ def test_another_thing_in_its_place(name: str, thing: str, config: Config, stopp
         path.symlink_to(name)
     (stopped.parent / "c.yaml").write_text(config.to_yaml())
     before = contents(stopped)
-    answer = knock("train.py", stopped.parent / "c.yaml", "--out-dir", stopped)
+    answer = call("train.py", stopped.parent / "c.yaml", "--out-dir", stopped)
     assert is_clear(answer) or contents(stopped) == before
 
 
 def test_a_checkpoint_that_is_a_link(config: Config, stopped: Path):
-    """A run goes on from a checkpoint that lies elsewhere, and deletes nothing there."""
+    """A run resumes from a checkpoint elsewhere, and deletes nothing there."""
     step = newest(stopped)
     elsewhere = step.rename(stopped.parent / "elsewhere")
     step.symlink_to(elsewhere)
     kept = contents(elsewhere)
     changed = config.model_copy(update={"checkpoint": config.checkpoint.model_copy()})
     (stopped.parent / "c.yaml").write_text(changed.to_yaml())
-    is_clear(knock("train.py", stopped.parent / "c.yaml", "--out-dir", stopped))
+    is_clear(call("train.py", stopped.parent / "c.yaml", "--out-dir", stopped))
     assert contents(elsewhere) == kept
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "manifest.json"])
-def test_a_file_without_end(name: str, stopped: Path):
-    """A link to /dev/zero in a checkpoint; in a process of its own, which may fill its memory."""
+def test_an_endless_file(name: str, stopped: Path):
+    """A link to /dev/zero in a checkpoint, in a process whose memory is limited."""
     path = newest(stopped) / name
     path.unlink()
     path.symlink_to("/dev/zero")
@@ -1411,7 +1403,7 @@ def test_every_name_that_is_accepted_has_a_report(
     (folder / "probes.json").write_text(json.dumps([s | {"arms": ODD_NAMES} for s in starts]))
 
     with rendering():
-        answer = knock("compare.py", folder, "--report-only")
+        answer = call("compare.py", folder, "--report-only")
     assert answer.code == 0, answer
     assert printable(answer.out, "\n\t") == answer.out
     assert not [str(w.message) for w in recwarn if "font" in str(w.message)]
@@ -1437,13 +1429,13 @@ def test_escapes_in_forged_files_do_not_reach_the_terminal(compared: Path, tmp_p
         path.write_text(json.dumps(tree | {"reason": "given up: \x1b[31m\uffff"}))
     command = {"argv": ["x\ny", "\x1b"], "began": "\uffff"}
     (folder / "command.json").write_text(json.dumps([command]))
-    for door, where in (
+    for prog, where in (
         ("compare.py", folder),
         ("sample.py", folder),
         ("diagnose", next(folder.glob("cells/pre*0.01*"))),
     ):
-        answer = knock(door, where, *(["--report-only"] if door == "compare.py" else []))
-        assert answer.code == (2 if door == "sample.py" else 0), answer
+        answer = call(prog, where, *(["--report-only"] if prog == "compare.py" else []))
+        assert answer.code == (2 if prog == "sample.py" else 0), answer
         assert printable(answer.out + answer.err, "\n\t") == answer.out + answer.err
     for name in ("report.html", "report.md", "cells.csv"):
         text = (folder / name).read_text("utf-8")

@@ -13,7 +13,7 @@ from conftest import vouch
 from safetensors import SafetensorError
 
 from gpt import checkpoint as checkpoints
-from gpt.checkpoint import Checkpoint, PrunedError
+from gpt.checkpoint import Checkpoint, PrunedError, store
 from gpt.errors import InputError
 from gpt.io import files
 
@@ -42,18 +42,18 @@ def test_what_is_saved_is_loaded(tmp_path: Path):
     assert torch.equal(loaded.optimizer["w|exp_avg"], torch.ones(2, 3))
 
 
-def test_pointers_are_one_line_and_latest_follows(tmp_path: Path):
+def test_pointers_are_one_line_and_latest_is_updated(tmp_path: Path):
     checkpoints.save(tmp_path, make(1))
     second = checkpoints.save(tmp_path, make(2))
     assert (tmp_path / "latest").read_text() == "step-00000002\n"
-    assert checkpoints.pointed(tmp_path, "latest") == second
-    assert checkpoints.pointed(tmp_path, "best") is None
+    assert checkpoints.read_pointer(tmp_path, "latest") == second
+    assert checkpoints.read_pointer(tmp_path, "best") is None
 
 
 @pytest.mark.parametrize("text", ["", "../../etc", "step-1", "step-00000009"])
-def test_a_pointer_to_elsewhere_points_nowhere(tmp_path: Path, text: str):
+def test_a_pointer_to_another_folder_is_ignored(tmp_path: Path, text: str):
     (tmp_path / "latest").write_text(text)
-    assert checkpoints.pointed(tmp_path, "latest") is None
+    assert checkpoints.read_pointer(tmp_path, "latest") is None
 
 
 def test_a_step_is_never_overwritten(tmp_path: Path):
@@ -62,7 +62,7 @@ def test_a_step_is_never_overwritten(tmp_path: Path):
     checkpoints.save(tmp_path, make(1))
     aside = tmp_path / "damaged-step-00000001"
     assert (aside / "model.safetensors").stat().st_mtime_ns == before
-    assert checkpoints.is_whole(folder)
+    assert checkpoints.is_intact(folder)
 
 
 def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path):
@@ -104,38 +104,42 @@ def test_swapped_files_are_found(tmp_path: Path, other: str):
         checkpoints.load(folder)
 
 
-def test_a_checkpoint_under_another_steps_name_is_found(tmp_path: Path):
+def test_a_checkpoint_with_the_name_of_another_step_is_rejected(tmp_path: Path):
     checkpoints.save(tmp_path, make(3)).rename(tmp_path / "step-00000004")
-    with pytest.raises(InputError, match="holds the checkpoint of another step"):
+    with pytest.raises(InputError, match="contains the checkpoint of another step"):
         checkpoints.load(tmp_path / "step-00000004")
 
 
 @pytest.mark.parametrize("target", ["/dev/zero", "elsewhere"])
-def test_a_link_in_a_files_place_is_not_followed(tmp_path: Path, target: str):
+def test_a_link_instead_of_a_file_is_not_followed(tmp_path: Path, target: str):
     folder = checkpoints.save(tmp_path, make(3))
     path = folder / "model.safetensors"
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / target)
-    with pytest.raises(InputError, match="is no file of its own"):
+    with pytest.raises(InputError, match="is not a regular file"):
         checkpoints.verify(folder)
 
 
-def test_the_newest_whole_one_is_taken(tmp_path: Path):
-    assert checkpoints.newest_whole(tmp_path) == (None, [])
+def test_the_newest_intact_checkpoint_is_loaded(tmp_path: Path):
+    assert checkpoints.newest_intact(tmp_path) == (None, [])
     folders = [checkpoints.save(tmp_path, make(step)) for step in (1, 2, 3, 4)]
-    checkpoints.point(tmp_path, "step-00000003", best=False)  # a kill came before the pointer
-    loaded, skipped = checkpoints.newest_whole(tmp_path)
+    checkpoints.write_pointers(
+        tmp_path, "step-00000003", best=False
+    )  # a kill came before the pointer
+    loaded, skipped = checkpoints.newest_intact(tmp_path)
     assert (loaded.step, skipped) == (4, [])
-    assert checkpoints.newest_whole(tmp_path, lambda step: step % 3 == 0)[0].step == 3
+    assert checkpoints.newest_intact(tmp_path, lambda step: step % 3 == 0)[0].step == 3
     (folders[2] / "state.json").unlink()
     (folders[3] / "manifest.json").write_text("[" * 100_000)
-    loaded, skipped = checkpoints.newest_whole(tmp_path)
+    loaded, skipped = checkpoints.newest_intact(tmp_path)
     assert loaded.step == 2
     assert ["step-00000004" in str(skipped[0]), "step-00000003" in str(skipped[1])] == [True] * 2
     for folder in folders[:2]:
         (folder / "model.safetensors").write_bytes(b"")
-    with pytest.raises(InputError, match=r"step-00000004.*;\nno checkpoint in .* \(of 4\)"):
-        checkpoints.newest_whole(tmp_path)
+    with pytest.raises(
+        InputError, match=r"step-00000004.*;\nno checkpoint in .* is intact \(of 4\)"
+    ):
+        checkpoints.newest_intact(tmp_path)
 
 
 def test_a_damaged_step_is_set_aside_when_it_is_saved_again(tmp_path: Path):
@@ -144,21 +148,21 @@ def test_a_damaged_step_is_set_aside_when_it_is_saved_again(tmp_path: Path):
         assert checkpoints.load(folder).step == 3
         (folder / "state.json").write_text(f"{round_}")
     checkpoints.save(tmp_path, make(3))
-    assert checkpoints.is_whole(folder)
+    assert checkpoints.is_intact(folder)
     for name, text in (("damaged-step-00000003", "1"), ("damaged-step-00000003-2", "2")):
         assert (tmp_path / name / "state.json").read_text() == text
 
 
-def test_a_manifest_is_written_last_and_all_is_flushed_before_the_rename(
+def test_the_manifest_is_written_last_and_everything_is_synced_before_the_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     order: list[str] = []
-    flush, rename = checkpoints.flush, Path.rename
+    fsync, rename = store.fsync, Path.rename
     written = files.write_bytes
 
     def note(path: Path) -> None:
-        order.append("flush " + ("folder" if path.name.startswith(".writing-") else path.name))
-        flush(path)
+        order.append("fsync " + ("folder" if path.name.startswith(".writing-") else path.name))
+        fsync(path)
 
     def moved(self: Path, target: Path) -> Path:
         order.append(f"rename to {target.name}")
@@ -166,58 +170,60 @@ def test_a_manifest_is_written_last_and_all_is_flushed_before_the_rename(
 
     def wrote(path: Path, contents: bytes) -> None:
         written(path, contents)
-        order.append(f"{path.name} written and flushed")
+        order.append(f"{path.name} written and synced")
 
-    monkeypatch.setattr(checkpoints, "flush", note)
+    monkeypatch.setattr(store, "fsync", note)
     monkeypatch.setattr(files, "write_bytes", wrote)
     monkeypatch.setattr(Path, "rename", moved)
     checkpoints.save(tmp_path, make(3), best=True)
     assert order == [
-        *(f"flush {name}" for name in checkpoints.FILES),
-        "manifest.json written and flushed",
+        *(f"fsync {name}" for name in checkpoints.FILES),
+        "manifest.json written and synced",
         "rename to step-00000003",
-        f"flush {tmp_path.name}",
-        "best written and flushed",
-        "latest written and flushed",
+        f"fsync {tmp_path.name}",
+        "best written and synced",
+        "latest written and synced",
     ]
 
 
-def test_a_full_disk_is_told_by_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_is_recognised_by_its_error_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def full(*args: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(OSError, match="No space left on device") as told:
+    monkeypatch.setattr(store, "save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
         checkpoints.save(tmp_path, make(2))
-    assert (told.value.errno, Path(told.value.filename).name) == (28, "model.safetensors")
+    assert (caught.value.errno, Path(caught.value.filename).name) == (28, "model.safetensors")
 
 
-def test_a_pickle_in_a_checkpoints_place_is_not_read(tmp_path: Path):
+def test_a_pickle_instead_of_a_checkpoint_is_not_read(tmp_path: Path):
     folder = checkpoints.save(tmp_path, make(3))
     torch.save({"w": torch.ones(1)}, folder / "model.safetensors")
     vouch(folder)
-    assert not checkpoints.is_whole(folder)
+    assert not checkpoints.is_intact(folder)
     with pytest.raises(InputError, match=r"model\.safetensors: is damaged"):
         checkpoints.load(folder)
 
 
-def test_a_header_that_promises_the_moon_is_refused(tmp_path: Path):
+def test_a_header_with_an_absurd_length_is_rejected(tmp_path: Path):
     """A safetensors file begins with the length of its header; the manifest vouches for it."""
     folder = checkpoints.save(tmp_path, make(3))
     (folder / "model.safetensors").write_bytes(b"\xff" * 7 + b"\x7f" + b"{}")
     vouch(folder)
-    assert not checkpoints.is_whole(folder)
+    assert not checkpoints.is_intact(folder)
     with pytest.raises(InputError, match=r"model\.safetensors: is damaged"):
         checkpoints.load(folder)
 
 
-def test_a_save_that_fails_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     good = checkpoints.save(tmp_path, make(1))
 
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "describe", full)
+    monkeypatch.setattr(store, "describe", full)
     with pytest.raises(OSError, match="No space"):
         checkpoints.save(tmp_path, make(2))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
@@ -235,7 +241,7 @@ def test_a_folder_whose_name_is_not_utf8_is_read_back(tmp_path: Path):
     assert torch.equal(checkpoints.load(folder).model["w"], saved.model["w"])
 
 
-def test_reading_without_the_optimizer_needs_none_of_its_file(tmp_path: Path):
+def test_loading_without_the_optimizer_does_not_need_its_file(tmp_path: Path):
     folder = checkpoints.save(tmp_path, make(3))
     (folder / "optimizer.safetensors").write_bytes(b"damaged")
     loaded = checkpoints.load(folder, optimizer=False)
@@ -246,12 +252,12 @@ def test_reading_without_the_optimizer_needs_none_of_its_file(tmp_path: Path):
 
 
 @pytest.mark.parametrize("how", ["pruned", "saved again"])
-def test_what_a_run_deletes_while_it_is_read_is_not_damaged(
+def test_a_checkpoint_deleted_while_being_read_is_not_called_damaged(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     first = checkpoints.save(tmp_path, make(1))
     checkpoints.save(tmp_path, make(2))
-    read = checkpoints._read_manifest
+    read = store._read_manifest
 
     def meddle(folder: Path) -> dict[str, Any]:
         manifest = read(folder)
@@ -261,21 +267,21 @@ def test_what_a_run_deletes_while_it_is_read_is_not_damaged(
             checkpoints.save(tmp_path, replace(make(1), tokenizer="of another length"))
         return manifest
 
-    monkeypatch.setattr(checkpoints, "_read_manifest", meddle)
-    with pytest.raises(PrunedError, match="step-00000001: is not there, or was deleted"):
+    monkeypatch.setattr(store, "_read_manifest", meddle)
+    with pytest.raises(PrunedError, match="step-00000001: does not exist, or was deleted"):
         checkpoints.load(first)
 
 
-def test_what_was_pruned_before_is_not_damaged(tmp_path: Path):
-    with pytest.raises(PrunedError, match="step-00000001: is not there"):
+def test_a_checkpoint_pruned_before_is_not_called_damaged(tmp_path: Path):
+    with pytest.raises(PrunedError, match="step-00000001: does not exist"):
         checkpoints.load(tmp_path / "step-00000001")
 
 
-def test_a_pointer_that_is_replaced_while_it_is_read_is_read_again(
+def test_a_pointer_replaced_while_being_read_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     checkpoints.save(tmp_path, make(1))
-    read = checkpoints.read_small
+    read = store.read_small
 
     def meddle(path: Path, limit: int) -> bytes:
         text = read(path, limit)
@@ -284,12 +290,12 @@ def test_a_pointer_that_is_replaced_while_it_is_read_is_read_again(
         checkpoints.prune(tmp_path, {2})
         return text
 
-    monkeypatch.setattr(checkpoints, "read_small", meddle)
-    assert checkpoints.pointed(tmp_path, "latest") == tmp_path / "step-00000002"
+    monkeypatch.setattr(store, "read_small", meddle)
+    assert checkpoints.read_pointer(tmp_path, "latest") == tmp_path / "step-00000002"
 
 
 @pytest.mark.parametrize("kind", ["/dev/zero", "pipe", "folder"])
-def test_a_pointer_that_is_not_a_file_is_refused(kind: str, tmp_path: Path):
+def test_a_pointer_that_is_not_a_file_is_rejected(kind: str, tmp_path: Path):
     path = tmp_path / "best"
     if kind == "pipe":
         os.mkfifo(path)
@@ -298,19 +304,19 @@ def test_a_pointer_that_is_not_a_file_is_refused(kind: str, tmp_path: Path):
     else:
         path.symlink_to(kind)
     with pytest.raises(InputError, match="best: is a "):
-        checkpoints.pointed(tmp_path, "best")
+        checkpoints.read_pointer(tmp_path, "best")
 
 
 @pytest.mark.parametrize(
     "name", ["step-0000000a", "step-000000001", "step-" + "9" * 200, "step-٠" * 8]
 )
-def test_folders_of_other_names_are_not_checkpoints(name: str, tmp_path: Path):
+def test_folders_with_other_names_are_not_checkpoints(name: str, tmp_path: Path):
     (tmp_path / name).mkdir()
     folder = checkpoints.save(tmp_path, make(1))
     assert checkpoints.steps(tmp_path) == {1: folder}
 
 
-def test_a_sparse_file_of_ten_gigabytes_is_refused_at_once(tmp_path: Path):
+def test_a_sparse_file_of_ten_gigabytes_is_rejected_at_once(tmp_path: Path):
     folder = checkpoints.save(tmp_path, make(1))
     for name in checkpoints.FILES:
         kept = (folder / name).read_bytes()
@@ -320,8 +326,8 @@ def test_a_sparse_file_of_ten_gigabytes_is_refused_at_once(tmp_path: Path):
             checkpoints.load(folder)
         text = (folder / "manifest.json").read_text()
         manifest = json.loads(text)
-        manifest["files"][name]["size"] = 10**10  # as one who means harm would write
-        (folder / "manifest.json").write_text(checkpoints._to_text(manifest))
+        manifest["files"][name]["size"] = 10**10  # as an attacker would write
+        (folder / "manifest.json").write_text(checkpoints.manifest_text(manifest))
         with pytest.raises(InputError, match=name):
             checkpoints.load(folder)
         (folder / "manifest.json").write_text(text)

@@ -1,4 +1,4 @@
-"""A comparison as its user meets it: runs, losses of runs, starting again, reports."""
+"""A comparison as its user sees it: runs, runs without a result, starting again, reports."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ import torch
 import yaml
 from conftest import ROOT, few_probes, rendering
 
-from gpt.compare import comparison, runner
+from gpt import metrics
+from gpt.compare import comparison, worker
 from gpt.compare.grid import Cell, load
-from gpt.compare.outcomes import match, read_outcome
-from gpt.compare.summary import Summary
+from gpt.compare.matching import match
+from gpt.compare.outcomes import read_outcome
+from gpt.compare.results import Summary
+from gpt.compare.tasks import Task, make_tasks
 from gpt.config import Config
 from gpt.errors import InputError
 from gpt.io import files
 from gpt.io.console import Console
-from gpt.run import metrics, plan
 from gpt.run.directory import RunDirectory
 
 Make = Callable[..., Config]
@@ -69,7 +71,7 @@ def called(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int,
     """Exit code, stdout and stderr of compare.py, called in this process."""
     from gpt import cli
 
-    code = cli.compare(list(map(str, arguments)))
+    code = cli.run("compare", list(map(str, arguments)))
     out, err = capsys.readouterr()
     return code, out, err
 
@@ -98,7 +100,7 @@ def done(grid_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setattr(sys, "argv", command)  # which the report shows
-        assert cli.compare(command[1:]) == 0
+        assert cli.run("compare", command[1:]) == 0
     return directory, out.getvalue()
 
 
@@ -112,7 +114,7 @@ def test_it_ends_with_a_verdict_and_a_report(done: tuple[Path, str]):
     directory, out = done
     assert f"{directory}/report.html" in out
     assert "2 failures in 2 seeds" not in out
-    assert "the arms failed alike" in out
+    assert "the same fraction of each arm's runs failed" in out
     names = {path.name for path in directory.iterdir()} - {".lock"}
     assert names == {
         "grid.yaml",
@@ -163,20 +165,21 @@ def test_divergence_is_a_recorded_result(done: tuple[Path, str]):
     assert {row["status"] for row in rows if row["failed"] == "True"} & {"diverged", "plateaued"}
 
 
-def test_the_worst_that_the_looks_saw_is_in_the_table(done: tuple[Path, str]):
+def test_the_worst_value_of_each_layer_measure_is_in_the_table(done: tuple[Path, str]):
     with (done[0] / "cells.csv").open() as file:
         row = next(row for row in csv.DictReader(file) if row["status"] == "trained")
-    looks = metrics.read(done[0] / "cells" / row["id"] / "metrics.jsonl")
-    logits = [r["attention_logit"] for r in looks if "attention_logit" in r]
+    records = metrics.read(done[0] / "cells" / row["id"] / "metrics.jsonl")
+    logits = [r["attention_logit"] for r in records if "attention_logit" in r]
     assert len(logits) == 2 * 3  # two blocks, at steps 1, 10 and 20
     assert float(row["max_attention_logit"]) == max(logits)
-    entropies = [r["attention_entropy"] for r in looks if "attention_entropy" in r]
+    entropies = [r["attention_entropy"] for r in records if "attention_entropy" in r]
     assert float(row["min_attention_entropy"]) == min(entropies)
     assert float(row["max_grad_over_root_v"]) > 0
 
 
 def test_summary_json_agrees_with_the_cells(done: tuple[Path, str]):
     tree = json.loads((done[0] / "summary.json").read_text())
+    assert tree["version"] == 2
     assert [(arm["arm"], arm["failures"], arm["runs"]) for arm in tree["arms"]] == [
         ("pre", 2, 4),
         ("deepnorm", 2, 4),
@@ -193,10 +196,10 @@ def test_arms_are_matched_and_the_report_says_so(done: tuple[Path, str], grid_fi
     assert found.equal + found.rescaled == found.parameters
     assert found.rescaled > 0  # deepnorm's gain
     text = (done[0] / "report.md").read_text()
-    assert "6 of 6 runs saw the inputs" in text
+    assert "6 of 6 runs saw the same inputs" in text
 
 
-def test_other_batches_and_other_draws_are_found(copy: Path, grid_file: Path):
+def test_different_batches_and_initial_weights_are_found(copy: Path, grid_file: Path):
     _, cells = load(grid_file)
     victim, other = (c for c in cells if c.arm == "deepnorm" and c.config.seed == 1)
     log = copy / "cells" / victim.id / "metrics.jsonl"
@@ -213,7 +216,7 @@ def test_other_batches_and_other_draws_are_found(copy: Path, grid_file: Path):
     facts.write_text(json.dumps(tree))
     found = match([read_outcome(cell, copy) for cell in cells])
     assert found.same_batches == 5
-    assert any(victim.id in text and "other batches" in text for text in found.exceptions)
+    assert any(victim.id in text and "different batches" in text for text in found.exceptions)
     assert any(other.id in text and "token_embedding.weight" in text for text in found.exceptions)
 
 
@@ -251,7 +254,7 @@ def test_report_only_redraws_from_the_files(
         (copy / name).unlink()
     shutil.rmtree(copy / "figures")
     with rendering():
-        assert cli.compare([str(copy), "--report-only"]) == 0
+        assert cli.run("compare", [str(copy), "--report-only"]) == 0
     assert "report.html" in capsys.readouterr().out
     for name in ("report.html", "report.md", "summary.json", "cells.csv"):
         assert (copy / name).is_file()
@@ -264,7 +267,7 @@ def test_two_comparisons_side_by_side(
 ):
     from gpt import cli
 
-    assert cli.compare([str(copy), "--report-only", "--beside", str(done[0])]) == 0
+    assert cli.run("compare", [str(copy), "--report-only", "--beside", str(done[0])]) == 0
     assert (copy / "figures/beside.png").is_file()
     assert "beside" in (copy / "report.html").read_text()
     assert str(done[0]) in (copy / "report.html").read_text()
@@ -276,7 +279,8 @@ def test_a_dry_run_lists_cells_and_writes_nothing(
 ):
     from gpt import cli
 
-    assert cli.compare([str(grid_file), "--dry-run", "--out-dir", str(tmp_path / "new")]) == 0
+    flags = ["--dry-run", "--out-dir", str(tmp_path / "new")]
+    assert cli.run("compare", [str(grid_file), *flags]) == 0
     out = capsys.readouterr().out
     _, cells = load(grid_file)
     for cell in cells:
@@ -295,7 +299,7 @@ def test_a_dry_run_lists_cells_and_writes_nothing(
     [
         (["--workers", "0"], ["--workers 0: must be a whole number between 1 and 1,000"]),
         (["--workers", "two"], ["--workers two"]),
-        (["--optimizer.learning-rate", "1e-3"], ["--optimizer.learning_rate", "change that file"]),
+        (["--optimizer.learning-rate", "1e-3"], ["--optimizer.learning_rate", "edit that file"]),
         (["--training.stepz", "1"], ["--training.stepz: no such option"]),
         (["--dry-run", "--report-only"], ["not both"]),
         (["--beside", "nowhere"], ["nowhere", "holds no comparison"]),
@@ -317,7 +321,7 @@ def test_wrong_input_is_exit_2(
     from gpt import cli
 
     with pytest.raises(SystemExit) as end:
-        cli.compare([str(grid_file), "--out-dir", str(tmp_path / "new"), *arguments])
+        cli.run("compare", [str(grid_file), "--out-dir", str(tmp_path / "new"), *arguments])
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert 1 <= len(error.splitlines()) <= 3
@@ -326,7 +330,7 @@ def test_wrong_input_is_exit_2(
     assert not (tmp_path / "new").exists()
 
 
-def test_what_was_registered_is_not_changed_after_the_runs(
+def test_a_grid_cannot_change_after_its_runs(
     copy: Path, tmp_path: Path, grid_file: Path, capsys: pytest.CaptureFixture[str]
 ):
     from gpt import cli
@@ -335,14 +339,14 @@ def test_what_was_registered_is_not_changed_after_the_runs(
     tree["contrast"]["of"] = ["deepnorm", "pre"]
     changed = write(tmp_path / "changed.yaml", tree)
     with pytest.raises(SystemExit) as end:
-        cli.compare([str(changed), "--out-dir", str(copy)])
+        cli.run("compare", [str(changed), "--out-dir", str(copy)])
     assert end.value.code == 2
     error = capsys.readouterr().err
-    assert "holds a comparison of another grid (other contrast), and what was registered" in error
+    assert "holds a comparison of another grid (different contrast), and a grid cannot" in error
     assert "choose another --out-dir" in error
 
 
-def test_a_folder_of_something_else_is_left_alone(
+def test_a_directory_of_something_else_is_left_alone(
     grid_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     from gpt import cli
@@ -350,13 +354,13 @@ def test_a_folder_of_something_else_is_left_alone(
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters/dear.txt").write_text("hello")
     with pytest.raises(SystemExit) as end:
-        cli.compare([str(grid_file), "--out-dir", str(tmp_path / "letters")])
+        cli.run("compare", [str(grid_file), "--out-dir", str(tmp_path / "letters")])
     assert end.value.code == 2
-    assert "exists and is no comparison" in capsys.readouterr().err
+    assert "exists and is not a comparison" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "letters").iterdir()] == ["dear.txt"]
 
 
-def test_too_long_or_too_large_is_said_before_it_starts(
+def test_a_grid_that_takes_too_long_or_too_much_disk_is_refused_before_it_starts(
     grid_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -369,11 +373,11 @@ def test_too_long_or_too_large_is_said_before_it_starts(
     short = write(tmp_path / "short.yaml", {**tree, "hours": 1e-6})
     out = str(tmp_path / "new")
     with pytest.raises(SystemExit):
-        cli.compare([str(short), "--out-dir", out])
+        cli.run("compare", [str(short), "--out-dir", out])
     assert "the grid allows 0.0036 seconds" in capsys.readouterr().err
     monkeypatch.setattr(estimate, "free_bytes", lambda path: 10)
     with pytest.raises(SystemExit):
-        cli.compare([str(grid_file), "--out-dir", out])
+        cli.run("compare", [str(grid_file), "--out-dir", out])
     assert "are free" in capsys.readouterr().err.replace("\n", " ")
 
 
@@ -381,23 +385,23 @@ def test_too_long_or_too_large_is_said_before_it_starts(
     ("path", "words"),
     [
         ("configs/quickstart.yaml", "is a config for train.py; a grid has arms"),
-        ("docs", "docs: holds no comparison (no grid.yaml)"),
-        ("configs/compare/quik.yaml", "quik.yaml: cannot be read"),
+        ("docs", "docs: is not a comparison directory (no grid.yaml)"),
+        ("configs/compare/quik.yaml", "quik.yaml: no such file"),
     ],
 )
-def test_what_is_no_grid_is_said(
+def test_what_is_not_a_grid_is_refused(
     path: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     from gpt import cli
 
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as end:
-        cli.compare([path])
+        cli.run("compare", [path])
     assert end.value.code == 2
     assert words in capsys.readouterr().err
 
 
-def test_a_warm_up_as_long_as_the_run_is_said(grid_file: Path):
+def test_a_warm_up_as_long_as_the_run_is_reported(grid_file: Path):
     _, cells = load(grid_file, {"schedule": {"warmup_steps": 20}})
     assert comparison.too_long_warmups(cells) == ["pre", "deepnorm"]
     _, cells = load(grid_file, {"schedule": {"warmup_steps": 19}})
@@ -409,14 +413,14 @@ def test_two_at_once_in_one_directory_are_refused(
 ):
     from gpt import cli
 
-    with files.only_one_in(tmp_path / "new", "held"), pytest.raises(SystemExit) as end:
-        cli.compare([str(grid_file), "--out-dir", str(tmp_path / "new")])
+    with files.lock_directory(tmp_path / "new", "held"), pytest.raises(SystemExit) as end:
+        cli.run("compare", [str(grid_file), "--out-dir", str(tmp_path / "new")])
     assert end.value.code == 2
     assert "another process runs this comparison" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------
-# Cells that are lost, and stopping
+# Cells without a result, and stopping
 
 
 class TwoCells:
@@ -440,7 +444,7 @@ class TwoCells:
         return min(self.updates()) > 3
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> Summary | None:
-        """Run it by two workers, or by one if its cells are trained as one."""
+        """Run it by two workers, or by one if its cells are batched."""
         return comparison.compare(
             self.grid, self.cells, self.directory, workers=2, console=Console(), stop=stop
         )
@@ -468,23 +472,23 @@ def two_cells(tiny: Make, tmp_path: Path) -> TwoCells:
 
 
 @pytest.fixture
-def two_as_one(tiny: Make, tmp_path: Path) -> TwoCells:
-    """Of one shape, trained as one."""
+def two_batched(tiny: Make, tmp_path: Path) -> TwoCells:
+    """Of one shape, batched."""
     steps = {"training": {"steps": 250}, "evaluation": {"every": 250}}
     arms = {"warm-up": {"none": {"schedule.warmup": "none"}, "linear": {}}}
     changes: dict[str, Any] = {"contrast": None, "pairs": [], "runner": "batched", "arms": arms}
     return TwoCells(tiny(**steps, sampling={"tokens": 0}), tmp_path, **changes)
 
 
-def test_a_killed_cell_is_recorded_and_the_others_go_on(
+def test_a_killed_cell_is_recorded_and_the_others_continue(
     two_cells: TwoCells, request: pytest.FixtureRequest
 ):
     summary, workers = two_cells.run_and_kill_a_worker()
     assert workers == 2
     assert summary is not None
     directory = two_cells.directory
-    said = "1 of 2 cells have no result (1 killed)"
-    assert said in comparison.told(summary, directory)
+    message = comparison.format_summary(summary, directory)
+    assert "1 of 2 cells have no result (1 killed)" in message
     lost = json.loads((directory / "lost.json").read_text())
     (name,) = lost
     assert lost[name]["status"] == "killed"
@@ -502,9 +506,7 @@ def test_a_killed_cell_is_recorded_and_the_others_go_on(
 @pytest.mark.parametrize(
     "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
 )
-def test_a_signal_saves_the_cells_and_they_go_on(
-    two_cells: TwoCells, environment: dict[str, str], number: int
-):
+def test_a_signal_saves_the_cells(two_cells: TwoCells, environment: dict[str, str], number: int):
     directory = two_cells.directory
     command = [sys.executable, ROOT / "compare.py", two_cells.path, "--out-dir", directory]
     with subprocess.Popen(
@@ -512,12 +514,12 @@ def test_a_signal_saves_the_cells_and_they_go_on(
     ) as process:
         deadline = time.monotonic() + 120
         while not two_cells.are_training():
-            assert time.monotonic() < deadline
+            assert time.monotonic() < deadline, "timed out"
             time.sleep(0.05)
         os.kill(process.pid, number)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert "the same command goes on" in error
+    assert "run the same command to resume" in error
     for arm in ("pre", "deepnorm"):
         run = RunDirectory(directory / "cells" / f"{arm}_learning-rate-0.01_seed-0")
         result = run.read_result()
@@ -527,47 +529,61 @@ def test_a_signal_saves_the_cells_and_they_go_on(
         assert (run.checkpoints / "latest").is_file()
 
 
+@pytest.mark.parametrize(
+    ("request_value", "exits"), [(0, []), (worker.STOP, []), (worker.CLOSE, [0])]
+)
+def test_a_worker_exits_at_once_only_after_all_have_answered(
+    request_value: int, exits: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    codes: list[int] = []
+    memory = shared_memory()
+    memory.request.value = request_value
+    monkeypatch.setattr(worker, "_shared", memory, raising=False)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    worker._exit()
+    assert codes == exits
+
+
 def test_a_cell_that_needs_too_much_memory_is_recorded(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def exhausted(*arguments: object, **options: object) -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
 
-    monkeypatch.setattr(runner, "train", exhausted)
-    monkeypatch.setattr(runner, "_worker", _idle(), raising=False)
+    monkeypatch.setattr(worker, "train", exhausted)
+    monkeypatch.setattr(worker, "_shared", shared_memory(), raising=False)
     cell = Cell("one", "arm", {}, {}, tiny())
-    (lost,) = runner._train_task(runner.Task((cell,), as_one=False), tmp_path, [0], False)
-    assert lost is not None
-    assert lost.status == "out of memory"
-    assert "can't allocate memory" in lost.reason
+    (error,) = worker.train_task(Task((cell,), batched=False), tmp_path, [0], False)
+    assert error is not None
+    assert error.status == "out of memory"
+    assert "can't allocate memory" in error.reason
 
 
-def test_a_fault_of_the_program_is_recorded_with_its_place(
+def test_an_unexpected_error_is_recorded_with_its_line(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def faulty(*arguments: object, **options: object) -> None:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr(runner, "train", faulty)
-    monkeypatch.setattr(runner, "_worker", _idle(), raising=False)
+    monkeypatch.setattr(worker, "train", faulty)
+    monkeypatch.setattr(worker, "_shared", shared_memory(), raising=False)
     cell = Cell("one", "arm", {}, {}, tiny())
-    (lost,) = runner._train_task(runner.Task((cell,), as_one=False), tmp_path, [0], False)
-    assert lost is not None
-    assert lost.status == "error"
-    assert "ZeroDivisionError: division by zero (test_comparison.py:" in lost.reason
+    (error,) = worker.train_task(Task((cell,), batched=False), tmp_path, [0], False)
+    assert error is not None
+    assert error.status == "error"
+    assert "ZeroDivisionError: division by zero (test_comparison.py:" in error.reason
 
 
-def _idle() -> Any:
-    """What a worker shares with its parent, when nothing is asked of it."""
-    stopping = SimpleNamespace(value=0)
-    return SimpleNamespace(stopping=stopping, steps=[0], parent=os.getppid())
+def shared_memory() -> Any:
+    """What a worker shares with its parent, without a request to stop."""
+    return worker.Shared(SimpleNamespace(value=0), [0], os.getppid())  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_a_faulty_cell_is_exit_1_and_the_others_have_results(
+def test_an_error_in_a_cell_is_exit_1_and_the_others_have_results(
     grid_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """One cell's directory cannot be made, for a file stands in its place."""
+    """One cell's directory cannot be made, because a file is in its place."""
     from gpt import cli
 
     tree = yaml.safe_load(grid_file.read_text())
@@ -578,7 +594,7 @@ def test_a_faulty_cell_is_exit_1_and_the_others_have_results(
     (directory / "cells").mkdir(parents=True)
     (directory / "cells" / cells[0].id).write_text("in the way")
     (directory / "grid.yaml").write_text(grid.to_yaml())
-    assert cli.compare([str(path), "--out-dir", str(directory), "--workers", "1"]) == 1
+    assert cli.run("compare", [str(path), "--out-dir", str(directory), "--workers", "1"]) == 1
     out, _ = capsys.readouterr()
     assert "1 of 2 cells have no result (1 error)" in out
     assert cells[0].id in json.loads((directory / "lost.json").read_text())
@@ -588,7 +604,7 @@ def test_a_faulty_cell_is_exit_1_and_the_others_have_results(
 def test_two_workers_give_what_one_process_gives(
     done: tuple[Path, str], grid_file: Path, tmp_path: Path
 ):
-    """Cell by cell the same losses, whoever trained them."""
+    """Cell by cell the same losses, whichever worker trained them."""
     grid, cells = load(grid_file)
     assert comparison.compare(
         grid.model_copy(update={"probes": False}),
@@ -609,11 +625,11 @@ def test_two_workers_give_what_one_process_gives(
         assert pair[0] == pair[1]
 
 
-# -- Cells trained as one ----------------------------------------------------------------------
+# -- Batched cells -----------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_as_one_gives_what_processes_give(
+def test_batched_cells_give_what_processes_give(
     done: tuple[Path, str], grid_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     """The same files, verdicts and inputs; losses to rounding, which a wild rate magnifies."""
@@ -621,7 +637,7 @@ def test_as_one_gives_what_processes_give(
     path, directory = write(tmp_path / "one.yaml", {**tree, "probes": False}), tmp_path / "one"
     code, _, err = called(capsys, path, "--runner", "batched", "--out-dir", directory)
     assert code == 0, err
-    assert "cells as one, by a short timing here" in err
+    assert "with a batch of up to 8 cells, estimated by a short timing here" in err
     rows = []
     for each in (done[0], directory):
         with (each / "cells.csv").open() as file:
@@ -630,7 +646,7 @@ def test_as_one_gives_what_processes_give(
     for name, alone in rows[0].items():
         for key in ("status", "diverged_at", "steps"):
             assert rows[1][name][key] == alone[key]
-        if alone["status"] == "converged":
+        if alone["status"] == "trained":
             assert float(rows[1][name]["final_val_loss"]) == pytest.approx(
                 float(alone["final_val_loss"]), abs=0.01
             )
@@ -649,11 +665,11 @@ def test_as_one_gives_what_processes_give(
         assert inputs[0] == inputs[1]
     code, _, err = called(capsys, path, "--out-dir", directory)
     assert code == 0
-    assert "have ended before" in err
+    assert "have already ended" in err
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_what_was_kept_stays_and_a_picture_that_fails_is_told(
+def test_kept_checkpoints_stay_and_a_plot_that_fails_is_reported(
     grid_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     tree = yaml.safe_load(grid_file.read_text())
@@ -676,7 +692,7 @@ def test_what_was_kept_stays_and_a_picture_that_fails_is_told(
     assert yaml.safe_load((directory / "grid.yaml").read_text())["keep_checkpoints"]
 
 
-def test_as_one_refuses_what_cannot_be(
+def test_a_grid_without_a_batched_form_is_refused(
     tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     from gpt import cli
@@ -684,14 +700,16 @@ def test_as_one_refuses_what_cannot_be(
     base = tiny(model={"dropout": 0.1})
     path = write(tmp_path / "dropout.yaml", grid_tree(base, runner="batched"))
     with pytest.raises(SystemExit) as ended:
-        cli.compare([str(path), "--out-dir", str(tmp_path / "new")])
+        cli.run("compare", [str(path), "--out-dir", str(tmp_path / "new")])
     assert ended.value.code == 2
     _, err = capsys.readouterr()
     assert "model.dropout: 0.1 has no batched form" in err
     assert not (tmp_path / "new").exists()
 
 
-def test_who_trains_which_cells(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_cells_are_divided_into_tasks_by_shape(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     base = tiny(sampling={"tokens": 0})
     arms = {
         "placement": {"pre": {}, "post": {"model.norm.placement": "post"}},
@@ -699,49 +717,49 @@ def test_who_trains_which_cells(tiny: Make, tmp_path: Path, monkeypatch: pytest.
     }
     tree = grid_tree(base, arms=arms, contrast=None, pairs=[])
     _, cells = load(write(tmp_path / "grid.yaml", tree))
-    on_cpu = runner.tasks(cells, "auto")
-    assert [task.as_one for task in on_cpu] == [False] * len(cells)
-    monkeypatch.setattr(plan, "pick_device", lambda name: torch.device("cuda"))
-    on_gpu = runner.tasks(cells, "auto")
-    groups = [task for task in on_gpu if task.as_one]
+    on_cpu = make_tasks(cells, "auto")
+    assert [task.batched for task in on_cpu] == [False] * len(cells)
+    monkeypatch.setattr("gpt.compare.tasks.pick_device", lambda name: torch.device("cuda"))
+    on_gpu = make_tasks(cells, "auto")
+    groups = [task for task in on_gpu if task.batched]
     assert [{cell.arm for cell in task.cells} for task in groups] == [
         {"pre, adamw"},
         {"post, adamw"},
     ]
-    alone = [cell for task in on_gpu if not task.as_one for cell in task.cells]
+    alone = [cell for task in on_gpu if not task.batched for cell in task.cells]
     assert {cell.arm for cell in alone} == {"pre, muon", "post, muon"}
     assert sum(len(task.cells) for task in on_gpu) == len(cells)
-    assert not any(task.as_one for task in runner.tasks(cells, "processes"))
+    assert not any(task.batched for task in make_tasks(cells, "processes"))
     with pytest.raises(InputError, match="muon has no batched form"):
-        runner.tasks(cells, "batched")
+        make_tasks(cells, "batched")
 
 
-def test_cells_as_one_are_stopped_saved_and_gone_on_with(
-    two_as_one: TwoCells, request: pytest.FixtureRequest
+def test_batched_cells_are_stopped_saved_and_resumed(
+    two_batched: TwoCells, request: pytest.FixtureRequest
 ):
-    assert two_as_one.run(stop=two_as_one.are_training) is None
-    stopped = two_as_one.updates()
+    assert two_batched.run(stop=two_batched.are_training) is None
+    stopped = two_batched.updates()
     assert len(set(stopped)) == 1
     assert 3 < stopped[0] < 250
-    folders = list((two_as_one.directory / "cells").iterdir())
+    folders = list((two_batched.directory / "cells").iterdir())
     for folder in folders:
         assert (folder / "checkpoints" / "latest").is_file()
     request.getfixturevalue("in_this_process")
-    assert two_as_one.run()
-    assert two_as_one.updates() == [250, 250]
+    assert two_batched.run()
+    assert two_batched.updates() == [250, 250]
     for folder in folders:
         assert (folder / "loss.png").is_file()
         assert not (folder / "checkpoints").exists()
 
 
 @pytest.mark.slow
-def test_cells_as_one_that_are_killed_are_tried_again(
-    two_as_one: TwoCells, request: pytest.FixtureRequest
+def test_batched_cells_that_are_killed_are_tried_again(
+    two_batched: TwoCells, request: pytest.FixtureRequest
 ):
     with pytest.raises(InputError, match="no cell has a result yet"):
-        two_as_one.run_and_kill_a_worker()
-    lost = json.loads((two_as_one.directory / "lost.json").read_text())
-    assert [why["status"] for why in lost.values()] == ["killed", "killed"]
+        two_batched.run_and_kill_a_worker()
+    lost = json.loads((two_batched.directory / "lost.json").read_text())
+    assert [error["status"] for error in lost.values()] == ["killed", "killed"]
     request.getfixturevalue("in_this_process")
-    assert two_as_one.run()
-    assert not (two_as_one.directory / "lost.json").exists()
+    assert two_batched.run()
+    assert not (two_batched.directory / "lost.json").exists()

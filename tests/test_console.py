@@ -1,4 +1,4 @@
-"""What is printed: escaped, and in UTF-8 where it is redirected."""
+"""Output is escaped, and in UTF-8 where it is redirected."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpt.errors import printable
 from gpt.io import console
 from gpt.io.console import Console, show, write_result
 
-STEERING = [
+CONTROLLING = [
     "\x1b[2J",
     "\r",
     "\x07",
@@ -30,8 +30,10 @@ STEERING = [
 ]
 
 
-@pytest.mark.parametrize("text", STEERING)
-def test_what_could_steer_a_terminal_is_escaped(text: str, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("text", CONTROLLING)
+def test_characters_that_control_a_terminal_are_escaped(
+    text: str, capsys: pytest.CaptureFixture[str]
+):
     show(f"a{text}b\n\tc")
     Console().say(f"a{text}b\n\tc")
     out, err = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md's fifteenth placement works as it says: one file, two insertions."""
+"""CONTRIBUTING.md's fifteenth placement works as described: one file, two insertions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_module_and_every_test_file_is_in_the_table():
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project with the example's blocks where it says."""
+    """A copy of the project with the example's blocks inserted."""
     if "layer_scale" in PLACEMENTS:
         pytest.skip("the example is in the table already")
     folder = tmp_path_factory.mktemp("extended")
@@ -85,7 +85,7 @@ def test_it_trains_samples_and_is_looked_into(
 
 @pytest.mark.slow
 def test_the_tests_cover_it(extended: Path, environment: dict[str, str]):
-    """All of them on placements, options and the command line's help, with the schema made anew."""
+    """The tests of placements, options and the command line, with the schema made again."""
     here = {**environment, "PYTHONPATH": str(extended)}
 
     def run(*words: str) -> str:
@@ -98,6 +98,6 @@ def test_the_tests_cover_it(extended: Path, environment: dict[str, str]):
     (extended / "configs/schema.json").write_text(run("gpt.config"), "utf-8")
     chosen = "layer_scale or placements or reference or config or help"
     files = [f"tests/test_{name}.py" for name in ("placement", "config", "cli", "init", "optim")]
-    said = run("pytest", "-q", "-n0", "-p", "no:cacheprovider", "-k", chosen, *files, "-rA")
+    output = run("pytest", "-q", "-n0", "-p", "no:cacheprovider", "-k", chosen, *files, "-rA")
     for norm in ("layer", "rms", "batch", "dyt", "scale", "none"):
-        assert f"test_equal_to_its_equations_in_float64[layer_scale-{norm}]" in said
+        assert f"test_equal_to_its_equations_in_float64[layer_scale-{norm}]" in output

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import cost
 from gpt.config import Config, validate
+from gpt.hardware import memory
 from gpt.model import GPT
 from gpt.run import plan
 
@@ -72,12 +73,12 @@ def _config(context: int) -> Config:
 
 def test_an_update_moves_the_weights_alike_in_parts_and_at_once():
     after = []
-    for memory in (64 * 2**20, 1):
-        with mock.patch.object(plan, "_memory", lambda device, memory=memory: memory):
+    for held in (64 * 2**20, 1):
+        with mock.patch.object(memory, "_activation_memory", lambda device, held=held: held):
             torch.manual_seed(0)
             update, model, config = cost._training(cost.Size(1, 64, 8), torch.device("cpu"), 32)
-            assert plan.micro_batch(config, cost.VOCABULARY, torch.device("cpu")) == (
-                4 if memory > 1 else 1
+            assert memory.micro_batch(config, cost.VOCABULARY, torch.device("cpu")) == (
+                4 if held > 1 else 1
             )
             before = model.token_embedding.weight.detach().clone()
             update()

@@ -12,15 +12,15 @@ from conftest import rendering
 from matplotlib.figure import Figure
 from torch import nn
 
-from gpt import cli, training
+from gpt import cli, metrics
 from gpt.config import Config, ModelConfig, OptimizerConfig
-from gpt.diagnostics.failure import Place, advice, describe, first_nonfinite
-from gpt.diagnostics.layers import MEASURES, Look, layer_of
+from gpt.diagnostics.failure import FaultLocation, advice, describe_location, first_nonfinite
+from gpt.diagnostics.layers import MEASURES, LayerStats, layer_of
 from gpt.init import initialize
 from gpt.model import GPT
 from gpt.optim import Optimizer
 from gpt.placement import PLACEMENTS
-from gpt.run import metrics, plot
+from gpt.run import plot
 from gpt.run.directory import RunDirectory, RunResult
 from gpt.training import train
 
@@ -44,26 +44,26 @@ def tokens(seed: int = 0) -> torch.Tensor:
     return torch.randint(VOCAB, (3, CONTEXT), generator=torch.Generator().manual_seed(seed))
 
 
-def looked(model: GPT, adams: bool = True) -> list[metrics.Record]:
+def snapshot(model: GPT, adams: bool = True) -> list[metrics.Record]:
     """The records of one update that halves every matrix of block 2."""
     model.zero_grad()
     model.loss(tokens(), tokens(1)).backward()
     adam = dict(model.named_parameters()) if adams else {}
     moments = {name: torch.ones_like(parameter) for name, parameter in adam.items()}
-    look = Look(model, dict.fromkeys(adam, 1e-8), moments)
-    look.forward(tokens())
+    stats = LayerStats(model, dict.fromkeys(adam, 1e-8), moments)
+    stats.measure_activations(tokens())
     with torch.no_grad():
-        for parameter in model.placements()[1].parameters():
+        for parameter in model.blocks[1].parameters():
             if parameter.ndim == 2:
                 parameter /= 2
-    look.after()
-    assert look.before == {}  # a copy of all matrices is not kept until it is read
-    return look.read(step=5)
+    stats.measure_update()
+    assert stats.before == {}  # a copy of all matrices is not kept until it is read
+    return stats.to_records(step=5)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_every_layer_has_its_measures(placement: str):
-    records = looked(make(placement))
+    records = snapshot(make(placement))
     assert [record["layer"] for record in records] == list(range(LAYERS + 2))
     assert {record["step"] for record in records} == {5}
     inside = set(MEASURES) - {"log_z"} | {"grad_rms"}
@@ -82,7 +82,7 @@ def test_a_placement_that_adds_in_another_way_has_no_beta(monkeypatch: pytest.Mo
             return x + self.attention(x) + self.mlp(x)
 
     monkeypatch.setitem(PLACEMENTS, "plain", Plain)
-    record = looked(make("plain"))[1]
+    record = snapshot(make("plain"))[1]
     assert "attention_beta" not in record
     assert record["stream_rms"] > 0
 
@@ -91,14 +91,14 @@ def test_measures_by_hand():
     model = make()
     before = model.state_dict()
     before = {name: value.clone() for name, value in before.items()}
-    records = looked(model)
+    records = snapshot(model)
     gradients = {name: p.grad for name, p in model.named_parameters()}
     model.load_state_dict(before)
     model.requires_grad_(False)
 
     x = model.embed(tokens())
     assert records[0]["stream_rms"] == pytest.approx(x.square().mean().sqrt().item())
-    for number, (record, block) in enumerate(zip(records[1:], model.placements(), strict=False), 1):
+    for number, (record, block) in enumerate(zip(records[1:], model.blocks, strict=False), 1):
         own = [g for name, g in gradients.items() if name.startswith(f"blocks.{number - 1}.")]
         squares = sum(g.square().sum().item() for g in own)
         count = sum(g.numel() for g in own)
@@ -129,7 +129,7 @@ def test_measures_by_hand():
     assert records[-1]["log_z"] == pytest.approx(log_z)
 
 
-def test_a_gradient_is_held_against_the_root_of_adams_second_moment():
+def test_the_gradient_is_compared_with_the_root_of_adams_second_moment():
     """Written once more from Adam's definition: v after two updates, without bias."""
     model = make()
     optimizer = Optimizer(model.named_parameters(), OptimizerConfig(beta2=0.9, eps=1e-8))
@@ -141,19 +141,19 @@ def test_a_gradient_is_held_against_the_root_of_adams_second_moment():
         optimizer.step()
         optimizer.zero_grad()
     model.loss(tokens(), tokens(1)).backward()
-    look = Look(model, optimizer.eps(), optimizer.second_moments())
+    stats = LayerStats(model, optimizer.eps(), optimizer.second_moments())
     ratios = []
     for name, parameter in model.named_parameters():
         if name.startswith("blocks.0."):
             v = (0.9 * 0.1 * squares[0][name] + 0.1 * squares[1][name]) / (1 - 0.9**2)
             ratios.append((parameter.grad / (v.sqrt() + 1e-8)).flatten())
     wanted = torch.cat(ratios).square().mean().sqrt().item()
-    look.forward(tokens())
-    assert look.read(step=3)[1]["grad_over_root_v"] == pytest.approx(wanted, rel=1e-4)
+    stats.measure_activations(tokens())
+    assert stats.to_records(step=3)[1]["grad_over_root_v"] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_without_adam_there_is_no_epsilon():
-    assert "grad_over_eps" not in looked(make(), adams=False)[1]
+    assert "grad_over_eps" not in snapshot(make(), adams=False)[1]
 
 
 def test_epsilon_counts_where_adam_updates_and_nowhere_else(tiny: Make, tmp_path: Path):
@@ -178,14 +178,14 @@ def test_as_many_sequences_as_the_config_says(tiny: Make, tmp_path: Path):
     assert seen[0] != seen[1]
 
 
-def test_looking_leaves_no_hook_and_no_mode():
+def test_a_snapshot_leaves_no_hook_and_restores_the_mode():
     model = make(dropout=0.5)
-    looked(model)
+    snapshot(model)
     assert model.training
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_layers_of_names():
+def test_the_layer_is_found_by_name():
     model = make(tied_head=False, norm={"embedding": True})
     expected = {"token_embedding.weight": 0, "embedding_norm.weight": 0, "head.weight": LAYERS + 1}
     expected |= {"blocks.0.mlp.up.weight": 1, "blocks.3.attention_norm.bias": 4}
@@ -212,7 +212,7 @@ def lines(out: Path, layers: bool) -> list[metrics.Record]:
 
 
 @pytest.mark.parametrize("norm_type", ["layer", "batch"])
-def test_looking_changes_nothing(tiny: Make, tmp_path: Path, norm_type: str):
+def test_diagnostics_do_not_change_training(tiny: Make, tmp_path: Path, norm_type: str):
     options = {"model": {"dropout": 0.2, "norm": {"type": norm_type}}}
     run(tiny(**options), tmp_path / "off")
     run(tiny(**options, diagnostics={"every": 3}), tmp_path / "on")
@@ -222,17 +222,17 @@ def test_looking_changes_nothing(tiny: Make, tmp_path: Path, norm_type: str):
     assert [r["step"] for r in seen if r["layer"] == 0] == [1, 3, 6, 9, 12, 15, 18]
 
 
-def test_a_resumed_run_has_each_look_once(tiny: Make, tmp_path: Path):
+def test_a_resumed_run_has_each_snapshot_once(tiny: Make, tmp_path: Path):
     config = tiny(diagnostics={"every": 4})
     run(config, tmp_path / "whole")
     made: list[None] = []
-    options = {"made": lambda: made.append(None), "stop": lambda: len(made) == 9}
+    options = {"on_update": lambda: made.append(None), "stop": lambda: len(made) == 9}
     train(config, tmp_path / "parts", quiet=True, **options)
     run(config, tmp_path / "parts")
     assert lines(tmp_path / "whole", layers=True) == lines(tmp_path / "parts", layers=True)
 
 
-def test_gradients_near_epsilon_are_an_alarm(tiny: Make, tmp_path: Path, capsys):
+def test_gradients_near_epsilon_raise_an_alarm(tiny: Make, tmp_path: Path, capsys):
     config = tiny(diagnostics={"every": 5}, optimizer={"eps": 1.0}, sampling={"tokens": 0})
     train(config, tmp_path / "run")
     said = [line for line in capsys.readouterr().err.splitlines() if "optimizer.eps" in line]
@@ -243,17 +243,17 @@ def test_gradients_near_epsilon_are_an_alarm(tiny: Make, tmp_path: Path, capsys)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_picture(tiny: Make, tmp_path: Path, capsys, precision: str):
+def test_the_plot(tiny: Make, tmp_path: Path, capsys, precision: str):
     config = tiny(diagnostics={"every": 5}, training={"precision": precision})
     run(config, tmp_path / "run")
     with rendering():
-        assert cli.diagnose([str(tmp_path / "run")]) == 0
+        assert cli.run("diagnose", [str(tmp_path / "run")]) == 0
     picture = Path(capsys.readouterr().out.strip())
     assert picture == RunDirectory(tmp_path / "run").layers
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_single_look_is_drawn_too():
+def test_a_single_snapshot_is_plotted_too():
     records = [{"step": 1, "layer": layer, "grad_norm": 1.0 + layer} for layer in range(3)]
     axes = Figure().subplots()
     plot._plot_measure(axes, records, "grad_norm", MEASURES["grad_norm"])
@@ -263,21 +263,21 @@ def test_a_single_look_is_drawn_too():
     assert mesh.get_array().tolist() == [[1.0], [2.0], [3.0]]
 
 
-def test_a_picture_of_a_run_that_failed_at_once(tiny: Make, tmp_path: Path):
+def test_a_plot_of_a_run_that_failed_at_once(tiny: Make, tmp_path: Path):
     """Some measures have no number at all then."""
     optimizer = {"name": "sgd", "learning_rate": 1e22, "clip": None}
     config = tiny(diagnostics={"every": 1}, optimizer=optimizer, schedule={"warmup": "none"})
     assert run(config, tmp_path / "run").status == "diverged"
     assert any(r["grad_norm"] is None for r in lines(tmp_path / "run", layers=True)[4:])
     with rendering():
-        assert cli.diagnose([str(tmp_path / "run")]) == 0
+        assert cli.run("diagnose", [str(tmp_path / "run")]) == 0
 
 
-def test_a_picture_of_nothing_is_refused(tiny: Make, tmp_path: Path, capsys):
+def test_a_plot_of_nothing_is_rejected(tiny: Make, tmp_path: Path, capsys):
     run(tiny(), tmp_path / "run")
     for folder, words in ((tmp_path / "run", "--diagnostics.every"), (tmp_path, "holds no run")):
         with pytest.raises(SystemExit) as caught:
-            cli.diagnose([str(folder)])
+            cli.run("diagnose", [str(folder)])
         assert caught.value.code == 2
         assert words in capsys.readouterr().err
 
@@ -285,17 +285,19 @@ def test_a_picture_of_nothing_is_refused(tiny: Make, tmp_path: Path, capsys):
 # -- Divergence -------------------------------------------------------------------------------
 
 
-def test_a_weight_is_found_first():
+def test_a_non_finite_weight_is_found_first():
     model = make()
     with torch.no_grad():
-        model.placements()[2].mlp.up.weight[3, 3] = math.inf
+        model.blocks[2].mlp.up.weight[3, 3] = math.inf
     place = first_nonfinite(model, tokens(), tokens(1), 0.0)
-    assert place == Place("weight", 3, "blocks.2.mlp.up.weight")
-    assert describe(place, LAYERS) == "as a non-finite weight in block 3 of 4 (mlp.up.weight)"
+    assert place == FaultLocation("weight", 3, "blocks.2.mlp.up.weight")
+    assert (
+        describe_location(place, LAYERS) == "as a non-finite weight in block 3 of 4 (mlp.up.weight)"
+    )
 
 
 @pytest.mark.parametrize("name", ["token_embedding", "blocks.1.attention.qkv", "final_norm"])
-def test_an_activation_is_found_where_it_arises(name: str):
+def test_a_non_finite_activation_is_found_where_it_arises(name: str):
     model = make()
 
     def spoil(module: nn.Module, inputs: Any, out: torch.Tensor) -> torch.Tensor:
@@ -304,27 +306,27 @@ def test_an_activation_is_found_where_it_arises(name: str):
     module = model.get_submodule(name)
     module.register_forward_hook(spoil)
     place = first_nonfinite(model, tokens(), tokens(1), 0.0)
-    assert place == Place("activation", layer_of(name, model), name)
+    assert place == FaultLocation("activation", layer_of(name, model), name)
 
 
 def test_attention_that_overflows_is_found_at_the_matrix_that_reads_it():
-    """No module stands for a placement's norms where it has none."""
+    """A placement without norms has no modules for them."""
     model = make(norm={"type": "none"})
     with torch.no_grad():
-        qkv = model.placements()[0].attention.qkv
+        qkv = model.blocks[0].attention.qkv
         qkv.weight[:32] = 1e20  # q k^T is infinite, and its softmax not a number
         qkv.bias[:32] = 0
     place = first_nonfinite(model, tokens(), tokens(1), 0.0)
-    assert place == Place("activation", 1, "blocks.0.attention.out")
+    assert place == FaultLocation("activation", 1, "blocks.0.attention.out")
 
 
-def test_overflowing_logits_are_the_heads():
+def test_overflowing_logits_are_located_in_the_head():
     model = make(tied_head=False)
     with torch.no_grad():
         model.head.weight.fill_(3e38)
     place = first_nonfinite(model, tokens(), tokens(1), 0.0)
-    assert place == Place("logit", LAYERS + 1, "head")
-    assert describe(place, LAYERS) == "as a non-finite logit behind the last block (head)"
+    assert place == FaultLocation("logit", LAYERS + 1, "head")
+    assert describe_location(place, LAYERS) == "as a non-finite logit after the last block (head)"
 
 
 def test_a_gradient_is_found_from_the_loss_backwards():
@@ -333,7 +335,7 @@ def test_a_gradient_is_found_from_the_loss_backwards():
     def spoil(gradient: torch.Tensor) -> torch.Tensor:
         return gradient * math.nan
 
-    add = model.placements()[1].add
+    add = model.blocks[1].add
     add.register_forward_hook(lambda module, inputs, out: out.register_hook(spoil) and None)
     place = first_nonfinite(model, tokens(), tokens(1), 0.0)
     assert place is not None
@@ -341,9 +343,9 @@ def test_a_gradient_is_found_from_the_loss_backwards():
 
 
 def test_the_gradient_that_came_first_is_named():
-    """A number that is none at the output of a block's first matrix spoils that matrix first."""
+    """A NaN in the gradient of a matrix's output reaches the gradient of that matrix first."""
     model = make()
-    up = model.placements()[1].mlp.up
+    up = model.blocks[1].mlp.up
     up.register_forward_hook(
         lambda module, inputs, out: out.register_hook(lambda g: g * math.nan) and None
     )
@@ -355,7 +357,7 @@ def test_the_gradient_that_came_first_is_named():
 
 def test_a_norm_that_overflows_where_no_gradient_does():
     model = make()
-    big = model.placements()[2].mlp.out
+    big = model.blocks[2].mlp.out
     big.register_forward_hook(
         lambda module, inputs, out: out.register_hook(lambda g: g * 1e25) and None
     )
@@ -365,7 +367,7 @@ def test_a_norm_that_overflows_where_no_gradient_does():
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_with_dropout_the_same_mask_is_looked_at():
+def test_dropout_draws_a_single_mask():
     model = make(dropout=0.5)
     masks = []
     model.final_norm.register_forward_hook(lambda module, inputs, out: masks.append(out))
@@ -373,12 +375,12 @@ def test_with_dropout_the_same_mask_is_looked_at():
     assert len(masks) == 1
 
 
-def test_what_arises_between_the_modules_is_the_blocks():
-    place = Place("activation", 2, "blocks.1")
-    assert describe(place, 4) == "as a non-finite activation in block 2 of 4"
+def test_values_that_arise_between_modules_are_located_in_the_block():
+    place = FaultLocation("activation", 2, "blocks.1")
+    assert describe_location(place, 4) == "as a non-finite activation in block 2 of 4"
 
 
-def test_nothing_is_found_where_all_is_well():
+def test_nothing_is_found_if_everything_is_finite():
     assert first_nonfinite(make(), tokens(), tokens(1), 1e-4) is None
 
 
@@ -396,11 +398,11 @@ def wild(tiny: Make, rate: float, **options: Any) -> Config:
 
 
 @pytest.mark.parametrize("read_every", [{"cpu": 1}, {}])
-def test_a_diverged_run_says_what_where_and_what_next(
+def test_a_diverged_run_reports_what_where_and_what_next(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_every: dict[str, int]
 ):
     """Also after a checkpoint, and where losses are read late, as from a GPU."""
-    monkeypatch.setattr(training, "READ_EVERY", read_every)
+    monkeypatch.setattr("gpt.run.log.READ_EVERY", read_every)
     config = wild(tiny, 10.0, checkpoint={"every": 2}, training={"log_every": 5})
     result = run(config, tmp_path / "run")
     assert result.status == "diverged"
@@ -422,11 +424,11 @@ def test_both_ways_of_reading_find_the_same(
 ):
     config = wild(tiny, 10.0, training={"log_every": 7})
     first = run(config, tmp_path / "each")
-    monkeypatch.setattr(training, "READ_EVERY", {})
+    monkeypatch.setattr("gpt.run.log.READ_EVERY", {})
     assert run(config, tmp_path / "late").failure == first.failure
 
 
-def test_a_validation_loss_that_fails_is_looked_into(tiny: Make, tmp_path: Path):
+def test_a_non_finite_validation_loss_is_located(tiny: Make, tmp_path: Path):
     config = wild(tiny, 1e30, training={"steps": 1}, schedule={"warmup": "none"})
     result = run(config, tmp_path / "run")
     assert result.failure is not None
@@ -435,21 +437,21 @@ def test_a_validation_loss_that_fails_is_looked_into(tiny: Make, tmp_path: Path)
     assert result.failure.advice[0].startswith("--schedule.warmup linear --schedule.warmup-steps 1")
 
 
-def test_a_non_finite_gradient_is_divergence_before_the_weights_are_spoilt(
+def test_a_non_finite_gradient_ends_the_run_before_it_reaches_the_weights(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    objective = GPT.objective
+    loss_fn = GPT.loss_fn
 
     def spoilt(self: GPT, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        minimised, loss = objective(self, *arguments)
-        return minimised + (self.final_norm.weight[0] - 1).abs().sqrt(), loss  # slope inf at 1
+        total_loss, loss = loss_fn(self, *arguments)
+        return total_loss + (self.final_norm.weight[0] - 1).abs().sqrt(), loss  # slope inf at 1
 
-    monkeypatch.setattr(GPT, "objective", spoilt)
+    monkeypatch.setattr(GPT, "loss_fn", spoilt)
     result = run(tiny(sampling={"tokens": 0}), tmp_path / "run")
     assert (result.status, result.step) == ("diverged", 1)
     assert result.failure is not None
     assert result.failure.quantity == "gradient norm"
-    assert result.failure.place == Place("gradient", 3, "final_norm.weight")
+    assert result.failure.place == FaultLocation("gradient", 3, "final_norm.weight")
     assert not [tip for tip in result.failure.advice if "learning-rate" in tip]
 
 
@@ -473,16 +475,16 @@ def test_advice_follows_the_config(tiny: Make):
         schedule={"warmup_steps": 50},
         training={"steps": 500, "precision": "bf16", "nonfinite": "skip"},
     )
-    place = Place("activation", 1, "blocks.0.attention.qkv")
+    place = FaultLocation("activation", 1, "blocks.0.attention.qkv")
     flags = [tip.partition("  ")[0] for tip in advice(done, place, 7)]
     assert flags == [
         "--optimizer.learning-rate 0.00033",
         "--model.attention.qk-norm true",
         "--training.precision fp32",
     ]
-    norm = Place("activation", 1, "blocks.0.attention_norm")
+    norm = FaultLocation("activation", 1, "blocks.0.attention_norm")
     assert not [tip for tip in advice(done, norm, 7) if "qk-norm" in tip]
-    flags = [tip.partition("  ")[0] for tip in advice(done, Place("logit", 3, "head"), 7)]
+    flags = [tip.partition("  ")[0] for tip in advice(done, FaultLocation("logit", 3, "head"), 7)]
     assert "--training.z-loss 1e-4" in flags
     bare = tiny(model={"norm": {"type": "none"}}, optimizer={"name": "sgd"})
     flags = [tip.partition("  ")[0] for tip in advice(bare, None, 7)]
@@ -494,7 +496,7 @@ def test_advice_follows_the_config(tiny: Make):
     assert advice(unbounded, None, 7)[0].startswith("--model.norm.final-norm auto ")
 
 
-def test_before_the_first_update_the_rate_is_not_to_blame(tiny: Make):
+def test_before_the_first_update_no_advice_concerns_the_learning_rate(tiny: Make):
     config = tiny(
         model={"norm": {"placement": "none"}, "init": {"regime": "xavier"}},
         schedule={"warmup": "none"},
@@ -508,12 +510,12 @@ def test_before_the_first_update_the_rate_is_not_to_blame(tiny: Make):
     ]
 
 
-@pytest.mark.parametrize("place", [None, Place("logit", 3, "head")])
-def test_advice_is_made_of_flags_that_train_takes(tiny: Make, tmp_path: Path, capsys, place):
+@pytest.mark.parametrize("place", [None, FaultLocation("logit", 3, "head")])
+def test_advice_consists_of_flags_that_train_accepts(tiny: Make, tmp_path: Path, capsys, place):
     path = tmp_path / "c.yaml"
     config = wild(tiny, 0.1, training={"precision": "bf16"})
     path.write_text(config.to_yaml())
     for tip in advice(config, place, 0) + advice(config, place, 7):
         flags = tip.partition("  ")[0].split()
-        assert cli.train([str(path), *flags, "--print-config"]) == 0
+        assert cli.run("train", [str(path), *flags, "--print-config"]) == 0
         assert capsys.readouterr().out != config.to_yaml()

@@ -12,16 +12,17 @@ import pytest
 import torch
 from test_training import assert_same_run, records
 
+from gpt import metrics
 from gpt.config import Config, leaves, merge
-from gpt.ensemble import Ensemble, shape, train_together, why_not
+from gpt.ensemble import BatchedTrainer, shape, train_together, why_not
 from gpt.errors import InputError
 from gpt.init import initialize
 from gpt.model import ACTIVATIONS, GPT
 from gpt.norm import NORMS
 from gpt.optim import OPTIMIZERS, SEPARABLE, Optimizer
 from gpt.placement import PLACEMENTS
-from gpt.run import metrics, plan
 from gpt.run.directory import RunResult
+from gpt.trainer import Trainer
 from gpt.training import train
 
 Make = Callable[..., Config]
@@ -45,7 +46,7 @@ def together(
         made[index] += 1
 
     stop = lambda: max(made) >= updates  # noqa: E731
-    ended = train_together(configs, paths, stop=stop, made=count, saves=saves)
+    ended = train_together(configs, paths, stop=stop, on_update=count, save_checkpoints=saves)
     assert len(set(made)) == 1 or updates > 10**8  # they stop at one step
     for each in ended:
         if isinstance(each, Exception):
@@ -151,25 +152,23 @@ def test_a_cell_that_diverges_touches_no_neighbour(tiny: Make, tmp_path: Path):
 
 def test_a_cell_that_failed_keeps_its_weights(tiny: Make):
     """Also while nobody has read its loss yet, and when later batches are fine again."""
-    config = tiny()
-    models = [GPT(config.model, 257) for _ in range(2)]
-    for seed, model in enumerate(models):
-        initialize(model, config.model, seed)
-    optimizers = [Optimizer(model.named_parameters(), config.optimizer) for model in models]
-    ensemble = Ensemble(config, models, optimizers, [None, None])
+    device = torch.device("cpu")
+    trainers = [Trainer(tiny(seed=seed), 257, device) for seed in range(2)]
+    models = [trainer.model for trainer in trainers]
+    batched = BatchedTrainer(trainers)
     tokens = torch.randint(257, (2, 4, 17))
     x, y = tokens[..., :-1], tokens[..., 1:]
-    losses, norms = ensemble.gradients(x, y)
+    losses, norms = batched.backward(x, y)
     losses[1] = math.nan
     before = [{n: p.clone() for n, p in model.named_parameters()} for model in models]
-    ensemble.apply([1.0, 1.0], losses, norms)
-    ensemble.apply([1.0, 1.0], *ensemble.gradients(x, y))
+    batched.update([1.0, 1.0], losses, norms)
+    batched.update([1.0, 1.0], *batched.backward(x, y))
     moved = [
         any(not torch.equal(p, old[n]) for n, p in model.named_parameters())
         for model, old in zip(models, before, strict=True)
     ]
     assert moved == [True, False]
-    assert all(value.isfinite().all() for value in optimizers[1].state().values())
+    assert all(value.isfinite().all() for value in trainers[1].optimizer.state_tensors().values())
 
 
 def test_the_stack_shrinks_when_cells_have_ended(
@@ -177,12 +176,12 @@ def test_the_stack_shrinks_when_cells_have_ended(
 ):
     made = []
 
-    class Counted(Ensemble):
+    class Counted(BatchedTrainer):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
-            made.append(len(self))
+            made.append(len(self.alive))
 
-    monkeypatch.setattr("gpt.ensemble.Ensemble", Counted)
+    monkeypatch.setattr("gpt.ensemble.BatchedTrainer", Counted)
     wild = [tiny(seed=seed, optimizer={"learning_rate": 1e30}) for seed in (3, 4)]
     calm = [tiny(**cell) for cell in CELLS[:2]]
     ended = together([wild[0], calm[0], wild[1], calm[1]], tmp_path / "one")
@@ -202,8 +201,8 @@ def test_what_one_cell_raises_ends_that_cell_only(tiny: Make, tmp_path: Path):
         configs,
         [tmp_path / str(i) for i in range(3)],
         stop=lambda: False,
-        made=lambda i: None,
-        saves=False,
+        on_update=lambda i: None,
+        save_checkpoints=False,
     )
     assert isinstance(ended[1], InputError)
     assert [getattr(each, "status", None) for each in ended] == ["finished", None, "finished"]
@@ -247,7 +246,7 @@ def test_checkpoints_are_saved_only_if_they_are_wanted(tiny: Make, tmp_path: Pat
 def test_as_many_at_once_as_the_memory_holds(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(plan, "models_at_once", lambda *args: 2)
+    monkeypatch.setattr("gpt.hardware.memory.models_at_once", lambda *args: 2)
     configs = [tiny(**cell) for cell in CELLS]
     together(configs, tmp_path / "two")
     monkeypatch.undo()
@@ -261,18 +260,18 @@ def test_without_memory_for_all_fewer_are_trained_at_once(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Those that have ended stay ended; the others start from where they were."""
-    whole = Ensemble.gradients
+    whole = BatchedTrainer.backward
 
-    def limited(self: Ensemble, *batch: torch.Tensor) -> Any:
-        if len(self) > 2:
+    def limited(self: BatchedTrainer, *batch: torch.Tensor) -> Any:
+        if len(self.alive) > 2:
             raise torch.OutOfMemoryError("no room")
         return whole(self, *batch)
 
-    monkeypatch.setattr(Ensemble, "gradients", limited)
+    monkeypatch.setattr(BatchedTrainer, "backward", limited)
     configs = [tiny(seed=seed) for seed in range(5)]
     ended = together(configs, tmp_path / "few")
     assert [each.step for each in ended] == [20] * 5
-    monkeypatch.setattr(Ensemble, "gradients", no_room)
+    monkeypatch.setattr(BatchedTrainer, "backward", no_room)
     with pytest.raises(torch.OutOfMemoryError):
         together([tiny(seed=9)], tmp_path / "none")
 
@@ -286,13 +285,13 @@ def test_ended_cells_hold_no_memory(tiny: Make, tmp_path: Path, monkeypatch: pyt
     stacks: list[weakref.ref[Any]] = []
     alive: list[int] = []
 
-    class Watched(Ensemble):
+    class Watched(BatchedTrainer):
         def __init__(self, *args: Any) -> None:
             alive.append(sum(stack() is not None for stack in stacks))
             super().__init__(*args)
             stacks.append(weakref.ref(self.weights["token_embedding.weight"]))
 
-    monkeypatch.setattr("gpt.ensemble.Ensemble", Watched)
+    monkeypatch.setattr("gpt.ensemble.BatchedTrainer", Watched)
     wild = [tiny(seed=seed, optimizer={"learning_rate": 1e30}) for seed in (3, 4)]
     together([wild[0], tiny(), wild[1]], tmp_path / "one")
     gc.collect()
@@ -303,15 +302,15 @@ def test_ended_cells_hold_no_memory(tiny: Make, tmp_path: Path, monkeypatch: pyt
 def test_out_of_memory_makes_micro_batches_smaller(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    whole, seen = GPT.objective, []
+    whole, seen = GPT.loss_fn, []
 
-    def objective(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
+    def loss_fn(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
         seen.append(len(x))
         if len(x) > 2 and len(seen) > 3:
             raise torch.OutOfMemoryError("no room")
         return whole(self, x, *rest)
 
-    monkeypatch.setattr(GPT, "objective", objective)
+    monkeypatch.setattr(GPT, "loss_fn", loss_fn)
     configs = [tiny(evaluation={"sequences": 2}, **cell) for cell in CELLS]
     ended = together(configs, tmp_path / "small")
     monkeypatch.undo()

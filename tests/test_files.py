@@ -1,4 +1,4 @@
-"""Files outside a directory stay as they are, whatever links into or out of it."""
+"""Files outside a directory stay unchanged, whatever links lead into or out of it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_bad_input import contents, is_clear, knock
+from matplotlib.figure import Figure
+from test_bad_input import call, contents, is_clear
 from test_training import stop_after
 
 from gpt import training
 from gpt.compare import report as reports
 from gpt.compare.comparison import compare, report
+from gpt.compare.figures.base import Plot
 from gpt.compare.grid import load
 from gpt.config import Config
-from gpt.data import preparation
+from gpt.data import encode, preparation
 from gpt.errors import InputError, StoppedError
 from gpt.io.console import Console
-from gpt.io.files import open_own, read_json, refuse_links
+from gpt.io.files import open_for_update, read_json, refuse_links
 from gpt.run import plot
 
 Make = Callable[..., Config]
@@ -42,7 +44,7 @@ def to_nothing(path: Path, outside: Path) -> None:
 
 
 def to_the_same(path: Path, outside: Path) -> None:
-    """What stood there is outside now."""
+    """A link to the original contents, moved outside."""
     kept = path.with_name(f"{path.name}.kept")
     shutil.move(kept, outside / "moved") if kept.exists() else (outside / "moved").mkdir()
     path.symlink_to(outside / "moved")
@@ -62,7 +64,7 @@ def two_links(names: list[str]) -> list[tuple[str, Link]]:
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Path:
-    """A folder that is nobody's but its owner's."""
+    """A folder that the program must not touch."""
     folder = tmp_path / "outside"
     (folder / "folder").mkdir(parents=True)
     (folder / "file").write_text("precious\n")
@@ -72,7 +74,7 @@ def outside(tmp_path: Path) -> Path:
 
 
 def put(link: Link, path: Path, outside: Path) -> None:
-    """Make `path`, whatever stands there, a link."""
+    """Replace `path` by a link."""
     kept = path.with_name(f"{path.name}.kept")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -86,7 +88,7 @@ def quick() -> Iterator[None]:
     """Pictures take most of the time: here they are files, but empty."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plot, "_save", lambda figure, path: plot.write_bytes(path, b"picture"))
-        patch.setattr(reports, "draw", lambda material: [])
+        patch.setattr(reports, "draw", lambda data: {})
         yield
 
 
@@ -141,7 +143,7 @@ def test_a_run_does_not_write_through_a_link(
     put(link, run / name, outside)
     (run.parent / "c.yaml").write_text(small.to_yaml())
     before = contents(outside), contents(run)
-    answer = knock("train.py", run.parent / "c.yaml", "--out-dir", run)
+    answer = call("train.py", run.parent / "c.yaml", "--out-dir", run)
     assert not is_clear(answer)
     assert str(run / name) in answer.err or name in ("config.yaml", "result.json")
     assert (contents(outside), contents(run)) == before
@@ -151,7 +153,7 @@ def test_a_run_does_not_write_through_a_link(
 def test_a_picture_of_layers_takes_the_place_of_a_link(link: Link, run: Path, outside: Path):
     put(link, run / "layers.png", outside)
     before = contents(outside)
-    assert knock("diagnose", run).code == 0
+    assert call("diagnose", run).code == 0
     assert (run / "layers.png").read_bytes() == b"picture"
     assert contents(outside) == before
 
@@ -164,7 +166,7 @@ def test_a_fresh_run_does_not_write_through_a_link(
     put(link, tmp_path / "run" / name, outside)
     (tmp_path / "c.yaml").write_text(small.to_yaml())
     before = contents(tmp_path)
-    assert not is_clear(knock("train.py", tmp_path / "c.yaml", "--out-dir", tmp_path / "run"))
+    assert not is_clear(call("train.py", tmp_path / "c.yaml", "--out-dir", tmp_path / "run"))
     assert contents(tmp_path) == before
 
 
@@ -178,8 +180,8 @@ def test_a_run_leaves_alone_what_has_hard_links_elsewhere(
     shutil.copytree(run, snapshot, copy_function=os.link)
     before = contents(snapshot)
     (tmp_path / "c.yaml").write_text(small.to_yaml())
-    assert knock("train.py", tmp_path / "c.yaml", "--out-dir", run).code == 0
-    assert knock("diagnose", run).code == 0
+    assert call("train.py", tmp_path / "c.yaml", "--out-dir", run).code == 0
+    assert call("diagnose", run).code == 0
     assert contents(snapshot) == before
     assert (run / "history.jsonl").read_bytes().startswith(before["history.jsonl"])
     assert len((run / "history.jsonl").read_text().splitlines()) == 2
@@ -191,7 +193,7 @@ def test_a_run_directory_may_itself_be_a_link(
 ):
     (tmp_path / "c.yaml").write_text(small.to_yaml())
     (tmp_path / "link").symlink_to(run)
-    assert knock("train.py", tmp_path / "c.yaml", "--out-dir", tmp_path / "link").code == 0
+    assert call("train.py", tmp_path / "c.yaml", "--out-dir", tmp_path / "link").code == 0
     assert (run / "result.json").is_file()
 
 
@@ -270,7 +272,7 @@ def test_a_comparison_does_not_write_or_delete_through_a_link(
     path = comparison / name.replace("CELL", cell)
     put(link, path, outside)
     before = contents(outside), contents(comparison)
-    answer = knock("compare.py", comparison, *flags)
+    answer = call("compare.py", comparison, *flags)
     assert not is_clear(answer)
     assert str(path) in answer.err or name == "grid.yaml" or name.startswith("cells")
     assert (contents(outside), contents(comparison)) == before
@@ -284,7 +286,7 @@ def test_a_comparison_leaves_alone_what_has_hard_links_elsewhere(
     snapshot = tmp_path / "snapshot"
     shutil.copytree(comparison, snapshot, copy_function=os.link)
     before = contents(snapshot)
-    assert knock("compare.py", comparison, *flags).code == 0
+    assert call("compare.py", comparison, *flags).code == 0
     assert contents(snapshot) == before
     assert not (comparison / "figures/old.png").exists()
 
@@ -296,11 +298,10 @@ def test_a_comparison_beside_may_hold_links(comparison: Path, tmp_path: Path):
     (other / "cells").rename(tmp_path / "elsewhere")
     (other / "cells").symlink_to(tmp_path / "elsewhere")
     before = contents(tmp_path / "elsewhere"), contents(other)
+    shown = Plot("title", "caption", "alt", Figure(figsize=(1, 1)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reports.figures, "beside", lambda *material: None)
-        patch.setattr(reports, "save", lambda picture, folder: "")
-        with pytest.raises(AttributeError):  # of the picture that is not drawn here
-            report(grid, cells, comparison, beside=other)
+        patch.setattr(reports, "draw_beside", lambda *data: shown)
+        report(grid, cells, comparison, beside=other)
     assert (contents(tmp_path / "elsewhere"), contents(other)) == before
 
 
@@ -313,7 +314,7 @@ def building(small: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """A corpus that was stopped while it was prepared, and its config."""
     data = small.data.model_copy(update={"cache_dir": str(tmp_path / "cache")})
     with monkeypatch.context() as patch:
-        patch.setattr(preparation, "JOB", 100)
+        patch.setattr(encode, "JOB", 100)
         stops = iter([False] * 5)
         with pytest.raises(StoppedError):
             preparation.prepare(data, stop=lambda: next(stops, True))
@@ -329,9 +330,9 @@ BUILDING = [
 
 
 def prepared(config: Config, tmp_path: Path) -> str:
-    """What `train.py` says of data that it cannot prepare."""
+    """The error of `train.py` about data that it cannot prepare."""
     (tmp_path / "c.yaml").write_text(config.to_yaml())
-    answer = knock("train.py", tmp_path / "c.yaml", "--out-dir", tmp_path / "run")
+    answer = call("train.py", tmp_path / "c.yaml", "--out-dir", tmp_path / "run")
     assert not is_clear(answer)
     return answer.err
 
@@ -382,14 +383,14 @@ def test_a_file_is_changed_in_place_only_if_it_is_no_link(tmp_path: Path):
     (tmp_path / "file").write_text("abc")
     os.link(tmp_path / "file", tmp_path / "hard")
     (tmp_path / "soft").symlink_to("file")
-    with open_own(tmp_path / "hard") as file:
+    with open_for_update(tmp_path / "hard") as file:
         assert file.read(1) == b"a"
         file.write(b"x")
     assert (tmp_path / "hard").read_text() == "axc"
     assert (tmp_path / "file").read_text() == "abc"
     with pytest.raises(InputError, match="soft: is a symbolic link"):
-        open_own(tmp_path / "soft")
-    with open_own(tmp_path / "new") as file:
+        open_for_update(tmp_path / "soft")
+    with open_for_update(tmp_path / "new") as file:
         assert file.read() == b""
 
 

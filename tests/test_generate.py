@@ -9,7 +9,7 @@ import torch
 
 from gpt.config import DataConfig, ModelConfig, Sampling
 from gpt.data.tokenizer import bytes_tokenizer
-from gpt.generate import TextDecoder, continue_text, draw, generate, restrict
+from gpt.generate import TextDecoder, continue_text, generate, logits_to_probs, sample_tokens
 from gpt.init import initialize
 from gpt.model import GPT
 from gpt.rng import generator
@@ -53,7 +53,7 @@ def test_greedy_takes_the_likeliest_token_of_the_uncached_model(model: GPT):
         text.append(token)
 
 
-def test_beyond_the_context_the_window_slides_by_half(model: GPT):
+def test_beyond_the_context_the_window_moves_by_half(model: GPT):
     (made,) = run(model, list(range(10)), 30, temperature=0)
     text, window = list(range(10)), list(range(10))
     for token in made:
@@ -65,12 +65,12 @@ def test_beyond_the_context_the_window_slides_by_half(model: GPT):
     assert len(made) == 30
 
 
-def test_a_prompt_longer_than_the_context_is_seen_from_its_end(model: GPT):
+def test_of_a_prompt_longer_than_the_context_the_end_counts(model: GPT):
     long = list(range(100))
     assert run(model, long, 5, temperature=0) == run(model, long[-CONTEXT:], 5, temperature=0)
 
 
-def test_a_sample_depends_on_its_seed_and_number_alone(model: GPT):
+def test_a_sample_depends_only_on_its_seed_and_index(model: GPT):
     alone = run(model, [5], 10, seed=3)
     four = run(model, [5], 10, count=4, seed=3)
     assert four[0] == alone[0]
@@ -78,7 +78,7 @@ def test_a_sample_depends_on_its_seed_and_number_alone(model: GPT):
     assert run(model, [5], 10, seed=4) != alone
 
 
-def test_a_sample_stops_at_end_of_text_and_the_others_go_on(model: GPT):
+def test_a_sample_stops_at_end_of_text_and_the_others_continue(model: GPT):
     samples = run(model, [5], 12, count=3, temperature=2.0)
     stop = samples[0][4]
     first = [sample.index(stop) if stop in sample else 99 for sample in samples]
@@ -91,7 +91,7 @@ def test_a_sample_stops_at_end_of_text_and_the_others_go_on(model: GPT):
     assert len(alone) == first[0] + 1
 
 
-def test_the_model_is_left_as_it_was(model: GPT):
+def test_the_models_mode_and_cache_are_restored(model: GPT):
     model.train()
     steps = generate(model, [1], samples=1, tokens=5, sampling=Sampling(), seed=0, stop=-1)
     next(steps)
@@ -119,17 +119,17 @@ LOGITS = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
         ({"temperature": 1.0, "top_k": 3, "min_p": 0.7}, [0, 4 / 7, 0, 3 / 7]),
     ],
 )
-def test_restrictions(options: dict[str, float], expected: list[float]):
-    found = restrict(LOGITS, Sampling.model_validate(options))
+def test_temperature_and_filters_by_hand(options: dict[str, float], expected: list[float]):
+    found = logits_to_probs(LOGITS, Sampling.model_validate(options))
     assert found.tolist() == pytest.approx(expected, abs=1e-6)
-    batch = restrict(torch.stack([LOGITS, LOGITS.flip(0)]), Sampling.model_validate(options))
+    batch = logits_to_probs(torch.stack([LOGITS, LOGITS.flip(0)]), Sampling.model_validate(options))
     assert batch[1].tolist() == pytest.approx(expected[::-1], abs=1e-6)
 
 
-def test_draws_have_the_distribution():
+def test_sampled_tokens_have_the_right_distribution():
     generators = [generator(0, "test")]
     sampling = Sampling(temperature=1.0, top_k=3)
-    counts = Counter(int(draw(LOGITS[None], sampling, generators)) for _ in range(4000))
+    counts = Counter(int(sample_tokens(LOGITS[None], sampling, generators)) for _ in range(4000))
     assert counts[0] == 0
     for token, share in ((1, 4 / 9), (2, 2 / 9), (3, 3 / 9)):
         error = 4 * math.sqrt(share * (1 - share) / 4000)
@@ -141,7 +141,7 @@ def test_rounding_of_the_logits_does_not_change_a_text():
     noise = 1e-3 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
     sampling = Sampling(temperature=1.0)
     texts = [
-        draw(each, sampling, [generator(0, i) for i in range(200)])
+        sample_tokens(each, sampling, [generator(0, i) for i in range(200)])
         for each in (logits, logits + noise)
     ]
     assert len(set(texts[0].tolist())) > 150
@@ -149,8 +149,8 @@ def test_rounding_of_the_logits_does_not_change_a_text():
 
 
 @pytest.mark.parametrize(("uniform", "expected"), [(2**-42, 7), (2**-38, 0)])
-def test_the_rarest_tokens_have_their_share(uniform: float, expected: int, monkeypatch):
-    """Token 7 wins with its probability of 1e-12 if its number is small enough, 1e-12 / 1.44."""
+def test_the_rarest_tokens_can_be_drawn(uniform: float, expected: int, monkeypatch):
+    """Token 7, of probability 1e-12, wins if its number is below 1e-12 / 1.44."""
     numbers = torch.full((50257,), 0.5, dtype=torch.float64)
     numbers[7] = uniform
 
@@ -161,10 +161,10 @@ def test_the_rarest_tokens_have_their_share(uniform: float, expected: int, monke
     monkeypatch.setattr(torch.Tensor, "uniform_", uniform_)
     logits = torch.full((1, 50257), math.log(1e-12))
     logits[0, 0] = 0
-    assert draw(logits, Sampling(temperature=1.0), [generator(0)]).item() == expected
+    assert sample_tokens(logits, Sampling(temperature=1.0), [generator(0)]).item() == expected
 
 
-def test_text_waits_for_a_whole_character(encoding: tiktoken.Encoding):
+def test_text_is_held_back_until_a_character_is_complete(encoding: tiktoken.Encoding):
     decoder = TextDecoder(encoding)
     pieces = [decoder.feed(byte) for byte in "aé🙂".encode()]
     assert pieces == ["a", "", "é", "", "", "", "🙂"]

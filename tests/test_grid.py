@@ -49,11 +49,11 @@ def message(folder: Path, **changes: Any) -> str:
     return str(error.value)
 
 
-def test_cells_are_every_arm_at_every_place_rate_and_seed(tmp_path: Path):
+def test_cells_are_every_arm_in_every_setting_rate_and_seed(tmp_path: Path):
     found = cells(tmp_path)
     assert len(found) == 2 * 2 * 3 * 2 * 2
     assert len({cell.id for cell in found}) == len(found)
-    assert [cell.config.seed for cell in found] == [0] * 24 + [1] * 24  # a seed is whole first
+    assert [cell.config.seed for cell in found] == [0] * 24 + [1] * 24  # seed by seed
     cell = next(c for c in found if c.arm == "post, warm" and c.config.seed == 1)
     config = cell.config
     assert isinstance(config, Config)
@@ -61,7 +61,7 @@ def test_cells_are_every_arm_at_every_place_rate_and_seed(tmp_path: Path):
     assert config.schedule.warmup == "linear"
     assert (config.training.steps, config.evaluation.every, config.model.width) == (7, 7, 16)
     assert config.optimizer.learning_rate == 1e-3
-    assert cell.place == {"model.layers": 2, "model.context": 16}
+    assert cell.setting == {"model.layers": 2, "model.context": 16}
     assert cell.factors == {
         "model.norm.placement": "post",
         "model.norm.final_norm": "off",
@@ -74,17 +74,17 @@ def test_cells_are_every_arm_at_every_place_rate_and_seed(tmp_path: Path):
 
 
 def test_linked_options_move_together(tmp_path: Path):
-    places = {(c.config.model.layers, c.config.model.context) for c in cells(tmp_path)}
-    assert places == {(2, 16), (3, 8)}
+    settings = {(c.config.model.layers, c.config.model.context) for c in cells(tmp_path)}
+    assert settings == {(2, 16), (3, 8)}
 
 
-def test_cells_of_one_seed_and_place_differ_in_their_arm_alone(tmp_path: Path):
+def test_cells_of_one_seed_and_setting_differ_in_their_arm_alone(tmp_path: Path):
     a, b = (
         c
         for c in cells(tmp_path)
         if c.arm in ("pre, cold", "post, cold")
         and c.config.seed == 0
-        and c.place["model.layers"] == 2
+        and c.setting["model.layers"] == 2
         and c.config.optimizer.learning_rate == 0.1
     )
     changed = {line.split(":")[0] for line in a.config.differences(b.config)}
@@ -120,6 +120,14 @@ def test_excluded_cells_are_left_out(tmp_path: Path):
     assert 0 < len(left) < len(everything)
 
 
+def test_a_cell_that_makes_no_sense_can_be_excluded(tmp_path: Path):
+    arms = {"norm": {"rezero": {"model.norm.placement": "rezero"}, "pre": {}}}
+    changes = {"arms": arms, "grid": {"model.norm.type": ["rms", None]}}
+    assert "arm 'rezero': model.norm.type: rms conflicts" in message(tmp_path, **changes)
+    exclude = [{"norm": "rezero", "model.norm.type": "rms"}]
+    assert len(cells(tmp_path, **changes, exclude=exclude)) == 3 * 2
+
+
 def test_a_resolved_grid_gives_the_same_cells(tmp_path: Path):
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(TREE))
@@ -151,33 +159,43 @@ def test_the_base_may_be_a_file_beside_the_grid(tmp_path: Path):
         ({"grid": {"model.layers, model.width": [[1, 2, 3]]}}, ["needs 2 values", "[1, 2, 3]"]),
         ({"grid": {"model.norm.placement": ["pre"]}}, ["is set by arm", "and by the grid"]),
         ({"grid": {"seed": [1, 2]}}, ["seed: no such option of a cell"]),
-        ({"grid": {"model.layers": [2], "model.layers, model.width": [[2, 16]]}}, ["two axes"]),
-        ({"grid": {"model.layers": [2, "2"]}}, ["a value or name stands twice"]),
+        (
+            {"grid": {"model.layers": [2], "model.layers, model.width": [[2, 16]]}},
+            ["is in two axes"],
+        ),
+        ({"grid": {"model.layers": [2, "2"]}}, ["duplicate value or name"]),
         ({"grid": {"model.layers": ["many"]}}, ["arm 'pre, cold': model.layers", "'many'"]),
         ({"grid": {"model.width": [15]}}, ["heads (2) must divide width (15)"]),
+        (
+            {
+                "grid": {"model.norm.type": ["layer", "none"]},
+                "options": {"model.norm.embedding": True},
+            },
+            ["arm 'pre, cold': model.norm.embedding: true conflicts with norm.type none"],
+        ),
         (
             {"arms": {"a": {"x": {"model.bias": True}}, "b": {"y": {"model.bias": False}}}},
             ["model.bias is set by 'y' and by another factor"],
         ),
         ({"arms": {"a": {"x, y": {}}}}, ["x, y"]),
-        ({"seeds": [1, 1]}, ["seeds: one stands twice"]),
+        ({"seeds": [1, 1]}, ["seeds: duplicate seed"]),
         ({"seeds": 0}, ["seeds"]),
         ({"exclude": [{"colour": "red"}]}, ["exclude.0: colour"]),
-        ({"exclude": [{"seed": 9}]}, ["exclude.0", "fits no cell"]),
-        ({"exclude": [{"seed": [0, 1]}]}, ["exclude leaves no cell"]),
+        ({"exclude": [{"seed": 9}]}, ["exclude.0", "matches no cell"]),
+        ({"exclude": [{"seed": [0, 1]}]}, ["exclude leaves no cells"]),
         ({"seeds": list(range(2000))}, ["48,000 cells", f"{MOST_CELLS:,}"]),
         (
             {"contrast": {"question": "?", "of": ["pre, warm", "pre, hot"]}},
-            ["'pre, hot' is none", "pre, cold"],
+            ["'pre, hot' is not one", "pre, cold"],
         ),
         ({"contrast": {"question": "?", "of": ["pre, warm"]}}, ["contrast.of"]),
-        ({"pairs": [["a", "b"]]}, ["'a' is none of the arms"]),
+        ({"pairs": [["a", "b"]]}, ["'a' is not one of the arms"]),
         ({"pairs": [["pre, warm", "pre, warm"]]}, ["'pre, warm' is compared with itself"]),
         (
             {"pairs": [["pre, warm", "pre, cold"], ["pre, cold", "pre, warm"]]},
-            ["pairs: one stands twice"],
+            ["pairs: duplicate pair"],
         ),
-        ({"arms": {"seed": {"a": {}}}}, ["'seed' can not name a factor"]),
+        ({"arms": {"seed": {"a": {}}}}, ["'seed' cannot name a factor"]),
         (
             {"arms": {"a": {"x": {"optimizer.learning_rate": []}}}},
             ["'x' has no value of optimizer.learning_rate"],
@@ -192,7 +210,7 @@ def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], words: list
 
 
 @pytest.mark.parametrize("key", ["seed", "optimizer.learning_rate", "model.norm.placement"])
-def test_what_cells_differ_in_is_no_flag(tmp_path: Path, key: str):
+def test_options_that_cells_differ_in_are_not_flags(tmp_path: Path, key: str):
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(TREE))
     section, _, name = key.rpartition(".")
@@ -221,7 +239,7 @@ def test_on_and_off_may_be_excluded_as_yaml_reads_them(tmp_path: Path):
     assert {cell.config.model.norm.final_norm for cell in found} == {"on"}
 
 
-def test_flags_stand_above_the_files_options(tmp_path: Path):
+def test_flags_override_the_files_options(tmp_path: Path):
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(TREE))
     _, found = load(path, {"training": {"steps": "9"}})
@@ -238,7 +256,7 @@ def test_rates_of_an_arms_own_count_towards_the_limit(tmp_path: Path):
 # The shipped ones
 
 
-def test_the_promised_grids_are_shipped():
+def test_the_documented_grids_are_shipped():
     assert {path.stem for path in SHIPPED} == {
         "quick",
         "placements",
@@ -255,7 +273,7 @@ def test_every_shipped_grid_is_fair(path: Path):
     grid, found = load(path)
     assert grid.contrast is not None
     assert len(grid.seeds) >= 3
-    for cell in found:  # nothing hides an instability, but where that is what is compared
+    for cell in found:  # nothing hides instability unless that is what is compared
         assert cell.config.optimizer.clip is None or cell.arm == "clipping"
         decay = cell.config.optimizer
         assert decay.weight_decay == 0 or decay.independent_decay
@@ -277,17 +295,17 @@ def test_quick_crosses_placement_and_warm_up_at_four_rates_or_more():
     assert grid.contrast.measure == "log_lr50"
 
 
-def test_placements_has_them_all():
+def test_the_placements_grid_has_all_placements():
     _, found = load(ROOT / "configs/compare/placements.yaml")
     assert {cell.config.model.norm.placement for cell in found} == set(PLACEMENTS)
 
 
-def test_depth_has_the_depths():
+def test_the_depth_grid_has_its_depths():
     _, found = load(ROOT / "configs/compare/depth.yaml")
     assert {cell.config.model.layers for cell in found} == {6, 12, 24, 48}
 
 
-def test_single_gpu_has_the_promised_size():
+def test_the_single_gpu_grid_has_the_documented_size():
     _, found = load(ROOT / "configs/compare/single-gpu.yaml")
     model = found[0].config.model
     assert (model.layers, model.width, model.context) == (12, 256, 256)
@@ -307,12 +325,15 @@ def test_a_grid_is_documented_and_its_schema_is_current():
     [
         *((f"a{c}b", "cannot be shown") for c in "\x1b\x00\x9b\uffff\u202e\u200b\u2028\n\t"),
         ("a\udcffb", "a\\udcffb' is not Unicode text"),
-        *((name, "string should match pattern") for name in (" ", "", "\u3000", "a ", "a,b")),
+        *((name, "must match pattern") for name in (" ", "", "\u3000", "a ", "a,b")),
         ("x" * 41, "at most 40 characters"),
-        *((name, "not a file's name on Windows") for name in ("con", "NUL", "aux.x", "com1.txt")),
+        *(
+            (name, "not a valid file name on Windows")
+            for name in ("con", "NUL", "aux.x", "com1.txt")
+        ),
     ],
 )
-def test_a_name_that_no_report_could_show_is_refused(tmp_path: Path, name: str, words: str):
+def test_names_that_a_report_cannot_show_are_refused(tmp_path: Path, name: str, words: str):
     for arms in ({"f": {name: {}, "b": {}}}, {name: {"a": {}, "b": {}}}):
         found = message(tmp_path, arms=arms, contrast=None, pairs=[], exclude=[])
         assert words in found
@@ -320,33 +341,33 @@ def test_a_name_that_no_report_could_show_is_refused(tmp_path: Path, name: str, 
 
 
 @pytest.mark.parametrize(("one", "two"), [("A", "a"), ("a b", "a-b")])
-def test_names_that_give_one_folder_are_refused(tmp_path: Path, one: str, two: str):
+def test_names_that_give_the_same_directory_are_refused(tmp_path: Path, one: str, two: str):
     arms = {"f": {one: {}, two: {}}}
     found = message(tmp_path, arms=arms, contrast=None, pairs=[], exclude=[])
     assert f"rename {one!r} or {two!r}" in found
 
 
-def test_arms_are_counted_before_they_are_made(tmp_path: Path):
+def test_arms_are_counted_before_they_are_built(tmp_path: Path):
     began = time.process_time()
     arms = {f"f{n}": {"a": {}, "b": {}} for n in range(24)}
-    said = message(tmp_path, arms=arms, contrast=None, pairs=[], exclude=[])
-    assert "arms: makes 16,777,216 arms; at most 10,000 are compared" in said
+    text = message(tmp_path, arms=arms, contrast=None, pairs=[], exclude=[])
+    assert "arms: 16,777,216 combinations of levels; at most 10,000 are allowed" in text
     axes = {"optimizer.learning_rate": [1e-6 * n for n in range(1, 200)]}
     axes |= {"model.layers": list(range(1, 200))}
     assert "describes" in message(tmp_path, grid=axes, exclude=[])
     assert time.process_time() - began < 2
 
 
-def test_what_costs_a_product_is_bounded(tmp_path: Path):
+def test_lists_whose_cost_multiplies_are_bounded(tmp_path: Path):
     assert "at most 200 items" in message(tmp_path, exclude=[{"seed": n} for n in range(201)])
     pairs = [["pre, cold", f"{n}"] for n in range(1001)]
     assert "at most 1000 items" in message(tmp_path, pairs=pairs)
     (tmp_path / "base.yaml").write_text(f"data: {{source: text, path: {'a' * 90_000}}}")
     both = message(tmp_path, base="base.yaml", options={"sampling.prompt": "b" * 60_000})
-    assert "with its base it is longer than 131,072 bytes" in both
+    assert "is longer than 131,072 bytes including its base" in both
 
 
-def test_a_large_grid_is_read_in_linear_time_and_again_from_what_is_written(tmp_path: Path):
+def test_a_large_grid_is_read_in_linear_time_and_written_and_read_back(tmp_path: Path):
     path = tmp_path / "large.yaml"
     arms = {f"f{n}": {"a": {}, "b": {}} for n in range(10)}
     path.write_text(yaml.safe_dump({"base": {}, "arms": arms, "seeds": 1}))
@@ -368,7 +389,7 @@ def test_a_large_grid_is_read_in_linear_time_and_again_from_what_is_written(tmp_
         ({"grid": {"sampling.prompt": ["x" * 101]}}, "grid: sampling.prompt: "),
     ],
 )
-def test_text_that_no_picture_could_show_is_refused(
+def test_text_that_a_figure_cannot_show_is_refused(
     tmp_path: Path, changes: dict[str, Any], words: str
 ):
     plain = {"arms": {"f": {"a": {}, "b": {}}}, "contrast": None, "pairs": [], "exclude": []}
@@ -383,10 +404,12 @@ def test_text_that_no_picture_could_show_is_refused(
         ({"options": {"model": 5}}, "options: model: no such option"),
         ({"arms": {"a": {"x": {"model": 5}}}}, "arms.a.x: model: no such option"),
         ({"grid": {"model": [5]}}, "grid: model: no such option"),
-        ({"arms": {"a": {}}}, "arms: dictionary should have at least 1 item"),
+        ({"arms": {"a": {}}}, "arms: must have at least 1 item"),
     ],
 )
-def test_what_is_no_section_is_not_replaced(tmp_path: Path, changes: dict[str, Any], words: str):
+def test_a_value_where_a_section_belongs_is_refused(
+    tmp_path: Path, changes: dict[str, Any], words: str
+):
     assert words in message(tmp_path, **{"contrast": None, "pairs": [], "exclude": [], **changes})
 
 
@@ -394,13 +417,14 @@ def test_what_is_no_section_is_not_replaced(tmp_path: Path, changes: dict[str, A
 def test_numbers_of_many_digits_in_an_axis_and_an_exclusion(tmp_path: Path, digits: int):
     path = tmp_path / "mine.yaml"
     many = "9" * digits
-    path.write_text(
-        f"base: {{}}\narms: {{a: {{x: {{}}}}}}\nseeds: 1\ngrid: {{model.layers: [{many}]}}\n"
-        f"exclude: [{{model.layers: {many}}}]"
-    )
+    tree = f"base: {{}}\narms: {{a: {{x: {{}}}}}}\nseeds: 1\ngrid: {{model.layers: [{many}]}}\n"
+    path.write_text(tree)
     with pytest.raises(
         InputError, match=r"model.layers: '?9+(\.\.\.)?'? is not between 1 and 2,000"
     ):
+        load(path)
+    path.write_text(f"{tree}exclude: [{{model.layers: {many}}}]")
+    with pytest.raises(InputError, match="exclude leaves no cell"):
         load(path)
 
 
@@ -410,5 +434,7 @@ def test_cells_too_large_for_the_machine_are_refused_with_their_arm(tmp_path: Pa
     tree = {"base": {}, "options": {"training.device": "cpu"}, "arms": {"a": {"x": {}, "y": big}}}
     path.write_text(yaml.safe_dump(tree))
     _, cells = load(path)
-    with pytest.raises(InputError, match=r"arm 'y': training model.layers: 2,000, .* GB here"):
+    with pytest.raises(
+        InputError, match=r"arm 'y': training model.layers: 2,000, .* GB are available"
+    ):
         check_sizes(cells)

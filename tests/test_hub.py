@@ -1,6 +1,6 @@
-"""Sources and vocabularies of the network, against servers of this machine.
+"""Sources and vocabularies from the network, tested with local servers.
 
-The libraries read their addresses when they are imported, so each case is a process of its own.
+The libraries read their server's address on import, so each case runs in its own process.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import pytest
 from conftest import ROOT
 
 from gpt.config import SourceConfig
-from gpt.data import sources, tokenizer
+from gpt.data import tokenizer
 from gpt.data.sources import SOURCES
+from gpt.data.sources import hub as hub_source
 from gpt.data.tokenizer import GPT2_FILES, GPT2_URL
 from gpt.errors import UnreachableError
 
@@ -41,7 +42,7 @@ FILES = {"README.md": README, "train.jsonl.gz": gzip.compress(TRAIN), "test.json
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as `datasets` asks for: one dataset, me/data, at one commit."""
+    """The part of the hub that `datasets` requests: one dataset, me/data, at one commit."""
 
     def do_GET(self) -> None:
         path, _, _ = self.path.partition("?")
@@ -97,13 +98,13 @@ def hub() -> Iterator[str]:
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    """A server that accepts and then says nothing."""
+    """A server that accepts connections but never responds."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
 class Prepare:
-    """Runs `python -m gpt.data` with caches of its own."""
+    """Runs `python -m gpt.data` with separate caches."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self.folder = folder
@@ -139,7 +140,7 @@ def prepare(tmp_path: Path, environment: dict[str, str]) -> Prepare:
 DATASET = ("--data.source", "hub", "--data.hub.name", "me/data")
 
 
-def test_a_dataset_is_streamed_and_once_prepared_needs_no_network(prepare: Prepare, hub: str):
+def test_a_dataset_is_streamed_and_then_needs_no_network(prepare: Prepare, hub: str):
     code, streamed, err, _ = prepare(*DATASET, HF_ENDPOINT=hub)
     assert code == 0, err
     table = [line.split() for line in streamed.splitlines()]
@@ -167,8 +168,8 @@ def test_a_dataset_is_downloaded_and_then_needs_no_network(prepare: Prepare, hub
 
 
 LACKING = {
-    ("--data.hub.name", "me/nothing"): "'me/nothing' is neither a folder here nor a dataset",
-    ("--data.hub.name", "no folder/a/b"): "is neither a folder here nor a dataset",
+    ("--data.hub.name", "me/nothing"): "'me/nothing' is neither a local folder nor a dataset",
+    ("--data.hub.name", "no folder/a/b"): "is neither a local folder nor a dataset",
     ("--data.hub.revision", "v9"): "me/data has no 'v9'",
     ("--data.hub.split", "dev"): "dev",
     ("--data.hub.config", "de"): "default",
@@ -176,14 +177,14 @@ LACKING = {
 }
 IN_TURN = """
 import contextlib, io, json, sys, time
-from gpt.cli import prepare
+from gpt import cli
 
 answers = []
 for arguments in json.loads(sys.argv[1]):
     began, out, err = time.monotonic(), io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = prepare(arguments)
+            code = cli.run("prepare", arguments)
         except SystemExit as end:
             code = end.code
     answers.append([code, out.getvalue(), err.getvalue(), time.monotonic() - began])
@@ -191,8 +192,8 @@ print(json.dumps(answers))
 """
 
 
-def test_what_the_hub_does_not_have(prepare: Prepare, hub: str):
-    """One after the other in one process, for which the library starts once."""
+def test_errors_name_what_the_hub_does_not_have(prepare: Prepare, hub: str):
+    """One after the other in one process, which imports the library once."""
     calls = []
     for arguments in LACKING:
         base = DATASET[: 2 if "--data.hub.name" in arguments else 4]
@@ -233,7 +234,9 @@ def test_an_unreachable_hub_is_noticed_soon(prepare: Prepare, silent: str, serve
 
 
 @pytest.mark.slow
-def test_an_unreachable_hub_is_noticed_soon_when_going_on(prepare: Prepare, hub: str, silent: str):
+def test_an_unreachable_hub_is_noticed_soon_when_continuing(
+    prepare: Prepare, hub: str, silent: str
+):
     assert prepare(*DATASET, HF_ENDPOINT=hub)[0] == 0
     (folder,) = (prepare.folder / "cache").iterdir()
     building = folder.rename(folder.with_name(f".{folder.name}.building"))
@@ -247,11 +250,11 @@ def test_an_unreachable_hub_is_noticed_soon_when_going_on(prepare: Prepare, hub:
     assert prepare.left() == [building.name]
     code, _, err, _ = prepare(*DATASET, HF_ENDPOINT=hub)
     assert code == 0
-    assert "going on where an earlier start was stopped" in err
+    assert "continuing an interrupted preparation" in err
 
 
 @pytest.mark.parametrize("silent_in", ["load_dataset", "a row"])
-def test_a_hub_that_falls_silent_is_noticed(silent_in: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_hub_that_stops_responding_is_noticed(silent_in: str, monkeypatch: pytest.MonkeyPatch):
     never = threading.Event()
 
     class Rows:
@@ -264,7 +267,7 @@ def test_a_hub_that_falls_silent_is_noticed(silent_in: str, monkeypatch: pytest.
             never.wait()
         return Rows()
 
-    monkeypatch.setattr(sources, "STALL", 0.2)
+    monkeypatch.setattr(hub_source, "ROW_TIMEOUT", 0.2)
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     config = SourceConfig.model_validate({"source": "hub", "hub": {"name": "me/data"}})
     found: list[str] = []
@@ -315,7 +318,7 @@ def test_a_missing_vocabulary_is_noticed_soon(prepare: Prepare, silent: str, ser
     assert prepare.left() == []
 
 
-def test_a_wrong_vocabulary_file_is_named_and_stays(prepare: Prepare):
+def test_a_wrong_vocabulary_file_is_reported_and_kept(prepare: Prepare):
     path = prepare.folder / "tiktoken" / tokenizer.gpt2_file("vocab.bpe").name
     path.write_text("something else")
     code, _, err, _ = prepare(*GPT2, HTTPS_PROXY="http://127.0.0.1:9")
@@ -325,7 +328,7 @@ def test_a_wrong_vocabulary_file_is_named_and_stays(prepare: Prepare):
     assert path.read_text() == "something else"
 
 
-def test_names_in_the_cache_are_tiktokens_own():
+def test_file_names_in_the_cache_are_those_of_tiktoken():
     names = {tokenizer.gpt2_file(name).name for name in GPT2_FILES}
     assert names == {
         "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",

@@ -1,4 +1,4 @@
-"""Initial weights: a controlled factor."""
+"""Initial weights, a controlled factor of comparisons."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def spread(values: torch.Tensor) -> float:
     return values.std().item()
 
 
-def test_initial_weights_have_gpt2s_spread():
+def test_initial_weights_have_gpt2s_standard_deviations():
     model = make()
     for name, parameter in model.named_parameters():
         if "norm" in name:
@@ -41,7 +41,7 @@ def test_initial_weights_have_gpt2s_spread():
             assert abs(parameter.mean().item()) < 0.1 * sigma
 
 
-def test_models_share_the_initial_weights_that_they_have_in_common():
+def test_models_share_the_initial_weights_of_common_parameters():
     pre, post = (
         dict(make(norm={"placement": name}).named_parameters()) for name in ("pre", "post")
     )
@@ -78,7 +78,7 @@ SIGMAS = {  # embedding, q, out, up, mlp.out, head
 @pytest.mark.parametrize("regime", REGIMES)
 def test_a_regimes_standard_deviations(regime: str):
     model = make(tied_head=False, init={"regime": regime})
-    block = model.placements()[3]
+    block = model.blocks[3]
     measured = [
         spread(model.token_embedding.weight),
         *(spread(part) for part in block.attention.qkv.weight.chunk(3)),
@@ -103,13 +103,13 @@ def test_the_stream_starts_with_variance_1_and_tied_logits_near_1(regime: str):
     assert make().logit_scale == 1
 
 
-def test_gates_and_values_start_as_matrices_of_their_own():
+def test_fused_matrices_are_initialised_separately():
     model = make(init={"regime": "xavier"}, mlp={"activation": "swiglu"})
-    for part in model.placements()[0].mlp.up.weight.chunk(2):
+    for part in model.blocks[0].mlp.up.weight.chunk(2):
         assert spread(part) == pytest.approx(math.sqrt(2 / (D + part.shape[0])), rel=0.03)
 
 
-SCALED = {  # what "auto" means: GPT-2's own, where the placement has no other answer to depth
+SCALED = {  # "auto": on for gpt2, unless the placement scales depth itself
     name: {"gpt2": name not in ("deepnorm", "b2t", "lns", "sub"), "xavier": False, "small": False}
     for name in PLACEMENTS
 }
@@ -118,10 +118,10 @@ SCALED = {  # what "auto" means: GPT-2's own, where the placement has no other a
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("switch", ["auto", "on", "off"])
-def test_depth_scaling_is_a_switch_of_its_own(placement: str, regime: str, switch: str):
+def test_depth_scaling_is_independent_of_the_regime(placement: str, regime: str, switch: str):
     options = {"norm": {"placement": placement}, "layers": 8, "width": 16}
-    scaled = make(**options, init={"regime": regime, "depth_scaled": switch}).placements()[5]
-    plain = make(**options, init={"regime": regime, "depth_scaled": "off"}).placements()[5]
+    scaled = make(**options, init={"regime": regime, "depth_scaled": switch}).blocks[5]
+    plain = make(**options, init={"regime": regime, "depth_scaled": "off"}).blocks[5]
     expected = {"auto": SCALED[placement][regime], "on": True, "off": False}[switch]
     for name in ("attention.out", "mlp.out", "mlp.up", "attention.qkv"):
         mine, other = (m.get_submodule(name).weight for m in (scaled, plain))
@@ -129,8 +129,8 @@ def test_depth_scaling_is_a_switch_of_its_own(placement: str, regime: str, switc
         torch.testing.assert_close(mine, factor * other)
 
 
-def test_initialize_sets_everything_again():
-    """Also a placement's own weights, and running averages."""
+def test_initialize_resets_everything():
+    """Including a placement's own weights and running averages."""
     for placement in PLACEMENTS:
         model = make(norm={"placement": placement})
         before = {name: p.clone() for name, p in model.state_dict().items()}
@@ -146,7 +146,7 @@ def test_initialize_sets_everything_again():
     assert not model.final_norm.running_mean.any()
 
 
-def test_fingerprints_tell_one_draw_at_two_scales_from_two_draws():
+def test_fingerprints_distinguish_a_rescaled_draw_from_another_draw():
     def prints(placement: str, seed: int) -> dict[str, dict[str, object]]:
         config = ModelConfig(layers=2, heads=2, width=16, norm=NormConfig(placement=placement))
         model = GPT(config, 40)

@@ -15,7 +15,7 @@ from gpt.model import ACTIVATIONS, GPT, MLP, soft_cap
 from gpt.placement import PLACEMENTS
 
 VOCAB = 61
-# of fp32 sums; without vector units torch adds one number after the other, and rounds more
+# tolerance of fp32 sums; without vector units torch adds number by number, which rounds more
 ROUNDING = 4e-6 if torch.backends.cpu.get_cpu_capability() == "DEFAULT" else 1e-6
 SHAPE = ModelConfig(layers=4, heads=4, width=32, context=24)
 
@@ -32,7 +32,7 @@ def make(placement: str = "pre", **options: object) -> GPT:
 
 
 def shake(model: nn.Module) -> None:
-    """Make biases and norms count, which start as nothing."""
+    """Move every parameter, since biases and norms start without effect."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -43,7 +43,7 @@ def tokens(batch: int = 2, length: int = 24, seed: int = 0) -> torch.Tensor:
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def test_equal_to_transformers_gpt2_in_logits_loss_and_every_gradient():
+def test_logits_loss_and_gradients_equal_those_of_transformers_gpt2():
     transformers = pytest.importorskip("transformers")
     ours = make()
     shake(ours)
@@ -97,19 +97,19 @@ def test_equal_to_transformers_gpt2_in_logits_loss_and_every_gradient():
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_every_parameter_gets_a_gradient(placement: str):
     model = make(placement)
-    shake(model)  # at its start, rezero lets nothing through
+    shake(model)  # initially, rezero blocks every gradient
     model.loss(tokens(), tokens(seed=1)).backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_loss_at_initialisation_is_that_of_a_uniform_guess(placement: str):
+def test_initial_loss_is_that_of_a_uniform_guess(placement: str):
     loss = make(placement, width=128).loss(tokens(8), tokens(8, seed=1)).item()
     assert loss == pytest.approx(math.log(VOCAB), abs=0.1 if placement == "pre" else 0.3)
 
 
-def test_pre_norm_has_a_final_norm_and_post_norm_has_none():
+def test_pre_norm_has_a_final_norm_and_post_norm_does_not():
     assert isinstance(make("pre").final_norm, nn.LayerNorm)
     assert not list(make("post").final_norm.parameters())
 
@@ -120,7 +120,7 @@ def test_sizes():
     assert model.num_parameters() - model.num_embedding_parameters() == 85_056_000
 
 
-def test_an_untied_head_is_a_matrix_of_its_own():
+def test_an_untied_head_has_its_own_matrix():
     model = make(tied_head=False)
     assert model.head.weight.shape == (VOCAB, 32)
     assert model.num_parameters() == make().num_parameters() + VOCAB * 32
@@ -130,7 +130,7 @@ def test_without_biases_only_weights_remain():
     assert not [n for n, _ in make(bias=False).named_parameters() if n.endswith("bias")]
 
 
-def test_dropout_acts_in_training_only():
+def test_dropout_applies_only_in_training():
     model = make(dropout=0.5)
     x = tokens()
     assert not torch.equal(model(x), model(x))
@@ -158,7 +158,7 @@ def logits_of(**options: object) -> torch.Tensor:
         *({"mlp": {"activation": name}} for name in ACTIVATIONS if name != "gelu_tanh"),
     ],
 )
-def test_every_switch_changes_the_logits_and_keeps_the_cache_right(options: dict[str, object]):
+def test_every_switch_changes_the_logits_and_works_with_the_cache(options: dict[str, object]):
     assert not torch.allclose(logits_of(**options), logits_of(), atol=1e-5)
     model = make(**options).eval()
     shake(model)
@@ -169,13 +169,13 @@ def test_every_switch_changes_the_logits_and_keeps_the_cache_right(options: dict
     torch.testing.assert_close(cached, model(x), atol=1e-5, rtol=1e-5)
 
 
-def test_a_soft_cap_so_high_that_it_does_nothing_leaves_torchs_kernel_equal_to_ours():
+def test_with_a_huge_soft_cap_our_attention_equals_torchs_kernel():
     plain = logits_of()
     torch.testing.assert_close(logits_of(attention={"soft_cap": 1e6}), plain)
     torch.testing.assert_close(logits_of(logit_soft_cap=1e6), plain)
 
 
-def test_soft_caps_bound():
+def test_soft_cap_by_hand():
     z = torch.tensor([-1e9, -1.0, 0.0, 0.01, 1e9])
     capped = soft_cap(z, 2.0)
     torch.testing.assert_close(capped, torch.tensor([-2.0, -0.92423431, 0.0, 0.0099999, 2.0]))
@@ -183,9 +183,9 @@ def test_soft_caps_bound():
     assert logits_of(logit_soft_cap=0.1).abs().max() <= 0.1
 
 
-def test_qk_norm_bounds_attention_whatever_the_weights():
+def test_qk_norm_bounds_attention_scores_for_any_weights():
     model = make(attention={"qk_norm": True})
-    attention = model.placements()[0].attention
+    attention = model.blocks[0].attention
     with torch.no_grad():
         attention.qkv.weight *= 1e4
     q, k, _ = attention.project(torch.randn(2, 24, 32))
@@ -196,9 +196,9 @@ def test_qk_norm_bounds_attention_whatever_the_weights():
     assert attention.scores(q, k).abs().max() <= math.sqrt(8) + 1e-4
 
 
-def test_attention_dropout_is_there_with_a_soft_cap_too():
+def test_attention_dropout_also_applies_with_a_soft_cap():
     model = make(dropout=0.5, attention={"soft_cap": 30.0})
-    attention = model.placements()[0].attention
+    attention = model.blocks[0].attention
     attention.out_dropout.p = 0.0
     x = torch.randn(2, 24, 32)
     assert not torch.equal(attention(x), attention(x))
@@ -220,7 +220,7 @@ def test_activations_by_hand(name: str):
 
 
 @pytest.mark.parametrize(("width", "hidden"), [(768, 2048), (96, 256), (64, 168)])
-def test_swiglu_has_about_as_many_parameters(width: int, hidden: int):
+def test_swiglu_has_about_as_many_parameters_as_gelu(width: int, hidden: int):
     gated, plain = (
         MLP(ModelConfig.model_validate({"width": width, "heads": 1, "mlp": {"activation": name}}))
         for name in ("swiglu", "gelu")
@@ -231,24 +231,24 @@ def test_swiglu_has_about_as_many_parameters(width: int, hidden: int):
 
 
 @pytest.mark.parametrize(("multiple", "hidden"), [(1, 32), (2.5, 80), (4, 128)])
-def test_the_inner_width_is_a_multiple(multiple: float, hidden: int):
+def test_the_inner_width_is_a_multiple_of_the_width(multiple: float, hidden: int):
     model = make(mlp={"multiple": multiple})
-    assert {b.mlp.up.weight.shape for b in model.placements()} == {(hidden, 32)}
+    assert {b.mlp.up.weight.shape for b in model.blocks} == {(hidden, 32)}
 
 
 def test_z_loss_adds_the_mean_square_of_log_z():
     model = make()
     shake(model)
     x, y = tokens(), tokens(seed=1)
-    minimised, loss = model.objective(x, y, z_loss=0.5)
+    total_loss, loss = model.loss_fn(x, y, z_loss=0.5)
     log_z = model(x).exp().sum(-1).log()
-    torch.testing.assert_close(minimised, loss + 0.5 * (log_z**2).mean())
+    torch.testing.assert_close(total_loss, loss + 0.5 * (log_z**2).mean())
     assert torch.equal(loss, model.loss(x, y))
-    assert torch.equal(model.objective(x, y)[0], loss)
+    assert torch.equal(model.loss_fn(x, y)[0], loss)
 
 
 def test_a_feed_forward_network_without_width_is_refused():
-    with pytest.raises(ValueError, match=r"mlp\.multiple \(0\.001\) leaves no channel inside"):
+    with pytest.raises(ValueError, match=r"mlp\.multiple \(0\.001\) gives a hidden width of 0"):
         make(mlp={"multiple": 0.001})
 
 
@@ -257,7 +257,7 @@ def test_a_feed_forward_network_without_width_is_refused():
 
 @pytest.fixture
 def rows_of_heads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Of every product with a matrix: the tokens and the matrix's rows."""
+    """(tokens, rows of the matrix) of every call of `linear`."""
     found: list[tuple[int, int]] = []
     linear = functional.linear
 
@@ -273,12 +273,12 @@ Result = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 
 def learnt(model: GPT, z_loss: float) -> Result:
-    """What is minimised, the loss, and all gradients."""
+    """The total loss, the cross-entropy, and all gradients."""
     x, y = tokens(3), tokens(3, seed=1)
     model.zero_grad()
-    minimised, loss = model.objective(x, y, z_loss)
-    minimised.backward()
-    return minimised, loss, {name: p.grad.clone() for name, p in model.named_parameters()}
+    total_loss, loss = model.loss_fn(x, y, z_loss)
+    total_loss.backward()
+    return total_loss, loss, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 def assert_same(fast: Result, plain: Result, tolerance: float) -> None:
@@ -298,7 +298,7 @@ def assert_same(fast: Result, plain: Result, tolerance: float) -> None:
     [{}, {"tied_head": False}, {"logit_soft_cap": 0.5}, {"init": {"regime": "xavier"}}],
     ids=str,
 )
-def test_a_padded_head_and_chunks_of_the_loss_change_nothing(
+def test_a_padded_head_and_a_chunked_loss_change_nothing(
     options: dict[str, object],
     z_loss: float,
     dtype: torch.dtype,
@@ -321,10 +321,10 @@ def test_a_padded_head_and_chunks_of_the_loss_change_nothing(
             assert heads == ({(7, rows), (2, rows)} if chunk == 7 else {(72, rows)})
 
 
-def test_the_head_is_padded_while_training_only(
+def test_the_head_is_padded_only_in_training(
     monkeypatch: pytest.MonkeyPatch, rows_of_heads: list[tuple[int, int]]
 ):
-    """Copying the matrix for one token at a time would slow generation down."""
+    """Copying the matrix for each token would slow generation down."""
     monkeypatch.setattr("gpt.model.VOCABULARY_MULTIPLE", {"cpu": 64})
     model = make()
     assert model(tokens()).shape == (2, 24, VOCAB)
@@ -335,7 +335,7 @@ def test_the_head_is_padded_while_training_only(
     torch.testing.assert_close(evaluated, trained)
 
 
-def test_without_gradients_chunks_of_the_loss_make_none(rows_of_heads: list[tuple[int, int]]):
+def test_a_chunked_loss_computes_no_gradients_under_no_grad(rows_of_heads: list[tuple[int, int]]):
     model = make(tied_head=False)
     plain = model.loss(tokens(), tokens(seed=1))
     model.loss_chunk = 20
@@ -347,22 +347,22 @@ def test_without_gradients_chunks_of_the_loss_make_none(rows_of_heads: list[tupl
     torch.testing.assert_close(loss, plain)
 
 
-def test_gradients_of_chunks_scale_with_what_is_derived():
-    """As gradient accumulation and fp16's loss scale need; and they add up over micro-batches."""
+def test_gradients_of_a_chunked_loss_scale_and_accumulate():
+    """Gradient accumulation and fp16's loss scale need this."""
     model = make()
     gradients = []
     for chunk in (None, 20):
         model.loss_chunk = chunk
         model.zero_grad()
         for seed in (0, 1):
-            (model.objective(tokens(seed=seed), tokens(seed=2), 0.1)[0] * 1000).backward()
+            (model.loss_fn(tokens(seed=seed), tokens(seed=2), 0.1)[0] * 1000).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-3, rtol=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_the_fast_paths_compile_to_one_graph(precision: str, monkeypatch: pytest.MonkeyPatch):
-    """Here without generating code, which takes minutes; in bf16 to what rounding leaves equal."""
+    """Without generating code, which takes minutes. In bf16 results agree up to rounding."""
     model = make(layers=1)
     shake(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -370,8 +370,8 @@ def test_the_fast_paths_compile_to_one_graph(precision: str, monkeypatch: pytest
         monkeypatch.setattr("gpt.model.VOCABULARY_MULTIPLE", {"cpu": 64})
         model.loss_chunk = 20
         torch._dynamo.reset()
-        model.objective = torch.compile(  # type: ignore[method-assign]
-            model.objective, dynamic=False, fullgraph=True, backend="aot_eager"
+        model.loss_fn = torch.compile(  # type: ignore[method-assign]
+            model.loss_fn, dynamic=False, fullgraph=True, backend="aot_eager"
         )
         compiled = learnt(model, 0.1)
     torch._dynamo.reset()
@@ -389,13 +389,13 @@ model.loss_chunk = int(sys.argv[1]) or None
 x = torch.zeros(512, dtype=torch.long)[None]
 peak = lambda: int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
 before = peak()
-model.objective(x, x)[0].backward()
+model.loss_fn(x, x)[0].backward()
 print(peak() - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
-def test_chunks_of_the_loss_take_less_memory(environment: dict[str, str]):
+def test_a_chunked_loss_takes_less_memory(environment: dict[str, str]):
     peaks = []
     for chunk in ("0", "64"):
         command = [sys.executable, "-c", PEAK, chunk]

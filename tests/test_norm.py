@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.config import ModelConfig
-from gpt.norm import NORMS, BatchNorm, layer_norm, make_norm
+from gpt.norm import BIASED, NORMS, BatchNorm, layer_norm, make_norm
 
 WIDTH = 16
 
@@ -22,7 +22,7 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) + 1
 
 
-def test_the_formula_is_torchs_layer_norm():
+def test_the_formula_equals_torchs_layer_norm():
     x, gamma, beta = numbers(4, 5, WIDTH), numbers(WIDTH, seed=1), numbers(WIDTH, seed=2)
     ours = layer_norm(x, gamma, beta, eps=1e-5)
     theirs = nn.functional.layer_norm(x, (WIDTH,), gamma, beta, 1e-5)
@@ -65,7 +65,7 @@ def test_dynamic_tanh_by_hand():
     torch.testing.assert_close(norm(x), 3 * torch.tanh(2 * x) + 1)
 
 
-def test_no_norm_changes_nothing():
+def test_norm_none_is_the_identity():
     x = numbers(2, 3, WIDTH)
     assert torch.equal(make("none")(x), x)
 
@@ -90,15 +90,20 @@ PARAMETERS = {
         ({"bias": False, "norm": {"bias": True}}, True),
     ],
 )
-def test_its_bias_is_a_switch(norm_type: str, options: dict[str, Any], bias: bool):
-    norm = make(norm_type, **{**options, "norm": {**options.get("norm", {}), "type": norm_type}})
+def test_a_norms_bias_can_be_switched(norm_type: str, options: dict[str, Any], bias: bool):
+    own = {**options.get("norm", {}), "type": norm_type}
+    if own.get("bias") and norm_type not in BIASED:
+        with pytest.raises(ValueError, match=f"norm.type {norm_type}, which has no bias"):
+            make(norm_type, **{**options, "norm": own})
+        return
+    norm = make(norm_type, **{**options, "norm": own})
     names = {name for name, _ in norm.named_parameters()}
     assert names == PARAMETERS[norm_type] - (set() if bias else {"bias"})
     assert norm(numbers(2, 3, WIDTH)).isfinite().all()
 
 
 @pytest.mark.parametrize("norm_type", ["layer", "rms", "batch"])
-def test_epsilon_stands_inside_the_root(norm_type: str):
+def test_epsilon_is_inside_the_root(norm_type: str):
     norm = make(norm_type, norm={"type": norm_type, "eps": 3.0})
     x = torch.ones(2, 4, WIDTH)
     x[..., ::2] = -1  # variance 1 and mean 0 over channels, but constant in each
@@ -122,14 +127,14 @@ def padded(x: Tensor, length: int) -> Tensor:
     return batch
 
 
-def test_padding_moves_what_batch_norm_makes_of_real_tokens_and_not_layer_norm():
-    """The reason why language models normalise over channels."""
+def test_padding_changes_the_output_of_batch_norm_but_not_of_layer_norm():
+    """This is why language models normalise over channels."""
     x = numbers(2, 10, WIDTH)
     for norm_type, moves in (("batch", True), ("layer", False), ("rms", False)):
         norm = make(norm_type)
         alone = norm(x)
-        beside_padding = norm(padded(x, 20))[:, :10]
-        assert torch.allclose(alone, beside_padding, atol=1e-5) != moves, norm_type
+        with_padding = norm(padded(x, 20))[:, :10]
+        assert torch.allclose(alone, with_padding, atol=1e-5) != moves, norm_type
     # Half of the positions are zeros now, so the mean is half of what it was.
     batch, plain = BatchNorm(WIDTH, 1e-5, bias=True), BatchNorm(WIDTH, 1e-5, bias=True)
     plain(x)
@@ -146,7 +151,7 @@ def test_batch_norm_uses_its_running_averages_in_evaluation():
     torch.testing.assert_close(alone, (numbers(1, 1, WIDTH) - 1) / 3, atol=0.1, rtol=0.1)
 
 
-def test_rms_norm_of_a_bf16_branch_is_in_full_precision_and_without_a_warning(recwarn):
+def test_rms_norm_under_bf16_autocast_is_in_fp32_without_a_warning(recwarn):
     with torch.autocast("cpu", torch.bfloat16):
         y = make("rms")(numbers(2, 3, WIDTH).bfloat16())
     assert y.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Where a known library has the variant, ours gives its numbers with its weights, in float64."""
+"""Our variants against those of known libraries, with the same weights, in float64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def ours(**options: Any) -> GPT:
 
 
 def shaken(module: nn.Module) -> dict[str, Tensor]:
-    """The weights of `module`, in float64, after moving each of them."""
+    """Parameters of `module` in float64, each moved by noise."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in module.double().parameters():
@@ -30,7 +30,7 @@ def shaken(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load(model: GPT, weights: dict[str, Tensor]) -> None:
-    """Give `model` exactly these weights."""
+    """Copy exactly these weights into `model`."""
     mine = dict(model.named_parameters())
     assert set(mine) == set(weights)
     with torch.no_grad():

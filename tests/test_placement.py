@@ -1,4 +1,4 @@
-"""Every placement against its equations, written out once more from the weights alone.
+"""Every placement against its equations, implemented again from the weights alone.
 
 The forms are those of the papers and, where there is one, of their authors' code:
 wangqiangneu/dlcl (fairseq/modules/layer_history.py), LiyuanLucasLiu/Transformer-Clinic
@@ -18,12 +18,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gpt.config import ModelConfig
+from gpt.config import Config, ModelConfig, validate
 from gpt.errors import InputError
 from gpt.init import initialize
 from gpt.model import GPT
 from gpt.norm import NORMS
-from gpt.placement import PLACEMENTS, DeepNorm, Placement, check
+from gpt.placement import PLACEMENTS, Block, DeepNorm
 
 VOCAB, LAYERS, HEADS, WIDTH, EPS = 23, 4, 2, 8, 1e-5
 NORMED = [name for name, placement in PLACEMENTS.items() if placement.has_norms]
@@ -41,15 +41,17 @@ def shaped(placement: str, norm_type: str | None = None, **options: Any) -> Mode
     return ModelConfig.model_validate(tree)
 
 
-def goes(placement: str, norm: str) -> bool:
+def is_valid(placement: str, norm: str) -> bool:
     try:
-        check(shaped(placement, norm))
-    except InputError:
+        shaped(placement, norm)
+    except ValueError:
         return False
     return True
 
 
-PAIRS = [(placement, norm) for placement in PLACEMENTS for norm in NORMS if goes(placement, norm)]
+PAIRS = [
+    (placement, norm) for placement in PLACEMENTS for norm in NORMS if is_valid(placement, norm)
+]
 # The equations are compared for all pairs; what follows from them, for each placement with layer
 # and with batch norm, which mixes positions, and for each norm in pre-norm and in DLCL.
 FEW = [
@@ -60,7 +62,7 @@ FEW = [
 
 
 def make(placement: str, norm_type: str | None = None, **options: Any) -> GPT:
-    """In float64, with every parameter away from its start, so that each of them counts."""
+    """A float64 model whose parameters are all moved, so that each of them has an effect."""
     config = shaped(placement, norm_type, **options)
     model = GPT(config, VOCAB)
     initialize(model, config, seed=1)
@@ -75,7 +77,7 @@ def tokens(batch: int = 3, length: int = 12, seed: int = 0) -> Tensor:
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-# -- The references: functions of the weights, with none of the model's own code ------------------
+# -- The references: functions of the weights, without any code of the model ------------------
 
 
 class Reference:
@@ -257,7 +259,7 @@ def test_every_placement_has_a_reference():
 
 
 @pytest.mark.parametrize(("placement", "norm"), FEW)
-def test_gradients_are_those_of_finite_differences(placement: str, norm: str):
+def test_gradients_equal_finite_differences(placement: str, norm: str):
     model = make(placement, norm)
     x, y = tokens(2, 3), tokens(2, 3, seed=1)
     names = [name for name, _ in model.named_parameters()]
@@ -271,7 +273,7 @@ def test_gradients_are_those_of_finite_differences(placement: str, norm: str):
 
 
 @pytest.mark.parametrize(("placement", "norm"), FEW)
-def test_no_position_sees_a_later_one_but_by_batch_norm_in_training(placement: str, norm: str):
+def test_only_batch_norm_in_training_sees_later_positions(placement: str, norm: str):
     model = make(placement, norm)
     x = tokens(1)
     for training in (True, False):
@@ -286,7 +288,7 @@ def test_no_position_sees_a_later_one_but_by_batch_norm_in_training(placement: s
 
 
 @pytest.mark.parametrize(("placement", "norm"), FEW)
-def test_the_cache_gives_the_uncached_logits(placement: str, norm: str):
+def test_cached_logits_equal_uncached_logits(placement: str, norm: str):
     model = make(placement, norm).eval()
     x = tokens(2)
     model.attach_caches(model.make_caches(2))
@@ -366,7 +368,7 @@ def test_lns_divides_by_the_root_of_the_block(layer: int, scale: float):
 
 
 @pytest.mark.parametrize("layers", [2, 5])
-def test_admins_omega_is_the_spread_of_the_branches_so_far(layers: int):
+def test_admins_omega_is_the_standard_deviation_of_the_earlier_branches(layers: int):
     model = make("admin", layers=layers)
     x = tokens(4)
     model.calibrate(x)
@@ -389,7 +391,7 @@ def biased(x: Tensor) -> float:
     return ((x - x.mean()) ** 2).mean().item()
 
 
-def test_only_admin_reads_a_batch():
+def test_only_admin_is_calibrated():
     for placement in PLACEMENTS:
         model = make(placement)
         before = {name: p.clone() for name, p in model.state_dict().items()}
@@ -402,7 +404,7 @@ def test_only_admin_reads_a_batch():
     assert not model.embedding_norm.num_batches_tracked
 
 
-def test_branches_that_rezero_starts_with_are_closed():
+def test_rezeros_blocks_start_as_the_identity():
     config = shaped("rezero")
     model = GPT(config, VOCAB)
     initialize(model, config, seed=0)
@@ -425,7 +427,7 @@ def test_dlcl_starts_with_the_mean_of_all_outputs():
 
 
 @pytest.mark.parametrize("placement", ["pre", "post", "peri", "res_post", "mix"])
-def test_without_norms_the_simple_placements_are_the_control(placement: str):
+def test_without_norms_simple_placements_equal_none(placement: str):
     model, control = make(placement, "none"), make("none")
     control.load_state_dict(model.state_dict())
     torch.testing.assert_close(model(tokens()), control(tokens()))
@@ -458,32 +460,65 @@ def test_a_norm_on_the_embeddings():
 
 
 REFUSED = [
-    ({"norm": {"placement": "rezero", "type": "layer"}}, "type: layer: placement rezero has no"),
-    ({"norm": {"placement": "none", "final_norm": "on"}}, "final_norm: on: placement none has no"),
-    ({"norm": {"placement": "rezero", "embedding": True}}, "embedding: true: placement rezero"),
+    (
+        {"norm": {"placement": "rezero", "type": "layer"}},
+        ["norm.type: layer", "rezero, which has no"],
+    ),
+    (
+        {"norm": {"placement": "none", "final_norm": "on"}},
+        ["norm.final_norm: on", "none, which has"],
+    ),
+    ({"norm": {"placement": "rezero", "embedding": True}}, ["norm.embedding: true", "no norms"]),
     (
         {"norm": {"placement": "rezero"}, "attention": {"qk_norm": True}},
-        "model.attention.qk_norm: true: placement rezero has no norms",
+        ["attention.qk_norm: true", "placement rezero, which has no norms"],
     ),
-    ({"norm": {"placement": "admin", "type": "none"}}, "none makes no sense with placement admin"),
-    ({"norm": {"placement": "deepnorm", "type": "none"}}, "α > 1"),
-    ({"norm": {"placement": "residual", "type": "none"}}, "two streams"),
-    ({"norm": {"placement": "lns", "type": "none"}}, "scales what the norms give"),
-    ({"norm": {"placement": "sub", "type": "none"}}, "second norms"),
-    ({"norm": {"type": "none", "final_norm": "on"}}, "norm.type is none, so there is no norm"),
-    ({"norm": {"type": "none"}, "attention": {"qk_norm": True}}, "there is no norm"),
-    ({"norm": {"placement": "mix"}, "layers": 3}, "mix needs at least 4 layers"),
-    ({"norm": {"type": "batch"}, "context": 1}, "a context of more than one token"),
-    ({"norm": {"type": "rms", "bias": True}}, "norm.type rms has no shift to switch on"),
+    (
+        {"norm": {"placement": "admin", "type": "none"}},
+        ["norm.type: none", "placement admin: its ω"],
+    ),
+    ({"norm": {"placement": "deepnorm", "type": "none"}}, ["norm.type: none", "its α > 1"]),
+    ({"norm": {"placement": "residual", "type": "none"}}, ["norm.type: none", "two streams"]),
+    (
+        {"norm": {"placement": "lns", "type": "none"}},
+        ["norm.type: none", "the output of its norms"],
+    ),
+    ({"norm": {"placement": "sub", "type": "none"}}, ["norm.type: none", "second norms"]),
+    ({"norm": {"type": "none", "final_norm": "on"}}, ["norm.final_norm: on", "norm.type none"]),
+    (
+        {"norm": {"type": "none"}, "attention": {"qk_norm": True}},
+        ["qk_norm: true", "norm.type none"],
+    ),
+    ({"norm": {"placement": "mix"}, "layers": 3}, ["layers: 3", "mix, which needs at least 4"]),
+    ({"norm": {"type": "batch"}, "context": 1}, ["context: 1", "batch, which needs more than one"]),
+    (
+        {"norm": {"type": "rms", "bias": True}},
+        ["norm.bias: true", "norm.type rms, which has no bias"],
+    ),
+    ({"norm": {"type": "none", "bias": True}}, ["norm.bias: true", "norm.type none, which has no"]),
 ]
 
 
-@pytest.mark.parametrize(("options", "reason"), REFUSED)
-def test_what_makes_no_sense_is_refused_with_the_reason(options: dict[str, Any], reason: str):
-    config = ModelConfig.model_validate({"layers": 4, "heads": 2, "width": 8, **options})
-    with pytest.raises(InputError, match=r"model\.") as caught:
-        GPT(config, VOCAB)
-    assert reason in str(caught.value)
+@pytest.mark.parametrize(("options", "parts"), REFUSED)
+def test_a_config_that_makes_no_sense_is_refused_with_the_reason(
+    options: dict[str, Any], parts: list[str]
+):
+    tree = {"layers": 4, "heads": 2, "width": 8, **options}
+    with pytest.raises(InputError, match=r"^model\.[a-z_.]+: ") as caught:
+        validate(Config, {"model": tree})
+    for part in parts:
+        assert part in str(caught.value)
+    with pytest.raises(ValueError, match="conflicts with"):  # also built without `validate`
+        ModelConfig.model_validate(tree)
+
+
+def test_all_conflicts_of_a_config_are_reported_at_once():
+    norm = {"placement": "rezero", "type": "rms", "embedding": True}
+    tree = {"model": {"norm": norm, "attention": {"qk_norm": True}}, "seed": -1}
+    with pytest.raises(InputError) as caught:
+        validate(Config, tree)
+    for key in ("seed", "model.norm.type", "model.norm.embedding", "model.attention.qk_norm"):
+        assert f"{key}: " in str(caught.value)
 
 
 def test_a_placement_without_norms_has_none():
@@ -493,6 +528,6 @@ def test_a_placement_without_norms_has_none():
 
 def test_placements_are_blocks():
     for placement in PLACEMENTS.values():
-        assert issubclass(placement, Placement)
-        assert set(placement.calmer) <= set(PLACEMENTS)
+        assert issubclass(placement, Block)
+        assert set(placement.more_stable) <= set(PLACEMENTS)
         assert placement.__doc__

@@ -1,4 +1,4 @@
-"""A run's picture: what is written in it has room."""
+"""The plot of a run: its text fits into it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _rendered() -> Iterator[None]:
         (120_000, 4e3, 0.012),
     ],
 )
-def test_its_text_is_inside_it(
+def test_all_text_is_inside_the_plot(
     rate: float, norm: float, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     drawn: list[Figure] = []
@@ -63,7 +63,7 @@ def test_its_text_is_inside_it(
     "title",
     [r"runs/$a_$\frac", "$", r"\$5 %s {}", "日本 \U0001f600", "x\x1b\n\uffff\udcff"],
 )
-def test_a_title_is_shown_as_it_is(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_title_is_shown_literally(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     drawn: list[Figure] = []
     save = plot._save
     monkeypatch.setattr(plot, "_save", lambda *args: (drawn.append(args[0]), save(*args)))
@@ -76,6 +76,6 @@ def test_a_title_is_shown_as_it_is(title: str, tmp_path: Path, monkeypatch: pyte
     assert not shown.get_parse_math()
 
 
-def test_a_long_title_is_cut_where_paths_are_alike():
+def test_a_long_title_loses_its_beginning():
     assert plot.label("runs/a") == "runs/a"
     assert plot.label("x" * 300 + "/end") == "..." + "x" * 63 + "/end"

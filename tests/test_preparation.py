@@ -23,10 +23,11 @@ from conftest import ROOT
 from filelock import FileLock
 
 from gpt.config import Config, DataConfig, SourceConfig
-from gpt.data import preparation, prepared
+from gpt.data import build, cache, encode, preparation, prepared, vocabulary
 from gpt.data.preparation import find, prepare
 from gpt.data.prepared import Dataset
-from gpt.data.sources import SOURCES, Tokens
+from gpt.data.sources import SOURCES
+from gpt.data.token_files import Tokens
 from gpt.data.tokenizer import TOKENIZERS, to_json
 from gpt.errors import InputError, StoppedError
 from gpt.io.console import Console
@@ -46,9 +47,18 @@ def texts(dataset: Dataset, tokens: Tokens) -> list[str]:
 
 
 def left(config: DataConfig) -> list[str]:
-    """What stands in the cache folder."""
+    """The names in the cache folder."""
     folder = Path(config.cache_dir)
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def interrupt(config: DataConfig) -> Path:
+    """Stop a preparation after the tenth job; returns the half-prepared folder."""
+    asked = iter(range(40))
+    with pytest.raises(StoppedError):
+        prepare(config, stop=lambda: next(asked) == 10)
+    (building,) = left(config)
+    return Path(config.cache_dir) / building
 
 
 @pytest.fixture
@@ -63,7 +73,7 @@ def folder(tmp_path: Path) -> Path:
 # -- What is in the files ----------------------------------------------------------------------
 
 
-def test_tokens_are_the_documents_each_ended(folder: Path):
+def test_tokens_are_the_documents_each_followed_by_end_of_text(folder: Path):
     dataset = prepare(text_config(folder, folder / "in"))
     (train,) = dataset.train
     expected = [path.read_text() for path in sorted((folder / "in").iterdir())]
@@ -82,7 +92,7 @@ def test_the_held_out_documents_do_not_depend_on_the_others(folder: Path):
     assert set(texts(second, second.val)) <= held_out
 
 
-def test_half_a_share_is_about_half_of_many(folder: Path):
+def test_a_val_fraction_of_half_holds_out_about_half_of_many_documents(folder: Path):
     path = folder / "many.jsonl"
     path.write_text("".join(json.dumps({"text": f"line {n}"}) + "\n" for n in range(2000)))
     dataset = prepare(text_config(folder, path, source="jsonl", val_fraction=0.5))
@@ -117,7 +127,7 @@ def test_many_workers_keep_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyP
     lines = [f"{n} " * (n % 50) for n in range(3000)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    monkeypatch.setattr(preparation, "JOB", 100)
+    monkeypatch.setattr(encode, "JOB", 100)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     dataset = prepare(text_config(tmp_path, path, source="jsonl", validation={"path": str(path)}))
     assert texts(dataset, dataset.train[0]) == [line for line in lines if line]
@@ -151,7 +161,7 @@ def test_held_out_documents_of_several_sources_are_joined(folder: Path):
     assert sum(file.documents for file in mixed.files) == 30
 
 
-def test_token_files_of_others_are_read(tmp_path: Path):
+def test_token_files_of_other_programs_are_read(tmp_path: Path):
     ids = np.array([72, 105, 256, 33, 33, 256], "<u2")
     for name in ("train", "val"):
         (tmp_path / f"{name}.bin").write_bytes(ids.tobytes())
@@ -211,7 +221,7 @@ def test_bpe_learns_from_a_sample_spread_evenly(tmp_path: Path, packed: bool):
     sample: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TOKENIZERS, "bpe", lambda config, texts: sample.extend(texts))
-        preparation._learn(config, preparation._plan(config)[1])
+        vocabulary.train_tokenizer(config, cache.plan(config)[1])
     assert 195_000 < sum(map(len, sample)) < 205_000
     places = [int(part.split()[1][:8]) for part in sample]
     counts = np.histogram(places, bins=4, range=(0, 100_000))[0]
@@ -220,11 +230,11 @@ def test_bpe_learns_from_a_sample_spread_evenly(tmp_path: Path, packed: bool):
     with pytest.MonkeyPatch.context() as patch:
         sample.clear()
         patch.setitem(TOKENIZERS, "bpe", lambda config, texts: sample.extend(texts))
-        preparation._learn(everything, preparation._plan(config)[1])
+        vocabulary.train_tokenizer(everything, cache.plan(config)[1])
     assert "".join(sample) == text
 
 
-def test_chars_know_the_validation_text_too(tmp_path: Path):
+def test_chars_include_those_of_the_validation_text(tmp_path: Path):
     (tmp_path / "a.txt").write_text("abc")
     (tmp_path / "v.txt").write_text("xyz")
     config = text_config(
@@ -235,7 +245,7 @@ def test_chars_know_the_validation_text_too(tmp_path: Path):
     assert texts(dataset, dataset.val) == ["xyz"]
 
 
-def test_a_vocabulary_that_lacks_a_character_is_refused(tmp_path: Path):
+def test_a_vocabulary_that_lacks_a_character_is_rejected(tmp_path: Path):
     (tmp_path / "a.txt").write_text("abc" * 10)
     (tmp_path / "b.txt").write_text("abß" * 10)
     chars = text_config(tmp_path, tmp_path / "a.txt", tokenizer="chars", holdout="tail")
@@ -248,7 +258,7 @@ def test_a_vocabulary_that_lacks_a_character_is_refused(tmp_path: Path):
         prepare(config)
 
 
-def test_large_vocabularies_take_four_bytes(tmp_path: Path):
+def test_large_vocabularies_take_four_bytes_per_token(tmp_path: Path):
     (tmp_path / "a.txt").write_text("".join(map(chr, range(0x4E00, 0x4E00 + 20000))) * 4)
     (tmp_path / "b.txt").write_text("".join(map(chr, range(0x10000, 0x10000 + 50000))))
     paths = tmp_path / "a.txt", tmp_path / "b.txt"
@@ -257,10 +267,10 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path):
     assert dataset.encoding.n_vocab == 70001
 
 
-# -- What is said of them ----------------------------------------------------------------------
+# -- Their description ----------------------------------------------------------------------
 
 
-def test_the_sidecar_is_true_of_the_files(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_meta_json_describes_the_files(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prepared, "BLOCK", 50)
     config = text_config(folder, folder / "in", tokenizer="bpe", vocab_size=280)
     dataset = prepare(config)
@@ -290,7 +300,7 @@ def test_unigram_entropy_by_hand(tmp_path: Path):
     assert prepare(config).unigram_entropy() == pytest.approx(expected)
 
 
-def test_unigram_entropy_of_several_sources_goes_by_weight(tmp_path: Path):
+def test_unigram_entropy_averages_several_sources_by_weight(tmp_path: Path):
     for name, text in (("a", "aaaa"), ("b", "bbbb"), ("v", "ab")):
         (tmp_path / name).write_text(text)
     for weight in (1.0, 3.0):
@@ -305,43 +315,43 @@ def test_unigram_entropy_of_several_sources_goes_by_weight(tmp_path: Path):
 
 
 @pytest.mark.parametrize("different", [True, False])
-def test_bpe_learns_from_a_bounded_amount_of_different_long_words(
+def test_bpe_learns_from_a_limited_amount_of_distinct_long_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, different: bool
 ):
     """The trainer's memory grows with them, and not with words that repeat."""
-    monkeypatch.setattr(preparation, "DIFFERENT", 50_000)
+    monkeypatch.setattr(vocabulary, "MAX_DISTINCT_BYTES", 50_000)
     words = (f"{number if different else 0:030d}" for number in range(10_000))
     (tmp_path / "a.txt").write_text("\n".join(words))
     config = text_config(tmp_path, tmp_path / "a.txt", tokenizer="bpe", holdout="tail")
     sample: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TOKENIZERS, "bpe", lambda config, texts: sample.extend(texts))
-        preparation._learn(config, preparation._plan(config)[1])
+        vocabulary.train_tokenizer(config, cache.plan(config)[1])
     size = sum(map(len, sample))
     assert 50_000 < size < 60_000 if different else size > 200_000
 
 
-def test_while_a_vocabulary_is_learnt_it_says_so(
+def test_a_long_training_of_the_tokenizer_is_reported(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(preparation, "SAY_EVERY", 0.1)
-    real = preparation._learn
-    monkeypatch.setattr(preparation, "_learn", lambda *a: time.sleep(0.5) or real(*a))
+    monkeypatch.setattr(build, "PRINT_EVERY", 0.1)
+    real = build.train_tokenizer
+    monkeypatch.setattr(build, "train_tokenizer", lambda *a: time.sleep(0.5) or real(*a))
     prepare(text_config(folder, folder / "in"), Console())
-    assert "still learning a vocabulary, for 0:00\n" in capsys.readouterr().err
+    assert "still training the tokenizer (0:00)\n" in capsys.readouterr().err
 
 
 # -- The cache ---------------------------------------------------------------------------------
 
 
-def test_a_second_start_finds_the_prepared_corpus(
+def test_a_second_run_finds_the_prepared_corpus(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     config = text_config(folder, folder / "in")
     assert find(config) is None
     first = prepare(config, Console())
     assert "preparing 30 files with the bytes tokenizer" in capsys.readouterr().err
-    monkeypatch.setattr(preparation, "_Preparation", None)
+    monkeypatch.setattr(preparation, "Build", None)
     second = prepare(config, Console())
     assert capsys.readouterr().err == ""
     assert first.fingerprint == second.fingerprint
@@ -367,7 +377,7 @@ def test_a_change_is_noticed(folder: Path, change: str):
     assert (first.fingerprint == second.fingerprint) == (change == "field")
 
 
-def test_the_fingerprint_is_of_the_files_whatever_their_description_says(folder: Path):
+def test_the_fingerprint_is_of_the_files_not_of_their_description(folder: Path):
     config = text_config(folder, folder / "in")
     dataset = prepare(config)
     path = dataset.folder / "meta.json"
@@ -379,7 +389,7 @@ def test_the_fingerprint_is_of_the_files_whatever_their_description_says(folder:
     "name", ["train.bin", "val.bin", "counts.bin", "tokenizer.json", "meta.json"]
 )
 @pytest.mark.parametrize("damage", ["cut", "altered", "missing"])
-def test_a_damaged_file_is_refused(folder: Path, name: str, damage: str):
+def test_a_damaged_file_is_rejected(folder: Path, name: str, damage: str):
     config = text_config(folder, folder / "in")
     path = prepare(config).folder / name
     content = path.read_bytes()
@@ -406,7 +416,7 @@ def test_a_large_file_is_hashed_again_only_if_it_was_touched(
     monkeypatch.setattr(prepared, "REHASH", 10)
     content, before = path.read_bytes(), path.stat()
     path.write_bytes(content[::-1])
-    with pytest.raises(InputError, match=r"train\.bin is not what was written"):
+    with pytest.raises(InputError, match=r"train\.bin has changed since it was written"):
         prepare(config)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     prepare(config)
@@ -418,16 +428,16 @@ def test_a_large_file_is_hashed_again_only_if_it_was_touched(
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
-def test_stopped_anywhere_it_goes_on_to_the_same(
+def test_stopped_anywhere_it_continues_to_the_same_result(
     folder: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(preparation, "JOB", 100)
+    monkeypatch.setattr(encode, "JOB", 100)
     options: dict[str, Any] = {"tokenizer": tokenizer, "vocab_size": 280}
     whole = prepare(text_config(folder / "whole", folder / "in", **options))
     config = text_config(folder, folder / "in", **options)
     learnt: list[int] = []
-    real = preparation._learn
-    monkeypatch.setattr(preparation, "_learn", lambda *a: learnt.append(1) or real(*a))
+    real = build.train_tokenizer
+    monkeypatch.setattr(build, "train_tokenizer", lambda *a: learnt.append(1) or real(*a))
     stops = 0
     while find(config) is None:
         learning = tokenizer == "bpe" and not stops  # which asks 30 times
@@ -447,7 +457,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same(
     assert left(config) == [pieced.folder.name]
 
 
-def test_a_source_that_is_silent_does_not_hold_up_a_stop(
+def test_an_unresponsive_source_does_not_delay_a_stop(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     never = threading.Event()
@@ -473,12 +483,12 @@ def test_stopped_while_its_files_are_hashed_nothing_is_encoded_again(
         raise StoppedError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparation, "seal", stopped)
+        patch.setattr(build, "finalize", stopped)
         with pytest.raises(StoppedError):
             prepare(config)
     encoded: list[int] = []
-    real = preparation._encode
-    monkeypatch.setattr(preparation, "_encode", lambda *a: encoded.append(1) or real(*a))
+    real = encode.encode_job
+    monkeypatch.setattr(encode, "encode_job", lambda *a: encoded.append(1) or real(*a))
     dataset = prepare(config)
     assert not encoded
     assert dataset.fingerprint == prepare(text_config(folder / "whole", folder / "in")).fingerprint
@@ -488,7 +498,7 @@ def test_stopped_while_its_files_are_hashed_nothing_is_encoded_again(
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
-def test_a_signal_ends_the_learning_of_a_vocabulary(
+def test_a_signal_ends_the_training_of_a_tokenizer(
     tmp_path: Path, environment: dict[str, str], number: signal.Signals
 ):
     text = "".join(random.Random(0).choices("ACGT", k=6_000_000))  # 10 s and more to learn from
@@ -513,42 +523,34 @@ def test_a_signal_ends_the_learning_of_a_vocabulary(
     )
 
 
-def test_what_was_written_after_the_last_note_is_written_again(
+def test_tokens_written_after_the_last_saved_progress_are_written_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(preparation, "JOB", 100)
+    monkeypatch.setattr(encode, "JOB", 100)
     whole = prepare(text_config(folder / "whole", folder / "in"))
     config = text_config(folder, folder / "in")
-    asked = iter(range(40))
-    with pytest.raises(StoppedError):
-        prepare(config, stop=lambda: next(asked) == 10)
-    (building,) = left(config)
-    with (Path(config.cache_dir) / building / "train.bin").open("ab") as file:
+    with (interrupt(config) / "train.bin").open("ab") as file:
         file.write(b"half-written" * 10_000)
     assert prepare(config).fingerprint == whole.fingerprint
 
 
-def test_ids_that_an_earlier_start_cannot_have_written_are_refused(
+def test_ids_that_an_interrupted_run_cannot_have_written_are_rejected(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(preparation, "JOB", 100)
+    monkeypatch.setattr(encode, "JOB", 100)
     config = text_config(folder, folder / "in")
-    asked = iter(range(40))
-    with pytest.raises(StoppedError):
-        prepare(config, stop=lambda: next(asked) == 10)
-    (building,) = left(config)
-    with (Path(config.cache_dir) / building / "train.bin").open("r+b") as file:
+    with (interrupt(config) / "train.bin").open("r+b") as file:
         file.write(b"\xff\xff")
-    with pytest.raises(InputError, match=r"train.bin: is damaged: it holds the id 65535 of "):
+    with pytest.raises(
+        InputError, match=r"train.bin: is damaged: it contains the id 65535, outside"
+    ):
         prepare(config)
     assert not left(config)
     assert prepare(config)
 
 
-def test_a_dataset_is_read_at_one_commit_from_the_first_start_on(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(preparation, "JOB", 100)
+def test_a_dataset_is_read_at_one_commit_in_all_runs(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(encode, "JOB", 100)
     read: list[str | None] = []
     real = SOURCES["text"].documents
 
@@ -559,7 +561,7 @@ def test_a_dataset_is_read_at_one_commit_from_the_first_start_on(
     monkeypatch.setitem(SOURCES, "text", replace(SOURCES["text"], documents=documents))
     config = text_config(folder, folder / "in", tokenizer="bpe", vocab_size=280)
     commits = iter("ab")
-    monkeypatch.setattr(preparation, "commit", lambda config: next(commits))
+    monkeypatch.setattr(build, "resolve_commit", lambda config: next(commits))
     asked = iter(range(40))
     with pytest.raises(StoppedError):
         prepare(config, stop=lambda: next(asked) == 35)
@@ -580,7 +582,7 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(folder: Path):
     assert left(config) == []
 
 
-def test_a_folder_without_its_sidecar_is_named(folder: Path):
+def test_a_folder_without_meta_json_is_an_error(folder: Path):
     config = text_config(folder, folder / "in")
     path = prepare(config).folder
     (path / "meta.json").unlink()
@@ -588,7 +590,7 @@ def test_a_folder_without_its_sidecar_is_named(folder: Path):
         prepare(config)
 
 
-def test_stopped_while_a_vocabulary_is_learnt_nothing_is_left(folder: Path):
+def test_stopped_while_a_tokenizer_is_trained_nothing_is_left(folder: Path):
     config = text_config(folder, folder / "in", tokenizer="bpe")
     with pytest.raises(StoppedError):
         prepare(config, stop=lambda: True)
@@ -599,19 +601,19 @@ def test_stopped_while_a_vocabulary_is_learnt_nothing_is_left(folder: Path):
     ("content", "options", "message"),
     [
         (None, {}, "no such file, folder or pattern"),
-        (b"", {"holdout": "tail"}, "data: holds no text"),
-        (b"", {"tokenizer": "chars"}, "data: holds no text"),
-        (b"", {"tokenizer": "bpe"}, "data: holds no text"),
-        (b"a", {"holdout": "tail"}, "no text was left for training"),
-        (b"one document", {}, "no text was left for"),
+        (b"", {"holdout": "tail"}, "data: contains no text"),
+        (b"", {"tokenizer": "chars"}, "data: contains no text"),
+        (b"", {"tokenizer": "bpe"}, "data: contains no text"),
+        (b"a", {"holdout": "tail"}, "no text is left for training"),
+        (b"one document", {}, "no text is left for"),
         (b"good \xff bad", {"holdout": "tail"}, "byte 5"),
         (b"{}", {"source": "jsonl"}, "a.txt:1: has no field 'text'"),
-        (b"\0\2", {"source": "tokens"}, "beyond a vocabulary of 257"),
+        (b"\0\2", {"source": "tokens"}, "outside the vocabulary of 257"),
         (b"text", {"tokenizer": "file", "vocabulary": "none.json"}, "none.json: cannot be read"),
         (b"text", {"validation": {"path": "none.txt"}}, "none.txt: no such file"),
     ],
 )
-def test_bad_input_is_named_and_leaves_nothing(
+def test_bad_input_is_reported_and_leaves_nothing(
     tmp_path: Path, content: bytes | None, options: dict[str, Any], message: str
 ):
     if content is not None:
@@ -623,14 +625,14 @@ def test_bad_input_is_named_and_leaves_nothing(
     assert left(config) == []
 
 
-def test_a_folder_that_holds_the_cache_is_refused(folder: Path):
+def test_a_folder_that_contains_the_cache_is_rejected(folder: Path):
     config = text_config(folder, folder)
     for _ in range(2):
-        with pytest.raises(InputError, match=r"data\.path: .* holds data\.cache_dir"):
+        with pytest.raises(InputError, match=r"data\.path: .* contains data\.cache_dir"):
             prepare(config)
 
 
-def test_missing_files_are_named_by_their_option(folder: Path):
+def test_errors_name_the_option_of_a_missing_file(folder: Path):
     none = str(folder / "none")
     for options, place in (
         ({"path": none}, r"^data\.path: "),
@@ -641,12 +643,12 @@ def test_missing_files_are_named_by_their_option(folder: Path):
             prepare(text_config(folder, **options))
 
 
-def test_an_empty_source_of_several_is_named(folder: Path):
+def test_errors_name_an_empty_source_of_several(folder: Path):
     (folder / "empty.txt").write_text("")
     mix = [{"path": str(folder / "in")}, {"path": str(folder / "empty.txt")}]
-    with pytest.raises(InputError, match=r"data\.mix\.1: no text was left for training"):
+    with pytest.raises(InputError, match=r"data\.mix\.1: no text is left for training"):
         prepare(text_config(folder, mix=mix))
-    with pytest.raises(InputError, match=r"data\.validation: holds no text"):
+    with pytest.raises(InputError, match=r"data\.validation: contains no text"):
         prepare(text_config(folder, folder / "in", validation={"path": str(folder / "empty.txt")}))
 
 
@@ -657,43 +659,45 @@ def full(*args: Any) -> None:
 FULL_DISK = r"data\.cache_dir: .*cache: No space left on device"
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_is_reported_and_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch):
     config = text_config(folder, folder / "in")
-    monkeypatch.setattr(preparation, "_encode", full)
+    monkeypatch.setattr(encode, "encode_job", full)
     with pytest.raises(InputError, match=f"{FULL_DISK}$"):
         prepare(config)
     assert left(config) == []
 
 
-@pytest.mark.parametrize("part", ["encoding", "noting", "sealing"])
-def test_what_was_noted_before_the_disk_was_full_is_kept(
+@pytest.mark.parametrize("part", ["encoding", "saving progress", "finalizing"])
+def test_progress_saved_before_the_disk_was_full_is_kept(
     part: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(preparation, "JOB", 100)
+    monkeypatch.setattr(encode, "JOB", 100)
     whole = prepare(text_config(folder / "whole", folder / "in"))
     config = text_config(folder, folder / "in")
     encoded: list[int] = []
-    encode, write_text = preparation._encode, preparation.write_text
+    encode_job, write_text = encode.encode_job, build.write_text
 
     def fills_the_disk(*arguments: Any) -> Any:
         encoded.append(1)
-        return encode(*arguments) if len(encoded) < 10 or part != "encoding" else full()
+        return encode_job(*arguments) if len(encoded) < 10 or part != "encoding" else full()
 
-    def fills_it_with_a_note(path: Path, text: str) -> None:
-        if path.name == preparation.NOTE and path.exists() and part == "noting":
+    def fills_it_with_progress(path: Path, text: str) -> None:
+        if path.name == build.PROGRESS and path.exists() and part == "saving progress":
             full()
         write_text(path, text)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparation, "NOTE_EVERY", 0.0)
-        patch.setattr(preparation, "_encode", fills_the_disk)
-        patch.setattr(preparation, "write_text", fills_it_with_a_note)
-        if part == "sealing":
+        patch.setattr(build, "SAVE_EVERY", 0.0)
+        patch.setattr(encode, "encode_job", fills_the_disk)
+        patch.setattr(build, "write_text", fills_it_with_progress)
+        if part == "finalizing":
             patch.setattr(prepared, "_describe", full)
-        with pytest.raises(InputError, match=f"{FULL_DISK}; what is prepared is kept, and the"):
+        with pytest.raises(
+            InputError, match=f"{FULL_DISK}; what is prepared so far is kept, and the"
+        ):
             prepare(config)
     (building,) = left(config)
-    done = json.loads((Path(config.cache_dir) / building / preparation.NOTE).read_text())
+    done = json.loads((Path(config.cache_dir) / building / build.PROGRESS).read_text())
     assert done["items"] > 0
     dataset = prepare(config)
     assert dataset.fingerprint == whole.fingerprint
@@ -702,28 +706,26 @@ def test_what_was_noted_before_the_disk_was_full_is_kept(
 
 @pytest.mark.parametrize("content", ["{", "[]", None], ids=str)
 @pytest.mark.parametrize("name", ["tokenizer.json", "progress.json", "revisions.json", "train.bin"])
-def test_what_is_damaged_in_a_half_prepared_folder_is_prepared_anew(
+def test_a_damaged_half_prepared_folder_is_prepared_from_scratch(
     name: str, content: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(preparation, "JOB", 100)
+    monkeypatch.setattr(encode, "JOB", 100)
     config = text_config(folder, folder / "in")
-    asked = iter(range(40))
-    with pytest.raises(StoppedError):
-        prepare(config, stop=lambda: next(asked) == 10)
-    (building,) = left(config)
-    path = Path(config.cache_dir) / building / name
+    path = interrupt(config) / name
     path.unlink()
     if content is None:
         path.mkdir()
     else:
         path.write_text(content)
-    with pytest.raises(InputError, match=r"building/.*; the next start prepares anew$"):
+    with pytest.raises(
+        InputError, match=r"building/.*; the next run prepares the data from scratch$"
+    ):
         prepare(config)
     assert not left(config)
     assert prepare(config)
 
 
-def test_a_second_preparation_at_the_same_time_is_refused(
+def test_a_second_preparation_at_the_same_time_is_rejected(
     folder: Path, environment: dict[str, str]
 ):
     config = text_config(folder, folder / "in")
@@ -747,23 +749,23 @@ def test_a_second_preparation_at_the_same_time_is_refused(
     assert left(config) == [dataset.folder.name]
 
 
-def test_a_lock_that_nobody_holds_any_more_is_no_hindrance(folder: Path):
+def test_a_stale_lock_does_not_block(folder: Path):
     config = text_config(folder, folder / "in")
-    place, _ = preparation._plan(config)
-    place.parent.mkdir()
-    path = place.with_name(f".{place.name}.lock")
+    final, _ = cache.plan(config)
+    final.parent.mkdir()
+    path = final.with_name(f".{final.name}.lock")
     with FileLock(path):
         pass
     path.touch()
     assert left(config) == [path.name]
     prepare(config)
-    assert left(config) == [place.name]
+    assert left(config) == [final.name]
 
 
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
 )
-def test_a_killed_preparation_goes_on(
+def test_a_killed_preparation_continues(
     tiny: Callable[..., Config], tmp_path: Path, environment: dict[str, str], number: signal.Signals
 ):
     path = tmp_path / "a.jsonl"
@@ -778,8 +780,8 @@ def test_a_killed_preparation_goes_on(
         cwd=ROOT,
     )  # fmt: skip
     deadline = time.monotonic() + 60
-    place, _ = preparation._plan(config.data)
-    building = place.with_name(f".{place.name}.building")
+    final, _ = cache.plan(config.data)
+    building = final.with_name(f".{final.name}.building")
     while not (building / "train.bin").is_file() or not (building / "train.bin").stat().st_size:
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
@@ -794,41 +796,41 @@ def test_a_killed_preparation_goes_on(
     assert (building / "tokenizer.json").is_file()
     again = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert again.returncode == 0, again.stderr
-    assert ("going on where an earlier start was stopped" in again.stderr) == (
-        number == signal.SIGTERM
-    )
-    files = json.loads((place / "meta.json").read_text())["files"]
+    assert ("continuing an interrupted preparation" in again.stderr) == (number == signal.SIGTERM)
+    files = json.loads((final / "meta.json").read_text())["files"]
     assert sum(file["documents"] for file in files) == 120_000
     assert sum(file["bytes"] for file in files) == 60_000 * 40 * 40
-    assert left(config.data) == [place.name]
+    assert left(config.data) == [final.name]
 
 
-# -- What is said ------------------------------------------------------------------------------
+# -- Messages ----------------------------------------------------------------------------------
 
 
-def test_what_is_left_out_or_skipped_is_said_once(folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_files_left_out_and_records_skipped_are_reported_once(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
     (folder / "in/z.jsonl").write_text('{"text": null}\n{"text": "a text"}\n{"text": null}\n')
     options = {"source": "jsonl", "holdout": "tail", "missing_text": "skip"}
     config = text_config(folder, folder / "in", **options)
     prepare(config, Console())
     said = capsys.readouterr().err
     first = ", ".join(f"{folder}/in/{index:02}.txt" for index in range(3))
-    assert f"left out: other endings: 30 ({first}, ...)\n" in said
-    assert f"skipped 2 records without a text: {folder}/in/z.jsonl:1 and others\n" in said
+    assert f"left out: other suffixes: 30 ({first}, ...)\n" in said
+    assert f"skipped 2 records without text: {folder}/in/z.jsonl:1 and others\n" in said
     prepare(config, Console())
     assert capsys.readouterr().err == ""
 
 
-def test_a_cache_folder_that_is_a_loop_of_links_is_refused(folder: Path):
+def test_a_cache_folder_that_is_a_loop_of_links_is_rejected(folder: Path):
     (folder / "cache").symlink_to("cache")
     with pytest.raises(InputError, match=r"cache: "):
         prepare(text_config(folder, folder / "in"))
 
 
-def test_a_link_to_the_cache_is_refused_as_the_cache_itself_is(folder: Path):
+def test_a_link_to_the_cache_is_rejected_like_the_cache_itself(folder: Path):
     (folder / "cache").mkdir()
     (folder / "in/link").symlink_to(folder / "cache")
-    with pytest.raises(InputError, match=r"data.path: .* holds data.cache_dir"):
+    with pytest.raises(InputError, match=r"data.path: .* contains data.cache_dir"):
         prepare(text_config(folder, folder / "in"))
 
 
@@ -840,7 +842,7 @@ def test_a_link_to_the_cache_is_refused_as_the_cache_itself_is(folder: Path):
         ({"val_fraction": 0.99, "holdout": "tail"}, "training", "lower data.val_fraction$"),
     ],
 )
-def test_the_advice_leads_to_a_text_on_both_sides(
+def test_the_advice_leads_to_text_on_both_sides(
     tmp_path: Path, options: dict[str, Any], kind: str, advice: str
 ):
     (tmp_path / "a.txt").write_text("one document")

@@ -1,4 +1,4 @@
-"""Networks at their start against formulas written out once more, and against theory."""
+"""Networks at initialization against independently written formulas, and against theory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from gpt.compare.probes import (
 )
 from gpt.compare.statistics import loglog_slope
 from gpt.config import ModelConfig
-from gpt.errors import InputError
 from gpt.init import initialize
 from gpt.model import GPT
 from gpt.placement import PLACEMENTS
@@ -42,7 +41,7 @@ def batch(seed: int, sequences: int = 3, length: int = CONTEXT) -> tuple[Tensor,
     return inputs, targets
 
 
-def start(config: ModelConfig, seed: int) -> GPT:
+def initialized(config: ModelConfig, seed: int) -> GPT:
     model = GPT(config, VOCAB)
     initialize(model, config, seed)
     return model
@@ -90,7 +89,7 @@ def test_one_block_by_hand(placement: str):
     inputs, targets = batch(0)
     found = probe(config, VOCAB, [(inputs, targets)], [7])
 
-    named = start(config, 7).named_parameters()
+    named = initialized(config, 7).named_parameters()
     w = {
         name.removeprefix("blocks.0.").removesuffix(".weight"): p.detach().double()
         for name, p in named
@@ -136,18 +135,18 @@ def expected_amplification(model: GPT, inputs: Tensor) -> float:
     return total / (inputs.numel() * WIDTH)
 
 
-def test_amplification_is_what_the_jacobian_expects_of_it():
-    """In DeepNorm v starts smaller than q and k: each is disturbed by its own measure."""
+def test_amplification_agrees_with_the_jacobian():
+    """In DeepNorm v starts smaller than q and k: each is perturbed in proportion to itself."""
     config, (inputs, targets), seeds = shaped("deepnorm", 2), batch(0, 1, 3), range(20)
-    expected = sum(expected_amplification(start(config, seed), inputs) for seed in seeds) / 20
+    expected = sum(expected_amplification(initialized(config, seed), inputs) for seed in seeds) / 20
     found = probe(config, VOCAB, [(inputs, targets)], seeds).amplification
     assert found == pytest.approx(expected, rel=0.1)
 
 
 def test_gradients_are_averaged_over_batches_before_the_norm():
     config, batches = shaped(layers=2), [batch(1), batch(2)]
-    model = start(config, 0)
-    w2 = [block.mlp.out.weight for block in model.placements()]
+    model = initialized(config, 0)
+    w2 = [block.mlp.out.weight for block in model.blocks]
     first, second = (torch.autograd.grad(model.loss(*pair), w2) for pair in batches)
     of_mean = [((a + b) / 2).norm().item() for a, b in zip(first, second, strict=True)]
     mean_of = [(a.norm() + b.norm()).item() / 2 for a, b in zip(first, second, strict=True)]
@@ -194,7 +193,7 @@ def test_closed_branches_have_no_gradient_and_amplify_nothing():
         assert each.amplification == each.adam_amplification == 0.0
 
 
-def test_depths_that_a_placement_cannot_have_are_left_out():
+def test_depths_that_a_placement_does_not_allow_are_left_out():
     found = probe_depths(shaped("mix", 4), VOCAB, [batch(0)], [0], (2, 3, 4, 6))
     assert [p.layers for p in found] == [4, 6]
     assert [len(p.gradient_norms) for p in found] == [4, 6]
@@ -205,13 +204,7 @@ def test_by_default_the_depths_are_2_to_24():
     assert [p.layers for p in found] == list(DEPTHS) == [2, 4, 6, 12, 24]
 
 
-def test_what_a_placement_refuses_is_the_users_to_know():
-    config = shaped("deepnorm", norm={"type": "none"})
-    with pytest.raises(InputError, match="deepnorm"):
-        probe_depths(config, VOCAB, [batch(0)], [0])
-
-
-def test_a_probe_is_the_same_each_time_and_draws_nothing_from_the_global_generator():
+def test_a_probe_is_deterministic_and_leaves_the_global_generator_alone():
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first = probe(shaped("admin"), VOCAB, [batch(0)], [0])
@@ -226,13 +219,13 @@ def test_dropout_is_off():
 
 
 def test_batch_norm_uses_the_batch():
-    """Its running averages, 0 and 1, would leave the stream of post-norm as the sum."""
+    """Its running averages, 0 and 1, would leave the stream of post-norm unnormalized."""
     found = probe(shaped("post", 3, norm={"type": "batch"}), VOCAB, [batch(0)], [0])
     assert found.stream_rms == pytest.approx([1, 1, 1], rel=1e-3)
 
 
 @pytest.mark.parametrize("placement", [name for name in PLACEMENTS if name != "rezero"])
-def test_every_branch_has_its_share_in_its_sum(placement: str):
+def test_every_branch_contributes_to_its_sum(placement: str):
     """Not in ReZero, whose branches are closed at the start."""
     found = probe(shaped(placement, 4), VOCAB, [batch(0)], [0])
     assert found.betas is not None

@@ -1,6 +1,6 @@
-"""Whichever of this CPU's vector units torch uses, results differ by rounding only.
+"""Results differ only by rounding between the vector units that torch can use on this CPU.
 
-Each is tried in a process of its own, since `ATEN_CPU_CAPABILITY` is read when torch starts and a
+Each is tried in its own process, since `ATEN_CPU_CAPABILITY` is read when torch starts and a
 wrong call of a private operator may kill the process.
 """
 
@@ -34,7 +34,7 @@ SIZES = """
 import copy
 import random
 from torch import nn
-from gpt.weights import Int8Linear, PackedLinear, SlicedLinear, can_multiply_int8, can_pack
+from gpt.inference import Int8Linear, PackedLinear, SlicedLinear, can_multiply_int8, can_pack
 
 torch.set_grad_enabled(False)
 random.seed(0)
@@ -81,19 +81,19 @@ import contextlib
 import io
 import json
 from pathlib import Path
-from gpt.cli import sample, train
+from gpt.cli import run
 
 folder, found = Path(sys.argv[2]), {}
 for config in sorted(folder.glob("*.yaml")):
     out = str(folder / sys.argv[1] / config.stem)
-    assert train([str(config), "--out-dir", out]) == 0
+    assert run("train", [str(config), "--out-dir", out]) == 0
     lines = map(json.loads, (Path(out) / "metrics.jsonl").read_text().splitlines())
     losses = [line["loss"] for line in lines if "loss" in line]
     for weights in ("fp32", "bf16", "int8"):
         for samples in ("1", "3"):
             flags = ["--weights", weights, "--num-samples", samples, "--max-new-tokens", "40"]
             with contextlib.redirect_stdout(io.StringIO()) as stdout:
-                assert sample([out, "--prompt", "The", *flags]) == 0
+                assert run("sample", [out, "--prompt", "The", *flags]) == 0
             assert len(stdout.getvalue()) > 30
     found[config.stem] = losses
 print(json.dumps(found))
@@ -101,7 +101,7 @@ print(json.dumps(found))
 
 
 def run(script: str, capability: str, *arguments: object) -> str:
-    """What the script prints with torch held to that capability."""
+    """Output of the script with torch restricted to that capability."""
     ran = subprocess.run(
         [sys.executable, "-c", START + script, capability, *map(str, arguments)],
         capture_output=True,
@@ -116,7 +116,7 @@ def run(script: str, capability: str, *arguments: object) -> str:
 
 
 @every_capability
-def test_every_size_of_matrix_gives_the_plain_product(capability: str):
+def test_products_of_every_size_are_right(capability: str):
     run(SIZES, capability)
 
 
@@ -135,7 +135,7 @@ def losses(
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES[1:])
-def test_runs_have_the_same_losses_to_rounding(
+def test_losses_of_runs_agree_up_to_rounding(
     capability: str, losses: Callable[[str], dict[str, list[float]]]
 ):
     plain, found = losses("default"), losses(capability)

@@ -32,16 +32,16 @@ def test_it_opens_with_the_two_commands():
     assert [line for line in pinned if "==" not in line and not line.startswith("#")] == []
 
 
-DOORS = ("train", "train.py", "gpt.data")  # the last one has the options of the others
+PROGRAMS = ("train", "train.py", "gpt.data")  # the last one has the options of the others
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(r" (train|gpt\.data)", c)])
 def test_train_and_prepare_commands(command: str, capsys: pytest.CaptureFixture[str], monkeypatch):
     monkeypatch.chdir(ROOT)
     words = shlex.split(command, comments=True)
-    start = next(i for i, word in enumerate(words) if word in DOORS) + 1
+    start = next(i for i, word in enumerate(words) if word in PROGRAMS) + 1
     arguments = [word for word in words[start:] if word != "--print-config"]
-    assert cli.train([*arguments, "--print-config"]) == 0
+    assert cli.run("train", [*arguments, "--print-config"]) == 0
     assert capsys.readouterr().out
 
 
@@ -53,7 +53,7 @@ def test_compare_commands(
     _, _, rest = command.partition("compare.py ")
     arguments = [word for word in shlex.split(rest, comments=True) if word != "--dry-run"]
     arguments += [] if "--out-dir" in arguments else ["--out-dir", str(tmp_path / "new")]
-    assert cli.compare([*arguments, "--dry-run"]) == 0
+    assert cli.run("compare", [*arguments, "--dry-run"]) == 0
     assert capsys.readouterr().out
 
 
@@ -79,7 +79,7 @@ def test_sample_commands(
     monkeypatch.chdir(tmp_path)
     words = shlex.split(command.rpartition(" | ")[2], comments=True)
     start = next(i for i, word in enumerate(words) if word in ("sample", "sample.py")) + 1
-    assert cli.sample([*words[start:], "--max-new-tokens", "3"]) == 0
+    assert cli.run("sample", [*words[start:], "--max-new-tokens", "3"]) == 0
     assert capsys.readouterr().out
 
 

@@ -23,17 +23,20 @@ from safetensors.torch import load_file, save_file
 from test_training import assert_same_run, records, run, stop_after, tensors
 
 from gpt import checkpoint as checkpoints
+from gpt.checkpoint import store
 from gpt.compare.grid import Cell
 from gpt.compare.outcomes import read_outcome
 from gpt.config import Config
 from gpt.data.preparation import prepare
 from gpt.data.sequences import TrainingSequences
 from gpt.errors import InputError, OutOfMemoryError
-from gpt.io.files import only_one_in
+from gpt.hardware.memory import smaller
+from gpt.io.files import lock_directory
+from gpt.metrics import MetricsLog
 from gpt.model import GPT
-from gpt.run import plan, plot
+from gpt.run import plot
 from gpt.run.directory import RunDirectory
-from gpt.run.metrics import MetricsLog
+from gpt.run.loading import load_run
 
 Make = Callable[..., Config]
 
@@ -51,15 +54,15 @@ def history(out: Path) -> list[dict[str, Any]]:
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[torch.Tensor], bool]], None]:
     """`spoil(when)` makes the training loss NaN for inputs of which `when` is true."""
-    objective = GPT.objective
+    loss_fn = GPT.loss_fn
 
     def install(when: Callable[[torch.Tensor], bool]) -> None:
         def spoilt(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
-            minimised, loss = objective(self, x, *rest)
+            total_loss, loss = loss_fn(self, x, *rest)
             nan = float("nan") if self.training and when(x) else 1.0
-            return minimised * nan, loss * nan
+            return total_loss * nan, loss * nan
 
-        monkeypatch.setattr(GPT, "objective", spoilt)
+        monkeypatch.setattr(GPT, "loss_fn", spoilt)
 
     return install
 
@@ -80,7 +83,7 @@ def later(step: int, then: Callable[[], None]) -> dict[str, Callable[[], None]]:
         if updates[0] == step:
             then()
 
-    return {"made": made}
+    return {"on_update": made}
 
 
 def power_cut(*args: Any, **options: Any) -> None:
@@ -165,7 +168,11 @@ def test_it_rolls_back_and_passes_over_the_batches_since(
     evaluated = [r["step"] for r in records(tmp_path / "whole") if "val_loss" in r]
     assert evaluated == [0, 10, 20]
     (event,) = history(tmp_path / "whole")
-    assert (event["event"], event["step"], event["passed_over"]) == ("rolled back", back, passed)
+    assert (event["event"], event["step"], event["skipped_batches"]) == (
+        "rolled back",
+        back,
+        passed,
+    )
     for updates in (4, 11, 5, 2):  # cut off before, at and after it, it is the same run
         with pytest.raises(RuntimeError, match="power cut"):
             run(config, tmp_path / "parts", **later(updates, power_cut))
@@ -216,14 +223,14 @@ def test_a_stop_changes_nothing_of_a_rollback(tiny: Make, tmp_path: Path, spoil:
 def test_fp16_does_not_overflow_for_ever(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nonfinite: str
 ):
-    objective = GPT.objective
+    loss_fn = GPT.loss_fn
 
     def overflowing(self: GPT, *arguments: Any) -> Any:
-        minimised, loss = objective(self, *arguments)
+        total_loss, loss = loss_fn(self, *arguments)
         bad = self.token_embedding.weight[0, 0] * 1e30
-        return minimised + (bad - bad.detach()) * 1e30, loss
+        return total_loss + (bad - bad.detach()) * 1e30, loss
 
-    monkeypatch.setattr(GPT, "objective", overflowing)
+    monkeypatch.setattr(GPT, "loss_fn", overflowing)
     options = {"precision": "fp16", "nonfinite": nonfinite, "nonfinite_limit": 4}
     result = run(tiny(training=options), tmp_path / "run")
     assert result.status == "diverged"
@@ -236,13 +243,13 @@ def test_fp16_does_not_overflow_for_ever(
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints are written when they are begun, so that a test knows what is on disk when."""
-    monkeypatch.setattr(checkpoints.Writer, "start", lambda self, write: write())
+    monkeypatch.setattr(checkpoints.BackgroundWriter, "start", lambda self, write: write())
 
 
 @pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     """`full(folder)` lets no checkpoint and no metrics be written below a folder any more."""
-    write, hand_over = checkpoints._write, MetricsLog._hand_over
+    write, hand_over = store._write, MetricsLog._write_waiting
 
     def install(below: Path) -> None:
         def refuse(folder: Path, checkpoint: checkpoints.Checkpoint) -> None:
@@ -256,8 +263,8 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
             hand_over(self)
 
-        monkeypatch.setattr(checkpoints, "_write", refuse)
-        monkeypatch.setattr(MetricsLog, "_hand_over", refuse_lines)
+        monkeypatch.setattr(store, "_write", refuse)
+        monkeypatch.setattr(MetricsLog, "_write_waiting", refuse_lines)
 
     return install
 
@@ -278,7 +285,7 @@ def test_on_a_full_disk_the_state_is_saved_elsewhere(tiny: Make, tmp_path: Path,
     assert contents(out / "checkpoints") == saved != {}
     (place,) = spare.iterdir()
     assert f"the state of step 15 is in {place}" in str(told.value)
-    assert f"--out-dir {place} goes on" in str(told.value)
+    assert f"--out-dir {place} resumes" in str(told.value)
     assert run(config, place).status == "finished"
     assert_same_run(tmp_path / "whole", place)
 
@@ -322,13 +329,13 @@ def test_a_checkpoint_is_written_while_training_goes_on(
 ):
     """And is of the step that it was begun at, whatever was trained meanwhile."""
     run(tiny(), tmp_path / "whole")
-    write, trained = checkpoints._write, threading.Event()
+    write, trained = store._write, threading.Event()
 
     def held_up(folder: Path, checkpoint: checkpoints.Checkpoint) -> None:
         assert trained.wait(60)
         write(folder, checkpoint)
 
-    monkeypatch.setattr(checkpoints, "_write", held_up)
+    monkeypatch.setattr(store, "_write", held_up)
     run(tiny(), tmp_path / "run", **later(15, trained.set))
     for step in (10, 20):
         assert_same_run(tmp_path / "whole", tmp_path / "run", step)
@@ -341,14 +348,14 @@ def test_a_write_that_fails_behind_is_told_at_the_next_save_or_the_end(
     spare, out = tmp_path / "spare", tmp_path / "run"
     config = tiny(checkpoint={"spare_dir": str(spare)})
     run(config, tmp_path / "whole")
-    write = checkpoints._write
+    write = store._write
 
     def fail(folder: Path, checkpoint: checkpoints.Checkpoint) -> None:
         if checkpoint.step == failing and folder.is_relative_to(out):
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder))
         write(folder, checkpoint)
 
-    monkeypatch.setattr(checkpoints, "_write", fail)
+    monkeypatch.setattr(store, "_write", fail)
     with pytest.raises(InputError, match="Input/output error") as told:
         run(config, out)
     monkeypatch.undo()
@@ -364,7 +371,7 @@ def test_a_disk_that_is_full_for_a_while_loses_no_line(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run(tiny(), tmp_path / "whole")
-    hand_over = MetricsLog._hand_over
+    hand_over = MetricsLog._write_waiting
     calls = [0]
 
     def sometimes(self: MetricsLog) -> None:
@@ -375,7 +382,7 @@ def test_a_disk_that_is_full_for_a_while_loses_no_line(
             raise OSError(errno.ENOSPC, "No space left on device")
         hand_over(self)
 
-    monkeypatch.setattr(MetricsLog, "_hand_over", sometimes)
+    monkeypatch.setattr(MetricsLog, "_write_waiting", sometimes)
     run(tiny(), tmp_path / "full")
     assert calls[0] > 20
     assert_same_run(tmp_path / "whole", tmp_path / "full")
@@ -401,7 +408,7 @@ def test_a_disk_that_is_really_full(tiny: Make, tmp_path: Path, small_disk: Path
         run(config, small_disk / "run")
     steps = checkpoints.steps(small_disk / "run/checkpoints")
     assert steps
-    assert all(map(checkpoints.is_whole, steps.values()))
+    assert all(map(checkpoints.is_intact, steps.values()))
     (place,) = (tmp_path / "spare").iterdir()
     assert run(config, place).status == "finished"
     assert records(place) == records(tmp_path / "whole")
@@ -415,7 +422,7 @@ def test_a_folder_that_may_not_be_written_is_wrong_input(tiny: Make, tmp_path: P
         if root:
             os.seteuid(65534)
         try:
-            with pytest.raises(InputError, match="run: cannot be made: Permission denied"):
+            with pytest.raises(InputError, match="run: cannot be created: Permission denied"):
                 run(tiny(), place / "run")
         finally:
             if root:
@@ -429,7 +436,7 @@ def test_a_folder_that_may_not_be_written_is_wrong_input(tiny: Make, tmp_path: P
 def test_two_runs_in_one_directory_are_refused(tiny: Make, tmp_path: Path):
     run(tiny(), tmp_path / "run", **stop_after(5))
     before = contents(tmp_path / "run")
-    with only_one_in(tmp_path / "run", "held"):
+    with lock_directory(tmp_path / "run", "held"):
         with pytest.raises(InputError, match="another process trains there"):
             run(tiny(), tmp_path / "run")
         assert {**before, ".lock": hashlib.sha256(b"").hexdigest()} == contents(tmp_path / "run")
@@ -438,14 +445,14 @@ def test_two_runs_in_one_directory_are_refused(tiny: Make, tmp_path: Path):
 
 def test_a_finished_run_tells_its_result_whoever_holds_it(tiny: Make, tmp_path: Path):
     done = run(tiny(), tmp_path / "run")
-    with only_one_in(tmp_path / "run", "held"):
+    with lock_directory(tmp_path / "run", "held"):
         assert run(tiny(), tmp_path / "run") == done
 
 
 def test_the_lock_dies_with_its_process(tiny: Make, tmp_path: Path, environment: dict[str, str]):
     hold = (
-        "import sys, time; from pathlib import Path; from gpt.io.files import only_one_in\n"
-        "with only_one_in(Path(sys.argv[1]), 'held'): print('held', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from gpt.io.files import lock_directory\n"
+        "with lock_directory(Path(sys.argv[1]), 'held'): print('held', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", hold, str(tmp_path / "run")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as other:
@@ -508,7 +515,7 @@ def test_length_logging_and_paths_may_change(tiny: Make, tmp_path: Path, corpus:
     )
     assert run(second, tmp_path / "run").step == 20
     (event,) = history(tmp_path / "run")
-    assert (event["event"], event["step"]) == ("went on", 9)
+    assert (event["event"], event["step"]) == ("resumed", 9)
     assert "training.steps: 9 -> 20" in event["changes"]
     assert len(event["changes"]) == 5
     assert f"steps: {20}" in (tmp_path / "run/config.yaml").read_text()
@@ -528,7 +535,7 @@ def test_a_run_without_checkpoints_is_not_made_longer(tiny: Make, tmp_path: Path
     run(tiny(), tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints")
     before = contents(tmp_path / "run")
-    with pytest.raises(InputError, match="has no checkpoint to go on from"):
+    with pytest.raises(InputError, match="has no checkpoint to resume from"):
         run(tiny(training={"steps": 30}), tmp_path / "run")
     assert contents(tmp_path / "run") == before
 
@@ -552,9 +559,9 @@ def test_a_damaged_checkpoint_is_skipped_and_set_aside(
     said = capsys.readouterr().err
     for step, name in ((14, "model.safetensors"), (12, "state.json")):
         path = out / f"checkpoints/step-{step:08d}/{name}"
-        assert f"skipped: {path}: is damaged: it is not what was written" in said
+        assert f"skipped: {path}: is damaged: it has changed since it was written" in said
         assert path.parent.with_name(f"damaged-step-{step:08d}").is_dir()
-    assert "going on from step 8\n" in said
+    assert "resuming from step 8\n" in said
     assert len(history(out)[0]["skipped"]) == 2
     assert list(checkpoints.steps(out / "checkpoints")) == [4, 8, 12, 16, 20]
     assert_same_run(tmp_path / "whole", out)
@@ -566,7 +573,7 @@ def test_with_no_whole_checkpoint_it_is_not_trained_over(tiny: Make, tmp_path: P
     for path in checkpoints.steps(out / "checkpoints").values():
         (path / "state.json").unlink()
     before = contents(out)
-    with pytest.raises(InputError, match=r"no checkpoint in .* is whole \(of 2\)"):
+    with pytest.raises(InputError, match=r"no checkpoint in .* is intact \(of 2\)"):
         run(tiny(), out)
     assert contents(out) == before
 
@@ -579,6 +586,20 @@ def test_damaged_metrics_are_refused_before_anything_is_changed(tiny: Make, tmp_
     with pytest.raises(InputError, match=r"metrics.jsonl: line 2 is damaged"):
         run(tiny(training={"log_every": 2}), out)
     assert contents(out) == before
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_in_plain_words(tiny: Make, tmp_path: Path):
+    out = tmp_path / "run"
+    run(tiny(), out, **stop_after(5))
+    folder = out / "checkpoints/step-00000005"
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, "format": 4}))
+    vouch(folder)
+    before = contents(out)
+    with pytest.raises(InputError, match="earlier version of steadygpt, and this one cannot"):
+        run(tiny(), out)
+    assert contents(out) == before
+    load_run(out, "5")  # but its weights are still read
 
 
 @pytest.mark.parametrize(
@@ -594,7 +615,7 @@ def test_damaged_metrics_are_refused_before_anything_is_changed(tiny: Make, tmp_
         ("best", 1),
         ("micro_batch", "all"),
         ("data_fingerprint", None),
-        ("format", [4]),
+        ("format", [5]),
     ],
 )
 def test_a_state_of_the_wrong_types_is_refused(tiny: Make, tmp_path: Path, key: str, value: object):
@@ -629,14 +650,14 @@ def test_a_link_out_of_the_directory_is_not_written_through(tiny: Make, tmp_path
 @pytest.fixture
 def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that can train on two sequences at a time."""
-    objective = GPT.objective
+    loss_fn = GPT.loss_fn
 
     def limited(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
         if self.training and len(x) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
-        return objective(self, x, *rest)
+        return loss_fn(self, x, *rest)
 
-    monkeypatch.setattr(GPT, "objective", limited)
+    monkeypatch.setattr(GPT, "loss_fn", limited)
 
 
 @pytest.mark.usefixtures("small_memory")
@@ -657,7 +678,7 @@ def test_auto_finds_what_fits(
     run(tiny(training={"micro_batch": 2}, model={"dropout": 0.1}), tmp_path / "two")
     request.getfixturevalue("small_memory")
     train(tiny(model={"dropout": 0.1}), tmp_path / "auto")
-    assert "out of memory with micro-batches of 4 sequences; going on with 2" in (
+    assert "out of memory with micro-batches of 4 sequences; continuing with 2" in (
         capsys.readouterr().err
     )
     assert_same_run(tmp_path / "two", tmp_path / "auto")
@@ -667,7 +688,7 @@ def test_nothing_fits(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def none(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(GPT, "objective", none)
+    monkeypatch.setattr(GPT, "loss_fn", none)
     with pytest.raises(OutOfMemoryError, match="with a single sequence at a time"):
         run(tiny(), tmp_path / "run")
 
@@ -676,7 +697,7 @@ def test_nothing_fits(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ("now", "batch", "then"), [(12, 12, 6), (6, 12, 3), (4, 6, 2), (1, 6, None)]
 )
 def test_smaller_micro_batches_divide_the_batch(now: int, batch: int, then: int | None):
-    assert plan.smaller(now, batch) == then
+    assert smaller(now, batch) == then
 
 
 # -- Killed before it was a run ------------------------------------------------------------------
@@ -700,11 +721,19 @@ def test_a_fork_that_was_killed_at_once_can_be_made_again(tiny: Make, tmp_path: 
     shutil.copytree(origin, out / "checkpoints" / origin.name)
     (out / "checkpoints/latest").write_text(f"{origin.name}\n")
     before = contents(out)
-    with pytest.raises(InputError, match="exists and is no run"):
+    with pytest.raises(InputError, match="exists and is not a run"):
         run(tiny(), out)
     assert contents(out) == before
     assert run(tiny(), out, resume=str(origin)).step == 20
     assert records(out)[0]["step"] == 11
+
+
+def test_a_fork_starts_from_a_link_to_a_checkpoint_as_well(tiny: Make, tmp_path: Path):
+    run(tiny(), tmp_path / "origin")
+    link = tmp_path / "favourite"
+    link.symlink_to(tmp_path / "origin/checkpoints/step-00000010")
+    assert run(tiny(), tmp_path / "run", resume=str(link)).step == 20
+    assert records(tmp_path / "run")[0]["step"] == 11
 
 
 @pytest.mark.parametrize("stranger", ["notes.txt", "samples/mine.txt", "checkpoints/mine.pt"])
@@ -712,7 +741,7 @@ def test_a_strangers_directory_is_left_alone(tiny: Make, tmp_path: Path, strange
     path = tmp_path / "run" / stranger
     path.parent.mkdir(parents=True)
     path.write_text("mine")
-    with pytest.raises(InputError, match="exists and is no run"):
+    with pytest.raises(InputError, match="exists and is not a run"):
         run(tiny(), tmp_path / "run")
     assert path.read_text() == "mine"
 
@@ -764,14 +793,14 @@ def test_a_run_that_another_process_has_just_finished_is_told(
 ):
     from gpt import training
 
-    out, hold = tmp_path / "run", training.only_one_in
+    out, hold = tmp_path / "run", training.lock_directory
 
     def late(path: Path, refusal: str) -> Any:
-        monkeypatch.setattr(training, "only_one_in", hold)
+        monkeypatch.setattr(training, "lock_directory", hold)
         run(tiny(), out)
         return hold(path, refusal)
 
-    monkeypatch.setattr(training, "only_one_in", late)
+    monkeypatch.setattr(training, "lock_directory", late)
     assert run(tiny(), out, stop=power_cut).status == "finished"  # it does not train
     assert len(records(out)) == 23
     assert (out / "result.json").is_file()
@@ -819,19 +848,21 @@ def test_pointers_that_a_kill_left_behind_are_set(
 ):
     config = tiny(checkpoint={"every": 5, "keep": 9}, evaluation={"every": 5})
     run(config, tmp_path / "whole")
-    point = checkpoints.point
+    write_pointers = store.write_pointers
 
     def killed(folder: Path, name: str, *, best: bool) -> None:
         if name == "step-00000010":
             power_cut()
-        point(folder, name, best=best)
+        write_pointers(folder, name, best=best)
 
-    with cut_off_at(monkeypatch, checkpoints, "point", killed):
+    with cut_off_at(monkeypatch, store, "write_pointers", killed):
         run(config, tmp_path / "parts")
-    assert checkpoints.pointed(tmp_path / "parts/checkpoints", "latest").name == "step-00000005"
+    assert (
+        checkpoints.read_pointer(tmp_path / "parts/checkpoints", "latest").name == "step-00000005"
+    )
     run(config, tmp_path / "parts", **stop_after(0))
     for pointer in ("latest", "best"):
-        named = checkpoints.pointed(tmp_path / "parts/checkpoints", pointer)
+        named = checkpoints.read_pointer(tmp_path / "parts/checkpoints", pointer)
         assert named.name == "step-00000010"
     run(config, tmp_path / "parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
@@ -893,7 +924,7 @@ def test_a_diverged_run_does_not_go_on(tiny: Make, tmp_path: Path, spoil: Any):
     bad = batch(tiny(), 13)
     spoil(lambda x: torch.equal(x, bad))
     assert run(tiny(), tmp_path / "run").status == "diverged"
-    with pytest.raises(InputError, match="has diverged, and does not go on; --resume with its"):
+    with pytest.raises(InputError, match="has diverged and cannot be resumed;"):
         run(tiny(training={"nonfinite": "rollback"}), tmp_path / "run")
 
 
@@ -902,7 +933,7 @@ def test_a_link_in_a_new_directory_is_not_followed(tiny: Make, tmp_path: Path, l
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / link).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match="exists and is no run"):
+    with pytest.raises(InputError, match="exists and is not a run"):
         run(tiny(), tmp_path / "run")
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
@@ -911,7 +942,7 @@ def test_a_strangers_lock_is_left_alone(tiny: Make, tmp_path: Path):
     (tmp_path / "run").mkdir()
     for name in (".lock", "theirs.txt"):
         (tmp_path / "run" / name).write_text("theirs")
-    with pytest.raises(InputError, match="exists and is no run"):
+    with pytest.raises(InputError, match="exists and is not a run"):
         run(tiny(), tmp_path / "run")
     assert (tmp_path / "run/.lock").read_text() == "theirs"
 
@@ -919,14 +950,14 @@ def test_a_strangers_lock_is_left_alone(tiny: Make, tmp_path: Path):
 def test_auto_finds_what_fits_of_an_evaluation(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    objective = GPT.objective
+    loss_fn = GPT.loss_fn
 
     def limited(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
         if not self.training and len(x) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return objective(self, x, *rest)
+        return loss_fn(self, x, *rest)
 
-    monkeypatch.setattr(GPT, "objective", limited)
+    monkeypatch.setattr(GPT, "loss_fn", limited)
     assert run(tiny(), tmp_path / "run").status == "finished"
 
 
@@ -968,8 +999,8 @@ def test_optimizer_state_of_another_shape_is_refused(tiny: Make, tmp_path: Path,
     [
         {"step": -5},
         {"step": 15},
-        {"passed_over": -100},
-        {"passed_over": 10**30},
+        {"skipped_batches": -100},
+        {"skipped_batches": 10**30},
         {"seconds": float("inf")},
         {"update_seconds": -1e9},
         {"skipped": 6},

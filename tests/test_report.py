@@ -1,4 +1,4 @@
-"""The report opened in a browser, as its reader does, and what strangers' words do to it."""
+"""The report opened in a browser, as its reader does, and with hostile text in it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ import yaml
 from conftest import few_probes, rendering
 
 from gpt.compare import comparison
-from gpt.compare.figures import DRAWINGS, Material, draw, save
+from gpt.compare.figures import PLOTS, draw
+from gpt.compare.figures.base import PlotData, save
 from gpt.compare.grid import load
-from gpt.compare.report import _markdown, inline
-from gpt.compare.starts import measure_starts
+from gpt.compare.init_probes import measure_init_probes, read_init_probes, write_init_probes
+from gpt.compare.report.rendering import _markdown
+from gpt.compare.report.svg import inline
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -87,8 +89,7 @@ def directory(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for cell in cells[:-1]:
         train(cell.config, folder / "cells" / cell.id, quiet=True)
     with few_probes():
-        starts = measure_starts(cells[:1]) or []
-    (folder / "probes.json").write_text(comparison._starts_json(starts))
+        write_init_probes(folder, measure_init_probes(cells[:1]) or [])
     comparison.report(resolved, cells, folder)
     return folder
 
@@ -98,7 +99,7 @@ def html(directory: Path) -> str:
     return (directory / "report.html").read_text("utf-8")
 
 
-def test_nothing_in_it_points_elsewhere(html: str):
+def test_it_references_nothing_outside_itself(html: str):
     attributes = re.findall(r"""(?:href|src|srcset|action)=["']([^"']*)["']""", html)
     assert attributes
     assert [a for a in attributes if not a.startswith(("#", "data:,"))] == []
@@ -125,43 +126,42 @@ def test_every_cell_has_a_row_and_every_row_a_curve(directory: Path, html: str):
     assert "1 of 16 cells have no result" in html
 
 
-def test_every_id_is_there_once_and_every_link_leads_somewhere(html: str):
+def test_ids_are_unique_and_links_have_targets(html: str):
     ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'href="#([^"]+)"', html)) <= set(ids)
 
 
-def test_every_picture_says_in_words_what_it_shows(html: str):
+def test_every_plot_has_an_alternative_text(html: str):
     figures = re.findall(r"<figure.*?</figure>", html, re.DOTALL)
-    assert len(figures) >= len(DRAWINGS)
+    assert len(figures) >= len(PLOTS)
     for figure in figures:
         label = re.search(r'aria-labelledby="([^"]+)"', figure)
         assert label
         assert re.search(rf'id="{label[1]}">[^<]{{20,}}', figure)
 
 
-def test_all_pictures_are_drawn_and_have_files(directory: Path):
+def test_all_plots_are_drawn_and_have_files(directory: Path):
     grid, summary, outcomes = comparison.read_comparison(directory)
-    starts = comparison.read_starts(directory, [arm.name for arm in grid.all_arms()])
-    pictures = draw(Material(grid, summary, outcomes, starts))
-    names = [picture.name for picture in pictures]
-    assert names[: len(DRAWINGS)] == list(DRAWINGS)
+    init_probes = read_init_probes(directory, [arm.name for arm in grid.all_arms()])
+    names = list(draw(PlotData(grid, summary, outcomes, init_probes)))
+    assert names[: len(PLOTS)] == list(PLOTS)
     assert len([name for name in names if name.startswith("curves")]) == 4
     for name in names:
         assert (directory / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
         ElementTree.parse(directory / f"figures/{name}.svg")
 
 
-def test_saved_pictures_are_laid_out(directory: Path, tmp_path: Path):
-    for picture in draw(Material(*comparison.read_comparison(directory), [])):
-        save(picture, tmp_path)
-        box, (width, height) = picture.figure.get_tightbbox(), picture.figure.get_size_inches()
-        assert min(box.x0, box.y0) > -0.01, picture.name
-        assert box.x1 < width + 0.01, picture.name
-        assert box.y1 < height + 0.01, picture.name
+def test_saved_plots_are_laid_out(directory: Path, tmp_path: Path):
+    for name, plot in draw(PlotData(*comparison.read_comparison(directory), [])).items():
+        save(name, plot, tmp_path)
+        box, (width, height) = plot.figure.get_tightbbox(), plot.figure.get_size_inches()
+        assert min(box.x0, box.y0) > -0.01, name
+        assert box.x1 < width + 0.01, name
+        assert box.y1 < height + 0.01, name
 
 
-def test_markdown_names_its_pictures_and_breaks_no_table(directory: Path):
+def test_markdown_links_to_its_figures_and_breaks_no_table(directory: Path):
     text = (directory / "report.md").read_text("utf-8")
     for name in re.findall(r"\]\((figures/[^)]+)\)", text):
         assert (directory / name).is_file()
@@ -180,11 +180,11 @@ def test_command_lines_in_markdown_are_code_not_part_of_a_list(directory: Path):
     ("text", "escaped"),
     [("1. a", "1\\. a"), ("2)", "2\\)"), ("- a", "\\- a"), ("2.577", "2.577"), ("-0.05", "-0.05")],
 )
-def test_only_what_begins_a_list_is_escaped_as_such(text: str, escaped: str):
+def test_only_list_markers_are_escaped_as_such(text: str, escaped: str):
     assert _markdown(text) == escaped
 
 
-def test_text_of_a_picture_takes_the_pages_colour(directory: Path):
+def test_text_of_a_figure_takes_the_pages_colour(directory: Path):
     svg = (directory / "figures/loss-by-rate.svg").read_text("utf-8")
     assert "#1f1f1f" in svg
     _, cells = load(directory / "grid.yaml")
@@ -209,7 +209,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, directory: Path) -> Iterator[Any]:
-    """The report in a window; whatever it complains of or asks for fails the test."""
+    """The report in a window; any console message or outside request fails the test."""
     context = browser.new_context(viewport={"width": 1100, "height": 800})
     page = context.new_page()
     wrong: list[str] = []
@@ -266,7 +266,7 @@ def test_arms_can_be_switched_off_and_on(page: Any):
 
 @pytest.mark.slow
 @needs_browser
-def test_a_row_leads_to_its_curve_which_is_marked(page: Any):
+def test_a_row_links_to_its_curve_which_is_highlighted(page: Any):
     link = page.locator("[data-show]").first
     link.click()
     assert page.url.rpartition("#")[2].startswith("curves-")

@@ -1,4 +1,4 @@
-"""Learning rates against tables worked out by hand."""
+"""Learning rate schedules against tables computed by hand."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import math
 import pytest
 
 from gpt.config import ScheduleConfig
-from gpt.schedule import BODIES, WARMUPS, rate
+from gpt.schedule import BODIES, WARMUPS, lr_multiplier
 
 
-def rates(steps: int, **options: object) -> list[float]:
+def multipliers(steps: int, **options: object) -> list[float]:
     config = ScheduleConfig.model_validate(options)
-    return [rate(config, step, steps) for step in range(1, steps + 1)]
+    return [lr_multiplier(config, step, steps) for step in range(1, steps + 1)]
 
 
 @pytest.mark.parametrize(
@@ -63,14 +63,16 @@ def rates(steps: int, **options: object) -> list[float]:
         ),
     ],
 )
-def test_table(options: dict[str, object], expected: list[float]):
-    assert rates(8, **options) == pytest.approx(expected, abs=1e-6)
+def test_multipliers_are_those_of_a_table(options: dict[str, object], expected: list[float]):
+    assert multipliers(8, **options) == pytest.approx(expected, abs=1e-6)
 
 
 def test_inverse_sqrt_is_noams_formula():
     width, warm, factor = 512, 40, 2.0
     peak = factor / math.sqrt(width * warm)
-    ours = [peak * r for r in rates(200, warmup="linear", warmup_steps=warm, body="inverse_sqrt")]
+    ours = [
+        peak * r for r in multipliers(200, warmup="linear", warmup_steps=warm, body="inverse_sqrt")
+    ]
     noam = [factor * width**-0.5 * min(n**-0.5, n * warm**-1.5) for n in range(1, 201)]
     assert ours == pytest.approx(noam)
 
@@ -78,12 +80,14 @@ def test_inverse_sqrt_is_noams_formula():
 @pytest.mark.parametrize("warmup", WARMUPS)
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize(("steps", "warm"), [(1, 0), (1, 5), (7, 7), (10, 3), (10, 0)])
-def test_no_update_is_at_rate_zero_or_above_the_full_rate(
+def test_no_learning_rate_is_zero_or_above_the_full_one(
     warmup: str, body: str, steps: int, warm: int
 ):
-    found = rates(steps, warmup=warmup, warmup_steps=warm, body=body, final_ratio=0)
+    found = multipliers(steps, warmup=warmup, warmup_steps=warm, body=body, final_ratio=0)
     assert all(0 < r <= 1 for r in found)
 
 
 def test_warmup_none_ignores_its_length():
-    assert rates(9, warmup="none", warmup_steps=5) == rates(9, warmup="linear", warmup_steps=0)
+    assert multipliers(9, warmup="none", warmup_steps=5) == multipliers(
+        9, warmup="linear", warmup_steps=0
+    )

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt.data.sequences import CYCLE, TrainingSequences, ValidationSequences, ahead
+from gpt.data.sequences import CYCLE, TrainingSequences, ValidationSequences, prefetch
 from gpt.errors import InputError
 
 TOKENS = np.arange(1000, dtype=np.uint16)
@@ -17,7 +17,7 @@ def starts(sequences: TrainingSequences, steps: range, size: int) -> list[int]:
     return [int(row[0]) for step in steps for row in sequences.batch(step, size)[0]]
 
 
-def test_targets_are_the_inputs_one_on():
+def test_targets_are_the_inputs_shifted_by_one():
     x, y = TrainingSequences([TOKENS], 16, seed=0).batch(3, 4)
     assert x.shape == y.shape == (4, 16)
     assert x.dtype == np.int64
@@ -25,7 +25,7 @@ def test_targets_are_the_inputs_one_on():
 
 
 @pytest.mark.parametrize("count", [1000, 992, 17, 18, 33])
-def test_an_epoch_sees_every_token_once_and_the_next_from_another_offset(count: int):
+def test_an_epoch_has_every_token_once_and_the_next_another_offset(count: int):
     sequences = TrainingSequences([TOKENS[:count]], 16, seed=3)
     windows = count // 16
     seen = []
@@ -62,7 +62,7 @@ def test_the_stream_of_sequences_does_not_depend_on_the_batch_size(windows):
 
 @pytest.mark.parametrize("windows", ["epochs", "random"])
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_processes_hold_together_what_one_would(world: int, windows):
+def test_the_batches_of_all_processes_are_that_of_one(world: int, windows):
     train = [TOKENS, TOKENS[:300]]
     options = {"weights": (0.75, 0.25), "windows": windows}
     whole = TrainingSequences(train, 16, 0, **options).batch(7, 8)
@@ -73,7 +73,7 @@ def test_processes_hold_together_what_one_would(world: int, windows):
 
 
 @given(st.integers(2, 60), st.integers(1, 16), st.integers(0, 5))
-def test_small_corpora_stay_inside(count: int, context: int, seed: int):
+def test_windows_of_small_corpora_stay_inside(count: int, context: int, seed: int):
     if count <= context:
         return
     for windows in ("epochs", "random"):
@@ -92,7 +92,7 @@ def test_random_windows_start_anywhere():
     assert np.std(np.bincount(found, minlength=984)[:984]) < 2 * np.sqrt(8000 / 984)
 
 
-def test_sources_have_their_shares_and_epochs_of_their_own():
+def test_sources_have_their_proportions_and_their_own_epochs():
     train = [TOKENS[:500], TOKENS[500:700]]
     sequences = TrainingSequences(train, 10, seed=1, weights=(0.7, 0.3))
     found = starts(sequences, range(1, 3 * CYCLE + 1), 1)
@@ -137,21 +137,21 @@ def test_too_few_tokens_are_an_error():
         ValidationSequences(TOKENS[:16], 16, None)
 
 
-def test_ahead_is_map():
+def test_prefetch_is_map():
     made: list[int] = []
 
     def make(step: int) -> int:
         made.append(step)
         return step * step
 
-    squares = ahead(make, range(5))
+    squares = prefetch(make, range(5))
     assert next(squares) == 0
     assert list(itertools.islice(squares, 2)) == [1, 4]
     squares.close()
     assert made in ([0, 1, 2, 3], [0, 1, 2, 3, 4])
-    assert list(ahead(make, [])) == []
+    assert list(prefetch(make, [])) == []
 
 
-def test_ahead_passes_an_error_on():
+def test_prefetch_propagates_an_error():
     with pytest.raises(ZeroDivisionError):
-        list(ahead(lambda step: 1 // (2 - step), range(4)))
+        list(prefetch(lambda step: 1 // (2 - step), range(4)))

@@ -28,7 +28,7 @@ def counted(vocab_size: int = 300, **model: Any) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_the_count_is_a_lower_bound_within_a_per_cent(placement: str):
+def test_the_count_is_a_lower_bound_within_one_per_cent(placement: str):
     for activation, tied, bias in itertools.product(ACTIVATIONS, (True, False), (True, False)):
         options = {
             "width": 1024,
@@ -57,11 +57,11 @@ def refused(tree: dict[str, Any], memory: int, **given: Any) -> str:
     return str(caught.value)
 
 
-def test_both_numbers_are_named():
+def test_both_numbers_are_in_the_message():
     model = {"layers": 1000, "width": 1000, "heads": 1}
     assert refused({"model": model}, 24 * 10**9) == (
         "training model.layers: 1,000, model.width: 1,000, 11,988,129,000 parameters, needs at "
-        "least 191.8 GB of memory; there are 24.0 GB here"
+        "least 191.8 GB of memory, but only 24.0 GB are available"
     )
 
 
@@ -80,7 +80,7 @@ def test_the_logits_are_those_of_one_chunk():
     )
 
 
-def test_the_batch_counts_where_it_lies(monkeypatch: pytest.MonkeyPatch):
+def test_the_batch_counts_in_the_memory_that_holds_it(monkeypatch: pytest.MonkeyPatch):
     large = {"training": {"batch_sequences": 10**7}}
     assert "a batch of 10,000,000 x 128 tokens needs at least 10.3 GB" in refused(large, 10**10)
     monkeypatch.setattr(size, "machine_memory", lambda: 10**10)
@@ -89,7 +89,7 @@ def test_the_batch_counts_where_it_lies(monkeypatch: pytest.MonkeyPatch):
     size.check_training(validate(Config, large), device_memory=10**9, shared=False)
 
 
-def test_without_a_known_size_nothing_is_refused(monkeypatch: pytest.MonkeyPatch):
+def test_with_unknown_memory_nothing_is_rejected(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(size, "machine_memory", lambda: None)
     huge = validate(Config, {"model": {"width": 100_000, "layers": 1000}})
     size.check_training(huge, device_memory=None, shared=True)
@@ -106,7 +106,7 @@ def test_a_control_group_limits_the_memory(tmp_path: Path):
     assert list(size._group_limits(root, tmp_path / "none")) == []
 
 
-def test_the_smallest_limit_is_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_smallest_limit_applies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     files = [tmp_path / name for name in ("max", "less", "none")]
     files[0].write_text("max\n")
     files[1].write_text("1000000\n")
@@ -118,11 +118,13 @@ def test_the_smallest_limit_is_the_memory(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("flags", [[], ["--dry-run"]])
-def test_what_cannot_fit_is_refused_before_torch_is_loaded(tmp_path: Path, flags: list[str]):
+def test_a_config_that_cannot_fit_is_rejected_before_torch_is_loaded(
+    tmp_path: Path, flags: list[str]
+):
     (tmp_path / "c.yaml").write_text("model: {layers: 2000, width: 20000, heads: 1}\n")
     program = (
         "import sys; from gpt import cli\n"
-        "try: cli.train(sys.argv[1:])\n"
+        "try: cli.run('train', sys.argv[1:])\n"
         "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
     )
     command = [sys.executable, "-c", program, "c.yaml", "--training.device", "cpu", *flags]
@@ -154,15 +156,15 @@ def test_the_cache_of_many_samples_is_counted():
         size.check_sampling(model, 300, samples=1000, **given)
     assert str(caught.value) == (
         "--num-samples 1,000: keys and values of 100,000 tokens each needs at least 3,276.8 GB of "
-        "memory; there are 100.0 GB here"
+        "memory, but only 100.0 GB are available"
     )
     size.check_sampling(model, 300, samples=10, **given)
 
 
-def test_probes_are_of_more_layers_than_cells():
+def test_probes_may_have_more_layers_than_cells():
     model = validate(Config, {"model": {"width": 100_000, "heads": 1, "layers": 1}}).model
     with pytest.raises(
-        InputError, match=r"a probe \(probes: false makes none\) of model.layers: 24,"
+        InputError, match=r"a probe \(probes: false turns it off\) of model.layers: 24,"
     ):
         size.check_probing(model, 24)
 
@@ -176,7 +178,7 @@ def test_a_forged_config_is_not_built(
     path = tmp_path / "run/config.yaml"
     path.write_text(tiny(model={"layers": 2_000, "width": 20_000, "heads": 1}).to_yaml())
     with pytest.raises(SystemExit) as end:
-        cli.sample([str(tmp_path / "run"), "--prompt", "a"])
+        cli.run("sample", [str(tmp_path / "run"), "--prompt", "a"])
     assert end.value.code == 2
     assert "config.yaml: model.layers: 2,000, model.width: 20,000 needs" in capsys.readouterr().err
 
@@ -185,10 +187,10 @@ def test_a_forged_config_of_more_blocks_than_the_checkpoint_has_is_not_built(
     tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     from gpt import training
-    from gpt.run import directory as run
+    from gpt.run.loading import load_run
 
     training.train(tiny(training={"steps": 1}), tmp_path / "run", quiet=True)
     (tmp_path / "run/config.yaml").write_text(tiny(model={"layers": 2_000}).to_yaml())
-    monkeypatch.setattr(run, "GPT", lambda *arguments: pytest.fail("it was built"))
+    monkeypatch.setattr("gpt.run.loading.GPT", lambda *arguments: pytest.fail("it was built"))
     with pytest.raises(InputError, match=r"step-00000001: does not fit .*config.yaml: it holds"):
-        run.load_run(tmp_path / "run")
+        load_run(tmp_path / "run")

@@ -24,9 +24,10 @@ from safetensors.numpy import save as save_safetensors
 
 from gpt import config as configs
 from gpt.config import DataConfig, SourceConfig, validate
-from gpt.data import sources
-from gpt.data.sources import SOURCES
+from gpt.data.sources import SOURCES, jsonl, parquet
+from gpt.data.sources import tokens as token_source
 from gpt.errors import InputError
+from gpt.io.text import CHUNK
 
 
 def config_of(source: str, *paths: object, **options: Any) -> SourceConfig:
@@ -34,9 +35,9 @@ def config_of(source: str, *paths: object, **options: Any) -> SourceConfig:
     return SourceConfig.model_validate(tree)
 
 
-def documents(config: SourceConfig, end: int = 256, read=lambda count: None) -> Iterator[Any]:
+def documents(config: SourceConfig, end: int = 256, on_read=lambda count: None) -> Iterator[Any]:
     source = SOURCES[config.source]
-    for document in source.documents(config, source.find(config).files, read, end):
+    for document in source.documents(config, source.find(config).files, on_read, end):
         parts = list(document.pieces)
         assert all(len(part) for part in parts)
         if parts and not isinstance(parts[0], str):
@@ -124,7 +125,7 @@ def test_parquet_is_the_column(tmp_path: Path):
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
-def test_tokens_are_parted_at_end_of_text(tmp_path: Path, dtype: str):
+def test_tokens_are_split_at_end_of_text(tmp_path: Path, dtype: str):
     ids = [5, 6, 256, 256, 7, 256, 8, 9]
     (tmp_path / "t.bin").write_bytes(np.array(ids, np.dtype(dtype)).tobytes())
     config = config_of("tokens", tmp_path / "t.bin", dtype=dtype)
@@ -135,8 +136,8 @@ def test_token_documents_cross_blocks(tmp_path: Path, monkeypatch):
     random = np.random.default_rng(0)
     ids = random.integers(0, 8, 1000).astype("<u2")
     (tmp_path / "t.bin").write_bytes(ids.tobytes())
-    monkeypatch.setattr(sources, "CHUNK", 7)
-    monkeypatch.setattr(sources, "PIECE", 3)
+    monkeypatch.setattr(token_source, "BLOCK", 7)
+    monkeypatch.setattr(token_source, "PIECE", 3)
     found = list(documents(config_of("tokens", tmp_path / "t.bin"), end=7))
     expected = [[int(c) for c in part] for part in "".join(map(str, ids)).split("7") if part]
     assert found == expected
@@ -149,32 +150,35 @@ BAD_FILES = [
     ("text", "a.txt", b"\xef\xbb\xbfabc\xff", r"byte 6 is 0xff"),
     ("text", "a.txt", "in UTF-16".encode("utf-16"), r"a.txt: is UTF-16 text, not "
      r"UTF-8 text; .*iconv -f UTF-16"),
-    ("text", "a.txt", "é".encode() * 10 + b"\0", r"a.txt: holds a NUL byte, as no text "
-     r"does: byte 20; delete those bytes, for example by .*, or data.invalid_text: replace"),
+    ("text", "a.txt", "é".encode() * 10 + b"\0", r"a.txt: contains a NUL byte at byte "
+     r"20; delete NUL bytes, for example with .*, or set data.invalid_text: replace"),
     ("text", "a.gz", b"no gzip", r"a.gz: is not gzip-compressed, as its name says; rename"),
-    ("text", "a.gz", b"", r"a.gz: is empty, and not gzip-compressed, as its name says; delete it"),
+    ("text", "a.gz", b"", r"a.gz: is empty, not gzip-compressed as its name says; delete it"),
     ("text", "a.gz", gzip.compress(b"text " * 9999, mtime=0)[:-9],
-     r"a.gz: is damaged or cut short \(gzip"),
+     r"a.gz: is damaged or truncated \(gzip"),
     ("text", "a.gz", gzip.compress(b"\xff", mtime=0), r"a.gz: is not UTF-8 text: byte 0 is 0xff"),
     ("jsonl", "a.jsonl", b'{"text": "a"}\n\n{"text": \n', r"a.jsonl:3: the JSON object "
-     r"does not end on its line \(Expecting value, column 10\);\nJSON Lines have one"),
+     r"does not end on this line \(Expecting value, column 10\);\nJSON Lines has one"),
     ("jsonl", "a.jsonl", b'{"text": "a"}\n["text"]\n', r"a.jsonl:2: is not a JSON object"),
     ("jsonl", "a.jsonl", b'{"txt": "a", "n": 1}\n', r"a.jsonl:1: has no field 'text'; perhaps "
-     r"you meant txt; data.text_field names it, its fields: txt, n"),
+     r"you meant txt; set data.text_field to one of its fields: txt, n"),
     ("jsonl", "a.jsonl", b'{"text": 5}\n', r"a.jsonl:1: the field 'text' is a number"),
     ("jsonl", "a.jsonl", b'{"text": null}\n', r"a.jsonl:1: the field 'text' is null"),
     ("jsonl", "a.jsonl", b'{"text": "\xff"}\n', r"a.jsonl:1: is not UTF-8 text \(byte 10"),
-    ("jsonl", "a.jsonl", b'{"text": "a\\ud800"}\n', r"a.jsonl:1: holds a broken character at 1"),
-    ("jsonl", "a.jsonl", b'{"a": ' + b"[" * 99_999, r"a.jsonl:1: is not JSON that can be read"),
-    ("parquet", "a.parquet", b"PAR1 but no more", r"a.parquet: is not a whole Parquet file"),
+    ("jsonl", "a.jsonl", b'{"text": "a\\ud800"}\n', r"a.jsonl:1: contains an invalid "
+     r"character at position 1"),
+    ("jsonl", "a.jsonl", b'{"a": ' + b"[" * 99_999, r"a.jsonl:1: cannot be parsed as JSON"),
+    ("parquet", "a.parquet", b"PAR1 but no more", r"a.parquet: is a damaged Parquet file"),
     ("parquet", "a.parquet", b"", r"a.parquet: is not a Parquet file: it is empty"),
     ("tokens", "a.bin", b"abc", r"a.bin: 3 bytes are not a whole number of uint16 tokens"),
-    ("tokens", "a.bin", b"\1\0\2\0\1\1", r"a.bin: token 2 is 257, beyond a vocabulary of 257"),
+    ("tokens", "a.bin", b"\1\0\2\0\1\1", r"a.bin: token 2 is 257, outside the vocabulary of 257"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("source", "name", "content", "message"), BAD_FILES)
-def test_bad_files_are_named(tmp_path: Path, source: str, name: str, content: bytes, message: str):
+def test_errors_name_the_bad_file(
+    tmp_path: Path, source: str, name: str, content: bytes, message: str
+):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError) as caught:
         list(documents(config_of(source, tmp_path / name)))
@@ -185,7 +189,7 @@ def test_bad_files_are_named(tmp_path: Path, source: str, name: str, content: by
 def test_parquet_without_the_column_or_with_numbers_in_it(tmp_path: Path):
     pq.write_table(pa.table({"body": ["a", None], "n": [1, 2]}), tmp_path / "a.parquet")
     for field, message in (
-        ("text", "has no field 'text'; data.text_field names it, its fields: body, n"),
+        ("text", "has no field 'text'; set data.text_field to one of its fields: body, n"),
         ("n", "a.parquet: row 1: the field 'n' is a number"),
         ("body", "a.parquet: row 2: the field 'body' is null"),
     ):
@@ -193,7 +197,7 @@ def test_parquet_without_the_column_or_with_numbers_in_it(tmp_path: Path):
             list(documents(config_of("parquet", tmp_path, text_field=field)))
 
 
-def test_what_is_no_text_is_replaced_on_request(tmp_path: Path):
+def test_invalid_text_is_replaced_on_request(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(b"a\xffb\0")
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "\xff\\ud800"}\n')
     replace = {"invalid_text": "replace"}
@@ -224,7 +228,7 @@ def test_text_in_another_encoding_is_never_replaced(tmp_path: Path, source: str,
         assert "replace" not in str(caught.value)
 
 
-def test_a_few_broken_bytes_are_replaced(tmp_path: Path):
+def test_a_few_invalid_bytes_are_replaced(tmp_path: Path):
     path = tmp_path / "a.txt"
     for content in ("Le café est fermé jusqu'à demain.\n" * 99, "ÄÖÜ"):
         path.write_bytes(content.encode("latin-1"))
@@ -234,8 +238,8 @@ def test_a_few_broken_bytes_are_replaced(tmp_path: Path):
         assert found == re.sub("[^ -~\n]", "\ufffd", content)
 
 
-def test_replace_is_not_advised_where_much_is_broken_further_on(tmp_path: Path):
-    (tmp_path / "a.txt").write_bytes(b"x" * sources.CHUNK + JAPANESE.encode("shift-jis"))
+def test_replace_is_not_suggested_if_much_is_invalid_later(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes(b"x" * CHUNK + JAPANESE.encode("shift-jis"))
     with pytest.raises(InputError, match=r"byte 131,072 is 0x82; .*convert it$"):
         list(documents(config_of("text", tmp_path)))
 
@@ -249,12 +253,12 @@ def test_a_row_of_bytes_that_begins_like_another_format_is_text(tmp_path: Path):
 
 
 @pytest.mark.parametrize("source", ["text", "jsonl", "parquet", "tokens"])
-def test_a_missing_path_is_named(tmp_path: Path, source: str):
+def test_errors_name_a_missing_path(tmp_path: Path, source: str):
     for path in ("nowhere", "no*where"):
         with pytest.raises(InputError, match="no such file, folder or pattern"):
             SOURCES[source].find(config_of(source, tmp_path / path))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="holds no files"):
+    with pytest.raises(InputError, match="contains no files"):
         SOURCES[source].find(config_of(source, tmp_path / "empty"))
 
 
@@ -288,20 +292,20 @@ def test_a_folder_and_a_glob_read_linked_folders_and_each_file_once(odd_folder: 
     assert sorted(lower_case) == ["one", "two"]
 
 
-def test_what_is_left_out_of_a_folder_is_counted_and_named(odd_folder: Path):
+def test_paths_left_out_of_a_folder_are_counted_and_named(odd_folder: Path):
     found = SOURCES["text"].find(config_of("text", odd_folder))
     assert {reason: len(paths) for reason, paths in found.left_out.items()} == {
         "hidden": 1,
-        "links that lead nowhere": 2,
+        "broken links": 2,
         "devices, sockets or named pipes": 1,
-        "links to a file that is read already": 1,
+        "duplicate links to a file": 1,
     }
     assert odd_folder / "a/one.txt" in found.files  # by its own name
     assert f"hidden: 1 ({odd_folder}/.git)" in found.describe_left_out()
     assert "\n" not in found.describe_left_out()
 
 
-def test_a_folder_named_beside_the_one_that_it_lies_in_is_read_once(odd_folder: Path):
+def test_a_folder_listed_with_its_parent_is_read_once(odd_folder: Path):
     for paths in (["", "a"], ["a", ""], ["", ""], ["a", "a/loop"]):
         names = [str(odd_folder / path) for path in paths]
         found = SOURCES["text"].find(SourceConfig(source="text", path=names))
@@ -310,12 +314,12 @@ def test_a_folder_named_beside_the_one_that_it_lies_in_is_read_once(odd_folder: 
         assert found.has_searched(odd_folder)
 
 
-def test_what_is_left_out_of_a_folder_named_twice_is_counted_once(odd_folder: Path):
+def test_paths_left_out_of_a_folder_listed_twice_are_counted_once(odd_folder: Path):
     config = SourceConfig(source="text", path=[str(odd_folder)] * 2)
     assert f"hidden: 1 ({odd_folder}/.git)" in SOURCES["text"].find(config).describe_left_out()
 
 
-def test_patterns_match_as_those_of_glob(tmp_path: Path):
+def test_patterns_match_like_glob(tmp_path: Path):
     for name in ("a/b/c.txt", "a/c.txt", "a/.h/c.txt", "a/b/.x", "d.txt", "a/b/d.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -337,7 +341,7 @@ def test_a_pattern_finds_a_link_to_a_folder_that_was_searched(tmp_path: Path):
         assert found == [tmp_path / "x/latest/a.txt"], pattern
 
 
-def test_a_pattern_ends_among_many_loops(tmp_path: Path):
+def test_a_pattern_terminates_among_many_loops_of_links(tmp_path: Path):
     for name in "abcdefgh":
         (tmp_path / name).mkdir()
         for other in "abcdefgh":
@@ -348,19 +352,19 @@ def test_a_pattern_ends_among_many_loops(tmp_path: Path):
 
 
 @pytest.mark.parametrize("source", ["text", "jsonl", "parquet", "tokens"])
-def test_what_is_not_a_file_is_named(tmp_path: Path, source: str):
+def test_errors_name_what_is_not_a_file(tmp_path: Path, source: str):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "none")
     for path, message in (
         (tmp_path / "pipe", "not a regular file"),
         ("/dev/zero", "not a regular file"),
-        (tmp_path / "link", "is a link that leads nowhere"),
+        (tmp_path / "link", "is a broken link"),
     ):
         with pytest.raises(InputError, match=message):
             SOURCES[source].find(config_of(source, path))
 
 
-def test_endings_are_taken_without_regard_to_case(tmp_path: Path):
+def test_suffixes_are_matched_case_insensitively(tmp_path: Path):
     for name in ("a.jsonl", "B.JSONL", "c.NdJson"):
         (tmp_path / name).write_text(json.dumps({"text": name}))
     with bz2.open(tmp_path / "D.JSONL.BZ2", "wt") as file:
@@ -369,7 +373,7 @@ def test_endings_are_taken_without_regard_to_case(tmp_path: Path):
     config = config_of("jsonl", tmp_path)
     assert sorted(documents(config)) == ["B.JSONL", "a.jsonl", "c.NdJson", "packed"]
     found = SOURCES["jsonl"].find(config)
-    assert found.left_out == {"other endings": [tmp_path / "e.csv"]}
+    assert found.left_out == {"other suffixes": [tmp_path / "e.csv"]}
 
 
 # -- Other formats -----------------------------------------------------------------------------
@@ -389,7 +393,7 @@ def test_compressed_text_is_read_whatever_its_name(tmp_path: Path, packer: str):
     path.write_bytes(pack(LINES) + pack(b"second"))
     assert list(documents(config_of("text", path))) == [LINES.decode() + "second"]
     path.write_bytes(pack(LINES)[:-6])
-    with pytest.raises(InputError, match=rf"is damaged or cut short \({packer}"):
+    with pytest.raises(InputError, match=rf"is damaged or truncated \({packer}"):
         list(documents(config_of("text", path)))
     path.write_bytes(pack(pack(LINES)))
     with pytest.raises(InputError, match=rf"is {packer}-compressed, not UTF-8 text"):
@@ -426,7 +430,7 @@ FORMATS = {
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("source", ["text", "jsonl"])
-def test_other_formats_are_named_and_never_replaced(tmp_path: Path, source: str, name: str):
+def test_errors_name_other_formats_which_are_never_replaced(tmp_path: Path, source: str, name: str):
     path = tmp_path / "a.jsonl"
     for content in (FORMATS[name], gzip.compress(FORMATS[name])):
         path.write_bytes(content)
@@ -449,31 +453,34 @@ def test_text_that_begins_like_another_format_is_text(tmp_path: Path, start: str
     [
         (b'[{"text": "a"}, {"text": "b"}]', r"is a JSON array, not JSON Lines .*jq -c '\.\[\]'"),
         (b"\xef\xbb\xbf\n [\n", "is a JSON array"),
-        (b'{\n  "text": "a"\n}\n', r":1: the JSON object does not end on its line (?s:.*)jq -c \."),
-        (b'{"n": 1,\n "text": "a"}\n', "does not end on its line"),
+        (
+            b'{\n  "text": "a"\n}\n',
+            r":1: the JSON object does not end on this line (?s:.*)jq -c \.",
+        ),
+        (b'{"n": 1,\n "text": "a"}\n', "does not end on this line"),
     ],
 )
-def test_json_that_is_not_json_lines_is_named(tmp_path: Path, content: bytes, message: str):
+def test_errors_name_json_that_is_not_json_lines(tmp_path: Path, content: bytes, message: str):
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(InputError, match=message):
         list(documents(config_of("jsonl", tmp_path / "a.jsonl")))
 
 
-def test_a_line_without_an_end_is_abandoned(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(sources, "RECORD", 2**20)
+def test_an_endless_line_is_rejected(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(jsonl, "MAX_LINE", 2**20)
     path = tmp_path / "a.jsonl.gz"
     with gzip.open(path, "wb") as file:
         file.write(b'{"text": "a"}\n{"text": "')
         for _ in range(50):
             file.write(b"a" * 2**20)
     counts: list[int] = []
-    with pytest.raises(InputError, match=r"gz:2: is a line of more than 1,048,576 bytes"):
-        list(documents(config_of("jsonl", path), read=counts.append))
+    with pytest.raises(InputError, match=r"gz:2: the line is longer than 1,048,576 bytes"):
+        list(documents(config_of("jsonl", path), on_read=counts.append))
     assert sum(counts) < path.stat().st_size / 2
 
 
 @pytest.mark.parametrize("source", ["jsonl", "parquet"])
-def test_records_without_a_text_are_skipped_on_request(tmp_path: Path, source: str):
+def test_records_without_text_are_skipped_on_request(tmp_path: Path, source: str):
     path, texts = tmp_path / "a", ["one", None, "two", None]
     if source == "jsonl":
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts) + '{"n": 1}\n')
@@ -491,7 +498,7 @@ def test_records_without_a_text_are_skipped_on_request(tmp_path: Path, source: s
     assert [text for text in documents(config) if text] == ["one", "two"]
 
 
-def test_a_field_that_no_record_has_is_named_though_records_are_skipped(tmp_path: Path):
+def test_a_field_that_no_record_has_is_an_error_even_if_records_are_skipped(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"txt": "a"}\n{"txt": "b"}\n')
     with pytest.raises(InputError, match="has no field 'text'; perhaps you meant txt"):
         list(documents(config_of("jsonl", tmp_path / "a.jsonl", missing_text="skip")))
@@ -504,7 +511,7 @@ def test_a_field_that_no_record_has_is_named_though_records_are_skipped(tmp_path
         *(pa.dictionary(pa.int32(), pa.string()), pa.binary(3)),
     ],
 )
-def test_columns_of_every_type_of_text_are_read(tmp_path: Path, kind: pa.DataType):
+def test_columns_of_every_string_type_are_read(tmp_path: Path, kind: pa.DataType):
     values = [b"abc", b"de\n"] if "binary" in str(kind) else ["abc", "de\n"]
     pq.write_table(pa.table({"text": pa.array(values, kind)}), tmp_path / "a.parquet")
     assert list(documents(config_of("parquet", tmp_path))) == ["abc", "de\n"]
@@ -518,7 +525,7 @@ def test_a_flat_column_is_not_a_field_of_a_struct(tmp_path: Path):
         list(documents(config_of("parquet", path, text_field="doc")))
 
 
-def test_odd_parquet_files_are_named(tmp_path: Path):
+def test_errors_name_unusual_parquet_files(tmp_path: Path):
     path = tmp_path / "a.parquet"
     broken = [None, pa.py_buffer(b"\0\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffb")]
     pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 1, broken)}), path)
@@ -534,19 +541,23 @@ def test_odd_parquet_files_are_named(tmp_path: Path):
         list(documents(config_of("parquet", path)))
 
 
-def test_a_parquet_file_that_swells_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(sources, "SWOLLEN", (2**20, 200))
+def test_a_parquet_file_that_decompresses_to_too_much_is_rejected_first(
+    tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(parquet, "MAX_CHUNK", 2**20)
     path = tmp_path / "a.parquet"
     table = pa.table({"text": ["a" * 2**22]})
     pq.write_table(table, path, compression="zstd", use_dictionary=False)
-    with pytest.raises(InputError, match=r"row group 1 unpacks [\d,]+ bytes of 'text' to 4,194,"):
+    with pytest.raises(
+        InputError, match=r"row group 1 decompresses [\d,]+ bytes of 'text' to 4,194,"
+    ):
         list(documents(config_of("parquet", path)))
 
 
 # -- Options -----------------------------------------------------------------------------------
 
 
-def test_sources_of_a_mix_and_validation_inherit_what_they_leave_out():
+def test_sources_of_a_mix_and_validation_inherit_options():
     tree = {
         "source": "jsonl",
         "text_field": "body",
@@ -578,24 +589,24 @@ def test_a_hub_dataset_and_its_validation_split():
     [
         ({"source": "hub"}, "needs hub.name"),
         ({"source": "jsonl"}, "source: jsonl needs path"),
-        ({"path": "a"}, "source: stdlib reads no path; source: text does"),
+        ({"path": "a"}, "source: stdlib does not read path; source: text does"),
         ({"source": "text", "path": "a", "validation": {}}, "validation: source: text needs path"),
         ({"source": "text", "path": "a", "mix": [{"path": "b"}]}, "path and mix are both given"),
         ({"mix": [{"source": "text"}]}, "mix.0: source: text needs path"),
-        ({"mix": [{"source": "txt", "path": "a"}]}, "mix.0.source: 'txt' is none of"),
+        ({"mix": [{"source": "txt", "path": "a"}]}, "mix.0.source: 'txt' is not one of"),
         ({"mix": [{"weight": -1}]}, "mix.0.weight: -1 is not between 1e-06 and 1e+06"),
         ({"mix": [{"pth": "a"}]}, "mix.0.pth: no such option; perhaps you meant mix.0.path"),
-        ({"mix": 3}, "mix: input should be a valid tuple"),
+        ({"mix": 3}, "mix: must be a valid list"),
         ({"mix": {"source": "text"}}, "mix.0: source: text needs path"),
         ({"mix": "[{path: a"}, "mix: as YAML: line 1: expected ',' or '}'"),
         ({"validation": {"hub": 3}}, "validation.hub: must be a mapping"),
         ({"tokenizer": "file"}, "go together"),
         ({"vocabulary": "x.json"}, "go together"),
-        ({"source": "tokens", "path": "a"}, "no text that a bpe tokenizer could learn from"),
-        ({"source": "tokens", "path": "a", "dtype": "int8"}, "dtype: input should be 'uint16'"),
+        ({"source": "tokens", "path": "a"}, "no text to train a bpe tokenizer on"),
+        ({"source": "tokens", "path": "a", "dtype": "int8"}, "dtype: must be 'uint16'"),
     ],
 )
-def test_options_that_make_no_sense(tree: dict[str, Any], message: str):
+def test_contradictory_options_are_rejected(tree: dict[str, Any], message: str):
     with pytest.raises(InputError) as caught:
         validate(DataConfig, tree)
     assert message in str(caught.value)

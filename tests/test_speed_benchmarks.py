@@ -41,16 +41,16 @@ def test_many_runs_on_one_gpu(tiny: Make, tmp_path: Path, capsys: pytest.Capture
     assert found["missing"] == []
     ways = [(row["way"], row["arm"], row["cells"]) for row in found["rows"]]
     assert sorted(ways) == [
-        ("as one", "post", 2),
-        ("as one", "pre", 1),
-        ("as one", "pre", 2),
+        ("batched", "post", 2),
+        ("batched", "pre", 1),
+        ("batched", "pre", 2),
         ("in processes", "pre", 2),
         ("one after another", "pre", 2),
     ]
     assert all(row["update_seconds"] > 0 for row in found["rows"])
-    assert set(found["projected_seconds"]) == {"one after another", "as one"}
-    assert "| 2 (post) | as one |" in out
-    assert "4 cells of 20 updates as one:" in out
+    assert set(found["projected_seconds"]) == {"one after another", "batched"}
+    assert "| 2 (post) | batched |" in out
+    assert "4 cells of 20 updates batched:" in out
 
 
 def test_without_a_gpu_it_says_what_it_needs(capsys: pytest.CaptureFixture[str]):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,16 @@ from gpt import checkpoint as checkpoints
 from gpt import training
 from gpt.config import Config
 from gpt.data.preparation import prepare
+from gpt.data.sequences import TrainingSequences
 from gpt.ensemble import train_together
+from gpt.errors import NonFiniteError
 from gpt.model import GPT
+from gpt.run import opening
 from gpt.run.directory import RunResult
-from gpt.schedule import rate, rate_change
+from gpt.run.resume import describe_lr_change
+from gpt.run.run import Run
+from gpt.schedule import lr_multiplier
+from gpt.trainer import Trainer
 
 Make = Callable[..., Config]
 
@@ -104,14 +111,14 @@ def test_stops_one_after_the_other_change_nothing(every: Config, tmp_path: Path)
 def test_a_stop_does_not_wait_for_an_evaluation(tiny: Make, tmp_path: Path, monkeypatch: Any):
     """What is due after the last update is left, and comes first when the run is resumed."""
     config = tiny()
-    objective, evaluated = GPT.objective, []
+    loss_fn, evaluated = GPT.loss_fn, []
 
     def counted(self: GPT, *arguments: Any) -> Any:
         if not self.training:
             evaluated.append(None)
-        return objective(self, *arguments)
+        return loss_fn(self, *arguments)
 
-    monkeypatch.setattr(GPT, "objective", counted)
+    monkeypatch.setattr(GPT, "loss_fn", counted)
     run(config, tmp_path / "run", **stop_after(10))
     assert len(evaluated) == 2  # before the first update; 8 sequences in micro-batches of 4
     assert not list((tmp_path / "run/samples").iterdir())
@@ -136,7 +143,9 @@ def test_a_stop_of_cells_whenever_it_is_asked_for_changes_nothing(tiny: Make, tm
 
     def together(out: Path, stop: Callable[[], bool]) -> list[Any]:
         paths = [out / str(i) for i in range(2)]
-        ended = train_together(configs, paths, stop=stop, made=lambda index: None, saves=False)
+        ended = train_together(
+            configs, paths, stop=stop, on_update=lambda index: None, save_checkpoints=False
+        )
         assert all(isinstance(each, RunResult) for each in ended), ended
         return ended
 
@@ -160,18 +169,18 @@ def test_a_stop_of_cells_whenever_it_is_asked_for_changes_nothing(tiny: Make, tm
 
 def spoil(monkeypatch: pytest.MonkeyPatch, config: Config, step: int) -> None:
     """Have the loss of the batch of update `step` be NaN."""
-    sequences = training.TrainingSequences(
+    sequences = TrainingSequences(
         prepare(config.data).train, config.model.context, config.data_seed
     )
     bad = torch.from_numpy(sequences.batch(step, config.batch_sequences)[0])
-    objective = GPT.objective
+    loss_fn = GPT.loss_fn
 
     def spoilt(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
-        minimised, loss = objective(self, x, *rest)
+        total_loss, loss = loss_fn(self, x, *rest)
         nan = float("nan") if self.training and torch.equal(x, bad) else 1.0
-        return minimised * nan, loss * nan
+        return total_loss * nan, loss * nan
 
-    monkeypatch.setattr(GPT, "objective", spoilt)
+    monkeypatch.setattr(GPT, "loss_fn", spoilt)
 
 
 def test_a_stop_in_the_search_for_a_divergence_is_not_its_end(tiny: Make, tmp_path: Path):
@@ -183,14 +192,14 @@ def test_a_stop_in_the_search_for_a_divergence_is_not_its_end(tiny: Make, tmp_pa
     assert whole.status == "diverged"
     assert whole.failure is not None
     assert whole.failure.place is not None
-    searched = training.Training._first_place
+    searched = Run.locate_by_replay
 
-    def stopped_search(self: training.Training, fault: Any) -> Any:
-        self.stop = lambda: True
+    def stopped_search(self: Run, fault: Any) -> Any:
+        self.trainer.interrupt = partial(training.raise_if, lambda: True)
         return searched(self, fault)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.Training, "_first_place", stopped_search)
+        patch.setattr(Run, "locate_by_replay", stopped_search)
         stopped = run(config, tmp_path / "parts")
     assert stopped.status == "interrupted"
     assert stopped.reason.startswith(whole.reason.partition(",")[0])
@@ -210,7 +219,7 @@ def test_what_was_saved_for_a_stop_does_not_outlive_a_divergence(
     spoil(monkeypatch, config, 8)
     assert run(config, tmp_path / "whole").status == "diverged"
     run(config, tmp_path / "parts", **stop_after(updates))
-    assert checkpoints.pointed(tmp_path / "parts/checkpoints", "latest") is not None
+    assert checkpoints.read_pointer(tmp_path / "parts/checkpoints", "latest") is not None
     assert run(config, tmp_path / "parts").status == "diverged"
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
@@ -224,7 +233,31 @@ def test_the_end_of_a_run_outlives_a_divergence_after_it_was_extended(
     spoil(monkeypatch, longer, 9)
     run(longer, tmp_path / "run", **stop_after(2))
     assert run(longer, tmp_path / "run").status == "diverged"
-    last = checkpoints.pointed(tmp_path / "run/checkpoints", "latest")
+    last = checkpoints.read_pointer(tmp_path / "run/checkpoints", "latest")
+    assert last is not None
+    assert last.name == "step-00000006"
+
+
+def test_the_end_of_a_run_outlives_a_kill_while_it_is_extended(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The config names the new length already, and nothing has been saved since."""
+    options: dict[str, Any] = {"checkpoint": {"every": 100}, "evaluation": {"every": 3}}
+    run(tiny(training={"steps": 6}, **options), tmp_path / "run")
+    longer = tiny(training={"steps": 12}, **options)
+    spoil(monkeypatch, longer, 9)
+    write = opening.write_identity
+
+    def killed(*arguments: Any) -> None:
+        write(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(opening, "write_identity", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(longer, tmp_path / "run")
+    assert run(longer, tmp_path / "run").status == "diverged"
+    last = checkpoints.read_pointer(tmp_path / "run/checkpoints", "latest")
     assert last is not None
     assert last.name == "step-00000006"
 
@@ -233,24 +266,24 @@ def test_a_stop_between_micro_batches_saves_no_spoilt_weights(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = tiny(training={"steps": 8, "micro_batch": 2}, checkpoint={"every": 100})
-    apply, parts = training.Training._apply, training.Training._micro_batches
-    asked = False
+    update, parts = Trainer.update, Trainer.micro_batches
+    step = 0
 
-    def spoilt(self: training.Training, wanted: training.Apply) -> bool:
-        skipped = apply(self, wanted)
-        if self.progress.step == 2:
+    def spoilt(self: Trainer, *args: Any) -> bool:
+        skipped = update(self, *args)
+        if step == 3:
             with torch.no_grad():
                 self.model.token_embedding.weight.fill_(math.inf)
         return skipped
 
-    def stopping(self: training.Training, step: int, *batch: Any) -> Any:
-        nonlocal asked
-        asked = step == 4
-        return parts(self, step, *batch)
+    def counted(self: Trainer, number: int, *batch: Any) -> Any:
+        nonlocal step
+        step = number
+        return parts(self, number, *batch)
 
-    monkeypatch.setattr(training.Training, "_apply", spoilt)
-    monkeypatch.setattr(training.Training, "_micro_batches", stopping)
-    run(config, tmp_path / "run", stop=lambda: asked)
+    monkeypatch.setattr(Trainer, "update", spoilt)
+    monkeypatch.setattr(Trainer, "micro_batches", counted)
+    run(config, tmp_path / "run", stop=lambda: step == 4)
     assert not checkpoints.steps(tmp_path / "run/checkpoints")
 
 
@@ -258,14 +291,14 @@ def test_a_stop_does_not_wait_for_a_search_in_the_validation_text(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     searched = []
-    monkeypatch.setattr(training, "first_nonfinite", lambda *a: searched.append(a))
-    objective = GPT.objective
+    monkeypatch.setattr("gpt.run.recovery.first_nonfinite", lambda *a: searched.append(a))
+    loss_fn = GPT.loss_fn
 
     def spoilt(self: GPT, *arguments: Any) -> Any:
-        minimised, loss = objective(self, *arguments)
-        return minimised, loss if self.training else loss * math.nan
+        total_loss, loss = loss_fn(self, *arguments)
+        return total_loss, loss if self.training else loss * math.nan
 
-    monkeypatch.setattr(GPT, "objective", spoilt)
+    monkeypatch.setattr(GPT, "loss_fn", spoilt)
     ended = run(tiny(), tmp_path / "run", stop=lambda: bool(searched))
     assert ended.status == "interrupted"
     assert len(searched) == 1
@@ -301,6 +334,7 @@ def test_runs_in_threads_are_the_runs_one_after_the_other(tiny: Make, tmp_path: 
 
 DENORMALS = """
 import sys
+from functools import partial
 from pathlib import Path
 import torch
 from gpt.config import Config
@@ -339,7 +373,7 @@ def test_a_longer_run_says_how_its_learning_rate_changes(
     longer = tiny(training={"steps": 30})
     training.train(longer, tmp_path / "run")
     full, schedule = longer.optimizer.learning_rate, longer.schedule
-    before, after = full * rate(schedule, 20, 20), full * rate(schedule, 21, 30)
+    before, after = full * lr_multiplier(schedule, 20, 20), full * lr_multiplier(schedule, 21, 30)
     said = f"was {before:.2e} at step 20 and is {after:.2e} at step 21"
     assert said in capsys.readouterr().err
 
@@ -347,9 +381,9 @@ def test_a_longer_run_says_how_its_learning_rate_changes(
 def test_a_rate_that_does_not_change_is_not_spoken_of(tiny: Make):
     body = {"warmup_steps": 5, "body": "constant"}
     short, long = tiny(schedule=body), tiny(schedule=body, training={"steps": 30})
-    assert rate_change(short, long, 20) is None
-    assert rate_change(tiny(), tiny(training={"steps": 30}), 0) is None
-    assert rate_change(tiny(), tiny(training={"steps": 30}), 3) is None  # still warming up
+    assert describe_lr_change(short, long, 20) is None
+    assert describe_lr_change(tiny(), tiny(training={"steps": 30}), 0) is None
+    assert describe_lr_change(tiny(), tiny(training={"steps": 30}), 3) is None  # still warming up
 
 
 def test_a_huge_batch_does_not_hold_up_a_stop(tiny: Make, tmp_path: Path):
@@ -370,15 +404,14 @@ def test_an_evaluation_that_fails_after_a_resume_leaves_what_the_undisturbed_run
 ):
     """The checkpoint of a stop before an evaluation is not one to roll back to, or to keep."""
     config = tiny(checkpoint={"every": 5}, training={"nonfinite": "rollback", "nonfinite_limit": 2})
-    evaluate = training.Training._evaluate
+    evaluate = Run._evaluate
 
-    def failing(self: training.Training) -> Any:
-        fault = evaluate(self)
+    def failing(self: Run) -> None:
+        evaluate(self)
         if self.progress.step == 10:
-            return training._Fault(10, "validation loss", "the validation loss became nan")
-        return fault
+            raise NonFiniteError(10, "validation loss", "the validation loss became nan")
 
-    monkeypatch.setattr(training.Training, "_evaluate", failing)
+    monkeypatch.setattr(Run, "_evaluate", failing)
     whole = run(config, tmp_path / "whole")
     run(config, tmp_path / "parts", **stop_after(10))
     parts = run(config, tmp_path / "parts")

@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 
 from gpt import schedule
+from gpt.compare.cell_runs import CellError
 from gpt.compare.grid import Cell, Grid
-from gpt.compare.outcomes import Outcome, csv_rows
-from gpt.compare.runner import Lost
-from gpt.compare.statistics import holm, wilson
-from gpt.compare.summary import Summary, failures_text, summarize
+from gpt.compare.outcomes import Outcome
+from gpt.compare.report.cells_csv import csv_row
+from gpt.compare.results import Summary
+from gpt.compare.statistics import Interval, Threshold, holm, wilson
+from gpt.compare.summary import summarize
 from gpt.compare.verdicts import Verdict
+from gpt.compare.wording import failures_text, rates_text, threshold_text
 from gpt.config import Config, validate
 
 RATES = (1e-3, 1e-2, 1e-1, 1.0)
@@ -53,10 +56,9 @@ def outcome(
     layers: int = 0,
 ) -> Outcome:
     config = validate(Config, {"seed": seed, "optimizer": {"learning_rate": rate}})
-    place = {"model.layers": layers} if layers else {}
+    setting = {"model.layers": layers} if layers else {}
     found = Verdict(
         status=status,  # type: ignore[arg-type]
-        failed=status in ("plateaued", "diverged", "regressed"),
         step=7 if status == "diverged" else None,
         layer=None,
         reason="by hand",
@@ -73,7 +75,7 @@ def outcome(
         steps=10,
     )
     cell = Cell(
-        f"{arm}-{rate}-{seed}-{layers}", arm, {"optimizer.learning_rate": rate}, place, config
+        f"{arm}-{rate}-{seed}-{layers}", arm, {"optimizer.learning_rate": rate}, setting, config
     )
     return Outcome(cell, Path("nowhere"), found, unigram_entropy=3.3)
 
@@ -182,7 +184,7 @@ def test_failures_that_do_not_rise_with_the_rate_leave_the_question_open():
     found = summarize(grid(), upside_down).contrast
     assert found is not None
     assert found.answer == "open"
-    assert "no one threshold" in found.bounds[0]
+    assert "no single threshold" in found.bounds[0]
 
 
 def test_failure_and_loss_are_paired_by_seed():
@@ -212,13 +214,13 @@ def test_a_loss_above_the_first_one_counts_as_the_first():
 
 def test_lost_cells_are_in_no_number_and_are_named():
     runs = outcomes(MOVED)
-    gone = Outcome(runs[0].cell, Path("nowhere"), None, Lost("killed", "by SIGKILL"))
+    gone = Outcome(runs[0].cell, Path("nowhere"), None, CellError("killed", "by SIGKILL"))
     found = summarize(grid(), [gone, *runs[1:]])
     assert (found.planned, found.with_result) == (96, 95)
     assert found.lost == {runs[0].cell.id: "killed"}
     assert found.arms[0].lost == 1
     assert found.arms[0].by_rate[0].n == 5
-    row = csv_rows([gone])[0]
+    row = csv_row(gone)
     assert (row["status"], row["reason"]) == ("killed", "by SIGKILL")
 
 
@@ -280,7 +282,7 @@ def test_a_contrast_of_lost_arms_is_said_and_does_not_fail():
     assert "None of the contrast's arms has a result" in words[1]
 
 
-def test_a_seed_that_one_place_lacks_is_no_fault():
+def test_a_seed_that_one_setting_lacks_is_not_an_error():
     runs = outcomes(MOVED, layers=6) + [r for r in outcomes(MOVED, layers=12) if r.seed]
     found = summarize(grid(), runs).contrast
     assert found is not None
@@ -312,18 +314,20 @@ def test_arms_are_described_by_medians_means_and_shares():
     assert arm.clipped == pytest.approx(1 / 6)
     assert arm.initial_loss == 5.0
     config = runs[0].cell.config
-    shares = [schedule.rate(config.schedule, n, config.training.steps) for n in range(1, 1001)]
+    shares = [
+        schedule.lr_multiplier(config.schedule, n, config.training.steps) for n in range(1, 1001)
+    ]
     assert arm.summed_rate == pytest.approx(sum(shares))
     assert arm.lr50_interval is not None
     assert arm.lr50_interval.low == pytest.approx(1e-2)  # no run failed: it lies above
     assert arm.lr50_interval.high == math.inf
 
 
-def test_places_are_summarized_apart_and_their_contrasts_averaged():
+def test_settings_are_summarized_separately_and_their_contrasts_averaged():
     deep = outcomes(by_arm(dict(zip(ARMS, (0.1, 0.1, 0.01, 0.01), strict=True))), layers=12)
     shallow = outcomes(MOVED, layers=6)
     found = summarize(grid(), [*shallow, *deep])
-    assert [(arm.arm, arm.place) for arm in found.arms[:4]] == [(arm, "layers 6") for arm in ARMS]
+    assert [(arm.arm, arm.setting) for arm in found.arms[:4]] == [(arm, "layers 6") for arm in ARMS]
     assert found.contrast is not None
     alone = summarize(grid(), shallow).contrast
     assert alone is not None
@@ -349,7 +353,7 @@ def test_three_seeds_never_support_that_an_arm_does_not_fail():
     assert calm.contrast is not None
     assert calm.contrast.answer == "open"
     assert "open at both ends" in calm.verdict[0]
-    assert calm.verdict[0].count("moves by an unknown factor") == 2
+    assert calm.verdict[0].count("changes by an unknown factor") == 2
     assert "ratio" not in calm.verdict[0]
     assert calm.verdict[1] == "No run failed: no failure in 3 seeds (at most 56%) at each rate."
 
@@ -372,7 +376,7 @@ def test_few_seeds_settle_nothing_however_clear_they_are(measure: str, seeds: in
     assert found.interval is not None
     assert found.interval.low > 0
     assert found.answer == answer
-    assert ("can not settle" in found.why) == (answer == "open")
+    assert ("cannot settle" in found.why) == (answer == "open")
 
 
 def test_the_verdict_is_two_sentences():
@@ -381,7 +385,7 @@ def test_the_verdict_is_two_sentences():
     assert "support the claim" in words[0]
     assert "At rate" in words[1]
     assert "post, cold: failure in all of 6 seeds (at least 61%)" in words[1]
-    assert "picked after the runs" in words[1]
+    assert "chosen after the runs" in words[1]
 
 
 def test_one_seed_gives_no_interval_and_no_answer():
@@ -397,9 +401,39 @@ def test_an_arm_without_a_result_leaves_no_contrast():
     runs = [run for run in outcomes(MOVED) if run.cell.arm != "post, warm"]
     found = summarize(grid(), runs)
     assert found.contrast is None
-    assert "can not be computed" in found.verdict[0]
+    assert "cannot be computed" in found.verdict[0]
 
 
-def test_arms_that_fail_alike_are_not_told_apart():
+def test_arms_that_fail_equally_often_are_not_distinguished():
     words = summary(by_arm(dict.fromkeys(ARMS, 0.0))).verdict
-    assert words[1] == "At every rate tried the arms failed alike: the runs do not tell them apart."
+    assert words[1] == (
+        "At every rate tried, the same fraction of each arm's runs failed: these runs do not "
+        "tell the arms apart."
+    )
+
+
+@pytest.mark.parametrize(
+    ("bound", "text"),
+    [("", "0.05"), ("above", "above 0.05"), ("below", "below 0.05"), ("unclear", "unclear")],
+)
+def test_a_threshold_is_given_with_its_bound(bound: str, text: str):
+    assert threshold_text(Threshold(0.05, bound, None, None)) == text  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [(0.2, 5, "0.2 to 5"), (0.2, math.inf, "0.2 or more"), (0, 5, "5 or less")],
+)
+def test_an_open_end_of_an_interval_of_rates_is_named(low: float, high: float, text: str):
+    assert rates_text(Interval(low, high)) == text
+
+
+def test_a_measures_question_is_answered_in_its_own_unit():
+    contrast = {"question": "?", "measure": "loss", "of": ["post, cold", "pre, cold"]}
+    (answer, _) = summary(MOVED, contrast=contrast).verdict
+    assert answer.startswith(
+        "The mean loss changes by +0.225 nats from 'pre, cold' to 'post, cold'"
+    )
+    contrast["measure"] = "failure"
+    (answer, _) = summary(MOVED, contrast=contrast).verdict
+    assert answer.startswith("The fraction of failed runs changes by +25 points from 'pre, cold'")

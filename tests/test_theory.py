@@ -1,4 +1,4 @@
-"""What the papers prove about networks at their start, seen in ours.
+"""Results that papers prove about networks at initialisation, checked on ours.
 
 All with `xavier` weights, ReLU, one head and a feed-forward network as wide as the stream, the
 setting of Xiong et al. 2020 (On Layer Normalization in the Transformer Architecture).
@@ -22,7 +22,7 @@ VOCAB = 64
 def make(
     placement: str, layers: int, seed: int, *, width: int = 64, context: int = 32, uniform: bool
 ) -> GPT:
-    """A model at its start; `uniform` has Q = K = 0, so that attention is a mean."""
+    """A model at initialisation; with `uniform`, Q = K = 0, so that attention is a mean."""
     config = ModelConfig.model_validate(
         {
             "layers": layers,
@@ -39,7 +39,7 @@ def make(
     initialize(model, config, seed)
     if uniform:
         with torch.no_grad():
-            for block in model.placements():
+            for block in model.blocks:
                 block.attention.qkv.weight[: 2 * width] = 0
     return model
 
@@ -49,7 +49,7 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
 
 
 def slope(xs: list[int], ys: list[float]) -> float:
-    """Of log y against log x, by least squares."""
+    """Slope of log y against log x, by least squares."""
     u, v = (torch.tensor(z, dtype=torch.float64).log() for z in (xs, ys))
     u = u - u.mean()
     return ((u * v).sum() / (u * u).sum()).item()
@@ -68,7 +68,7 @@ def test_the_pre_norm_stream_grows_between_lemma_2s_bounds():
     for seed in range(3):
         model = make("pre", layers, seed, width=256, uniform=True)
         stream = model.embed(x)
-        for index, block in enumerate(model.placements()):
+        for index, block in enumerate(model.blocks):
             stream = block(stream)
             norms[index] += mean_square(stream) / 3
     for number, norm in enumerate(norms.tolist(), 1):
@@ -76,11 +76,11 @@ def test_the_pre_norm_stream_grows_between_lemma_2s_bounds():
 
 
 @torch.no_grad()
-def test_the_post_norm_stream_is_1_and_a_half_d_before_each_norm():
+def test_the_post_norm_stream_has_variance_one_and_a_half_before_the_second_norm():
     """E|x|^2 = 1.5 d before the norm that follows the feed-forward network."""
     model = make("post", 6, seed=0, width=256, uniform=True)
     sums: list[float] = []
-    for block in model.placements():
+    for block in model.blocks:
         block.add.register_forward_hook(lambda module, inputs, out: sums.append(mean_square(out)))
     model(tokens(32, 32))
     assert sums[1::2] == pytest.approx([1.5] * 6, rel=0.1)
@@ -98,7 +98,7 @@ def last_matrix_gradients(placement: str) -> list[float]:
             model = make(placement, layers, seed, context=1, uniform=True)
             x, y = tokens(1, 1, seed), tokens(1, 1, seed + 1000)
             model.loss(x, y).backward()
-            total += model.placements()[-1].mlp.out.weight.grad.norm().item()
+            total += model.blocks[-1].mlp.out.weight.grad.norm().item()
         norms.append(total / 40)
     return norms
 
@@ -137,7 +137,7 @@ def amplification(placement: str, layers: int) -> float:
     ("placement", "least", "most"),
     [("post", 0.85, 1.35), ("pre", 0.2, 0.75), ("admin", 0.2, 0.75), ("deepnorm", -0.5, 0.2)],
 )
-def test_a_change_of_the_weights_is_amplified_with_depth(placement: str, least: float, most: float):
-    """Liu et al. 2020: in post-norm as the number of sublayers, less in pre-norm and Admin."""
+def test_depth_amplifies_a_change_of_the_weights(placement: str, least: float, most: float):
+    """Liu et al. 2020: linearly in the number of sublayers in post-norm, less in others."""
     depths = [2, 4, 8, 16]
     assert least < slope(depths, [amplification(placement, n) for n in depths]) < most

@@ -85,7 +85,7 @@ def test_end_of_text_is_an_id_and_is_never_read_from_the_text(encoding: Encoding
     assert encoding.decode([encoding.eot_token]) == "<|endoftext|>"
 
 
-def test_saved_and_loaded_it_encodes_the_same(encoding: Encoding, tmp_path: Path):
+def test_a_saved_and_loaded_tokenizer_encodes_the_same(encoding: Encoding, tmp_path: Path):
     path = tmp_path / "tokenizer.json"
     path.write_text(to_json(encoding), "utf-8")
     again = tokenizer.load(path)
@@ -94,20 +94,20 @@ def test_saved_and_loaded_it_encodes_the_same(encoding: Encoding, tmp_path: Path
         assert encode(again, text) == encode(encoding, text)
 
 
-def test_bytes_are_their_values():
+def test_the_ids_of_bytes_are_their_values():
     encoding = make("bytes")
     assert encoding.n_vocab == 257
     assert encode(encoding, "aé") == [97, 0xC3, 0xA9]
 
 
-def test_chars_are_the_texts_characters_in_order():
+def test_chars_are_the_characters_of_the_text_in_order():
     encoding = make("chars")
     characters = sorted(set("".join(TEXTS)))
     assert encoding.n_vocab == len(characters) + 1
     assert encode(encoding, "日a") == [characters.index("日"), characters.index("a")]
 
 
-def test_chars_refuses_a_character_that_it_never_saw():
+def test_chars_rejects_an_unknown_character():
     with pytest.raises(InputError, match="'ß'"):
         encode(make("chars"), "fiß")
 
@@ -128,8 +128,8 @@ HARD = [
 ]  # fmt: skip
 
 
-def test_gpt2_is_tiktokens_own():
-    """Also as a checkpoint has it, and in pieces as preparation reads it."""
+def test_gpt2_is_the_encoding_of_tiktoken():
+    """Also as a copy for a thread, and in pieces as preparation encodes it."""
     encoding = make("gpt2")
     reference = tiktoken.get_encoding("gpt2")
     assert encode(encoding, "Hello world") == [15496, 995]
@@ -177,7 +177,7 @@ def test_bpe_encodes_as_the_library_on_few_letters(texts: list[str], text: str):
     "text",
     ["", "[]", "{}", '{"format": 99, "end_of_text": 0, "tokens": []}', "not json"],
 )
-def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, text: str):
+def test_a_file_that_is_not_a_tokenizer_is_rejected(tmp_path: Path, text: str):
     path = tmp_path / "tokenizer.json"
     path.write_text(text)
     with pytest.raises(InputError, match=r"tokenizer\.json"):
@@ -198,11 +198,14 @@ BYTES = [chr(byte) for byte in range(256)]
         ({"pattern": "x"}, "its pattern is not"),  # the rest of the text would be lost
         ({"pattern": "(a+)+(?=b)|(?s:.)"}, "its pattern is not"),
         ({"pattern": ["a"]}, "its pattern is not"),
-        ({"name": "words"}, "name is not one of bytes, chars, bpe, gpt2"),
-        ({"name": ["bpe"]}, "name is not one of"),
-        ({"tokens": [*BYTES, ""], "end_of_text": 257}, "none of them empty"),
-        ({"tokens": [*BYTES, 3], "end_of_text": 257}, "tokens is not a list of texts"),
-        ({"tokens": "".join(BYTES), "end_of_text": 256}, "tokens is not a list of texts"),
+        ({"name": "words"}, "its name is not one of bytes, chars, bpe, gpt2"),
+        ({"name": ["bpe"]}, "its name is not one of"),
+        ({"tokens": [*BYTES, ""], "end_of_text": 257}, "non-empty strings"),
+        ({"tokens": [*BYTES, 3], "end_of_text": 257}, "tokens is not a list of non-empty strings"),
+        (
+            {"tokens": "".join(BYTES), "end_of_text": 256},
+            "tokens is not a list of non-empty strings",
+        ),
         ({"end_of_text": 10**30}, "end_of_text is not"),
         (
             {"name": "chars", "pattern": "(?s:.)", "tokens": ["ab"], "end_of_text": 1},
@@ -214,7 +217,7 @@ BYTES = [chr(byte) for byte in range(256)]
         ),
     ],
 )
-def test_what_this_program_does_not_write_is_refused(
+def test_tokenizer_files_of_other_contents_are_rejected(
     tmp_path: Path, changed: dict[str, object], message: str
 ):
     path = tmp_path / "tokenizer.json"
@@ -223,7 +226,7 @@ def test_what_this_program_does_not_write_is_refused(
         tokenizer.load(path)
 
 
-def test_a_hugging_face_tokenizer_is_named(tmp_path: Path):
+def test_the_error_names_a_hugging_face_tokenizer(tmp_path: Path):
     path = tmp_path / "tokenizer.json"
     train_bpe(TEXTS, 300).save(str(path))
     with pytest.raises(
@@ -232,7 +235,7 @@ def test_a_hugging_face_tokenizer_is_named(tmp_path: Path):
         tokenizer.load(path)
 
 
-def test_a_vocabulary_that_is_not_a_regular_file_is_refused(tmp_path: Path):
+def test_a_vocabulary_that_is_not_a_regular_file_is_rejected(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe")
     kinds = {"/dev/zero": "a device", tmp_path / "pipe": "a named pipe", tmp_path: "a folder"}
     for path, kind in kinds.items():
@@ -249,7 +252,7 @@ def test_an_encoding_can_be_pickled(encoding: Encoding):
     )
 
 
-def test_learning_takes_linear_time_in_text_without_white_space():
+def test_training_takes_linear_time_on_text_without_white_space():
     text = "".join(random.Random(0).choices("ACGT", k=200_000))
     began = time.process_time()
     assert TOKENIZERS["bpe"](DataConfig(vocab_size=2048), [text]).n_vocab == 2048
@@ -297,7 +300,7 @@ def test_long_text_comes_in_bounded_pieces():
 
 @pytest.mark.parametrize("char", [" ", "\n", "a", "日", "."])
 @pytest.mark.parametrize("before", ["", "x", " "])
-def test_runs_without_an_end_are_cut(char: str, before: str):
+def test_endless_runs_are_cut(char: str, before: str):
     text = before + char * 1_000_000 + "x y"
     cut = list(pieces([text[:600_000], text[600_000:]]))
     assert "".join(cut) == text
@@ -318,7 +321,7 @@ def test_a_million_spaces_in_a_prompt(encoding: Encoding):
     assert encoding.decode(encode(encoding, text)) == text
 
 
-def test_a_wrong_download_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_wrong_download_is_discarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(tokenizer, "_download", lambda url: b"<html>please log in</html>")
     with pytest.raises(UnreachableError, match=r"vocab\.bpe and encoder\.json"):
@@ -337,7 +340,7 @@ def test_a_download_goes_where_tiktoken_looks(tmp_path: Path, monkeypatch: pytes
         assert gpt2_file(name).parent == tmp_path / "cache"
 
 
-def test_an_empty_cache_variable_is_named(monkeypatch: pytest.MonkeyPatch):
+def test_the_error_names_an_empty_cache_variable(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
     with pytest.raises(InputError, match="TIKTOKEN_CACHE_DIR: is empty"):
         TOKENIZERS["gpt2"](DataConfig(), ())

@@ -12,17 +12,21 @@ import torch
 from conftest import rendering
 from safetensors.torch import load_file
 
-from gpt import training
+from gpt import metrics
 from gpt.config import Config
 from gpt.data.preparation import prepare
 from gpt.data.sequences import TrainingSequences, ValidationSequences
 from gpt.errors import InputError
+from gpt.hardware import memory
+from gpt.hardware.device import peak_flops
 from gpt.init import fingerprints, initialize
 from gpt.model import GPT
 from gpt.optim import OPTIMIZERS
 from gpt.placement import PLACEMENTS
-from gpt.run import metrics, plan
-from gpt.run.directory import RunResult, load_run
+from gpt.run import plan
+from gpt.run.directory import RunResult
+from gpt.run.loading import load_run
+from gpt.trainer import Trainer
 from gpt.training import train
 
 Make = Callable[..., Config]
@@ -36,7 +40,7 @@ def run(config: Config, out: Path, **options: Any) -> RunResult:
 def stop_after(updates: int) -> dict[str, Callable[..., Any]]:
     """Options of `train` that ask it to stop after so many updates."""
     made: list[None] = []
-    return {"made": lambda: made.append(None), "stop": lambda: len(made) >= updates}
+    return {"on_update": lambda: made.append(None), "stop": lambda: len(made) >= updates}
 
 
 def power_cut_after(updates: int) -> dict[str, Callable[..., Any]]:
@@ -44,11 +48,11 @@ def power_cut_after(updates: int) -> dict[str, Callable[..., Any]]:
     asked = stop_after(updates)
 
     def made() -> None:
-        asked["made"]()
+        asked["on_update"]()
         if asked["stop"]():
             raise RuntimeError("power cut")
 
-    return {"made": made}
+    return {"on_update": made}
 
 
 def records(out: Path) -> list[dict[str, Any]]:
@@ -135,7 +139,7 @@ def test_a_resumed_run_keeps_its_micro_batch_whatever_memory_is_free(
     """Another micro-batch would add up the gradients in another order."""
     run(tiny(), tmp_path / "whole")
     run(tiny(), tmp_path / "parts", **stop_after(12))
-    monkeypatch.setattr(plan, "_memory", lambda device: 1)
+    monkeypatch.setattr(memory, "_activation_memory", lambda device: 1)
     run(tiny(), tmp_path / "parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -234,7 +238,7 @@ def test_a_run_is_never_overwritten(
 
 def test_a_folder_with_other_things_is_left_alone(tiny: Make, tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("...")
-    with pytest.raises(InputError, match="exists and is no run"):
+    with pytest.raises(InputError, match="exists and is not a run"):
         run(tiny(), tmp_path)
 
 
@@ -409,14 +413,14 @@ def test_an_fp16_overflow_skips_the_whole_update(
 ):
     """An infinite gradient in the embedding must not move the matrices either."""
     config = tiny(optimizer={"name": optimizer}, training={"precision": "fp16", "steps": 1})
-    objective = GPT.objective
+    loss_fn = GPT.loss_fn
 
     def overflowing(self: GPT, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         bad = self.token_embedding.weight[0, 0] * 1e30
-        minimised, loss = objective(self, *arguments)
-        return minimised + (bad - bad.detach()) * 1e30, loss
+        total_loss, loss = loss_fn(self, *arguments)
+        return total_loss + (bad - bad.detach()) * 1e30, loss
 
-    monkeypatch.setattr(GPT, "objective", overflowing)
+    monkeypatch.setattr(GPT, "loss_fn", overflowing)
     run(config, tmp_path / "run")
     start = GPT(config.model, 257)
     initialize(start, start.config, seed=0)
@@ -457,7 +461,7 @@ def test_metrics_read_late_are_the_same(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run(tiny(), tmp_path / "at once")
-    monkeypatch.setattr(training, "READ_EVERY", {})
+    monkeypatch.setattr("gpt.run.log.READ_EVERY", {})
     config = tiny(training={"log_every": 7})
     run(config, tmp_path / "late")
     assert_same_run(tmp_path / "at once", tmp_path / "late")
@@ -466,7 +470,7 @@ def test_metrics_read_late_are_the_same(
 def test_divergence_that_is_read_late_ends_at_its_own_step(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(training, "READ_EVERY", {})
+    monkeypatch.setattr("gpt.run.log.READ_EVERY", {})
     config = tiny(
         schedule={"warmup": "none"},
         optimizer={"name": "sgd", "learning_rate": 1e30, "clip": None},
@@ -512,28 +516,30 @@ def test_flops_and_peak():
     with torch.device("meta"):
         model = GPT(config.model, 50257)
     assert plan.flops_per_token(config, model) == pytest.approx(0.855e9, rel=0.01)
-    assert plan.peak_flops("NVIDIA H200", "bf16") == 989e12
-    assert plan.peak_flops("NVIDIA H200", "fp32") is None
-    assert plan.peak_flops("cpu", "bf16") is None
+    assert peak_flops("NVIDIA H200", "bf16") == 989e12
+    assert peak_flops("NVIDIA H200", "fp32") is None
+    assert peak_flops("cpu", "bf16") is None
 
 
 def test_the_automatic_micro_batch_divides_the_batch_and_fits(tiny: Make, monkeypatch: Any):
     config = tiny(training={"batch_sequences": 12})
-    for memory, expected in ((2**40, 12), (1, 1)):
-        monkeypatch.setattr(plan, "_memory", lambda device, memory=memory: memory)
-        assert plan.micro_batch(config, 257, torch.device("cpu")) == expected
+    for held, expected in ((2**40, 12), (1, 1)):
+        monkeypatch.setattr(memory, "_activation_memory", lambda device, held=held: held)
+        assert memory.micro_batch(config, 257, torch.device("cpu")) == expected
     numbers = 17 * 16 * 2 + 3 * 257
-    monkeypatch.setattr(plan, "_memory", lambda device: 5 * 4 * 16 * numbers)
-    assert plan.micro_batch(config, 257, torch.device("cpu")) == 4
+    monkeypatch.setattr(memory, "_activation_memory", lambda device: 5 * 4 * 16 * numbers)
+    assert memory.micro_batch(config, 257, torch.device("cpu")) == 4
 
 
 def test_chunks_of_the_loss_make_the_automatic_micro_batch_larger(
     tiny: Make, monkeypatch: pytest.MonkeyPatch
 ):
     numbers, logits = 17 * 16 * 2, 3 * 257  # of one token
-    monkeypatch.setattr(plan, "_memory", lambda device: 4 * (6 * 16 * numbers + 16 * logits))
+    monkeypatch.setattr(
+        memory, "_activation_memory", lambda device: 4 * (6 * 16 * numbers + 16 * logits)
+    )
     sizes = [
-        plan.micro_batch(
+        memory.micro_batch(
             tiny(training={"batch_sequences": 12, "loss_chunk": chunk}), 257, torch.device("cpu")
         )
         for chunk in (None, 16, 10**6)
@@ -557,14 +563,14 @@ def test_a_run_with_chunks_of_the_loss_is_the_plain_run(
     run(tiny(training={"z_loss": 1e-3}), tmp_path / "plain")
     chunked = tiny(training={"z_loss": 1e-3, "loss_chunk": 24})
     lengths: list[int] = []
-    logits_by = GPT.logits_by
+    apply_head = GPT.apply_head
 
     def spy(self: GPT, x: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         lengths.append(len(x))
-        return logits_by(self, x, head)
+        return apply_head(self, x, head)
 
     with monkeypatch.context() as patch:
-        patch.setattr(GPT, "logits_by", spy)
+        patch.setattr(GPT, "apply_head", spy)
         run(chunked, tmp_path / "chunks", **stop_after(13))
     assert set(lengths) == {24, 16} | {1}  # 64 tokens; and generation
     run(tiny(training={"z_loss": 1e-3}), tmp_path / "chunks")
@@ -603,13 +609,13 @@ def test_what_a_gpu_copies_from_lies_in_one_piece(
 ):
     """Rows with gaps are packed into ordinary memory first, which a copy must wait for."""
     copied: list[bool] = []
-    on_device = training.Training._on_device
+    to_device = Trainer.to_device
 
-    def spy(self: training.Training, tensor: torch.Tensor) -> torch.Tensor:
+    def spy(self: Trainer, tensor: torch.Tensor) -> torch.Tensor:
         copied.append(tensor.is_contiguous())
-        return on_device(self, tensor)
+        return to_device(self, tensor)
 
-    monkeypatch.setattr(training.Training, "_on_device", spy)
+    monkeypatch.setattr(Trainer, "to_device", spy)
     run(tiny(training={"steps": 1}), tmp_path / "run")
     assert len(copied) > 4
     assert all(copied)
@@ -649,7 +655,7 @@ def test_a_checkpoint_holds_the_tokenizer(tiny: Make, tmp_path: Path):
     assert encoding.n_vocab == 257
 
 
-def test_z_loss_is_minimised_and_not_reported(tiny: Make, tmp_path: Path):
+def test_z_loss_is_minimised_but_not_reported(tiny: Make, tmp_path: Path):
     plain = tiny(sampling={"tokens": 0})
     pressed = tiny(sampling={"tokens": 0}, training={"z_loss": 1.0})
     losses = []
@@ -687,7 +693,7 @@ def test_a_soft_cap_takes_memory_and_so_makes_micro_batches_smaller(tiny: Make):
     for cap in (None, 50.0):
         model = {"width": 64, "heads": 8, "context": 512, "attention": {"soft_cap": cap}}
         config = tiny(model=model, training={"batch_sequences": 64})
-        sizes.append(plan.micro_batch(config, 257, torch.device("cpu")))
+        sizes.append(memory.micro_batch(config, 257, torch.device("cpu")))
     assert sizes[0] > sizes[1] >= 1
 
 

@@ -1,8 +1,8 @@
-"""What became of a run: series with planted spikes, and hand-made records of every ending.
+"""Verdicts: series with planted spikes, and hand-made records of runs that end in every way.
 
 With noise of ±a around a level, a window of an even number K of updates has exactly that level as
 its mean and a sqrt(K / (K - 1)) as its standard deviation: hence the thresholds below. Runs have
-400 updates if nothing else is said, so K = 20.
+400 updates unless stated otherwise, so K = 20.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt.compare.verdicts import EPS_ALARM, FAILED, STATUSES, Verdict, spike_score, spikes, verdict
-from gpt.diagnostics import layers
-from gpt.run.metrics import Record
+from gpt.compare.verdicts import FAILED, STATUSES, Verdict, spike_score, spikes, verdict
+from gpt.metrics import Record
 
 H1 = 3.341
 
@@ -55,7 +54,7 @@ def test_a_spike_is_more_than_6_population_standard_deviations_above_the_mean(va
     assert spikes([*alternating(10, 50, noise=1), value, *alternating(10, 20, noise=1)]) == found
 
 
-def test_a_fall_is_no_spike():
+def test_a_fall_is_not_a_spike():
     assert spikes([*alternating(10, 50, noise=1), -1000.0]) == []
 
 
@@ -77,7 +76,7 @@ def test_a_spike_hides_others_until_it_has_left_the_window():
         assert spikes(values) == found
 
 
-def test_values_that_are_not_finite_are_no_spikes_and_in_no_window():
+def test_non_finite_values_are_not_spikes_and_in_no_window():
     values: list[float | None] = [*alternating(10, 60, noise=1), 17.0]
     values[20:20] = [None, math.nan, math.inf, -math.inf]
     values[55:55] = [None] * 5
@@ -86,7 +85,7 @@ def test_values_that_are_not_finite_are_no_spikes_and_in_no_window():
     assert spike_score(values) == 1 / 11  # of 61 finite values, the first 50 fill the window
 
 
-def test_the_spike_score_is_a_share_of_the_scored_steps():
+def test_the_spike_score_is_the_fraction_of_scored_steps():
     values = alternating(10, 100, noise=1)
     values[70] = 1000.0
     assert spike_score(values) == 1 / 50
@@ -100,7 +99,7 @@ def test_a_series_that_cannot_be_scored_has_no_spikes(length: int):
 
 
 @pytest.mark.parametrize("constant", [3.3, -3.3])
-def test_rounding_above_a_constant_is_no_spike_but_a_rise_is(constant: float):
+def test_rounding_above_a_constant_is_not_a_spike_but_a_rise_is(constant: float):
     values = [float(np.float32(constant))] * 300
     assert spikes(values) == []
     values[100] = float(np.nextafter(np.float32(constant), np.float32(4)))
@@ -110,7 +109,7 @@ def test_rounding_above_a_constant_is_no_spike_but_a_rise_is(constant: float):
 
 
 def test_spikes_agree_with_the_definition_written_out():
-    """Also behind a value of 1e12, after which differences of cumulative sums are worth nothing."""
+    """Also after a value of 1e12, which ruins differences of cumulative sums."""
     rng = np.random.default_rng(0)
     values = [*([1e12] * 3), *rng.standard_t(2, size=2000).tolist()]
     values[900] = math.nan
@@ -127,7 +126,7 @@ def test_spikes_agree_with_the_definition_written_out():
 # Trained and spiked
 
 
-def test_a_run_that_learnt_is_trained():
+def test_a_run_that_learned_is_trained():
     result = judge(alternating(2.5, 400), val=2.6)
     assert (result.status, result.failed, result.step) == ("trained", False, None)
     assert result.reason == "final loss 2.600 is 0.741 under H1 = 3.341"
@@ -155,7 +154,7 @@ def test_a_run_with_a_loss_spike_that_recovered_is_spiked_at_the_first():
     assert result.grad_spikes == 0
 
 
-def test_gradient_spikes_are_counted_but_make_no_status():
+def test_gradient_spikes_are_counted_but_do_not_change_the_status():
     norms = alternating(0.5, 400)
     norms[299] = 168.0
     log = records(alternating(2.5, 400), norms=norms)
@@ -177,13 +176,13 @@ def test_a_final_loss_at_exactly_the_margin_is_a_plateau():
     assert result.reason == "final loss 3.349 is not 0.05 under H1 = 3.341"
 
 
-def test_a_plateau_that_never_learnt_is_seen_from_the_first_step():
+def test_a_plateau_that_never_learned_starts_at_the_first_step():
     """Half of its smoothed losses are under H1 - 0.05, as the training text is a little easier."""
     noise = np.random.default_rng(0).normal(0, 0.15, size=400)
     assert judge((H1 - 0.05 + noise).tolist(), val=H1).step == 1
 
 
-def test_a_plateau_that_learnt_and_fell_back_is_seen_where_it_fell():
+def test_a_plateau_that_learned_and_fell_back_starts_where_it_fell():
     """A window with j of its 20 losses behind the fall from 2.5 to 3.35 has the mean
     2.5 + 0.0425 j, and the standard error sqrt((0.85^2 j (20 - j) / 400 + 0.05^2) / 19), but for
     an odd loss too many. Five of them reach 3.291 at j = 8.
@@ -192,13 +191,13 @@ def test_a_plateau_that_learnt_and_fell_back_is_seen_where_it_fell():
     assert judge(losses, val=3.35).step == 208
 
 
-def test_a_plateau_that_only_validation_shows_is_seen_at_the_last_step():
+def test_a_plateau_that_only_validation_shows_starts_at_the_last_step():
     assert judge(alternating(1.0, 400), val=3.4).step == 400
 
 
-def test_the_layer_of_a_plateau_is_the_lowest_block_of_the_first_look_with_small_gradients():
+def test_the_layer_of_a_plateau_is_the_lowest_block_at_the_first_snapshot_with_small_gradients():
     ratios = {
-        1: [0.1, 50, 40, 30, 0.1],  # the embeddings and the head are no blocks
+        1: [0.1, 50, 40, 30, 0.1],  # the embeddings and the head are not blocks
         100: [0.1, 10, None, 9.9, 0.1],
         200: [0.1, 1, 1, 1, 0.1],
     }
@@ -213,10 +212,6 @@ def test_the_layer_of_a_plateau_is_the_lowest_block_of_the_first_look_with_small
     assert verdict(late, unigram_entropy=H1).layer == 1
     no_alarm = [record for record in late if record["step"] != 200]
     assert verdict(no_alarm, unigram_entropy=H1).layer is None
-
-
-def test_the_alarm_is_that_of_the_diagnostics():
-    assert EPS_ALARM == layers.EPS_ALARM
 
 
 # Regressed
@@ -268,7 +263,7 @@ def test_a_training_loss_that_is_not_finite_is_a_divergence(lost: float | None):
 
 
 def test_a_diverged_run_has_no_final_loss():
-    """What it reached before is not what it ended with."""
+    """Its best loss before is not its final loss."""
     log = [*records(alternating(2.5, 100), val=2.4), {"step": 101, "loss": None, "grad_norm": None}]
     result = verdict(log, unigram_entropy=H1)
     assert result.final_val_loss is None
@@ -283,7 +278,7 @@ def test_a_validation_loss_that_is_not_finite_is_a_divergence():
     assert result.best_val_loss == 5.3
 
 
-def test_a_divergence_that_the_caller_knows_of_is_taken_over():
+def test_a_divergence_that_the_caller_reports_is_adopted():
     result = judge(
         alternating(2.5, 100), diverged_at=100, diverged_layer=3, reason="a weight became nan"
     )
@@ -299,13 +294,13 @@ def test_a_run_can_diverge_before_its_first_update():
     assert (result.max_grad_norm, result.clipped) == (None, None)
 
 
-def test_an_update_that_the_scaler_skipped_is_no_divergence():
+def test_an_update_that_the_scaler_skipped_is_not_a_divergence():
     log = records(alternating(2.5, 100), norms=[None, *[0.5] * 99])
     assert verdict(log, unigram_entropy=H1).status == "trained"
 
 
 @pytest.mark.parametrize("skipped", [[40], [1, 100], [98, 99, 100], list(range(2, 100))])
-def test_skipped_updates_are_none(skipped: list[int]):
+def test_skipped_updates_are_ignored(skipped: list[int]):
     log = records(alternating(2.5, 100))
     for record in log:
         if record["step"] in skipped and "loss" in record:
@@ -314,16 +309,16 @@ def test_skipped_updates_are_none(skipped: list[int]):
     assert (found.status, found.steps) == ("trained", 100 - len(skipped))
 
 
-def test_a_run_of_skipped_updates_alone_diverged():
+def test_a_run_whose_updates_were_all_skipped_diverged():
     log = records([None] * 5, norms=[None] * 5)
     found = verdict([{**r, "skipped": True} if "loss" in r else r for r in log], unigram_entropy=H1)
     assert (found.status, found.step) == ("diverged", 1)
 
 
-# All of it
+# All rules together
 
 
-def test_the_gravest_finding_is_the_verdict():
+def test_the_worst_finding_is_the_verdict():
     losses = risen(0.5, 0.05)
     losses[299] = 9.0
     findings = [
@@ -338,17 +333,17 @@ def test_the_gravest_finding_is_the_verdict():
     assert [finding.loss_spikes for finding in findings] == [0, 1, 1, 1, 1]
 
 
-def test_the_clipped_share_counts_norms_above_the_clip():
+def test_the_clipped_fraction_counts_norms_above_the_clip():
     log = records([2.5] * 5, norms=[0.5, 1.0, None, 1.5, 2.0])
     assert verdict(log, unigram_entropy=H1, clip=1.0).clipped == 2 / 4
     assert verdict(log, unigram_entropy=H1).clipped is None
     assert verdict(log, unigram_entropy=H1).max_grad_norm == 2.0
 
 
-def test_layer_lines_in_between_are_no_updates():
+def test_layer_records_are_not_updates():
     plain = records(alternating(2.5, 100))
-    look = [{"step": 50, "layer": layer, "grad_norm": 1e6, "log_z": None} for layer in range(4)]
-    log = [*plain[:51], *look, *plain[51:]]
+    snapshot = [{"step": 50, "layer": layer, "grad_norm": 1e6, "log_z": None} for layer in range(4)]
+    log = [*plain[:51], *snapshot, *plain[51:]]
     with_layers, without = (verdict(each, unigram_entropy=H1, clip=1.0) for each in (log, plain))
     assert with_layers == without
 
@@ -372,7 +367,7 @@ def test_short_runs_have_verdicts(count: int):
     assert judge([None, *losses[1:]]).step == 1
 
 
-def test_two_updates_are_no_regression():
+def test_two_updates_are_not_a_regression():
     assert judge([2.0, 3.0]).status == "trained"
     assert judge([2.0, 2.0, 3.0, 3.0]).status == "regressed"
 

@@ -10,23 +10,23 @@ import time
 import pytest
 
 from gpt.errors import StoppedError
-from gpt.io.wait import GRACE, SILENCE, Stop, interruptible, wait_for
+from gpt.io.wait import GRACE, STOP_CHECK, Stop, interruptible, wait_for
 
 
-def test_an_answer_and_an_error_come_through():
+def test_results_and_errors_are_passed_on():
     assert wait_for(lambda: 3) == 3
     with pytest.raises(KeyError):
         wait_for(lambda: {}["x"], 5)
 
 
-def test_silence_ends():
+def test_a_timeout_ends_the_wait():
     never = threading.Event()
     with pytest.raises(TimeoutError, match=r"within 0\.1 s"):
         wait_for(never.wait, 0.1)
     never.set()
 
 
-def test_signals_are_seen_meanwhile():
+def test_signal_handlers_run_while_waiting():
     seen: list[float] = []
     before = signal.signal(signal.SIGUSR1, lambda *_: seen.append(time.monotonic()))
     try:
@@ -39,7 +39,7 @@ def test_signals_are_seen_meanwhile():
     assert ended - seen[0] > 0.2
 
 
-def test_what_is_raised_meanwhile_ends_the_wait():
+def test_an_exception_of_meanwhile_ends_the_wait():
     never = threading.Event()
 
     def give_up() -> None:
@@ -50,7 +50,7 @@ def test_what_is_raised_meanwhile_ends_the_wait():
     never.set()
 
 
-def test_work_that_asks_ends_by_itself():
+def test_work_that_calls_stop_ends_by_itself():
     ended = threading.Event()
 
     def work(stop: Stop) -> None:
@@ -65,16 +65,16 @@ def test_work_that_asks_ends_by_itself():
     assert ended.is_set()
 
 
-def test_work_that_hangs_is_left_behind():
+def test_work_that_hangs_is_abandoned():
     never = threading.Event()
     began = time.monotonic()
     with pytest.raises(StoppedError, match="left behind"):
         interruptible(lambda stop: never.wait(), lambda: True, "left behind")
-    assert SILENCE + GRACE < time.monotonic() - began < 5
+    assert STOP_CHECK + GRACE < time.monotonic() - began < 5
     never.set()
 
 
-def test_an_interrupt_stops_the_work_as_well():
+def test_an_interrupt_also_stops_the_work():
     ended = threading.Event()
 
     def work(stop: Stop) -> None:
@@ -118,6 +118,6 @@ except TimeoutError:
 """
 
 
-def test_a_thread_left_behind_in_another_language_does_not_crash_the_end():
+def test_an_abandoned_thread_in_native_code_does_not_crash_the_exit():
     done = subprocess.run([sys.executable, "-c", LEFT_BEHIND], capture_output=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (75, b"waited\n", b"")

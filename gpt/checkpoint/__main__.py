@@ -1,8 +1,8 @@
-"""`python -m gpt.checkpoint verify DIR`: the door `checkpoint` of gpt/cli/__init__.py."""
+"""`python -m gpt.checkpoint verify DIR`: the command `checkpoint`, in gpt/cli/checkpoint.py."""
 
 import sys
 
-from gpt.cli import checkpoint
+from gpt.cli import run
 
 if __name__ == "__main__":
-    sys.exit(checkpoint(prog="python -m gpt.checkpoint"))
+    sys.exit(run("checkpoint"))

@@ -1,210 +1,234 @@
-"""Command-line flags made from the schema of the config, so that every option is a flag.
+"""Command lines made from pydantic sections, so that every option of a config is also a flag.
 
-tyro draws up the flags, groups their help and reads the command line; the values stay text, and
-pydantic checks them together with the YAML's, so that all errors come at once and in one voice.
+argparse splits the command line and prints the help. Values stay text, which pydantic checks: a
+config's together with those of its YAML file, so that all errors come at once.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
+import argparse
 import functools
-import io
-import itertools
 import re
-import sys
-from collections.abc import Mapping, Sequence, Set
-from typing import Annotated, Any, TypeVar, get_args
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar, get_args
 
-import tyro
+from pydantic.fields import FieldInfo
 
-from gpt.config import Section, option_paths
+from gpt.config import Section, nest, option_paths, validate
 from gpt.errors import InputError, nearest
 
-UNSET = "\x00unset"
-Flags = TypeVar("Flags")
-
-
-def parse(
-    own: type[Flags], section: type[Section], prog: str, argv: list[str] | None
-) -> tuple[Flags, dict[str, Any]]:
-    """Read a command line. Answers `--help` by itself, with exit code 0.
-
-    Args:
-        own: a dataclass of the door's own arguments; its docstring is the help's first line.
-        section: the options that are flags too, `--model.norm.placement` for nested ones.
-        argv: the arguments; None takes those of the process.
-
-    Returns:
-        `own`, filled in, and the options of `section` that were given, nested and still text.
-
-    Raises:
-        InputError: a flag that does not exist or lacks its value, or a missing argument.
-    """
-    arguments = sys.argv[1:] if argv is None else argv
-    for argument in arguments:
-        if "\0" in argument:
-            raise InputError(f"{argument!r}: holds a NUL character")
-    both = _both(own, section)  # type: ignore[arg-type]
-    names = [field.name for field in dataclasses.fields(own)]  # type: ignore[arg-type]
-    valid = [as_flag(key) for key in [*names, *option_paths(section)]]
-    switches = [as_flag(f.name) for f in dataclasses.fields(own) if f.default is False]  # type: ignore[arg-type]
-    arguments = _joined(arguments, {*valid} - {*switches})
-    given = [a.partition("=")[0].replace("_", "-") for a in arguments if a.startswith("--")]
-    twice = [flag for flag in given if given.count(flag) > 1]
-    if twice:
-        raise InputError(f"{twice[0]}: is given twice; several values follow one flag")
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            parsed: Any
-            parsed, unknown = tyro.cli(
-                both,
-                prog=prog,
-                description=own.__doc__,
-                args=arguments,
-                return_unknown_args=True,
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
-    except SystemExit as end:
-        if not end.code:
-            raise  # --help was answered
-        # The complaint stands in a box: a title, perhaps a rule, the text, another rule or the end.
-        rows = [row.strip("╭╮╰╯│─ ") for row in complaint.getvalue().splitlines()[1:]]
-        text = itertools.takewhile(
-            lambda row: not _is_rule(row), itertools.dropwhile(_is_rule, rows)
-        )
-        message = " ".join(text)
-        missing = re.match(r"Missing value for argument '(.*?)'", message)
-        if missing and missing[1].startswith("--"):
-            message += f" One that begins with two dashes follows a sign: {missing[1]}=--value"
-        elif missing and any(a.startswith("-") and not FLAG.fullmatch(a) for a in arguments):
-            message += " A file whose name begins with a dash is written ./-name"
-        raise InputError(message) from None
-    if unknown:
-        flags = [text.partition("=")[0] for text in unknown if text.startswith("--")]
-        first = unknown[0]
-        raise InputError(
-            "\n".join(f"{flag}: no such option{nearest(flag, valid)}" for flag in flags[:3])
-            or f"{first!r}: one argument too many"
-            + (f"; a file of that name is ./{first}" if first.startswith("-") else "")
-        )
-    options = {name: value for name, value in vars(parsed).items() if name not in names}
-    return parsed, _given(options, section)
-
-
-@functools.cache
-def _both(own: type[Any], section: type[Section]) -> type[Any]:
-    """A dataclass of the door's own arguments and the section's options."""
-    whole = section.model_json_schema()
-    schemas = {**whole.get("$defs", {}), section.__name__: whole}
-    fields = _fields(section, schemas)
-    return dataclasses.make_dataclass("Flags", fields, bases=(own,), kw_only=True)
-
-
-def _joined(arguments: Sequence[str], valued: Set[str]) -> list[str]:
-    """The arguments with `--prompt -x` written as `--prompt=-x`, which tyro reads as a value.
-
-    What looks like a flag is never taken for a value: `--out-dir --dry-rnu` is a slip.
-
-    Args:
-        valued: flags that take a value.
-    """
-    joined: list[str] = []
-    for index, argument in enumerate(arguments):
-        if argument == "--":  # what follows is positional
-            return [*joined, *arguments[index:]]
-        is_value = argument.startswith("-") and not FLAG.fullmatch(argument)
-        if is_value and joined and joined[-1].replace("_", "-") in valued:
-            joined[-1] += f"={argument}"
-        else:
-            joined.append(argument)
-    return joined
-
+Arguments = TypeVar("Arguments", bound=Section)
+Schema = Mapping[str, Any]
 
 FLAG = re.compile(r"--[A-Za-z][\w.-]*(=.*)?|-h", re.DOTALL)
 
 
-def _is_rule(row: str) -> bool:
-    return not row.strip("- ")
-
-
-def as_flag(key: str) -> str:
-    """`model.norm.placement` -> `--model.norm.placement`, `out_dir` -> `--out-dir`."""
-    return "--" + key.replace("_", "-")
-
-
-def _fields(
-    section: type[Section], schemas: Mapping[str, Mapping[str, Any]]
-) -> list[tuple[str, Any, Any]]:
-    """The fields of a class that tyro turns into flags: one a option, its value left as text.
-
-    Values are checked by pydantic, together with the YAML's; so a flag's type here is only shown.
+def parse(
+    arguments: type[Arguments],
+    prog: str,
+    argv: Sequence[str],
+    config: type[Section] | None = None,
+) -> tuple[Arguments, dict[str, Any]]:
+    """Read a command line. `--help` prints the help and exits with code 0.
 
     Args:
-        schemas: the JSON schema of every section, by its class's name.
+        arguments: the command's own arguments. Required ones are positional, and booleans are
+            switches without a value; the docstring is the help's first line.
+        argv: the words after the command.
+        config: the options that are flags too, `--model.norm.placement` for nested ones.
+
+    Returns:
+        The command's own arguments, and the options of `config` that were given: nested and not
+        validated.
+
+    Raises:
+        InputError: a flag is unknown, repeated or without a value, an argument is missing, or one
+            of the command's own has a wrong value.
     """
-    schema = schemas[section.__name__]["properties"]
-    fields: list[tuple[str, Any, Any]] = []
-    for name, info in section.model_fields.items():
-        below = info.annotation
+    fields = arguments.model_fields
+    names = [name for name, field in fields.items() if not field.is_required()]
+    flags = [as_flag(path) for path in [*names, *(option_paths(config) if config else [])]]
+    switches = {as_flag(name) for name in names if fields[name].annotation is bool}
+    words = _normalize(argv, set(flags) - switches)
+    try:
+        namespace, unknown = _parser(arguments, prog, config).parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise InputError(_describe(error, words, switches)) from None
+    if unknown:
+        raise InputError(_describe_unknown(unknown, flags))
+    given = vars(namespace)
+    own = {name: given.pop(name) for name in fields if name in given}
+
+    def origin(name: str) -> str:
+        return as_flag(name) if name in names else str(fields[name].title)
+
+    return validate(arguments, own, origin), nest(given)
+
+
+def as_flag(path: str) -> str:
+    """`model.tied_head` becomes `--model.tied-head`."""
+    return "--" + path.replace("_", "-")
+
+
+def _normalize(argv: Sequence[str], flags: Collection[str]) -> list[str]:
+    """The words, with `--out_dir x` as `--out-dir x` and `--prompt -x` as `--prompt=-x`.
+
+    argparse takes a word that begins with a dash for a flag. A word that looks like a flag is never
+    taken for a value: `--out-dir --dry-rnu` is a mistake.
+
+    Args:
+        flags: those that take a value.
+
+    Raises:
+        InputError: a word contains a NUL character.
+    """
+    words: list[str] = []
+    for index, word in enumerate(argv):
+        if "\0" in word:
+            raise InputError(f"{word!r}: contains a NUL character")
+        if word == "--":  # only positional arguments follow
+            return [*words, *argv[index:]]
+        if FLAG.fullmatch(word):
+            flag, *value = word.split("=", 1)
+            words.append("=".join([flag.replace("_", "-"), *value]))
+        elif word.startswith("-") and words and words[-1] in flags:
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
+
+
+def _describe(error: argparse.ArgumentError, words: list[str], switches: Collection[str]) -> str:
+    flag = error.argument_name
+    if flag in switches:
+        return f"{flag}: takes no value"
+    if flag is not None:
+        return f"{flag}: needs a value; one that begins with two dashes is written {flag}=--value"
+    dashed = any(word.startswith("-") and not FLAG.fullmatch(word) for word in words)
+    return error.message + ("; a file whose name begins with a dash is ./-name" if dashed else "")
+
+
+def _describe_unknown(words: list[str], flags: Collection[str]) -> str:
+    unknown = [word.partition("=")[0] for word in words if word.startswith("--")]
+    if unknown:
+        return "\n".join(f"{flag}: no such option{nearest(flag, flags)}" for flag in unknown[:3])
+    hint = f"; a file of that name is ./{words[0]}" if words[0].startswith("-") else ""
+    return f"{words[0]!r}: one argument too many{hint}"
+
+
+# ---------------------------------------------------------------------------------------------
+# The parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise argparse.ArgumentError(None, message)
+
+
+class _StoreOnce(argparse.Action):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        if hasattr(namespace, self.dest):
+            raise InputError(f"{option_string}: given twice; several values follow one flag")
+        setattr(namespace, self.dest, values)
+
+
+@functools.cache
+def _parser(arguments: type[Section], prog: str, config: type[Section] | None) -> _Parser:
+    titles = [str(f.title) for f in arguments.model_fields.values() if f.is_required()]
+    parser = _Parser(
+        usage=" ".join([prog, "[-h] [OPTIONS]", *titles]),
+        description=arguments.__doc__,
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=6),
+        allow_abbrev=False,
+        exit_on_error=False,
+        argument_default=argparse.SUPPRESS,  # only what is given is in the namespace
+    )
+    schemas = arguments.model_json_schema()["properties"]
+    for name, field in arguments.model_fields.items():
+        if field.is_required():
+            parser.add_argument(name, metavar=field.title, help=field.description)
+        elif field.annotation is bool:
+            flag = as_flag(name)
+            parser.add_argument(flag, dest=name, action="store_true", help=field.description)
+        else:
+            parser.add_argument(as_flag(name), dest=name, **_settings(field, schemas[name]))
+    if config is not None:
+        whole = config.model_json_schema()
+        sections = {**whole.get("$defs", {}), config.__name__: whole}
+        _add_section(parser, config, sections, "")
+    return parser
+
+
+def _add_section(
+    parser: _Parser, section: type[Section], schemas: Mapping[str, Schema], prefix: str
+) -> None:
+    """Add the flags of a section as a group, then those of its subsections.
+
+    Args:
+        schemas: the JSON schema of every section, by the name of its class.
+        prefix: dotted path of the section, with a dot at its end.
+    """
+    group = parser.add_argument_group(f"{prefix.rstrip('.') or 'run'} options", section.__doc__)
+    for name, field in section.model_fields.items():
+        below = field.annotation
         if isinstance(below, type) and issubclass(below, Section):
-            nested = dataclasses.make_dataclass(below.__name__, _fields(below, schemas))
-            nested.__doc__ = below.__doc__
-            told: Any = tyro.conf.arg(help=below.__doc__)  # or tyro looks for it in the source
-            fields.append(
-                (name, Annotated[(nested, told)], dataclasses.field(default_factory=nested))
-            )
-            continue
-        branches = schema[name].get("anyOf", [schema[name]])
-        several = any(branch.get("items") == {"type": "string"} for branch in branches)
-        arg = tyro.conf.arg(
-            help=info.description,
-            metavar="PATH..." if several else _metavar(schema[name]),
-            help_behavior_hint=f"(default: {_as_text(info.default)})",
-        )
-        kind = tuple[str, ...] if several else str
-        fields.append((name, Annotated[kind, arg], (UNSET,) if several else UNSET))
-    return fields
+            _add_section(parser, below, schemas, f"{prefix}{name}.")
+        else:
+            settings = _settings(field, schemas[section.__name__]["properties"][name])
+            path = f"{prefix}{name}"
+            group.add_argument(as_flag(path), dest=path, **settings)
 
 
-def _metavar(schema: Mapping[str, Any]) -> str:
-    """What a flag's value looks like, from its JSON schema."""
+def _settings(field: FieldInfo, schema: Schema) -> dict[str, Any]:
+    """The settings of a flag for `add_argument`; it takes several values for a list of texts."""
+    several = {"type": "string"} in [b.get("items") for b in schema.get("anyOf", ())]
+    nullable = _is_nullable(field)
+    default = "" if field.default is None else f" (default: {_format_default(field.default)})"
+    return {
+        "action": _StoreOnce,
+        "nargs": "*" if several else None,
+        "type": _none_if_null if nullable else str,
+        "metavar": field.title or ("PATH" if several else _metavar(schema, nullable)),
+        "help": f"{field.description}{default}".replace("%", "%%"),
+    }
+
+
+def _is_nullable(field: FieldInfo) -> bool:
+    """Whether `null` means None; for a text it is a text."""
+    kinds = get_args(field.annotation)
+    return type(None) in kinds and str not in kinds
+
+
+def _none_if_null(text: str) -> str | None:
+    return None if text == "null" else text
+
+
+def _metavar(schema: Schema, nullable: bool) -> str:
+    """What a flag's value looks like, such as `INT|null`, from its JSON schema."""
+    branches = schema.get("anyOf", [schema])
+    return "|".join(_kind(b) for b in branches if nullable or b.get("type") != "null")
+
+
+def _kind(schema: Schema) -> str:
     if "$ref" in schema or "$ref" in schema.get("items", ()):
         return "YAML"
-    if "anyOf" in schema:
-        return "|".join(_metavar(branch) for branch in schema["anyOf"])
     if "const" in schema:
         return str(schema["const"])
     if "enum" in schema:
         return "{" + ",".join(schema["enum"]) + "}"
-    names = {
-        "integer": "INT",
-        "number": "FLOAT",
-        "boolean": "{true,false}",
-        "null": "null",
-    }
+    if schema.get("format") == "path":
+        return "PATH"
+    names = {"integer": "INT", "number": "FLOAT", "boolean": "{true,false}", "null": "null"}
     return names.get(schema["type"], "TEXT")
 
 
-def _as_text(default: object) -> str:
-    if default is None or isinstance(default, bool):
-        return {None: "null", True: "true", False: "false"}[default]
+def _format_default(default: object) -> str:
+    if isinstance(default, bool):
+        return str(default).lower()
     return str(default) if default not in ((), "") else "none"
-
-
-def _given(values: Mapping[str, Any], section: type[Section]) -> dict[str, Any]:
-    """The flags that were given, nested as the YAML is; `null` is None, but not for a text."""
-    given: dict[str, Any] = {}
-    for name, value in values.items():
-        annotation = section.model_fields[name].annotation
-        kinds = get_args(annotation)
-        if dataclasses.is_dataclass(value):
-            assert isinstance(annotation, type)
-            below = _given(vars(value), annotation)
-            if below:
-                given[name] = below
-        elif value not in (UNSET, (UNSET,)):
-            none = value == "null" and type(None) in kinds and str not in kinds
-            given[name] = None if none else value
-    return given

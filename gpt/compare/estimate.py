@@ -17,17 +17,17 @@ import torch
 
 from gpt.compare.grid import Cell
 from gpt.compare.probes import DEPTHS
-from gpt.compare.runner import Task
+from gpt.compare.tasks import Task
 from gpt.config import Config
-from gpt.ensemble import Ensemble
+from gpt.ensemble import BatchedTrainer
 from gpt.errors import InputError
+from gpt.hardware import memory
+from gpt.hardware.device import pick_device
+from gpt.hardware.memory import release_memory
 from gpt.hardware.size import check_probing
-from gpt.init import initialize
 from gpt.model import GPT
-from gpt.optim import Optimizer
-from gpt.placement import check
 from gpt.run import plan
-from gpt.training import autocast, release_memory
+from gpt.trainer import Trainer
 
 TIMED_TOGETHER = 8  # cells of those that are trained as one
 TIMED_SECONDS = 0.4  # for each size of model, at least one update
@@ -64,13 +64,11 @@ def check_cells(cells: Sequence[Cell], *, probes: bool = False) -> None:
         probes: whether the networks are to be measured at their start.
 
     Raises:
-        InputError: a placement does not go with the rest, the device is not there, or the memory
-            is too small.
+        InputError: the device is not there, or the memory is too small.
     """
     for cell in cells:
         try:
-            check(cell.config.model)
-            plan.check_fits(cell.config, plan.pick_device(cell.config.training.device))
+            memory.check_fits(cell.config, pick_device(cell.config.training.device))
             if probes:
                 check_probing(cell.config.model, max(DEPTHS))
         except InputError as error:
@@ -101,7 +99,7 @@ def estimate(
         evaluations = 2 + (steps - 1) // config.evaluation.every
         evaluated = (config.evaluation.sequences or batch) * evaluations
         seconds = START_SECONDS + update * evaluated / batch / 3  # forward: a third
-        if task.as_one:
+        if task.batched:
             seconds += steps * _measure_together(config, vocab_size, count)
             as_one += seconds * count
         else:
@@ -110,14 +108,14 @@ def estimate(
         flops += float(per_token) * count * steps * batch * config.model.context
         disk += count * (METRICS_BYTES * steps + CELL_BYTES)
         checkpoint = CHECKPOINT_BYTES * parameters * KEPT
-        largest = max(largest, checkpoint * (count if task.as_one else workers))
+        largest = max(largest, checkpoint * (count if task.batched else workers))
         disk += count * checkpoint if keep_checkpoints else 0
     torch.set_num_threads(threads)
     for device in {task.cells[0].config.training.device for task in tasks}:
-        release_memory(plan.pick_device(device))
+        release_memory(pick_device(device))
     disk += 0 if keep_checkpoints else largest
     cells = sum(len(task.cells) for task in tasks)
-    separate = sum(not task.as_one for task in tasks)
+    separate = sum(not task.batched for task in tasks)
     seconds = as_one + alone / max(1, min(workers, separate))
     return Estimate(cells, tokens, flops, seconds, disk)
 
@@ -166,56 +164,44 @@ def _size(config: Config) -> tuple[object, ...]:
 
 def _measure(config: Config, vocab_size: int) -> tuple[float, int, int]:
     """Seconds of an update, FLOPs of a token, and parameters."""
-    device = plan.pick_device(config.training.device)
-    plan.check_fits(config, device, vocab_size)
-    model = GPT(config.model, vocab_size).to(device)
-    model.loss_chunk = config.training.loss_chunk
-    initialize(model, config.model, seed=0)
-    optimizer = Optimizer(model.named_parameters(), config.optimizer)
-    flops, context = plan.flops_per_token(config, model), config.model.context
-    batch = config.batch_sequences * context
+    device = pick_device(config.training.device)
+    trainer = Trainer(config, vocab_size, device)
+    flops = plan.flops_per_token(config, trainer.model)
+    context, parameters = config.model.context, trainer.model.num_parameters()
     affordable = int(TIMED_FLOPS[device.type] // flops)
     length = min(context, max(1, affordable))
-    sequences = min(plan.micro_batch(config, vocab_size, device), max(1, affordable // length))
-    x = torch.randint(vocab_size, (sequences, length), device=device)
-    precision = config.training.precision
-    learning = updating = 0.0
+    sequences = min(trainer.micro_batch, max(1, affordable // length))
+    tokens = torch.randint(vocab_size, (sequences, length))
+    scale = config.batch_sequences * context / tokens.numel()
+    computing = updating = 0.0
     count = -1  # the first update warms up
-    while count < 1 or learning + updating < TIMED_SECONDS:
+    while count < 1 or computing + updating < TIMED_SECONDS:
         began = _now(device)
-        with autocast(device, precision):
-            loss, _ = model.objective(x, x)
-        loss.backward()
+        loss, grad_norm = trainer.backward(1, tokens, tokens)
         between = _now(device)
-        optimizer.step()
-        optimizer.zero_grad()
+        trainer.update(1.0, loss, grad_norm)
         count += 1
         if count:
-            learning += between - began
+            computing += between - began
             updating += _now(device) - between
-    seconds = (learning * batch / x.numel() + updating) / count
-    return seconds, flops, model.num_parameters()
+    return (computing * scale + updating) / count, flops, parameters
 
 
 def _measure_together(config: Config, vocab_size: int, cells: int) -> float:
-    """Seconds of an update of an ensemble of `cells`, for each of them."""
-    device = plan.pick_device(config.training.device)
+    """Seconds of an update of `cells` runs in one batch, for each of them."""
+    device = pick_device(config.training.device)
     with torch.device("meta"):
         flops = plan.flops_per_token(config, GPT(config.model, vocab_size))
     update = flops * config.batch_sequences * config.model.context
     affordable = max(1, int(TIMED_FLOPS[device.type] // update))
-    most = plan.models_at_once(config, vocab_size, device)
+    most = memory.models_at_once(config, vocab_size, device)
     count = min(cells, TIMED_TOGETHER, most, affordable)
-    models = [GPT(config.model, vocab_size).to(device) for _ in range(count)]
-    for seed, model in enumerate(models):
-        initialize(model, config.model, seed)
-    optimizers = [Optimizer(model.named_parameters(), config.optimizer) for model in models]
-    ensemble = Ensemble(config, models, optimizers, [None] * count)
+    batched = BatchedTrainer([Trainer(config, vocab_size, device) for _ in range(count)])
     tokens = torch.randint(vocab_size, (count, config.batch_sequences, config.model.context))
     began = 0.0
     for _ in range(2):  # the first update warms up
         began = _now(device)
-        ensemble.apply([1.0] * count, *ensemble.gradients(tokens, tokens))
+        batched.update([1.0] * count, *batched.backward(tokens, tokens))
     return (_now(device) - began) / count
 
 

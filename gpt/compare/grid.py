@@ -1,22 +1,23 @@
-"""A grid file: which runs a comparison consists of, and the question that they are to answer.
+"""A grid file: the runs of a comparison, and the question that they should answer.
 
     base: ../pre-norm.yaml                     # the config that every cell builds on
     options: {training.steps: 300}             # on top of it, for all cells
-    arms:                                      # what is compared: one level of each factor
+    arms:                                      # what is compared: factors and their levels
       placement:
         pre: {model.norm.placement: pre}
         post: {model.norm.placement: post}
       warm-up:
         cold: {schedule.warmup: none}
         warm: {schedule.warmup: linear}
-    grid:                                      # where: every value of every axis
+    grid:                                      # axes: every combination of their values
       optimizer.learning_rate: [1e-3, 3e-3]
       model.layers, model.width: [[6, 96], [12, 48]]
     seeds: 3
 
-has 2 x 2 arms, 2 x 2 places and 3 seeds, so 48 cells. Cells of one place and seed differ in the arm
-alone: a cell's seed is that of its weights and of its data order. An arm that lists values of an
-axis has those in place of the grid's: Adafactor's rates are not AdamW's.
+has 2 x 2 arms, 2 learning rates, 2 settings (the values on all other axes) and 3 seeds, so 48
+cells. Cells of one setting, rate and seed differ in their arm alone: a cell's seed is that of its
+weights and of its data order. An arm that lists its own values of an axis has those instead of the
+grid's: Adafactor's rates are not AdamW's.
 
 `python -m gpt.compare.grid` prints the JSON schema that editors use. This module imports no torch
 and runs nothing.
@@ -41,7 +42,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from gpt.config import (
-    LONGEST,
+    MAX_BYTES,
     Between,
     Config,
     Hours,
@@ -51,18 +52,20 @@ from gpt.config import (
     is_reserved,
     leaves,
     merge,
+    nest,
     option_paths,
     read,
     read_yaml,
     validate,
 )
+from gpt.config.shipped import find
 from gpt.errors import InputError, nearest, printable
 from gpt.hardware.size import check_cpu_training
 from gpt.io.console import set_encoding
 
 RATE = "optimizer.learning_rate"
 MOST_CELLS = 10_000  # and arms
-HOW_MANY = Between(1, MOST_CELLS)  # seeds
+SEED_COUNT = Between(1, MOST_CELLS)
 LONGEST_VALUE = 100  # characters
 Options = dict[str, Any]  # dotted option -> value
 Measure = Literal["log_lr50", "failure", "loss"]
@@ -70,18 +73,20 @@ Runner = Literal["auto", "processes", "batched"]
 
 
 def _flat(value: object) -> object:
-    """Options may be nested as in a config, or dotted; here they become dotted."""
+    """Flatten nested options to dotted ones; dotted ones stay."""
     return dict(leaves(value)) if isinstance(value, Mapping) else value
 
 
 def _seeds(value: object) -> object:
-    """A number of seeds is that many, from 0."""
-    number = value if isinstance(value, bool) else HOW_MANY.check(value)
+    """A number n means the seeds 0 ... n - 1."""
+    number = value if isinstance(value, bool) else SEED_COUNT.check(value)
     if isinstance(number, int) and not isinstance(number, bool):
         return list(range(number))
     if not isinstance(value, list | tuple):
         raise PydanticCustomError(
-            "number", "is neither a list of seeds nor how many, {range}", {"range": str(HOW_MANY)}
+            "number",
+            "is neither a list of seeds nor their number, {range}",
+            {"range": str(SEED_COUNT)},
         )
     return value
 
@@ -90,15 +95,15 @@ Level = Annotated[Options, BeforeValidator(lambda v: {} if v is None else _flat(
 
 
 def _one_line(text: str) -> str:
-    """A text that pictures, tables and terminals can show as it is."""
+    """Refuse text that figures, tables and terminals cannot show unchanged."""
     if text != printable(text):
-        raise PydanticCustomError("characters", "holds a character that cannot be shown")
+        raise PydanticCustomError("characters", "contains a character that cannot be shown")
     return text
 
 
 def _portable(name: str) -> str:
     if is_reserved(name):
-        raise PydanticCustomError("reserved", "is not a file's name on Windows")
+        raise PydanticCustomError("reserved", "is not a valid file name on Windows")
     return name
 
 
@@ -113,7 +118,7 @@ Name = Annotated[
 
 
 class Contrast(Section):
-    """The question that a comparison is made to answer, said before it runs.
+    """The question that a comparison should answer, registered before it runs.
 
     The contrast is (a - b) - (c - d), of the arms `of: [a, b]` and `against: [c, d]`, or a - b
     alone; the claim is that it is above 0.
@@ -122,18 +127,18 @@ class Contrast(Section):
     question: Question
     """In words; the report begins with it."""
     of: tuple[str, str]
-    """Two arms, such as post with warm-up and post without."""
+    """Two arms, such as post-norm with warm-up and without."""
     against: tuple[str, str] | None = None
-    """Two arms whose difference is subtracted, such as those of pre."""
+    """Two arms whose difference is subtracted, such as the same of pre-norm."""
     measure: Measure = "log_lr50"
-    """Threshold of the rate (log_lr50), share of failed runs, or mean loss, over the grid."""
+    """Log of the rate at which half of the runs fail (log_lr50), failed fraction, or mean loss."""
 
 
 class Grid(Section):
     """A grid file."""
 
     title: Title = ""
-    """Heading of the report; the file's name unless given."""
+    """Heading of the report; by default the file's name."""
     base: str | dict[str, Any]
     """The config that cells build on: a YAML file, relative to this one, or the options."""
     options: Level = Field(default_factory=dict)
@@ -146,51 +151,36 @@ class Grid(Section):
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
     """Axis -> values. An axis is one dotted option, or several with commas and tuples of values."""
     seeds: Annotated[tuple[Seed, ...], BeforeValidator(_seeds), Field(min_length=1)] = (0, 1, 2)
-    """Seeds of weights and data order, or how many of them."""
+    """Seeds of weights and data order, or their number."""
     exclude: Annotated[tuple[dict[str, Any], ...], Field(max_length=200)] = ()
-    """Cells to leave out: those of which every entry holds; `arm`, factors, options, `seed`."""
+    """Cells to leave out: those that match all of an entry's `arm`, factors, options and `seed`."""
     contrast: Contrast | None = None
-    """The primary contrast, registered before the runs."""
+    """The contrast, registered before the runs."""
     pairs: Annotated[tuple[tuple[str, str], ...], Field(max_length=1000)] = ()
-    """Pairs of arms to compare besides, corrected together by Holm's method."""
+    """Further pairs of arms to compare, corrected together by Holm's method."""
     probes: bool = True
-    """Measure each arm's network at its start, at several depths."""
+    """Measure each arm's network at initialization, at several depths."""
     runner: Runner = "auto"
-    """All cells of one shape trained as one (batched), a process each, or what the device likes."""
+    """Train cells of one shape together (batched), in processes, or whichever suits the device."""
     hours: Hours = 24.0
     """A comparison that is estimated to take longer is refused."""
     keep_checkpoints: bool = False
-    """Keep the cells' checkpoints, which are large; without them cells cannot be sampled from."""
+    """Keep the cells' checkpoints, which are large, and which sampling from a cell needs."""
 
     @model_validator(mode="after")
-    def _is_whole(self) -> Self:
-        known = set(option_paths(Config)) - {"name", "seed"}
+    def _is_consistent(self) -> Self:
         count = math.prod(map(len, self.arms.values()))
-        if count > MOST_CELLS:  # before any is made
-            raise ValueError(f"arms: makes {count:,} arms; at most {MOST_CELLS:,} are compared")
+        if count > MOST_CELLS:  # before they are built
+            raise ValueError(
+                f"arms: {count:,} combinations of levels; at most {MOST_CELLS:,} are allowed"
+            )
         arms = self.all_arms()
-        used = [("options", key) for key in self.options]
-        used += [("grid", key) for axis in self.grid for key in split(axis)]
-        for factor, levels in self.arms.items():
-            for name, level in levels.items():
-                used += [(f"arms.{factor}.{name}", key) for key in level if key not in self.grid]
-        for where, key in used:
-            if key not in known:
-                raise ValueError(f"{where}: {key}: no such option of a cell{nearest(key, known)}")
-        of_axes = {key for axis in self.grid for key in split(axis)}
-        for arm in arms:
-            for key in sorted(of_axes & arm.options.keys()):
-                raise ValueError(f"{key}: is set by arm {arm.name!r} and by the grid")
-        twice = [
-            key for key, n in Counter(k for axis in self.grid for k in split(axis)).items() if n > 1
-        ]
-        if twice:
-            raise ValueError(f"grid: {twice[0]} stands in two axes")
+        self._check_options(arms)
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds: one stands twice")
+            raise ValueError("seeds: duplicate seed")
         for factor in self.arms:
             if factor in ("arm", "seed"):
-                raise ValueError(f"arms: {factor!r} can not name a factor")
+                raise ValueError(f"arms: {factor!r} cannot name a factor")
         for arm in arms:
             for axis, values in arm.axes.items():
                 if not values:
@@ -198,19 +188,40 @@ class Grid(Section):
                 _check_values(f"arms: {arm.name!r}: {axis}", values)
         for axis, values in self.grid.items():
             _check_values(f"grid: {axis}", values)
+        self._check_questions([arm.name for arm in arms])
+        return self
+
+    def _check_options(self, arms: Sequence[Arm]) -> None:
+        """Every option exists and is set in one place."""
+        known = set(option_paths(Config)) - {"name", "seed"}
+        on_axes = [key for axis in self.grid for key in split(axis)]
+        used = [("options", key) for key in self.options] + [("grid", key) for key in on_axes]
+        for factor, levels in self.arms.items():
+            for name, level in levels.items():
+                used += [(f"arms.{factor}.{name}", key) for key in level if key not in self.grid]
+        for where, key in used:
+            if key not in known:
+                raise ValueError(f"{where}: {key}: no such option of a cell{nearest(key, known)}")
+        for arm in arms:
+            for key in sorted(set(on_axes) & arm.options.keys()):
+                raise ValueError(f"{key}: is set by arm {arm.name!r} and by the grid")
+        for key, count in Counter(on_axes).items():
+            if count > 1:
+                raise ValueError(f"grid: {key} is in two axes")
+
+    def _check_questions(self, arms: Sequence[str]) -> None:
+        """The contrast and the pairs compare different arms of this grid."""
         for a, b in [*self.pairs, *([self.contrast.of] if self.contrast else [])]:
             if a == b:
                 raise ValueError(f"{a!r} is compared with itself")
         if len(set(map(frozenset, self.pairs))) < len(self.pairs):
-            raise ValueError("pairs: one stands twice")
-        names = dict.fromkeys(arm.name for arm in arms)
-        asked = [name for pair in self.pairs for name in pair]
+            raise ValueError("pairs: duplicate pair")
+        names = list(itertools.chain(*self.pairs))
         if self.contrast is not None:
-            asked += [*self.contrast.of, *(self.contrast.against or ())]
-        for name in asked:
-            if name not in names:
-                raise ValueError(f"{name!r} is none of the arms: {'; '.join(names)}")
-        return self
+            names += [*self.contrast.of, *(self.contrast.against or ())]
+        for name in names:
+            if name not in arms:
+                raise ValueError(f"{name!r} is not one of the arms: {'; '.join(arms)}")
 
     def all_arms(self) -> list[Arm]:
         """Every combination of levels, the last factor changing fastest.
@@ -239,13 +250,13 @@ class Grid(Section):
 
 @dataclass(frozen=True)
 class Arm:
-    """What is compared.
+    """What is compared: one level of each factor.
 
     Attributes:
         name: its levels, joined by commas.
         levels: factor -> level.
-        options: what makes it.
-        axes: axes on which it has values of its own.
+        options: the options that define it.
+        axes: its own values, for axes on which it does not have the grid's.
     """
 
     name: str
@@ -259,29 +270,34 @@ class Cell:
     """One run.
 
     Attributes:
-        id: names its folder.
+        id: the name of its directory.
         factors: every option in which cells differ, by its dotted name, and its value here.
-        place: those of them that stand on the grid's axes, without the learning rate.
+        setting: those of them that are on the grid's axes, except the learning rate.
     """
 
     id: str
     arm: str
     factors: Options
-    place: Options
+    setting: Options
     config: Config
+
+    @property
+    def setting_text(self) -> str:
+        """`layers 12, width 64`; empty if the learning rate is the only axis."""
+        return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in self.setting.items())
 
 
 def _check_values(origin: str, values: Sequence[Any]) -> None:
-    """Values on an axis stand in names, pictures and tables.
+    """Refuse axis values that names, figures and tables cannot show.
 
     Raises:
-        ValueError: one cannot be shown there.
+        ValueError: such a value.
     """
     for text in map(str, values):
         if text != printable(text) or len(text) > LONGEST_VALUE:
             raise ValueError(
-                f"{origin}: {text[:LONGEST_VALUE]!r} does not fit into a picture; values there are "
-                f"one line of at most {LONGEST_VALUE} characters, and an arm's may be longer"
+                f"{origin}: {text[:LONGEST_VALUE]!r} does not fit into a figure; a value on an "
+                f"axis is one line of at most {LONGEST_VALUE} characters (an arm's may be longer)"
             )
 
 
@@ -290,19 +306,21 @@ def split(axis: str) -> list[str]:
     return [key.strip() for key in axis.split(",")]
 
 
-def load(path: Path, overrides: Mapping[str, Any] | None = None) -> tuple[Grid, list[Cell]]:
+def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> tuple[Grid, list[Cell]]:
     """The grid in a YAML file, and its cells.
 
     Args:
+        path: a file, or the name of a grid that comes with steadygpt, such as `quick`.
         overrides: options for all cells, a nested mapping, on top of the file's.
 
     Returns:
-        The grid with base and options as one mapping, so that it needs no other file; the cells,
-        seed by seed.
+        The grid with base and options merged, so that it needs no other file; and the cells, seed
+        by seed.
 
     Raises:
-        InputError: the file, its base or a cell's config is wrong; with the place.
+        InputError: the file, its base or a cell's config is wrong; the message says where.
     """
+    path = find(path, "grid")
     tree = read_yaml(path)
     if "arms" not in tree and set(tree) & set(Config.model_fields):
         raise InputError(f"{path}: is a config for train.py; a grid has arms, see configs/compare/")
@@ -314,7 +332,7 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> tuple[Grid, 
     given, varied = dict(leaves(overrides or {})), _varied(grid)
     for key in given:
         if key in {*varied, "seed", "name"}:
-            raise InputError(f"--{key}: the cells of {path} differ in it; change that file")
+            raise InputError(f"--{key}: the cells of {path} differ in this option; edit that file")
     base = grid.base
     if isinstance(base, str):
         base = read(base_of(path, base))
@@ -324,12 +342,12 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> tuple[Grid, 
         for arm in grid.all_arms()
     )
     if count > MOST_CELLS:
-        raise InputError(f"{path}: describes {count:,} cells; at most {MOST_CELLS:,} are run")
-    base = merge(merge(base, nested(grid.options)), overrides or {})
+        raise InputError(f"{path}: describes {count:,} cells; at most {MOST_CELLS:,} are allowed")
+    base = merge(merge(base, nest(grid.options)), overrides or {})
     grid = grid.model_copy(update={"base": base, "options": {}})
     cells = _cells(grid, str(path))
-    if len(grid.to_yaml().encode()) > LONGEST:  # or its comparison could not be read again
-        raise InputError(f"{path}: with its base it is longer than {LONGEST:,} bytes")
+    if len(grid.to_yaml().encode()) > MAX_BYTES:  # its comparison could not be read back
+        raise InputError(f"{path}: is longer than {MAX_BYTES:,} bytes including its base")
     return grid, cells
 
 
@@ -347,48 +365,52 @@ def _cells(grid: Grid, origin: str) -> list[Cell]:
     ]
     cells: dict[str, Cell] = {}
     varied, excluded = _varied(grid), [_texts_of(entry) for entry in grid.exclude]
-    fitting = set()
+    matched = set()
+    assert isinstance(grid.base, dict)
+    base = {**dict(leaves(Config().model_dump())), **dict(leaves(grid.base))}
     for seed, arm, values in combinations:
-        cell = _cell(grid, arm, values, seed, varied, origin)
-        known = _texts_of({"arm": arm.name, "seed": seed, **arm.levels, **cell.factors})
+        placed: Options = {}
+        for axis, value in values.items():
+            placed |= _assign(axis, value, origin)
+        options = {**base, **arm.options, **placed}  # not validated: what is excluded may be wrong
+        factors = {key: options[key] for key in varied}
+        known = _texts_of({"arm": arm.name, "seed": seed, **arm.levels, **factors})
         entries = {
             number
             for number, entry in enumerate(excluded)
             if _matches(entry, known, f"{origin}: exclude.{number}")
         }
-        fitting |= entries
+        matched |= entries
         if entries:
             continue
-        twin = cells.setdefault(cell.id.lower(), cell)  # as some file systems see it
+        cell = _cell(grid, arm, placed, seed, varied, origin)
+        twin = cells.setdefault(cell.id.lower(), cell)  # some file systems ignore case
         if twin is not cell:
-            why = f"rename {twin.arm!r} or {arm.name!r}, which give one folder"
+            why = f"rename {twin.arm!r} or {arm.name!r}, which give the same directory"
             if twin.arm == arm.name:
-                why = "a value or name stands twice"
+                why = "duplicate value or name"
             raise InputError(f"{origin}: two cells are called {cell.id}: {why}")
     for number, entry in enumerate(grid.exclude):
-        if number not in fitting:
-            raise InputError(f"{origin}: exclude.{number}: {entry} fits no cell")
+        if number not in matched:
+            raise InputError(f"{origin}: exclude.{number}: {entry} matches no cell")
     if not cells:
-        raise InputError(f"{origin}: exclude leaves no cell")
+        raise InputError(f"{origin}: exclude leaves no cells")
     return list(cells.values())
 
 
-def _cell(grid: Grid, arm: Arm, values: Options, seed: int, varied: list[str], origin: str) -> Cell:
+def _cell(grid: Grid, arm: Arm, placed: Options, seed: int, varied: list[str], origin: str) -> Cell:
     assert isinstance(grid.base, dict)
-    placed: Options = {}
-    for axis, value in values.items():
-        placed |= _assign(axis, value, origin)
     name = _id(arm, placed, seed)
-    tree = merge(grid.base, nested({**arm.options, **placed, "seed": seed, "name": name}))
+    tree = merge(grid.base, nest({**arm.options, **placed, "seed": seed, "name": name}))
     where = f"{origin}: arm {arm.name!r}"
     config = validate(Config, tree, lambda key: f"{where}: {key}".rstrip(": "))
     factors = {key: _value(config, key) for key in varied}
-    place = {key: factors[key] for key in placed if key != RATE}
-    return Cell(name, arm.name, factors, place, config)
+    setting = {key: factors[key] for key in placed if key != RATE}
+    return Cell(name, arm.name, factors, setting, config)
 
 
 def _assign(axis: str, value: Any, origin: str) -> Options:
-    """The options that one value of an axis sets."""
+    """The options that a value on an axis sets."""
     keys = split(axis)
     if len(keys) == 1:
         return {axis: value}
@@ -398,7 +420,7 @@ def _assign(axis: str, value: Any, origin: str) -> Options:
 
 
 def _texts_of(options: Options) -> dict[str, set[str]]:
-    """The texts of each option's value, or of its values; of a switch both that it may have."""
+    """The texts of each option's value or values; a switch matches both of its spellings."""
     switch = {"on": {"on", "True"}, "off": {"off", "False"}}
     return {
         key: set().union(*(switch.get(_text(v), {_text(v)}) for v in values))
@@ -408,17 +430,17 @@ def _texts_of(options: Options) -> dict[str, set[str]]:
 
 
 def _matches(entry: dict[str, set[str]], known: dict[str, set[str]], origin: str) -> bool:
-    """Whether a cell is one of those that an entry of `exclude` describes."""
+    """Whether an entry of `exclude` describes a cell."""
     for key, wanted in entry.items():
         if key not in known:
-            raise InputError(f"{origin}: {key}: nothing that cells differ in{nearest(key, known)}")
+            raise InputError(f"{origin}: {key}: cells do not differ in it{nearest(key, known)}")
         if wanted.isdisjoint(known[key]):
             return False
     return True
 
 
 def _text(value: Any) -> str:
-    """A value as it stands in names: `1e-3`, `0.001` and 0.001 are one."""
+    """A value as written in names: `1e-3`, `0.001` and 0.001 are the same."""
     try:
         return f"{float(value):g}" if not isinstance(value, bool) else str(value)
     except (TypeError, ValueError, OverflowError):
@@ -426,31 +448,22 @@ def _text(value: Any) -> str:
 
 
 def _id(arm: Arm, options: Options, seed: int) -> str:
-    """`post_cold_learning-rate-0.003_seed-0`, with a hash where signs had to go."""
+    """`post_cold_learning-rate-0.003_seed-0`, with a hash if characters had to be replaced."""
     options_text = [f"{key.rpartition('.')[2]}-{_text(value)}" for key, value in options.items()]
     parts = [*arm.levels.values(), *options_text]
     slugs = [re.sub(r"[^A-Za-z0-9.-]+", "-", part).strip("-.") for part in parts]
     name = "_".join(slugs)
-    told = all(re.fullmatch(r"[\w .,+-]+", part, re.ASCII) for part in parts) and all(slugs)
-    if not told or len(name) > 80:
+    is_exact = all(re.fullmatch(r"[\w .,+-]+", part, re.ASCII) for part in parts) and all(slugs)
+    if not is_exact or len(name) > 80:
         name = f"{name[:70]}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}".lstrip("_-.")
     return f"{name}_seed-{seed}"
 
 
-def nested(options: Options) -> dict[str, Any]:
-    """`{"model.layers": 4}` -> `{"model": {"layers": 4}}`."""
-    tree: dict[str, Any] = {}
-    for key, value in options.items():
-        section, _, rest = key.partition(".")
-        tree = merge(tree, {section: nested({rest: value}) if rest else value})
-    return tree
-
-
 def check_sizes(cells: list[Cell]) -> None:
-    """Refuse cells that are plainly too large for this machine, without torch.
+    """Refuse cells that are clearly too large for this machine, without importing torch.
 
     Raises:
-        InputError: as `gpt.hardware.size.check_training`, with the arm.
+        InputError: as `gpt.hardware.size.check_training`, naming the arm.
     """
     for cell in cells:
         try:

@@ -1,14 +1,14 @@
-"""Networks at their start, measured without training: what theory says of each placement.
+"""Networks at initialization, measured without training: the quantities of the theory.
 
 Gradient norms by layer and depth (Xiong et al. 2020), residual dependency and amplification (Liu et
 al. 2020), and the residual stream, from a few forward and backward passes on the CPU. Dropout is
-off, and batch norm uses the statistics of the batch at hand, as in its first update: its running
-averages have seen nothing yet.
+off. Batch norm uses the statistics of the current batch, as in the first update, because its
+running averages are still empty.
 
-The theory of the gradients is of one token. Mean gradients over many tokens of real text are
-another quantity, with other slopes; for the theory's own picture, give batches of one token.
+The theory of the gradients is about a single token. Mean gradients over many tokens of real text
+are a different quantity with different slopes; to reproduce the theory, pass batches of one token.
 
-Not here: measures of a training run (gpt/diagnostics/layers.py, whose `Look` is used here).
+Measures of a training run are in gpt/diagnostics/layers.py, whose `LayerStats` is used here.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ import torch
 from torch import Tensor, nn
 
 from gpt.config import ModelConfig
-from gpt.diagnostics.layers import Look
-from gpt.init import Stacked, initialize
-from gpt.model import GPT
+from gpt.diagnostics.layers import LayerStats
+from gpt.init import initialize
+from gpt.model import GPT, FusedLinear
 from gpt.placement import PLACEMENTS
 from gpt.rng import generator, global_generator
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, both (B, T) integers
 
 DEPTHS = (2, 4, 6, 12, 24)  # numbers of blocks, L
-SHARE = 0.01  # of a matrix's standard deviation: that of its random change
-ADAM_RATE = 1e-5  # of the one update: small, so that outputs move in proportion at any depth
+NOISE = 0.01  # standard deviation of the random change of a matrix, relative to the matrix's own
+ADAM_RATE = 1e-5  # of the single update: small, so that outputs change in proportion at any depth
 ADAM_EPS = 1e-8
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One model at its start; means over seeds. Tuples hold a value for each block, first to last.
+    """One model at initialization; means over seeds. Tuples hold one value per block, in order.
 
     Attributes:
         layers: L.
         initial_loss: nats per token.
         gradient_norms: Frobenius norm of d mean loss / d W2, the feed-forward's last matrix, with
             gradients averaged over the batches before the norm is taken.
-        betas: residual dependency Var[f] / Var[x + f] of attention and of the feed-forward, x as
-            the placement weights it; None where a placement adds in another way than by its `add`.
+        betas: residual dependency Var[f] / Var[x + f] of attention and of the feed-forward, with x
+            as the placement weights it; None if a placement does not add by its `add`.
         stream_rms: RMS of the residual stream after the block.
-        amplification: E|out(W) - out(W + δ)|² per channel over δ's relative variance, SHARE². `out`
-            is the stream after the final norm; δ is normal, its standard deviation SHARE times that
-            of the matrix, for each of a block's matrices (q, k and v are three).
+        amplification: E|out(W) - out(W + δ)|² per channel over δ's relative variance, NOISE². `out`
+            is the stream after the final norm; δ is normal with a standard deviation of NOISE times
+            that of the matrix, for each of a block's matrices (q, k and v count as three).
         adam_amplification: E|out(W) - out(W')|² per channel, W' after Adam's first update of the
             blocks' matrices on the batches, at ADAM_RATE.
     """
@@ -72,28 +72,28 @@ class Probe:
 def probe(
     config: ModelConfig, vocab_size: int, batches: Sequence[Batch], seeds: Sequence[int]
 ) -> Probe:
-    """Measure a model at its start; the same numbers each time.
+    """Measure a model at initialization; deterministic.
 
     Args:
         vocab_size: V, from the tokenizer.
-        batches: at least one; all of one T. Gradients are averaged over them with equal weights,
-            activations are measured on all at once, and the first sets what one batch decides
-            (Admin's ω).
+        batches: at least one; all of the same T. Gradients are averaged over them with equal
+            weights, activations are measured on all at once, and the first calibrates placements
+            that need a batch (Admin's ω).
         seeds: of initial weights; at least one.
 
     Raises:
-        InputError: the placement does not go with the rest (see `gpt.placement.check`).
+        InputError: the placement does not fit the rest of the model (see `gpt.placement.check`).
     """
-    starts = [_measure(config, vocab_size, batches, seed) for seed in seeds]
+    measured = [_measure(config, vocab_size, batches, seed) for seed in seeds]
 
     def mean(key: str) -> Any:
-        return torch.tensor([start[key] for start in starts], dtype=torch.float64).mean(0).tolist()
+        return torch.tensor([each[key] for each in measured], dtype=torch.float64).mean(0).tolist()
 
     return Probe(
         layers=config.layers,
         initial_loss=mean("initial_loss"),
         gradient_norms=tuple(mean("gradient_norms")),
-        betas=tuple(map(tuple, mean("betas"))) if "betas" in starts[0] else None,
+        betas=tuple(map(tuple, mean("betas"))) if "betas" in measured[0] else None,
         stream_rms=tuple(mean("stream_rms")),
         amplification=mean("amplification"),
         adam_amplification=mean("adam_amplification"),
@@ -107,7 +107,7 @@ def probe_depths(
     seeds: Sequence[int],
     depths: Sequence[int] = DEPTHS,
 ) -> list[Probe]:
-    """`probe` with `layers` at each of `depths` that the placement can have.
+    """`probe` at each of `depths` that the placement allows.
 
     Raises:
         InputError: as `probe`.
@@ -123,14 +123,14 @@ def probe_depths(
 def _measure(
     config: ModelConfig, vocab_size: int, batches: Sequence[Batch], seed: int
 ) -> dict[str, Any]:
-    """What `Probe` holds, by name, for one seed."""
+    """The fields of `Probe`, by name, for one seed."""
     tokens = torch.cat([inputs for inputs, _ in batches])
-    model = _start(config, vocab_size, batches[0][0], seed)
+    model = _initialized(config, vocab_size, batches[0][0], seed)
     losses = torch.stack([model.loss(inputs, targets) for inputs, targets in batches])
     losses.mean().backward()
-    look = Look(model, {}, {})
-    look.forward(tokens)
-    blocks = look.read(step=0)[1:-1]
+    look = LayerStats(model, {}, {})
+    look.measure_activations(tokens)
+    blocks = look.to_records(step=0)[1:-1]
     measures = {
         "initial_loss": losses.mean().item(),
         "gradient_norms": [block["w2_grad_norm"] for block in blocks],
@@ -141,9 +141,9 @@ def _measure(
 
     with torch.no_grad():
         before = model.hidden(tokens)
-        with _disturbed(model, seed):
+        with _perturbed(model, seed):
             change = model.hidden(tokens) - before
-        measures["amplification"] = change.square().mean().item() / SHARE**2
+        measures["amplification"] = change.square().mean().item() / NOISE**2
         for _, linear in _linears(model):
             gradient = linear.weight.grad
             assert gradient is not None
@@ -152,13 +152,13 @@ def _measure(
     return measures
 
 
-def _start(config: ModelConfig, vocab_size: int, inputs: Tensor, seed: int) -> GPT:
+def _initialized(config: ModelConfig, vocab_size: int, inputs: Tensor, seed: int) -> GPT:
     """A model before its first update, in evaluation mode."""
-    with global_generator(inputs.device):  # torch draws weights of its own, which are then replaced
+    with global_generator(inputs.device):  # torch draws its own weights, which are then replaced
         model = GPT(config, vocab_size).eval()
     initialize(model, config, seed)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d):  # without averages it uses the batch, in any mode
+        if isinstance(module, nn.BatchNorm1d):  # without averages, it uses the batch in any mode
             module.running_mean = module.running_var = None
     model.calibrate(inputs)
     return model
@@ -171,14 +171,14 @@ def _linears(model: GPT) -> list[tuple[str, nn.Linear]]:
 
 
 @contextlib.contextmanager
-def _disturbed(model: GPT, seed: int) -> Iterator[None]:
-    """Within it the blocks' matrices have noise of SHARE of their own standard deviation."""
+def _perturbed(model: GPT, seed: int) -> Iterator[None]:
+    """Add noise to the blocks' matrices, NOISE times their own standard deviation, within."""
     before = [linear.weight.clone() for _, linear in _linears(model)]
     for name, linear in _linears(model):
-        parts = len(linear.parts) if isinstance(linear, Stacked) else 1
+        parts = len(linear.parts) if isinstance(linear, FusedLinear) else 1
         noise = torch.randn(linear.weight.shape, generator=generator(seed, "probe", name))
         for matrix, change in zip(linear.weight.chunk(parts), noise.chunk(parts), strict=True):
-            matrix += SHARE * matrix.std() * change
+            matrix += NOISE * matrix.std() * change
     yield
     for (_, linear), weight in zip(_linears(model), before, strict=True):
         linear.weight.copy_(weight)

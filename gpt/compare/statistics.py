@@ -2,14 +2,14 @@
 
 The unit is the seed. Arms with the same seed share data order and common weights, so differences
 are taken seed by seed, and intervals resample seeds, never steps, tokens or rates. Intervals are
-at 95%. A failed run keeps its place: it counts as its initial loss (`capped`), and no average is of
-survivors alone.
+at 95%. A failed run is not left out: it counts with its initial loss (`capped`), so that no average
+is over survivors alone.
 
 With few seeds little can be said, and the results say how little: each test comes with the
 smallest p-value that its number of pairs can give, and no failure in n seeds still has an interval.
 
-Nothing here knows of runs, arms or files, decides what a failure is, or picks which contrasts to
-make.
+This module knows nothing of runs, arms or files, and decides neither what a failure is nor which
+contrasts to make.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special, stats
 
+ALPHA = 0.05  # level of the tests; intervals are at 1 - ALPHA
+
 
 @dataclass(frozen=True)
 class Interval:
-    """A 95% interval, in the unit of what it is of."""
+    """A 95% interval, in the unit of its quantity."""
 
     low: float
     high: float
@@ -37,47 +39,52 @@ class Interval:
 
 def wilson(failures: int, n: int) -> Interval:
     """Wilson's score interval (1927) of a failure rate, from `failures` in n >= 1 runs."""
-    interval = stats.binomtest(failures, n).proportion_ci(method="wilson")
+    interval = stats.binomtest(failures, n).proportion_ci(1 - ALPHA, method="wilson")
     return Interval(float(interval.low), float(interval.high))
 
 
 def bootstrap(n: int, statistic: Callable[[NDArray[np.int_]], float]) -> Interval | None:
     """BCa interval (Efron 1987) of a statistic of n seeds; None for fewer than two.
 
-    From 9999 resamples, the same in every call. Where BCa is undefined this is the percentile
-    interval: when all jackknife values are equal (the acceleration is 0 / 0), or all resamples lie
-    on one side of the estimate (the bias correction is infinite). So where all resamples give v,
-    it is [v, v].
+    From 9999 resamples, the same in every call. Where BCa is undefined, the percentile interval is
+    returned: when all jackknife values are equal (the acceleration is 0 / 0), or all resamples lie
+    on one side of the estimate (the bias correction is infinite). If all resamples give v, the
+    interval is [v, v].
 
     Args:
-        statistic: finite, of an array of indices 0 ... n - 1 of seeds, sorted and with repetitions:
-            n of them, or n - 1 for the jackknife. Not called again for a resample drawn again, so
-            few seeds, which have few distinct resamples, allow a slow one.
+        statistic: finite; takes a sorted array of seed indices 0 ... n - 1 with repetitions: n of
+            them, or n - 1 for the jackknife. Called once for each distinct resample, of which few
+            seeds have few, so it may be slow.
     """
     if n < 2:
         return None
 
     def each(indices: NDArray[np.int_], axis: int = -1) -> NDArray[np.float64]:
-        """(..., k) indices -> (...) values; by `axis` scipy knows that it takes them in bulk."""
+        """(..., k) indices -> (...) values; the parameter `axis` tells scipy that it is batched."""
         rows = np.sort(indices).reshape(-1, indices.shape[-1])
         distinct, inverse = np.unique(rows, axis=0, return_inverse=True)
         values = np.array([statistic(row) for row in distinct], dtype=np.float64)
         return values[inverse].reshape(indices.shape[:-1])
 
     seeds = np.arange(n)
-    result = stats.bootstrap((seeds,), each, method="percentile", rng=0)
+    result = stats.bootstrap((seeds,), each, method="percentile", confidence_level=1 - ALPHA, rng=0)
     values, estimate = result.bootstrap_distribution, each(seeds)
     jackknife = each(np.array([np.delete(seeds, seed) for seed in seeds]))
     if values.min() <= estimate <= values.max() and jackknife.min() < jackknife.max():
         result = stats.bootstrap(
-            (seeds,), each, method="BCa", n_resamples=0, bootstrap_result=result
+            (seeds,),
+            each,
+            method="BCa",
+            confidence_level=1 - ALPHA,
+            n_resamples=0,
+            bootstrap_result=result,
         )
     interval = result.confidence_interval
     return Interval(float(interval.low), float(interval.high))
 
 
 def mean_interval(values: Sequence[float]) -> Interval | None:
-    """`bootstrap` of the mean, one value a seed."""
+    """`bootstrap` of the mean, with one value per seed."""
     x = np.asarray(values, dtype=np.float64)
     return bootstrap(len(x), lambda seeds: float(x[seeds].mean()))
 
@@ -85,12 +92,12 @@ def mean_interval(values: Sequence[float]) -> Interval | None:
 def sign_flip_p(differences: Sequence[float]) -> float:
     """Two-sided p-value of the mean difference, over all 2^n choices of signs (Fisher 1935).
 
-    For the hypothesis that each difference is symmetric about 0. Exact for up to 16 differences,
+    The hypothesis is that each difference is symmetric about 0. Exact for up to 16 differences;
     from 99,999 random choices of signs for more.
     """
     n = len(differences)
     if n == 1:
-        return 1.0  # of two choices both are as extreme
+        return 1.0  # both choices of its sign are equally extreme
     result = stats.permutation_test(
         (np.asarray(differences, dtype=np.float64),),
         np.mean,
@@ -103,7 +110,7 @@ def sign_flip_p(differences: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """How much more one arm has than another, seed by seed.
+    """The difference of two arms, seed by seed.
 
     Attributes:
         interval: of the mean.
@@ -121,7 +128,7 @@ class PairedDifference:
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifference:
-    """Of a - b, where a[i] and b[i] share a seed; at least one pair."""
+    """The difference a - b, where a[i] and b[i] share a seed; at least one pair."""
     differences = [x - y for x, y in zip(a, b, strict=True)]
     return PairedDifference(
         mean=float(np.mean(differences)),
@@ -129,13 +136,13 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifferenc
         interval=mean_interval(differences),
         n=len(differences),
         p=sign_flip_p(differences),
-        least_p=_least_p(len(differences)),
+        least_p=least_p(len(differences)),
     )
 
 
 @dataclass(frozen=True)
 class McNemar:
-    """Paired failures of two arms, in seeds.
+    """Paired failures of two arms, as numbers of seeds.
 
     Attributes:
         p: exact and two-sided.
@@ -153,7 +160,7 @@ class McNemar:
 def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> McNemar:
     """Exact test that two arms fail equally often, where a[i] and b[i] share a seed (McNemar 1947).
 
-    Only the discordant pairs speak: a binomial test at 1/2. Without any, p is 1.
+    A binomial test at 1/2 of the discordant pairs. Without any, p is 1.
     """
     pairs = Counter(zip(map(bool, a), map(bool, b), strict=True))
     only_a, only_b = pairs[True, False], pairs[False, True]
@@ -164,12 +171,15 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> McNemar:
         only_b=only_b,
         neither=pairs[False, False],
         p=float(stats.binomtest(only_a, discordant).pvalue) if discordant else 1.0,
-        least_p=_least_p(len(a)),
+        least_p=least_p(len(a)),
     )
 
 
-def _least_p(n: int) -> float:
-    """Of a two-sided test whose most extreme outcomes are the 2 in 2^n with all n signs equal."""
+def least_p(n: int) -> float:
+    """The smallest two-sided p-value that a paired test of n seeds can give.
+
+    Its most extreme outcomes are the 2 in 2^n with all n signs equal.
+    """
     return min(1.0, 2 * 0.5**n)
 
 
@@ -185,9 +195,9 @@ def holm(ps: Sequence[float]) -> list[float]:
 def firth(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     """Intercept and slope of a logistic regression of y (0 or 1) on x, with Firth's penalty.
 
-    The maximum of log likelihood + 1/2 log det I(beta), I the Fisher information: Jeffreys' prior
-    (Firth 1993). Finite where x separates the outcomes, too (Heinze and Schemper 2002). By Fisher
-    scoring with step-halving, on x standardised. x takes two values or more.
+    Maximizes log likelihood + 1/2 log det I(beta), where I is the Fisher information: Jeffreys'
+    prior (Firth 1993). Finite even where x separates the outcomes (Heinze and Schemper 2002). Uses
+    Fisher scoring with step-halving on standardized x, which takes at least two values.
     """
     raw, outcomes = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     centre, scale = raw.mean(), raw.std()
@@ -203,7 +213,7 @@ def firth(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
         return float(likelihood + np.linalg.slogdet(information(beta)).logabsdet / 2)
 
     beta, step = np.zeros(2), np.ones(2)
-    while np.abs(step).max() > 1e-7:  # ends: each step climbs, and the top is finite
+    while np.abs(step).max() > 1e-7:  # terminates: every step climbs towards a finite maximum
         p = special.expit(design @ beta)
         inverse = np.linalg.inv(information(beta))
         leverage = p * (1 - p) * ((design @ inverse) * design).sum(axis=1)
@@ -220,7 +230,7 @@ def highest_stable_rate(rates: Sequence[float], failed: Sequence[bool]) -> float
     """The highest rate tried such that no run failed at it or at any lower one.
 
     Args:
-        rates, failed: an entry a run, in any order.
+        rates, failed: one entry per run, in any order.
     """
     failing = [rate for rate, fails in zip(rates, failed, strict=True) if fails]
     return max((rate for rate in rates if rate < min(failing, default=math.inf)), default=None)
@@ -231,9 +241,9 @@ class Threshold:
     """LR50, the learning rate at which half of the runs fail.
 
     Attributes:
-        bound: "above" if it lies above `rate`, the highest tried; "below" if below the lowest;
-            "unclear" if failures do not become more frequent with the rate, which then is only the
-            geometric middle of the range.
+        bound: "above" if LR50 is above `rate`, the highest tried; "below" if it is below the
+            lowest; "unclear" if failures do not become more frequent with the rate, and `rate` is
+            only the geometric mean of the range; else "".
         low: the highest rate tried such that at it and at every lower one at most half failed.
         high: the lowest rate tried such that at it and at every higher one more than half failed.
     """
@@ -245,19 +255,19 @@ class Threshold:
 
 
 def lr50(rates: Sequence[float], failed: Sequence[bool]) -> Threshold:
-    """Where `firth`'s regression of failure on log rate passes 1/2; low and high need no model.
+    """Where `firth`'s regression of failure on log rate crosses 1/2; low and high need no model.
 
     Args:
-        rates, failed: an entry a run, in any order.
+        rates, failed: one entry per run, in any order.
     """
     tried = sorted(set(rates))
     lowest, highest = tried[0], tried[-1]
     runs = list(zip(rates, failed, strict=True))
-    shares = [fmean(fails for r, fails in runs if r == rate) for rate in tried]
-    stable = [rate for rate, share in zip(tried, shares, strict=True) if share <= 0.5]
+    fractions = [fmean(fails for r, fails in runs if r == rate) for rate in tried]
+    stable = [rate for rate, fraction in zip(tried, fractions, strict=True) if fraction <= 0.5]
     threshold = partial(
         Threshold,
-        low=highest_stable_rate(tried, [share > 0.5 for share in shares]),
+        low=highest_stable_rate(tried, [fraction > 0.5 for fraction in fractions]),
         high=min((rate for rate in tried if rate > max(stable, default=0)), default=None),
     )
     if not any(failed):
@@ -282,12 +292,12 @@ def capped(loss: float | None, initial: float) -> float:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What a wrong learning rate costs.
+    """The cost of a wrong learning rate.
 
     Attributes:
         value: nats, on average over the grid of rates; comparable only on the same grid.
-        best_rate: of the lowest loss; of equals the lowest rate.
-        at_edge: whether that is the lowest or highest rate tried, so that a better may lie beyond.
+        best_rate: the rate with the lowest loss; among equals the lowest.
+        at_edge: whether that is the lowest or highest rate tried, so a better one may lie beyond.
     """
 
     value: float
@@ -300,10 +310,10 @@ def lr_sensitivity(
 ) -> Sensitivity:
     """Mean over rates of min(loss, initial) - best (Wortsman et al. 2023), of one seed.
 
-    A seed that learns at no rate has sensitivity 0: read it beside the loss.
+    A seed that learns at no rate has sensitivity 0, so read it together with the loss.
 
     Args:
-        rates, losses: an entry a run, in any order; losses are `capped`.
+        rates, losses: one entry per run, in any order; losses are `capped`.
         initial: loss at step 0.
     """
     curve = [capped(loss, initial) for loss in losses]
@@ -324,15 +334,14 @@ def threshold_interval(
 ) -> Interval | None:
     """Interval of a weighted sum of log `lr50`s; None for fewer than two seeds.
 
-    Two things are uncertain: which seeds one happened to have, and where between two rates of the
-    grid a threshold lies. So each of 999 resamples of the seeds, the same for all arms, has its
-    thresholds fitted, and each of these is moved ten times by a uniform draw as wide as its own
-    bracket. Were only seeds resampled, seeds that agree would look like knowledge without error,
-    however coarse the grid. A threshold beyond the rates tried may lie anywhere there, so the
-    interval may be open: an end of it infinite.
+    Two things are uncertain: the choice of seeds, and where between two rates of the grid a
+    threshold lies. So thresholds are fitted to each of 999 resamples of the seeds, the same for all
+    arms, and each is then moved ten times by a uniform draw as wide as its bracket. If only seeds
+    were resampled, seeds that agree would seem free of error, however coarse the grid. A threshold
+    beyond the rates tried may lie anywhere there, so an end of the interval may be infinite.
 
     Args:
-        arms: for each arm the runs of each seed, seeds in the same order.
+        arms: for each arm the runs of each seed, with seeds in the same order.
         weights: of the arms in the sum, such as (1, -1) for a difference.
     """
     n = len(arms[0])
@@ -353,18 +362,19 @@ def threshold_interval(
         -1,
         0,
     )
-    place = random.random((len(rows) * 10, len(arms)))
+    position = random.random((len(rows) * 10, len(arms)))
     lows, highs = (np.tile(ends[inverse], (10, 1)) for ends in (lows, highs))
     width = np.where(np.isfinite(highs - lows), highs - lows, 0.0)
-    low = np.percentile((lows + width * place).sum(1), 2.5, method="lower")
-    high = np.percentile((highs - width * (1 - place)).sum(1), 97.5, method="higher")
+    tail = 100 * ALPHA / 2
+    low = np.percentile((lows + width * position).sum(1), tail, method="lower")
+    high = np.percentile((highs - width * (1 - position)).sum(1), 100 - tail, method="higher")
     return Interval(float(low), float(high))
 
 
 def _log_span(
     seeds: Sequence[Runs], chosen: NDArray[np.int_], weight: float
 ) -> tuple[float, float]:
-    """Where weight * log `lr50` of resampled seeds may lie: within the bracket around the fit."""
+    """The range of weight * log `lr50` of resampled seeds: the bracket around the fit."""
     found = lr50(*zip(*(run for seed in chosen for run in seeds[seed]), strict=True))
     fit, half = math.log(found.rate), 0.0
     if found.low is not None and found.high is not None:

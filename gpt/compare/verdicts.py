@@ -1,12 +1,12 @@
-"""What became of a run, from its records: trained, spiked, regressed, plateaued or diverged.
+"""How a run ended, from its records: trained, spiked, regressed, plateaued or diverged.
 
-The final loss alone cannot tell a run that learnt no more than token counts from one that learnt
-and fell back, nor a smooth run from one that a spike nearly ended. So a run gets a status, the step
-where it was seen, and two spike scores. All of it comes from metrics.jsonl and one number of the
-data, the unigram entropy H1: the cross-entropy of the validation tokens under the training text's
-unigram distribution.
+The final loss alone does not distinguish a run that learned only token frequencies from one that
+learned and fell back, nor a smooth run from one that a spike nearly ended. So a run gets a status,
+the step where it was detected, and two spike scores. They come from metrics.jsonl and from one
+number of the data, the unigram entropy H1: the cross-entropy of the validation tokens under the
+training text's unigram distribution, which is the loss of guessing by token frequency.
 
-A verdict is about one run. Whether arms differ is a matter of many runs, and of statistics.py.
+A verdict is about one run. Whether arms differ takes many runs, and statistics.py.
 """
 
 from __future__ import annotations
@@ -20,58 +20,51 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from gpt.run.metrics import Record
+from gpt.metrics import EPS_ALARM, LEARNT, Record
 
 Status = Literal["trained", "spiked", "regressed", "plateaued", "diverged"]
-STATUSES: tuple[Status, ...] = get_args(Status)  # the gravest last
-FAILED = frozenset({"regressed", "plateaued", "diverged"})
+STATUSES: tuple[Status, ...] = get_args(Status)  # the worst last
+FAILED: frozenset[Status] = frozenset({"regressed", "plateaued", "diverged"})
 
-# Nats under H1 that show learning. A model that only counts tokens ends within a few hundredths of
-# H1, on either side; one that reads a single token back gains several tenths.
-MARGIN = 0.05
-# Nats above its lowest at which a run's loss may end: less than that is everyday wandering.
+# Nats by which a run's loss may end above its minimum: smaller rises are ordinary fluctuation.
 REGRESSION = 0.2
-# With small batches noise alone does more. Five standard errors rather than two: the lowest of
-# hundreds of windows is a lucky one, near three of them under the rest even if nothing changes.
+# With small batches, noise alone can exceed that. Five standard errors rather than two: the lowest
+# of hundreds of windows is low by chance, by about three of them even if nothing changes.
 STANDARD_ERRORS = 5
-# A spike stands so many standard deviations above the mean of so many values (OLMo 2, OLMo-core).
+# A spike is this many standard deviations above the mean of this many values (OLMo 2, OLMo-core).
 SIGMAS = 6
 WINDOW = 128
-# Least sigma, as a share of the mean. float32 rounds to 1e-7 of a number, and next to a constant
-# window, whose sigma is 0, that would be a spike.
+# Smallest sigma, as a fraction of the mean. float32 rounds to 1e-7 of a number, which after a
+# constant window, whose sigma is 0, would be a spike.
 SIGMA_FLOOR = 1e-6
-# Gradients under 10 epsilon: gpt.diagnostics.layers.EPS_ALARM, whose module needs torch.
-EPS_ALARM = 10
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a run. Losses in nats per token.
+    """How a run ended. Losses in nats per token.
 
     Attributes:
         status: one of STATUSES.
-        failed: whether the status is in FAILED.
-        step: diverged: the failing step; plateaued: from here on, the mean training loss of the
-            last K updates was never again clearly under H1 - MARGIN (the first step: it never was;
-            the last: only the validation loss shows it); regressed: the last update of the lowest
-            window; spiked: the first spike; trained: None.
+        step: diverged: the failing step; plateaued: the step after which the mean training loss of
+            the last K updates was never again clearly under H1 - LEARNT (the first step: it never
+            was; the last: only the validation loss shows it); regressed: the last update of the
+            lowest window; spiked: the first spike; trained: None.
         layer: diverged: where, if the caller knows; plateaued: the lowest block whose gradients
-            were under EPS_ALARM epsilon at the earliest look that saw one, None without such a
-            look; otherwise None.
+            were under EPS_ALARM epsilon at the first snapshot that shows one, None without such a
+            snapshot; otherwise None.
         reason: the finding in words.
         initial_loss: validation loss before the first update; None if it is unknown or not finite.
-        final_val_loss: of the last evaluation; None of a diverged run, whose final loss is none.
+        final_val_loss: of the last evaluation; None for a diverged run.
         best_val_loss: the lowest finite one; None if there is none.
-        final_train_loss: mean of the last K updates; None of a diverged run.
-        loss_spikes, grad_spikes: how many, in the training loss and in the gradient norm.
-        loss_spike_score, grad_spike_score: share of the scored steps that are spikes.
+        final_train_loss: mean of the last K updates; None for a diverged run.
+        loss_spikes, grad_spikes: numbers of spikes in the training loss and in the gradient norm.
+        loss_spike_score, grad_spike_score: fraction of the scored steps that are spikes.
         max_grad_norm: the largest finite one, before clipping; None if there is none.
-        clipped: share of the finite gradient norms above the clip; None where nothing is clipped.
-        steps: updates seen.
+        clipped: fraction of the finite gradient norms above the clip; None without clipping.
+        steps: number of updates.
     """
 
     status: Status
-    failed: bool
     step: int | None
     layer: int | None
     reason: str
@@ -87,25 +80,30 @@ class Verdict:
     clipped: float | None
     steps: int
 
+    @property
+    def failed(self) -> bool:
+        """Whether the status is one of FAILED."""
+        return self.status in FAILED
+
 
 def spikes(values: Sequence[float | None]) -> list[int]:
     """Indices of the spikes in a series.
 
-    A spike is a value more than SIGMAS standard deviations (of a population) above the mean of the
-    last W finite values before it, where W = min(WINDOW, max(50, a tenth of the series)). Nothing
-    is scored before W finite values have been seen. None, nan and inf are no spikes and in no
-    window: they are divergence.
+    A spike is a value more than SIGMAS population standard deviations above the mean of the last W
+    finite values before it, where W = min(WINDOW, max(50, a tenth of the series)). Nothing is
+    scored before W finite values. None, nan and inf are never spikes and in no window: they are
+    divergence.
 
     A spike stays in the windows that follow it, as in OLMo-core's StabilityMonitorCallback. So it
-    hides smaller spikes for W values, and a burst counts as few; but a lasting rise is one spike,
-    or a few, and not a spike at every step ever after.
+    hides smaller spikes for W values, and a burst counts as few; in return, a lasting rise counts
+    as one spike or a few, rather than as a spike at every later step.
     """
     scored, is_spike = _scored(values)
     return [int(index) for index in scored[is_spike]]
 
 
 def spike_score(values: Sequence[float | None]) -> float:
-    """Share of the scored values that are `spikes`; 0 if none could be scored."""
+    """Fraction of the scored values that are `spikes`; 0 if none could be scored."""
     _, is_spike = _scored(values)
     return float(is_spike.mean()) if len(is_spike) else 0.0
 
@@ -119,12 +117,15 @@ def verdict(
     reason: str = "",
     clip: float | None = None,
 ) -> Verdict:
-    """What became of the run that wrote `records`. The first rule that holds decides.
+    """The verdict on the run that wrote `records`. The first rule that applies decides.
 
-    1. diverged: `diverged_at` is given, or a training or validation loss is not finite. A gradient
-       norm that is not finite is none by itself, as fp16 skips such updates; nor is the loss of
-       an update that was skipped by training.nonfinite, unless all were. No rule looks at those.
-    2. plateaued: the final validation loss is not more than MARGIN under `unigram_entropy`.
+    1. diverged: `diverged_at` is given, or a training or validation loss is not finite. A
+       non-finite gradient norm alone is not a divergence, because fp16 skips such updates; nor is
+       the loss of an update that training.nonfinite skipped, unless all updates were skipped. The
+       other rules ignore skipped updates.
+    2. plateaued: the final validation loss is not more than LEARNT under `unigram_entropy`. A model
+       that only counts tokens ends within a few hundredths of H1, on either side; one that uses a
+       single preceding token gains several tenths.
     3. regressed: the mean training loss of the last K updates is above the lowest such mean of K
        updates before them by more than max(REGRESSION, STANDARD_ERRORS * e), where
        e = sqrt(s1^2 + s2^2) / sqrt(K), s1 and s2 the standard deviations of the two windows. That
@@ -139,10 +140,10 @@ def verdict(
         records: of a run that has ended: a run that did not diverge was evaluated after its last
             update.
         unigram_entropy: H1, nats per token.
-        diverged_at: the step at which the run ended with something non-finite.
+        diverged_at: the step at which the run ended with a non-finite value.
         diverged_layer: where that was: 0 the embeddings, 1 ... L the blocks, L + 1 the head.
         reason: of the divergence, in words.
-        clip: the largest gradient norm that was let through; None: no clipping.
+        clip: the gradient norm above which gradients were clipped; None: no clipping.
     """
     made = [record for record in records if "loss" in record]
     updates = [record for record in made if not record.get("skipped")]
@@ -159,7 +160,7 @@ def verdict(
         finding = _Finding("diverged", made[0]["step"], None, "all updates were skipped")
     if finding is None:
         assert made, "a finished run has updates"
-        assert made[-1]["step"] in val_losses, "and is evaluated after the last"
+        assert made[-1]["step"] in val_losses, "it is evaluated after the last"
         final_val_loss = val_losses[made[-1]["step"]]
         windows = _windows(losses)
         final_train_loss = float(windows[-1].mean())
@@ -175,7 +176,6 @@ def verdict(
         clipped = sum(norm > clip for norm in finite_norms) / len(finite_norms)
     return Verdict(
         **finding._asdict(),
-        failed=finding.status in FAILED,
         initial_loss=val_losses.get(0),
         final_val_loss=final_val_loss,
         best_val_loss=min(val_losses.values(), default=None),
@@ -217,32 +217,32 @@ def _plateau(
     steps: list[int],
     records: Sequence[Record],
 ) -> _Finding | None:
-    bar = unigram_entropy - MARGIN
+    bar = unigram_entropy - LEARNT
     if final_val_loss < bar:
         return None
-    # Clearly under: a run that never learnt hovers about the bar, and noise takes it under all the
-    # time, the more so as H1 is of the validation text, and the training text may be easier.
-    seen = steps[0]
+    # Clearly under: a run that never learned fluctuates about the bar, and noise often takes it
+    # below, all the more as H1 is of the validation text and the training text may be easier.
+    onset = steps[0]
     for index in reversed(range(len(windows))):
         window = windows[index]
         mean = window.mean()
         if mean < bar and mean + STANDARD_ERRORS * _standard_error(window) < bar:
-            seen = steps[min(index + windows.shape[1], len(steps) - 1)]
+            onset = steps[min(index + windows.shape[1], len(steps) - 1)]
             break
-    words = f"final loss {final_val_loss:.3f} is not {MARGIN} under H1 = {unigram_entropy:.3f}"
-    return _Finding("plateaued", seen, _starved_block(records), words)
+    words = f"final loss {final_val_loss:.3f} is not {LEARNT} under H1 = {unigram_entropy:.3f}"
+    return _Finding("plateaued", onset, _starved_block(records), words)
 
 
 def _starved_block(records: Sequence[Record]) -> int | None:
-    """The lowest block of the first look that saw a block with gradients under EPS_ALARM epsilon.
+    """The lowest block at the first snapshot with a block's gradients under EPS_ALARM epsilon.
 
-    The embeddings (layer 0) and the head (the last) are no blocks: see gpt.diagnostics.layers.
+    The embeddings (layer 0) and the head (the last) are not blocks: see gpt.diagnostics.layers.
     """
-    looks = [record for record in records if "layer" in record]
-    head = max((record["layer"] for record in looks), default=0)
+    layers = [record for record in records if "layer" in record]
+    head = max((record["layer"] for record in layers), default=0)
     starved = [
         (record["step"], record["layer"])
-        for record in looks
+        for record in layers
         if 0 < record["layer"] < head
         and _is_finite(record.get("grad_over_eps"))
         and record["grad_over_eps"] < EPS_ALARM
@@ -252,7 +252,7 @@ def _starved_block(records: Sequence[Record]) -> int | None:
 
 def _regression(windows: NDArray[np.float64], steps: list[int]) -> _Finding | None:
     count, length = windows.shape
-    if count <= length:  # a single update, and nothing before it
+    if count <= length:  # a single update with nothing before it
         return None
     means = windows.mean(axis=1)
     lowest = int(means[: count - length].argmin())  # of those that share no update with the last
@@ -276,13 +276,13 @@ def _spike(loss_spikes: list[int], steps: list[int]) -> _Finding | None:
 
 
 def _windows(losses: Sequence[float | None]) -> NDArray[np.float64]:
-    """All runs of K losses in a row, (updates - K + 1, K)."""
+    """Every window of K consecutive losses, (updates - K + 1, K)."""
     length = min(max(10, len(losses) // 20), len(losses) // 2)
     return sliding_window_view(np.array(losses, dtype=np.float64), max(1, length))
 
 
 def _standard_error(window: NDArray[np.float64]) -> float:
-    """Of the window's mean; unknown, so infinite, for a single value."""
+    """Standard error of the window's mean; infinite for a single value."""
     length = len(window)
     return float(window.std(ddof=1)) / math.sqrt(length) if length > 1 else math.inf
 
@@ -290,16 +290,16 @@ def _standard_error(window: NDArray[np.float64]) -> float:
 def _scored(values: Sequence[float | None]) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
     """Indices of the values that can be scored, and which of them are spikes."""
     series = np.array(values, dtype=np.float64)  # None becomes nan
-    places = np.flatnonzero(np.isfinite(series))
-    finite = series[places]
+    indices = np.flatnonzero(np.isfinite(series))
+    finite = series[indices]
     length = min(WINDOW, max(50, len(series) // 10))
     if len(finite) <= length:
-        return places[:0], np.zeros(0, dtype=np.bool_)
-    # Not from cumulative sums, which one huge value would spoil for all that follow it.
+        return indices[:0], np.zeros(0, dtype=np.bool_)
+    # Not by cumulative sums: one huge value would ruin the precision of all that follow.
     past = sliding_window_view(finite, length)[:-1]
     mean = past.mean(axis=1)
     sigma = np.maximum(past.std(axis=1), SIGMA_FLOOR * np.abs(mean))
-    return places[length:], finite[length:] > mean + SIGMAS * sigma
+    return indices[length:], finite[length:] > mean + SIGMAS * sigma
 
 
 def _is_finite(value: float | None) -> TypeGuard[float]:

@@ -1,9 +1,16 @@
 """From text to batches: source -> documents -> token files on disk -> sequences.
 
-    sources.py      where documents come from: files, the hub, token files
+    sources/        where documents come from: files, token files, the hub
+    tokenizer.py    text to token ids and back
     preparation.py  documents -> token files in a cache folder, once; `prepare(config)`
-    prepared.py     what such a folder holds, verified
+    cache.py        which cache folder belongs to a config, and what is read to fill it
+    build.py        filling it, in steps that can be interrupted
+    vocabulary.py   training a tokenizer on the corpus
+    split.py        training or validation, for each document
+    encode.py       encoding on all cores, in order
+    prepared.py     what a prepared folder contains, verified
+    token_files.py  token files written by other programs
     sequences.py    token files -> batches, a pure function of (seed, step)
 
-`python -m gpt.data CONFIG.yaml` prepares a config's data and says what it found.
+`python -m gpt.data CONFIG.yaml` prepares the data of a config and describes it.
 """

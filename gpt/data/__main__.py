@@ -1,8 +1,8 @@
-"""`python -m gpt.data CONFIG.yaml`: the door `prepare` of gpt/cli/__init__.py."""
+"""`python -m gpt.data CONFIG.yaml`: the command `prepare`, in gpt/cli/prepare.py."""
 
 import sys
 
-from gpt.cli import prepare
+from gpt.cli import run
 
 if __name__ == "__main__":
-    sys.exit(prepare(prog="python -m gpt.data"))
+    sys.exit(run("prepare"))

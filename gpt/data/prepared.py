@@ -1,14 +1,13 @@
-"""A prepared corpus on disk: what its files hold, and whether they are still what was written.
+"""A prepared corpus on disk: what its files contain, and whether they are unchanged.
 
     CACHE_DIR/SOURCE-TOKENIZER-KEY/
       train.bin, val.bin   token ids, uint16 or uint32, each document followed by end of text; with
                            several sources train-0.bin, train-1.bin, ...
-      counts.bin           how often each token occurs, int64, a row a file in the order above
+      counts.bin           how often each token occurs, int64, one row per file in the order above
       tokenizer.json       the vocabulary
-      meta.json            what the files hold, their sizes and SHA-256; written last
+      meta.json            what the files contain, their sizes and SHA-256; written last
 
-Everything in meta.json is read off the finished token files, so it is true of them whatever wrote
-them. How they are made: preparation.py.
+Everything in meta.json is computed from the finished token files. How they are made: build.py.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from gpt.data.tokenizer import Encoding
 from gpt.errors import InputError
 from gpt.io.files import (
     describe,
-    flush,
+    fsync,
     open_regular,
     read_json,
     read_small,
@@ -43,22 +42,25 @@ from gpt.io.files import (
 Natural = Annotated[int, Field(ge=0, le=2**53)]
 
 FORMAT = 3
-ANEW = "the next start prepares anew"  # as a folder that is damaged is deleted
-OTHERS = ("tokenizer.json", "counts.bin")  # files beside the token files
-BLOCK = 2**22  # tokens looked at together when a file is described
-REHASH = 2**30  # bytes of a token file beyond which it is only hashed again if its time changed
+FROM_SCRATCH = "the next run prepares the data from scratch"  # as the damaged folder is deleted
+OTHERS = ("tokenizer.json", "counts.bin")  # files that contain no tokens
+BLOCK = 2**22  # tokens read at a time when a file is described
+REHASH = 2**30  # bytes; a larger token file is hashed again only if its modification time changed
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """What one token file holds.
+    """What one token file contains.
 
     Attributes:
         name: train, train-0, ... or val; the file is `name`.bin.
-        documents, tokens: how many; tokens include the end of text after each document.
+        documents: their number.
+        tokens: their number, including the end of text after each document.
         bytes: UTF-8 bytes of the text.
         longest: tokens of the longest document, without end of text.
-        size, sha256, time: of the file; time in nanoseconds.
+        size: of the file in bytes.
+        sha256: of the file.
+        time: modification time in nanoseconds.
     """
 
     name: str
@@ -77,13 +79,13 @@ class Dataset:
 
     Attributes:
         train: token ids of each source, memory-mapped.
-        weights: shares of the sources in the training sequences; they add up to 1.
+        weights: fraction of the training sequences drawn from each source; they add up to 1.
         val: token ids of the validation text, memory-mapped.
         encoding: the tokenizer.
         fingerprint: SHA-256 of the token files and the tokenizer.
-        files: what the token files hold: those of `train`, then that of `val`.
+        files: descriptions of the token files: those of `train`, then that of `val`.
         counts: how often each token occurs in each of `files`, (files, vocabulary).
-        folder: where they are.
+        folder: where the files are.
     """
 
     train: tuple[Tokens, ...]
@@ -97,15 +99,17 @@ class Dataset:
 
     @property
     def train_tokens(self) -> int:
-        """Training tokens of all sources together."""
+        """Number of training tokens of all sources."""
         return sum(len(tokens) for tokens in self.train)
 
     def unigram_entropy(self) -> float:
-        """H₁, nats per token: what guessing the validation tokens by their frequency costs.
+        """H₁, nats per token: the loss of guessing the validation tokens by their frequency.
 
-        The cross-entropy of the validation tokens under the training text's unigram distribution,
-        of several sources by their weights, with 1 added to every count so that a token which
-        training never shows has a probability. A model that learnt no more has this loss.
+        It is the cross-entropy of the validation tokens under the unigram distribution of the
+        training text: the relative frequency of each token, averaged over several sources by their
+        weights. One is added to every count (Laplace smoothing), so that a token that never occurs
+        in training has a probability. A model that has learned only token frequencies has this
+        loss; one that has learned more is below it.
         """
         *train, val = self.counts
         smoothed = [(row + 1) / (row.sum() + len(row)) for row in train]
@@ -114,7 +118,7 @@ class Dataset:
 
 
 # ---------------------------------------------------------------------------------------------
-# Closing a folder of token files
+# Describing the token files
 
 
 def train_names(config: DataConfig) -> list[str]:
@@ -122,20 +126,20 @@ def train_names(config: DataConfig) -> list[str]:
     return [f"train-{index}" for index in range(len(config.mix))] or ["train"]
 
 
-def seal(
+def finalize(
     folder: Path,
     names: Sequence[str],
     dtype: np.dtype[Any],
     encoding: Encoding,
     revisions: list[str | None],
 ) -> None:
-    """Describe the token files `names` of `folder`, and write meta.json when all is on disk.
+    """Describe the token files `names` of `folder`, and write meta.json once all are on disk.
 
     Args:
         revisions: the commit of each source, None where it has none.
 
     Raises:
-        InputError: a token file holds what is not a token.
+        InputError: a token file contains an id outside the vocabulary.
         OSError: the disk is full.
     """
     counts = np.zeros((len(names), encoding.n_vocab), np.int64)
@@ -155,7 +159,7 @@ def seal(
         "others": others,
     }
     for name in names:
-        flush(folder / f"{name}.bin")
+        fsync(folder / f"{name}.bin")
     write_text(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
 
 
@@ -167,17 +171,17 @@ def _fingerprint(files: Sequence[TokenFile], vocabulary: str) -> str:
 def _describe(
     path: Path, dtype: np.dtype[Any], encoding: Encoding, counts: npt.NDArray[np.int64]
 ) -> TokenFile:
-    """Describe a token file, and fill in how often each token occurs in it."""
+    """Describe a token file; adds the number of occurrences of each token to `counts`."""
     digest = hashlib.sha256()
-    at = start = longest = 0  # places of this block and of the document that it begins in
+    at = start = longest = 0  # positions of this block and of the document in which it begins
     with path.open("rb") as file:
         while raw := file.read(BLOCK * dtype.itemsize):
             digest.update(raw)
             block = np.frombuffer(raw, dtype)
-            if block.max() >= len(counts):  # an earlier start left it, and it was altered since
+            if block.max() >= len(counts):  # altered after an interrupted run had written it
                 raise InputError(
-                    f"{path}: is damaged: it holds the id {block.max()} of {len(counts)} tokens; "
-                    f"{ANEW}"
+                    f"{path}: is damaged: it contains the id {block.max()}, outside the vocabulary "
+                    f"of {len(counts)} tokens; {FROM_SCRATCH}"
                 )
             counts += np.bincount(block, minlength=len(counts))
             ends = at + np.flatnonzero(block == encoding.eot_token)
@@ -199,18 +203,18 @@ def _describe(
 
 
 # ---------------------------------------------------------------------------------------------
-# Opening it
+# Opening a prepared corpus
 
 
 class _File(BaseModel):
-    """What meta.json says of a file that holds no tokens."""
+    """The part of meta.json about a file that contains no tokens."""
 
     size: Natural
     sha256: str
 
 
 class _Meta(BaseModel):
-    """What is read of meta.json."""
+    """The parts of meta.json that are read."""
 
     dtype: Literal["uint16", "uint32"]
     files: tuple[TokenFile, ...]
@@ -222,19 +226,19 @@ def _map(path: Path, dtype: np.dtype[Any]) -> Tokens:
 
 
 def open_dataset(config: DataConfig, folder: Path) -> Dataset:
-    """A prepared corpus, held against its sidecar.
+    """Open a prepared corpus, after checking it against its meta.json.
 
     Raises:
-        InputError: a file is missing, has been cut short, or is not what was written.
+        InputError: a file is missing, truncated, or has changed since it was written.
     """
     try:
         meta = read_json(folder / "meta.json", _Meta)
         if [file.name for file in meta.files] != [*train_names(config), "val"]:
-            raise ValueError("meta.json describes other files")
+            raise ValueError("meta.json describes different files")
         for name in OTHERS:
             _check_size(folder / name, meta.others[name].size)
             if describe(folder / name) != meta.others[name].model_dump():
-                raise ValueError(f"{name} is not what was written")
+                raise ValueError(f"{name} has changed since it was written")
         dtype = np.dtype(meta.dtype)
         encoding = tokenizer.load(folder / "tokenizer.json")
         counts = _read_counts(folder / "counts.bin", meta.files, encoding)
@@ -266,13 +270,13 @@ def _check_size(path: Path, size: int) -> None:
     with open_regular(path) as file:
         found = os.fstat(file.fileno()).st_size
     if found != size:
-        raise ValueError(f"{path.name} has {found:,} bytes, {size:,} were written")
+        raise ValueError(f"{path.name} has {found:,} bytes instead of {size:,}")
 
 
 def _read_counts(
     path: Path, files: Sequence[TokenFile], encoding: Encoding
 ) -> npt.NDArray[np.int64]:
-    """How often each token occurs in each file, held against what meta.json says of the files."""
+    """How often each token occurs in each file, checked against meta.json."""
     size = len(files) * encoding.n_vocab * 8
     _check_size(path, size)
     counts = np.frombuffer(read_small(path, size), np.int64).reshape(len(files), -1)
@@ -280,19 +284,19 @@ def _read_counts(
     for file, row in zip(files, counts, strict=True):
         found = (int(row.sum()), int(row[encoding.eot_token]), int(row @ lengths))
         if row.min() < 0 or found != (file.tokens, file.documents, file.bytes):
-            raise ValueError(f"meta.json and counts.bin differ in {file.name}")
+            raise ValueError(f"meta.json and counts.bin disagree about {file.name}")
     return counts
 
 
 def _verify(path: Path, file: TokenFile, dtype: np.dtype[Any], vocabulary: int) -> None:
-    """Hold a token file against its description; a large one is read if it was touched.
+    """Check a token file against its description; a large one is read only if it was touched.
 
     Raises:
-        ValueError: it is not what was written, or holds what is not a token.
+        ValueError: it has changed since it was written, or contains an id outside the vocabulary.
     """
     _check_size(path, file.size)
     if file.size != file.tokens * dtype.itemsize or not file.longest <= file.tokens > 0:
-        raise ValueError(f"meta.json: the sizes of {path.name} do not agree")
+        raise ValueError(f"meta.json: the sizes of {path.name} are inconsistent")
     if file.size > REHASH and path.stat().st_mtime_ns == file.time:
         return
     digest, largest = hashlib.sha256(), 0
@@ -301,6 +305,6 @@ def _verify(path: Path, file: TokenFile, dtype: np.dtype[Any], vocabulary: int) 
             digest.update(raw)
             largest = max(largest, int(np.frombuffer(raw, dtype).max()))
     if digest.hexdigest() != file.sha256:
-        raise ValueError(f"{path.name} is not what was written")
+        raise ValueError(f"{path.name} has changed since it was written")
     if largest >= vocabulary:
-        raise ValueError(f"{path.name} holds the id {largest} of {vocabulary} tokens")
+        raise ValueError(f"{path.name} contains the id {largest}, outside the vocabulary")

@@ -1,9 +1,10 @@
 """Sequences: token files -> batches.
 
-A training batch is a pure function of (data seed, step): sample i of the run is the same whatever
-the batch size, the number of processes, or what was read before. Validation sequences never change.
+A training batch is a pure function of (data seed, step): sample i of the run does not depend on the
+batch size, the number of processes, or what was read before. Validation sequences never change.
 
-Batches are NumPy arrays of int64, (sequences, T) inputs and (sequences, T) targets, one place on.
+Batches are NumPy arrays of int64: inputs and targets, (sequences, T) each; the targets are the
+inputs shifted by one token.
 """
 
 from __future__ import annotations
@@ -20,29 +21,29 @@ from gpt.errors import InputError
 from gpt.rng import derive
 
 Batch = npt.NDArray[np.int64]
-Made = TypeVar("Made")
+Item = TypeVar("Item")
 
-CHECKED = 256  # sequences between two checks whether to go on
-CYCLE = 1000  # samples in which each of several sources has its exact share
+CHECK_EVERY = 256  # sequences between two calls of `check`
+CYCLE = 1000  # samples in which each of several sources occurs in exact proportion
 
 
 class TrainingSequences:
     """The training tokens as an endless, seeded stream of windows of `context` tokens.
 
-    With windows "epochs" each epoch of a source is a fresh permutation of its non-overlapping
-    windows, from an offset of its own; the last window runs on into the first tokens, so that every
-    token is an input once an epoch, but for the fewer than T that are left at the end of it. With
-    "random" each window starts anywhere, as in nanoGPT.
+    With windows "epochs", each epoch of a source is a new permutation of its non-overlapping
+    windows, from a random offset. The last window continues with the first tokens, so every token
+    is an input once per epoch, except for fewer than T at the end. With "random", each window
+    starts anywhere, as in nanoGPT.
 
     Args:
         train: token ids of each source.
-        weights: shares of the sources, adding up to 1.
-        context: T, tokens of a sequence; each has T inputs and T targets, one position on.
-        seed: seed of the order.
+        weights: fraction of the samples from each source; they add up to 1.
+        context: T, the inputs of a sequence.
+        seed: of the order.
         windows: "epochs" or "random".
 
     Raises:
-        InputError: a source has fewer tokens than one window needs.
+        InputError: a source has fewer tokens than a window needs, or there are too many sources.
     """
 
     def __init__(
@@ -59,13 +60,13 @@ class TrainingSequences:
                 of = f" of data.mix.{number}" if len(train) > 1 else ""
                 raise InputError(
                     f"model.context: {context} needs more than the {len(tokens):,} training "
-                    f"tokens{of}; lower it or data.val_fraction, or give more text"
+                    f"tokens{of}; lower it or data.val_fraction, or add text"
                 )
         if len(train) > CYCLE:
-            raise InputError(f"data.mix: holds {len(train):,} sources; at most {CYCLE:,} are mixed")
+            raise InputError(f"data.mix: has {len(train):,} sources; the maximum is {CYCLE:,}")
         self.train, self.context, self.seed, self.windows = train, context, seed, windows
-        self.slots = _shares(weights)
-        self._cycle = -1, self.slots  # the newest: its number, and its slots' order
+        self.slots = _slots(weights)
+        self._cycle = -1, self.slots  # the latest cycle: its number and the order of its slots
         self._epochs: dict[tuple[int, int], tuple[int, npt.NDArray[np.int64]]] = {}
 
     def batch(
@@ -80,19 +81,20 @@ class TrainingSequences:
 
         Args:
             size: sequences of the update, over all processes.
-            rank, world: this process and their number; together they hold what one would.
-            check: called every `CHECKED` sequences; what it raises ends the work.
+            rank, world: index of this process, and the number of processes; together their batches
+                are the batch of a single process.
+            check: called every `CHECK_EVERY` sequences; an exception that it raises ends the work.
 
         Raises:
             ValueError: the processes cannot share the batch evenly.
         """
         if size % world:
             raise ValueError(f"{world} processes cannot share {size} sequences evenly")
-        share = size // world
-        first = (step - 1) * size + rank * share
+        count = size // world
+        first = (step - 1) * size + rank * count
         rows: list[Tokens] = []
-        for index in range(first, first + share):
-            if len(rows) % CHECKED == 0:
+        for index in range(first, first + count):
+            if len(rows) % CHECK_EVERY == 0:
                 check()
             rows.append(self._window(index))
         return _inputs_and_targets(rows)
@@ -104,29 +106,29 @@ class TrainingSequences:
         if self.windows == "random":
             start = derive(self.seed, "window", source, index) % (len(tokens) - T)
         else:
-            epoch, place = divmod(index, len(tokens) // T)
+            epoch, position = divmod(index, len(tokens) // T)
             offset, order = self._epoch(source, epoch)
-            start = (offset + int(order[place]) * T) % len(tokens)
+            start = (offset + int(order[position]) * T) % len(tokens)
         window = tokens[start : start + T + 1]
         if len(window) <= T:
             window = np.concatenate([window, tokens[: T + 1 - len(window)]])
         return window
 
     def _source(self, index: int) -> tuple[int, int]:
-        """Which source sample `index` comes from, and the how-manieth of that source it is."""
+        """The source of sample `index`, and the index of the sample within that source."""
         if len(self.train) == 1:
             return 0, index
-        cycle, place = divmod(index, CYCLE)
+        cycle, position = divmod(index, CYCLE)
         if cycle != self._cycle[0]:
             random = np.random.default_rng(derive(self.seed, "mix", cycle))
             self._cycle = cycle, random.permutation(self.slots)
         order = self._cycle[1]
-        source = int(order[place])
-        before = int(np.count_nonzero(order[:place] == source))
+        source = int(order[position])
+        before = int(np.count_nonzero(order[:position] == source))
         return source, cycle * int(np.count_nonzero(order == source)) + before
 
     def _epoch(self, source: int, epoch: int) -> tuple[int, npt.NDArray[np.int64]]:
-        """Offset of the windows, and their order."""
+        """The offset of the windows of an epoch, and their order."""
         if (source, epoch) not in self._epochs:
             self._epochs.pop((source, epoch - 2), None)
             count = len(self.train[source])
@@ -136,8 +138,8 @@ class TrainingSequences:
         return self._epochs[source, epoch]
 
 
-def _shares(weights: Sequence[float]) -> npt.NDArray[np.int64]:
-    """`CYCLE` slots, of which each source has its share, to the nearest; at least one each."""
+def _slots(weights: Sequence[float]) -> npt.NDArray[np.int64]:
+    """The source of each of `CYCLE` slots, in proportion to the weights; at least one each."""
     exact = np.array(weights) * CYCLE
     counts = np.maximum(1, np.floor(exact).astype(np.int64))
     while counts.sum() < CYCLE:
@@ -148,10 +150,15 @@ def _shares(weights: Sequence[float]) -> npt.NDArray[np.int64]:
 
 
 class ValidationSequences:
-    """The fixed windows to evaluate on: all of the validation tokens', or `limit`, spread evenly.
+    """The fixed, non-overlapping windows on which the validation loss is computed.
+
+    Args:
+        tokens: the validation tokens.
+        context: T, the inputs of a sequence.
+        limit: use so many windows, spread evenly; None uses all.
 
     Raises:
-        InputError: there are fewer tokens than one window needs.
+        InputError: there are fewer tokens than a window needs.
     """
 
     def __init__(self, tokens: Tokens, context: int, limit: int | None) -> None:
@@ -159,7 +166,7 @@ class ValidationSequences:
         if windows < 1:
             raise InputError(
                 f"model.context: {context} needs more than the {len(tokens):,} validation tokens; "
-                "lower it, raise data.val_fraction, or give data.validation more text"
+                "lower it, raise data.val_fraction, or add text to data.validation"
             )
         self.tokens, self.context = tokens, context
         self._windows, self._count = windows, min(windows, limit or windows)
@@ -168,7 +175,7 @@ class ValidationSequences:
         return self._count
 
     def batches(self, size: int) -> Iterator[tuple[Batch, Batch]]:
-        """All of them in order, `size` at a time."""
+        """All sequences in order, `size` at a time; the last batch may be smaller."""
         for first in range(0, len(self), size):
             numbers = range(first, min(first + size, len(self)))
             starts = (number * self._windows // self._count * self.context for number in numbers)
@@ -182,13 +189,13 @@ def _inputs_and_targets(windows: list[Tokens]) -> tuple[Batch, Batch]:
     return rows[:, :-1], rows[:, 1:]
 
 
-def ahead(make: Callable[[int], Made], steps: Iterable[int]) -> Generator[Made]:
-    """`map(make, steps)`, with the next one made in a thread while the last one is used."""
+def prefetch(make: Callable[[int], Item], steps: Iterable[int]) -> Generator[Item]:
+    """`map(make, steps)`, computing the next item in a thread while the current one is used."""
     with ThreadPoolExecutor(1) as pool:
-        coming = None
+        upcoming = None
         for step in steps:
-            made, coming = coming, pool.submit(make, step)
-            if made is not None:
-                yield made.result()
-        if coming is not None:
-            yield coming.result()
+            current, upcoming = upcoming, pool.submit(make, step)
+            if current is not None:
+                yield current.result()
+        if upcoming is not None:
+            yield upcoming.result()

@@ -1,11 +1,12 @@
-"""Tokenizers. Every one is an `Encoding`, which is tiktoken's, whatever made its vocabulary.
+"""Tokenizers. Each one is a tiktoken `Encoding`, whatever its vocabulary was made by.
 
-So the rest of the program knows one interface, one end-of-text token (`encoding.eot_token`) and
-one file format: a JSON list of the tokens' bytes in the order of their ids, with the pattern that
-splits text before merging. Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) merges, among
-adjacent tokens, the pair whose concatenation has the lowest id, until no pair is in the vocabulary.
+So the rest of the program has one interface, one end-of-text token (`encoding.eot_token`) and one
+file format: a JSON list of the tokens' bytes in the order of their ids, with the pattern that
+splits text before merging. Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) repeatedly
+merges, among adjacent tokens, the pair whose concatenation has the lowest id, until no pair is in
+the vocabulary.
 
-Not here: reading documents and writing token files (gpt/data/).
+Which text a tokenizer is trained on is decided in vocabulary.py.
 """
 
 from __future__ import annotations
@@ -26,22 +27,23 @@ import tiktoken.load
 from gpt.config import DataConfig
 from gpt.errors import InputError, UnreachableError
 from gpt.io.files import read_small, write_bytes
-from gpt.io.wait import PATIENCE, wait_for
+from gpt.io.wait import TIMEOUT, wait_for
 
 if TYPE_CHECKING:
     import tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
 FORMAT = 1
-PIECE = 2**14  # characters that a piece of text has at most if there is a place to cut
-LONGEST = 2**18  # characters at which it is cut anyhow; tiktoken fails on runs of over a million
-WORD = 512  # bytes of a word that BPE learns from; a longer one counts as several
+PIECE = 2**14  # maximum characters of a piece of text that can be cut
+LONGEST = 2**18  # maximum characters of any piece; tiktoken fails on runs of over a million
+WORD = 512  # maximum bytes of a word that BPE learns from; a longer one counts as several
 
-# GPT-2's split: contractions, words, numbers and signs with the space before them, white space.
+# GPT-2's split: contractions; words, numbers and symbols with the space before them; white space.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# The pattern of each tokenizer. gpt2's is the same split, as tiktoken spells it. A file may hold no
-# other: it could lose text, never end or crash tiktoken, and `pieces` cuts where these allow it.
+# The pattern of each tokenizer. gpt2's is the same split, as tiktoken spells it. Files with other
+# patterns are rejected: they could lose text, never end or crash tiktoken, and `pieces` cuts only
+# where these patterns allow it.
 PATTERNS = {
     "bytes": r"(?s:.{1,64})",
     "chars": r"(?s:.)",
@@ -51,7 +53,7 @@ PATTERNS = {
 
 
 class Encoding(tiktoken.Encoding):
-    """One of `PATTERNS` and a vocabulary: the tokens' bytes with their ids, in the order of ids."""
+    """A name in `PATTERNS`, and a vocabulary: the bytes of each token, in the order of ids."""
 
     def __init__(self, name: str, tokens: Iterable[bytes]) -> None:
         self.pattern = PATTERNS[name]
@@ -68,22 +70,22 @@ class Encoding(tiktoken.Encoding):
 
 
 def bytes_tokenizer(config: DataConfig, documents: Iterable[str]) -> Encoding:
-    """One token a byte of UTF-8: 256 and end of text."""
+    """One token per byte of UTF-8: 256, and end of text."""
     return Encoding("bytes", (bytes([byte]) for byte in range(256)))
 
 
 def chars_tokenizer(config: DataConfig, documents: Iterable[str]) -> Encoding:
-    """One token a character that occurs in `documents`, in code-point order, and end of text."""
+    """One token per distinct character of `documents`, in code-point order, and end of text."""
     characters = set[str]()
     for text in documents:
         characters.update(text)
     if not characters:
-        raise InputError("data: holds no text, so there are no characters to make tokens of")
+        raise InputError("data: contains no text, so the chars tokenizer would have no characters")
     return Encoding("chars", (char.encode() for char in sorted(characters)))
 
 
 def bpe_tokenizer(config: DataConfig, documents: Iterable[str]) -> Encoding:
-    """A byte-level BPE of `config.vocab_size` tokens in all, trained on `documents`."""
+    """A byte-level BPE trained on `documents`, with `config.vocab_size` tokens in total."""
     trained = train_bpe(documents, config.vocab_size)
     # The library writes each byte as a printable character; ByteLevel's alphabet, sorted, is
     # bytes 33-126, 161-172, 174-255 as themselves and then the other 68 from U+0100 on.
@@ -96,11 +98,11 @@ def bpe_tokenizer(config: DataConfig, documents: Iterable[str]) -> Encoding:
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """A tokenizer of `vocab_size` tokens, one of them left for end of text, as `tokenizers` has it.
+    """A tokenizer of the `tokenizers` library, with `vocab_size` tokens including end of text.
 
-    `bpe_tokenizer` turns it into an encoding that gives the same ids. Each merge walks the words
-    that it occurs in, so the time stays near linear only as long as words are short: text without
-    white space, such as DNA, is one word, which is cut into words of `WORD` bytes.
+    `bpe_tokenizer` converts it into an encoding that gives the same ids. Each merge visits all
+    words in which it occurs, so training takes near-linear time only if words are short. Text
+    without white space, such as DNA, would be one word; it is cut into words of `WORD` bytes.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -118,32 +120,32 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer
 
 
 def gpt2_tokenizer(config: DataConfig, documents: Iterable[str]) -> Encoding:
-    """GPT-2's own vocabulary of 50,257 tokens, by tiktoken, from its cache or the network."""
-    missing = [name for name in GPT2_FILES if not _is_whole(gpt2_file(name), name)]
+    """GPT-2's own vocabulary of 50,257 tokens, from tiktoken's cache or the network."""
+    missing = [name for name in GPT2_FILES if not _is_cached(gpt2_file(name), name)]
     for name in missing:
         try:
             contents = _download(GPT2_URL + name)
             if hashlib.sha256(contents).hexdigest() != GPT2_FILES[name]:
-                raise ValueError("what it sent is another file")
-        except Exception as error:  # whatever the network library raises; nothing else is run here
-            raise _no_vocabulary(missing, error) from None
+                raise ValueError("the server sent a different file")
+        except Exception as error:  # whatever the network library raises; no code of ours runs here
+            raise _unavailable(missing, error) from None
         path = gpt2_file(name)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(path, contents)
         except OSError as error:
             raise InputError(f"{path.parent}: tiktoken's cache: {error.strerror}") from None
-    bpe, encoder = (GPT2_URL + name for name in GPT2_FILES)  # both are in the cache now
+    bpe, encoder = (GPT2_URL + name for name in GPT2_FILES)  # now in the cache
     ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(bpe, encoder)
     return Encoding("gpt2", sorted(ranks, key=ranks.__getitem__))
 
 
 def file_tokenizer(config: DataConfig, documents: Iterable[str]) -> Encoding:
-    """The tokenizer in the file `config.vocabulary`, which an earlier run or preparation wrote."""
+    """The tokenizer in the file `config.vocabulary`, written by a run or by preparation."""
     return load(Path(str(config.vocabulary)))
 
 
-# GPT-2's vocabulary: the files, their SHA-256, and where OpenAI keeps them.
+# GPT-2's vocabulary: the files, their SHA-256, and where OpenAI hosts them.
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_FILES = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -152,23 +154,21 @@ GPT2_FILES = {
 
 
 def gpt2_file(name: str) -> Path:
-    """Where tiktoken keeps one of `GPT2_FILES`: in its cache, by the SHA-1 of its address."""
+    """The path of one of `GPT2_FILES` in tiktoken's cache: named by the SHA-1 of its URL."""
     hashed = hashlib.sha1(f"{GPT2_URL}{name}".encode(), usedforsecurity=False).hexdigest()
     for variable in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
         if variable in os.environ:
             if not os.environ[variable]:
-                raise InputError(
-                    f"{variable}: is empty, which turns tiktoken's cache off; unset it"
-                )
+                raise InputError(f"{variable}: is empty, which disables tiktoken's cache; unset it")
             return Path(os.environ[variable]) / hashed
     return Path(tempfile.gettempdir()) / "data-gym-cache" / hashed
 
 
-def _is_whole(path: Path, name: str) -> bool:
-    """Whether the file `name` stands at `path`. Asked first, as tiktoken deletes a wrong one.
+def _is_cached(path: Path, name: str) -> bool:
+    """Whether the file `name` is at `path`. Checked first, since tiktoken deletes a wrong file.
 
     Raises:
-        InputError: another file stands there.
+        InputError: there is a different file.
     """
     try:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -179,23 +179,23 @@ def _is_whole(path: Path, name: str) -> bool:
     if found != GPT2_FILES[name]:
         raise InputError(
             f"{path}: is not GPT-2's {name}: its SHA-256 is {found},\n"
-            f"that of {name} is {GPT2_FILES[name]}; move it away or replace it"
+            f"but should be {GPT2_FILES[name]}; move it away or replace it"
         )
     return True
 
 
 def _download(url: str) -> bytes:
-    """A small file; a server that is silent, at first or later, is noticed within `PATIENCE`."""
+    """A small file; fails within `TIMEOUT` seconds if the server stops responding."""
     import requests
 
-    ask = functools.partial(requests.get, url, stream=True, timeout=PATIENCE / 2)
-    answer: requests.Response = wait_for(ask, PATIENCE)
-    answer.raise_for_status()
-    return wait_for(lambda: answer.content, 60)
+    get = functools.partial(requests.get, url, stream=True, timeout=TIMEOUT / 2)
+    response: requests.Response = wait_for(get, TIMEOUT)
+    response.raise_for_status()
+    return wait_for(lambda: response.content, 60)
 
 
-def _no_vocabulary(missing: list[str], error: Exception) -> InputError:
-    """What GPT-2's tokenizer lacks, where it was looked for, and the ways on."""
+def _unavailable(missing: list[str], error: Exception) -> InputError:
+    """The error about missing files of GPT-2's vocabulary, with the remedies."""
     folder = gpt2_file(missing[0]).parent
     files = "; ".join(
         f"{name} as {gpt2_file(name).name} (SHA-256 {GPT2_FILES[name]})" for name in missing
@@ -203,13 +203,13 @@ def _no_vocabulary(missing: list[str], error: Exception) -> InputError:
     return UnreachableError(
         f"data.tokenizer: gpt2 needs {' and '.join(missing)}, found neither in {folder} nor at "
         f"{GPT2_URL} ({type(error).__name__}).\n"
-        f"Put there by hand, or in another folder that TIKTOKEN_CACHE_DIR names: {files}.\n"
-        "Or train a BPE on your own text (data.tokenizer: bpe); or take a corpus that every "
+        f"Save in that folder, or in one that TIKTOKEN_CACHE_DIR names: {files}.\n"
+        "Or train a BPE on your own text (data.tokenizer: bpe); or use a corpus that every "
         "machine has (data.source: stdlib, with data.tokenizer: bpe or bytes)"
     )
 
 
-# Each builds the encoding from the options and, where it learns from text, the training documents.
+# Each builds the encoding from the options and, if it is trained, from the documents.
 TOKENIZERS: dict[str, Callable[[DataConfig, Iterable[str]], Encoding]] = {
     "bytes": bytes_tokenizer,
     "chars": chars_tokenizer,
@@ -219,17 +219,17 @@ TOKENIZERS: dict[str, Callable[[DataConfig, Iterable[str]], Encoding]] = {
 }
 
 
-# The last place where the text may be cut: between a character that is no white space and white
-# space. No piece of GPT-2's pattern holds both in that order, so either side is tokenized as if the
-# other were there. (Python's \S is a subset of what other engines take for no white space.)
+# The last position where text may be cut: between a character that is not white space and one that
+# is. No match of GPT-2's pattern contains both in that order, so both sides are tokenized as they
+# would be together. (Python's \S is a subset of what other engines consider not white space.)
 _CUT = re.compile(r"(?s:.*\S)(?=[ \n\r\t])")
 
 
 def pieces(texts: Iterable[str], size: int = PIECE) -> Iterator[str]:
     """The same text in pieces of at most `size` characters, cut where no token can cross.
 
-    Where there is no such place a piece is longer, up to `LONGEST`, and is cut all the same.
-    None is empty.
+    If there is no such position, a piece is longer, up to `LONGEST`, and cut anyway. No piece is
+    empty.
     """
     rest = ""
     for text in texts:
@@ -251,28 +251,30 @@ def pieces(texts: Iterable[str], size: int = PIECE) -> Iterator[str]:
 
 
 def encode(encoding: Encoding, text: str, origin: str = "the text") -> list[int]:
-    """Token ids of `text`, in which nothing stands for end of text.
+    """Token ids of `text`; "<|endoftext|>" in it is encoded like any other text.
 
     Args:
         origin: what a message calls the text, such as "--prompt".
 
     Raises:
-        InputError: the text is no valid Unicode, or has a character that is not in the vocabulary
-            (chars only; the others know every byte).
+        InputError: the text is not valid Unicode, or contains a character that is not in the
+            vocabulary (chars only; the others have every byte).
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{origin}: holds a broken character at {error.start}") from None
+        raise InputError(
+            f"{origin}: contains an invalid character at position {error.start}"
+        ) from None
     check_characters(encoding, text, origin)
     return [token for piece in pieces([text]) for token in encoding.encode_ordinary(piece)]
 
 
 def check_characters(encoding: Encoding, text: str, origin: str) -> None:
-    """Make sure that the tokenizer has a token for all of `text`, as only `chars` may not.
+    """Check that the tokenizer can encode all of `text`; only `chars` may lack a character.
 
     Raises:
-        InputError: naming the first character of `text` that it does not know.
+        InputError: names the first character of `text` that is not in the vocabulary.
     """
     if encoding.name == "chars":
         known = encoding.tokens
@@ -280,27 +282,27 @@ def check_characters(encoding: Encoding, text: str, origin: str) -> None:
         if unknown:
             first = next(char for char in text if char in unknown)
             raise InputError(
-                f"{origin}: the character {first!r} is not among the {len(known)} that the "
-                "chars tokenizer knows"
+                f"{origin}: the character {first!r} is not among the {len(known)} characters of "
+                "the tokenizer"
             )
 
 
 def byte_lengths(encoding: Encoding) -> list[int]:
-    """UTF-8 bytes of each token, by id; end of text is no text and has none."""
+    """UTF-8 bytes of each token, by id; 0 for end of text."""
     return [*map(len, encoding.tokens), 0]
 
 
 def copy(encoding: Encoding) -> Encoding:
-    """An equal encoding that shares no state, for a thread of its own.
+    """An equal encoding that shares no state, for use in another thread.
 
-    Two threads that encode with one object were measured to run at two thirds of the speed: they
+    Two threads that share an encoding were measured to run at two thirds of the speed, because they
     compete for the caches of its regular expression.
     """
     return Encoding(encoding.name, encoding.tokens)
 
 
 def to_json(encoding: Encoding) -> str:
-    """`encoding` as JSON; each token's bytes stand as the code points 0-255."""
+    """`encoding` as JSON; the bytes of each token are written as the code points 0-255."""
     tree = {
         "format": FORMAT,
         "name": encoding.name,
@@ -312,18 +314,18 @@ def to_json(encoding: Encoding) -> str:
 
 
 def load(path: Path) -> Encoding:
-    """The encoding in a file that holds `to_json`'s text.
+    """The encoding in a file written by `to_json`.
 
     Raises:
-        InputError: the file is missing or is no tokenizer of this format.
+        InputError: the file is missing or is not a tokenizer of this format.
     """
     try:
         tree = json.loads(read_small(path).decode("utf-8"))
         if isinstance(tree, dict) and isinstance(tree.get("model"), dict):
             raise InputError(
-                f"{path}: is a Hugging Face tokenizer, which this program does not read;\n"
-                "give the tokenizer.json of a run or of prepared data, or use data.tokenizer: gpt2 "
-                "(GPT-2's own vocabulary)\nor bpe (a new one, learnt from your text)"
+                f"{path}: is a Hugging Face tokenizer, which is not supported;\n"
+                "use the tokenizer.json of a run or of prepared data, or data.tokenizer: gpt2 "
+                "(GPT-2's own vocabulary)\nor bpe (trained on your text)"
             )
         return _from_tree(tree)
     except InputError:
@@ -331,29 +333,29 @@ def load(path: Path) -> Encoding:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except KeyError as error:
-        raise InputError(f"{path}: is no tokenizer file: it has no {error}") from None
+        raise InputError(f"{path}: is not a tokenizer file: it has no {error}") from None
     except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: is no tokenizer file: {error}") from None
+        raise InputError(f"{path}: is not a tokenizer file: {error}") from None
 
 
 def _from_tree(tree: Any) -> Encoding:
-    """The encoding of which `to_json` wrote `tree`; raises what goes with any other."""
+    """The encoding that `to_json` wrote as `tree`; raises ValueError, TypeError or KeyError."""
     if not isinstance(tree, dict):
         raise TypeError("its JSON is not an object")
     if tree["format"] != FORMAT:
-        raise ValueError(f"format {tree['format']!r}, this program reads {FORMAT}")
+        raise ValueError(f"its format is {tree['format']!r}, not {FORMAT}")
     name, texts = tree["name"], tree["tokens"]
     if not isinstance(name, str) or name not in PATTERNS:
-        raise ValueError(f"name is not one of {', '.join(PATTERNS)}")
+        raise ValueError(f"its name is not one of {', '.join(PATTERNS)}")
     if tree["pattern"] != PATTERNS[name]:
         raise ValueError(f"its pattern is not that of the {name} tokenizer")
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
-        raise TypeError("tokens is not a list of texts, none of them empty")
+        raise TypeError("tokens is not a list of non-empty strings")
     if tree["end_of_text"] != len(texts):
         raise ValueError("end_of_text is not the id after the last token")
     tokens = [text.encode("latin-1") for text in texts]
     if len(set(tokens)) < len(tokens):
-        raise ValueError("a token stands twice")
+        raise ValueError("duplicate token")
     if name == "chars":
         if not tokens or any(len(token.decode()) != 1 for token in tokens):
             raise ValueError("a token of the chars tokenizer is not one character")

@@ -1,7 +1,7 @@
-"""What the network is doing inside, layer by layer.
+"""Diagnostics: statistics of each layer, and the cause of a divergence.
 
-    layers.py    measures of one update, a record for each layer
-    failure.py   where a diverged run first went wrong, and what the literature would try next
+    layers.py    statistics of one update, one record per layer
+    failure.py   where a diverged run first became non-finite, and what the literature suggests
 
-`python -m gpt.diagnostics RUN_DIR` draws a run's measures, layer against step.
+`python -m gpt.diagnostics RUN_DIR` plots the statistics of a run, layer against step.
 """

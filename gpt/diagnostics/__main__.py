@@ -1,8 +1,8 @@
-"""`python -m gpt.diagnostics RUN_DIR`: the door `diagnose` of gpt/cli/__init__.py."""
+"""`python -m gpt.diagnostics RUN_DIR`: the command `diagnose`, in gpt/cli/diagnose.py."""
 
 import sys
 
-from gpt.cli import diagnose
+from gpt.cli import run
 
 if __name__ == "__main__":
-    sys.exit(diagnose(prog="python -m gpt.diagnostics"))
+    sys.exit(run("diagnose"))

@@ -1,10 +1,11 @@
-"""Measures of one update, a record for each layer: 0 the embeddings, 1 ... L the blocks, L + 1 the
-final norm and head.
+"""Statistics of one update, one record per layer.
 
-An update is looked at in three moments: its gradients before clipping, the weights before and after
-it, and one more forward pass over a few of its sequences, in evaluation mode and without gradients,
-watched by hooks that are taken away again. So looking changes nothing, and not looking costs
-nothing. Every measure is a scalar tensor on the model's device until `read` fetches all at once.
+Layer 0 is the embeddings, 1 ... L are the blocks, L + 1 is the final norm and the head.
+
+A snapshot of an update combines its gradients before clipping, the weights before and after it, and
+an extra forward pass over a few of its sequences, in evaluation mode and without gradients, which
+temporary hooks observe. So a snapshot does not change training, and steps without one cost nothing.
+Every statistic is a scalar tensor on the model's device until `to_records` fetches all at once.
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gpt.model import GPT, CausalSelfAttention, visible
-from gpt.run.metrics import Record
+from gpt.metrics import EPS_ALARM, Record
+from gpt.model import GPT, CausalSelfAttention, causal_mask
+from gpt.placement import Block
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What one key of a layer's record means, for a picture.
+    """How to plot one statistic of a layer.
 
     Attributes:
+        title: of its plot.
         log: whether it spans orders of magnitude.
-        alarm: values under it are marked.
+        alarm: values below it are marked.
     """
 
     title: str
@@ -36,14 +39,11 @@ class Measure:
     alarm: float | None = None
 
 
-EPS_ALARM = 10  # times epsilon: gradients below it make Adam's updates shrink
-
-
 MEASURES: dict[str, Measure] = {
     "grad_norm": Measure("gradient norm, all parameters of the layer"),
-    "w2_grad_norm": Measure("gradient norm of the feed-forward's last matrix"),
+    "w2_grad_norm": Measure("gradient norm of the last feed-forward matrix"),
     "grad_over_eps": Measure(
-        f"RMS of the gradient / optimizer.eps (dots: under {EPS_ALARM})", alarm=EPS_ALARM
+        f"RMS of the gradient / optimizer.eps (dots: below {EPS_ALARM})", alarm=EPS_ALARM
     ),
     "grad_over_root_v": Measure("RMS of the gradient / root of Adam's second moment"),
     "update_ratio": Measure("RMS of the update / RMS of the weights (matrices)"),
@@ -56,28 +56,32 @@ MEASURES: dict[str, Measure] = {
 }
 
 
-class Look:
-    """One update seen from inside: made before it, then `forward`, the update, `after` and `read`.
+class LayerStats:
+    """A snapshot of one update.
+
+    Create it after the backward pass, call `measure_activations`, update the weights, call
+    `measure_update`, and then `to_records`.
 
     Args:
-        model: not compiled; its gradients are of this update, unscaled and not clipped yet.
-        eps: Adam's, for each parameter that Adam updates, by name.
-        second_moments: Adam's v of the updates so far, bias-corrected, for the same parameters. A
-            gradient well over its root means that v is stale (Wortsman et al. 2023).
+        model: not compiled; holds the gradients of this update, unscaled and not yet clipped.
+        eps: Adam's epsilon, by the name of each parameter that Adam updates.
+        second_moments: Adam's v before this update, bias-corrected, for the same parameters. A
+            gradient much larger than its root means that v is stale (Wortsman et al. 2023).
     """
 
     def __init__(
         self, model: GPT, eps: dict[str, float], second_moments: Mapping[str, Tensor]
     ) -> None:
         self.model, self.eps, self.second_moments = model, eps, second_moments
+        self.blocks = [block for block in model.blocks if isinstance(block, Block)]
         self.layers: list[dict[str, Tensor]] = [{} for _ in range(model.config.layers + 2)]
         self.before = {name: p.detach().clone() for name, p in self._matrices()}
-        self._gradients()
+        self._measure_gradients()
 
     def _matrices(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.model.named_parameters() if p.ndim == 2)
 
-    def _gradients(self) -> None:
+    def _measure_gradients(self) -> None:
         groups: list[list[Tensor]] = [[] for _ in self.layers]
         over_eps: list[list[Tensor]] = [[] for _ in self.layers]
         over_root_v: list[list[Tensor]] = [[] for _ in self.layers]
@@ -90,28 +94,28 @@ class Look:
                 if name in self.second_moments:
                     root = self.second_moments[name].sqrt() + self.eps[name]
                     over_root_v[layer].append(parameter.grad / root)
-        for measures, gradients, ratios, moved in zip(
+        for measures, gradients, eps_ratios, v_ratios in zip(
             self.layers, groups, over_eps, over_root_v, strict=True
         ):
             if gradients:
                 measures["grad_norm"] = _norm(gradients)
                 measures["grad_rms"] = _joint_rms(gradients)
-            if ratios:
-                measures["grad_over_eps"] = _joint_rms(ratios)
-            if moved:
-                measures["grad_over_root_v"] = _joint_rms(moved)
-        for measures, block in zip(self.layers[1:], self.model.placements(), strict=False):
+            if eps_ratios:
+                measures["grad_over_eps"] = _joint_rms(eps_ratios)
+            if v_ratios:
+                measures["grad_over_root_v"] = _joint_rms(v_ratios)
+        for measures, block in zip(self.layers[1:], self.blocks, strict=False):
             gradient = block.mlp.out.weight.grad
             if gradient is not None:
                 measures["w2_grad_norm"] = _norm([gradient])
 
     @torch.no_grad()
-    def forward(self, tokens: Tensor) -> None:
-        """Measure the activations on (B, T) tokens."""
+    def measure_activations(self, tokens: Tensor) -> None:
+        """Run an extra forward pass over (B, T) tokens and measure the activations."""
         model = self.model
         hooks: list[RemovableHandle] = []
         betas: list[list[Tensor]] = [[] for _ in model.blocks]
-        for index, block in enumerate(model.placements()):
+        for index, block in enumerate(self.blocks):
             measures = self.layers[index + 1]
 
             def attention(
@@ -120,9 +124,12 @@ class Look:
                 measures.update(_attention(module, inputs[0]))
 
             def add(
-                module: nn.Module, inputs: Any, out: Tensor, seen: list[Tensor] = betas[index]
+                module: nn.Module,
+                inputs: Any,
+                out: Tensor,
+                block_betas: list[Tensor] = betas[index],
             ) -> None:
-                seen.append(inputs[1].float().var() / out.float().var())
+                block_betas.append(inputs[1].float().var() / out.float().var())
 
             def stream(
                 module: nn.Module, inputs: Any, out: Any, measures: dict[str, Tensor] = measures
@@ -143,14 +150,14 @@ class Look:
             model.train(training)
             for hook in hooks:
                 hook.remove()
-        for measures, seen in zip(self.layers[1:], betas, strict=False):
-            if len(seen) == 2:  # a placement may add in another way, which is not watched
-                measures["attention_beta"], measures["mlp_beta"] = seen
+        for measures, block_betas in zip(self.layers[1:], betas, strict=False):
+            if len(block_betas) == 2:  # a placement may add without the module `add`
+                measures["attention_beta"], measures["mlp_beta"] = block_betas
         self.layers[-1]["stream_rms"] = _rms(hidden)
         self.layers[-1]["log_z"] = model.logits(hidden).float().logsumexp(-1).mean()
 
     @torch.no_grad()
-    def after(self) -> None:
+    def measure_update(self) -> None:
         """Measure how far the update moved the matrices."""
         moved: list[list[Tensor]] = [[] for _ in self.layers]
         weights: list[list[Tensor]] = [[] for _ in self.layers]
@@ -163,8 +170,8 @@ class Look:
                 measures["update_ratio"] = _norm(changes) / _norm(values)
         self.before.clear()
 
-    def read(self, step: int) -> list[Record]:
-        """The records of all layers, as numbers."""
+    def to_records(self, step: int) -> list[Record]:
+        """One record per layer, with plain numbers."""
         tensors = [value for measures in self.layers for value in measures.values()]
         numbers = iter(torch.stack([t.float().reshape(()) for t in tensors]).tolist())
         return [
@@ -175,7 +182,7 @@ class Look:
 
 
 def layer_of(name: str, model: GPT) -> int:
-    """The layer that a parameter or module belongs to, by its name in `model`."""
+    """The layer of a parameter or module, by its name in `model`."""
     block = re.match(r"blocks\.(\d+)\b", name)
     if block:
         return int(block[1]) + 1
@@ -187,7 +194,7 @@ def _attention(module: CausalSelfAttention, x: Tensor) -> dict[str, Tensor]:
     scores = module.scores(q, k)
     weights = module.weights(scores).float()
     T, S = scores.shape[-2:]
-    largest = scores.masked_fill(~visible(T, S, scores.device), -torch.inf).amax()
+    largest = scores.masked_fill(~causal_mask(T, S, scores.device), -torch.inf).amax()
     entropy = torch.special.entr(weights).sum(-1).mean()
     return {"attention_logit": largest, "attention_entropy": entropy}
 

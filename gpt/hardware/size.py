@@ -1,11 +1,11 @@
-"""Whether a config fits the machine, counted from its numbers before anything is built.
+"""Whether a config fits into memory, estimated before anything is built.
 
-All counts are lower bounds: what is refused could not run. A model has its matrices at least, and
-training keeps weights, gradients and the optimizer's memory, the activations of one forward pass
-and a batch of tokens. What norms, biases, libraries and allocators take comes on top; whether that
-fits shows when it runs.
+All estimates are lower bounds: a config that is rejected could not have run. They count the weight
+matrices, and for training the gradients, the optimizer's state, the activations of one forward pass
+and a batch of tokens. Norms, biases, libraries and allocators need more; whether that fits turns
+out at run time.
 
-This module imports no torch, so that a refusal comes at once.
+This module does not import torch, so that the answer comes at once.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from pathlib import Path
 from gpt.config import Config, ModelConfig
 from gpt.errors import InputError
 
-FP32 = 4  # bytes of a number
-REMEMBERED = {"adamw": 2, "radam": 2, "muon": 1}  # numbers a parameter, by optimizer; others less
-GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # one is there where Linux has a GPU
+FP32 = 4  # bytes per number
+# Numbers of optimizer state per parameter, at least; other optimizers have less than one.
+OPTIMIZER_STATE = {"adamw": 2, "radam": 2, "muon": 1}
+GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # one of them exists if Linux has a GPU
 
 
 def parameters(model: ModelConfig, vocab_size: int) -> int:
-    """Numbers in the matrices: all parameters but biases, norms' and a placement's own."""
+    """Number of parameters without biases, norms and a placement's own: those in matrices."""
     d = model.width
-    inner = max(0, int(d * model.mlp.multiple) - 6)  # swiglu's is rounded to a multiple of 8
+    inner = max(0, int(d * model.mlp.multiple) - 6)  # swiglu rounds it to a multiple of 8
     tables = model.context + vocab_size * (1 if model.tied_head else 2)
     return model.layers * (4 * d * d + 2 * d * inner) + tables * d
 
@@ -34,19 +35,19 @@ def parameters(model: ModelConfig, vocab_size: int) -> int:
 def check_training(
     config: Config, vocab_size: int = 1, *, device_memory: int | None, shared: bool
 ) -> None:
-    """Refuse a config that cannot be trained here.
+    """Reject a config that cannot be trained on this machine.
 
     Args:
-        vocab_size: what is known of it: the least.
-        device_memory: bytes where the model is; None if that is not known.
-        shared: whether that is the machine's own memory, where the batch of tokens is as well.
+        vocab_size: the minimum that is known so far.
+        device_memory: bytes of the device that holds the model; None if not known.
+        shared: whether that is the machine's main memory, which also holds the batch of tokens.
 
     Raises:
-        InputError: it needs more memory than there is; both in GB.
+        InputError: it needs more memory than there is; gives both in GB.
     """
     model, training = config.model, config.training
     numbers = parameters(model, vocab_size) * FP32
-    kept = 1 + REMEMBERED.get(config.optimizer.name, 0)  # from update to update
+    kept = 1 + OPTIMIZER_STATE.get(config.optimizer.name, 0)  # copies kept between updates
     size = FP32 if training.precision == "fp32" else 2
     sequences = 1 if training.micro_batch == "auto" else training.micro_batch
     tokens = sequences * model.context
@@ -54,16 +55,16 @@ def check_training(
     weights = f"training {_shape(model)}, {numbers // FP32:,} parameters,"
     activations = f"a forward pass over {sequences:,} x {model.context:,} tokens"
     batch = f"a batch of {config.batch_sequences:,} x {model.context:,} tokens"
-    in_batch = {batch: 8 * config.batch_sequences * model.context}  # int64
-    beside = in_batch if shared else {}
-    passing = size * (4 * model.layers * model.width * tokens + logits)  # q, k, v, and the stream
-    _check({weights: (kept + 1) * numbers, **beside}, device_memory)  # with the gradients
-    _check({weights: kept * numbers, activations: passing, **beside}, device_memory)
-    _check(in_batch, machine_memory())
+    batch_needs = {batch: 8 * config.batch_sequences * model.context}  # int64
+    shared_needs = batch_needs if shared else {}
+    forward = size * (4 * model.layers * model.width * tokens + logits)  # q, k, v and the stream
+    _check({weights: (kept + 1) * numbers, **shared_needs}, device_memory)  # with the gradients
+    _check({weights: kept * numbers, activations: forward, **shared_needs}, device_memory)
+    _check(batch_needs, machine_memory())
 
 
 def check_cpu_training(config: Config) -> None:
-    """`check_training` where it is plain, without torch, that the CPU is the device.
+    """`check_training`, if it is certain without torch that the device is the CPU.
 
     Raises:
         InputError: as `check_training`.
@@ -74,13 +75,13 @@ def check_cpu_training(config: Config) -> None:
 
 
 def check_loading(model: ModelConfig, vocab_size: int, origin: str) -> None:
-    """Refuse a model whose weights the machine's memory cannot hold.
+    """Reject a model whose weights do not fit into the machine's memory.
 
     Args:
-        origin: where its config comes from.
+        origin: the file of its config, for the message.
 
     Raises:
-        InputError: both in GB.
+        InputError: gives the memory needed and available in GB.
     """
     needs = {f"{origin}: {_shape(model)}": parameters(model, vocab_size) * FP32}
     _check(needs, machine_memory())
@@ -89,19 +90,20 @@ def check_loading(model: ModelConfig, vocab_size: int, origin: str) -> None:
 def check_sampling(
     model: ModelConfig, vocab_size: int, *, samples: int, tokens: int, size: int, memory: int | None
 ) -> None:
-    """Refuse more texts than the memory of the device holds.
+    """Reject more samples than fit into the device's memory.
 
     Args:
-        tokens: of one text, prompt included; more than the context are never held.
-        size: bytes of a number in the key/value cache.
+        tokens: of one sample, prompt included; at most the context is cached.
+        size: bytes per number in the key/value cache.
+        memory: bytes of the device; None if not known.
 
     Raises:
-        InputError: both in GB.
+        InputError: gives the memory needed and available in GB.
     """
-    held = min(tokens, model.context)
+    cached = min(tokens, model.context)
     needs = {
-        f"--num-samples {samples:,}: keys and values of {held:,} tokens each": (
-            2 * size * samples * held * model.width * model.layers
+        f"--num-samples {samples:,}: keys and values of {cached:,} tokens each": (
+            2 * size * samples * cached * model.width * model.layers
         ),
         f"--num-samples {samples:,}: their logits": FP32 * samples * vocab_size,
     }
@@ -109,29 +111,29 @@ def check_sampling(
 
 
 def check_probing(model: ModelConfig, layers: int) -> None:
-    """Refuse a network that is too large to be probed at `layers` blocks.
+    """Reject a network that is too large to be probed with `layers` blocks.
 
     Raises:
-        InputError: both in GB.
+        InputError: gives the memory needed and available in GB.
     """
     probed = model.model_copy(update={"layers": layers})
-    what = f"a probe (probes: false makes none) of {_shape(probed)}"
+    what = f"a probe (probes: false turns it off) of {_shape(probed)}"
     _check({what: 2 * parameters(probed, 1) * FP32}, machine_memory())
 
 
 def _shape(model: ModelConfig) -> str:
-    """The options that make a model large."""
+    """The options that determine the size of a model."""
     return f"model.layers: {model.layers:,}, model.width: {model.width:,}"
 
 
 def _check(needs: dict[str, int], memory: int | None) -> None:
-    """Refuse `needs`, bytes by what they are for, that come to more than `memory`."""
+    """Reject `needs`, bytes by purpose, whose sum exceeds `memory`; names the largest."""
     total = sum(needs.values())
     if memory is not None and total > memory:
         largest = max(needs, key=lambda what: needs[what])
         raise InputError(
-            f"{largest} needs at least {_gigabytes(total)} GB of memory; "
-            f"there are {_gigabytes(memory)} GB here"
+            f"{largest} needs at least {_gigabytes(total)} GB of memory, "
+            f"but only {_gigabytes(memory)} GB are available"
         )
 
 
@@ -140,7 +142,7 @@ def _gigabytes(count: int) -> str:
 
 
 def machine_memory() -> int | None:
-    """Bytes that this process may have: the machine's, or its control group's; None: not known."""
+    """Bytes available to this process: of the machine or its control group; None if not known."""
     found = []
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -149,7 +151,7 @@ def machine_memory() -> int | None:
             text = file.read_text("ascii").strip()
         except (OSError, ValueError):
             continue
-        if text.isdecimal():  # else "max", which is none
+        if text.isdecimal():  # else "max": no limit
             found.append(int(text))
     return min(found, default=None)
 
@@ -157,7 +159,7 @@ def machine_memory() -> int | None:
 def _group_limits(
     root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> Iterator[Path]:
-    """The files that may limit the memory of this process's control groups, version 2 and 1."""
+    """The files with the memory limits of this process's control groups, version 2 and 1."""
     try:
         lines = own.read_text("utf-8").splitlines()
     except (OSError, ValueError):
@@ -175,6 +177,6 @@ def _group_limits(
 
 
 def _may_have_gpu() -> bool:
-    if sys.platform == "darwin":  # which shares its memory
+    if sys.platform == "darwin":  # its GPU shares the main memory
         return False
     return sys.platform != "linux" or any(map(os.path.exists, GPU_FILES))

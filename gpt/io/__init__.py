@@ -1,7 +1,7 @@
-"""The program and its surroundings: terminal, files, text, and waiting for what may not answer.
+"""Input and output: terminal, files, text, and calls that may never return.
 
-console.py  what is printed, and progress
-files.py    files written whole or not at all, and read only if they are regular
-text.py     any text that comes in: its format, compression and encoding
-wait.py     calls that may take for ever, open to Ctrl-C meanwhile
+console.py  printing and progress
+files.py    atomic writes, locks, checksums; reads regular files only
+text.py     text in any format, compression and encoding
+wait.py     calls with a timeout, during which Ctrl-C works
 """

@@ -1,7 +1,7 @@
 """Everything that the program prints, so that text is encoded and escaped in one place.
 
-Progress goes to stderr, a bar on a terminal and plain lines otherwise; stdout carries results only.
-This module prints; what is recorded for machines is in gpt/run/metrics.py.
+Progress goes to stderr, as a bar on a terminal and as plain lines otherwise; stdout carries results
+only. This module is for people to read; machine-readable records are in gpt/metrics.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def set_encoding() -> None:
     """Make redirected output UTF-8 on every platform; a terminal keeps its own encoding.
 
-    What an encoding cannot express is escaped, never an error or a question mark.
+    Characters that an encoding cannot express are escaped; they never cause an error.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -31,26 +31,26 @@ def set_encoding() -> None:
 def show(text: str, file: TextIO | None = None) -> None:
     """Print lines for people, to stdout unless `file` is given.
 
-    Names of files, values and reasons in them may hold anything, so control characters are escaped.
+    Control characters are escaped, since file names and values in the text may contain anything.
     """
     print(printable(text, "\n\t"), file=file or sys.stdout, flush=True)
 
 
 def write_result(text: str) -> None:
-    """Write `text` to stdout: exactly, but with its control characters escaped on a terminal."""
+    """Write `text` to stdout unchanged; on a terminal, control characters are escaped."""
     sys.stdout.write(printable(text, "\n\t") if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 class Console:
-    """Says how a run gets on; `quiet` says nothing."""
+    """Prints messages and progress to stderr; nothing if `quiet`."""
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
         self._bar: tqdm[Any] | None = None
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar if there is one."""
+        """Print a message, above the progress bar if there is one."""
         if not self._quiet:
             if self._bar is not None:
                 self._bar.write(printable(text, "\n\t"), file=sys.stderr)
@@ -66,18 +66,18 @@ class Console:
         unit: str = "step",
         every: float = 0.0,
     ) -> None:
-        """Begin to count: `done` of `total` are behind.
+        """Start to show progress, with `done` of `total` units completed.
 
         Args:
-            what: what is done, such as "encoding".
-            unit: of the count: "step", or "B" for bytes.
-            every: seconds between plain lines, at least.
+            what: the activity, such as "encoding".
+            unit: "step", or "B" for bytes.
+            every: minimum seconds between plain lines.
         """
         self._total, self._first, self._what, self._unit = total, done, what, unit
         self._every, self._began = every, time.monotonic()
-        self._said = self._began
+        self._printed = self._began
         if sys.stderr.isatty() and not self._quiet:
-            from tqdm import tqdm  # only a terminal needs it
+            from tqdm import tqdm  # needed on a terminal only
 
             self._bar = tqdm(
                 total=total,
@@ -90,16 +90,16 @@ class Console:
             )
 
     def progress(self, done: int, numbers: str = "") -> None:
-        """So many are `done`; `numbers` are the newest known."""
+        """Show that `done` units are completed, with the latest `numbers`, such as the loss."""
         if self._bar is not None:
             self._bar.set_postfix_str(numbers, refresh=False)
             self._bar.update(done - self._bar.n)
             return
         now = time.monotonic()
-        if self._quiet or now - self._said < self._every:
+        if self._quiet or now - self._printed < self._every:
             return
-        self._said = now
-        rate = max(done - self._first, 1) / max(now - self._began, 1e-9)  # a second
+        self._printed = now
+        rate = max(done - self._first, 1) / max(now - self._began, 1e-9)  # units per second
         left = "" if self._total is None else f"{duration((self._total - done) / rate)} left"
         if self._unit == "B":
             of = "" if self._total is None else f" of {self._total / 1e6:,.1f}"
@@ -109,14 +109,14 @@ class Console:
         self.say("  ".join(part for part in (count, numbers, left) if part))
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the progress bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
 
 def duration(seconds: float) -> str:
-    """`1:02:03` or `2:03`."""
+    """Format a duration as `1:02:03` or `2:03`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

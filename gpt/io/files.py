@@ -1,11 +1,11 @@
-"""Files written whole or not at all, flushed to disk, and told apart by size and SHA-256.
+"""Reading and writing files safely: atomic writes, locks, checksums, and regular files only.
 
-Checkpoints, run directories and prepared data all stand on these few functions. What a user or a
-stranger left on disk is opened by `open_regular` and, where it should be small, read by
+Checkpoints, run directories and prepared data all rest on these few functions. Files from users and
+other untrusted sources are opened with `open_regular` and, if they should be small, read with
 `read_small` or `read_json`, so that a named pipe cannot block the program and a device cannot fill
-its memory. Nothing is written or deleted through a link: `only_one_in` refuses a directory that
-holds a symbolic one, and files are replaced, or copied before they are changed in place, so that
-whatever else has a hard link to them keeps what it had.
+its memory. Nothing is written or deleted through a link: `lock_directory` rejects a directory that
+contains a symbolic link, and files are replaced, or copied before being changed in place, so that
+other hard links to them keep their contents.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
 from gpt.errors import InputError
-from gpt.io.wait import PATIENCE, wait_for
+from gpt.io.wait import TIMEOUT, wait_for
 
 T = TypeVar("T")
 
-SMALL = 2**26  # bytes that a file may have which is read whole, unless its reader says otherwise
-LOCK = ".lock"  # in a directory that one process at a time works in
-WRITING = ".writing-"  # how the names of files and folders begin that are not whole yet
+SMALL = 2**26  # default size limit, in bytes, of a file that is read at once
+LOCK = ".lock"  # in a directory in which one process at a time may work
+PARTIAL_PREFIX = ".writing-"  # of the names of incomplete files and folders
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a regular file for reading, links followed; never wait for a writer to a named pipe.
+    """Open a regular file for reading, following links, without blocking on a named pipe.
 
     Raises:
-        InputError: there is something else, such as a device, a named pipe or a folder.
+        InputError: it is something else, such as a device, a named pipe or a folder.
         OSError: it cannot be opened.
     """
     handle = os.open(path, os.O_RDONLY | NON_BLOCKING)
@@ -57,8 +57,8 @@ def read_small(path: Path, limit: int = SMALL) -> bytes:
     """The contents of a regular file of at most `limit` bytes.
 
     Raises:
-        InputError: it is larger, not a regular file, or its file system does not answer within
-            `PATIENCE` seconds.
+        InputError: it is larger, not a regular file, or its file system does not respond within
+            `TIMEOUT` seconds.
         OSError: it cannot be opened or read.
     """
 
@@ -67,22 +67,22 @@ def read_small(path: Path, limit: int = SMALL) -> bytes:
             return file.read(limit + 1)
 
     try:
-        contents = wait_for(read, PATIENCE)
+        contents = wait_for(read, TIMEOUT)
     except TimeoutError:
-        raise InputError(f"{path}: could not be read within {PATIENCE:g} s") from None
+        raise InputError(f"{path}: could not be read within {TIMEOUT:g} s") from None
     if len(contents) > limit:
         raise InputError(f"{path}: is larger than {limit:,} bytes")
     return contents
 
 
 def read_json(path: Path, kind: type[T], advice: str = "") -> T:
-    """What a small JSON file holds, checked to be a `kind`, as Pydantic does strictly.
+    """The contents of a small JSON file, validated strictly as a `kind` by Pydantic.
 
     Args:
-        advice: what helps if it is damaged.
+        advice: what to do if the file is damaged.
 
     Raises:
-        InputError: it cannot be read, or holds something else.
+        InputError: it cannot be read, or contains something else.
     """
     try:
         return TypeAdapter(kind).validate_json(read_small(path), strict=True)
@@ -95,30 +95,30 @@ def read_json(path: Path, kind: type[T], advice: str = "") -> T:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all, as UTF-8."""
+    """Write a small file atomically, as UTF-8."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, contents: bytes) -> None:
-    """Write a small file whole or not at all."""
-    temporary = path.with_name(f"{WRITING}{path.name}-{os.getpid()}")
+    """Write a small file atomically: it is complete, or as it was before."""
+    temporary = path.with_name(f"{PARTIAL_PREFIX}{path.name}-{os.getpid()}")
     try:
-        temporary.unlink(missing_ok=True)  # of a killed process with this number
+        temporary.unlink(missing_ok=True)  # left by a killed process with the same number
         with temporary.open("xb") as file:
             file.write(contents)
-        flush(temporary)
+        fsync(temporary)
         temporary.replace(path)
     except BaseException as error:
         if isinstance(error, OSError):
-            error.filename = str(path)  # a full disk names none
+            error.filename = str(path)  # the error of a full disk has no file name
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    flush(path.parent)
+    fsync(path.parent)
 
 
-def open_own(path: Path) -> BinaryIO:
-    """Open a file for changes in place, and make it if need be; what links to it stays as it is.
+def open_for_update(path: Path) -> BinaryIO:
+    """Open a file for changes in place, creating it if needed; hard links keep the old contents.
 
     Raises:
         InputError: it is a symbolic link, or not a regular file.
@@ -128,8 +128,8 @@ def open_own(path: Path) -> BinaryIO:
     if not path.exists():
         path.open("xb").close()
     with open_regular(path) as shared:
-        if os.fstat(shared.fileno()).st_nlink > 1:  # hard links from elsewhere
-            copy = path.with_name(f"{WRITING}{path.name}")
+        if os.fstat(shared.fileno()).st_nlink > 1:  # there are other hard links to it
+            copy = path.with_name(f"{PARTIAL_PREFIX}{path.name}")
             copy.unlink(missing_ok=True)
             with copy.open("xb") as own:
                 shutil.copyfileobj(shared, own)
@@ -146,8 +146,8 @@ def describe(path: Path) -> dict[str, int | str]:
         }
 
 
-def flush(path: Path) -> None:
-    """Flush a file or folder to disk (folders cannot be opened on Windows)."""
+def fsync(path: Path) -> None:
+    """Flush a file or folder to disk (Windows cannot open folders)."""
     if path.is_dir() and os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY)
@@ -158,11 +158,12 @@ def flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def only_one(lock: Path, refusal: str) -> Iterator[None]:
-    """Hold the file `lock`, which is there only meanwhile or after a kill, and then held by none.
+def lock_file(lock: Path, refusal: str) -> Iterator[None]:
+    """Hold an exclusive lock. The file is removed on exit; a killed process leaves it unlocked.
 
     Raises:
-        InputError: another process holds it; with the text `refusal`.
+        InputError: another process holds the lock (with the text `refusal`), or the file cannot be
+            created.
     """
     held = FileLock(lock)
     try:
@@ -171,7 +172,7 @@ def only_one(lock: Path, refusal: str) -> Iterator[None]:
     except Timeout:
         raise InputError(refusal) from None
     except OSError as error:
-        raise InputError(f"{lock}: cannot be held: {error.strerror}") from None
+        raise InputError(f"{lock}: cannot be locked: {error.strerror}") from None
     try:
         yield
     finally:
@@ -182,67 +183,67 @@ def only_one(lock: Path, refusal: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def only_one_in(directory: Path, refusal: str) -> Iterator[None]:
-    """Hold a directory, which is made if need be, and is gone again if nothing came into it.
+def lock_directory(directory: Path, refusal: str) -> Iterator[None]:
+    """Hold an exclusive lock on a directory; it is created if needed, and removed if left empty.
 
     Raises:
-        InputError: another process holds it (with the text `refusal`), it holds a symbolic link, or
-            it cannot be made.
+        InputError: another process holds it (with the text `refusal`), it contains a symbolic link,
+            or it cannot be created.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{directory}: cannot be made: {error.strerror}") from None
+        raise InputError(f"{directory}: cannot be created: {error.strerror}") from None
     try:
         refuse_links(directory)
-        with only_one(directory / LOCK, refusal):
+        with lock_file(directory / LOCK, refusal):
             yield
     finally:
-        with contextlib.suppress(OSError):  # something is in it, or it is gone
+        with contextlib.suppress(OSError):  # not empty, or already deleted
             directory.rmdir()
 
 
-def is_scrap(path: Path) -> bool:
-    """Whether a name in a directory is that of its lock, or of what a kill left half written."""
-    return path.name == LOCK or path.name.startswith(WRITING)
+def is_partial(path: Path) -> bool:
+    """Whether a file or folder is a lock, or was left incomplete by a killed process."""
+    return path.name == LOCK or path.name.startswith(PARTIAL_PREFIX)
 
 
 def refuse_link(path: Path) -> None:
-    """Refuse a symbolic link where the program writes or deletes.
+    """Reject a symbolic link where the program writes or deletes.
 
     Raises:
         InputError: `path` is one.
     """
     if path.is_symlink():
-        raise InputError(f"{path}: is a symbolic link, and nothing is written or deleted there")
+        raise InputError(f"{path}: is a symbolic link; nothing is written or deleted through links")
 
 
 def refuse_links(directory: Path) -> None:
-    """Refuse symbolic links below a directory, so that what is written or deleted there is its own.
+    """Reject symbolic links below a directory, so that nothing outside it is written or deleted.
 
-    The directory itself may be one, and so may the folders that it lies in.
+    The directory itself may be a link, and so may its parents.
 
     Raises:
-        InputError: there is a link; it is named.
+        InputError: names the first link found.
         OSError: a folder cannot be read.
     """
     folders = [os.fspath(directory)]
     while folders:
-        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile, by a run beside this one
+        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile by another run
             for entry in os.scandir(folders.pop()):
                 if entry.is_symlink():
                     raise InputError(
-                        f"{entry.path}: is a symbolic link, and files in {directory} are written "
-                        "and deleted;\nreplace it with what it points to (the directory itself may "
-                        "be a link)"
+                        f"{entry.path}: is a symbolic link, but files in {directory} are written "
+                        "and deleted;\nreplace the link with its target (only the directory itself "
+                        "may be a link)"
                     )
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)
 
 
-def sweep(folder: Path) -> None:
-    """Delete what a process that was killed while writing left half done in `folder`."""
-    for path in folder.glob(f"{WRITING}*"):
+def remove_partial(folder: Path) -> None:
+    """Delete the incomplete files and folders that a killed process left in `folder`."""
+    for path in folder.glob(f"{PARTIAL_PREFIX}*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -1,9 +1,9 @@
-"""Waiting for something that runs in a thread: not for ever, and open to Ctrl-C and SIGTERM.
+"""Calls that may never return, made in a thread with a timeout, so that Ctrl-C and SIGTERM work.
 
-A name server that does not answer, a server that accepts and is silent, or a named pipe without a
-writer can hold a library for minutes; and a library that works in another language does not let
-Python see a signal. Where any of these can happen, the call is made in a thread, and the caller
-waits for it here.
+A name server that does not answer, a server that accepts a connection but sends nothing, or a named
+pipe without a writer can block a library for minutes; and while native code runs, Python does not
+see signals. Wherever that can happen, the call is made in a thread and the caller waits for it
+here.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from gpt.errors import StoppedError
 Result = TypeVar("Result")
 Stop = Callable[[], bool]
 
-PATIENCE = 8.0  # seconds until a server that has said nothing counts as out of reach
-POLL = 0.1  # seconds between two looks at a thread that works
-SILENCE = 0.5  # seconds after which the waiting thread asks whether to stop, if the other did not
-GRACE = 0.8  # seconds that work has to end in good order once it should stop
+TIMEOUT = 8.0  # seconds after which a server that has not responded counts as unreachable
+POLL = 0.1  # seconds between two checks of a working thread
+STOP_CHECK = 0.5  # seconds without a call of `stop` by the work, after which the waiter calls it
+GRACE = 0.8  # seconds that the work has to finish cleanly once it should stop
 THREAD = "gpt.io.wait"
 
 
 def wait_for(
-    ask: Callable[[], Result],
+    work: Callable[[], Result],
     seconds: float | None = None,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> Result:
-    """The result of `ask()`; signal handlers run while it is awaited.
+    """Call `work()` in a thread and return its result; signal handlers run while waiting.
 
     Args:
         seconds: how long to wait; None waits as long as it takes.
-        meanwhile: called every `POLL` seconds; what it raises ends the wait.
+        meanwhile: called every `POLL` seconds; an exception that it raises ends the wait.
 
     Raises:
-        TimeoutError: `ask` takes longer; it is left behind in a daemon thread.
-        Exception: what `ask` raises.
+        TimeoutError: `work` takes longer; it is abandoned in a daemon thread.
+        Exception: whatever `work` raises.
     """
     results: list[Result] = []
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            results.append(ask())
+            results.append(work())
         except BaseException as error:
             errors.append(error)
 
@@ -70,49 +70,50 @@ def wait_for(
 
 
 def interruptible(work: Callable[[Stop], Result], stop: Stop, message: str) -> Result:
-    """The result of `work(stop)`, unless `stop` comes true first, whatever `work` is busy with.
+    """The result of `work(stop)`, unless `stop()` becomes true first, even if `work` hangs.
 
-    `work` may ask `stop` itself, to end in good order; from then on it has `GRACE` seconds, after
-    which it is left behind, as if the process had been killed. An interrupt has it stop too.
+    `work` should call `stop` regularly and end cleanly once it returns true. If it does not end
+    within `GRACE` seconds, it is abandoned, as if the process had been killed. Ctrl-C also makes
+    `stop` return true.
 
     Raises:
-        StoppedError: `stop` came true; with `message` if `work` did not end by itself.
-        Exception: what `work` raises.
+        StoppedError: `stop()` became true; with `message` if `work` did not end by itself.
+        Exception: whatever `work` raises.
     """
     lock = threading.Lock()
-    asked = time.monotonic()  # when `stop` was asked last
-    until = math.inf  # when the work is left behind
+    checked = time.monotonic()  # when `stop` was called last
+    deadline = math.inf  # when the work is abandoned
 
     def stopping() -> bool:
-        nonlocal asked, until
+        nonlocal checked, deadline
         with lock:
-            asked = time.monotonic()
-            if until == math.inf and stop():
-                until = asked + GRACE
-            return until < math.inf
+            checked = time.monotonic()
+            if deadline == math.inf and stop():
+                deadline = checked + GRACE
+            return deadline < math.inf
 
     def check() -> None:
-        if time.monotonic() > asked + SILENCE:
+        if time.monotonic() > checked + STOP_CHECK:
             stopping()
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             raise StoppedError(message)
 
     try:
         return wait_for(lambda: work(stopping), meanwhile=check)
     except BaseException:
-        until = -math.inf
+        deadline = -math.inf
         raise
 
 
 def leave(code: int) -> NoReturn:
-    """End the process; at once where a thread was left behind.
+    """Exit the process, immediately if a thread was abandoned.
 
-    The interpreter's own end would wait for its helpers, and aborts if it cuts off a thread amid
-    code of another language.
+    A normal exit of the interpreter would wait for the helper threads of libraries, and aborts if a
+    thread is still running native code.
     """
     if any(thread.name == THREAD for thread in threading.enumerate()):
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):  # nobody reads it any more
+            with contextlib.suppress(OSError):  # the reader has gone
                 stream.flush()
         os._exit(code)
     raise SystemExit(code)

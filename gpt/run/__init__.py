@@ -1,8 +1,12 @@
-"""A run: its directory and what is recorded there.
+"""A run: its directory, what happens between its steps, and how it recovers.
 
-directory.py  what the directory holds, whether training may start in it, and reading it back
-state.py      how far a run is: state.json of a checkpoint
-metrics.py    metrics.jsonl
-plan.py       what a config amounts to before anything runs
+run.py        what happens between the steps of a run, to its result
+log.py        updates, read from the device, counted and logged
+directory.py  the files of a run
+resume.py     what a start in a directory means: fresh, resumed, or ended
+opening.py    making a directory ready for training
+recovery.py   rolling back, locating a failure, saving elsewhere
+loading.py    a trained model from its directory
+plan.py       what a config amounts to, before anything runs
 plot.py       loss.png and layers.png
 """

@@ -1,4 +1,4 @@
-"""Pictures of a run: losses, learning rate and gradient norm; and what its layers did."""
+"""Plots of a run: losses, learning rate and gradient norm; and the statistics of its layers."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from matplotlib.ticker import MaxNLocator
 from gpt.diagnostics.layers import MEASURES, Measure
 from gpt.errors import printable
 from gpt.io.files import write_bytes
-from gpt.run.metrics import Record
+from gpt.metrics import Record
 
-SMALLEST = 1e-100  # of what is drawn on a logarithmic scale: fp32 begins at 1e-45
-TRAIN, VALIDATION, OTHER = "#9ecae1", "#08519c", "#d95f02"  # told apart by the colour-blind too
+SMALLEST = 1e-100  # values up to it are not drawn on a logarithmic scale; fp32 begins at 1e-45
+TRAIN, VALIDATION, OTHER = "#9ecae1", "#08519c", "#d95f02"  # distinguishable with colour blindness
 
-# Where they are installed, they have the letters that matplotlib's own font lacks.
+# If installed, these fonts have the characters that matplotlib's own font lacks.
 FONTS = (
     *(
         "Noto Sans CJK SC",
@@ -43,9 +43,9 @@ _SETTINGS = threading.RLock()  # matplotlib's are global, and runs may be drawn 
 
 @contextmanager
 def literal_text() -> Iterator[None]:
-    """Show text in the pictures drawn within as it is, not as formulas in TeX.
+    """A context in which plots show text literally, not as TeX formulas.
 
-    A letter that no installed font has is drawn as an empty box, without a warning.
+    A character that no installed font has is drawn as an empty box, without a warning.
     """
     installed = {font.name for font in fontManager.ttflist}
     options: dict[Any, Any] = {
@@ -59,14 +59,14 @@ def literal_text() -> Iterator[None]:
 
 
 def label(text: str, longest: int = 70) -> str:
-    """`text` in one line that has room in a picture: its end, which tells paths apart, if long."""
+    """`text` in one line; of a long one only the end, which distinguishes paths."""
     text = printable(text)
     return text if len(text) <= longest else "..." + text[3 - longest :]
 
 
 @literal_text()
 def plot_run(records: list[Record], path: Path, title: str) -> None:
-    """Draw the records of one metrics.jsonl into a PNG."""
+    """Plot losses, learning rate and gradient norm from a metrics.jsonl, as a PNG."""
     training = [r for r in records if r.get("loss") is not None]
     evaluations = [r for r in records if r.get("val_loss") is not None]
     steps = [r["step"] for r in training]
@@ -77,32 +77,11 @@ def plot_run(records: list[Record], path: Path, title: str) -> None:
         3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1, 1]}
     )
     loss_axes.set_title(label(title))
-    loss_axes.plot(steps, [r["loss"] for r in training], color=TRAIN, lw=1, label="training")
-    loss_axes.plot(
-        [r["step"] for r in evaluations],
-        [r["val_loss"] for r in evaluations],
-        color=VALIDATION,
-        linestyle=":",  # what lies between two evaluations is not known
-        marker="o",
-        ms=4,
-        label="validation",
-    )
-    if evaluations:
-        last = evaluations[-1]
-        loss_axes.annotate(
-            f"{last['val_loss']:.3f}",
-            (last["step"], last["val_loss"]),
-            xytext=(0, 8),
-            textcoords="offset points",
-            ha="right",
-            color=VALIDATION,
-        )
-    loss_axes.set_ylabel("loss (nats per token)")
-    loss_axes.legend(frameon=False)
+    _plot_losses(loss_axes, training, evaluations)
     rate_axes.plot(steps, [r["learning_rate"] for r in training], color=OTHER, lw=1.5)
     rate_axes.set_ylabel("learning rate")
     rate_axes.set_ylim(bottom=0)
-    rate_axes.ticklabel_format(axis="y", scilimits=(-3, 3))  # so that labels fit the margin
+    rate_axes.ticklabel_format(axis="y", scilimits=(-3, 3))  # keeps the labels within the margin
     norms = [(r["step"], r["grad_norm"]) for r in training if r["grad_norm"] is not None]
     norm_axes.plot([s for s, _ in norms], [n for _, n in norms], color=OTHER, lw=0.8)
     norm_axes.set_ylabel("gradient norm")
@@ -117,8 +96,34 @@ def plot_run(records: list[Record], path: Path, title: str) -> None:
     _save(figure, path)
 
 
+def _plot_losses(axes: Axes, training: list[Record], evaluations: list[Record]) -> None:
+    steps = [r["step"] for r in training]
+    axes.plot(steps, [r["loss"] for r in training], color=TRAIN, lw=1, label="training")
+    axes.plot(
+        [r["step"] for r in evaluations],
+        [r["val_loss"] for r in evaluations],
+        color=VALIDATION,
+        linestyle=":",  # nothing is known between two evaluations
+        marker="o",
+        ms=4,
+        label="validation",
+    )
+    if evaluations:
+        last = evaluations[-1]
+        axes.annotate(
+            f"{last['val_loss']:.3f}",
+            (last["step"], last["val_loss"]),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="right",
+            color=VALIDATION,
+        )
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend(frameon=False)
+
+
 def has_layers(records: list[Record]) -> bool:
-    """Whether there is something for `plot_layers` to draw."""
+    """Whether the records contain any statistics of layers."""
     return any(record.get(key) is not None for record in _layers(records) for key in MEASURES)
 
 
@@ -128,13 +133,13 @@ def _layers(records: list[Record]) -> list[Record]:
 
 @literal_text()
 def plot_layers(records: list[Record], path: Path, title: str) -> None:
-    """Draw the layers' records of one metrics.jsonl into a PNG: layer against step."""
+    """Plot the statistics of layers in a metrics.jsonl, layer against step, as a PNG."""
     layers = _layers(records)
     shown = [key for key in MEASURES if any(record.get(key) is not None for record in layers)]
     rows = -(-len(shown) // 2)
     figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
     last = max(record["layer"] for record in layers)
-    figure.suptitle(f"{label(title)}: layer 0 the embeddings, {last} the final norm and head")
+    figure.suptitle(f"{label(title)}: layer 0: embeddings; {last}: final norm and head")
     for axes, key in zip(figure.subplots(rows, 2, squeeze=False).flat, shown, strict=False):
         own = [record for record in layers if record.get(key) is not None]
         _plot_measure(axes, own, key, MEASURES[key])
@@ -144,7 +149,7 @@ def plot_layers(records: list[Record], path: Path, title: str) -> None:
 
 
 def _plot_measure(axes: Axes, records: list[Record], key: str, measure: Measure) -> None:
-    """One measure: a map over the layers that have it, or a line if there is one."""
+    """One statistic: a heat map over the layers that have it, or a line for a single layer."""
     axes.set_title(measure.title, fontsize=9)
     axes.set_xlabel("step")
     steps = sorted({record["step"] for record in records})
@@ -169,7 +174,7 @@ def _plot_measure(axes: Axes, records: list[Record], key: str, measure: Measure)
     if measure.alarm is not None:
         low_layers, low_steps = np.nonzero(values < measure.alarm)
         axes.plot(low_steps, low_layers + numbers[0], "o", color=OTHER, ms=3)
-    marked = range(0, len(steps), max(1, len(steps) // 8))  # looks need not be evenly spaced
+    marked = range(0, len(steps), max(1, len(steps) // 8))  # snapshots need not be evenly spaced
     axes.set_xticks(marked, [str(steps[i]) for i in marked])
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("layer")

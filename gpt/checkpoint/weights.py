@@ -1,0 +1,22 @@
+"""The weights of a checkpoint, and the model that they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Take over the weights of a checkpoint.
+
+    Raises:
+        ValueError: they are of another model, or not of the types that this one has.
+    """
+    for name, own in model.state_dict().items():
+        if name in tensors and tensors[name].dtype != own.dtype:
+            raise ValueError(f"{name}: its type is {tensors[name].dtype}, not {own.dtype}")
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(str(error).splitlines()[-1].strip()) from None

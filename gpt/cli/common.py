@@ -1,0 +1,115 @@
+"""What every command shares: errors become exit codes, signals become requests to stop.
+
+Exit codes: 0 finished, 1 an unexpected fault (traceback), 2 wrong input, 3 diverged,
+75 interrupted and saved; 130 for Ctrl-C where there is nothing to save.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
+
+from gpt.errors import InputError, StoppedError, format_error
+from gpt.io.console import set_encoding, show
+from gpt.io.wait import leave
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+EXIT_CODES = {"finished": 0, "diverged": 3, "interrupted": 75}
+
+# Errors of the machine, not of the program: permissions, disk space, names.
+_USER_ERRORS = {
+    getattr(errno, name)
+    for name in (
+        *("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EIO"),
+        *("ENAMETOOLONG", "ENOTDIR", "EISDIR", "ELOOP"),
+    )
+    if hasattr(errno, name)
+}
+
+
+@contextlib.contextmanager
+def command(prog: str) -> Iterator[None]:
+    """Run a command's body: an error in the user's input ends it with a message and exit code 2."""
+    set_encoding()
+    try:
+        # KeyboardInterrupt, the default, would be lost, or become another error, in many an import.
+        with _signal_handlers({signal.SIGINT: lambda number, frame: os._exit(130)}):
+            yield
+    except InputError as error:
+        show("\n".join(f"{prog}: {line}" for line in format_error(error)), sys.stderr)
+        raise SystemExit(2) from None
+    except StoppedError as stopped:
+        show(f"{prog}: {stopped}", sys.stderr)
+        leave(75)
+    except KeyboardInterrupt:
+        leave(130)
+    except BrokenPipeError:  # the reader of stdout, such as head, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    except OSError as error:
+        if error.errno not in _USER_ERRORS:
+            raise
+        show(f"{prog}: {error.filename or 'writing'}: {error.strerror}", sys.stderr)
+        raise SystemExit(2) from None
+
+
+class StopSignals:
+    """Ctrl-C, SIGTERM and a time limit as a request to stop; calling it says whether there is one.
+
+    A second signal has its default action and ends the process at once.
+
+    Args:
+        max_seconds: the time limit, from now; None: no limit.
+    """
+
+    def __init__(self, max_seconds: float | None = None) -> None:
+        self._requested = False
+        self._max_seconds = math.inf if max_seconds is None else max_seconds
+        self._deadline = time.monotonic() + self._max_seconds
+        self._handlers = _signal_handlers(dict.fromkeys(STOP_SIGNALS, self._request))
+
+    def __call__(self) -> bool:
+        if not self._requested and time.monotonic() > self._deadline:
+            self._requested = True
+            print(
+                f"\nthe time limit of {self._max_seconds:g} s is reached: stopping", file=sys.stderr
+            )
+        return self._requested
+
+    def __enter__(self) -> StopSignals:
+        self._handlers.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._handlers.__exit__(None, None, None)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self._requested = True
+        for each in STOP_SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: stopping; a second signal ends at once\n".encode())
+
+
+@contextlib.contextmanager
+def _signal_handlers(
+    handlers: Mapping[signal.Signals, Callable[[int, FrameType | None], None]],
+) -> Iterator[None]:
+    """Install signal handlers, and restore the old ones; only the main thread can have any."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,135 @@
+"""`compare.py GRID.yaml`: compare training stability over a grid of runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from gpt.cli.common import StopSignals
+from gpt.cli.flags import parse
+from gpt.compare import grid as grids
+from gpt.compare.grid import Cell, Grid
+from gpt.config import Config, FileName, Seconds, Section, WorkerCount
+from gpt.config.shipped import names
+from gpt.errors import InputError, StoppedError
+from gpt.io.console import Console, show
+
+if TYPE_CHECKING:
+    from gpt.compare.results import Summary
+
+
+class Arguments(Section):
+    """Compare arms over learning rates, settings and seeds. Every option of the cells is also a
+    flag."""
+
+    grid: FileName = Field(
+        title="GRID.yaml",
+        description="A grid file, the directory of a comparison, or the name of a shipped grid: "
+        + ", ".join(names("grid")),
+    )
+    out_dir: FileName | None = Field(None, title="DIR")
+    """The comparison directory (default: runs/NAME)."""
+    workers: WorkerCount | None = Field(None, title="INT")
+    """Number of processes, with one thread each on a CPU (default: one per core, at most 8 on a
+    GPU)."""
+    runner: Literal["auto", "processes", "batched"] | None = Field(
+        None, title="auto|processes|batched"
+    )
+    """batched trains all cells of one shape together, processes each in a process of its own; auto
+    is batched on a GPU (default: the grid's)."""
+    dry_run: bool = False
+    """List the cells with their tokens, FLOPs and time, and write nothing."""
+    report_only: bool = False
+    """Write the report again from the runs there are."""
+    beside: FileName | None = Field(None, title="DIR")
+    """Another comparison, to show next to this one in the report."""
+    max_seconds: Seconds | None = Field(None, title="SECONDS")
+    """Save and exit with code 75 after this time, for batch queues (default: no limit)."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A grid, its cells, and the directory of their runs."""
+
+    grid: Grid
+    cells: list[Cell]
+    directory: Path
+
+
+def main(argv: Sequence[str], prog: str = "compare.py") -> int:
+    """`compare.py GRID.yaml ...`; returns the exit code."""
+    arguments, comparison = load(argv, prog)
+    summary = compare(arguments, comparison)
+    return report(summary, comparison)
+
+
+def load(argv: Sequence[str], prog: str = "compare.py") -> tuple[Arguments, Comparison]:
+    """Read the command line and the grid.
+
+    Raises:
+        InputError: in either.
+    """
+    arguments, options = parse(Arguments, prog, argv, Config)
+    if arguments.dry_run and arguments.report_only:
+        raise InputError("give --dry-run or --report-only, not both")
+    path = Path(arguments.grid)
+    directory = Path(arguments.out_dir or f"runs/{path.stem}")
+    if path.is_dir():
+        if arguments.out_dir is not None:
+            raise InputError(f"--out-dir: {path} is already a comparison directory")
+        path, directory = path / "grid.yaml", path
+        if not path.is_file():
+            raise InputError(f"{directory}: is not a comparison directory (no grid.yaml)")
+    grid, cells = grids.load(path, options)
+    if arguments.runner is not None:
+        grid = grid.model_copy(update={"runner": arguments.runner})
+    if not arguments.report_only:
+        grids.check_sizes(cells)
+    return arguments, Comparison(grid, cells, directory)
+
+
+def compare(arguments: Arguments, comparison: Comparison) -> Summary | None:
+    """Run the cells that have no result yet, and write the report.
+
+    Returns:
+        The summary; None if --dry-run was to list the cells only.
+
+    Raises:
+        StoppedError: it was interrupted.
+    """
+    from gpt.compare import comparison as comparisons
+    from gpt.compare.tasks import default_workers
+
+    grid, cells, directory = comparison.grid, comparison.cells, comparison.directory
+    other = Path(arguments.beside) if arguments.beside is not None else None
+    if other is not None:
+        comparisons.read_comparison(other)  # raises before any cell runs
+    if arguments.report_only:
+        comparisons.check_directory(grid, directory)
+        return comparisons.report(grid, cells, directory, other)
+    workers = arguments.workers or default_workers(cells)
+    if arguments.dry_run:
+        show(comparisons.dry_run(grid, cells, directory, workers))
+        return None
+    with StopSignals(arguments.max_seconds) as stop, contextlib.closing(Console()) as console:
+        summary = comparisons.compare(
+            grid, cells, directory, workers=workers, console=console, stop=stop, beside=other
+        )
+    if summary is None:
+        raise StoppedError("interrupted: the cells are saved; run the same command to resume")
+    return summary
+
+
+def report(summary: Summary | None, comparison: Comparison) -> int:
+    """Print the summary, and return the exit code: 1 if a cell ended by a fault of the program."""
+    if summary is None:
+        return 0
+    from gpt.compare import comparison as comparisons
+
+    show(comparisons.format_summary(summary, comparison.directory))
+    return 1 if "error" in summary.lost.values() else 0

@@ -1,0 +1,71 @@
+"""`steadygpt prepare CONFIG.yaml`, also `python -m gpt.data`: prepare data without training."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from gpt.cli.common import StopSignals
+from gpt.cli.flags import parse
+from gpt.config import Config, FileName, Section, load
+from gpt.config.shipped import names
+from gpt.io.console import Console, show
+
+if TYPE_CHECKING:
+    from gpt.data.prepared import Dataset
+
+
+class Arguments(Section):
+    """Prepare a config's data without training, and describe it."""
+
+    config: FileName = Field(
+        title="CONFIG.yaml",
+        description="A YAML file, or the name of a shipped config: " + ", ".join(names("config")),
+    )
+
+
+def main(argv: Sequence[str], prog: str = "python -m gpt.data") -> int:
+    """`steadygpt prepare CONFIG.yaml ...`; returns the exit code."""
+    arguments, options = parse(Arguments, prog, argv, Config)
+    config = load(arguments.config, options)
+    dataset = prepare(config)
+    show(_describe(dataset))
+    return 0
+
+
+def prepare(config: Config) -> Dataset:
+    """Prepare the data, or find it prepared."""
+    from gpt.data import preparation
+
+    with StopSignals() as stop, contextlib.closing(Console()) as console:
+        return preparation.prepare(config.data, console, stop)
+
+
+def _describe(dataset: Dataset) -> str:
+    """What a prepared corpus contains, as a table."""
+    rows = [["", "documents", "bytes", "tokens", "bytes/token", "longest document"]]
+    for file in dataset.files:
+        per_token = f"{file.bytes / (file.tokens - file.documents):.2f}"
+        numbers = [f"{n:,}" for n in (file.documents, file.bytes, file.tokens)]
+        rows.append([file.name, *numbers, per_token, f"{file.longest:,} tokens"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [str(dataset.folder)]
+    for name, *cells in rows:
+        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append(f"  {name.ljust(widths[0])}  {'  '.join(cells)}")
+    val = dataset.files[-1]
+    nats = dataset.unigram_entropy()
+    bits = nats * val.tokens / math.log(2) / val.bytes
+    encoding = dataset.encoding
+    lines += [
+        f"  vocabulary        {encoding.n_vocab:,} tokens ({encoding.name}), {dataset.val.dtype}",
+        f"  unigram entropy   {nats:.4f} nats per token, {bits:.4f} bits per byte: the validation "
+        "loss of guessing",
+        "                    by the token frequencies of the training text",
+        f"  fingerprint       {dataset.fingerprint}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,162 @@
+"""`train.py CONFIG.yaml`: train a GPT."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from gpt.cli.common import EXIT_CODES, StopSignals
+from gpt.cli.flags import parse
+from gpt.config import Config, FileName, Seconds, Section
+from gpt.config import load as load_config
+from gpt.config.shipped import names
+from gpt.hardware.size import check_cpu_training
+from gpt.io.console import show, write_result
+from gpt.io.files import read_small
+
+if TYPE_CHECKING:
+    from gpt.run.directory import RunResult
+
+
+class Arguments(Section):
+    """Train a GPT from a YAML config. Every option of the config is also a flag."""
+
+    config: FileName = Field(
+        title="CONFIG.yaml",
+        description="A YAML file, or the name of a shipped config: " + ", ".join(names("config")),
+    )
+    out_dir: FileName | None = Field(None, title="DIR")
+    """The run directory (default: runs/NAME)."""
+    resume: FileName = Field("auto", title="auto|never|CHECKPOINT")
+    """auto continues an unfinished run in the directory; never requires a fresh directory; a
+    checkpoint folder starts a fresh directory from that checkpoint."""
+    dry_run: bool = False
+    """Describe what would be trained, and write nothing."""
+    print_config: bool = False
+    """Print the resolved config as YAML."""
+    max_seconds: Seconds | None = Field(None, title="SECONDS")
+    """Save and exit with code 75 after this time, for batch queues (default: no limit)."""
+
+
+def main(argv: Sequence[str], prog: str = "train.py") -> int:
+    """`train.py CONFIG.yaml ...`; returns the exit code."""
+    arguments, config = load(argv, prog)
+    result = train(arguments, config)
+    return report(result, prog)
+
+
+def load(argv: Sequence[str], prog: str = "train.py") -> tuple[Arguments, Config]:
+    """Read the command line and the config.
+
+    Raises:
+        InputError: in either.
+    """
+    arguments, options = parse(Arguments, prog, argv, Config)
+    return arguments, load_config(arguments.config, options)
+
+
+def train(arguments: Arguments, config: Config) -> RunResult | None:
+    """Train; or print the config or the plan, where that is asked for, and return None."""
+    out_dir = Path(arguments.out_dir or f"runs/{config.name}")
+    if arguments.print_config:
+        write_result(config.to_yaml())
+        return None
+    check_cpu_training(config)
+    if arguments.dry_run:
+        show(_plan(config, out_dir, arguments.resume))
+        return None
+
+    import torch
+
+    from gpt import training
+
+    torch.set_flush_denormal(True)  # before torch starts its other threads, which inherit it
+    with StopSignals(arguments.max_seconds) as stop:
+        return training.train(config, out_dir, resume=arguments.resume, stop=stop)
+
+
+def report(result: RunResult | None, prog: str = "train.py") -> int:
+    """Print the result, and return the exit code."""
+    if result is None:
+        return 0
+    show(_describe(result, prog))
+    return EXIT_CODES[result.status]
+
+
+def _plan(config: Config, out_dir: Path, resume: str) -> str:
+    """What would be trained, without training."""
+    import torch
+
+    from gpt.data import preparation
+    from gpt.data.sequences import TrainingSequences, ValidationSequences
+    from gpt.hardware import memory
+    from gpt.hardware.device import pick_device
+    from gpt.model import GPT
+    from gpt.run import plan
+    from gpt.run.resume import open_run
+
+    opened = open_run(config, out_dir, resume)
+    if opened.result is not None:
+        return f"{out_dir}: {opened.result.status}, nothing is left to do: {opened.result.reason}"
+    device = pick_device(config.training.device)
+    train_tokens = None
+    if preparation.find(config.data) is not None:
+        dataset = preparation.prepare(config.data)
+        train_tokens, vocab_size = dataset.train_tokens, dataset.encoding.n_vocab
+        TrainingSequences(dataset.train, config.model.context, config.data_seed)
+        ValidationSequences(dataset.val, config.model.context, config.evaluation.sequences)
+    else:
+        vocab_size = preparation.vocab_size(config.data)
+    memory.check_fits(config, device, vocab_size)
+    with torch.device("meta"):
+        model = GPT(config.model, vocab_size)
+    described = plan.describe(
+        config,
+        model,
+        device=device,
+        micro_batch=memory.micro_batch(config, vocab_size, device),
+        train_tokens=train_tokens,
+        directory=out_dir,
+        done=opened.checkpoint.step if opened.checkpoint else 0,
+    )
+    return "\n".join([*opened.describe_changes(config), described])
+
+
+def _describe(result: RunResult, prog: str) -> str:
+    lines = [f"{result.status}: {result.reason}"]
+    if result.status == "finished":
+        lines.append(
+            f"  validation loss  {result.val_loss:.4f} nats per token, "
+            f"{result.val_bits_per_byte:.4f} bits per byte (lowest {result.best_val_loss:.4f} nats)"
+        )
+    if (result.directory / "loss.png").is_file():
+        lines.append(f"  picture          {result.directory / 'loss.png'}")
+    samples = sorted((result.directory / "samples").glob("step-*.txt"))
+    if samples:
+        lines.append(f"  sample           {samples[-1]}:")
+        text = read_small(samples[-1]).decode("utf-8", "replace").removesuffix("\n")
+        lines += ["  | " + line for line in text.split("\n")]
+    saved = (result.directory / "checkpoints" / "latest").is_file()
+    if result.status == "diverged" and saved:
+        lines.append("  The last good checkpoint is kept.")
+    if result.failure is not None:
+        lines.append("  What to try next, one change at a time, each in another --out-dir:")
+        lines += [f"    {tip}" for tip in result.failure.advice]
+    if result.status == "interrupted":
+        lines.append("  Run the same command again to resume.")
+    elif saved:
+        sample = [_python(), "sample.py"] if prog == "train.py" else ["steadygpt", "sample"]
+        command = shlex.join([*sample, str(result.directory), "--num-samples", "3"])
+        lines.append(f"  more samples     {command}")
+    return "\n".join(lines)
+
+
+def _python() -> str:
+    """The interpreter as a user here would type it."""
+    here, python = Path.cwd(), Path(sys.executable)
+    return str(python.relative_to(here)) if python.is_relative_to(here) else "python"

@@ -1,0 +1,41 @@
+"""The figures of a comparison.
+
+base.py            what all figures share: data, styles, panels, legends, saving
+losses.py          loss against learning rate, failed runs
+thresholds.py      LR50 and highest stable rate, learning-rate sensitivity
+initialization.py  the networks before training
+runs.py            the runs while they train: layers, loss curves
+
+All are drawn by matplotlib, so that PNG, SVG and the report show the same. A figure's artists carry
+ids: `arm-3` belongs to the fourth arm, `cell-ID` to a cell. The report turns them into elements
+that a reader can hover over, follow by a link, and switch off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from gpt.compare.figures.base import Plot, PlotData, plot_style
+from gpt.compare.figures.initialization import amplification, gradient_by_depth, init_by_layer
+from gpt.compare.figures.losses import failures, loss_by_rate
+from gpt.compare.figures.runs import curves, layers
+from gpt.compare.figures.thresholds import sensitivity, thresholds
+
+# Name of its files -> the function that draws it, or None where the data has nothing for it.
+PLOTS: dict[str, Callable[[PlotData], Plot | None]] = {
+    "loss-by-rate": loss_by_rate,
+    "failures": failures,
+    "thresholds": thresholds,
+    "sensitivity": sensitivity,
+    "gradient-by-depth": gradient_by_depth,
+    "start-by-layer": init_by_layer,
+    "amplification": amplification,
+    "layers": layers,
+}
+
+
+def draw(data: PlotData) -> dict[str, Plot]:
+    """All plots that `data` has something for, by name, in the order of the report."""
+    with plot_style():
+        drawn = {name: plot(data) for name, plot in PLOTS.items()}
+        return {name: plot for name, plot in drawn.items() if plot is not None} | curves(data)

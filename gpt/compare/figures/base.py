@@ -1,0 +1,191 @@
+"""What all figures share: their data, the style of each arm, panels, legends and saving.
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart. A colour stands for a level
+of the first factor; dashes and point shapes stand for the levels of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from gpt.compare.grid import Grid
+from gpt.compare.init_probes import InitProbe
+from gpt.compare.outcomes import Outcome
+from gpt.compare.results import Summary
+from gpt.run.plot import literal_text
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")
+DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
+SHAPES = "os^Dv"
+INK = "#1f1f1f"  # text and axes; the report replaces it by its text colour, light or dark
+PALE = "#8a8a8a"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure with its text.
+
+    Attributes:
+        title: a heading.
+        caption: the quantities shown, and how to read them.
+        alt: a description for readers who cannot see it.
+        cells: whose curves it shows.
+    """
+
+    title: str
+    caption: str
+    alt: str
+    figure: Figure
+    cells: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one arm is drawn, in all figures; `index` None: not an arm of this comparison."""
+
+    index: int | None
+    colour: str
+    dashes: Any
+    shape: str
+
+    @property
+    def gid(self) -> str:
+        """The id of the arm's artists."""
+        return "" if self.index is None else f"arm-{self.index}"
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Options of its lines."""
+        return {"color": self.colour, "linestyle": self.dashes}
+
+
+@dataclass(frozen=True)
+class PlotData:
+    """What is plotted: a comparison and its results."""
+
+    grid: Grid
+    summary: Summary
+    outcomes: Sequence[Outcome]
+    init_probes: Sequence[InitProbe]
+
+    @property
+    def settings(self) -> list[str]:
+        """The grid's settings as text, in its order."""
+        return list(dict.fromkeys(o.cell.setting_text for o in self.outcomes))
+
+    @property
+    def rates(self) -> list[float]:
+        """All learning rates, from low to high."""
+        return sorted({o.rate for o in self.outcomes})
+
+    @property
+    def styles(self) -> dict[str, Style]:
+        """The style of each arm."""
+        arms = self.grid.all_arms()
+        first = list(dict.fromkeys(next(iter(arm.levels.values())) for arm in arms))
+        others = list(dict.fromkeys(tuple(arm.levels.values())[1:] for arm in arms))
+        styles = {}
+        for index, arm in enumerate(arms):
+            colour = first.index(next(iter(arm.levels.values())))
+            variant = others.index(tuple(arm.levels.values())[1:]) + colour // len(COLOURS)
+            styles[arm.name] = Style(
+                index,
+                COLOURS[colour % len(COLOURS)],
+                DASHES[variant % len(DASHES)],
+                SHAPES[variant % len(SHAPES)],
+            )
+        return styles
+
+    def cell_line(self, outcome: Outcome) -> dict[str, Any]:
+        """Options of a line that belongs to one cell."""
+        style = self.styles[outcome.cell.arm]
+        return {**style.line, "lw": 1.2, "gid": f"{style.gid} cell-{outcome.cell.id}"}
+
+
+@contextmanager
+def plot_style() -> Iterator[None]:
+    """Draw with the style of all figures."""
+    options: dict[Any, Any] = {
+        "font.size": 9,
+        "axes.titlesize": 9.5,
+        "axes.facecolor": "none",
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": PALE,
+        "grid.alpha": 0.25,
+        "legend.frameon": False,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "steadygpt",
+        "path.simplify_threshold": 0.3,
+    }
+    with literal_text(), mpl.rc_context(options):
+        yield
+
+
+def panels(count: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels of one size (inches), at most four in a row."""
+    columns = min(count, 4)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[count:]:
+        axes.set_visible(False)
+    return figure, list(grid.flat[:count])
+
+
+def legend(figure: Figure, styles: dict[str, Style]) -> None:
+    """Name all arms under the panels."""
+    handles = [
+        Line2D([], [], **style.line, marker=style.shape, ms=4, label=name)
+        for name, style in styles.items()
+    ]
+    drawn = figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
+    for handle, text, style in zip(
+        drawn.legend_handles, drawn.get_texts(), styles.values(), strict=True
+    ):
+        text.set_gid(style.gid)
+        if handle is not None:
+            handle.set_gid(style.gid)
+
+
+def rate_axis(axes: Axes, rates: Sequence[float]) -> None:
+    """Make x a logarithmic axis of learning rates, with a tick at each rate tried."""
+    axes.set_xscale("log")
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45)
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("learning rate")
+
+
+def plain_numbers(axes: Axes) -> None:
+    """Label a logarithmic y axis by few plain numbers: 0.3, not 3 x 10^-1."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def save(name: str, plot: Plot, folder: Path) -> str:
+    """Write NAME.png and NAME.svg, and return the SVG."""
+    with plot_style():
+        plot.figure.draw_without_rendering()
+        plot.figure.set_layout_engine(None)  # laid out once for both, not at every draw
+        plot.figure.savefig(folder / f"{name}.png", dpi=130, facecolor="white")
+        path = folder / f"{name}.svg"
+        plot.figure.savefig(path, facecolor="white", metadata={"Date": None})
+    return path.read_text("utf-8")

@@ -1,0 +1,130 @@
+"""The networks at initialization, before any training; see gpt/compare/probes.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
+
+from gpt.compare.figures.base import Plot, PlotData, panels, plain_numbers
+from gpt.compare.figures.runs import BY_BLOCK_TITLES, by_block
+from gpt.compare.init_probes import InitProbe
+from gpt.compare.probes import Probe
+from gpt.compare.statistics import loglog_slope
+
+
+def gradient_by_depth(data: PlotData) -> Plot | None:
+    """Gradient norm of the last block against the number of blocks, log-log."""
+    if not data.init_probes:
+        return None
+    figure, (axes,) = panels(1, width=6.0, height=3.6)
+    slopes = _by_depth(axes, data, lambda probe: probe.last_gradient)
+    axes.set_ylabel("gradient norm of the last block's W₂")
+    figure.legend(loc="outside lower center", ncols=2 if len(slopes) < 9 else 3)
+    return Plot(
+        "Gradient of the last block at initialization, by depth",
+        "For a single token, averaged over initial weights, as in the theory of Xiong et al. 2020: "
+        "with xavier weights it is flat in post-norm, and in pre-norm it falls with a slope near "
+        f"-0.45. In the gpt2 regime at small widths both slopes are near 0. Slopes: "
+        f"{'; '.join(slopes)}.",
+        "; ".join(slopes),
+        figure,
+    )
+
+
+def amplification(data: PlotData) -> Plot | None:
+    """Change of the output due to a change of the weights, against the number of sublayers."""
+    if not data.init_probes:
+        return None
+    figure, axes_list = panels(2, width=4.6, height=3.6)
+    random = _by_depth(axes_list[0], data, lambda probe: probe.amplification, sublayers=True)
+    adam = _by_depth(axes_list[1], data, lambda probe: probe.adam_amplification, sublayers=True)
+    axes_list[0].set_title("random change of the weights: E|Δout|² / δ²")
+    axes_list[1].set_title("one Adam update: E|Δout|²")
+    names = [_name(data, each) for each in data.init_probes]
+    figure.legend(axes_list[0].lines, names, loc="outside lower center", ncols=min(len(names), 5))
+    return Plot(
+        "Amplification of a change of the weights, by depth",
+        "For a single token, per channel: every matrix of the blocks changed at random by 1% of "
+        "its standard deviation, and by Adam's first update at rate 1e-5. Theory (Liu et al. 2020) "
+        "of the random change with xavier weights: in post-norm it grows as the number of "
+        "sublayers, a slope of 1, and in pre-norm as its logarithm. Slopes: random change "
+        f"{'; '.join(random)}; Adam {'; '.join(adam)}.",
+        f"Random change: {'; '.join(random)}. Adam: {'; '.join(adam)}",
+        figure,
+    )
+
+
+def _by_depth(
+    axes: Axes, data: PlotData, value: Callable[[Probe], float], *, sublayers: bool = False
+) -> list[str]:
+    """Draw a measure of single tokens against depth; returns each network's slope in words."""
+    factor, slopes = 2 if sublayers else 1, []
+    depths: set[int] = set()
+    for each in data.init_probes:
+        xs = [factor * probe.layers for probe in each.token]
+        ys = [value(probe) for probe in each.token]
+        zero = not all(ys)  # ReZero's branches are 0 at initialization
+        slope = "0 throughout" if zero else f"{loglog_slope(xs, ys):+.2f}"
+        slopes.append(f"{_name(data, each)} {slope}")
+        axes.plot(xs, ys, marker="o", ms=4, label=slopes[-1], **_line(data, each))
+        depths |= set(xs)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(sorted(depths), [str(depth) for depth in sorted(depths)])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("sublayers, 2L" if sublayers else "blocks, L")
+    plain_numbers(axes)
+    return slopes
+
+
+def init_by_layer(data: PlotData) -> Plot | None:
+    """Gradient norm, residual dependency and residual stream by layer."""
+    if not data.init_probes:
+        return None
+    depth = max(set.intersection(*({p.layers for p in each.text} for each in data.init_probes)))
+    figure, axes_list = panels(4, width=2.8, height=3.2)
+    alt = []
+    for each in data.init_probes:
+        probe = next(probe for probe in each.text if probe.layers == depth)
+        style = {**_line(data, each), "marker": "o", "ms": 3}
+        blocks = range(1, depth + 1)
+        if all(probe.gradient_norms):  # ReZero's are 0
+            axes_list[0].plot(blocks, probe.gradient_norms, **style)
+        if probe.betas is not None:
+            axes_list[1].plot(blocks, [attention for attention, _ in probe.betas], **style)
+            axes_list[2].plot(blocks, [mlp for _, mlp in probe.betas], **style)
+        axes_list[3].plot(blocks, probe.stream_rms, label=_name(data, each), **style)
+        alt.append(
+            f"{_name(data, each)}: gradient {probe.gradient_norms[0]:.2g} in block 1, "
+            f"{probe.gradient_norms[-1]:.2g} in block {depth}"
+        )
+    by_block(axes_list, ("gradient norm of W₂", *BY_BLOCK_TITLES))
+    axes_list[0].set_yscale("log")
+    plain_numbers(axes_list[0])
+    figure.legend(loc="outside lower center", ncols=2 if len(alt) < 9 else 3)
+    return Plot(
+        f"Inside the networks at initialization, {depth} blocks",
+        f"The arms' networks with {depth} blocks, whatever the grid's depth, on batches of the "
+        "training text before any update. β = Var[f]/Var[x + f] is the fraction of a sublayer in "
+        "its sum: it falls with depth where the stream grows, as in pre-norm, and stays where "
+        "every sum is normalized, as in post-norm.",
+        "; ".join(alt),
+        figure,
+    )
+
+
+def _name(data: PlotData, init_probe: InitProbe) -> str:
+    """The levels that a network's arms have in common; they differ only in how they train."""
+    levels = [arm.levels for arm in data.grid.all_arms() if arm.name in init_probe.arms]
+    common = [
+        name for factor, name in levels[0].items() if all(each[factor] == name for each in levels)
+    ]
+    return ", ".join(common) or init_probe.arms[0]
+
+
+def _line(data: PlotData, init_probe: InitProbe) -> dict[str, Any]:
+    gid = " ".join(data.styles[arm].gid for arm in init_probe.arms)
+    return {**data.styles[init_probe.arms[0]].line, "lw": 1.5, "gid": gid}

@@ -1,0 +1,154 @@
+"""The runs while they train: the layers at the last snapshot, and the loss curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from gpt import metrics
+from gpt.compare.figures.base import PALE, Plot, PlotData, legend, panels, plain_numbers
+from gpt.compare.outcomes import Outcome
+from gpt.compare.verdicts import spikes
+from gpt.compare.wording import UNIGRAM_ENTROPY
+
+CURVE_POINTS = 150
+EARLY_STEPS = 200
+BY_BLOCK_TITLES = (
+    "attention's residual dependency β",
+    "feed-forward's β",
+    "RMS of the residual stream",
+)
+
+
+def layers(data: PlotData) -> Plot | None:
+    """Residual dependency and residual stream by layer, where diagnostics were on.
+
+    Of all settings and rates, the one at which most arms trained.
+    """
+    snapshots = {o.cell.id: _last_snapshot(o) for o in data.outcomes if o.verdict is not None}
+    trained = [o for o in data.outcomes if snapshots.get(o.cell.id) and not o.failed]
+    if not trained:
+        return None
+    arms: dict[tuple[str, float], set[str]] = {}
+    for outcome in trained:
+        arms.setdefault((outcome.cell.setting_text, outcome.rate), set()).add(outcome.cell.arm)
+    setting, rate = max(arms, key=lambda point: len(arms[point]))
+    figure, axes_list = panels(3, width=3.4, height=3.2)
+    for outcome in trained:
+        if (outcome.cell.setting_text, outcome.rate) != (setting, rate):
+            continue
+        for axes, measure in zip(
+            axes_list, ("attention_beta", "mlp_beta", "stream_rms"), strict=True
+        ):
+            blocks = [
+                r for r in snapshots[outcome.cell.id] if "attention_logit" in r and measure in r
+            ]
+            axes.plot(
+                [r["layer"] for r in blocks],
+                [r[measure] for r in blocks],
+                **data.cell_line(outcome),
+            )
+    by_block(axes_list, BY_BLOCK_TITLES)
+    legend(figure, data.styles)
+    step = max(record["step"] for records in snapshots.values() for record in records)
+    return Plot(
+        "Inside the networks during training",
+        f"Runs at rate {rate:g}{f' ({setting})' if setting else ''} that trained, at step {step}, "
+        "a line per run. β is not measured where a placement combines x and f in another way than "
+        "x + f.",
+        f"Residual dependency and RMS of the residual stream by block at step {step}, a line per "
+        "run",
+        figure,
+    )
+
+
+def by_block(axes_list: Sequence[Axes], titles: Sequence[str]) -> None:
+    """Label panels of measures against the block; the last three are those of BY_BLOCK_TITLES."""
+    for axes, title in zip(axes_list, titles, strict=True):
+        axes.set_title(title)
+        axes.set_xlabel("block")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in axes_list[-3:-1]:
+        axes.set_ylim(bottom=0)
+    axes_list[-1].set_yscale("log")
+    plain_numbers(axes_list[-1])
+
+
+def _last_snapshot(outcome: Outcome) -> list[metrics.Record]:
+    records = [r for r in metrics.read(outcome.directory / "metrics.jsonl") if "layer" in r]
+    last = max((record["step"] for record in records), default=0)
+    return [record for record in records if record["step"] == last]
+
+
+def curves(data: PlotData) -> dict[str, Plot]:
+    """Loss and gradient norm of every run, a plot for each setting and rate."""
+    groups: dict[tuple[str, float], list[Outcome]] = {}
+    for outcome in data.outcomes:
+        if outcome.verdict is not None:
+            groups.setdefault((outcome.cell.setting_text, outcome.rate), []).append(outcome)
+    order = sorted(groups, key=lambda point: (data.settings.index(point[0]), point[1]))
+    return {
+        f"curves-{number:02}": _curves(data, setting, rate, groups[setting, rate])
+        for number, (setting, rate) in enumerate(order, 1)
+    }
+
+
+def _curves(data: PlotData, setting: str, rate: float, outcomes: Sequence[Outcome]) -> Plot:
+    long = any(o.cell.config.training.steps > EARLY_STEPS for o in outcomes)
+    early = [("loss", f"its first {EARLY_STEPS} steps", EARLY_STEPS)] if long else []
+    drawn = [("loss", "training loss", None), *early, ("grad_norm", "gradient norm", None)]
+    figure, axes_list = panels(len(drawn), width=3.6, height=3.3)
+    for outcome in outcomes:
+        records = [r for r in metrics.read(outcome.directory / "metrics.jsonl") if "loss" in r]
+        for axes, (key, _, last) in zip(axes_list, drawn, strict=True):
+            _draw_run(axes, records, key, last, data.cell_line(outcome))
+    for axes, (key, title, _) in zip(axes_list, drawn, strict=True):
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        if key == "loss":
+            axes.axhline(data.summary.unigram_entropy, color=PALE, lw=1, linestyle="--")
+    axes_list[-1].set_yscale("log")
+    plain_numbers(axes_list[-1])
+    legend(figure, data.styles)
+    statuses = ", ".join(f"{o.cell.arm}, seed {o.seed}: {o.status}" for o in outcomes)
+    return Plot(
+        f"Rate {rate:g}{f', {setting}' if setting else ''}",
+        f"A line per run; a ring marks a spike. The dashed line is {UNIGRAM_ENTROPY}.",
+        f"Loss and gradient norm against the step. {statuses}",
+        figure,
+        tuple(outcome.cell.id for outcome in outcomes),
+    )
+
+
+def _draw_run(
+    axes: Axes, records: Sequence[metrics.Record], key: str, last: int | None, style: dict[str, Any]
+) -> None:
+    steps, values = [r["step"] for r in records], [r[key] for r in records]
+    axes.plot(*_thinned(steps, values, last), **{**style, "lw": 1.0})
+    found = [n for n in spikes(values) if last is None or steps[n] <= last]
+    axes.plot(
+        [steps[n] for n in found],
+        [values[n] for n in found],
+        **{**style, "linestyle": "none", "marker": "o", "ms": 6, "mfc": "none"},
+    )
+
+
+def _thinned(
+    steps: Sequence[int], values: Sequence[float | None], last: int | None
+) -> tuple[list[float], list[float]]:
+    """At most CURVE_POINTS points up to step `last`: means of neighbours, without None."""
+    points = [
+        (s, v)
+        for s, v in zip(steps, values, strict=True)
+        if v is not None and (last is None or s <= last)
+    ]
+    size = max(1, math.ceil(len(points) / CURVE_POINTS))
+    groups = [points[n : n + size] for n in range(0, len(points), size)]
+    return [float(np.mean([s for s, _ in g])) for g in groups], [
+        float(np.mean([v for _, v in g])) for g in groups
+    ]

@@ -1,0 +1,141 @@
+"""Where arms become unstable: LR50, the highest stable rate, and learning-rate sensitivity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
+
+from gpt.compare.figures.base import INK, Plot, PlotData, Style, legend, panels, rate_axis
+from gpt.compare.results import ArmSummary
+from gpt.compare.wording import threshold_text
+
+# Threshold.bound -> marker along x, and along y.
+BOUND_MARKS: dict[str, tuple[str, str]] = {"": ("", ""), "above": (">", "^"), "below": ("<", "v")}
+
+
+def thresholds(data: PlotData) -> Plot:
+    """LR50 with its interval and the highest stable rate: against depth, or a row per arm."""
+    depths = _depths(data)
+    arms = data.summary.arms
+    figure, (axes,) = panels(1, width=7.2, height=4.0 if depths else 1.2 + 0.32 * len(arms))
+    names = list(data.styles)
+    for row, arm in enumerate(arms):
+        shift = 1 + 0.02 * (names.index(arm.arm) - len(names) / 2)
+        at = depths[arm.setting] * shift if depths else float(row)
+        _draw_threshold(axes, arm, data.styles[arm.arm], at, data.rates, upright=bool(depths))
+    if depths:
+        ticks = sorted(set(depths.values()))
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xticks(ticks, [str(depth) for depth in ticks])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("blocks, L")
+        axes.set_ylabel("learning rate")
+        legend(figure, data.styles)
+    else:
+        rate_axis(axes, data.rates)
+        axes.set_yticks(range(len(arms)), [arm.label for arm in arms])
+        axes.invert_yaxis()
+    return Plot(
+        "The rate at which half of the runs fail, and the highest stable rate",
+        "Points: the rate at which a logistic regression (Firth's) of failure on the log rate "
+        "crosses 1/2; a triangle means that it lies beyond the rates tried. Lines: 95% intervals "
+        "over seeds and within the grid's spacing; a line that runs past the rates tried is open "
+        "there. Bars across: the highest rate up to which no seed failed.",
+        "; ".join(f"{arm.label}: {threshold_text(arm.lr50)}" for arm in arms),
+        figure,
+    )
+
+
+def _draw_threshold(
+    axes: Axes,
+    arm: ArmSummary,
+    style: Style,
+    at: float,
+    rates: Sequence[float],
+    *,
+    upright: bool,
+) -> None:
+    """One arm's threshold at position `at`; `upright`: rates are on the y axis."""
+
+    def draw(rates: Sequence[float], **options: Any) -> None:
+        ats = [at] * len(rates)
+        axes.plot(*((ats, rates) if upright else (rates, ats)), gid=style.gid, **options)
+
+    half, interval = arm.lr50, arm.lr50_interval
+    if half.bound != "unclear":
+        marker = BOUND_MARKS[half.bound][upright] or style.shape
+        draw([half.rate], marker=marker, color=style.colour, linestyle="none")
+        if interval is not None:
+            span = np.clip([interval.low, interval.high], min(rates) / 2, max(rates) * 2)
+            draw(list(span), lw=1.4, **style.line)
+    if arm.highest_stable_rate is not None:
+        bar = "_" if upright else "|"
+        draw(
+            [arm.highest_stable_rate],
+            marker=bar,
+            ms=11,
+            mew=2,
+            color=style.colour,
+            linestyle="none",
+        )
+
+
+def _depths(data: PlotData) -> dict[str, int]:
+    """The number of blocks in each setting, if settings differ in nothing else."""
+    settings = {o.cell.setting_text: o.cell.setting for o in data.outcomes}
+    if len(settings) > 1 and all(list(each) == ["model.layers"] for each in settings.values()):
+        return {text: int(each["model.layers"]) for text, each in settings.items()}
+    return {}
+
+
+def sensitivity(data: PlotData) -> Plot | None:
+    """The cost of a wrong learning rate, a bar per arm."""
+    arms = data.summary.arms
+    if all(len(arm.by_rate) < 2 for arm in arms):
+        return None
+    figure, (axes,) = panels(1, width=7.2, height=1.2 + 0.32 * len(arms))
+    for row, arm in enumerate(arms):
+        style = data.styles[arm.arm]
+        axes.barh(
+            row,
+            arm.lr_sensitivity,
+            0.6,
+            color=style.colour,
+            gid=style.gid,
+            alpha=1.0 if style.dashes == "-" else 0.55,
+        )
+        interval = arm.lr_sensitivity_interval
+        if interval is not None:
+            axes.plot([interval.low, interval.high], [row, row], color=INK, lw=1.4, gid=style.gid)
+    axes.set_yticks(range(len(arms)), [arm.label for arm in arms])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("learning-rate sensitivity (nats)")
+    return Plot(
+        "Learning-rate sensitivity",
+        _sensitivity_caption(arms),
+        "; ".join(f"{arm.label}: {arm.lr_sensitivity:.2f} nats" for arm in arms),
+        figure,
+    )
+
+
+def _sensitivity_caption(arms: Sequence[ArmSummary]) -> str:
+    tried = {tuple(at.rate for at in arm.by_rate) for arm in arms}
+    rates = ", ".join(f"{rate:g}" for rate in max(tried, key=len))
+    caption = (
+        "Mean over the rates tried of the loss, capped at the initial loss, minus the arm's best "
+        f"(Wortsman et al. 2023), with 95% intervals over seeds. Rates: {rates}; on another grid "
+        "the values differ. An arm that learns at no rate has a sensitivity near 0: read it "
+        "together with its loss."
+    )
+    if len(tried) > 1:
+        caption += " Arms with rates of their own cannot be compared with the others."
+    edge = ", ".join(arm.label for arm in arms if arm.best_at_edge)
+    if edge:
+        caption += f" Best rate at the edge of the grid in some seed: {edge}."
+    return caption

@@ -1,0 +1,117 @@
+"""The comparison's networks at initialization, at several depths: probes.json, and reading it back.
+
+Arms that differ only in how they are trained, such as their warm-up, share a network.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from gpt.compare.grid import Cell
+from gpt.compare.probes import DEPTHS, Batch, Probe, probe_depths
+from gpt.data import preparation
+from gpt.data.prepared import Dataset
+from gpt.data.sequences import TrainingSequences
+from gpt.errors import InputError
+from gpt.io.files import read_json, write_text
+
+SEEDS = (0, 1)
+BATCHES, SEQUENCES = 2, 8  # of the training text
+TOKEN_SEEDS = tuple(range(16))  # with one token each, as in the theory
+
+
+@dataclass(frozen=True)
+class InitProbe:
+    """One network of the comparison before training.
+
+    Attributes:
+        arms: the arms that share it.
+        regime: of its initial weights.
+        text: probes on batches of the training text, by depth.
+        token: the same on single tokens, one per seed.
+    """
+
+    arms: tuple[str, ...]
+    regime: str
+    text: tuple[Probe, ...]
+    token: tuple[Probe, ...]
+
+
+def measure_init_probes(
+    cells: Sequence[Cell], stop: Callable[[], bool] = lambda: False
+) -> list[InitProbe] | None:
+    """Probe every network of the comparison, at `probes.DEPTHS`; None if `stop` becomes true."""
+    networks: dict[str, list[Cell]] = {}
+    for cell in cells:
+        without_depth = cell.config.model.model_copy(update={"layers": 0})
+        networks.setdefault(repr((without_depth, cell.config.data)), []).append(cell)
+    init_probes = []
+    for same in networks.values():
+        if stop():
+            return None
+        config = same[0].config
+        dataset = preparation.prepare(config.data)
+        vocabulary = dataset.encoding.n_vocab
+        text = _batches(dataset, config.model.context, SEQUENCES, BATCHES)
+        token = _batches(dataset, 1, 1, 1)
+        init_probes.append(
+            InitProbe(
+                arms=tuple(dict.fromkeys(cell.arm for cell in same)),
+                regime=config.model.init.regime,
+                text=tuple(probe_depths(config.model, vocabulary, text, SEEDS)),
+                token=tuple(probe_depths(config.model, vocabulary, token, TOKEN_SEEDS)),
+            )
+        )
+    return init_probes
+
+
+def _batches(dataset: Dataset, context: int, size: int, count: int) -> list[Batch]:
+    sequences = TrainingSequences(dataset.train, context, seed=0, weights=dataset.weights)
+    arrays = (sequences.batch(step, size) for step in range(1, count + 1))
+    return [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in arrays]
+
+
+def write_init_probes(directory: Path, init_probes: Sequence[InitProbe]) -> None:
+    """Write probes.json."""
+    tree = [asdict(each) for each in init_probes]
+    write_text(directory / "probes.json", json.dumps(tree, indent=2) + "\n")
+
+
+def read_init_probes(directory: Path, arms: Collection[str]) -> list[InitProbe]:
+    """The contents of probes.json; empty if there is no such file.
+
+    Args:
+        arms: the names of the comparison's arms.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    path = directory / "probes.json"
+    if not path.is_file():
+        return []
+    advice = "delete it to measure again"
+    init_probes = read_json(path, list[InitProbe], advice)
+    if not all(_is_valid(each, arms) for each in init_probes):
+        raise InputError(f"{path}: is damaged; {advice}")
+    return init_probes
+
+
+def _is_valid(init_probe: InitProbe, arms: Collection[str]) -> bool:
+    """Whether it is of arms of the comparison, at all depths, with a value for each block."""
+    depths = [probe.layers for probe in init_probe.text]
+    return (
+        bool(init_probe.arms)
+        and set(init_probe.arms) <= set(arms)
+        and depths == [probe.layers for probe in init_probe.token] == list(DEPTHS)
+        and all(
+            len(values) == probe.layers
+            for probe in (*init_probe.text, *init_probe.token)
+            for values in (probe.gradient_norms, probe.stream_rms, probe.betas)
+            if values is not None
+        )
+    )

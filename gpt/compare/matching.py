@@ -1,0 +1,78 @@
+"""Whether the arms were matched: the same batches, the same initial weights, the same software.
+
+A comparison is fair only if cells of one seed and setting differ in their arm alone. Each of them
+is compared with the first, by the digests that training wrote into metrics.jsonl and
+environment.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gpt.compare.outcomes import Outcome
+
+SAME_FACTS = ("data_fingerprint", "device", "torch", "git_commit")  # of environment.json
+
+
+@dataclass(frozen=True)
+class Match:
+    """What cells of one seed and setting have in common, summed over all comparisons with a first.
+
+    Attributes:
+        cells: cells that were compared with the first of their seed and setting.
+        same_batches: those that saw the same inputs, up to the last step that both reached.
+        parameters: parameters that both have, by name and shape.
+        equal: those that started with the same values.
+        rescaled: those that started from the same random draw at another scale.
+        exceptions: what did not match, in words.
+    """
+
+    cells: int
+    same_batches: int
+    parameters: int
+    equal: int
+    rescaled: int
+    exceptions: tuple[str, ...]
+
+
+def match(outcomes: Sequence[Outcome]) -> Match:
+    """Compare every cell with the first one of its seed and setting."""
+    first: dict[str, Outcome] = {}
+    cells = same = parameters = equal = rescaled = 0
+    exceptions = []
+    for outcome in outcomes:
+        if outcome.verdict is None or not outcome.batches:  # diverged before its first update
+            continue
+        key = repr((outcome.seed, outcome.cell.setting))
+        other = first.setdefault(key, outcome)
+        if other is outcome:
+            continue
+        names = f"{outcome.cell.id} and {other.cell.id}"
+        mine, theirs = outcome.batches, other.batches or {}
+        cells += 1
+        step = max(mine.keys() & theirs.keys())
+        same += mine[step] == theirs[step]
+        if mine[step] != theirs[step]:
+            exceptions.append(f"{names} saw different batches")
+        for fact in SAME_FACTS:
+            one, two = (_fact(each, fact) for each in (outcome, other))
+            if one != two:
+                exceptions.append(f"{names} differ in {fact}: {one} and {two}")
+        ours, others = (_fact(each, "initial_weights") for each in (outcome, other))
+        for name in ours.keys() & others.keys():
+            a, b = ours[name], others[name]
+            if a["shape"] != b["shape"]:
+                continue
+            parameters += 1
+            equal += a["sha256"] == b["sha256"]
+            rescaled += a["sha256"] != b["sha256"] and a["signs"] == b["signs"]
+            if a["signs"] != b["signs"]:
+                exceptions.append(f"{names} start with different values of {name}")
+    return Match(cells, same, parameters, equal, rescaled, tuple(exceptions))
+
+
+def _fact(outcome: Outcome, name: str) -> Any:
+    environment = outcome.environment or {}
+    return {**environment, **environment.get("versions", {})}.get(name)

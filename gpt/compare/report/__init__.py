@@ -1,0 +1,116 @@
+"""The report of a comparison: report.html, report.md and figures/.
+
+report.html is one file that opens offline and reads like a short paper; its figures are SVG, in the
+page's own colours, light or dark. A few lines of script let a reader hover over a run, follow it to
+its row, and switch arms off; without the script only that is missing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from gpt.compare import wording
+from gpt.compare.figures import draw
+from gpt.compare.figures.base import PlotData, save
+from gpt.compare.figures.losses import beside as draw_beside
+from gpt.compare.grid import Grid
+from gpt.compare.init_probes import InitProbe
+from gpt.compare.outcomes import Outcome
+from gpt.compare.report.rendering import TEMPLATES, render
+from gpt.compare.report.svg import inline
+from gpt.compare.results import ArmSummary, Summary
+from gpt.io.files import read_small, write_text
+
+Comparison = tuple[Grid, Summary, list[Outcome]]
+
+
+def write_report(
+    directory: Path,
+    grid: Grid,
+    summary: Summary,
+    outcomes: Sequence[Outcome],
+    init_probes: Sequence[InitProbe],
+    commands: Sequence[str],
+    beside: tuple[Path, Comparison] | None = None,
+) -> None:
+    """Write report.html, report.md and figures/ into a comparison directory.
+
+    Args:
+        init_probes: probes of the networks; empty if there are none.
+        commands: the command lines that ran it.
+        beside: the directory and the contents of another comparison, to be shown next to this one.
+    """
+    data = PlotData(grid, summary, outcomes, init_probes)
+    plots = draw(data)
+    other, names = None, ("", "")
+    if beside is not None:
+        path, (other_grid, other_summary, other_outcomes) = beside
+        other = PlotData(other_grid, other_summary, other_outcomes, [])
+        names = (directory.name, path.name)
+        ordered = list(plots.items())
+        ordered.insert(1, ("beside", draw_beside(data, other, names)))  # next to loss-by-rate
+        plots = dict(ordered)
+    folder = directory / "figures"
+    folder.mkdir(exist_ok=True)
+    for old in (*folder.glob("*.png"), *folder.glob("*.svg")):
+        old.unlink()
+    drawings = {name: save(name, plot, folder) for name, plot in plots.items()}
+    tips = {outcome.cell.id: cell_tip(outcome) for outcome in outcomes}
+    context: dict[str, Any] = {
+        "grid": grid,
+        "summary": summary,
+        "outcomes": outcomes,
+        "plots": plots,
+        "styles": data.styles,
+        "svg": {name: inline(svg, name, tips) for name, svg in drawings.items()},
+        "curve_of": {cell: name for name, plot in plots.items() for cell in plot.cells},
+        "commands": commands,
+        "environment": _environment(outcomes),
+        "script": Markup((TEMPLATES / "report.js").read_text("utf-8")),  # noqa: S704 - our own
+        "grid_yaml": read_small(directory / "grid.yaml").decode(),
+        "limits": wording.limits(grid, summary),
+        "vocabulary": math.log(next(o.vocabulary for o in outcomes if o.verdict is not None)),
+        "other": other,
+        "names": names,
+        "side_by_side": _side_by_side(summary, other.summary) if other else {},
+        "difference_text": lambda interval: wording.interval_text(interval, "{:+.3f}".format),
+        "loss_text": lambda interval: wording.interval_text(interval, "{:.3f}".format),
+        "wording": wording,
+    }
+    for name in ("report.html", "report.md"):
+        write_text(directory / name, render(name, context))
+
+
+def _side_by_side(
+    mine: Summary, theirs: Summary
+) -> dict[str, tuple[ArmSummary | None, ArmSummary | None]]:
+    """The arms of two comparisons by their labels; None where one has no such arm."""
+    one, two = ({arm.label: arm for arm in summary.arms} for summary in (mine, theirs))
+    return {label: (one.get(label), two.get(label)) for label in {**one, **two}}
+
+
+def cell_tip(outcome: Outcome) -> str:
+    """A cell in one line."""
+    cell = outcome.cell
+    where = f"{cell.arm}, {cell.setting_text}" if cell.setting_text else cell.arm
+    head = f"{where}, rate {outcome.rate:g}, seed {outcome.seed}: {outcome.status}"
+    return head if outcome.verdict is None else f"{head}. {outcome.reason}"
+
+
+def _environment(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """The facts of environment.json; where cells differ, all values."""
+    seen: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        facts = dict(outcome.environment or {})
+        facts |= facts.pop("versions", {})
+        for key in ("argv", "initial_weights", "unigram_entropy"):
+            facts.pop(key, None)
+        for key, value in facts.items():
+            if str(value) not in seen.setdefault(key, []):
+                seen[key].append(str(value))
+    return {key: "; ".join(values) for key, values in seen.items()}

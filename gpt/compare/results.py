@@ -1,0 +1,157 @@
+"""The results of a comparison as data: what summary.json holds.
+
+summary.py computes them, wording.py puts them into words, and the figures and the report show them.
+Losses are in nats per token. Cells without a result count as lost and are in no other number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gpt.compare.matching import Match
+from gpt.compare.statistics import Interval, McNemar, PairedDifference, Threshold
+
+VERSION = 2  # of summary.json; in version 1 `setting` was called `place`
+
+Answer = Literal["supported", "contradicted", "open"]
+
+
+@dataclass(frozen=True)
+class AtRate:
+    """One arm at one learning rate, over seeds. The loss of a failed run is capped at its initial.
+
+    Attributes:
+        interval: of the failure rate.
+        loss_interval: of the mean loss.
+    """
+
+    rate: float
+    n: int
+    failures: int
+    interval: Interval
+    losses: tuple[float, ...]
+    mean_loss: float
+    median_loss: float
+    loss_interval: Interval | None
+    statuses: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ArmSummary:
+    """One arm in one setting, over learning rates and seeds.
+
+    Attributes:
+        setting: values on the axes other than the learning rate, as text; empty if there are none.
+        runs, failures: cells with a result, and those of them that failed.
+        lost: cells without a result.
+        lr50, lr50_interval: the rate at which half of the runs fail, and its interval over seeds.
+        highest_stable_rate: the largest rate up to which no seed failed; None: the lowest failed.
+        lr_sensitivity, lr_sensitivity_interval: mean over seeds.
+        best_at_edge: seeds whose best rate is the lowest or highest rate tried.
+        best_rate, best_loss: where the median loss is lowest, chosen on these same seeds.
+        initial_loss: mean validation loss before the first update.
+        summed_rate: sum over all updates of the schedule's multiplier of the learning rate.
+        spiked: runs with a spike in the loss.
+        clipped: mean fraction of updates whose gradients were clipped; None without clipping.
+    """
+
+    arm: str
+    setting: str
+    runs: int
+    failures: int
+    lost: int
+    seeds: int
+    by_rate: tuple[AtRate, ...]
+    lr50: Threshold
+    lr50_interval: Interval | None
+    highest_stable_rate: float | None
+    median_loss: float
+    lr_sensitivity: float
+    lr_sensitivity_interval: Interval | None
+    best_at_edge: int
+    best_rate: float
+    best_loss: float
+    initial_loss: float
+    summed_rate: float
+    spiked: int
+    clipped: float | None
+
+    @property
+    def label(self) -> str:
+        """`post (layers 12)`, or the arm alone where there is one setting."""
+        return f"{self.arm} ({self.setting})" if self.setting else self.arm
+
+
+@dataclass(frozen=True)
+class ContrastResult:
+    """The registered contrast: (a - b) - (c - d), or a - b.
+
+    Attributes:
+        parts: a - b, and c - d.
+        bounds: which thresholds could only be bounded, in words.
+        reach: of each part "at least", "at most" or "unknown" where bounds allow no more; else "".
+        value, interval: log_lr50 in natural logarithms; failure as a fraction; loss in nats.
+        answer, why: whether the runs support the claim, and the reason in words.
+        dropped: combinations of setting and rate left out because an arm or a seed has no run.
+    """
+
+    question: str
+    measure: str
+    parts: tuple[float, ...]
+    bounds: tuple[str, ...]
+    reach: tuple[str, ...]
+    value: float
+    interval: Interval | None
+    answer: Answer
+    why: str
+    seeds: int
+    dropped: int
+
+
+@dataclass(frozen=True)
+class PairAtRate:
+    """Paired failures of two arms at one learning rate."""
+
+    rate: float
+    setting: str
+    failures: McNemar
+    holm_p: float
+
+
+@dataclass(frozen=True)
+class PairResult:
+    """Two arms, paired by seed: mean loss over their common rates, and failures at each.
+
+    Attributes:
+        dropped: as in `ContrastResult`.
+    """
+
+    a: str
+    b: str
+    loss: PairedDifference
+    holm_p: float
+    dropped: int
+    by_rate: tuple[PairAtRate, ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All results of a comparison.
+
+    Attributes:
+        lost: the status of each cell without a result, by its id.
+        unigram_entropy: H₁, the loss of guessing by token frequency.
+        verdict: the conclusion, in one or two sentences.
+    """
+
+    title: str
+    planned: int
+    with_result: int
+    lost: dict[str, str]
+    unigram_entropy: float
+    arms: tuple[ArmSummary, ...]
+    contrast: ContrastResult | None
+    pairs: tuple[PairResult, ...]
+    match: Match
+    verdict: tuple[str, ...]

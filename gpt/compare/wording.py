@@ -1,0 +1,244 @@
+"""Results in words: the sentences of the verdict, of the report and of the console.
+
+No sentence claims more than its interval: no failure in 3 seeds is "at most 56%", and a claim is
+supported only where the whole interval lies on its side of zero. Nothing is computed here; the
+numbers come from summary.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from gpt.compare.grid import Contrast, Grid
+from gpt.compare.results import Answer, ArmSummary, AtRate, ContrastResult, Summary
+from gpt.compare.statistics import Interval, Threshold, least_p, wilson
+
+UNIGRAM_ENTROPY = "H₁, the unigram entropy: the loss of guessing by token frequency"
+
+ANSWERS: dict[Answer, str] = {
+    "supported": "these runs support the claim",
+    "contradicted": "these runs contradict the claim",
+    "open": "these runs leave the question open",
+}
+
+Reason = Literal["one seed", "contains zero", "too few seeds", "one side"]
+
+REASONS: dict[Reason, str] = {
+    "one seed": "one seed says nothing about the next",
+    "contains zero": "the interval contains zero",
+    "too few seeds": (
+        "the interval lies on one side of zero but {seeds} seeds cannot settle it (p = {p:.2g})"
+    ),
+    "one side": "the whole interval lies on one side of zero",
+}
+
+# Measure -> subject and verb of a change, subject and verb of a difference of changes, its format.
+MEASURES: dict[str, tuple[str, str, Callable[[float], str]]] = {
+    "log_lr50": (
+        "the rate at which half of the runs fail",
+        "the ratio of the two is",
+        lambda value: f"{math.exp(value):.2g}",
+    ),
+    "failure": (
+        "the fraction of failed runs changes",
+        "the difference of the two is",
+        lambda value: f"{100 * value:+.0f} points",
+    ),
+    "loss": (
+        "the mean loss changes",
+        "the difference of the two is",
+        lambda value: f"{value:+.3f} nats",
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Numbers
+
+
+def failures_text(failures: int, n: int, interval: Interval) -> str:
+    """`no failure in 3 seeds (at most 56%)`, bounded by the interval."""
+    seeds = f"{n} seed{'s' if n != 1 else ''}"
+    if failures == 0:
+        return f"no failure in {seeds} (at most {interval.high:.0%})"
+    if failures == n:
+        return f"failure in {'all of ' if n > 1 else ''}{seeds} (at least {interval.low:.0%})"
+    several = "s" if failures > 1 else ""
+    return f"{failures} failure{several} in {seeds} ({interval.low:.0%} to {interval.high:.0%})"
+
+
+def interval_text(interval: Interval, form: Callable[[float], str]) -> str:
+    """`0.2 to 5`; an end beyond the rates tried is open: `0.2 or more`."""
+    low, high = interval.low, interval.high
+    if math.isinf(low) and math.isinf(high):
+        return "open at both ends"
+    if math.isinf(high):
+        return f"{form(low)} or more"
+    if math.isinf(low):
+        return f"{form(high)} or less"
+    return f"{form(low)} to {form(high)}"
+
+
+def rates_text(interval: Interval) -> str:
+    """`interval_text` of learning rates, whose open lower end is 0."""
+    low = -math.inf if interval.low == 0 else interval.low
+    return interval_text(Interval(low, interval.high), lambda rate: f"{rate:.2g}")
+
+
+def threshold_text(threshold: Threshold) -> str:
+    """`0.05`, `above 0.1`, `below 0.001` or `unclear`."""
+    rate = f"{threshold.rate:.2g}"
+    return {"": rate, "above": f"above {rate}", "below": f"below {rate}", "unclear": "unclear"}[
+        threshold.bound
+    ]
+
+
+def lr50_text(arm: ArmSummary) -> str:
+    """An arm's LR50 with its interval: `0.05 (0.02 to 0.1)`."""
+    interval = "" if arm.lr50_interval is None else f" ({rates_text(arm.lr50_interval)})"
+    return threshold_text(arm.lr50) + interval
+
+
+def bound_text(arm: str, setting: str, threshold: Threshold) -> str:
+    """Why a threshold is only bounded."""
+    words = {
+        "above": f"its threshold is above {threshold.rate:g}, the highest rate tried",
+        "below": f"its threshold is below {threshold.rate:g}, the lowest rate tried",
+        "unclear": "its failures do not increase with the rate, so it has no single threshold",
+    }
+    return f"{arm}{f' ({setting})' if setting else ''}: {words[threshold.bound]}"
+
+
+# ---------------------------------------------------------------------------------------------
+# The verdict
+
+
+def verdict(
+    result: ContrastResult | None, contrast: Contrast | None, arms: Sequence[ArmSummary]
+) -> tuple[str, ...]:
+    """The answer to the registered contrast, if there is one, and where arms differ most."""
+    if contrast is None:
+        return (_failures_sentence(arms, list(dict.fromkeys(arm.arm for arm in arms))),)
+    names = [*contrast.of, *(contrast.against or ())]
+    answer = (
+        "The registered contrast cannot be computed yet: its arms have no rate in common at which "
+        "every seed has a result."
+        if result is None
+        else _contrast_sentence(result, contrast)
+    )
+    return answer, _failures_sentence(arms, names)
+
+
+def _contrast_sentence(result: ContrastResult, contrast: Contrast) -> str:
+    pairs = [contrast.of, *([contrast.against] if contrast.against else [])]
+    subject, size, number = MEASURES[result.measure]
+    changes = [
+        f"{_fold(part, reach) if result.measure == 'log_lr50' else f'by {number(part)}'} "
+        f"from {b!r} to {a!r}"
+        for (a, b), part, reach in zip(pairs, result.parts, result.reach, strict=True)
+    ]
+    sentence = f"{subject} {', and '.join(changes)}"
+    if len(pairs) > 1 and not any(result.reach):
+        sentence += f"; {size} {number(result.value)}"
+    interval = "one seed gives no interval"
+    if result.interval is not None:
+        interval = f"95% interval {interval_text(result.interval, number)}"
+    notes = [*result.bounds]
+    if result.dropped:
+        notes.append(f"{dropped_text(result.dropped)} left out: an arm or a seed has no run there")
+    noted = f" ({'; '.join(notes)})" if notes else ""
+    text = f"{sentence} ({interval}): {ANSWERS[result.answer]}, because {result.why}{noted}."
+    return text[0].upper() + text[1:]
+
+
+def dropped_text(count: int) -> str:
+    """`1 combination of setting and rate is`."""
+    one = count == 1
+    return f"{count} combination{'' if one else 's'} of setting and rate {'is' if one else 'are'}"
+
+
+def _fold(part: float, reach: str) -> str:
+    """The change of a logarithm as a factor."""
+    if reach == "unknown":
+        return "changes by an unknown factor"
+    if reach:
+        return f"becomes {reach} {math.exp(part):.2g} times as high"
+    if abs(part) < 0.005:
+        return "does not change"
+    return f"{'rises' if part > 0 else 'falls'} {math.exp(abs(part)):.2g}-fold"
+
+
+def _failures_sentence(arms: Sequence[ArmSummary], names: Sequence[str]) -> str:
+    """What failed at the rate and setting where the first two arms, then all, differ most."""
+    points: dict[tuple[float, str], dict[str, AtRate]] = {}
+    for arm in arms:
+        for at in arm.by_rate:
+            if arm.arm in names:
+                points.setdefault((at.rate, arm.setting), {})[arm.arm] = at
+    if not points:
+        return "None of the contrast's arms has a result."
+    everywhere = [at for by_arm in points.values() for at in by_arm.values()]
+    if not any(at.failures for at in everywhere):
+        fewest = min(everywhere, key=lambda at: at.n)
+        return f"No run failed: {failures_text(0, fewest.n, fewest.interval)} at each rate."
+
+    def spread(by_arm: dict[str, AtRate], of: Sequence[str]) -> float:
+        fractions = [by_arm[name].failures / by_arm[name].n for name in of if name in by_arm]
+        return max(fractions, default=0.0) - min(fractions, default=0.0)
+
+    def difference(key: tuple[float, str]) -> tuple[float, float, int]:
+        by_arm = points[key]
+        failures = sum(at.failures for at in by_arm.values())
+        return spread(by_arm, names[:2]), spread(by_arm, names), failures
+
+    rate, setting = max(points, key=difference)
+    if difference((rate, setting))[1] == 0:
+        return (
+            "At every rate tried, the same fraction of each arm's runs failed: these runs do not "
+            "tell the arms apart."
+        )
+    counts = [
+        f"{name}: {failures_text(at.failures, at.n, at.interval)}"
+        for name, at in points[rate, setting].items()
+    ]
+    where = f" ({setting})" if setting else ""
+    return (
+        f"At rate {rate:g}{where}, chosen after the runs because the arms differ most there, "
+        f"{'; '.join(counts)}."
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Limits
+
+
+def limits(grid: Grid, summary: Summary) -> list[str]:
+    """What these runs cannot show."""
+    seeds = len(grid.seeds)
+    found = [
+        f"No failure in {seeds} seed{'s' if seeds > 1 else ''} only bounds the failure rate below "
+        f"{wilson(0, seeds).high:.0%}; the smallest p-value that a paired test of so many seeds "
+        f"can give is {least_p(seeds):.2g}."
+        + (" Bootstrap intervals over so few seeds are too narrow." if seeds < 10 else ""),
+        "Short runs measure the onset of instability, not the quality of a finished model. A run "
+        "that is merely slow, because of its learning rate or its optimizer, also counts as "
+        "plateaued.",
+        "Sensitivities and thresholds depend on the rates tried; another grid gives other values.",
+        "An arm's best rate is chosen on the same seeds that its best loss is reported for.",
+        "Results on this corpus, at this size and in this precision may not carry over to others.",
+    ]
+    for setting in dict.fromkeys(arm.setting for arm in summary.arms):
+        sums = [arm.summed_rate for arm in summary.arms if arm.setting == setting]
+        if max(sums) > 1.001 * min(sums):
+            found.append(
+                "The schedules also differ in their summed learning rate: over all updates it is "
+                f"{min(sums):,.0f} to {max(sums):,.0f} times the full rate. Warm-up lowers it."
+            )
+            break
+    if any(arm.clipped is not None for arm in summary.arms):
+        found.append(
+            "Some arms clip their gradients, which hides instability; see the fraction clipped."
+        )
+    return found

@@ -1,0 +1,84 @@
+"""The configuration: YAML and command-line overrides in, one validated `Config` out.
+
+`options` lists every option, `values` the kinds of value they take, `loading` reads and checks
+them. Nothing here imports torch, so that `--help`, `--print-config` and error messages are
+immediate. `python -m gpt.config` prints the JSON schema for editors.
+"""
+
+from gpt.config.loading import base_of, load, option_paths, read, schema, validate
+from gpt.config.options import (
+    Config,
+    DataConfig,
+    DiagnosticsConfig,
+    HubConfig,
+    InitConfig,
+    MixedSource,
+    ModelConfig,
+    NormConfig,
+    OptimizerConfig,
+    Sampling,
+    ScheduleConfig,
+    SourceConfig,
+    changed,
+    may_change,
+)
+from gpt.config.strict_yaml import MAX_BYTES, read_yaml
+from gpt.config.trees import leaves, merge, nest
+from gpt.config.values import (
+    Between,
+    Choice,
+    Count,
+    Device,
+    FileName,
+    Hours,
+    SampleCount,
+    Seconds,
+    Section,
+    Seed,
+    Weights,
+    WorkerCount,
+    expand_user,
+    is_reserved,
+)
+
+__all__ = [
+    "MAX_BYTES",
+    "Between",
+    "Choice",
+    "Config",
+    "Count",
+    "DataConfig",
+    "Device",
+    "DiagnosticsConfig",
+    "FileName",
+    "Hours",
+    "HubConfig",
+    "InitConfig",
+    "MixedSource",
+    "ModelConfig",
+    "NormConfig",
+    "OptimizerConfig",
+    "SampleCount",
+    "Sampling",
+    "ScheduleConfig",
+    "Seconds",
+    "Section",
+    "Seed",
+    "SourceConfig",
+    "Weights",
+    "WorkerCount",
+    "base_of",
+    "changed",
+    "expand_user",
+    "is_reserved",
+    "leaves",
+    "load",
+    "may_change",
+    "merge",
+    "nest",
+    "option_paths",
+    "read",
+    "read_yaml",
+    "schema",
+    "validate",
+]

@@ -1,0 +1,534 @@
+"""Every option of a run: its name, type, default and meaning.
+
+The classes mirror the YAML's nesting. An option that picks a variant by name (`placement`,
+`optimizer.name`, ...) takes the keys of the table that holds the variants; see `Choice`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Annotated, Literal, Self
+
+import yaml
+from pydantic import model_validator
+
+from gpt import variants
+from gpt.config.strict_yaml import parse_yaml
+from gpt.config.trees import leaves, merge
+from gpt.config.values import (
+    Channels,
+    Choice,
+    ContextLength,
+    Count,
+    CountOrZero,
+    Decay,
+    Device,
+    Epsilon,
+    Factor,
+    FileName,
+    FileNames,
+    Fraction,
+    Layers,
+    Multiple,
+    PositiveFraction,
+    Rate,
+    Ratio,
+    RunName,
+    Section,
+    Seed,
+    SoftCap,
+    SplitFraction,
+    Switch,
+    VocabularySize,
+)
+
+
+class HubConfig(Section):
+    """A dataset on the Hugging Face hub (source: hub), read with the `datasets` library."""
+
+    name: FileName | None = None
+    """The dataset, such as roneneldan/TinyStories, or a local folder that contains one."""
+    config: str | None = None
+    """Configuration of the dataset, if it has several."""
+    split: str = "train"
+    """Split of the dataset."""
+    revision: str | None = None
+    """Branch, tag or commit; only a commit pins the text for good. Unset: the main branch."""
+    streaming: bool = True
+    """Stream while preparing; false downloads the whole dataset to the library's cache first."""
+
+
+class SourceConfig(Section):
+    """Where the documents come from."""
+
+    source: Annotated[str, Choice("gpt.data.sources", "SOURCES")] = "stdlib"
+    """Python's standard library, text, JSONL or Parquet files, the hub, or token files."""
+    path: FileNames = ()
+    """Files, folders or glob patterns, relative to the working directory; may be compressed."""
+    text_field: str = "text"
+    """Field that contains the text (source: jsonl, parquet, hub)."""
+    invalid_text: Literal["refuse", "replace"] = "refuse"
+    """Whether bytes that are not UTF-8 are an error or become U+FFFD, the replacement character."""
+    missing_text: Literal["refuse", "skip"] = "refuse"
+    """Whether a record without text is an error, or is skipped and counted."""
+    dtype: Literal["uint16", "uint32"] = "uint16"
+    """Type of the token IDs, little-endian, in files that do not state it (source: tokens)."""
+    hub: HubConfig = HubConfig()
+
+    @model_validator(mode="after")
+    def _source_is_complete(self) -> Self:
+        self._check_source()
+        return self
+
+    def _check_source(self) -> None:
+        """Require what the source reads, and refuse a path that it would ignore."""
+        reads_path = self.source not in ("stdlib", "hub")
+        if reads_path and not self.path:
+            raise ValueError(f"source: {self.source} needs path, the files or folders to read")
+        if self.source == "hub" and not self.hub.name:
+            raise ValueError("source: hub needs hub.name, such as roneneldan/TinyStories")
+        if self.path and not reads_path:
+            raise ValueError(f"source: {self.source} does not read path; source: text does")
+
+
+class MixedSource(SourceConfig):
+    """One source of several."""
+
+    weight: Ratio = 1.0
+    """Share of the training sequences drawn from it, relative to the other weights."""
+
+
+def _parse_flag(value: object, name: str) -> object:
+    """The value of a flag's YAML text, such as `{path: a.txt}`; other values unchanged."""
+    return parse_yaml(value, f"{name}: as YAML") if isinstance(value, str) else value
+
+
+class DataConfig(SourceConfig):
+    """The text, its tokenizer, and the split into training and validation."""
+
+    mix: tuple[MixedSource, ...] = ()
+    """Several sources in place of one, each with a weight; they inherit the options of data."""
+    validation: SourceConfig | None = None
+    """A separate source for the validation text, in place of a held-out fraction."""
+    tokenizer: Annotated[str, Choice("gpt.data.tokenizer", "TOKENIZERS")] = "bpe"
+    """How text becomes tokens; bpe is trained on the corpus, file reads data.vocabulary."""
+    vocab_size: VocabularySize = 2048
+    """Tokens of the bpe tokenizer: 256 bytes, the merges, and end of text."""
+    learn_bytes: Count = 100_000_000
+    """Bytes of training text, spread evenly, that the bpe tokenizer is trained on at most."""
+    vocabulary: FileName | None = None
+    """The tokenizer.json of an earlier run or preparation (tokenizer: file)."""
+    holdout: Literal["documents", "tail"] = "documents"
+    """Validation text: whole documents, chosen by a hash of their text, or the tail of each."""
+    val_fraction: SplitFraction = 0.03
+    """Fraction of the text that is held out for validation."""
+    windows: Literal["epochs", "random"] = "epochs"
+    """Training sequences: each window once per epoch, or at random offsets as in nanoGPT."""
+    seed: Seed | None = None
+    """Seed of the order of training sequences. Unset: the run's seed."""
+    cache_dir: FileName = "cache"
+    """Folder for prepared token files: one subfolder per combination of corpus and tokenizer."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, tree: object) -> object:
+        """Let each source of `mix`, and `validation`, inherit the options that it does not set."""
+        if not isinstance(tree, Mapping):
+            return tree
+        shared = {k: tree[k] for k in SourceConfig.model_fields if k in tree and k != "path"}
+
+        def inherit(own: object) -> object:
+            return merge(shared, own) if isinstance(own, Mapping) else own
+
+        validation = _parse_flag(tree.get("validation"), "validation")
+        mix = _parse_flag(tree.get("mix", ()), "mix")
+        mix = (mix,) if isinstance(mix, Mapping) else mix
+        mix = tuple(map(inherit, mix)) if isinstance(mix, list | tuple) else mix
+        return {**tree, "validation": inherit(validation), "mix": mix}
+
+    def _check_source(self) -> None:
+        if self.mix and self.path:
+            raise ValueError("path and mix are both given; each source of mix has its own path")
+        if not self.mix:
+            super()._check_source()
+
+    @model_validator(mode="after")
+    def _tokenizer_fits_the_data(self) -> Self:
+        if (self.tokenizer == "file") != (self.vocabulary is not None):
+            raise ValueError("tokenizer: file and vocabulary (the file) go together")
+        everything = [*self.sources, *([self.validation] if self.validation else [])]
+        if self.tokenizer in ("bpe", "chars") and any(s.source == "tokens" for s in everything):
+            raise ValueError(
+                f"source: tokens has no text to train a {self.tokenizer} tokenizer on; "
+                "tokenizer must be the one that made the tokens: gpt2, bytes or file"
+            )
+        return self
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The sources of the training text."""
+        return self.mix or (self,)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Fractions of the training sequences drawn from each source; they sum to 1."""
+        total = sum(source.weight for source in self.mix)
+        return tuple(source.weight / total for source in self.mix) or (1.0,)
+
+
+class NormConfig(Section):
+    """Normalization: placement, type and constants."""
+
+    placement: Annotated[str, Choice("gpt.placement", "PLACEMENTS")] = "pre"
+    """Where the norms are, relative to the residual connections."""
+    type: Annotated[str, Choice("gpt.norm", "NORMS")] | None = None
+    """What they compute. Unset: layer norm (nothing, if the placement has no norms)."""
+    eps: Epsilon = 1e-5
+    """Added to the variance inside the root (layer, rms, batch); smallest length (scale)."""
+    bias: bool | None = None
+    """Whether layer, batch and dyt have a shift, beta. Unset: as model.bias."""
+    final_norm: Switch = "auto"
+    """A norm after the last block; auto: as the placement defines."""
+    embedding: bool = False
+    """A norm on the embeddings, before the first block, as in Peri-LN."""
+
+
+class InitConfig(Section):
+    """Initial weights: a controlled factor of a comparison."""
+
+    regime: Annotated[str, Choice("gpt.init", "REGIMES")] = "gpt2"
+    """Standard deviations: GPT-2's 0.02, Xavier's as in the theory, or SmallInit's."""
+    depth_scaled: Switch = "auto"
+    """Scale each sublayer's last matrix by 1/sqrt(2L); auto: where regime and placement do."""
+
+
+class AttentionConfig(Section):
+    """Variations of attention."""
+
+    qk_norm: bool = False
+    """Normalize each head's queries and keys, with the norm of norm.type."""
+    soft_cap: SoftCap | None = None
+    """Bound the attention logits by c tanh(z/c); null: no bound. Slower: not in torch's kernel."""
+
+
+class MLPConfig(Section):
+    """The feed-forward network."""
+
+    activation: Annotated[str, Choice("gpt.model", "ACTIVATIONS")] = "gelu_tanh"
+    """The nonlinearity; gelu_tanh is GPT-2's, swiglu adds a third matrix."""
+    multiple: Multiple = 4
+    """Hidden width, as a multiple of model.width; swiglu uses two thirds of it."""
+
+
+class ModelConfig(Section):
+    """The GPT. The vocabulary size comes from the tokenizer."""
+
+    layers: Layers = 4
+    """Number of blocks, L."""
+    heads: Channels = 4
+    """Attention heads per block; must divide the width."""
+    width: Channels = 128
+    """Channels of the residual stream, d."""
+    context: ContextLength = 128
+    """Longest sequence, T, in tokens."""
+    dropout: Decay = 0.0
+    """Dropout probability in training: embeddings, attention weights, sublayer outputs."""
+    bias: bool = True
+    """Biases in linear layers and norms, as in GPT-2."""
+    tied_head: bool = True
+    """The output layer shares its weights with the token embedding, as in GPT-2."""
+    logit_soft_cap: SoftCap | None = None
+    """Bound the logits of the next token by c tanh(z/c); null: no bound."""
+    norm: NormConfig = NormConfig()
+    init: InitConfig = InitConfig()
+    attention: AttentionConfig = AttentionConfig()
+    mlp: MLPConfig = MLPConfig()
+
+    @model_validator(mode="after")
+    def _shape_is_valid(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
+        if self.width * self.mlp.multiple < 1:
+            raise ValueError(f"mlp.multiple ({self.mlp.multiple:g}) gives a hidden width of 0")
+        return self
+
+    @model_validator(mode="after")
+    def _norms_fit(self) -> Self:
+        """Refuse combinations that would not be what their names say."""
+        norm, name = self.norm, self.norm.placement
+        of_placement = partial(variants.attribute, "gpt.placement", "PLACEMENTS", name)
+        conflicts: dict[str, str] = {}
+
+        def refuse(option: str, value: object, other: str) -> None:
+            conflicts[option] = f"{value} conflicts with {other}"
+
+        wanted = {  # options that ask for a norm, and their values
+            "norm.type": norm.type if norm.type not in (None, "none") else None,
+            "norm.final_norm": "on" if norm.final_norm == "on" else None,
+            "norm.embedding": "true" if norm.embedding else None,
+            "attention.qk_norm": "true" if self.attention.qk_norm else None,
+        }
+        for option, value in wanted.items():
+            if value and not of_placement("has_norms"):
+                refuse(
+                    option, value, f"placement {name}, which has no norms; leave it at its default"
+                )
+            elif value and norm.type == "none":
+                refuse(option, value, "norm.type none; leave one of them out")
+        if norm.type == "none" and of_placement("needs_norms"):
+            refuse("norm.type", "none", f"placement {name}: {of_placement('needs_norms')}")
+        if norm.bias and (norm.type or "layer") not in variants.names("gpt.norm", "BIASED"):
+            refuse("norm.bias", "true", f"norm.type {norm.type}, which has no bias; leave it null")
+        least = of_placement("least_layers")
+        if self.layers < least:
+            refuse("layers", self.layers, f"placement {name}, which needs at least {least} layers")
+        if norm.type == "batch" and self.context == 1:
+            refuse("context", 1, "norm.type batch, which needs more than one token")
+        self.refuse(conflicts)
+        return self
+
+
+class ScheduleConfig(Section):
+    """Learning rate at each step, as a multiple of optimizer.learning_rate: warm-up, then body."""
+
+    warmup: Annotated[str, Choice("gpt.schedule", "WARMUPS")] = "linear"
+    """Shape of the warm-up; none: start at the full rate and ignore warmup_steps."""
+    warmup_steps: CountOrZero = 100
+    """Updates until the full rate is reached; the first update is never at rate 0."""
+    body: Annotated[str, Choice("gpt.schedule", "BODIES")] = "cosine"
+    """Shape of the decay after the warm-up."""
+    final_ratio: Fraction = 0.1
+    """Final rate of cosine, linear and wsd, as a fraction of the full rate."""
+    decay_fraction: PositiveFraction = 0.2
+    """Fraction of the steps after warm-up in which wsd (warm-up, stable, decay) decays."""
+
+
+class OptimizerConfig(Section):
+    """The update rule and its constants. All are torch's, except Muon's own step."""
+
+    name: Annotated[str, Choice("gpt.optim", "OPTIMIZERS")] = "adamw"
+    """Update rule. muon updates the blocks' matrices, with adamw for everything else."""
+    learning_rate: Rate = 1e-3
+    """The full learning rate, which the schedule scales."""
+    beta1: Decay = 0.9
+    """Decay of the first moment (adamw, radam; adamw's part of muon)."""
+    beta2: Decay = 0.99
+    """Decay of the second moment (adamw, radam; adamw's part of muon)."""
+    eps: Epsilon = 1e-8
+    """Added to the root of the second moment (adamw, radam; adamw's part of muon)."""
+    momentum: Decay = 0.95
+    """Momentum of sgd and muon, both in Nesterov's form."""
+    weight_decay: Factor = 0.1
+    """Decoupled weight decay of matrices and embeddings, not of norms and biases."""
+    independent_decay: bool = False
+    """Scale the decay by the schedule alone, not by learning_rate; then 1e-4 is typical."""
+    clip: Rate | None = 1.0
+    """Gradient clipping: largest global gradient norm; null: no clipping."""
+
+    @model_validator(mode="after")
+    def _decay_leaves_weights(self) -> Self:
+        if self.independent_decay and self.weight_decay > 0.01:
+            raise ValueError(
+                f"weight_decay ({self.weight_decay:g}): with independent_decay this fraction of "
+                "the weights is lost at each step; use at most 0.01 (1e-4 is typical)"
+            )
+        return self
+
+
+class TrainingConfig(Section):
+    """Duration, batch, device and precision."""
+
+    steps: Count = 1000
+    """Total number of updates."""
+    batch_sequences: Count | None = None
+    """Sequences per update; 16 if neither this nor batch_tokens is given."""
+    batch_tokens: Count | None = None
+    """Tokens per update, a multiple of model.context, in place of batch_sequences."""
+    micro_batch: Literal["auto"] | Count = "auto"
+    """Sequences per forward pass; must divide the batch. Gradients accumulate over the batch."""
+    device: Device = "auto"
+    """auto picks cuda, then mps, then cpu."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the forward and backward pass; weights stay fp32. fp16 uses loss scaling."""
+    z_loss: Factor = 0.0
+    """Weight of log² Z of the softmax, which is added to the loss; 1e-4 is typical."""
+    loss_chunk: Count | None = None
+    """Compute logits for this many tokens at a time: less memory, slower. Unset: all at once."""
+    compile: bool = False
+    """Use torch.compile: pays off on a GPU, takes half a minute or more on a CPU."""
+    nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """On a non-finite loss or gradient: stop the run, skip the update, or roll back."""
+    nonfinite_limit: Count = 20
+    """Skipped updates in a row (fp16's too), or rollbacks, after which the run has diverged."""
+    log_every: Count = 10
+    """Steps between progress lines, and between reads of the metrics from a GPU."""
+
+
+class EvaluationConfig(Section):
+    """Validation loss on fixed sequences; never disturbs training."""
+
+    every: Count = 250
+    """Steps between evaluations; there is always one before the first step and after the last."""
+    sequences: Count | None = None
+    """Sequences to evaluate on, spread evenly over the validation text. Unset: all of it."""
+    give_up_after: Count | None = None
+    """Stop after this many evaluations in a row within 0.05 nats of the unigram entropy."""
+
+
+class DiagnosticsConfig(Section):
+    """Statistics of every layer; measuring them never disturbs training."""
+
+    every: Count | None = None
+    """Steps between measurements, starting at the first step. Unset: none, at no cost."""
+    sequences: Count = 8
+    """Sequences of the batch to measure activations on, at most a micro-batch."""
+
+
+class CheckpointConfig(Section):
+    """When the training state is saved, and which checkpoints are kept."""
+
+    every: Count | None = None
+    """Steps between checkpoints. Unset: as evaluation.every. There is always one at the end."""
+    keep: Count = 2
+    """Number of newest checkpoints to keep, in addition to the best."""
+    keep_every: Count | None = None
+    """Also keep checkpoints at multiples of this step. Unset: only the newest and the best."""
+    spare_dir: FileName | None = None
+    """Where to save when the run directory is not writable. Unset: the temporary folder."""
+
+
+class Sampling(Section):
+    """How the next token is drawn from the logits; the filters apply in this order."""
+
+    temperature: Factor = 0.8
+    """Divides the logits; 0 always takes the most likely token."""
+    top_k: Count | None = None
+    """Draw from the k most likely tokens. Unset: from all."""
+    top_p: PositiveFraction = 1.0
+    """Draw from the smallest set of tokens with this total probability (Holtzman et al. 2020)."""
+    min_p: Fraction = 0.0
+    """Drop tokens less likely than this fraction of the most likely (Nguyen et al. 2024)."""
+
+
+class SamplingConfig(Sampling):
+    """Text that the model writes during training, into samples/."""
+
+    every: Count | None = None
+    """Steps between samples. Unset: as evaluation.every."""
+    tokens: CountOrZero = 200
+    """Tokens per sample; 0 writes none."""
+    prompt: str = ""
+    """Text to continue; empty starts a new document."""
+
+
+class Config(Section):
+    """Everything that determines a run."""
+
+    name: RunName = "run"
+    """Name of the run and of its folder under runs/. Unset: the config file's name."""
+    seed: Seed = 0
+    """Seed of the initial weights, data order, dropout and samples."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def _batch_fits(self) -> Self:
+        training = self.training
+        if training.batch_sequences is not None and training.batch_tokens is not None:
+            raise ValueError(
+                "training.batch_sequences and training.batch_tokens are both given; "
+                "set one of them to null"
+            )
+        if training.batch_tokens is not None and training.batch_tokens % self.model.context:
+            raise ValueError(
+                f"training.batch_tokens ({training.batch_tokens}) must be a multiple of "
+                f"model.context ({self.model.context})"
+            )
+        if training.micro_batch != "auto" and self.batch_sequences % training.micro_batch:
+            raise ValueError(
+                f"training.micro_batch ({training.micro_batch}) must divide the batch of "
+                f"{self.batch_sequences} sequences"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kept_steps_are_saved(self) -> Self:
+        kept, saved = self.checkpoint.keep_every, self.save_every
+        if kept is not None and kept % saved:
+            raise ValueError(
+                f"checkpoint.keep_every ({kept}) must be a multiple of the {saved} steps between "
+                "checkpoints (checkpoint.every, or else evaluation.every)"
+            )
+        return self
+
+    @property
+    def save_every(self) -> int:
+        """Steps between checkpoints."""
+        return self.checkpoint.every or self.evaluation.every
+
+    @property
+    def batch_sequences(self) -> int:
+        """Sequences per update."""
+        if self.training.batch_tokens is not None:
+            return self.training.batch_tokens // self.model.context
+        return self.training.batch_sequences or 16
+
+    @property
+    def data_seed(self) -> int:
+        """Seed of the data order."""
+        return self.seed if self.data.seed is None else self.data.seed
+
+    def to_yaml(self) -> str:
+        """The resolved config, every option included, as YAML that `load` reads back equal."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def differences(self, other: Config) -> list[str]:
+        """The options in which two configs differ, as lines `path: mine -> theirs`."""
+        mine, theirs = dict(leaves(self.model_dump())), dict(leaves(other.model_dump()))
+        return [
+            f"{key}: {mine.get(key)} -> {theirs.get(key)}"
+            for key in dict.fromkeys([*mine, *theirs])
+            if mine.get(key) != theirs.get(key)
+        ]
+
+
+# Options that may change when a run is resumed: its length, what is logged and saved, and where
+# files are. A change of any other option would make it a different run.
+MAY_CHANGE = (
+    "name",
+    "data.path",  # the tokens must be the same ones
+    "data.cache_dir",
+    "data.vocabulary",
+    "training.steps",
+    "training.micro_batch",
+    "training.loss_chunk",
+    "training.device",
+    "training.compile",
+    "training.nonfinite",
+    "training.nonfinite_limit",
+    "training.log_every",
+    "evaluation.every",
+    "evaluation.give_up_after",
+    "diagnostics",
+    "checkpoint",
+    "sampling",
+)
+
+
+def changed(differences: Iterable[str], option: str) -> bool:
+    """Whether `Config.differences` lists an option."""
+    return any(difference.startswith(f"{option}:") for difference in differences)
+
+
+def may_change(difference: str) -> bool:
+    """Whether a run can be resumed with this difference, a line of `Config.differences`."""
+    key = difference.partition(":")[0]
+    return any(key == each or key.startswith(f"{each}.") for each in MAY_CHANGE)

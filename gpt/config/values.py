@@ -1,0 +1,251 @@
+"""The kinds of value that options have: numbers with a range, names of variants, files.
+
+A kind converts and checks one value. Its error message completes the sentence "VALUE ...", as in
+"0 is not between 1 and 10"; `gpt.config.loading.validate` adds the value and the option's path.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
+
+from gpt import variants
+from gpt.errors import InputError, nearest
+
+
+class Section(BaseModel):
+    """A mapping of options. Unknown keys are errors; an empty mapping takes the defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty(cls, value: object) -> object:
+        return {} if value is None else value
+
+    def refuse(self, conflicts: Mapping[str, str]) -> None:
+        """Fail validation with a message for each option, by its dotted path in this section.
+
+        Raises:
+            ValidationError: there is a conflict; with all of them.
+        """
+        if conflicts:
+            details: list[InitErrorDetails] = [
+                {
+                    "type": PydanticCustomError("conflict", "{text}", {"text": text}),
+                    "loc": tuple(path.split(".")),
+                    "input": self,
+                }
+                for path, text in conflicts.items()
+            ]
+            raise ValidationError.from_exception_data(type(self).__name__, details)
+
+
+# ---------------------------------------------------------------------------------------------
+# Names of variants
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A string that must be a key of the dict `table` in `module`, such as `gpt.norm.NORMS`.
+
+    That dict, next to the code of its variants, is the only list of their names; `gpt.variants`
+    reads it without importing torch.
+    """
+
+    module: str
+    table: str
+
+    def names(self) -> tuple[str, ...]:
+        """The valid values, in the table's order."""
+        return variants.names(self.module, self.table)
+
+    def _check(self, value: str) -> str:
+        names = self.names()
+        if value not in names:
+            raise PydanticCustomError(
+                "choice",
+                "is not one of {names}{hint}",
+                {"names": ", ".join(names), "hint": nearest(value, names)},
+            )
+        return value
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), "enum": list(self.names())}
+
+
+def _switch(value: object) -> object:
+    """YAML 1.1 reads `on` and `off` as true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Weights = Literal["fp32", "bf16", "int8"]  # number format of the weights when sampling
+
+
+# ---------------------------------------------------------------------------------------------
+# Numbers
+
+
+@dataclass(frozen=True)
+class Between:
+    """A number from `minimum` to `maximum`, both included. Booleans are not numbers.
+
+    A whole number may be written as `1e6`, which YAML 1.1 reads as text.
+    """
+
+    minimum: float
+    maximum: float
+
+    def check(self, value: object) -> object:
+        """The number that `value` is or spells; anything else is left to the type's own check."""
+        if isinstance(value, bool):
+            raise PydanticCustomError("number", "is a boolean, not a number")
+        number = _parse_number(value) if isinstance(value, str) else value
+        if isinstance(number, int | float) and not self.minimum <= number <= self.maximum:
+            raise PydanticCustomError("range", "is not {range}", {"range": str(self)})
+        return number
+
+    def __str__(self) -> str:
+        bounds = (self.minimum, self.maximum)
+        return "between {} and {}".format(
+            *(f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" for bound in bounds)
+        )
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), "minimum": self.minimum, "maximum": self.maximum}
+
+
+def _parse_number(text: str) -> int | float | str:
+    """The number that a text spells, as an int if it is whole; the text itself otherwise."""
+    try:
+        return int(text)
+    except ValueError:  # also raised for thousands of digits, which are infinite as a float
+        pass
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return int(number) if number.is_integer() else number
+
+
+# Each range holds more than anybody trains with and excludes values that overflow or never end.
+# Whether the machine has the memory for a combination is checked in gpt/hardware/size.py.
+Count = Annotated[int, Between(1, 10**9)]
+CountOrZero = Annotated[int, Between(0, 10**9)]
+Layers = Annotated[int, Between(1, 2_000)]
+Channels = Annotated[int, Between(1, 100_000)]
+ContextLength = Annotated[int, Between(1, 10_000_000)]
+VocabularySize = Annotated[int, Between(257, 1_000_000)]
+SampleCount = Annotated[int, Between(1, 10_000)]
+WorkerCount = Annotated[int, Between(1, 1000)]
+Seed = Annotated[int, Between(0, 2**63 - 1)]
+Rate = Annotated[float, Between(1e-30, 1e30)]
+Epsilon = Annotated[float, Between(1e-30, 1e3)]
+Factor = Annotated[float, Between(0.0, 1e3)]  # multiplies a loss, a weight or a logit
+Ratio = Annotated[float, Between(1e-6, 1e6)]  # relative to other numbers of its kind
+SoftCap = Annotated[float, Between(1e-3, 1e6)]
+Multiple = Annotated[float, Between(1e-5, 1e3)]
+Seconds = Annotated[float, Between(1e-3, 1e9)]
+Hours = Annotated[float, Between(1e-6, 1e6)]
+Fraction = Annotated[float, Between(0.0, 1.0)]
+PositiveFraction = Annotated[float, Between(1e-6, 1.0)]
+SplitFraction = Annotated[float, Between(1e-6, 0.999999)]  # leaves something on both sides
+Decay = Annotated[float, Between(0.0, 0.999999)]  # kept, or lost, at each step
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+
+def expand_user(path: str) -> str:
+    """`path` with a leading `~` or `~user` replaced by that user's home directory.
+
+    Raises:
+        InputError: there is no such user.
+    """
+    if not path.startswith("~"):
+        return path
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        user = path.partition("/")[0]
+        raise InputError(f"{path}: there is no user {user[1:]}; a file of that name is ./{user}")
+    return expanded
+
+
+def _file_name(value: str) -> str:
+    if not value:
+        raise PydanticCustomError("empty", "is empty, and must name a file or folder")
+    if "\0" in value:
+        raise PydanticCustomError("nul", "holds a NUL character, which no file name may")
+    return expand_user(value)
+
+
+def _as_list(value: object) -> object:
+    """A single string stands for a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+FileName = Annotated[
+    str, AfterValidator(_file_name), WithJsonSchema({"type": "string", "format": "path"})
+]
+FileNames = Annotated[
+    tuple[FileName, ...], BeforeValidator(_as_list, json_schema_input_type=str | list[str])
+]
+
+_RESERVED = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    *(f"{port}{n}" for port in ("com", "lpt") for n in range(10)),
+}
+
+
+def is_reserved(name: str) -> bool:
+    """Whether Windows reserves a file name, whatever its extension."""
+    return name.partition(".")[0].rstrip().lower() in _RESERVED
+
+
+def _run_name(name: str) -> str:
+    if is_reserved(name) or name.endswith("."):
+        raise PydanticCustomError("reserved", "is not a valid file name on Windows")
+    return name
+
+
+RunName = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100),
+    AfterValidator(_run_name),
+]

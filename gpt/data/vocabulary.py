@@ -1,0 +1,70 @@
+"""Training a tokenizer on the corpus: which text it learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from gpt.config import DataConfig
+from gpt.data import tokenizer
+from gpt.data.cache import PlannedSource
+from gpt.data.sources.document import OnRead
+from gpt.data.split import size_of, split_documents
+from gpt.data.tokenizer import Encoding, pieces
+from gpt.errors import StoppedError
+
+STOPPED = "stopped while preparing data; run again to continue from what is on disk"
+# The trainer needs about 100 times the bytes of the distinct words that it has seen, so the bytes
+# of distinct long words are limited; long words are rarely repeated.
+MAX_DISTINCT_BYTES = 2**23
+LONG_WORD = 16  # characters between white space
+PART = 2**12  # characters passed to the trainer at a time: it was measured to need less memory
+
+
+def train_tokenizer(
+    config: DataConfig,
+    sources: list[PlannedSource],
+    on_read: OnRead = lambda count: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Encoding:
+    """The tokenizer that `config` describes.
+
+    `chars` learns from all text, since every character needs a token; `bpe` from training text.
+
+    Raises:
+        StoppedError: `stop()` became true.
+    """
+    position = 0  # bytes read of all files
+
+    def count_read(count: int) -> None:
+        nonlocal position
+        position += count
+        on_read(count)
+
+    def texts() -> Iterator[str]:
+        for target, piece, _ in split_documents(config, sources, count_read, end_of_text=-1):
+            if stop():
+                raise StoppedError(STOPPED)
+            if isinstance(piece, str) and (target != "val" or config.tokenizer == "chars"):
+                yield piece
+
+    def sample() -> Iterator[str]:
+        """At most `learn_bytes`, spread evenly over the files; of a dataset on the hub, the first.
+
+        It is less where distinct long words are many, such as in DNA or in scripts without spaces.
+        """
+        taken, distinct = 0, 0
+        words = set[str]()
+        size = sum(source.size() for source in sources if source.target != "val")
+        for text in texts():
+            for part in pieces([text], PART):
+                if taken >= config.learn_bytes or distinct >= MAX_DISTINCT_BYTES:
+                    return
+                if taken * size <= config.learn_bytes * position:
+                    taken += size_of(part)
+                    new = {word for word in part.split() if len(word) > LONG_WORD} - words
+                    distinct += sum(map(size_of, new))
+                    words |= new
+                    yield part
+
+    documents = sample() if config.tokenizer == "bpe" else texts()
+    return tokenizer.TOKENIZERS[config.tokenizer](config, documents)

@@ -1,0 +1,101 @@
+"""Loading a trained model from its run directory."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+from gpt import checkpoint as checkpoints
+from gpt.checkpoint import Checkpoint, PrunedError
+from gpt.checkpoint.weights import load_weights
+from gpt.data import tokenizer
+from gpt.data.tokenizer import Encoding
+from gpt.errors import InputError
+from gpt.hardware.size import check_loading, parameters
+from gpt.model import GPT
+from gpt.run.directory import RunDirectory
+
+ATTEMPTS = 100  # to read a checkpoint while the run that prunes is still training
+
+
+def load_run(
+    path: Path, checkpoint: str = "best", device: torch.device | str = "cpu"
+) -> tuple[GPT, Encoding, int]:
+    """The model, tokenizer and step of a run, from its directory alone.
+
+    Args:
+        checkpoint: "best" (lowest validation loss of those saved; the newest if none has one),
+            "latest", or a step.
+
+    Raises:
+        InputError: there is no such run or checkpoint, or it is damaged.
+    """
+    run = RunDirectory(path)
+    config = run.read_config()
+    for _ in range(ATTEMPTS):  # beside a run that trains, which prunes what was just chosen
+        folder = _choose(run, checkpoint)
+        with contextlib.suppress(PrunedError):
+            loaded, encoding = _read(run, folder)
+            break
+    else:
+        raise InputError(f"{path}: checkpoints are deleted faster than they can be read")
+    check_loading(config.model, encoding.n_vocab, str(run.config))
+    held = sum(tensor.numel() for tensor in loaded.model.values())
+    least = parameters(config.model, encoding.n_vocab)
+    if held < least:  # or thousands of blocks are built first
+        raise InputError(
+            f"{folder}: does not fit {run.config}: it holds {held:,} parameters, not {least:,} "
+            "or more"
+        )
+    model = GPT(config.model, encoding.n_vocab)
+    try:
+        load_weights(model, loaded.model)
+    except ValueError as error:
+        raise InputError(f"{folder}: does not fit {run.config}: {error}") from None
+    return model.to(device).eval(), encoding, loaded.step
+
+
+def _choose(run: RunDirectory, checkpoint: str) -> Path:
+    """The folder of the checkpoint that is asked for."""
+    available = checkpoints.steps(run.checkpoints)
+    if not available:
+        raise InputError(f"{run.path}: holds no checkpoint yet")
+    if checkpoint in ("best", "latest"):
+        return checkpoints.read_pointer(run.checkpoints, checkpoint) or available[max(available)]
+    steps = {str(step): path for step, path in available.items()}
+    found = steps.get(checkpoint.lstrip("0") or "0")
+    if found is None:
+        raise InputError(
+            f"--checkpoint {checkpoint}: {run.path} has best, latest, {', '.join(steps)}"
+        )
+    return found
+
+
+def _read(run: RunDirectory, folder: Path) -> tuple[Checkpoint, Encoding]:
+    """What sampling needs of a checkpoint.
+
+    Raises:
+        PrunedError: it is deleted meanwhile.
+        InputError: it is damaged; then another that is not is named, if there is one.
+    """
+
+    def read(folder: Path) -> tuple[Checkpoint, Encoding]:
+        with checkpoints.reading(folder):
+            loaded = checkpoints.load(folder, optimizer=False)
+            return loaded, tokenizer.load(folder / "tokenizer.json")
+
+    try:
+        return read(folder)
+    except PrunedError:
+        raise
+    except InputError as error:
+        others = {s: p for s, p in checkpoints.steps(run.checkpoints).items() if p != folder}
+        for step, other in reversed(others.items()):
+            try:
+                read(other)
+            except InputError:
+                continue
+            raise InputError(f"{error};\n--checkpoint {step} is whole") from None
+        raise

@@ -1,0 +1,132 @@
+"""Opening a run directory for training: checks, leftovers, announcements, and who the run is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gpt import checkpoint as checkpoints
+from gpt.checkpoint.state import Progress, read_state
+from gpt.config import Config, changed
+from gpt.data import tokenizer
+from gpt.data.prepared import Dataset
+from gpt.errors import InputError
+from gpt.init import fingerprints
+from gpt.io.console import Console
+from gpt.io.files import remove_partial, write_text
+from gpt.run import recovery
+from gpt.run.directory import command_line
+from gpt.run.resume import ResumePlan
+from gpt.trainer import Trainer
+
+
+def check_tokens(plan: ResumePlan, dataset: Dataset) -> None:
+    """Refuse to resume on other data than before.
+
+    Raises:
+        InputError: the prepared tokens differ from those of the checkpoint.
+    """
+    if plan.checkpoint is None:
+        return
+    if read_state(plan.checkpoint).data_fingerprint != dataset.fingerprint:
+        data = [change for change in plan.changes if change.startswith("data.")]
+        raise InputError(
+            f"{plan.run.path}: the tokens are not those that this run was trained on so "
+            f"far ({'; '.join(data) or 'the text is another'});\n"
+            "give it the same text, or choose another --out-dir"
+        )
+
+
+def adopt_checkpoint(
+    plan: ResumePlan, config: Config, trainer: Trainer, progress: Progress
+) -> None:
+    """Adjust the restored state to this directory, which may be another than the checkpoint's.
+
+    Raises:
+        InputError: the checkpoint's micro-batch does not suit the config.
+    """
+    checkpoint = plan.checkpoint
+    if not plan.resumed:  # `best` is the best of this directory
+        progress.best_val_loss = progress.best_saved_val_loss = None
+        progress.start_step = progress.step
+    elif checkpoint is not None and config.training.micro_batch == "auto":
+        trainer.micro_batch = checkpoint.state["micro_batch"]  # sums keep their order
+        if trainer.micro_batch > config.batch_sequences:
+            raise InputError(f"{checkpoint.name}: micro-batch is larger than the batch")
+    if (
+        changed(plan.changes, "training.steps")
+        and progress.step == plan.run.read_config().training.steps
+    ):
+        progress.start_step = progress.step  # the checkpoint of its former end is scheduled
+
+
+def make_folders(plan: ResumePlan, config: Config) -> None:
+    """Make the folders that training writes into, and remove what a killed process left there.
+
+    Raises:
+        InputError: a folder cannot be made.
+    """
+    run, fallback = plan.run, config.checkpoint.spare_dir
+    try:
+        run.samples.mkdir(exist_ok=True)
+        if fallback:
+            Path(fallback).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be made: {error.strerror}") from None
+    for folder in (run.path, run.samples, run.checkpoints):
+        remove_partial(folder)
+
+
+def announce(plan: ResumePlan, config: Config, step: int, console: Console) -> None:
+    """Say from where the run is resumed, and what was changed or damaged; set damaged ones aside.
+
+    Args:
+        step: from which it is resumed.
+    """
+    run, resuming = plan.run, plan.resuming
+    for damage in plan.damaged:
+        console.say(f"skipped: {damage}")
+    later = recovery.later_fallback(config, run.path, step) if resuming else None
+    if later is not None:
+        console.say(f"a later state of this run is in {later}: --out-dir {later} has it")
+    if plan.damaged:
+        console.say(f"resuming from step {step}")
+        for path in checkpoints.steps(run.checkpoints).values():
+            if not checkpoints.is_intact(path):
+                console.say(f"set aside: {checkpoints.set_aside(path)}")
+    if plan.resumed and not resuming:
+        console.say("no checkpoint had been saved: starting again from step 0")
+    for line in plan.describe_changes(config):
+        console.say(line)
+
+
+def write_identity(
+    plan: ResumePlan,
+    config: Config,
+    dataset: Dataset,
+    trainer: Trainer,
+    step: int,
+    unigram_entropy: float,
+) -> None:
+    """Write config, tokenizer and environment: from here on the directory is this run."""
+    run, resuming = plan.run, plan.resuming
+    if plan.resumed:
+        run.note(
+            "resumed",
+            step,
+            changes=plan.changes,
+            skipped=[str(damage) for damage in plan.damaged],
+            command=command_line(),
+        )
+    run.result.unlink(missing_ok=True)
+    if plan.changes or not resuming:
+        write_text(run.config, config.to_yaml())
+    if not resuming or not run.tokenizer.is_file():
+        write_text(run.tokenizer, tokenizer.to_json(dataset.encoding))
+    if not resuming or not run.environment.is_file():
+        run.write_environment(
+            trainer.device,
+            micro_batch=trainer.micro_batch,
+            data_fingerprint=dataset.fingerprint,
+            unigram_entropy=unigram_entropy,
+            initial_weights=fingerprints(trainer.model),
+        )

@@ -1,0 +1,263 @@
+"""After a failure: back to a checkpoint, the place where it began, a directory that can be written.
+
+Functions of a trainer, its checkpoints and the batches; they know nothing of the loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from gpt import checkpoint as checkpoints
+from gpt.checkpoint import Checkpoint
+from gpt.checkpoint.manager import CheckpointManager
+from gpt.checkpoint.state import Progress, read_state
+from gpt.config import Config, ScheduleConfig
+from gpt.data.sequences import ValidationSequences
+from gpt.diagnostics.failure import FaultLocation, first_nonfinite
+from gpt.errors import Fault, InputError
+from gpt.hardware.memory import is_out_of_memory, release_memory, smaller
+from gpt.io.files import write_bytes
+from gpt.run.directory import RunDirectory
+from gpt.schedule import lr_multiplier
+from gpt.trainer import Trainer, host_tensor
+
+MakeBatch = Callable[[int], tuple[Tensor, Tensor]]  # of a step: inputs and targets, on the host
+
+
+def restore(
+    trainer: Trainer, checkpoint: Checkpoint | None, first_inputs: Callable[[], Tensor]
+) -> Progress:
+    """Set the trainer's state from a checkpoint, or as it is before the first update.
+
+    Args:
+        first_inputs: makes (B, T) tokens of the first batch, for placements that calibrate on them.
+
+    Returns:
+        The progress at that point.
+
+    Raises:
+        InputError: the checkpoint does not fit the config.
+    """
+    if checkpoint is None:
+        trainer.reset()
+        trainer.calibrate(first_inputs())
+        return Progress()
+    state = read_state(checkpoint)
+    try:
+        trainer.load(checkpoint, state.scaler, updates=state.progress.step - state.progress.skipped)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{checkpoint.name}: does not fit the config: {reason}") from None
+    return state.progress
+
+
+def roll_back(
+    trainer: Trainer,
+    manager: CheckpointManager,
+    progress: Progress,
+    fault: Fault,
+    first_inputs: Callable[[], Tensor],
+) -> Progress | None:
+    """Return to the last scheduled checkpoint, and skip the batches that were seen since.
+
+    Chowdhery et al. 2022 (PaLM, section 5.1) did so by hand, and the spikes did not recur.
+
+    Returns:
+        The new progress; None, with nothing changed, if no intact checkpoint is left.
+    """
+    try:
+        checkpoint = manager.newest(lambda step: manager.is_scheduled(step, progress))
+    except InputError:
+        return None
+    if checkpoint is None and progress.start_step:
+        return None
+    manager.drop_unscheduled(progress)
+    restored = restore(trainer, checkpoint, first_inputs)
+    manager.saved_step = restored.step or None
+    restored.rollbacks = progress.rollbacks + 1
+    restored.skipped_batches = progress.skipped_batches + fault.step - restored.step
+    return restored
+
+
+def locate_by_replay(
+    trainer: Trainer,
+    manager: CheckpointManager,
+    schedule: ScheduleConfig,
+    fault: Fault,
+    make_batch: MakeBatch,
+    first_inputs: Callable[[], Tensor],
+    notify: Callable[[str], object],
+) -> FaultLocation | None:
+    """Find where a number was first not finite, by repeating the run from its last checkpoint.
+
+    The update that failed has spoilt its weights, so training is repeated up to the last good ones.
+
+    Raises:
+        StopRequestedError: a stop was requested.
+    """
+    try:
+        checkpoint = manager.newest()
+    except InputError:
+        return None
+    restore(trainer, checkpoint, first_inputs)
+    first = checkpoint.step + 1 if checkpoint else 1
+    if first < fault.step:
+        notify(f"locating the failure: repeating steps {first} to {fault.step}")
+    for step in range(first, fault.step + 1):
+        trainer.interrupt()
+        inputs, targets = make_batch(step)
+        loss, norm = trainer.backward(step, inputs, targets)
+        if not loss.isfinite() or not (norm.isfinite() or trainer.scaler.is_enabled()):
+            break
+        trainer.update(lr_multiplier(schedule, step, trainer.config.training.steps), loss, norm)
+    return locate_in_batch(trainer, step, inputs, targets)
+
+
+def locate_in_batch(
+    trainer: Trainer, step: int, inputs: Tensor, targets: Tensor
+) -> FaultLocation | None:
+    """Find what becomes non-finite first in a training batch with the weights as they are."""
+    x, y = trainer.to_device(inputs), trainer.to_device(targets)
+    return _first_nonfinite(trainer, trainer.micro_batches(step, x, y))
+
+
+def locate_in_validation(trainer: Trainer, sequences: ValidationSequences) -> FaultLocation | None:
+    """Find what becomes non-finite first in the validation sequences."""
+    trainer.model.eval()
+    return _first_nonfinite(
+        trainer,
+        (
+            (host_tensor(x, trainer.device), host_tensor(y, trainer.device))
+            for x, y in sequences.batches(trainer.micro_batch)
+        ),
+    )
+
+
+def _first_nonfinite(
+    trainer: Trainer, batches: Generator[tuple[Tensor, Tensor]]
+) -> FaultLocation | None:
+    with contextlib.closing(batches):
+        for x, y in batches:
+            trainer.interrupt()
+            x, y = trainer.to_device(x), trainer.to_device(y)
+            with trainer.autocast():
+                place = first_nonfinite(trainer.model, x, y, trainer.config.training.z_loss)
+            if place is not None:
+                return place
+    return None
+
+
+# ---------------------------------------------------------------------------------------------
+# Out of memory
+
+
+def advise_on_memory(trainer: Trainer, step: int, make_batch: MakeBatch, shortage: str) -> str:
+    """A message that names the largest micro-batch with which an update does fit.
+
+    Args:
+        step: of the next update.
+        shortage: what the allocator said.
+    """
+    tried = trainer.micro_batch
+    trainer.interrupt = lambda: None  # the run has ended; a second signal ends this
+    inputs, targets = make_batch(step)
+    fitting = smaller(tried, trainer.config.batch_sequences)
+    while fitting is not None and not _fits(trainer, fitting, step, inputs, targets):
+        fitting = smaller(fitting, trainer.config.batch_sequences)
+    if fitting is None:
+        return f"training.micro_batch: out of memory with a single sequence at a time ({shortage})"
+    automatic = trainer.config.training.micro_batch == "auto"
+    return (
+        f"training.micro_batch: out of memory with {tried} sequences at a time; {fitting} "
+        f"would fit;\n--training.micro-batch {fitting}"
+        + ("" if automatic else ", or auto, which finds what fits,")
+        + " resumes from the last checkpoint"
+    )
+
+
+def _fits(trainer: Trainer, micro_batch: int, step: int, inputs: Tensor, targets: Tensor) -> bool:
+    """Whether `backward` has memory for micro-batches of that size."""
+    trainer.micro_batch = micro_batch
+    trainer.optimizer.zero_grad()
+    release_memory(trainer.device)
+    try:
+        trainer.backward(step, inputs, targets)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------
+# A run directory that cannot be written
+
+
+def fallback_parent(config: Config) -> Path:
+    """The folder for runs whose own directory cannot be written."""
+    return Path(config.checkpoint.spare_dir or tempfile.gettempdir())
+
+
+def save_to_fallback(
+    own: RunDirectory,
+    config: Config,
+    step: int,
+    why: OSError,
+    *,
+    files: Mapping[str, str | bytes],
+    save: Callable[[RunDirectory], None],
+) -> InputError:
+    """Save a run whose directory cannot be written in a new one elsewhere.
+
+    The run's own directory is not touched.
+
+    Args:
+        why: what could not be written.
+        files: contents of the files of the run directory.
+        save: moves the run into a directory, and saves a checkpoint there.
+
+    Returns:
+        A message for the user: what failed, and where the run is now.
+    """
+    reason = f"{why.filename or own.path}: {why.strerror}"
+    if not own.config.is_file():
+        reason = f"{own.path}: was deleted or moved while training"
+    saved = checkpoints.read_pointer(own.checkpoints, "latest")
+    before = f"{saved} is untouched" if saved else "no checkpoint is left there"
+    parent = fallback_parent(config)
+    made: Path | None = None
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f"{config.name}-", dir=parent))
+        for name, contents in {"config.yaml": config.to_yaml(), **files}.items():
+            write_bytes(made / name, contents if isinstance(contents, bytes) else contents.encode())
+        save(RunDirectory(made))
+    except OSError as error:
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+        return InputError(
+            f"{reason};\nnor can the state of step {step} be saved in {parent}: "
+            f"{error.strerror}\n{before}; the same command resumes from there"
+        )
+    return InputError(
+        f"{reason};\n{before}, and the state of step {step} is in {made}:\n"
+        f"--out-dir {made} resumes from there"
+    )
+
+
+def later_fallback(config: Config, own: Path, step: int) -> Path | None:
+    """A directory made by `make_fallback` that holds a later state of this run than `step`."""
+    for path in fallback_parent(config).glob(f"{config.name}-*"):
+        run = RunDirectory(path)
+        with contextlib.suppress(InputError, OSError):
+            same = run.config.is_file() and not run.read_config().differences(config)
+            steps = checkpoints.steps(run.checkpoints)
+            if same and path != own and max(steps, default=0) > step:
+                return path
+    return None

@@ -1,0 +1,197 @@
+"""What starting training in a directory means: a fresh run, a resumption, or nothing left to do.
+
+A directory that holds a run is never overwritten. `open_run` decides before anything is written.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt import checkpoint as checkpoints
+from gpt.checkpoint import Checkpoint
+from gpt.config import Config, changed, may_change
+from gpt.errors import InputError
+from gpt.io.files import is_partial
+from gpt.run.directory import RunDirectory, RunResult
+from gpt.schedule import lr_multiplier
+
+
+@dataclass(frozen=True)
+class ResumePlan:
+    """Where to train, and from which state.
+
+    Attributes:
+        run: the directory.
+        checkpoint: to start from; None: from the initial weights.
+        result: of a run that has ended, so that nothing is left to do.
+        resumed: whether the directory already held this run.
+        changes: options that differ from the config that the run had before.
+        damaged: what is wrong with checkpoints newer than `checkpoint`.
+    """
+
+    run: RunDirectory
+    checkpoint: Checkpoint | None = None
+    result: RunResult | None = None
+    resumed: bool = False
+    changes: tuple[str, ...] = ()
+    damaged: tuple[InputError, ...] = ()
+
+    @property
+    def resuming(self) -> bool:
+        """Whether training continues from a checkpoint of this directory."""
+        return self.resumed and self.checkpoint is not None
+
+    def describe_changes(self, config: Config) -> list[str]:
+        """The changed options, and what they do to the learning rate, as lines for the user."""
+        if not self.changes:
+            return []
+        step = self.checkpoint.step if self.checkpoint else 0
+        jump = describe_lr_change(self.run.read_config(), config, step)
+        return ["changed: " + "; ".join(self.changes), *([] if jump is None else [jump])]
+
+
+def describe_lr_change(before: Config, now: Config, step: int) -> str | None:
+    """A sentence on how a new `training.steps` changes the learning rate after `step` updates.
+
+    Returns:
+        None if it does not, as with a constant body.
+    """
+    if step == 0:
+        return None
+    old = lr_multiplier(before.schedule, step, before.training.steps)
+    new = lr_multiplier(now.schedule, step, now.training.steps)
+    if math.isclose(old, new, rel_tol=1e-6):
+        return None
+    full = now.optimizer.learning_rate
+    following = full * lr_multiplier(now.schedule, step + 1, now.training.steps)
+    return (
+        f"the {now.schedule.body} schedule now spans {now.training.steps} steps: the learning rate "
+        f"was {full * old:.2e} at step {step} and is {following:.2e} at step {step + 1}"
+    )
+
+
+def ended_run(config: Config, path: Path, resume: str) -> RunResult | None:
+    """The result of a run in `path` that has ended; None if there is something left to train.
+
+    Raises:
+        InputError: see `open_run`.
+    """
+    run = RunDirectory(path)
+    if not run.config.is_file():
+        if path.is_symlink() or path.exists():
+            _check_unused(run, resume)
+        return None
+    changes, result = _same_run(run, config, resume)
+    if result is None or result.status == "interrupted":
+        return None
+    if result.status == "diverged" and changed(changes, "training.nonfinite"):
+        raise InputError(
+            f"{path}: has diverged and cannot be resumed; to start another --out-dir from its last "
+            "checkpoint, give that to --resume"
+        )
+    steps = config.training.steps
+    if result.status == "finished" and changed(changes, "training.steps") and steps != result.step:
+        if steps < result.step:
+            raise InputError(
+                f"{path}: is at step {result.step} already; training.steps ({steps}) must be more"
+            )
+        return None
+    return result
+
+
+def open_run(config: Config, path: Path, resume: str) -> ResumePlan:
+    """Decide what a start of `config` in the directory `path` means. Writes nothing.
+
+    Args:
+        resume: "auto" resumes an unfinished run of the same config; "never" requires a fresh
+            directory; anything else is a checkpoint folder from which a fresh directory starts.
+
+    Raises:
+        InputError: the directory holds something that would have to be overwritten, or none of its
+            checkpoints is intact.
+    """
+    run = RunDirectory(path)
+    ended = ended_run(config, path, resume)
+    if ended is not None:
+        return ResumePlan(run, result=ended, resumed=True)
+    if not run.config.is_file():
+        return ResumePlan(run, _start_from(config, resume))
+    changes, result = _same_run(run, config, resume)
+    run.check_paths()
+    checkpoint, damaged = checkpoints.newest_intact(run.checkpoints)
+    if checkpoint is None and result is not None and result.step:
+        raise InputError(f"{path}: has no checkpoint to resume from; choose another --out-dir")
+    steps = config.training.steps
+    most = steps - changed(changes, "training.steps")  # a new length must leave something to train
+    if checkpoint is not None and checkpoint.step > most:
+        raise InputError(
+            f"{path}: is at step {checkpoint.step} already; training.steps ({steps}) must be more"
+        )
+    return ResumePlan(run, checkpoint, resumed=True, changes=tuple(changes), damaged=tuple(damaged))
+
+
+def _same_run(run: RunDirectory, config: Config, resume: str) -> tuple[list[str], RunResult | None]:
+    """The changes of a config that may change while it stays the same run; and the run's result."""
+    if resume != "auto":
+        raise InputError(
+            f"{run.path}: holds a run, which --resume {resume} would overwrite;\n"
+            "choose another --out-dir, or resume it with --resume auto"
+        )
+    changes = run.read_config().differences(config)
+    refused = [change for change in changes if not may_change(change)]
+    if refused:
+        refused += [change for change in changes if change.startswith("data.path:")]
+        shown = "; ".join(refused[:5]) + ("; ..." if len(refused) > 5 else "")
+        raise InputError(
+            f"{run.path}: holds a run of another config ({shown});\n"
+            "choose another --out-dir or name, or give that run's config to resume it"
+        )
+    return changes, run.read_result()
+
+
+def _check_unused(run: RunDirectory, resume: str) -> None:
+    """Check that a directory holds nothing but the leftovers of a start that was killed.
+
+    Leftovers are empty folders, and a copy of the checkpoint that the start was from.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    origin = {"latest", Path(resume).resolve().name} if resume not in ("auto", "never") else set()
+    ours = (run.samples, run.checkpoints)
+    if not run.path.is_dir() or not all(
+        (is_partial(path) or (path in ours and path.is_dir()))
+        and not path.is_symlink()
+        and all(is_partial(p) or p.name in origin for p in (path.iterdir() if path in ours else ()))
+        for path in run.path.iterdir()
+    ):
+        raise InputError(f"{run.path}: exists and is not a run; choose another --out-dir")
+
+
+def _start_from(config: Config, resume: str) -> Checkpoint | None:
+    if resume in ("auto", "never"):
+        return None
+    folder = Path(resume).resolve()
+    if not checkpoints.STEP_NAME.fullmatch(folder.name) or not folder.is_dir():
+        raise InputError(
+            f"--resume {resume}: is neither auto, never nor a checkpoint folder, such as "
+            "runs/NAME/checkpoints/step-00001000"
+        )
+    origin = RunDirectory(folder.parents[1])
+    different = [
+        line
+        for line in origin.read_config().differences(config)
+        if line.startswith(("model.", "data.", "optimizer.name"))
+        and not line.startswith("data.cache_dir")
+    ]
+    if different:
+        raise InputError(f"--resume {resume}: comes from another model or data: {different[0]}")
+    checkpoint = checkpoints.load(folder)
+    if checkpoint.step >= config.training.steps:
+        raise InputError(
+            f"--resume {resume}: is at step {checkpoint.step}, and training.steps is "
+            f"{config.training.steps}: nothing is left to train"
+        )
+    return checkpoint

@@ -1,0 +1,551 @@
+"""One run: what happens between its steps, from opening its directory to writing its result.
+
+`gpt.training.fit` drives it, and gpt/ensemble.py drives many at once. The arithmetic of a step is
+the trainer's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import math
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpt import checkpoint as checkpoints
+from gpt import metrics
+from gpt.checkpoint import Checkpoint
+from gpt.checkpoint.manager import CheckpointManager
+from gpt.checkpoint.state import Progress, State, read_state
+from gpt.config import Config, changed
+from gpt.data import tokenizer
+from gpt.data.prepared import Dataset
+from gpt.data.sequences import TrainingSequences, ValidationSequences, prefetch
+from gpt.diagnostics.failure import Failure, FaultLocation, advice, describe_location
+from gpt.diagnostics.layers import LayerStats
+from gpt.errors import Fault, InputError, NonFiniteError, StopRequestedError
+from gpt.generate import continue_text
+from gpt.io.console import Console
+from gpt.io.files import write_text
+from gpt.run import opening, recovery
+from gpt.run.directory import RunDirectory, RunResult, Status
+from gpt.run.log import RunLog, Update, finite_or_none
+from gpt.run.resume import ResumePlan
+from gpt.schedule import lr_multiplier
+from gpt.trainer import Trainer, host_tensor
+
+CALIBRATION_SEQUENCES = 64  # of the first batch, at most, for what a placement sets from data
+
+
+class Run:
+    """What happens between the steps of a run: logging, evaluation, samples, checkpoints, the end.
+
+    Args:
+        plan: the run directory, locked by this process, and the checkpoint to resume from.
+        dataset: what `config.data` describes, prepared.
+        trainer: its state is set here.
+        stop, on_update: as for `train`.
+        save_checkpoints: whether checkpoints are saved as scheduled, and not only for a stop.
+        plot: whether loss.png is drawn at the end.
+
+    Raises:
+        InputError: the data does not suit the config or the checkpoint, or the directory cannot be
+            written.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        plan: ResumePlan,
+        dataset: Dataset,
+        trainer: Trainer,
+        console: Console,
+        *,
+        stop: Callable[[], bool],
+        on_update: Callable[[], object],
+        save_checkpoints: bool = True,
+        plot: bool = True,
+    ) -> None:
+        self.config, self.directory, self.dataset = config, plan.run, dataset
+        self.trainer, self.console = trainer, console
+        self.stop, self.on_update = stop, on_update
+        self.save_checkpoints, self.plot = save_checkpoints, plot
+        if config.sampling.tokens:  # an unusable prompt fails now, not at the first sample
+            tokenizer.encode(dataset.encoding, config.sampling.prompt, "sampling.prompt")
+        context = config.model.context
+        self.sequences = TrainingSequences(
+            dataset.train,
+            context,
+            config.data_seed,
+            weights=dataset.weights,
+            windows=config.data.windows,
+        )
+        self.validation = ValidationSequences(dataset.val, context, config.evaluation.sequences)
+        self.unigram_entropy = dataset.unigram_entropy()
+        opening.check_tokens(plan, dataset)
+        self.progress = recovery.restore(trainer, plan.checkpoint, self._first_inputs)
+        opening.adopt_checkpoint(plan, config, trainer, self.progress)
+        self._open(plan)
+
+    def _first_inputs(self) -> Tensor:
+        few = min(self.config.batch_sequences, CALIBRATION_SEQUENCES)
+        return host_tensor(self.sequences.batch(1, few)[0], self.trainer.device)
+
+    def _open(self, plan: ResumePlan) -> None:
+        """Make the directory ready for training, and write there what is known already."""
+        run, config, step = self.directory, self.config, self.progress.step
+        kept = metrics.read_up_to(run.metrics, step) if plan.resuming else []
+        if self.progress.pending:  # an evaluation of this step, cut short, is repeated
+            kept = [line for line in kept if line["step"] < step or "val_loss" not in line]
+        opening.make_folders(plan, config)
+        opening.announce(plan, config, step, self.console)
+        protected: list[int] = []
+        if any(changed(plan.changes, f"checkpoint.{key}") for key in ("keep", "keep_every")):
+            protected = list(checkpoints.steps(run.checkpoints))  # other options kept them
+        self.checkpoints = CheckpointManager(
+            run.checkpoints,
+            config,
+            saved_step=step if plan.resuming else None,
+            protected_steps=protected,
+        )
+        if plan.checkpoint is not None and plan.resuming:  # what a kill had left undone
+            name, best = plan.checkpoint.name, bool(plan.checkpoint.state["best"])
+            if self.progress.start_step == step and step % config.save_every:
+                # Extended: on disk, too, this checkpoint is scheduled before the config says so.
+                checkpoints.save(run.checkpoints, self._checkpoint(best), best=best, replaces=True)
+            checkpoints.write_pointers(run.checkpoints, name, best=best)
+            self.checkpoints.prune(self.progress)
+        elif step:  # another run's checkpoint is where this one starts from, also after a crash
+            checkpoints.save(run.checkpoints, self._checkpoint(best=False))
+        opening.write_identity(plan, config, self.dataset, self.trainer, step, self.unigram_entropy)
+        self.environment = run.environment.read_text("utf-8")
+        self.log = RunLog(run.metrics, config, self.trainer.model, self.console, kept)
+
+    # -- What the loop calls ---------------------------------------------------------------------
+
+    def begin(self) -> RunResult | None:
+        """Do what precedes the next update; returns the result if there is nothing to train.
+
+        Raises:
+            NonFiniteError: the validation loss is not finite.
+        """
+        step = self.progress.step
+        self.began = time.monotonic() - self.progress.seconds
+        result = None
+        if self.stop():
+            return self.end("interrupted", f"stopped before step {step + 1} was made")
+        if self._gives_up():  # and was killed before it wrote its result
+            return self._give_up()
+        if step == 0:
+            try:
+                self._evaluate()
+            except StopRequestedError:
+                return self.end("interrupted", "stopped before step 1 was made")
+        if self.progress.pending:
+            result = self._complete_step(stopping=False)
+        self.console.start(self.config.training.steps, step)
+        self.log.start_clock()
+        return result
+
+    def batches(self) -> Generator[tuple[int, Tensor, Tensor]]:
+        """Step number, inputs and targets of all updates to come; prefetched for a GPU."""
+        steps = range(self.progress.step + 1, self.config.training.steps + 1)
+        on_gpu = self.trainer.device.type == "cuda"
+        batches = prefetch(self._pinned_batch, steps) if on_gpu else (self.batch(n) for n in steps)
+        with contextlib.closing(batches):
+            for step, (inputs, targets) in zip(steps, batches, strict=True):
+                yield step, inputs, targets
+
+    def _pinned_batch(self, step: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = self.batch(step)
+        return inputs.pin_memory(), targets.pin_memory()
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of update `step`: (sequences, T) each, on the host.
+
+        Raises:
+            StopRequestedError: a stop was requested.
+        """
+        number = step + self.progress.skipped_batches
+        x, y = self.sequences.batch(
+            number, self.config.batch_sequences, check=self.trainer.interrupt
+        )
+        inputs, targets = (torch.from_numpy(np.ascontiguousarray(part)) for part in (x, y))
+        return inputs, targets
+
+    def lr_scale(self, step: int) -> float:
+        """The learning rate of update `step`, as a multiple of `optimizer.learning_rate`."""
+        return lr_multiplier(self.config.schedule, step, self.config.training.steps)
+
+    def before_update(self, step: int, inputs: Tensor) -> LayerStats | None:
+        """Note which inputs were seen, and measure the layers where `diagnostics` asks for it."""
+        seen = self.progress.inputs_digest.encode() + inputs.numpy().tobytes()
+        self.progress.inputs_digest = hashlib.sha256(seen).hexdigest()
+        every, trainer = self.config.diagnostics.every, self.trainer
+        if every is None or (step > 1 and step % every != 0):
+            return None
+        layer_stats = LayerStats(
+            trainer.model, trainer.optimizer.adam_eps(), trainer.optimizer.second_moments()
+        )
+        few = min(self.config.diagnostics.sequences, trainer.micro_batch)
+        with trainer.autocast():
+            layer_stats.measure_activations(trainer.to_device(inputs[:few]))
+        return layer_stats
+
+    def after_update(
+        self,
+        step: int,
+        loss: Tensor,
+        grad_norm: Tensor,
+        skipped: bool,
+        layer_stats: LayerStats | None,
+    ) -> RunResult | None:
+        """Log an update; evaluate, sample and save where that is due; returns how the run ended.
+
+        Returns:
+            None while the run continues.
+
+        Raises:
+            NonFiniteError: something is not finite.
+        """
+        if layer_stats is not None:
+            layer_stats.measure_update()
+        learning_rate = self.lr_scale(step) * self.config.optimizer.learning_rate
+        digest = self.progress.inputs_digest[:16]
+        self.log.add(Update(step, loss, grad_norm, learning_rate, digest, skipped, layer_stats))
+        self.on_update()
+        stopping = self.stop()
+        if not (stopping or any(self._due(step)) or step % self.log.read_every == 0):
+            return None
+        self.log.flush(self.progress)
+        result = self._complete_step(stopping)
+        self.log.start_clock()
+        return result
+
+    def interrupt(self) -> RunResult:
+        """Save the newest update, because a stop was requested before the next one was made.
+
+        Raises:
+            NonFiniteError: something is not finite.
+        """
+        self.log.flush(self.progress)
+        step = self.progress.step
+        if step == 0:
+            return self.end("interrupted", "stopped before step 1 was made")
+        if step != self.checkpoints.saved_step:
+            self._check_weights()
+        with self._or_elsewhere(evaluated=False):
+            if step != self.checkpoints.saved_step:
+                self._save(evaluated=False)
+            self.checkpoints.wait()
+        return self.end("interrupted", f"stopped after step {step}, and saved")
+
+    def finish(self) -> RunResult:
+        """End a run that has made all its updates."""
+        return self.end("finished", f"all {self.config.training.steps} steps are done")
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self.checkpoints.close()
+
+    # -- After an update -------------------------------------------------------------------------
+
+    def _due(self, step: int) -> tuple[bool, bool, bool]:
+        """Whether an evaluation, a sample and a checkpoint are due after update `step`."""
+        config, last = self.config, step == self.config.training.steps
+        evaluating = last or step % config.evaluation.every == 0
+        sampling = last or step % (config.sampling.every or config.evaluation.every) == 0
+        saving = last or step % config.save_every == 0
+        return evaluating, sampling and config.sampling.tokens > 0, saving and self.save_checkpoints
+
+    def _complete_step(self, stopping: bool) -> RunResult | None:
+        """Evaluate, sample and save, where that is due after the newest update.
+
+        Args:
+            stopping: a stop was requested: save, and leave the rest to the resumed run.
+        """
+        config, step = self.config, self.progress.step
+        last = step == config.training.steps
+        evaluating, sampling, saving = self._due(step)
+        if stopping or saving or last:
+            self._check_weights()
+        before, giving_up = replace(self.progress), False
+        try:
+            if stopping and (evaluating or sampling):
+                raise StopRequestedError
+            if evaluating:
+                self.trainer.interrupt()
+                self._evaluate()
+            giving_up = evaluating and not last and self._gives_up()
+            if sampling:
+                self.trainer.interrupt()
+                with self._or_elsewhere(evaluated=evaluating):
+                    self._sample()
+            self.progress.pending = False
+        except StopRequestedError:
+            stopping, self.progress = True, replace(before, pending=True)
+        evaluated = evaluating and not self.progress.pending
+        with self._or_elsewhere(evaluated=evaluated):
+            if stopping or saving or (giving_up and self.save_checkpoints):
+                self._save(evaluated=evaluated)
+            if stopping or last or giving_up:
+                self.checkpoints.wait()
+        if stopping:
+            return self.end("interrupted", f"stopped after step {step}, and saved")
+        return self._give_up() if giving_up else None
+
+    def _check_weights(self) -> None:
+        if not self.trainer.weights_are_finite():
+            step = self.progress.step
+            raise NonFiniteError(step, "weight", f"a weight became non-finite at step {step}")
+
+    @functools.cached_property
+    def _validation_size(self) -> tuple[int, int]:
+        """Tokens of the validation targets, and the bytes of text that they stand for."""
+        byte_lengths = np.array(tokenizer.byte_lengths(self.dataset.encoding))
+        batches = self.validation.batches(64)
+        sizes = [(targets.size, int(byte_lengths[targets].sum())) for _, targets in batches]
+        tokens, text_bytes = map(sum, zip(*sizes, strict=True))
+        return tokens, text_bytes
+
+    def _evaluate(self) -> None:
+        """Measure and log the validation loss on the fixed sequences.
+
+        Raises:
+            NonFiniteError: it is not finite.
+            StopRequestedError: a stop was requested meanwhile.
+        """
+        progress = self.progress
+        loss = self.trainer.evaluate(self.validation)
+        tokens, text_bytes = self._validation_size
+        bits = loss * tokens / math.log(2) / text_bytes
+        self.log.metrics.write(
+            [{"step": progress.step, "val_loss": loss, "val_bits_per_byte": bits}]
+        )
+        self.console.say(
+            f"step {progress.step}: validation loss {loss:.4f} nats per token, "
+            f"{bits:.4f} bits per byte"
+        )
+        progress.val_loss, progress.val_bits_per_byte = finite_or_none(loss), finite_or_none(bits)
+        if not math.isfinite(loss):
+            text = f"the validation loss became {loss} at step {progress.step}"
+            raise NonFiniteError(progress.step, "validation loss", text)
+        best = progress.best_val_loss
+        progress.best_val_loss = loss if best is None else min(loss, best)
+        learned = loss < self.unigram_entropy - metrics.LEARNT
+        progress.stalled_evals = 0 if learned or progress.step == 0 else progress.stalled_evals + 1
+
+    def _gives_up(self) -> bool:
+        patience = self.config.evaluation.give_up_after
+        return patience is not None and self.progress.stalled_evals >= patience
+
+    def _give_up(self) -> RunResult:
+        known = f"no more than token frequencies at {self.progress.stalled_evals} evaluations"
+        return self.end("finished", f"given up at step {self.progress.step}: {known} in a row")
+
+    def _sample(self) -> None:
+        """Write text of the model as it is now into samples/.
+
+        Raises:
+            StopRequestedError: a stop was requested meanwhile.
+        """
+        options = self.config.sampling
+        text = continue_text(
+            self.trainer.model,
+            self.dataset.encoding,
+            options.prompt,
+            tokens=options.tokens,
+            sampling=options,
+            seed=self.config.seed,
+            on_token=self.trainer.interrupt,
+        )
+        path = self.directory.samples / f"step-{self.progress.step:08d}.txt"
+        write_text(path, text + "\n")
+
+    # -- Saving ----------------------------------------------------------------------------------
+
+    def _save(self, *, evaluated: bool) -> None:
+        """Start to write a checkpoint of this step, never ahead of the metrics on disk.
+
+        Raises:
+            OSError: the metrics, or the checkpoint before this one, could not be written.
+        """
+        self.log.metrics.sync()
+        self.progress.seconds = time.monotonic() - self.began
+        self.checkpoints.save(self.progress, self._checkpoint, evaluated=evaluated)
+
+    def _checkpoint(self, best: bool) -> Checkpoint:
+        state = State(
+            step=self.progress.step,
+            progress=self.progress,
+            scaler=self.trainer.scaler.state_dict(),
+            micro_batch=self.trainer.micro_batch,
+            best=best,
+            data_fingerprint=self.dataset.fingerprint,
+        )
+        return Checkpoint(
+            self.trainer.model.state_dict(),
+            self.trainer.optimizer.state_tensors(),
+            asdict(state),
+            tokenizer.to_json(self.dataset.encoding),
+        )
+
+    @contextlib.contextmanager
+    def _or_elsewhere(self, *, evaluated: bool) -> Iterator[None]:
+        """Save the run elsewhere where its own directory cannot be written.
+
+        Raises:
+            InputError: the directory could not be written, and where the run is now.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise self._save_to_fallback(error, evaluated=evaluated) from None
+
+    def _save_to_fallback(self, why: OSError, *, evaluated: bool) -> InputError:
+        """Save this run, as it is now, in a directory elsewhere; returns a message for the user."""
+        with contextlib.suppress(OSError):  # an earlier checkpoint's, which the user learns of now
+            self.checkpoints.wait()
+        step = self.progress.step
+
+        def save(run: RunDirectory) -> None:
+            self.directory = run
+            self.log.restart(run.metrics, metrics.read_up_to(run.metrics, step))
+            self.progress.best_saved_val_loss, self.progress.start_step = None, step
+            self.checkpoints.close()
+            self.checkpoints = CheckpointManager(run.checkpoints, self.config)
+            self._save(evaluated=evaluated)
+            self.checkpoints.wait()
+
+        return recovery.save_to_fallback(
+            self.directory,
+            self.config,
+            step,
+            why,
+            files={
+                "tokenizer.json": tokenizer.to_json(self.dataset.encoding),
+                "environment.json": self.environment,
+                "metrics.jsonl": self.log.metrics.contents(),
+            },
+            save=save,
+        )
+
+    # -- Failure ---------------------------------------------------------------------------------
+
+    def roll_back(self, fault: Fault) -> bool:
+        """Return to the last scheduled checkpoint, and skip the batches that were seen since.
+
+        Returns:
+            False, with nothing done, if `training.nonfinite` is not rollback, the limit is reached,
+            or no checkpoint is intact.
+        """
+        training, before = self.config.training, self.progress
+        self._wait_for_checkpoint()
+        if training.nonfinite != "rollback" or before.rollbacks >= training.nonfinite_limit:
+            return False
+        now = recovery.roll_back(self.trainer, self.checkpoints, before, fault, self._first_inputs)
+        if now is None:
+            return False
+        self.progress = now
+        self.log.rewind(now.step)
+        self.directory.note(
+            "rolled back", now.step, why=fault.text, skipped_batches=now.skipped_batches
+        )
+        self.console.close()
+        self.console.say(
+            f"{fault.text}: back to step {now.step}, skipping the batches since ({now.rollbacks})"
+        )
+        return True
+
+    def _wait_for_checkpoint(self) -> None:
+        try:
+            self.checkpoints.wait()
+        except OSError as error:  # then that checkpoint does not exist
+            self.console.say(f"{error.filename}: {error.strerror}")
+
+    def locate_by_replay(self, fault: Fault) -> FaultLocation | None:
+        """Where inside the network the failure began, found by repeating the last steps."""
+        if fault.quantity == "validation loss":  # the weights that failed are still there
+            return recovery.locate_in_validation(self.trainer, self.validation)
+        return recovery.locate_by_replay(
+            self.trainer,
+            self.checkpoints,
+            self.config.schedule,
+            fault,
+            self.batch,
+            self._first_inputs,
+            self.console.say,
+        )
+
+    def locate_in_batch(self, fault: Fault) -> FaultLocation | None:
+        """The same where the update that failed was not applied."""
+        if fault.quantity == "validation loss":
+            return recovery.locate_in_validation(self.trainer, self.validation)
+        return recovery.locate_in_batch(self.trainer, fault.step, *self.batch(fault.step))
+
+    def diverge(self, fault: Fault, locate: Callable[[Fault], FaultLocation | None]) -> RunResult:
+        """End with what became non-finite, where that began, and what to try next."""
+        self._wait_for_checkpoint()
+        try:
+            place = locate(fault)
+        except StopRequestedError:
+            return self._interrupt_search(fault)
+        self.checkpoints.drop_unscheduled(self.progress)
+        reason = fault.text
+        if place is not None:
+            reason += f", first {describe_location(place, self.config.model.layers)}"
+        updates = fault.step if fault.quantity in ("weight", "validation loss") else fault.step - 1
+        tips = advice(self.config, place, updates)
+        failure = Failure(fault.step, fault.quantity, place, tuple(tips))
+        return self.end("diverged", reason, failure)
+
+    def _interrupt_search(self, fault: Fault) -> RunResult:
+        """End at the newest checkpoint: a resumed run diverges again, and searches again."""
+        try:
+            checkpoint = self.checkpoints.newest()
+        except InputError:
+            checkpoint = None
+        self.progress = read_state(checkpoint).progress if checkpoint else Progress()
+        reason = f"{fault.text}; stopped while locating the failure, which a resumed run repeats"
+        return self.end("interrupted", reason)
+
+    # -- The end ---------------------------------------------------------------------------------
+
+    def end(self, status: Status, reason: str, failure: Failure | None = None) -> RunResult:
+        """Draw loss.png and write result.json."""
+        progress, config = self.progress, self.config
+        self.log.metrics.close()
+        self.console.close()
+        tokens = progress.step * self.log.batch_tokens
+        result = RunResult(
+            status=status,
+            step=progress.step,
+            tokens=tokens,
+            train_loss=progress.train_loss,
+            val_loss=progress.val_loss,
+            best_val_loss=progress.best_val_loss,
+            val_bits_per_byte=progress.val_bits_per_byte,
+            seconds=time.monotonic() - self.began,
+            tokens_per_second=tokens / progress.update_seconds if tokens else 0.0,
+            reason=reason,
+            directory=self.directory.path,
+            failure=failure,
+            skipped_updates=progress.skipped,
+            rollbacks=progress.rollbacks,
+        )
+        if self.plot and progress.step and status != "interrupted":  # which must end soon
+            from gpt.run.plot import plot_run  # with matplotlib, for which no step waits
+
+            plot_run(metrics.read(self.directory.metrics), self.directory.plot, title=config.name)
+        self.directory.write_result(result)  # last: it marks the run as ended
+        return result
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

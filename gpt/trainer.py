@@ -1,0 +1,221 @@
+"""The arithmetic of training: `backward` and `update` make one step, `evaluate` measures the loss.
+
+    loss, grad_norm = trainer.backward(step, inputs, targets)
+    skipped = trainer.update(lr_scale, loss, grad_norm)
+
+A batch is split into micro-batches that fit the memory. Their gradients are averaged, clipped by
+their global norm, and handed to the optimizer. Nothing here knows of files, schedules or consoles
+(gpt/training.py does), and nothing waits for a GPU, except fp16's loss scaler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpt.checkpoint import Checkpoint
+from gpt.checkpoint.weights import load_weights
+from gpt.config import Config
+from gpt.data.sequences import Batch, ValidationSequences
+from gpt.hardware import device as devices
+from gpt.hardware.memory import check_fits, micro_batch, release_memory, retry_with_less_memory
+from gpt.init import initialize
+from gpt.model import GPT
+from gpt.optim import Optimizer
+from gpt.rng import global_generator
+
+
+class Trainer:
+    """A model with its optimizer and loss scaler.
+
+    Args:
+        vocab_size: tokens of the vocabulary.
+        interrupt: called between micro-batches; an exception that it raises ends the computation.
+        notify: called with a sentence for the user.
+
+    Attributes:
+        micro_batch: sequences per forward pass.
+
+    Raises:
+        InputError: training needs more memory than there is.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        vocab_size: int,
+        device: torch.device,
+        *,
+        interrupt: Callable[[], object] = lambda: None,
+        notify: Callable[[str], object] = lambda text: None,
+    ) -> None:
+        check_fits(config, device, vocab_size)
+        self.config, self.device = config, device
+        self.interrupt, self.notify = interrupt, notify
+        with global_generator(device):  # torch draws initial weights, which `reset` replaces
+            self.model = GPT(config.model, vocab_size).to(device)
+        self.model.loss_chunk = config.training.loss_chunk
+        self.loss_fn = self.model.loss_fn
+        if config.training.compile:  # a smaller last batch of validation is compiled separately
+            self.loss_fn = torch.compile(self.loss_fn, dynamic=False)
+        self.micro_batch = micro_batch(config, vocab_size, device)
+        fp16 = config.training.precision == "fp16"
+        self.skips_nonfinite = config.training.nonfinite == "skip" or fp16
+        self.reset()
+
+    # -- State -----------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Set the initial weights, and an optimizer and loss scaler that have made no update."""
+        config = self.config
+        initialize(self.model, config.model, config.seed)
+        self.optimizer = Optimizer(self.model.named_parameters(), config.optimizer)
+        fp16 = config.training.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
+
+    def calibrate(self, inputs: Tensor) -> None:
+        """Let the placement set its own weights from (B, T) tokens of the first batch."""
+        with global_generator(self.device, self.config.seed, "calibration"):  # dropout's
+            self.model.calibrate(self.to_device(inputs))
+
+    def load(self, checkpoint: Checkpoint, scaler: dict[str, float | int], updates: int) -> None:
+        """Continue from a checkpoint.
+
+        Args:
+            scaler: state of fp16's loss scaler.
+            updates: updates that the optimizer has made.
+
+        Raises:
+            ValueError: the checkpoint does not fit the config.
+        """
+        self.reset()
+        try:
+            load_weights(self.model, checkpoint.model)
+            self.optimizer.load_state_tensors(checkpoint.optimizer)
+            if updates and self.optimizer.has_state and not checkpoint.optimizer:
+                raise ValueError("the optimizer's state is missing")
+            if scaler and self.scaler.is_enabled():
+                self.scaler.load_state_dict(scaler)
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(str(error)) from None
+
+    @torch.no_grad()
+    def weights_are_finite(self) -> bool:
+        """Whether every weight is a finite number."""
+        return bool(torch.stack([p.isfinite().all() for p in self.model.parameters()]).all())
+
+    # -- One training step -----------------------------------------------------------------------
+
+    def backward(self, step: int, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of one batch, and leave them in the parameters.
+
+        Args:
+            step: seeds the dropout.
+            inputs, targets: (sequences, T), on the host.
+
+        Returns:
+            The mean cross-entropy (nats per token) and the norm of the gradients, unscaled and not
+            clipped: scalars on the device.
+        """
+        x, y = self.to_device(inputs), self.to_device(targets)
+        return retry_with_less_memory(self, lambda: self._backward(step, x, y))
+
+    def _backward(self, step: int, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        loss = torch.zeros((), device=self.device)
+        with contextlib.closing(self.micro_batches(step, inputs, targets)) as micro_batches:
+            for x, y in micro_batches:
+                with self.autocast():
+                    total_loss, cross_entropy = self.loss_fn(x, y, self.config.training.z_loss)
+                weight = len(x) / len(inputs)
+                self.scaler.scale(total_loss * weight).backward()
+                loss += cross_entropy.detach() * weight
+        for optimizer in self.optimizer.torch_optimizers:
+            self.scaler.unscale_(optimizer)
+        gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
+        return loss, torch.nn.utils.get_total_norm(gradients)
+
+    def micro_batches(
+        self, step: int, inputs: Tensor, targets: Tensor
+    ) -> Generator[tuple[Tensor, Tensor]]:
+        """The parts of a batch; while one is in use, dropout draws from a seed of its own."""
+        seed, dropout = self.config.seed, self.config.model.dropout
+        parts = zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True)
+        for index, part in enumerate(parts):
+            if index:
+                self.interrupt()
+            with (
+                global_generator(self.device, seed, "dropout", step, index)
+                if dropout
+                else contextlib.nullcontext()
+            ):
+                yield part
+
+    def update(self, lr_scale: float, loss: Tensor, grad_norm: Tensor) -> bool:
+        """Clip the gradients and update the weights, at `lr_scale` times the learning rate.
+
+        Args:
+            loss, grad_norm: returned by `backward`.
+
+        Returns:
+            Whether the update was skipped because the loss or a gradient was not finite.
+        """
+        clip = self.config.optimizer.clip
+        if clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), clip, grad_norm)
+        skipped = self.skips_nonfinite and not (loss + grad_norm).isfinite().item()
+        if not skipped:
+            self.optimizer.step(lr_scale)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return skipped
+
+    # -- Evaluation ------------------------------------------------------------------------------
+
+    def evaluate(self, sequences: ValidationSequences) -> float:
+        """Mean cross-entropy of the validation sequences, in nats per token."""
+        return retry_with_less_memory(self, lambda: self._evaluate(sequences))
+
+    @torch.no_grad()
+    def _evaluate(self, sequences: ValidationSequences) -> float:
+        total = torch.zeros((), device=self.device)
+        self.model.eval()
+        try:
+            for index, batch in enumerate(sequences.batches(self.micro_batch)):
+                if index:
+                    self.interrupt()
+                x, y = (self.to_device(host_tensor(part, self.device)) for part in batch)
+                with self.autocast():
+                    total += self.loss_fn(x, y)[1] * len(x)
+        finally:
+            self.model.train()
+        return total.item() / len(sequences)
+
+    # -- Where and how it computes ---------------------------------------------------------------
+
+    def set_micro_batch(self, micro_batch: int) -> None:
+        """Use smaller micro-batches from now on."""
+        self.optimizer.zero_grad()
+        release_memory(self.device)
+        self.notify(
+            f"out of memory with micro-batches of {self.micro_batch} sequences; "
+            f"continuing with {micro_batch}"
+        )
+        self.micro_batch = micro_batch
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """A copy on the device; from pinned memory, it does not wait for the GPU."""
+        return tensor.to(self.device, non_blocking=True)
+
+    def autocast(self) -> torch.autocast:
+        """A context in which matrix products and attention run in `training.precision`."""
+        return devices.autocast(self.device, self.config.training.precision)
+
+
+def host_tensor(array: Batch, device: torch.device) -> Tensor:
+    """The array as a tensor on the host, in memory from which a GPU copies without waiting."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory() if device.type == "cuda" else tensor

@@ -1,0 +1,102 @@
+"""How a command line is split: values, lists, switches, mistakes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gpt.cli.flags import parse
+from gpt.cli.sample import Arguments as SampleArguments
+from gpt.cli.train import Arguments as TrainArguments
+from gpt.config import Config
+from gpt.errors import InputError
+
+
+def options(*argv: str) -> dict[str, Any]:
+    """The config's options on a command line of `train.py`."""
+    return parse(TrainArguments, "train.py", ["c.yaml", *argv], Config)[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--prompt", "-x"], "-x"),
+        (["--prompt=-x"], "-x"),
+        (["--prompt=--top-k"], "--top-k"),
+        (["--prompt", "---"], "---"),
+        (["--prompt", "-- a dialogue"], "-- a dialogue"),
+        (["--prompt", "-1e-3"], "-1e-3"),
+    ],
+)
+def test_a_value_may_begin_with_a_dash(arguments: list[str], expected: str):
+    parsed, _ = parse(SampleArguments, "sample.py", ["run", *arguments])
+    assert parsed == SampleArguments(run_dir="run", prompt=expected)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], {}),
+        (["--model.tied-head", "false"], {"model": {"tied_head": "false"}}),
+        (["--model.tied_head=false"], {"model": {"tied_head": "false"}}),
+        (["--model.norm.eps", "1e-3"], {"model": {"norm": {"eps": "1e-3"}}}),
+        (["--optimizer.clip", "null"], {"optimizer": {"clip": None}}),
+        (["--sampling.prompt", "null"], {"sampling": {"prompt": "null"}}),
+        (["--data.hub.config", "null"], {"data": {"hub": {"config": "null"}}}),
+        (["--data.path", "a", "b", "--seed", "1"], {"data": {"path": ["a", "b"]}, "seed": "1"}),
+        (["--data.path=a"], {"data": {"path": ["a"]}}),
+        (["--data.path"], {"data": {"path": []}}),
+        (["--data.mix", "[{path: a}]"], {"data": {"mix": "[{path: a}]"}}),
+        (["--name", ""], {"name": ""}),
+    ],
+)
+def test_options_are_nested_texts(argv: list[str], expected: dict[str, Any]):
+    assert options(*argv) == expected
+
+
+def test_a_commands_own_arguments_are_validated():
+    argv = ["--out_dir=x", "c.yaml", "--dry-run", "--max-seconds", "1e2"]
+    arguments, given = parse(TrainArguments, "train.py", argv, Config)
+    assert arguments == TrainArguments(config="c.yaml", out_dir="x", dry_run=True, max_seconds=100)
+    assert given == {}
+    with pytest.raises(InputError) as caught:
+        parse(TrainArguments, "train.py", ["", "--max-seconds", "0", "--out-dir", ""], Config)
+    assert str(caught.value).splitlines() == [
+        "CONFIG.yaml: '' is empty, and must name a file or folder",
+        "--out-dir: '' is empty, and must name a file or folder",
+        "--max-seconds: '0' is not between 0.001 and 1e+09",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model.widht", "3"], "--model.widht: no such option; perhaps you meant --model.width"),
+        (["--out_dri", "x"], "--out-dri: no such option; perhaps you meant --out-dir"),
+        (["--model.w", "3"], "--model.w: no such option"),
+        (["--seed"], "--seed: needs a value; one that begins with two dashes is written --seed=--"),
+        (["--seed", "--dry-run"], "--seed: needs a value"),
+        (["--dry-run=x"], "--dry-run: takes no value"),
+        (["--seed", "1", "--seed=2"], "--seed: given twice"),
+        (["--data.path", "a", "--data.path", "b"], "--data.path: given twice; several values"),
+        (["b.yaml"], "'b.yaml': one argument too many"),
+        (["-x"], "'-x': one argument too many; a file of that name is ./-x"),
+        (["--name", "a\0"], "'a\\x00': contains a NUL character"),
+    ],
+)
+def test_mistakes(argv: list[str], message: str):
+    with pytest.raises(InputError) as caught:
+        options(*argv)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_missing_argument_is_named():
+    with pytest.raises(InputError, match=r"are required: CONFIG\.yaml$"):
+        parse(TrainArguments, "train.py", ["--dry-run"], Config)
+
+
+def test_unknown_flags_are_reported_together():
+    with pytest.raises(InputError) as caught:
+        options("--a", "1", "--b=2", "--c", "3", "--d")
+    assert str(caught.value).splitlines() == [f"--{name}: no such option" for name in "abc"]
