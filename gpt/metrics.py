@@ -28,7 +28,7 @@ LARGEST = 1e100  # maximum of a number: fp32 ends at 3.4e38, and its square must
 MOST_LAYERS = 10_000  # maximum of layers: a plot has a row for each
 # Nats that a validation loss must be below the unigram entropy (H₁, the loss of guessing tokens by
 # their frequency) for the model to count as having learned more than token frequencies.
-LEARNT = 0.05
+LEARNED_MARGIN = 0.05
 EPS_ALARM = 10  # times epsilon: smaller gradients make Adam's updates shrink
 
 

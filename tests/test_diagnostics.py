@@ -235,9 +235,9 @@ def test_a_resumed_run_has_each_snapshot_once(tiny: Make, tmp_path: Path):
 def test_gradients_near_epsilon_raise_an_alarm(tiny: Make, tmp_path: Path, capsys):
     config = tiny(diagnostics={"every": 5}, optimizer={"eps": 1.0}, sampling={"tokens": 0})
     train(config, tmp_path / "run")
-    said = [line for line in capsys.readouterr().err.splitlines() if "optimizer.eps" in line]
-    assert len(said) == 1
-    assert said[0].startswith("step 1: the gradients of layer 0 have an RMS of ")
+    alarms = [line for line in capsys.readouterr().err.splitlines() if "optimizer.eps" in line]
+    assert len(alarms) == 1
+    assert alarms[0].startswith("step 1: the gradients of layer 0 have an RMS of ")
     train(tiny(diagnostics={"every": 5}, sampling={"tokens": 0}), tmp_path / "usual")
     assert "optimizer.eps" not in capsys.readouterr().err
 

@@ -150,7 +150,7 @@ def test_a_run_does_not_write_through_a_link(
 
 
 @pytest.mark.parametrize("link", LINKS)
-def test_a_picture_of_layers_takes_the_place_of_a_link(link: Link, run: Path, outside: Path):
+def test_a_plot_of_layers_replaces_a_link(link: Link, run: Path, outside: Path):
     put(link, run / "layers.png", outside)
     before = contents(outside)
     assert call("diagnose", run).code == 0
@@ -170,7 +170,7 @@ def test_a_fresh_run_does_not_write_through_a_link(
     assert contents(tmp_path) == before
 
 
-def test_a_run_leaves_alone_what_has_hard_links_elsewhere(
+def test_a_run_does_not_change_files_with_other_hard_links(
     run: Path, small: Config, tmp_path: Path, quick: None
 ):
     """Such as a snapshot of a run that `cp -al` made."""
@@ -198,7 +198,7 @@ def test_a_run_directory_may_itself_be_a_link(
 
 
 @pytest.mark.parametrize("target", ["..", "link", "folder", "no such file", "/dev/zero"])
-def test_every_symbolic_link_is_refused_wherever_it_leads(target: str, tmp_path: Path):
+def test_every_symbolic_link_is_rejected_wherever_it_leads(target: str, tmp_path: Path):
     (tmp_path / "a/folder").mkdir(parents=True)
     refuse_links(tmp_path)
     (tmp_path / "a/link").symlink_to(target)
@@ -279,7 +279,7 @@ def test_a_comparison_does_not_write_or_delete_through_a_link(
 
 
 @pytest.mark.parametrize("flags", [(), ("--report-only",)], ids=["run", "report"])
-def test_a_comparison_leaves_alone_what_has_hard_links_elsewhere(
+def test_a_comparison_does_not_change_files_with_other_hard_links(
     flags: tuple[str, ...], comparison: Path, tmp_path: Path
 ):
     (comparison / "figures/old.png").write_text("old")
@@ -291,7 +291,7 @@ def test_a_comparison_leaves_alone_what_has_hard_links_elsewhere(
     assert not (comparison / "figures/old.png").exists()
 
 
-def test_a_comparison_beside_may_hold_links(comparison: Path, tmp_path: Path):
+def test_a_comparison_shown_alongside_may_contain_links(comparison: Path, tmp_path: Path):
     """It is only read."""
     grid, cells = load(comparison / "grid.yaml")
     other = Path(shutil.copytree(comparison, tmp_path / "other"))
@@ -350,7 +350,7 @@ def test_preparation_does_not_write_through_a_link(
 
 @pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize("name", [".NAME.building", ".NAME.lock", "NAME"])
-def test_a_folder_of_the_cache_is_not_a_link(
+def test_a_folder_of_the_cache_must_not_be_a_link(
     name: str, link: Link, building: tuple[Config, Path], tmp_path: Path, outside: Path
 ):
     config, folder = building
@@ -361,7 +361,7 @@ def test_a_folder_of_the_cache_is_not_a_link(
     assert contents(outside) == before
 
 
-def test_preparation_leaves_alone_what_has_hard_links_elsewhere(
+def test_preparation_does_not_change_files_with_other_hard_links(
     building: tuple[Config, Path], tmp_path: Path
 ):
     config, folder = building
@@ -379,7 +379,7 @@ def test_preparation_leaves_alone_what_has_hard_links_elsewhere(
 # Reading and writing
 
 
-def test_a_file_is_changed_in_place_only_if_it_is_no_link(tmp_path: Path):
+def test_a_file_is_changed_in_place_only_if_it_is_not_a_link(tmp_path: Path):
     (tmp_path / "file").write_text("abc")
     os.link(tmp_path / "file", tmp_path / "hard")
     (tmp_path / "soft").symlink_to("file")

@@ -566,7 +566,7 @@ def test_a_dataset_is_read_at_one_commit_in_all_runs(folder: Path, monkeypatch: 
     with pytest.raises(StoppedError):
         prepare(config, stop=lambda: next(asked) == 35)
     dataset = prepare(config)
-    assert read == ["a", "a", "a"]  # learning, encoding, going on
+    assert read == ["a", "a", "a"]  # training the tokenizer, encoding, continuing
     assert json.loads((dataset.folder / "meta.json").read_text())["revisions"] == ["a"]
 
 
@@ -813,10 +813,10 @@ def test_files_left_out_and_records_skipped_are_reported_once(
     options = {"source": "jsonl", "holdout": "tail", "missing_text": "skip"}
     config = text_config(folder, folder / "in", **options)
     prepare(config, Console())
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     first = ", ".join(f"{folder}/in/{index:02}.txt" for index in range(3))
-    assert f"left out: other suffixes: 30 ({first}, ...)\n" in said
-    assert f"skipped 2 records without text: {folder}/in/z.jsonl:1 and others\n" in said
+    assert f"left out: other suffixes: 30 ({first}, ...)\n" in output
+    assert f"skipped 2 records without text: {folder}/in/z.jsonl:1 and others\n" in output
     prepare(config, Console())
     assert capsys.readouterr().err == ""
 

@@ -50,7 +50,7 @@ def test_the_count_of_a_small_model_is_a_lower_bound(norm: str):
         assert 0 < least <= built, options
 
 
-def refused(tree: dict[str, Any], memory: int, **given: Any) -> str:
+def rejection(tree: dict[str, Any], memory: int, **given: Any) -> str:
     given = {"shared": True, **given}
     with pytest.raises(InputError) as caught:
         size.check_training(validate(Config, tree), device_memory=memory, **given)
@@ -59,7 +59,7 @@ def refused(tree: dict[str, Any], memory: int, **given: Any) -> str:
 
 def test_both_numbers_are_in_the_message():
     model = {"layers": 1000, "width": 1000, "heads": 1}
-    assert refused({"model": model}, 24 * 10**9) == (
+    assert rejection({"model": model}, 24 * 10**9) == (
         "training model.layers: 1,000, model.width: 1,000, 11,988,129,000 parameters, needs at "
         "least 191.8 GB of memory, but only 24.0 GB are available"
     )
@@ -67,24 +67,24 @@ def test_both_numbers_are_in_the_message():
 
 def test_the_activations_of_one_forward_pass_count():
     long = {"model": {"context": 10**6}}
-    assert "a forward pass over 1 x 1,000,000 tokens needs" in refused(long, 8 * 10**9)
+    assert "a forward pass over 1 x 1,000,000 tokens needs" in rejection(long, 8 * 10**9)
     whole = {"training": {"batch_sequences": 10**6, "micro_batch": 10**6}}
-    assert "a forward pass over 1,000,000 x 128 tokens needs" in refused(whole, 10**10)
+    assert "a forward pass over 1,000,000 x 128 tokens needs" in rejection(whole, 10**10)
 
 
 def test_the_logits_are_those_of_one_chunk():
     parts: dict[str, Any] = {"model": {"width": 4}, "training": {"loss_chunk": 8}}
     size.check_training(validate(Config, parts), 10**6, device_memory=10**8, shared=True)
-    assert "a forward pass over 1 x 128 tokens" in refused(
+    assert "a forward pass over 1 x 128 tokens" in rejection(
         {"model": {"width": 4}}, 10**8, vocab_size=10**6
     )
 
 
 def test_the_batch_counts_in_the_memory_that_holds_it(monkeypatch: pytest.MonkeyPatch):
     large = {"training": {"batch_sequences": 10**7}}
-    assert "a batch of 10,000,000 x 128 tokens needs at least 10.3 GB" in refused(large, 10**10)
+    assert "a batch of 10,000,000 x 128 tokens needs at least 10.3 GB" in rejection(large, 10**10)
     monkeypatch.setattr(size, "machine_memory", lambda: 10**10)
-    assert "a batch of" in refused(large, 10**12, shared=False)  # beside a GPU
+    assert "a batch of" in rejection(large, 10**12, shared=False)  # of the machine, not of the GPU
     monkeypatch.setattr(size, "machine_memory", lambda: 2 * 10**10)
     size.check_training(validate(Config, large), device_memory=10**9, shared=False)
 

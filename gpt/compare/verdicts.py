@@ -20,7 +20,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from gpt.metrics import EPS_ALARM, LEARNT, Record
+from gpt.metrics import EPS_ALARM, LEARNED_MARGIN, Record
 
 Status = Literal["trained", "spiked", "regressed", "plateaued", "diverged"]
 STATUSES: tuple[Status, ...] = get_args(Status)  # the worst last
@@ -46,7 +46,7 @@ class Verdict:
     Attributes:
         status: one of STATUSES.
         step: diverged: the failing step; plateaued: the step after which the mean training loss of
-            the last K updates was never again clearly under H1 - LEARNT (the first step: it never
+            the last K updates was never again clearly under H1 - LEARNED_MARGIN (the first step: it never
             was; the last: only the validation loss shows it); regressed: the last update of the
             lowest window; spiked: the first spike; trained: None.
         layer: diverged: where, if the caller knows; plateaued: the lowest block whose gradients
@@ -123,7 +123,7 @@ def verdict(
        non-finite gradient norm alone is not a divergence, because fp16 skips such updates; nor is
        the loss of an update that training.nonfinite skipped, unless all updates were skipped. The
        other rules ignore skipped updates.
-    2. plateaued: the final validation loss is not more than LEARNT under `unigram_entropy`. A model
+    2. plateaued: the final validation loss is not more than LEARNED_MARGIN under `unigram_entropy`. A model
        that only counts tokens ends within a few hundredths of H1, on either side; one that uses a
        single preceding token gains several tenths.
     3. regressed: the mean training loss of the last K updates is above the lowest such mean of K
@@ -217,7 +217,7 @@ def _plateau(
     steps: list[int],
     records: Sequence[Record],
 ) -> _Finding | None:
-    bar = unigram_entropy - LEARNT
+    bar = unigram_entropy - LEARNED_MARGIN
     if final_val_loss < bar:
         return None
     # Clearly under: a run that never learned fluctuates about the bar, and noise often takes it
@@ -229,7 +229,9 @@ def _plateau(
         if mean < bar and mean + STANDARD_ERRORS * _standard_error(window) < bar:
             onset = steps[min(index + windows.shape[1], len(steps) - 1)]
             break
-    words = f"final loss {final_val_loss:.3f} is not {LEARNT} under H1 = {unigram_entropy:.3f}"
+    words = (
+        f"final loss {final_val_loss:.3f} is not {LEARNED_MARGIN} under H1 = {unigram_entropy:.3f}"
+    )
     return _Finding("plateaued", onset, _starved_block(records), words)
 
 

@@ -28,8 +28,6 @@ from gpt.diagnostics.failure import Failure
 from gpt.errors import InputError
 from gpt.io.files import SMALL, open_for_update, read_json, write_text
 
-ATTEMPTS = 100  # to read a checkpoint beside a run that prunes
-
 Status = Literal["finished", "diverged", "interrupted"]
 
 

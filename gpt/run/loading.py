@@ -34,7 +34,7 @@ def load_run(
     """
     run = RunDirectory(path)
     config = run.read_config()
-    for _ in range(ATTEMPTS):  # beside a run that trains, which prunes what was just chosen
+    for _ in range(ATTEMPTS):  # a run that trains may prune what was just chosen
         folder = _choose(run, checkpoint)
         with contextlib.suppress(PrunedError):
             loaded, encoding = _read(run, folder)

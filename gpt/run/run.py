@@ -338,7 +338,7 @@ class Run:
             raise NonFiniteError(progress.step, "validation loss", text)
         best = progress.best_val_loss
         progress.best_val_loss = loss if best is None else min(loss, best)
-        learned = loss < self.unigram_entropy - metrics.LEARNT
+        learned = loss < self.unigram_entropy - metrics.LEARNED_MARGIN
         progress.stalled_evals = 0 if learned or progress.step == 0 else progress.stalled_evals + 1
 
     def _gives_up(self) -> bool:

@@ -19,7 +19,7 @@ from gpt.compare.figures.base import (
     rate_axis,
 )
 from gpt.compare.wording import UNIGRAM_ENTROPY
-from gpt.metrics import LEARNT
+from gpt.metrics import LEARNED_MARGIN
 from gpt.run.plot import label
 
 Y_LABEL = "final validation loss (nats per token)"
@@ -149,7 +149,7 @@ def failures(data: PlotData) -> Plot:
     return Plot(
         "Which runs failed",
         "Failed seeds of all seeds. A run failed if its loss became non-finite, did not end more "
-        f"than {LEARNT} nats below H₁, or ended well above its own minimum.",
+        f"than {LEARNED_MARGIN} nats below H₁, or ended well above its own minimum.",
         "; ".join(
             f"{arm.label}: {arm.failures} of {arm.runs} runs failed" for arm in data.summary.arms
         ),
