@@ -46,9 +46,9 @@ class Verdict:
     Attributes:
         status: one of STATUSES.
         step: diverged: the failing step; plateaued: the step after which the mean training loss of
-            the last K updates was never again clearly under H1 - LEARNED_MARGIN (the first step: it never
-            was; the last: only the validation loss shows it); regressed: the last update of the
-            lowest window; spiked: the first spike; trained: None.
+            the last K updates was never again clearly under H1 - LEARNED_MARGIN (the first step: it
+            never was; the last: only the validation loss shows it); regressed: the last update of
+            the lowest window; spiked: the first spike; trained: None.
         layer: diverged: where, if the caller knows; plateaued: the lowest block whose gradients
             were under EPS_ALARM epsilon at the first snapshot that shows one, None without such a
             snapshot; otherwise None.
@@ -123,9 +123,9 @@ def verdict(
        non-finite gradient norm alone is not a divergence, because fp16 skips such updates; nor is
        the loss of an update that training.nonfinite skipped, unless all updates were skipped. The
        other rules ignore skipped updates.
-    2. plateaued: the final validation loss is not more than LEARNED_MARGIN under `unigram_entropy`. A model
-       that only counts tokens ends within a few hundredths of H1, on either side; one that uses a
-       single preceding token gains several tenths.
+    2. plateaued: the final validation loss is not more than LEARNED_MARGIN under
+       `unigram_entropy`. A model that only counts tokens ends within a few hundredths of H1, on
+       either side; one that uses a single preceding token gains several tenths.
     3. regressed: the mean training loss of the last K updates is above the lowest such mean of K
        updates before them by more than max(REGRESSION, STANDARD_ERRORS * e), where
        e = sqrt(s1^2 + s2^2) / sqrt(K), s1 and s2 the standard deviations of the two windows. That
