@@ -297,8 +297,8 @@ def test_a_dry_run_lists_cells_and_writes_nothing(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--workers", "0"], ["--workers 0: must be a whole number between 1 and 1,000"]),
-        (["--workers", "two"], ["--workers two"]),
+        (["--workers", "0"], ["--workers: '0' is not between 1 and 1,000"]),
+        (["--workers", "two"], ["--workers: must be a valid integer, found 'two'"]),
         (["--optimizer.learning-rate", "1e-3"], ["--optimizer.learning_rate", "edit that file"]),
         (["--training.stepz", "1"], ["--training.stepz: no such option"]),
         (["--dry-run", "--report-only"], ["not both"]),
@@ -637,7 +637,7 @@ def test_batched_cells_give_what_processes_give(
     path, directory = write(tmp_path / "one.yaml", {**tree, "probes": False}), tmp_path / "one"
     code, _, err = called(capsys, path, "--runner", "batched", "--out-dir", directory)
     assert code == 0, err
-    assert "with a batch of up to 8 cells, estimated by a short timing here" in err
+    assert "with 2 batches of up to 4 cells, estimated by a short timing here" in err
     rows = []
     for each in (done[0], directory):
         with (each / "cells.csv").open() as file:
