@@ -1,4 +1,4 @@
-"""What the tests share: a tiny corpus and configs that train in a second."""
+"""Shared by the tests: a tiny corpus, configs that train in a second, and stubs of what is slow."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def tree(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
 
 @pytest.fixture(scope="session")
 def tiny(tree: dict[str, Any]) -> Callable[..., Config]:
-    """`tiny(model={...}, ...)` is the tiny config with those options on top."""
+    """`tiny(model={...}, ...)` is the tiny config with these options changed."""
 
     def make(**overrides: Any) -> Config:
         return validate(Config, merge(tree, overrides))
@@ -70,7 +70,7 @@ def tiny(tree: dict[str, Any]) -> Callable[..., Config]:
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    """Environment of a subprocess that runs a door: one thread, as a test's model is tiny."""
+    """Environment of a subprocess that runs a command: one thread, as the models are tiny."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -87,7 +87,7 @@ def few_probes() -> Iterator[None]:
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A comparison trains its cells here, without worker processes, which take seconds to start."""
+    """Comparisons train their cells in this process: workers take seconds to start."""
     from gpt.compare import runner, worker
 
     def run(self: runner._Pool, jobs: Sequence[runner._Job], workers: int) -> bool:
@@ -108,7 +108,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def vouch(folder: Path) -> None:
-    """Write a checkpoint's manifest anew, so that it vouches for whatever its files are now."""
+    """Rewrite a checkpoint's manifest to match its files as they are now."""
     path = folder / checkpoints.MANIFEST
     step = json.loads(path.read_text())["step"]
     files = {name: describe(folder / name) for name in checkpoints.FILES}
@@ -126,30 +126,30 @@ def _save_empty(self: Figure, target: Any, *, format: str | None = None, **optio
     target.write(content) if hasattr(target, "write") else Path(target).write_bytes(content)
 
 
-# Drawing would be most of what a tiny run costs. A run's picture is not made, and other figures
-# are built, but saved empty.
-CHEAP: list[tuple[object, str, Callable[..., None]]] = [
+# Drawing takes longer than training a tiny run. So loss.png is written without being drawn, and
+# other figures are built but saved empty.
+STUBS: list[tuple[object, str, Callable[..., None]]] = [
     (plot, "plot_run", lambda records, path, title: write_bytes(path, EMPTY["png"])),
     (Figure, "savefig", _save_empty),
     (Figure, "draw_without_rendering", lambda self: None),
 ]
-REAL = [(owner, name, getattr(owner, name)) for owner, name, _ in CHEAP]
+ORIGINALS = [(owner, name, getattr(owner, name)) for owner, name, _ in STUBS]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _pictures_are_empty() -> Iterator[None]:
+def _plots_are_empty() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for change in CHEAP:
-            patch.setattr(*change)
+        for stub in STUBS:
+            patch.setattr(*stub)
         yield
 
 
 @contextlib.contextmanager
 def rendering() -> Iterator[None]:
-    """Pictures are drawn meanwhile, for tests of what is in them."""
+    """Plots are drawn within, for tests of their content."""
     with pytest.MonkeyPatch.context() as patch:
-        for change in REAL:
-            patch.setattr(*change)
+        for original in ORIGINALS:
+            patch.setattr(*original)
         yield
 
 
@@ -160,7 +160,7 @@ def _one_thread() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """A single file is run in this process: workers would take longer to start."""
+    """A single test file runs in this process, as workers would take longer to start."""
     files = {argument.partition("::")[0] for argument in config.args}
     return 0 if len(files) == 1 and files.pop().endswith(".py") else None
 

@@ -441,7 +441,7 @@ def test_max_seconds_is_a_time(
 def test_a_second_start_in_one_directory_is_refused(
     tiny: Make, config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """Also while the first one evaluates, samples or saves: it holds its lock to the end."""
+    """Also while the first one evaluates, samples or saves: it holds the lock until it ends."""
     out = tmp_path / "run"
     answers: list[tuple[int, str, str]] = []
     asked = itertools.count()
