@@ -1006,7 +1006,7 @@ READ_FILES = [
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [  # what fills the memory or blocks, for every file
+    [  # for every file, a device that fills the memory and a pipe that blocks
         *((name, kind) for name in READ_FILES for kind in ("/dev/zero", "pipe")),
         *(("metrics.jsonl", kind) for kind in ("folder", "sparse")),
         *(("CHECKPOINT/model.safetensors", kind) for kind in ("folder", "sparse")),

@@ -424,7 +424,7 @@ def test_two_at_once_in_one_directory_are_refused(
 
 
 class TwoCells:
-    """A comparison of two cells that train for some seconds, to be disturbed meanwhile."""
+    """A comparison of two cells that train for some seconds, long enough to be interrupted."""
 
     def __init__(self, base: Config, folder: Path, **changes: Any) -> None:
         axis = {"optimizer.learning_rate": [0.01]}
@@ -450,7 +450,7 @@ class TwoCells:
         )
 
     def run_and_kill_a_worker(self) -> tuple[Summary | None, int]:
-        """Run it, and kill one of its workers, of how many is the second result."""
+        """Run it and kill one of its workers; returns the summary and how many workers there were."""
         workers: list[psutil.Process] = []
 
         def kill_one() -> bool:

@@ -54,7 +54,7 @@ LINKS = [to_file, to_folder, to_nothing, to_the_same]
 
 
 def two_links(names: list[str]) -> list[tuple[str, Link]]:
-    """Each name as a link to what stood there, and as one of the others in turn."""
+    """Each name with a link to its own content, moved elsewhere, and with another kind in turn."""
     return [
         (name, link)
         for number, name in enumerate(names)

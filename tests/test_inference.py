@@ -50,7 +50,7 @@ def shaped(options: dict[str, Any]) -> ModelConfig:
     return ModelConfig.model_validate({**shape, **options})
 
 
-MODELS = [  # each placement and each norm with the plain rest, and with the other's oddest
+MODELS = [  # placements with their default norm and batch norm, norms in pre-norm and DLCL
     *({"norm": {"placement": p}} for p in PLACEMENTS),
     *({"norm": {"placement": p, "type": "batch"}} for p in PLACEMENTS),
     *({"norm": {"placement": p, "type": t}} for p in ("pre", "dlcl") for t in NORMS),

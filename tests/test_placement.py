@@ -52,8 +52,8 @@ def is_valid(placement: str, norm: str) -> bool:
 PAIRS = [
     (placement, norm) for placement in PLACEMENTS for norm in NORMS if is_valid(placement, norm)
 ]
-# The equations are compared for all pairs; what follows from them, for each placement with layer
-# and with batch norm, which mixes positions, and for each norm in pre-norm and in DLCL.
+# The equations are compared for all pairs; their consequences for each placement with layer norm
+# and batch norm, which mixes positions, and for each norm in pre-norm and DLCL.
 FEW = [
     (placement, norm)
     for placement, norm in PAIRS
