@@ -450,7 +450,7 @@ class TwoCells:
         )
 
     def run_and_kill_a_worker(self) -> tuple[Summary | None, int]:
-        """Run it and kill one of its workers; returns the summary and how many workers there were."""
+        """Run it and kill one worker; returns the summary and how many workers there were."""
         workers: list[psutil.Process] = []
 
         def kill_one() -> bool:
