@@ -34,15 +34,15 @@ from gpt.hardware.device import autocast, flush_denormals, pick_device
 from gpt.hardware.memory import is_out_of_memory, release_memory, retry_with_less_memory
 from gpt.io.console import Console
 from gpt.io.files import lock_directory
+from gpt.io.wait import raise_if
 from gpt.model import GPT
 from gpt.optim import SEPARABLE, stack
 from gpt.run.directory import RunResult
 from gpt.run.resume import open_run
 from gpt.run.run import Run
 from gpt.trainer import Trainer
-from gpt.training import raise_if
 
-# Options in which the cells of one ensemble may differ: what is a number to each of them.
+# Options, by prefix, in which the cells of one batch may differ; all others are equal.
 OWN = (
     "name",
     "seed",
@@ -53,7 +53,7 @@ OWN = (
     "optimizer.independent_decay",
     "optimizer.clip",
 )
-FULL_ENOUGH = 0.75  # share of cells that still train, below which the stack is made smaller
+FULL_ENOUGH = 0.75  # fraction of cells that still train, below which the stack is rebuilt
 
 
 def why_not(config: Config) -> str | None:
@@ -289,13 +289,13 @@ def train_together(
                     held.enter_context(
                         lock_directory(paths[i], f"{paths[i]}: another process trains there")
                     )
-                    opened = open_run(configs[i], paths[i], "auto")
-                    if opened.result is not None:
-                        outcomes[i] = opened.result
+                    plan = open_run(configs[i], paths[i], "auto")
+                    if plan.result is not None:
+                        outcomes[i] = plan.result
                         continue
                     runs[i] = Run(
                         configs[i],
-                        opened,
+                        plan,
                         dataset,
                         Trainer(
                             configs[i],
@@ -382,7 +382,7 @@ def fit_together(
                 micro_batch = None if batched is None else batched.micro_batch
                 batched, cells = None, list(runs)  # frees its memory first
                 batched = BatchedTrainer([runs[i].trainer for i in cells], micro_batch)
-            any_batch = next(iter(batches.values()))
+            any_batch = next(iter(batches.values()))  # for cells that have ended, and learn nothing
             inputs, targets = zip(*(batches.get(i, any_batch) for i in cells), strict=True)
             losses, grad_norms = batched.backward(torch.stack(inputs), torch.stack(targets))
             layer_stats: dict[int, LayerStats | None] = {}
@@ -413,7 +413,7 @@ def _outcome(run: Run, error: Exception) -> RunResult | Exception:
         if isinstance(error, StopRequestedError):
             return run.interrupt()
         if isinstance(error, NonFiniteError):
-            return run.diverge(error.fault, run.locate_in_batch)
+            return run.diverge(error.fault, applied=False)
     except NonFiniteError as fault:
         return _outcome(run, fault)
     except Exception as another:

@@ -84,7 +84,7 @@ def _plain(name: str) -> str:
 
 
 class Fault(NamedTuple):
-    """A number that is not finite: after which update, which quantity, and a sentence for users."""
+    """A number that is not finite: at which update, which quantity, and a sentence for users."""
 
     step: int
     quantity: str

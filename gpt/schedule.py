@@ -22,7 +22,7 @@ from gpt.config import ScheduleConfig
 
 # Multiplier by the fraction x of the warm-up, 0 < x <= 1.
 WARMUPS: dict[str, Callable[[float], float]] = {
-    "none": lambda x: 1.0,
+    "none": lambda x: 1.0,  # only its name is used
     "linear": lambda x: x,
     "cosine": lambda x: 0.5 * (1 - math.cos(math.pi * x)),
 }
@@ -44,7 +44,7 @@ def cosine(config: ScheduleConfig, x: float, n: float) -> float:
 
 
 def inverse_sqrt(config: ScheduleConfig, x: float, n: float) -> float:
-    """1 / sqrt(n), n in warm-up lengths (Vaswani et al. 2017).
+    """1 / sqrt(n), where n counts updates in units of the warm-up (Vaswani et al. 2017).
 
     With linear warm-up and learning_rate = lambda (d w)^-0.5 the whole schedule is their
     lambda d^-0.5 min(n^-0.5, n w^-1.5), n in updates. Without warm-up it is 1 / sqrt(updates).

@@ -4,8 +4,8 @@
     skipped = trainer.update(lr_scale, loss, grad_norm)
 
 A batch is split into micro-batches that fit the memory. Their gradients are averaged, clipped by
-their global norm, and handed to the optimizer. Nothing here knows of files, schedules or consoles
-(gpt/training.py does), and nothing waits for a GPU, except fp16's loss scaler.
+their global norm, and handed to the optimizer. Files, the schedule and the console are the `Run`'s
+(gpt/run/run.py). `backward` never waits for a GPU; `update` waits with fp16 or `nonfinite: skip`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gpt.rng import global_generator
 
 
 class Trainer:
-    """A model with its optimizer and loss scaler.
+    """A model with its optimizer and loss scaler; `reset` or `load` sets their first state.
 
     Args:
         vocab_size: tokens of the vocabulary.
@@ -65,7 +65,6 @@ class Trainer:
         self.micro_batch = micro_batch(config, vocab_size, device)
         fp16 = config.training.precision == "fp16"
         self.skips_nonfinite = config.training.nonfinite == "skip" or fp16
-        self.reset()
 
     # -- State -----------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from gpt.hardware.device import flush_denormals, pick_device
 from gpt.hardware.memory import check_fits, is_out_of_memory
 from gpt.io.console import Console
 from gpt.io.files import lock_directory
+from gpt.io.wait import raise_if
 from gpt.run.directory import RunResult
 from gpt.run.plan import describe
 from gpt.run.recovery import advise_on_memory
@@ -77,15 +78,15 @@ def train(
         flush_denormals(),
         contextlib.closing(Console(quiet)) as console,
     ):
-        opened = open_run(config, path, resume)
-        if opened.result is not None:  # another process has just finished it
-            return opened.result
+        plan = open_run(config, path, resume)
+        if plan.result is not None:  # another process has just finished it
+            return plan.result
         dataset = prepare(config.data, console, stop)
         interrupt = functools.partial(raise_if, stop)
         trainer = Trainer(
             config, dataset.encoding.n_vocab, device, interrupt=interrupt, notify=console.say
         )
-        run = Run(config, opened, dataset, trainer, console, stop=stop, on_update=on_update)
+        run = Run(config, plan, dataset, trainer, console, stop=stop, on_update=on_update)
         with contextlib.closing(run):
             console.say(
                 describe(
@@ -117,7 +118,7 @@ def _fit_or_recover(run: Run, trainer: Trainer) -> RunResult:
             step = run.progress.step + 1
             raise OutOfMemoryError(advise_on_memory(trainer, step, run.batch, shortage))
         if not run.roll_back(fault):
-            return run.diverge(fault, run.locate_by_replay)
+            return run.diverge(fault)
 
 
 def fit(run: Run, trainer: Trainer) -> RunResult:
@@ -141,13 +142,3 @@ def fit(run: Run, trainer: Trainer) -> RunResult:
     except StopRequestedError:
         return run.interrupt()
     return run.finish()
-
-
-def raise_if(stop: Callable[[], bool]) -> None:
-    """Interrupt work that a resumed run does again.
-
-    Raises:
-        StopRequestedError: `stop` returned true.
-    """
-    if stop():
-        raise StopRequestedError

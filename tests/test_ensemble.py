@@ -154,6 +154,8 @@ def test_a_cell_that_failed_keeps_its_weights(tiny: Make):
     """Also while nobody has read its loss yet, and when later batches are fine again."""
     device = torch.device("cpu")
     trainers = [Trainer(tiny(seed=seed), 257, device) for seed in range(2)]
+    for trainer in trainers:
+        trainer.reset()
     models = [trainer.model for trainer in trainers]
     batched = BatchedTrainer(trainers)
     tokens = torch.randint(257, (2, 4, 17))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import astuple
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from gpt.compare.init_probes import InitProbe, read_init_probes, write_init_probes
 from gpt.compare.probes import (
     ADAM_RATE,
     DEPTHS,
@@ -197,6 +199,13 @@ def test_depths_that_a_placement_does_not_allow_are_left_out():
     found = probe_depths(shaped("mix", 4), VOCAB, [batch(0)], [0], (2, 3, 4, 6))
     assert [p.layers for p in found] == [4, 6]
     assert [len(p.gradient_norms) for p in found] == [4, 6]
+
+
+def test_probes_of_a_placement_without_small_depths_can_be_read_again(tmp_path: Path):
+    probes = tuple(probe_depths(shaped("mix", 4), VOCAB, [batch(0, 1, 1)], [0]))
+    write_init_probes(tmp_path, [InitProbe(("mix",), "gpt2", probes, probes)])
+    (found,) = read_init_probes(tmp_path, ["mix"])
+    assert [p.layers for p in found.text] == [4, 6, 12, 24]
 
 
 def test_by_default_the_depths_are_2_to_24():

@@ -60,18 +60,6 @@ def test_the_stream_of_sequences_does_not_depend_on_the_batch_size(windows):
     assert starts(sequences, range(1, 13), 4) == starts(sequences, range(1, 5), 12)
 
 
-@pytest.mark.parametrize("windows", ["epochs", "random"])
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_the_batches_of_all_processes_are_that_of_one(world: int, windows):
-    train = [TOKENS, TOKENS[:300]]
-    options = {"weights": (0.75, 0.25), "windows": windows}
-    whole = TrainingSequences(train, 16, 0, **options).batch(7, 8)
-    ranks = [TrainingSequences(train, 16, 0, **options) for _ in range(world)]
-    parts = [each.batch(7, 8, rank, world) for rank, each in enumerate(ranks)]
-    for side in (0, 1):
-        assert (np.concatenate([part[side] for part in parts]) == whole[side]).all()
-
-
 @given(st.integers(2, 60), st.integers(1, 16), st.integers(0, 5))
 def test_windows_of_small_corpora_stay_inside(count: int, context: int, seed: int):
     if count <= context:

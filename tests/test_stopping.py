@@ -23,6 +23,7 @@ from gpt.data.preparation import prepare
 from gpt.data.sequences import TrainingSequences
 from gpt.ensemble import train_together
 from gpt.errors import NonFiniteError
+from gpt.io.wait import raise_if
 from gpt.model import GPT
 from gpt.run import opening
 from gpt.run.directory import RunResult
@@ -192,14 +193,14 @@ def test_a_stop_in_the_search_for_a_divergence_is_not_its_end(tiny: Make, tmp_pa
     assert whole.status == "diverged"
     assert whole.failure is not None
     assert whole.failure.place is not None
-    searched = Run.locate_by_replay
+    searched = Run._locate
 
-    def stopped_search(self: Run, fault: Any) -> Any:
-        self.trainer.interrupt = partial(training.raise_if, lambda: True)
-        return searched(self, fault)
+    def stopped_search(self: Run, fault: Any, **options: Any) -> Any:
+        self.trainer.interrupt = partial(raise_if, lambda: True)
+        return searched(self, fault, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "locate_by_replay", stopped_search)
+        patch.setattr(Run, "_locate", stopped_search)
         stopped = run(config, tmp_path / "parts")
     assert stopped.status == "interrupted"
     assert stopped.reason.startswith(whole.reason.partition(",")[0])

@@ -39,7 +39,7 @@ class CheckpointManager:
         self._writer = checkpoints.BackgroundWriter()
 
     def is_scheduled(self, step: int, progress: Progress) -> bool:
-        """Whether an undisturbed run keeps a checkpoint of that step, as far as schedules go."""
+        """Whether an undisturbed run saves at that step; pruning may delete it later."""
         if progress.pending and step == progress.step:  # its evaluation comes first
             return False
         ends = (self.config.training.steps, progress.start_step)

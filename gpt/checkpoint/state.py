@@ -35,9 +35,9 @@ class Progress:
     best_saved_val_loss: Loss = None  # of the evaluations whose step was saved: `best`
     inputs_digest: str = ""  # SHA-256 over all inputs so far: of its last value and the batch
     stalled_evals: Natural = 0  # evaluations in a row no better than guessing by token frequency
-    skipped: Natural = 0  # updates that were not finite
+    skipped_updates: Natural = 0  # updates that were not finite
     skipped_in_a_row: Natural = 0
-    start_step: Natural = 0  # at which this directory, or its last extension, began
+    start_step: Natural = 0  # where this directory started, or training.steps was last raised
     rollbacks: Natural = 0
     pending: bool = False  # a stop interrupted what was due after this step; a resumed run does it
     skipped_batches: Natural = 0  # by rollbacks: update n sees batch n + skipped_batches
@@ -90,6 +90,6 @@ def read_state(checkpoint: Checkpoint) -> State:
         where = ".".join(map(str, first["loc"]))
         raise InputError(f"{checkpoint.name}: state.json: {where}: {first['msg']}") from None
     counts = state.progress
-    if not counts.skipped_in_a_row <= counts.skipped <= counts.step == state.step:
+    if not counts.skipped_in_a_row <= counts.skipped_updates <= counts.step == state.step:
         raise InputError(f"{checkpoint.name}: state.json: its counts of updates do not agree")
     return state

@@ -166,6 +166,7 @@ def _measure(config: Config, vocab_size: int) -> tuple[float, int, int]:
     """Seconds of an update, FLOPs of a token, and parameters."""
     device = pick_device(config.training.device)
     trainer = Trainer(config, vocab_size, device)
+    trainer.reset()
     flops = plan.flops_per_token(config, trainer.model)
     context, parameters = config.model.context, trainer.model.num_parameters()
     affordable = int(TIMED_FLOPS[device.type] // flops)
@@ -196,7 +197,10 @@ def _measure_together(config: Config, vocab_size: int, cells: int) -> float:
     affordable = max(1, int(TIMED_FLOPS[device.type] // update))
     most = memory.models_at_once(config, vocab_size, device)
     count = min(cells, TIMED_TOGETHER, most, affordable)
-    batched = BatchedTrainer([Trainer(config, vocab_size, device) for _ in range(count)])
+    trainers = [Trainer(config, vocab_size, device) for _ in range(count)]
+    for trainer in trainers:
+        trainer.reset()
+    batched = BatchedTrainer(trainers)
     tokens = torch.randint(vocab_size, (count, config.batch_sequences, config.model.context))
     began = 0.0
     for _ in range(2):  # the first update warms up

@@ -102,12 +102,17 @@ def read_init_probes(directory: Path, arms: Collection[str]) -> list[InitProbe]:
 
 
 def _is_valid(init_probe: InitProbe, arms: Collection[str]) -> bool:
-    """Whether it is of arms of the comparison, at all depths, with a value for each block."""
+    """Whether it is of arms of the comparison, with a value for each block.
+
+    Some placements leave out small depths, see `probe_depths`.
+    """
     depths = [probe.layers for probe in init_probe.text]
     return (
         bool(init_probe.arms)
         and set(init_probe.arms) <= set(arms)
-        and depths == [probe.layers for probe in init_probe.token] == list(DEPTHS)
+        and depths == [probe.layers for probe in init_probe.token]
+        and bool(depths)
+        and depths == list(DEPTHS[-len(depths) :])
         and all(
             len(values) == probe.layers
             for probe in (*init_probe.text, *init_probe.token)

@@ -80,9 +80,6 @@ def probe(
             weights, activations are measured on all at once, and the first calibrates placements
             that need a batch (Admin's ω).
         seeds: of initial weights; at least one.
-
-    Raises:
-        InputError: the placement does not fit the rest of the model (see `gpt.placement.check`).
     """
     measured = [_measure(config, vocab_size, batches, seed) for seed in seeds]
 
@@ -107,11 +104,7 @@ def probe_depths(
     seeds: Sequence[int],
     depths: Sequence[int] = DEPTHS,
 ) -> list[Probe]:
-    """`probe` at each of `depths` that the placement allows.
-
-    Raises:
-        InputError: as `probe`.
-    """
+    """`probe` at each of `depths` that the placement allows."""
     least = PLACEMENTS[config.norm.placement].least_layers
     return [
         probe(config.model_copy(update={"layers": layers}), vocab_size, batches, seeds)

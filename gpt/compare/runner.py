@@ -6,8 +6,8 @@ trains one task after another (worker.py). This module is their parent: it hands
 shows the progress, and records in DIR/lost.json why a cell has no result.
 
 On a CPU each cell is a task and each worker has one thread: two such workers train small models
-faster than one with two threads. On a GPU a single worker trains the batches, and workers train
-what cannot be batched afterwards. If a worker is killed, only the cells of its task are affected.
+faster than one with two threads. A single worker trains the batches first; then up to `workers` of
+them train the remaining cells, one each. If a worker is killed, only its task's cells are affected.
 
 Ctrl-C and SIGTERM reach the parent, which asks the workers to stop; each saves its cells after the
 update in progress. Started again, a comparison leaves cells that have ended alone, resumes those

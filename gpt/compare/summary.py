@@ -1,6 +1,6 @@
 """From the outcomes of all cells to a Summary: arms, the registered contrast, and pairs.
 
-Only numbers are made here, by statistics.py; wording.py turns them into sentences.
+The numbers come from statistics.py, and the sentences of the verdict from wording.py.
 """
 
 from __future__ import annotations

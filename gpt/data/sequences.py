@@ -1,7 +1,8 @@
 """Sequences: token files -> batches.
 
-A training batch is a pure function of (data seed, step): sample i of the run does not depend on the
-batch size, the number of processes, or what was read before. Validation sequences never change.
+Sample i of a run is a pure function of (data seed, i): it does not depend on the batch size or on
+what was read before. Update n of B sequences sees samples (n - 1) B to n B - 1. Validation
+sequences never change.
 
 Batches are NumPy arrays of int64: inputs and targets, (sequences, T) each; the targets are the
 inputs shifted by one token.
@@ -73,27 +74,17 @@ class TrainingSequences:
         self,
         step: int,
         size: int,
-        rank: int = 0,
-        world: int = 1,
         check: Callable[[], object] = lambda: None,
     ) -> tuple[Batch, Batch]:
-        """Inputs and targets of update `step` (from 1), (size / world, T) each.
+        """Inputs and targets of update `step` (from 1), (size, T) each.
 
         Args:
-            size: sequences of the update, over all processes.
-            rank, world: index of this process, and the number of processes; together their batches
-                are the batch of a single process.
+            size: sequences of the update.
             check: called every `CHECK_EVERY` sequences; an exception that it raises ends the work.
-
-        Raises:
-            ValueError: the processes cannot share the batch evenly.
         """
-        if size % world:
-            raise ValueError(f"{world} processes cannot share {size} sequences evenly")
-        count = size // world
-        first = (step - 1) * size + rank * count
+        first = (step - 1) * size
         rows: list[Tokens] = []
-        for index in range(first, first + count):
+        for index in range(first, first + size):
             if len(rows) % CHECK_EVERY == 0:
                 check()
             rows.append(self._window(index))

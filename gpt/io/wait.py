@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
-from gpt.errors import StoppedError
+from gpt.errors import StoppedError, StopRequestedError
 
 Result = TypeVar("Result")
 Stop = Callable[[], bool]
@@ -103,6 +103,16 @@ def interruptible(work: Callable[[Stop], Result], stop: Stop, message: str) -> R
     except BaseException:
         deadline = -math.inf
         raise
+
+
+def raise_if(stop: Callable[[], bool]) -> None:
+    """Interrupt work that a resumed run does again.
+
+    Raises:
+        StopRequestedError: `stop` returned true.
+    """
+    if stop():
+        raise StopRequestedError
 
 
 def leave(code: int) -> NoReturn:

@@ -34,7 +34,7 @@ class Update:
     loss: Tensor
     grad_norm: Tensor
     learning_rate: float
-    batches: str
+    inputs_digest: str
     skipped: bool
     layer_stats: LayerStats | None
 
@@ -88,7 +88,7 @@ class RunLog:
         try:
             for update, loss, norm in zip(updates, losses, norms, strict=True):
                 records += self._records(update, loss, norm, speed)
-                self._count(progress, update, loss, norm)
+                self._count_or_raise(progress, update, loss, norm)
         finally:
             self.metrics.write(records)
             self._show(progress.step, updates[-1], losses[-1], speed["tokens_per_second"])
@@ -108,7 +108,7 @@ class RunLog:
             "loss": loss,
             "learning_rate": update.learning_rate,
             "grad_norm": norm,
-            "batches": update.batches,
+            "batches": update.inputs_digest,
             **({"skipped": True} if update.skipped else {}),
             **speed,
         }
@@ -129,7 +129,7 @@ class RunLog:
                 "its updates shrink"
             )
 
-    def _count(self, progress: Progress, update: Update, loss: float, norm: float) -> None:
+    def _count_or_raise(self, progress: Progress, update: Update, loss: float, norm: float) -> None:
         """Count an update.
 
         Raises:
@@ -137,12 +137,12 @@ class RunLog:
         """
         training = self.config.training
         progress.step, progress.train_loss = update.step, finite_or_none(loss)
-        progress.skipped += update.skipped
+        progress.skipped_updates += update.skipped
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if update.skipped else 0
         if update.skipped and training.nonfinite == "skip":
             self.console.say(
                 f"step {update.step}: skipped: loss {loss:g}, gradient norm {norm:g} "
-                f"({progress.skipped} skipped so far)"
+                f"({progress.skipped_updates} skipped so far)"
             )
         in_a_row = progress.skipped_in_a_row
         too_often = in_a_row > training.nonfinite_limit

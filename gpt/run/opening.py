@@ -30,7 +30,7 @@ def check_tokens(plan: ResumePlan, dataset: Dataset) -> None:
     if read_state(plan.checkpoint).data_fingerprint != dataset.fingerprint:
         data = [change for change in plan.changes if change.startswith("data.")]
         raise InputError(
-            f"{plan.run.path}: the tokens are not those that this run was trained on so "
+            f"{plan.directory.path}: the tokens are not those that this run was trained on so "
             f"far ({'; '.join(data) or 'the text is another'});\n"
             "give it the same text, or choose another --out-dir"
         )
@@ -45,7 +45,7 @@ def adopt_checkpoint(
         InputError: the checkpoint's micro-batch does not suit the config.
     """
     checkpoint = plan.checkpoint
-    if not plan.resumed:  # `best` is the best of this directory
+    if not plan.existing:  # `best` is the best of this directory
         progress.best_val_loss = progress.best_saved_val_loss = None
         progress.start_step = progress.step
     elif checkpoint is not None and config.training.micro_batch == "auto":
@@ -54,7 +54,7 @@ def adopt_checkpoint(
             raise InputError(f"{checkpoint.name}: micro-batch is larger than the batch")
     if (
         changed(plan.changes, "training.steps")
-        and progress.step == plan.run.read_config().training.steps
+        and progress.step == plan.directory.read_config().training.steps
     ):
         progress.start_step = progress.step  # the checkpoint of its former end is scheduled
 
@@ -65,14 +65,14 @@ def make_folders(plan: ResumePlan, config: Config) -> None:
     Raises:
         InputError: a folder cannot be made.
     """
-    run, fallback = plan.run, config.checkpoint.spare_dir
+    directory, fallback = plan.directory, config.checkpoint.spare_dir
     try:
-        run.samples.mkdir(exist_ok=True)
+        directory.samples.mkdir(exist_ok=True)
         if fallback:
             Path(fallback).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be made: {error.strerror}") from None
-    for folder in (run.path, run.samples, run.checkpoints):
+    for folder in (directory.path, directory.samples, directory.checkpoints):
         remove_partial(folder)
 
 
@@ -82,18 +82,18 @@ def announce(plan: ResumePlan, config: Config, step: int, console: Console) -> N
     Args:
         step: from which it is resumed.
     """
-    run, resuming = plan.run, plan.resuming
+    directory, resuming = plan.directory, plan.resuming
     for damage in plan.damaged:
         console.say(f"skipped: {damage}")
-    later = recovery.later_fallback(config, run.path, step) if resuming else None
+    later = recovery.later_fallback(config, directory.path, step) if resuming else None
     if later is not None:
         console.say(f"a later state of this run is in {later}: --out-dir {later} has it")
     if plan.damaged:
         console.say(f"resuming from step {step}")
-        for path in checkpoints.steps(run.checkpoints).values():
+        for path in checkpoints.steps(directory.checkpoints).values():
             if not checkpoints.is_intact(path):
                 console.say(f"set aside: {checkpoints.set_aside(path)}")
-    if plan.resumed and not resuming:
+    if plan.existing and not resuming:
         console.say("no checkpoint had been saved: starting again from step 0")
     for line in plan.describe_changes(config):
         console.say(line)
@@ -108,22 +108,22 @@ def write_identity(
     unigram_entropy: float,
 ) -> None:
     """Write config, tokenizer and environment: from here on the directory is this run."""
-    run, resuming = plan.run, plan.resuming
-    if plan.resumed:
-        run.note(
+    directory, resuming = plan.directory, plan.resuming
+    if plan.existing:
+        directory.note(
             "resumed",
             step,
             changes=plan.changes,
             skipped=[str(damage) for damage in plan.damaged],
             command=command_line(),
         )
-    run.result.unlink(missing_ok=True)
+    directory.result.unlink(missing_ok=True)
     if plan.changes or not resuming:
-        write_text(run.config, config.to_yaml())
-    if not resuming or not run.tokenizer.is_file():
-        write_text(run.tokenizer, tokenizer.to_json(dataset.encoding))
-    if not resuming or not run.environment.is_file():
-        run.write_environment(
+        write_text(directory.config, config.to_yaml())
+    if not resuming or not directory.tokenizer.is_file():
+        write_text(directory.tokenizer, tokenizer.to_json(dataset.encoding))
+    if not resuming or not directory.environment.is_file():
+        directory.write_environment(
             trainer.device,
             micro_batch=trainer.micro_batch,
             data_fingerprint=dataset.fingerprint,

@@ -50,7 +50,9 @@ def restore(
         return Progress()
     state = read_state(checkpoint)
     try:
-        trainer.load(checkpoint, state.scaler, updates=state.progress.step - state.progress.skipped)
+        trainer.load(
+            checkpoint, state.scaler, updates=state.progress.step - state.progress.skipped_updates
+        )
     except ValueError as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{checkpoint.name}: does not fit the config: {reason}") from None
@@ -64,7 +66,7 @@ def roll_back(
     fault: Fault,
     first_inputs: Callable[[], Tensor],
 ) -> Progress | None:
-    """Return to the last scheduled checkpoint, and skip the batches that were seen since.
+    """Return to the last scheduled checkpoint, and skip the batches trained on since.
 
     Chowdhery et al. 2022 (PaLM, section 5.1) did so by hand, and the spikes did not recur.
 
@@ -158,7 +160,7 @@ def _first_nonfinite(
 
 
 def advise_on_memory(trainer: Trainer, step: int, make_batch: MakeBatch, shortage: str) -> str:
-    """A message that names the largest micro-batch with which an update does fit.
+    """A message that names the largest micro-batch whose forward and backward pass fits.
 
     Args:
         step: of the next update.
@@ -185,6 +187,7 @@ def _fits(trainer: Trainer, micro_batch: int, step: int, inputs: Tensor, targets
     """Whether `backward` has memory for micro-batches of that size."""
     trainer.micro_batch = micro_batch
     trainer.optimizer.zero_grad()
+    trainer.scaler.update()  # the step that failed may have unscaled its gradients already
     release_memory(trainer.device)
     try:
         trainer.backward(step, inputs, targets)
@@ -252,7 +255,7 @@ def save_to_fallback(
 
 
 def later_fallback(config: Config, own: Path, step: int) -> Path | None:
-    """A directory made by `make_fallback` that holds a later state of this run than `step`."""
+    """A directory made by `save_to_fallback` that holds a later state of this run than `step`."""
     for path in fallback_parent(config).glob(f"{config.name}-*"):
         run = RunDirectory(path)
         with contextlib.suppress(InputError, OSError):

@@ -23,32 +23,32 @@ class ResumePlan:
     """Where to train, and from which state.
 
     Attributes:
-        run: the directory.
+        directory: where the run is, or will be.
         checkpoint: to start from; None: from the initial weights.
         result: of a run that has ended, so that nothing is left to do.
-        resumed: whether the directory already held this run.
+        existing: whether the directory already holds this run.
         changes: options that differ from the config that the run had before.
         damaged: what is wrong with checkpoints newer than `checkpoint`.
     """
 
-    run: RunDirectory
+    directory: RunDirectory
     checkpoint: Checkpoint | None = None
     result: RunResult | None = None
-    resumed: bool = False
+    existing: bool = False
     changes: tuple[str, ...] = ()
     damaged: tuple[InputError, ...] = ()
 
     @property
     def resuming(self) -> bool:
         """Whether training continues from a checkpoint of this directory."""
-        return self.resumed and self.checkpoint is not None
+        return self.existing and self.checkpoint is not None
 
     def describe_changes(self, config: Config) -> list[str]:
         """The changed options, and what they do to the learning rate, as lines for the user."""
         if not self.changes:
             return []
         step = self.checkpoint.step if self.checkpoint else 0
-        jump = describe_lr_change(self.run.read_config(), config, step)
+        jump = describe_lr_change(self.directory.read_config(), config, step)
         return ["changed: " + "; ".join(self.changes), *([] if jump is None else [jump])]
 
 
@@ -78,12 +78,12 @@ def ended_run(config: Config, path: Path, resume: str) -> RunResult | None:
     Raises:
         InputError: see `open_run`.
     """
-    run = RunDirectory(path)
-    if not run.config.is_file():
+    directory = RunDirectory(path)
+    if not directory.config.is_file():
         if path.is_symlink() or path.exists():
-            _check_unused(run, resume)
+            _check_unused(directory, resume)
         return None
-    changes, result = _same_run(run, config, resume)
+    changes, result = _same_run(directory, config, resume)
     if result is None or result.status == "interrupted":
         return None
     if result.status == "diverged" and changed(changes, "training.nonfinite"):
@@ -112,15 +112,15 @@ def open_run(config: Config, path: Path, resume: str) -> ResumePlan:
         InputError: the directory holds something that would have to be overwritten, or none of its
             checkpoints is intact.
     """
-    run = RunDirectory(path)
+    directory = RunDirectory(path)
     ended = ended_run(config, path, resume)
     if ended is not None:
-        return ResumePlan(run, result=ended, resumed=True)
-    if not run.config.is_file():
-        return ResumePlan(run, _start_from(config, resume))
-    changes, result = _same_run(run, config, resume)
-    run.check_paths()
-    checkpoint, damaged = checkpoints.newest_intact(run.checkpoints)
+        return ResumePlan(directory, result=ended, existing=True)
+    if not directory.config.is_file():
+        return ResumePlan(directory, _start_from(config, resume))
+    changes, result = _same_run(directory, config, resume)
+    directory.check_paths()
+    checkpoint, damaged = checkpoints.newest_intact(directory.checkpoints)
     if checkpoint is None and result is not None and result.step:
         raise InputError(f"{path}: has no checkpoint to resume from; choose another --out-dir")
     steps = config.training.steps
@@ -129,29 +129,33 @@ def open_run(config: Config, path: Path, resume: str) -> ResumePlan:
         raise InputError(
             f"{path}: is at step {checkpoint.step} already; training.steps ({steps}) must be more"
         )
-    return ResumePlan(run, checkpoint, resumed=True, changes=tuple(changes), damaged=tuple(damaged))
+    return ResumePlan(
+        directory, checkpoint, existing=True, changes=tuple(changes), damaged=tuple(damaged)
+    )
 
 
-def _same_run(run: RunDirectory, config: Config, resume: str) -> tuple[list[str], RunResult | None]:
+def _same_run(
+    directory: RunDirectory, config: Config, resume: str
+) -> tuple[list[str], RunResult | None]:
     """The changes of a config that may change while it stays the same run; and the run's result."""
     if resume != "auto":
         raise InputError(
-            f"{run.path}: holds a run, which --resume {resume} would overwrite;\n"
+            f"{directory.path}: holds a run, which --resume {resume} would overwrite;\n"
             "choose another --out-dir, or resume it with --resume auto"
         )
-    changes = run.read_config().differences(config)
+    changes = directory.read_config().differences(config)
     refused = [change for change in changes if not may_change(change)]
     if refused:
         refused += [change for change in changes if change.startswith("data.path:")]
         shown = "; ".join(refused[:5]) + ("; ..." if len(refused) > 5 else "")
         raise InputError(
-            f"{run.path}: holds a run of another config ({shown});\n"
+            f"{directory.path}: holds a run of another config ({shown});\n"
             "choose another --out-dir or name, or give that run's config to resume it"
         )
-    return changes, run.read_result()
+    return changes, directory.read_result()
 
 
-def _check_unused(run: RunDirectory, resume: str) -> None:
+def _check_unused(directory: RunDirectory, resume: str) -> None:
     """Check that a directory holds nothing but the leftovers of a start that was killed.
 
     Leftovers are empty folders, and a copy of the checkpoint that the start was from.
@@ -160,14 +164,14 @@ def _check_unused(run: RunDirectory, resume: str) -> None:
         InputError: it holds something else.
     """
     origin = {"latest", Path(resume).resolve().name} if resume not in ("auto", "never") else set()
-    ours = (run.samples, run.checkpoints)
-    if not run.path.is_dir() or not all(
+    ours = (directory.samples, directory.checkpoints)
+    if not directory.path.is_dir() or not all(
         (is_partial(path) or (path in ours and path.is_dir()))
         and not path.is_symlink()
         and all(is_partial(p) or p.name in origin for p in (path.iterdir() if path in ours else ()))
-        for path in run.path.iterdir()
+        for path in directory.path.iterdir()
     ):
-        raise InputError(f"{run.path}: exists and is not a run; choose another --out-dir")
+        raise InputError(f"{directory.path}: exists and is not a run; choose another --out-dir")
 
 
 def _start_from(config: Config, resume: str) -> Checkpoint | None:

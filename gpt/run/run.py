@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt import checkpoint as checkpoints
+from gpt import checkpoint as store
 from gpt import metrics
 from gpt.checkpoint import Checkpoint
 from gpt.checkpoint.manager import CheckpointManager
@@ -33,6 +33,7 @@ from gpt.errors import Fault, InputError, NonFiniteError, StopRequestedError
 from gpt.generate import continue_text
 from gpt.io.console import Console
 from gpt.io.files import write_text
+from gpt.io.wait import raise_if
 from gpt.run import opening, recovery
 from gpt.run.directory import RunDirectory, RunResult, Status
 from gpt.run.log import RunLog, Update, finite_or_none
@@ -72,7 +73,7 @@ class Run:
         save_checkpoints: bool = True,
         plot: bool = True,
     ) -> None:
-        self.config, self.directory, self.dataset = config, plan.run, dataset
+        self.config, self.directory, self.dataset = config, plan.directory, dataset
         self.trainer, self.console = trainer, console
         self.stop, self.on_update = stop, on_update
         self.save_checkpoints, self.plot = save_checkpoints, plot
@@ -98,18 +99,21 @@ class Run:
         return host_tensor(self.sequences.batch(1, few)[0], self.trainer.device)
 
     def _open(self, plan: ResumePlan) -> None:
-        """Make the directory ready for training, and write there what is known already."""
-        run, config, step = self.directory, self.config, self.progress.step
-        kept = metrics.read_up_to(run.metrics, step) if plan.resuming else []
+        """Make the directory ready for training, and write there what is known already.
+
+        A process may be killed at any point of this: what comes first never needs what comes later.
+        """
+        directory, config, step = self.directory, self.config, self.progress.step
+        kept = metrics.read_up_to(directory.metrics, step) if plan.resuming else []
         if self.progress.pending:  # an evaluation of this step, cut short, is repeated
             kept = [line for line in kept if line["step"] < step or "val_loss" not in line]
         opening.make_folders(plan, config)
         opening.announce(plan, config, step, self.console)
         protected: list[int] = []
         if any(changed(plan.changes, f"checkpoint.{key}") for key in ("keep", "keep_every")):
-            protected = list(checkpoints.steps(run.checkpoints))  # other options kept them
+            protected = list(store.steps(directory.checkpoints))  # other options kept them
         self.checkpoints = CheckpointManager(
-            run.checkpoints,
+            directory.checkpoints,
             config,
             saved_step=step if plan.resuming else None,
             protected_steps=protected,
@@ -117,15 +121,16 @@ class Run:
         if plan.checkpoint is not None and plan.resuming:  # what a kill had left undone
             name, best = plan.checkpoint.name, bool(plan.checkpoint.state["best"])
             if self.progress.start_step == step and step % config.save_every:
-                # Extended: on disk, too, this checkpoint is scheduled before the config says so.
-                checkpoints.save(run.checkpoints, self._checkpoint(best), best=best, replaces=True)
-            checkpoints.write_pointers(run.checkpoints, name, best=best)
+                # training.steps was raised. This step is scheduled only because the run once ended
+                # here: state.json must say so (`start_step`) before config.yaml has the new length.
+                store.save(directory.checkpoints, self._checkpoint(best), best=best, replaces=True)
+            store.write_pointers(directory.checkpoints, name, best=best)
             self.checkpoints.prune(self.progress)
         elif step:  # another run's checkpoint is where this one starts from, also after a crash
-            checkpoints.save(run.checkpoints, self._checkpoint(best=False))
+            store.save(directory.checkpoints, self._checkpoint(best=False))
         opening.write_identity(plan, config, self.dataset, self.trainer, step, self.unigram_entropy)
-        self.environment = run.environment.read_text("utf-8")
-        self.log = RunLog(run.metrics, config, self.trainer.model, self.console, kept)
+        self.environment = directory.environment.read_text("utf-8")
+        self.log = RunLog(directory.metrics, config, self.trainer.model, self.console, kept)
 
     # -- What the loop calls ---------------------------------------------------------------------
 
@@ -184,9 +189,9 @@ class Run:
         return lr_multiplier(self.config.schedule, step, self.config.training.steps)
 
     def before_update(self, step: int, inputs: Tensor) -> LayerStats | None:
-        """Note which inputs were seen, and measure the layers where `diagnostics` asks for it."""
-        seen = self.progress.inputs_digest.encode() + inputs.numpy().tobytes()
-        self.progress.inputs_digest = hashlib.sha256(seen).hexdigest()
+        """Add the inputs to the digest, and measure the layers if `diagnostics` asks for it."""
+        inputs_so_far = self.progress.inputs_digest.encode() + inputs.numpy().tobytes()
+        self.progress.inputs_digest = hashlib.sha256(inputs_so_far).hexdigest()
         every, trainer = self.config.diagnostics.every, self.trainer
         if every is None or (step > 1 and step % every != 0):
             return None
@@ -270,27 +275,14 @@ class Run:
         Args:
             stopping: a stop was requested: save, and leave the rest to the resumed run.
         """
-        config, step = self.config, self.progress.step
-        last = step == config.training.steps
+        step = self.progress.step
+        last = step == self.config.training.steps
         evaluating, sampling, saving = self._due(step)
         if stopping or saving or last:
             self._check_weights()
-        before, giving_up = replace(self.progress), False
-        try:
-            if stopping and (evaluating or sampling):
-                raise StopRequestedError
-            if evaluating:
-                self.trainer.interrupt()
-                self._evaluate()
-            giving_up = evaluating and not last and self._gives_up()
-            if sampling:
-                self.trainer.interrupt()
-                with self._or_elsewhere(evaluated=evaluating):
-                    self._sample()
-            self.progress.pending = False
-        except StopRequestedError:
-            stopping, self.progress = True, replace(before, pending=True)
+        stopping = not self._evaluate_and_sample(evaluating, sampling, stopping) or stopping
         evaluated = evaluating and not self.progress.pending
+        giving_up = evaluated and not last and self._gives_up()
         with self._or_elsewhere(evaluated=evaluated):
             if stopping or saving or (giving_up and self.save_checkpoints):
                 self._save(evaluated=evaluated)
@@ -299,6 +291,26 @@ class Run:
         if stopping:
             return self.end("interrupted", f"stopped after step {step}, and saved")
         return self._give_up() if giving_up else None
+
+    def _evaluate_and_sample(self, evaluating: bool, sampling: bool, stopping: bool) -> bool:
+        """Do what is due of the two, unless a stop is requested; returns whether it was done.
+
+        If not, the progress is as before but `pending`: the resumed run does both, from the start.
+        """
+        before = replace(self.progress)
+        try:
+            if evaluating:
+                raise_if(lambda: stopping or self.stop())
+                self._evaluate()
+            if sampling:
+                raise_if(lambda: stopping or self.stop())
+                with self._or_elsewhere(evaluated=evaluating):
+                    self._sample()
+        except StopRequestedError:
+            self.progress = replace(before, pending=True)
+            return False
+        self.progress.pending = False
+        return True
 
     def _check_weights(self) -> None:
         if not self.trainer.weights_are_finite():
@@ -414,12 +426,12 @@ class Run:
             self.checkpoints.wait()
         step = self.progress.step
 
-        def save(run: RunDirectory) -> None:
-            self.directory = run
-            self.log.restart(run.metrics, metrics.read_up_to(run.metrics, step))
+        def save(directory: RunDirectory) -> None:
+            self.directory = directory
+            self.log.restart(directory.metrics, metrics.read_up_to(directory.metrics, step))
             self.progress.best_saved_val_loss, self.progress.start_step = None, step
             self.checkpoints.close()
-            self.checkpoints = CheckpointManager(run.checkpoints, self.config)
+            self.checkpoints = CheckpointManager(directory.checkpoints, self.config)
             self._save(evaluated=evaluated)
             self.checkpoints.wait()
 
@@ -439,7 +451,7 @@ class Run:
     # -- Failure ---------------------------------------------------------------------------------
 
     def roll_back(self, fault: Fault) -> bool:
-        """Return to the last scheduled checkpoint, and skip the batches that were seen since.
+        """Return to the last scheduled checkpoint, and skip the batches trained on since.
 
         Returns:
             False, with nothing done, if `training.nonfinite` is not rollback, the limit is reached,
@@ -469,10 +481,17 @@ class Run:
         except OSError as error:  # then that checkpoint does not exist
             self.console.say(f"{error.filename}: {error.strerror}")
 
-    def locate_by_replay(self, fault: Fault) -> FaultLocation | None:
-        """Where inside the network the failure began, found by repeating the last steps."""
-        if fault.quantity == "validation loss":  # the weights that failed are still there
+    def _locate(self, fault: Fault, *, applied: bool) -> FaultLocation | None:
+        """Where inside the network a failure began.
+
+        Args:
+            applied: whether the update that failed was applied. Its weights are then spoilt, and
+                the last steps are repeated; otherwise they are as before, and its batch suffices.
+        """
+        if fault.quantity == "validation loss":
             return recovery.locate_in_validation(self.trainer, self.validation)
+        if not applied:
+            return recovery.locate_in_batch(self.trainer, fault.step, *self.batch(fault.step))
         return recovery.locate_by_replay(
             self.trainer,
             self.checkpoints,
@@ -483,17 +502,15 @@ class Run:
             self.console.say,
         )
 
-    def locate_in_batch(self, fault: Fault) -> FaultLocation | None:
-        """The same where the update that failed was not applied."""
-        if fault.quantity == "validation loss":
-            return recovery.locate_in_validation(self.trainer, self.validation)
-        return recovery.locate_in_batch(self.trainer, fault.step, *self.batch(fault.step))
+    def diverge(self, fault: Fault, *, applied: bool = True) -> RunResult:
+        """End with what became non-finite, where that began, and what to try next.
 
-    def diverge(self, fault: Fault, locate: Callable[[Fault], FaultLocation | None]) -> RunResult:
-        """End with what became non-finite, where that began, and what to try next."""
+        Args:
+            applied: whether the update that failed was applied.
+        """
         self._wait_for_checkpoint()
         try:
-            place = locate(fault)
+            place = self._locate(fault, applied=applied)
         except StopRequestedError:
             return self._interrupt_search(fault)
         self.checkpoints.drop_unscheduled(self.progress)
@@ -536,7 +553,7 @@ class Run:
             reason=reason,
             directory=self.directory.path,
             failure=failure,
-            skipped_updates=progress.skipped,
+            skipped_updates=progress.skipped_updates,
             rollbacks=progress.rollbacks,
         )
         if self.plot and progress.step and status != "interrupted":  # which must end soon
@@ -545,7 +562,3 @@ class Run:
             plot_run(metrics.read(self.directory.metrics), self.directory.plot, title=config.name)
         self.directory.write_result(result)  # last: it marks the run as ended
         return result
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
