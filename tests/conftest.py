@@ -1,20 +1,24 @@
-"""What the tests share: a tiny corpus and configs that train in a second."""
+"""Shared by the tests: a tiny corpus, configs that train in a second, and stubs of what is slow."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from gpt import checkpoint as checkpoints
 from gpt.config import Config, merge, validate
-from gpt.io.files import describe
+from gpt.io.files import describe, write_bytes
+from gpt.run import plot
 
 ROOT = Path(__file__).parents[1]
 # torch's compiler keeps kernels by their source alone: those of one vector unit fail on another.
@@ -56,7 +60,7 @@ def tree(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
 
 @pytest.fixture(scope="session")
 def tiny(tree: dict[str, Any]) -> Callable[..., Config]:
-    """`tiny(model={...}, ...)` is the tiny config with those options on top."""
+    """`tiny(model={...}, ...)` is the tiny config with these options changed."""
 
     def make(**overrides: Any) -> Config:
         return validate(Config, merge(tree, overrides))
@@ -66,21 +70,99 @@ def tiny(tree: dict[str, Any]) -> Callable[..., Config]:
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    """Environment of a subprocess that runs a door: one thread, as a test's model is tiny."""
+    """Environment of a subprocess that runs a command: one thread, as the models are tiny."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
+@contextlib.contextmanager
+def few_probes() -> Iterator[None]:
+    """Within, networks are probed at initialization with one seed instead of sixteen."""
+    from gpt.compare import init_probes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(init_probes, "SEEDS", (0,))
+        patch.setattr(init_probes, "TOKEN_SEEDS", (0,))
+        yield
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparisons train their cells in this process: workers take seconds to start."""
+    from gpt.compare import runner, worker
+
+    def run(self: runner._Pool, jobs: Sequence[runner._Job], workers: int) -> bool:
+        shared = worker.Shared(self.shared.request, self.shared.steps, os.getppid())
+        monkeypatch.setattr(worker, "_shared", shared, raising=False)
+        for job in jobs:
+            if self.stop():
+                shared.request.value = worker.STOP
+            answer: Future[Any] = Future()
+            try:
+                answer.set_result(job.function(*job.arguments))
+            except Exception as error:
+                answer.set_exception(error)
+            job.done(answer)
+        return shared.request.value != worker.STOP
+
+    monkeypatch.setattr(runner._Pool, "run", run)
+
+
 def vouch(folder: Path) -> None:
-    """Write a checkpoint's manifest anew, so that it vouches for whatever its files are now."""
+    """Rewrite a checkpoint's manifest to match its files as they are now."""
     path = folder / checkpoints.MANIFEST
     step = json.loads(path.read_text())["step"]
     files = {name: describe(folder / name) for name in checkpoints.FILES}
     path.write_text(checkpoints.manifest_text({"step": step, "files": files}))
 
 
+EMPTY = {
+    "png": b"\x89PNG\r\n\x1a\n",
+    "svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="1pt" height="1pt"/>',
+}
+
+
+def _save_empty(self: Figure, target: Any, *, format: str | None = None, **options: Any) -> None:
+    content = EMPTY[format or Path(target).suffix.removeprefix(".")]
+    target.write(content) if hasattr(target, "write") else Path(target).write_bytes(content)
+
+
+# Drawing takes longer than training a tiny run. So loss.png is written without being drawn, and
+# other figures are built but saved empty.
+STUBS: list[tuple[object, str, Callable[..., None]]] = [
+    (plot, "plot_run", lambda records, path, title: write_bytes(path, EMPTY["png"])),
+    (Figure, "savefig", _save_empty),
+    (Figure, "draw_without_rendering", lambda self: None),
+]
+ORIGINALS = [(owner, name, getattr(owner, name)) for owner, name, _ in STUBS]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _plots_are_empty() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for stub in STUBS:
+            patch.setattr(*stub)
+        yield
+
+
+@contextlib.contextmanager
+def rendering() -> Iterator[None]:
+    """Plots are drawn within, for tests of their content."""
+    with pytest.MonkeyPatch.context() as patch:
+        for original in ORIGINALS:
+            patch.setattr(*original)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """A single test file runs in this process, as workers would take longer to start."""
+    files = {argument.partition("::")[0] for argument in config.args}
+    return 0 if len(files) == 1 and files.pop().endswith(".py") else None
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -3,8 +3,8 @@
 A clear error is exit code 2 and one to three lines on stderr that begin with the command's name and
 name a key, a flag or a file, and no byte on disk has changed. It is never a traceback.
 
-STEADYGPT_EXAMPLES=10000 makes ten times as many examples as the ordinary run, which always makes
-the same ones.
+The ordinary run makes a few hundred examples, always the same ones. STEADYGPT_EXAMPLES sets how
+many; `.ci/run` makes thousands.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, few_probes, rendering
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -52,12 +52,12 @@ from gpt.errors import InputError, format_error, printable
 from gpt.io.files import describe
 from gpt.run import plot
 
-EXAMPLES = int(os.environ.get("STEADYGPT_EXAMPLES", "1000"))
+EXAMPLES = int(os.environ.get("STEADYGPT_EXAMPLES", "200"))
 
 
-def tries(share: float) -> settings:
-    """Settings of a test that makes this fraction of the examples."""
-    return settings(
+def tries(share: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator of a test that makes this fraction of the examples."""
+    made = settings(
         max_examples=max(1, round(EXAMPLES * share)),
         derandomize=True,
         deadline=None,
@@ -65,6 +65,7 @@ def tries(share: float) -> settings:
         phases=[Phase.generate],  # what fails is small, and making it smaller takes minutes
         suppress_health_check=list(HealthCheck),
     )
+    return lambda test: pytest.mark.fuzz(made(test))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -324,7 +325,8 @@ def compared(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.rmtree(folder / "cells" / cell.id / "checkpoints", ignore_errors=True)
     lost = {cells[-1].id: {"status": "killed", "reason": "its process ended early"}}
     (folder / "lost.json").write_text(json.dumps(lost))
-    write_init_probes(folder, measure_init_probes(cells[:1]) or [])
+    with few_probes():
+        write_init_probes(folder, measure_init_probes(cells[:1]) or [])
     command = {"argv": ["compare.py", "x.yaml"], "began": "2026-01-01T00:00:00"}
     (folder / "command.json").write_text(json.dumps([command]))
     return folder
@@ -1005,8 +1007,14 @@ READ_FILES = [
 ]
 
 
-@pytest.mark.parametrize("kind", ODD_KINDS)
-@pytest.mark.parametrize("name", READ_FILES)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [  # for every file, a device that fills the memory and a pipe that blocks
+        *((name, kind) for name in READ_FILES for kind in ("/dev/zero", "pipe")),
+        *(("metrics.jsonl", kind) for kind in ("folder", "sparse")),
+        *(("CHECKPOINT/model.safetensors", kind) for kind in ("folder", "sparse")),
+    ],
+)
 def test_what_is_not_a_file_in_a_run(
     name: str, kind: str, config: Config, stopped: Path, quick: None
 ):
@@ -1041,8 +1049,18 @@ WRONG_JSON = [
 ]
 
 
-@pytest.mark.parametrize("text", WRONG_JSON, ids=lambda text: text[:8])
-@pytest.mark.parametrize("name", ["lost.json", "probes.json", "command.json", "environment.json"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("lost.json", text) for text in WRONG_JSON),
+        *(
+            (name, text)
+            for name in ("probes.json", "command.json", "environment.json")
+            for text in ("", "[]", '{"a": 1}', "[[1]]")
+        ),
+    ],
+    ids=lambda text: text[:12],
+)
 def test_json_of_the_wrong_types(name: str, text: str, compared: Path, tmp_path: Path, quick: None):
     folder = Path(shutil.copytree(compared, tmp_path / "compared"))
     path = folder / name
@@ -1387,7 +1405,8 @@ def test_every_name_that_is_accepted_has_a_report(
     starts = json.loads((folder / "probes.json").read_text())
     (folder / "probes.json").write_text(json.dumps([s | {"arms": ODD_NAMES} for s in starts]))
 
-    answer = call("compare.py", folder, "--report-only")
+    with rendering():
+        answer = call("compare.py", folder, "--report-only")
     assert answer.code == 0, answer
     assert printable(answer.out, "\n\t") == answer.out
     assert not [str(w.message) for w in recwarn if "font" in str(w.message)]

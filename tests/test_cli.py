@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from gpt import cli
 from gpt.cli import common
 from gpt.cli.sample import load as load_prompt
 from gpt.config import Config
+from gpt.data.preparation import prepare
 from gpt.errors import InputError
 from gpt.trainer import Trainer
 from gpt.training import train
@@ -71,7 +73,10 @@ def called(
 
 
 def test_train_then_sample_as_a_user_does(
-    config_file: Path, tmp_path: Path, environment: dict[str, str]
+    config_file: Path,
+    tmp_path: Path,
+    environment: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
 ):
     out = tmp_path / "run"
     done = script("train", config_file, "--out-dir", out, environment=environment)
@@ -85,9 +90,9 @@ def test_train_then_sample_as_a_user_does(
         assert word in done.stderr
     assert "step 20/20  loss" in done.stderr
 
-    again = script("train", config_file, "--out_dir", out, environment=environment)
-    assert again.returncode == 0
-    assert again.stdout == done.stdout
+    code, again, _ = called(capsys, "train", config_file, "--out_dir", out)
+    assert code == 0
+    assert again == done.stdout
 
     text = script("sample", out, "--prompt", "The quick", environment=environment)
     assert text.returncode == 0, text.stderr
@@ -434,24 +439,22 @@ def test_max_seconds_is_a_time(
 
 
 def test_a_second_start_in_one_directory_is_refused(
-    tiny: Make,
-    tmp_path: Path,
-    environment: dict[str, str],
-    capsys: pytest.CaptureFixture[str],
+    tiny: Make, config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    path, out = tmp_path / "long.yaml", tmp_path / "run"
-    path.write_text(tiny(training={"steps": 3000}, evaluation={"every": 3000}).to_yaml())
-    command = [sys.executable, ROOT / "train.py", path, "--out-dir", out]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, env=environment, **quiet) as first:
-        deadline = time.monotonic() + 60
-        while not (out / "metrics.jsonl").is_file():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        code, _, stderr = called(capsys, "train", path, "--out-dir", out)
-        assert (code, stderr) == (2, f"train.py: {out}: another process is training there\n")
-        first.kill()
-    assert called(capsys, "train", path, "--out-dir", out, "--max-seconds=0.001")[0] == 75
+    """Also while the first one evaluates, samples or saves: it holds the lock until it ends."""
+    out = tmp_path / "run"
+    answers: list[tuple[int, str, str]] = []
+    asked = itertools.count()
+
+    def start_another() -> bool:
+        if next(asked) % 12 == 0:
+            answers.append(called(capsys, "train", config_file, "--out-dir", out))
+        return False
+
+    prepare(tiny().data)  # which asks in a thread
+    train(tiny(), out, quiet=True, stop=start_another)
+    assert len(answers) > 3
+    assert set(answers) == {(2, "", f"train.py: {out}: another process is training there\n")}
 
 
 # -- checkpoint --------------------------------------------------------------------------------
@@ -481,23 +484,19 @@ def test_verify_reports_every_checkpoint(
 
 
 def test_the_prompt_comes_from_a_flag_a_file_or_a_pipe(
-    run_dir: Path, tmp_path: Path, environment: dict[str, str]
+    run_dir: Path,
+    tmp_path: Path,
+    environment: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
 ):
     (tmp_path / "prompt.txt").write_text("The lazy")
     common = ["--max-new-tokens", 12, "--seed", 4]
-    flag = script("sample", run_dir, "--prompt", "The lazy", *common, environment=environment)
-    file = script(
-        "sample",
-        run_dir,
-        "--prompt-file",
-        tmp_path / "prompt.txt",
-        *common,
-        environment=environment,
-    )
+    flag = called(capsys, "sample", run_dir, "--prompt", "The lazy", *common)
+    file = called(capsys, "sample", run_dir, "--prompt-file", tmp_path / "prompt.txt", *common)
     pipe = script("sample", run_dir, *common, environment=environment, input="The lazy", stdin=None)
-    assert flag.returncode == file.returncode == pipe.returncode == 0
-    assert flag.stdout == file.stdout == pipe.stdout
-    assert flag.stdout.startswith("The lazy")
+    assert flag[0] == file[0] == pipe.returncode == 0
+    assert flag[1] == file[1] == pipe.stdout
+    assert flag[1].startswith("The lazy")
 
 
 def test_a_pipe_without_text_is_refused(run_dir: Path, environment: dict[str, str]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,13 +21,14 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, few_probes, rendering
 
 from gpt import metrics
 from gpt.compare import comparison, worker
 from gpt.compare.grid import Cell, load
 from gpt.compare.matching import match
 from gpt.compare.outcomes import read_outcome
+from gpt.compare.results import Summary
 from gpt.compare.tasks import Task, make_tasks
 from gpt.config import Config
 from gpt.errors import InputError
@@ -65,13 +67,13 @@ def write(path: Path, tree: dict[str, Any]) -> Path:
     return path
 
 
-def door(
-    *arguments: object, environment: dict[str, str], **options: Any
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "compare.py"), *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=300, **options
-    )
+def called(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of compare.py, called in this process."""
+    from gpt import cli
+
+    code = cli.run("compare", list(map(str, arguments)))
+    out, err = capsys.readouterr()
+    return code, out, err
 
 
 @pytest.fixture(scope="module")
@@ -86,26 +88,33 @@ def grid_file(tiny: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def done(
-    grid_file: Path, tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]
-) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A comparison that has ended, and what was printed."""
+def done(grid_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A comparison that has ended, by two workers, and what was printed."""
+    from gpt import cli
+
     directory = tmp_path_factory.mktemp("runs") / "small"
-    return directory, door(grid_file, "--out-dir", directory, environment=environment)
+    command = ["compare.py", str(grid_file), "--out-dir", str(directory), "--workers", "2"]
+    with (
+        few_probes(),
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(sys, "argv", command)  # which the report shows
+        assert cli.run("compare", command[1:]) == 0
+    return directory, out.getvalue()
 
 
 @pytest.fixture
-def copy(done: tuple[Path, Any], tmp_path: Path) -> Path:
+def copy(done: tuple[Path, str], tmp_path: Path) -> Path:
     """A copy of it to spoil."""
     return Path(shutil.copytree(done[0], tmp_path / "small"))
 
 
-def test_it_ends_with_a_verdict_and_a_report(done: tuple[Path, subprocess.CompletedProcess[str]]):
-    directory, ran = done
-    assert ran.returncode == 0, ran.stderr
-    assert f"{directory}/report.html" in ran.stdout
-    assert "2 failures in 2 seeds" not in ran.stdout
-    assert "the same fraction of each arm's runs failed" in ran.stdout
+def test_it_ends_with_a_verdict_and_a_report(done: tuple[Path, str]):
+    directory, out = done
+    assert f"{directory}/report.html" in out
+    assert "2 failures in 2 seeds" not in out
+    assert "the same fraction of each arm's runs failed" in out
     names = {path.name for path in directory.iterdir()} - {".lock"}
     assert names == {
         "grid.yaml",
@@ -120,7 +129,7 @@ def test_it_ends_with_a_verdict_and_a_report(done: tuple[Path, subprocess.Comple
     }
 
 
-def test_each_cell_is_a_run_directory_without_checkpoints(done: tuple[Path, Any]):
+def test_each_cell_is_a_run_directory_without_checkpoints(done: tuple[Path, str]):
     cells = sorted((done[0] / "cells").iterdir())
     assert len(cells) == 8
     for path in cells:
@@ -131,7 +140,7 @@ def test_each_cell_is_a_run_directory_without_checkpoints(done: tuple[Path, Any]
         assert not run.checkpoints.exists()
 
 
-def test_divergence_is_a_recorded_result(done: tuple[Path, Any]):
+def test_divergence_is_a_recorded_result(done: tuple[Path, str]):
     with (done[0] / "cells.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 8
@@ -156,7 +165,7 @@ def test_divergence_is_a_recorded_result(done: tuple[Path, Any]):
     assert {row["status"] for row in rows if row["failed"] == "True"} & {"diverged", "plateaued"}
 
 
-def test_the_worst_value_of_each_layer_measure_is_in_the_table(done: tuple[Path, Any]):
+def test_the_worst_value_of_each_layer_measure_is_in_the_table(done: tuple[Path, str]):
     with (done[0] / "cells.csv").open() as file:
         row = next(row for row in csv.DictReader(file) if row["status"] == "trained")
     records = metrics.read(done[0] / "cells" / row["id"] / "metrics.jsonl")
@@ -168,7 +177,7 @@ def test_the_worst_value_of_each_layer_measure_is_in_the_table(done: tuple[Path,
     assert float(row["max_grad_over_root_v"]) > 0
 
 
-def test_summary_json_agrees_with_the_cells(done: tuple[Path, Any]):
+def test_summary_json_agrees_with_the_cells(done: tuple[Path, str]):
     tree = json.loads((done[0] / "summary.json").read_text())
     assert tree["version"] == 2
     assert [(arm["arm"], arm["failures"], arm["runs"]) for arm in tree["arms"]] == [
@@ -180,7 +189,7 @@ def test_summary_json_agrees_with_the_cells(done: tuple[Path, Any]):
     assert tree["contrast"]["answer"] == "open"
 
 
-def test_arms_are_matched_and_the_report_says_so(done: tuple[Path, Any], grid_file: Path):
+def test_arms_are_matched_and_the_report_says_so(done: tuple[Path, str], grid_file: Path):
     _, cells = load(grid_file)
     found = match([read_outcome(cell, done[0]) for cell in cells])
     assert (found.cells, found.same_batches, found.exceptions) == (6, 6, ())
@@ -212,25 +221,25 @@ def test_different_batches_and_initial_weights_are_found(copy: Path, grid_file: 
 
 
 def test_started_again_it_runs_nothing_and_reports(
-    copy: Path, grid_file: Path, environment: dict[str, str]
+    copy: Path, grid_file: Path, capsys: pytest.CaptureFixture[str]
 ):
     before = {path: path.stat().st_mtime_ns for path in copy.glob("cells/*/*")}
     (copy / "report.html").unlink()
-    ran = door(grid_file, "--out-dir", copy, environment=environment)
-    assert ran.returncode == 0
+    assert called(capsys, grid_file, "--out-dir", copy)[0] == 0
     assert {path: path.stat().st_mtime_ns for path in copy.glob("cells/*/*")} == before
     assert (copy / "report.html").is_file()
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_started_again_it_runs_what_is_missing(
-    copy: Path, grid_file: Path, environment: dict[str, str]
+    copy: Path, grid_file: Path, capsys: pytest.CaptureFixture[str]
 ):
     _, cells = load(grid_file)
     shutil.rmtree(copy / "cells" / cells[3].id)
     old = metrics.read(copy / "cells" / cells[2].id / "metrics.jsonl")
-    ran = door(grid_file, "--out-dir", copy, "--workers", 1, environment=environment)
-    assert ran.returncode == 0, ran.stderr
-    lines = [line for line in ran.stderr.splitlines() if "/8  " in line]
+    code, _, err = called(capsys, grid_file, "--out-dir", copy)
+    assert code == 0, err
+    lines = [line for line in err.splitlines() if "/8  " in line]
     assert len(lines) == 1
     assert cells[3].id in lines[0]
     assert metrics.read(copy / "cells" / cells[2].id / "metrics.jsonl") == old
@@ -244,7 +253,8 @@ def test_report_only_redraws_from_the_files(
     for name in ("report.html", "report.md", "summary.json", "cells.csv"):
         (copy / name).unlink()
     shutil.rmtree(copy / "figures")
-    assert cli.run("compare", [str(copy), "--report-only"]) == 0
+    with rendering():
+        assert cli.run("compare", [str(copy), "--report-only"]) == 0
     assert "report.html" in capsys.readouterr().out
     for name in ("report.html", "report.md", "summary.json", "cells.csv"):
         assert (copy / name).is_file()
@@ -253,7 +263,7 @@ def test_report_only_redraws_from_the_files(
 
 
 def test_two_comparisons_side_by_side(
-    copy: Path, done: tuple[Path, Any], capsys: pytest.CaptureFixture[str]
+    copy: Path, done: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ):
     from gpt import cli
 
@@ -288,7 +298,7 @@ def test_a_dry_run_lists_cells_and_writes_nothing(
     ("arguments", "words"),
     [
         (["--workers", "0"], ["--workers: '0' is not between 1 and 1,000"]),
-        (["--workers", "two"], ["--workers: must be a valid integer", "two"]),
+        (["--workers", "two"], ["--workers: must be a valid integer, found 'two'"]),
         (["--optimizer.learning-rate", "1e-3"], ["--optimizer.learning_rate", "edit that file"]),
         (["--training.stepz", "1"], ["--training.stepz: no such option"]),
         (["--dry-run", "--report-only"], ["not both"]),
@@ -413,99 +423,101 @@ def test_two_at_once_in_one_directory_are_refused(
 # Cells without a result, and stopping
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.05)
+class TwoCells:
+    """A comparison of two cells that train for some seconds, long enough to be interrupted."""
 
+    def __init__(self, base: Config, folder: Path, **changes: Any) -> None:
+        axis = {"optimizer.learning_rate": [0.01]}
+        tree = grid_tree(base, grid=axis, seeds=1, probes=False, **changes)
+        self.path, self.directory = write(folder / "slow.yaml", tree), folder / "slow"
+        self.grid, self.cells = load(self.path)
 
-@contextlib.contextmanager
-def started(
-    tiny: Make, folder: Path, environment: dict[str, str], steps: int = 800, **changes: Any
-) -> Iterator[tuple[Path, Path, subprocess.Popen[str]]]:
-    """A comparison whose cells take long: its grid, its directory and its process."""
-    base = tiny(training={"steps": steps}, evaluation={"every": steps}, sampling={"tokens": 0})
-    axis = {"optimizer.learning_rate": [0.01]}
-    tree = grid_tree(base, grid=axis, seeds=1, probes=False, **changes)
-    path, directory = write(folder / "slow.yaml", tree), folder / "slow"
-    _, cells = load(path)
-    command = [sys.executable, str(ROOT / "compare.py"), str(path), "--out-dir", str(directory)]
-    process = subprocess.Popen(
-        [*command, "--workers", "2"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    wait_until(lambda: all(_updates(directory / "cells" / cell.id) > 3 for cell in cells))
-    yield path, directory, process
-    if process.poll() is None:
-        process.kill()
-    process.communicate()
+    def updates(self) -> list[int]:
+        """How many updates each cell has made."""
+        logs = [self.directory / "cells" / cell.id / "metrics.jsonl" for cell in self.cells]
+        return [
+            sum(b'"loss"' in line for line in log.read_bytes().splitlines()) if log.exists() else 0
+            for log in logs
+        ]
+
+    def are_training(self) -> bool:
+        return min(self.updates()) > 3
+
+    def run(self, stop: Callable[[], bool] = lambda: False) -> Summary | None:
+        """Run it by two workers, or by one if its cells are batched."""
+        return comparison.compare(
+            self.grid, self.cells, self.directory, workers=2, console=Console(), stop=stop
+        )
+
+    def run_and_kill_a_worker(self) -> tuple[Summary | None, int]:
+        """Run it and kill one worker; returns the summary and how many workers there were."""
+        workers: list[psutil.Process] = []
+
+        def kill_one() -> bool:
+            if not workers and self.are_training():
+                for child in psutil.Process().children():
+                    if any("spawn_main" in word for word in child.cmdline()):
+                        workers.append(child)
+                workers[0].kill()
+            return False
+
+        return self.run(stop=kill_one), len(workers)
 
 
 @pytest.fixture
-def slow(
-    tiny: Make, tmp_path: Path, environment: dict[str, str]
-) -> Iterator[tuple[Path, Path, subprocess.Popen[str]]]:
-    """Two cells in two processes."""
-    with started(tiny, tmp_path, environment) as all_three:
-        yield all_three
+def two_cells(tiny: Make, tmp_path: Path) -> TwoCells:
+    """In a process each."""
+    steps = {"training": {"steps": 400}, "evaluation": {"every": 400}}
+    return TwoCells(tiny(**steps, sampling={"tokens": 0}), tmp_path)
 
 
 @pytest.fixture
-def slow_batched(
-    tiny: Make, tmp_path: Path, environment: dict[str, str]
-) -> Iterator[tuple[Path, Path, subprocess.Popen[str]]]:
-    """Two cells of one shape, batched."""
+def two_batched(tiny: Make, tmp_path: Path) -> TwoCells:
+    """Of one shape, batched."""
+    steps = {"training": {"steps": 250}, "evaluation": {"every": 250}}
     arms = {"warm-up": {"none": {"schedule.warmup": "none"}, "linear": {}}}
-    changes: dict[str, Any] = {"contrast": None, "pairs": []}
-    with started(
-        tiny, tmp_path, environment, 500, runner="batched", arms=arms, **changes
-    ) as all_three:
-        yield all_three
-
-
-def _updates(run: Path) -> int:
-    log = run / "metrics.jsonl"
-    return sum(b'"loss"' in line for line in log.read_bytes().splitlines()) if log.is_file() else 0
+    changes: dict[str, Any] = {"contrast": None, "pairs": [], "runner": "batched", "arms": arms}
+    return TwoCells(tiny(**steps, sampling={"tokens": 0}), tmp_path, **changes)
 
 
 def test_a_killed_cell_is_recorded_and_the_others_continue(
-    slow: tuple[Path, Path, subprocess.Popen[str]], environment: dict[str, str]
+    two_cells: TwoCells, request: pytest.FixtureRequest
 ):
-    path, directory, process = slow
-    workers = [
-        child
-        for child in psutil.Process(process.pid).children()
-        if any("spawn_main" in word for word in child.cmdline())
-    ]
-    assert len(workers) == 2
-    workers[0].kill()
-    out, _ = process.communicate(timeout=200)
-    assert process.returncode == 0
-    assert "1 of 2 cells have no result (1 killed)" in out
+    summary, workers = two_cells.run_and_kill_a_worker()
+    assert workers == 2
+    assert summary is not None
+    directory = two_cells.directory
+    message = comparison.format_summary(summary, directory)
+    assert "1 of 2 cells have no result (1 killed)" in message
     lost = json.loads((directory / "lost.json").read_text())
     (name,) = lost
     assert lost[name]["status"] == "killed"
     assert "SIGKILL" in lost[name]["reason"]
-    report = (directory / "report.html").read_text()
-    assert "1 of 2 cells have no result" in report
+    assert "1 of 2 cells have no result" in (directory / "report.html").read_text()
     with (directory / "cells.csv").open() as file:
         assert {row["id"]: row["status"] for row in csv.DictReader(file)}[name] == "killed"
 
-    again = door(path, "--out-dir", directory, environment=environment)
-    assert again.returncode == 0, again.stderr
+    request.getfixturevalue("in_this_process")
+    assert two_cells.run()
     assert not (directory / "lost.json").exists()
     assert json.loads((directory / "summary.json").read_text())["with_result"] == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_the_cells(slow: tuple[Path, Path, subprocess.Popen[str]], number: int):
-    _, directory, process = slow
-    os.kill(process.pid, number)
-    _, error = process.communicate(timeout=60)
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
+def test_a_signal_saves_the_cells(two_cells: TwoCells, environment: dict[str, str], number: int):
+    directory = two_cells.directory
+    command = [sys.executable, ROOT / "compare.py", two_cells.path, "--out-dir", directory]
+    with subprocess.Popen(
+        [*command, "--workers", "2"], stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not two_cells.are_training():
+            assert time.monotonic() < deadline, "timed out"
+            time.sleep(0.05)
+        os.kill(process.pid, number)
+        _, error = process.communicate(timeout=60)
     assert process.returncode == 75
     assert "run the same command to resume" in error
     for arm in ("pre", "deepnorm"):
@@ -513,7 +525,7 @@ def test_a_signal_saves_the_cells(slow: tuple[Path, Path, subprocess.Popen[str]]
         result = run.read_result()
         assert result is not None
         assert result.status == "interrupted"
-        assert 3 < result.step < 800
+        assert 3 < result.step < 400
         assert (run.checkpoints / "latest").is_file()
 
 
@@ -567,6 +579,7 @@ def shared_memory() -> Any:
     return worker.Shared(SimpleNamespace(value=0), [0], os.getppid())  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_an_error_in_a_cell_is_exit_1_and_the_others_have_results(
     grid_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -587,7 +600,10 @@ def test_an_error_in_a_cell_is_exit_1_and_the_others_have_results(
     assert cells[0].id in json.loads((directory / "lost.json").read_text())
 
 
-def test_two_workers_give_what_one_gives(done: tuple[Path, Any], grid_file: Path, tmp_path: Path):
+@pytest.mark.usefixtures("in_this_process")
+def test_two_workers_give_what_one_process_gives(
+    done: tuple[Path, str], grid_file: Path, tmp_path: Path
+):
     """Cell by cell the same losses, whichever worker trained them."""
     grid, cells = load(grid_file)
     assert comparison.compare(
@@ -612,15 +628,16 @@ def test_two_workers_give_what_one_gives(done: tuple[Path, Any], grid_file: Path
 # -- Batched cells -----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_batched_cells_give_what_processes_give(
-    done: tuple[Path, Any], grid_file: Path, tmp_path: Path, environment: dict[str, str]
+    done: tuple[Path, str], grid_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     """The same files, verdicts and inputs; losses to rounding, which a wild rate magnifies."""
     tree = yaml.safe_load(grid_file.read_text())
     path, directory = write(tmp_path / "one.yaml", {**tree, "probes": False}), tmp_path / "one"
-    ran = door(path, "--runner", "batched", "--out-dir", directory, environment=environment)
-    assert ran.returncode == 0, ran.stderr
-    assert "with a batch of up to 8 cells, estimated by a short timing here" in ran.stderr
+    code, _, err = called(capsys, path, "--runner", "batched", "--out-dir", directory)
+    assert code == 0, err
+    assert "with 2 batches of up to 4 cells, estimated by a short timing here" in err
     rows = []
     for each in (done[0], directory):
         with (each / "cells.csv").open() as file:
@@ -646,19 +663,20 @@ def test_batched_cells_give_what_processes_give(
             for d in (done[0], directory)
         ]
         assert inputs[0] == inputs[1]
-    again = door(path, "--out-dir", directory, environment=environment)
-    assert again.returncode == 0
-    assert "have already ended" in again.stderr
+    code, _, err = called(capsys, path, "--out-dir", directory)
+    assert code == 0
+    assert "have already ended" in err
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_kept_checkpoints_stay_and_a_plot_that_fails_is_reported(
-    grid_file: Path, tmp_path: Path, environment: dict[str, str]
+    grid_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     tree = yaml.safe_load(grid_file.read_text())
     axis = {"optimizer.learning_rate": [0.03]}
     small = {**tree, "seeds": 1, "probes": False, "grid": axis, "keep_checkpoints": True}
     path, directory = write(tmp_path / "kept.yaml", small), tmp_path / "kept"
-    assert door(path, "--out-dir", directory, environment=environment).returncode == 0
+    assert called(capsys, path, "--out-dir", directory)[0] == 0
     kept = sorted(directory.glob("cells/*/checkpoints/step-*"))
     assert kept
     missing, picture = sorted(directory.glob("cells/*/loss.png"))[:2]
@@ -666,9 +684,9 @@ def test_kept_checkpoints_stay_and_a_plot_that_fails_is_reported(
     picture.unlink()
     picture.mkdir()  # nothing can be drawn there
     write(path, {**small, "keep_checkpoints": False})
-    again = door(path, "--out-dir", directory, environment=environment)
-    assert again.returncode == 0, again.stderr
-    assert "a cell's loss.png could not be drawn" in again.stderr
+    code, _, err = called(capsys, path, "--out-dir", directory)
+    assert code == 0, err
+    assert "a cell's loss.png could not be drawn" in err
     assert missing.is_file()
     assert sorted(directory.glob("cells/*/checkpoints/step-*")) == kept
     assert yaml.safe_load((directory / "grid.yaml").read_text())["keep_checkpoints"]
@@ -717,41 +735,31 @@ def test_cells_are_divided_into_tasks_by_shape(
 
 
 def test_batched_cells_are_stopped_saved_and_resumed(
-    slow_batched: tuple[Path, Path, subprocess.Popen[str]], environment: dict[str, str]
+    two_batched: TwoCells, request: pytest.FixtureRequest
 ):
-    path, directory, process = slow_batched
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=200)
-    assert process.returncode == 75, err
-    names = [folder.name for folder in (directory / "cells").iterdir()]
-    steps = {name: _updates(directory / "cells" / name) for name in names}
-    assert len(set(steps.values())) == 1
-    assert 3 < steps[names[0]] < 500
-    for name in names:
-        assert (directory / "cells" / name / "checkpoints" / "latest").is_file()
-    ran = door(path, "--out-dir", directory, environment=environment)  # its grid.yaml says batched
-    assert ran.returncode == 0, ran.stderr
-    for name in names:
-        assert _updates(directory / "cells" / name) == 500
-        assert (directory / "cells" / name / "loss.png").is_file()
-        assert not (directory / "cells" / name / "checkpoints").exists()
+    assert two_batched.run(stop=two_batched.are_training) is None
+    stopped = two_batched.updates()
+    assert len(set(stopped)) == 1
+    assert 3 < stopped[0] < 250
+    folders = list((two_batched.directory / "cells").iterdir())
+    for folder in folders:
+        assert (folder / "checkpoints" / "latest").is_file()
+    request.getfixturevalue("in_this_process")
+    assert two_batched.run()
+    assert two_batched.updates() == [250, 250]
+    for folder in folders:
+        assert (folder / "loss.png").is_file()
+        assert not (folder / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_batched_cells_that_are_killed_are_tried_again(
-    slow_batched: tuple[Path, Path, subprocess.Popen[str]], environment: dict[str, str]
+    two_batched: TwoCells, request: pytest.FixtureRequest
 ):
-    path, directory, process = slow_batched
-    (worker,) = [
-        child
-        for child in psutil.Process(process.pid).children()
-        if any("spawn_main" in word for word in child.cmdline())
-    ]
-    worker.kill()
-    _, err = process.communicate(timeout=200)
-    assert process.returncode == 2
-    assert "no cell has a result yet" in err
-    lost = json.loads((directory / "lost.json").read_text())
-    assert [why["status"] for why in lost.values()] == ["killed", "killed"]
-    ran = door(path, "--out-dir", directory, environment=environment)
-    assert ran.returncode == 0, ran.stderr
-    assert not (directory / "lost.json").exists()
+    with pytest.raises(InputError, match="no cell has a result yet"):
+        two_batched.run_and_kill_a_worker()
+    lost = json.loads((two_batched.directory / "lost.json").read_text())
+    assert [error["status"] for error in lost.values()] == ["killed", "killed"]
+    request.getfixturevalue("in_this_process")
+    assert two_batched.run()
+    assert not (two_batched.directory / "lost.json").exists()

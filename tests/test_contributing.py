@@ -19,6 +19,19 @@ from gpt.placement import PLACEMENTS
 TEXT = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
 
 
+def test_every_module_and_every_test_file_is_in_the_table():
+    (table,) = re.findall(r"^\| a change in .*?\n\n", TEXT, re.DOTALL | re.MULTILINE)
+    named = set(re.findall(r"`(gpt\.[\w.]+)`", table))
+    files = set(re.findall(r"`(test_\w+\.py)`", table))
+    assert files == {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    paths = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "gpt").rglob("*.py")]
+    names = {".".join(path.parts).removesuffix(".__init__") for path in paths}
+    modules = {name for name in names if "." in name and not name.endswith(".__main__")}
+    assert named <= modules
+    for module in modules:  # itself, or what it is a part of, or, of a package, a part of it
+        assert any(f"{module}.".startswith(f"{n}.") or n.startswith(f"{module}.") for n in named)
+
+
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project with the example's blocks inserted."""
@@ -70,6 +83,7 @@ def test_it_trains_samples_and_is_looked_into(
     assert "layer_scale" in run("train.py", "--help").stdout
 
 
+@pytest.mark.slow
 def test_the_tests_cover_it(extended: Path, environment: dict[str, str]):
     """The tests of placements, options and the command line, with the schema made again."""
     here = {**environment, "PYTHONPATH": str(extended)}

@@ -19,6 +19,7 @@ from gpt.model import GPT
 from gpt.run import plan
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 1.9])

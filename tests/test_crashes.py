@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 pytest.importorskip("xdist")
+pytestmark = pytest.mark.slow
 CRASH = "import os, signal\ndef test_bad(): os.kill(os.getpid(), signal.SIGSEGV)\n"
 HANG = "import re\ndef test_bad(): re.match('(a*)*b', 'a' * 40)\n"  # keeps the interpreter's lock
 FINE = "def test_fine(): pass\n"

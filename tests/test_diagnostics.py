@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import rendering
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -245,7 +246,8 @@ def test_gradients_near_epsilon_raise_an_alarm(tiny: Make, tmp_path: Path, capsy
 def test_the_plot(tiny: Make, tmp_path: Path, capsys, precision: str):
     config = tiny(diagnostics={"every": 5}, training={"precision": precision})
     run(config, tmp_path / "run")
-    assert cli.run("diagnose", [str(tmp_path / "run")]) == 0
+    with rendering():
+        assert cli.run("diagnose", [str(tmp_path / "run")]) == 0
     picture = Path(capsys.readouterr().out.strip())
     assert picture == RunDirectory(tmp_path / "run").layers
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -267,7 +269,8 @@ def test_a_plot_of_a_run_that_failed_at_once(tiny: Make, tmp_path: Path):
     config = tiny(diagnostics={"every": 1}, optimizer=optimizer, schedule={"warmup": "none"})
     assert run(config, tmp_path / "run").status == "diverged"
     assert any(r["grad_norm"] is None for r in lines(tmp_path / "run", layers=True)[4:])
-    assert cli.run("diagnose", [str(tmp_path / "run")]) == 0
+    with rendering():
+        assert cli.run("diagnose", [str(tmp_path / "run")]) == 0
 
 
 def test_a_plot_of_nothing_is_rejected(tiny: Make, tmp_path: Path, capsys):

@@ -59,24 +59,32 @@ def losses(out: Path) -> torch.Tensor:
     return torch.tensor([math.nan if line["loss"] is None else line["loss"] for line in found])
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_cells_train_as_they_do_alone(tiny: Make, tmp_path: Path, placement: str):
-    """100 updates, each cell with its own seed, rate, clip, decay and schedule."""
+@pytest.mark.parametrize(
+    ("placement", "steps"),
+    [
+        ("pre", 100),
+        *((name, 10) for name in PLACEMENTS if name != "pre"),
+        *(pytest.param(name, 100, marks=pytest.mark.slow) for name in PLACEMENTS if name != "pre"),
+    ],
+)
+def test_cells_train_as_they_do_alone(tiny: Make, tmp_path: Path, placement: str, steps: int):
+    """Each cell with its own seed, rate, clip, decay and schedule."""
     common = {
         "model": {"layers": 4, "norm": {"placement": placement}},
-        "training": {"steps": 100},
-        "evaluation": {"every": 50},
+        "training": {"steps": steps},
+        "evaluation": {"every": steps // 2},
     }
     configs = [tiny(**{**common, **cell}) for cell in CELLS]
     assert len({shape(config) for config in configs}) == 1
     as_one = together(configs, tmp_path / "one")
     for i, config in enumerate(configs):
         alone = train(config, tmp_path / f"alone-{i}", quiet=True)
-        assert (as_one[i].status, as_one[i].step) == (alone.status, alone.step) == ("finished", 100)
+        assert as_one[i].status == alone.status == "finished"
+        assert as_one[i].step == alone.step == steps
         assert as_one[i].val_loss == pytest.approx(alone.val_loss, abs=1e-4)
         one, other = losses(tmp_path / f"one/{i}"), losses(tmp_path / f"alone-{i}")
         assert (one - other).abs().max() < 1e-4
-        assert one[-1] < one[0] - 0.1  # they learn something
+        assert steps == 10 or one[-1] < one[0] - 0.1  # they learn something
 
 
 @pytest.mark.parametrize(
@@ -97,13 +105,14 @@ def test_cells_train_as_they_do_alone(tiny: Make, tmp_path: Path, placement: str
 def test_other_options_give_what_they_give_alone(
     tiny: Make, tmp_path: Path, common: dict[str, Any]
 ):
-    configs = [tiny(**merge(common, cell)) for cell in CELLS]
+    short = merge(common, {"training": {"steps": 10}, "sampling": {"tokens": 0}})
+    configs = [tiny(**merge(short, cell)) for cell in CELLS[:2]]
     together(configs, tmp_path / "one")
     tolerance = 0.02 if "bf16" in str(common) else 1e-4
     for i, config in enumerate(configs):
         train(config, tmp_path / f"alone-{i}", quiet=True)
         one, other = losses(tmp_path / f"one/{i}"), losses(tmp_path / f"alone-{i}")
-        assert len(one) == len(other) == 20
+        assert len(one) == len(other) == 10
         assert (one - other).abs().max() < tolerance
 
 

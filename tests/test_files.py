@@ -53,6 +53,15 @@ def to_the_same(path: Path, outside: Path) -> None:
 LINKS = [to_file, to_folder, to_nothing, to_the_same]
 
 
+def two_links(names: list[str]) -> list[tuple[str, Link]]:
+    """Each name with a link to its own content, moved elsewhere, and with another kind in turn."""
+    return [
+        (name, link)
+        for number, name in enumerate(names)
+        for link in (to_the_same, LINKS[number % 3])
+    ]
+
+
 @pytest.fixture
 def outside(tmp_path: Path) -> Path:
     """A folder that the program must not touch."""
@@ -127,8 +136,7 @@ RUN = [
 ]
 
 
-@pytest.mark.parametrize("link", LINKS)
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize(("name", "link"), two_links(RUN))
 def test_a_run_does_not_write_through_a_link(
     name: str, link: Link, run: Path, small: Config, outside: Path
 ):
@@ -256,8 +264,7 @@ COMPARISON = [
 
 
 @pytest.mark.parametrize("flags", [(), ("--report-only",)], ids=["run", "report"])
-@pytest.mark.parametrize("link", LINKS)
-@pytest.mark.parametrize("name", COMPARISON)
+@pytest.mark.parametrize(("name", "link"), two_links(COMPARISON))
 def test_a_comparison_does_not_write_or_delete_through_a_link(
     name: str, link: Link, flags: tuple[str, ...], comparison: Path, outside: Path
 ):
@@ -330,8 +337,7 @@ def prepared(config: Config, tmp_path: Path) -> str:
     return answer.err
 
 
-@pytest.mark.parametrize("link", LINKS)
-@pytest.mark.parametrize("name", BUILDING)
+@pytest.mark.parametrize(("name", "link"), two_links(BUILDING))
 def test_preparation_does_not_write_through_a_link(
     name: str, link: Link, building: tuple[Config, Path], tmp_path: Path, outside: Path
 ):

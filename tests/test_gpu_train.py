@@ -14,7 +14,10 @@ ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, str(ROOT / "benchmarks/gpu_train.py")]
 ROWS = ["plain PyTorch loop", "loss in chunks", "cuDNN", "b2t"]
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it locks files as Unix does")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="it locks files as Unix does"),
+]
 
 
 def test_a_table_and_its_json(tmp_path: Path, environment: dict[str, str]):

@@ -17,6 +17,7 @@ if sys.platform != "linux":
 from benchmarks import hostile
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

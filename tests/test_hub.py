@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import datasets
 import pytest
 from conftest import ROOT
 
@@ -141,7 +140,7 @@ def prepare(tmp_path: Path, environment: dict[str, str]) -> Prepare:
 DATASET = ("--data.source", "hub", "--data.hub.name", "me/data")
 
 
-def test_a_dataset_is_streamed_or_downloaded_and_then_needs_no_network(prepare: Prepare, hub: str):
+def test_a_dataset_is_streamed_and_then_needs_no_network(prepare: Prepare, hub: str):
     code, streamed, err, _ = prepare(*DATASET, HF_ENDPOINT=hub)
     assert code == 0, err
     table = [line.split() for line in streamed.splitlines()]
@@ -152,6 +151,11 @@ def test_a_dataset_is_streamed_or_downloaded_and_then_needs_no_network(prepare: 
     again = prepare(*DATASET, HF_ENDPOINT="http://127.0.0.1:9")  # prepared: nothing is asked
     assert again[:2] == (0, streamed)
 
+
+@pytest.mark.slow
+def test_a_dataset_is_downloaded_and_then_needs_no_network(prepare: Prepare, hub: str):
+    code, streamed, err, _ = prepare(*DATASET, HF_ENDPOINT=hub)
+    assert code == 0, err
     download = (*DATASET, "--data.hub.streaming", "false")
     validation = ("--data.validation", "{hub: {split: test}}")
     code, out, err, _ = prepare(*download, *validation, HF_ENDPOINT=hub)
@@ -163,30 +167,59 @@ def test_a_dataset_is_streamed_or_downloaded_and_then_needs_no_network(prepare: 
     assert streamed.splitlines()[1:] == out.splitlines()[1:]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--data.hub.name", "me/nothing"), "'me/nothing' is neither a local folder nor a dataset"),
-        (("--data.hub.name", "no folder/a/b"), "is neither a local folder nor a dataset"),
-        (("--data.hub.revision", "v9"), "me/data has no 'v9'"),
-        (("--data.hub.split", "dev"), "dev"),
-        (("--data.hub.config", "de"), "default"),
-        (("--data.text-field", "body"), "me/data: row 1: has no field 'body'"),
-    ],
-)
-def test_errors_name_what_the_hub_does_not_have(
-    prepare: Prepare, hub: str, arguments: tuple[str, ...], message: str
-):
-    base = DATASET[: 2 if "--data.hub.name" in arguments else 4]
-    code, out, err, seconds = prepare(*base, *arguments, HF_ENDPOINT=hub)
-    assert (code, out) == (2, "")
-    assert message in err
-    assert len([line for line in err.splitlines() if "preparing" not in line]) <= 3
-    assert seconds < 20
+LACKING = {
+    ("--data.hub.name", "me/nothing"): "'me/nothing' is neither a local folder nor a dataset",
+    ("--data.hub.name", "no folder/a/b"): "is neither a local folder nor a dataset",
+    ("--data.hub.revision", "v9"): "me/data has no 'v9'",
+    ("--data.hub.split", "dev"): "dev",
+    ("--data.hub.config", "de"): "default",
+    ("--data.text-field", "body"): "me/data: row 1: has no field 'body'",
+}
+IN_TURN = """
+import contextlib, io, json, sys, time
+from gpt import cli
+
+answers = []
+for arguments in json.loads(sys.argv[1]):
+    began, out, err = time.monotonic(), io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = cli.run("prepare", arguments)
+        except SystemExit as end:
+            code = end.code
+    answers.append([code, out.getvalue(), err.getvalue(), time.monotonic() - began])
+print(json.dumps(answers))
+"""
+
+
+def test_errors_name_what_the_hub_does_not_have(prepare: Prepare, hub: str):
+    """One after the other in one process, which imports the library once."""
+    calls = []
+    for arguments in LACKING:
+        base = DATASET[: 2 if "--data.hub.name" in arguments else 4]
+        cache = ("--data.cache-dir", f"{prepare.folder}/cache")
+        calls.append([f"{prepare.folder}/c.yaml", *base, *arguments, *cache])
+    done = subprocess.run(
+        [sys.executable, "-c", IN_TURN, json.dumps(calls)],
+        env={**prepare.environment, "HF_ENDPOINT": hub},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    for answer, message in zip(json.loads(done.stdout), LACKING.values(), strict=True):
+        code, out, err, seconds = answer
+        assert (code, out) == (2, "")
+        assert message in err
+        assert len([line for line in err.splitlines() if "preparing" not in line]) <= 3
+        assert seconds < 20
     assert prepare.left() == []
 
 
-@pytest.mark.parametrize("server", ["silent", "refusing"])
+SERVERS = [pytest.param("silent", marks=pytest.mark.slow), "refusing"]  # the first one takes 10 s
+
+
+@pytest.mark.parametrize("server", SERVERS)
 def test_an_unreachable_hub_is_noticed_soon(prepare: Prepare, silent: str, server: str):
     address = silent if server == "silent" else "http://127.0.0.1:9"
     code, _, err, seconds = prepare(*DATASET, HF_ENDPOINT=address)
@@ -200,6 +233,7 @@ def test_an_unreachable_hub_is_noticed_soon(prepare: Prepare, silent: str, serve
     assert prepare.left() == []
 
 
+@pytest.mark.slow
 def test_an_unreachable_hub_is_noticed_soon_when_continuing(
     prepare: Prepare, hub: str, silent: str
 ):
@@ -234,7 +268,7 @@ def test_a_hub_that_stops_responding_is_noticed(silent_in: str, monkeypatch: pyt
         return Rows()
 
     monkeypatch.setattr(hub_source, "ROW_TIMEOUT", 0.2)
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     config = SourceConfig.model_validate({"source": "hub", "hub": {"name": "me/data"}})
     found: list[str] = []
 
@@ -267,7 +301,7 @@ def test_a_local_folder_is_a_dataset_too(prepare: Prepare):
 GPT2 = ("--data.tokenizer", "gpt2")
 
 
-@pytest.mark.parametrize("server", ["silent", "refusing"])
+@pytest.mark.parametrize("server", SERVERS)
 def test_a_missing_vocabulary_is_noticed_soon(prepare: Prepare, silent: str, server: str):
     proxy = silent if server == "silent" else "http://127.0.0.1:9"
     code, _, err, seconds = prepare(*GPT2, HTTPS_PROXY=proxy, https_proxy=proxy)

@@ -50,12 +50,14 @@ def shaped(options: dict[str, Any]) -> ModelConfig:
     return ModelConfig.model_validate({**shape, **options})
 
 
-MODELS = [
-    *({"norm": {"placement": p, "type": t}} for p in PLACEMENTS for t in NORMS),
+MODELS = [  # placements with their default norm and batch norm, norms in pre-norm and DLCL
     *({"norm": {"placement": p}} for p in PLACEMENTS),
+    *({"norm": {"placement": p, "type": "batch"}} for p in PLACEMENTS),
+    *({"norm": {"placement": p, "type": t}} for p in ("pre", "dlcl") for t in NORMS),
     *SWITCHES,
 ]
-every_model = pytest.mark.parametrize("options", [m for m in MODELS if is_valid(m)], ids=str)
+ONCE = {str(options): options for options in MODELS if is_valid(options)}
+every_model = pytest.mark.parametrize("options", ONCE.values(), ids=ONCE)
 
 
 def make(options: dict[str, Any]) -> GPT:
@@ -108,7 +110,9 @@ def test_fixed_shapes_give_the_plain_logits(options: dict[str, Any]):
 
 
 @torch.no_grad()
-@every_model
+@pytest.mark.parametrize(
+    "options", [{"norm": {"placement": p}} for p in PLACEMENTS] + SWITCHES, ids=str
+)
 @pytest.mark.parametrize(
     ("samples", "kind"),
     [
@@ -195,6 +199,7 @@ def test_fixed_shapes_generate_the_same_text_beyond_the_context_and_again():
     assert [drawn(model, decoder=decoder) for _ in range(2)] == [plain, plain]
 
 
+@pytest.mark.slow
 @needs_vectors
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_a_step_is_compiled_once_and_gives_the_plain_logits():

@@ -119,7 +119,7 @@ SCALED = {  # "auto": on for gpt2, unless the placement scales depth itself
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("switch", ["auto", "on", "off"])
 def test_depth_scaling_is_independent_of_the_regime(placement: str, regime: str, switch: str):
-    options = {"norm": {"placement": placement}, "layers": 8}
+    options = {"norm": {"placement": placement}, "layers": 8, "width": 16}
     scaled = make(**options, init={"regime": regime, "depth_scaled": switch}).blocks[5]
     plain = make(**options, init={"regime": regime, "depth_scaled": "off"}).blocks[5]
     expected = {"auto": SCALED[placement][regime], "on": True, "off": False}[switch]

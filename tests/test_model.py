@@ -360,7 +360,7 @@ def test_gradients_of_a_chunked_loss_scale_and_accumulate():
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-3, rtol=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_the_fast_paths_compile_to_one_graph(precision: str, monkeypatch: pytest.MonkeyPatch):
     """Without generating code, which takes minutes. In bf16 results agree up to rounding."""
     model = make(layers=1)

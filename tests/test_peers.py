@@ -38,6 +38,7 @@ def load(model: GPT, weights: dict[str, Tensor]) -> None:
             parameter.copy_(weights[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("placement", "options"),
     [("pre", {}), ("post", {"pre_norm": False}), ("peri", {"sandwich_norm": True})],
@@ -123,6 +124,7 @@ def test_torchs_own_encoder_layer(placement: str, activation: str):
     torch.testing.assert_close(model.hidden(SEEN), expected, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", ["pre", "post"])
 def test_transformers_opt(placement: str):
     transformers = pytest.importorskip("transformers")

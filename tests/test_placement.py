@@ -52,6 +52,13 @@ def is_valid(placement: str, norm: str) -> bool:
 PAIRS = [
     (placement, norm) for placement in PLACEMENTS for norm in NORMS if is_valid(placement, norm)
 ]
+# The equations are compared for all pairs; their consequences for each placement with layer norm
+# and batch norm, which mixes positions, and for each norm in pre-norm and DLCL.
+FEW = [
+    (placement, norm)
+    for placement, norm in PAIRS
+    if placement in ("pre", "dlcl") or norm in ("layer", "batch") or placement not in NORMED
+]
 
 
 def make(placement: str, norm_type: str | None = None, **options: Any) -> GPT:
@@ -251,7 +258,7 @@ def test_every_placement_has_a_reference():
     assert list(STACKS) == list(PLACEMENTS)
 
 
-@pytest.mark.parametrize(("placement", "norm"), PAIRS)
+@pytest.mark.parametrize(("placement", "norm"), FEW)
 def test_gradients_equal_finite_differences(placement: str, norm: str):
     model = make(placement, norm)
     x, y = tokens(2, 3), tokens(2, 3, seed=1)
@@ -265,7 +272,7 @@ def test_gradients_equal_finite_differences(placement: str, norm: str):
     assert torch.autograd.gradcheck(loss, tuple(model.parameters()), fast_mode=True)
 
 
-@pytest.mark.parametrize(("placement", "norm"), PAIRS)
+@pytest.mark.parametrize(("placement", "norm"), FEW)
 def test_only_batch_norm_in_training_sees_later_positions(placement: str, norm: str):
     model = make(placement, norm)
     x = tokens(1)
@@ -280,7 +287,7 @@ def test_only_batch_norm_in_training_sees_later_positions(placement: str, norm: 
             assert not torch.allclose(before[:, position + 1 :], after[:, position + 1 :])
 
 
-@pytest.mark.parametrize(("placement", "norm"), PAIRS)
+@pytest.mark.parametrize(("placement", "norm"), FEW)
 def test_cached_logits_equal_uncached_logits(placement: str, norm: str):
     model = make(placement, norm).eval()
     x = tokens(2)

@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import rendering
 from matplotlib.figure import Figure
 
 from gpt.errors import printable
 from gpt.run import plot
 
 
-@pytest.mark.parametrize("rate", [1.23e-4, 0.012, 30.0])
-@pytest.mark.parametrize("norm", [3e-5, 0.3, 4e3])
-@pytest.mark.parametrize("steps", [3, 500, 120_000])
+@pytest.fixture(autouse=True)
+def _rendered() -> Iterator[None]:
+    with rendering():
+        yield
+
+
+@pytest.mark.parametrize(
+    ("steps", "norm", "rate"),  # every pair of values once
+    [
+        (3, 3e-5, 1.23e-4),
+        (3, 0.3, 0.012),
+        (3, 4e3, 30.0),
+        (500, 3e-5, 0.012),
+        (500, 0.3, 30.0),
+        (500, 4e3, 1.23e-4),
+        (120_000, 3e-5, 30.0),
+        (120_000, 0.3, 1.23e-4),
+        (120_000, 4e3, 0.012),
+    ],
+)
 def test_all_text_is_inside_the_plot(
     rate: float, norm: float, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

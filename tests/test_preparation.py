@@ -495,7 +495,9 @@ def test_stopped_while_its_files_are_hashed_nothing_is_encoded_again(
     assert not {"progress.json", "revisions.json"} & {p.name for p in dataset.folder.iterdir()}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_the_training_of_a_tokenizer(
     tmp_path: Path, environment: dict[str, str], number: signal.Signals
 ):
@@ -760,7 +762,9 @@ def test_a_stale_lock_does_not_block(folder: Path):
     assert left(config) == [final.name]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_a_killed_preparation_continues(
     tiny: Callable[..., Config], tmp_path: Path, environment: dict[str, str], number: signal.Signals
 ):

@@ -19,6 +19,7 @@ from conftest import ROOT
 
 from gpt.config import Config
 
+pytestmark = pytest.mark.slow
 CAPABILITIES = ["default", "avx2", "avx512"]
 every_capability = pytest.mark.parametrize("capability", CAPABILITIES)
 START = """

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="it forks, and reads /proc")
 @pytest.mark.parametrize(
     ("part", "number", "promises"),

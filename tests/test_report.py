@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
+from conftest import few_probes, rendering
 
 from gpt.compare import comparison
 from gpt.compare.figures import PLOTS, draw
@@ -36,6 +37,12 @@ FLAGS = [
     "--disable-sync",
     "--no-first-run",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _rendered() -> Iterator[None]:
+    with rendering():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +88,8 @@ def directory(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path.write_text(resolved.to_yaml())
     for cell in cells[:-1]:
         train(cell.config, folder / "cells" / cell.id, quiet=True)
-    write_init_probes(folder, measure_init_probes(cells[:1]) or [])
+    with few_probes():
+        write_init_probes(folder, measure_init_probes(cells[:1]) or [])
     comparison.report(resolved, cells, folder)
     return folder
 
@@ -219,6 +227,7 @@ def page(browser: Any, directory: Path) -> Iterator[Any]:
     context.close()
 
 
+@pytest.mark.slow
 @needs_browser
 def test_it_opens_and_draws(page: Any):
     assert page.title() == "</title><script>document.title = 'owned'</script>"
@@ -229,6 +238,7 @@ def test_it_opens_and_draws(page: Any):
     assert page.locator("figure svg path").count() > 100
 
 
+@pytest.mark.slow
 @needs_browser
 def test_hovering_shows_a_cells_values(page: Any):
     drawn = page.locator("#loss-by-rate [data-cell]").first
@@ -239,6 +249,7 @@ def test_hovering_shows_a_cells_values(page: Any):
     assert re.search(r"rate .*, seed \d: \w+", tip.text_content())
 
 
+@pytest.mark.slow
 @needs_browser
 def test_arms_can_be_switched_off_and_on(page: Any):
     box = page.locator(".arms input").first
@@ -253,6 +264,7 @@ def test_arms_can_be_switched_off_and_on(page: Any):
     assert lines.first.is_visible()
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_row_links_to_its_curve_which_is_highlighted(page: Any):
     link = page.locator("[data-show]").first
@@ -261,6 +273,7 @@ def test_a_row_links_to_its_curve_which_is_highlighted(page: Any):
     assert page.locator(".chosen").count() >= 1
 
 
+@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize("width", [360, 1400])
 def test_it_fits_a_phone_and_a_screen(page: Any, width: int):
@@ -268,6 +281,7 @@ def test_it_fits_a_phone_and_a_screen(page: Any, width: int):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_in_light_and_dark(page: Any, scheme: str):
@@ -285,6 +299,7 @@ def test_text_stands_out_in_light_and_dark(page: Any, scheme: str):
     assert abs(paper - label) > 120
 
 
+@pytest.mark.slow
 @needs_browser
 def test_it_can_be_printed(page: Any, tmp_path: Path):
     page.emulate_media(media="print")

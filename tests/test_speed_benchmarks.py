@@ -23,6 +23,7 @@ import gpu_grid
 Make = Callable[..., Config]
 
 
+@pytest.mark.slow
 def test_many_runs_on_one_gpu(tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Two shapes of two cells: every way has a row, and the grid is projected from them."""
     base = tiny(sampling={"tokens": 0}).model_dump(mode="json")
@@ -59,6 +60,7 @@ def test_without_a_gpu_it_says_what_it_needs(capsys: pytest.CaptureFixture[str])
     assert "needs a GPU; --small" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_steps_on_a_cpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

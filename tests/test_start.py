@@ -41,6 +41,7 @@ def test_imports_are_counted_to_what_asked_for_them():
     )
 
 
+@pytest.mark.slow
 def test_it_runs_at_small_size(
     tiny: Callable[..., Config], tmp_path: Path, environment: dict[str, str]
 ):

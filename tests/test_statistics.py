@@ -6,10 +6,7 @@ import math
 
 import numpy as np
 import pytest
-import statsmodels.api as sm
 from scipy import optimize, stats
-from statsmodels.stats import contingency_tables, multitest
-from statsmodels.tools.sm_exceptions import ConvergenceWarning, PerfectSeparationWarning
 
 from gpt.compare.statistics import (
     Interval,
@@ -175,6 +172,8 @@ def test_mcnemars_exact_p_is_that_of_the_textbook():
 
 @pytest.mark.parametrize("counts", [(0, 5, 0, 0), (2, 6, 1, 3), (4, 3, 3, 0), (1, 0, 9, 2)])
 def test_mcnemars_exact_p_is_that_of_statsmodels(counts: tuple[int, int, int, int]):
+    from statsmodels.stats import contingency_tables
+
     both, only_a, only_b, neither = counts
     table = [[both, only_a], [only_b, neither]]
     expected = contingency_tables.mcnemar(table, exact=True).pvalue
@@ -198,11 +197,16 @@ def test_holms_adjustment_is_the_textbooks():
 
 @pytest.mark.parametrize("ps", [[], [0.3], [0.5, 0.6, 0.5, 0.04], [0.011, 0.02, 0.011, 0.9, 0.012]])
 def test_holms_adjustment_is_that_of_statsmodels(ps: list[float]):
+    from statsmodels.stats import multitest
+
     expected = multitest.multipletests(ps, method="holm")[1].tolist() if ps else []
     assert holm(ps) == pytest.approx(expected)
 
 
 def test_firths_estimate_of_separated_data_is_finite_where_the_plain_one_is_not():
+    import statsmodels.api as sm
+    from statsmodels.tools.sm_exceptions import ConvergenceWarning, PerfectSeparationWarning
+
     x, y = [-7.0, -6.0, -4.0, -3.0], [0, 0, 1, 1]
     intercept, slope = firth(x, y)
     assert -intercept / slope == pytest.approx(-5, abs=1e-9)  # half-way, by symmetry

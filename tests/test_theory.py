@@ -103,10 +103,12 @@ def last_matrix_gradients(placement: str) -> list[float]:
     return norms
 
 
+@pytest.mark.slow
 def test_the_last_gradient_of_post_norm_does_not_depend_on_depth():
     assert abs(slope(LAYERS, last_matrix_gradients("post"))) < 0.06
 
 
+@pytest.mark.slow
 def test_the_last_gradient_of_pre_norm_falls_with_depth():
     """As 1/sqrt(1 + L/2), by Lemma 2: a slope near -0.45 here, and sqrt(13/4) from 24 to 6."""
     norms = last_matrix_gradients("pre")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import rendering
 from safetensors.torch import load_file
 
 from gpt import metrics
@@ -94,6 +95,19 @@ def test_20_steps_are_10_and_10_more(tiny: Make, tmp_path: Path, optimizer: str)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
+def test_resuming_changes_nothing_of_any_placement(tiny: Make, tmp_path: Path, placement: str):
+    config = tiny(
+        model={"layers": 4, "dropout": 0.2, "norm": {"placement": placement}},
+        training={"steps": 3},
+        sampling={"tokens": 0},
+    )
+    run(config, tmp_path / "whole")
+    run(config, tmp_path / "parts", **stop_after(2))
+    run(config, tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", step=3)
+
+
+@pytest.mark.parametrize("placement", ["pre", "admin"])
 def test_resuming_at_every_single_step_changes_nothing(tiny: Make, tmp_path: Path, placement: str):
     config = tiny(
         model={"layers": 4, "dropout": 0.2, "norm": {"placement": placement}},
@@ -155,7 +169,8 @@ def test_a_checkpoint_starts_a_directory_of_its_own(tiny: Make, tmp_path: Path):
 
 def test_what_a_run_leaves(tiny: Make, tmp_path: Path):
     out = tmp_path / "run"
-    result = run(tiny(optimizer={"clip": 0.5}), out)
+    with rendering():
+        result = run(tiny(optimizer={"clip": 0.5}), out)
     assert {path.name for path in out.iterdir()} == {
         "config.yaml",
         "environment.json",
@@ -329,7 +344,8 @@ def test_divergence_is_a_result(tiny: Make, tmp_path: Path):
         optimizer={"name": "sgd", "learning_rate": 1e30, "clip": None},
         evaluation={"every": 1},
     )
-    result = run(config, tmp_path / "run")
+    with rendering():
+        result = run(config, tmp_path / "run")
     assert result.status == "diverged"
     assert result.step <= 3
     assert "non-finite" in result.reason or "became" in result.reason
