@@ -137,7 +137,7 @@ def test_the_newest_intact_checkpoint_is_loaded(tmp_path: Path):
     for folder in folders[:2]:
         (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(
-        InputError, match=r"step-00000004.*;\nno checkpoint in .* is intact \(of 4\)"
+        InputError, match=r"step-00000004.*;\nnone of the 4 checkpoints in .* is intact"
     ):
         checkpoints.newest_intact(tmp_path)
 

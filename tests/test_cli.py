@@ -413,7 +413,7 @@ def test_after_max_seconds_it_saves_and_the_run_can_be_resumed(
     code, stdout, stderr = called(capsys, "train", path, "--out-dir", out, "--max-seconds", "50")
     monkeypatch.undo()
     assert code == 75
-    assert stderr.count("the time limit of 50 s is reached: stopping") == 1
+    assert stderr.count("reached the time limit of 50 s: stopping") == 1
     step = json.loads((out / "result.json").read_text())["step"]
     assert 0 < step < 20
     assert stdout.startswith(f"interrupted: stopped after step {step}; state saved")
@@ -466,9 +466,9 @@ def test_verify_reports_every_checkpoint(
     copy = tmp_path / "copy"
     shutil.copytree(run_dir, copy)
     ten, twenty = (copy / f"checkpoints/step-{step:08d}" for step in (10, 20))
-    whole = f"{ten}: whole\n{twenty}: whole\n"
-    assert called(capsys, "checkpoint", "verify", copy) == (0, whole, "")
-    assert called(capsys, "checkpoint", "verify", copy / "checkpoints") == (0, whole, "")
+    intact = f"{ten}: intact\n{twenty}: intact\n"
+    assert called(capsys, "checkpoint", "verify", copy) == (0, intact, "")
+    assert called(capsys, "checkpoint", "verify", copy / "checkpoints") == (0, intact, "")
     path = twenty / "optimizer.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     for given, of in ((copy, 2), (twenty, 1)):

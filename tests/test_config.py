@@ -82,7 +82,7 @@ def test_one_path_need_not_be_a_list():
 def test_a_base_that_leads_back_is_refused(tmp_path: Path):
     write(tmp_path / "a.yaml", "base: b.yaml")
     write(tmp_path / "b.yaml", "base: a.yaml")
-    with pytest.raises(InputError, match="leads back"):
+    with pytest.raises(InputError, match="loops back"):
         load(tmp_path / "a.yaml")
 
 

@@ -493,7 +493,7 @@ def test_what_makes_it_another_run_is_refused(tiny: Make, tmp_path: Path, change
     before = contents(tmp_path / "run")
     ((section, value),) = change.items()
     option = next(iter(value)) if isinstance(value, dict) else section
-    with pytest.raises(InputError, match=rf"another config \(.*{option}.* -> ") as told:
+    with pytest.raises(InputError, match=rf"different config \(.*{option}.* -> ") as told:
         run(tiny(**change), tmp_path / "run")
     assert "choose another --out-dir" in str(told.value)
     assert contents(tmp_path / "run") == before
@@ -573,7 +573,7 @@ def test_with_no_whole_checkpoint_it_is_not_trained_over(tiny: Make, tmp_path: P
     for path in checkpoints.steps(out / "checkpoints").values():
         (path / "state.json").unlink()
     before = contents(out)
-    with pytest.raises(InputError, match=r"no checkpoint in .* is intact \(of 2\)"):
+    with pytest.raises(InputError, match=r"none of the 2 checkpoints in .* is intact"):
         run(tiny(), out)
     assert contents(out) == before
 
@@ -897,7 +897,7 @@ def test_a_later_state_elsewhere_is_told(
     (place,) = (tmp_path / "spare").iterdir()
     with pytest.raises(InputError, match="No space left"):
         train(config, out)
-    assert f"a later state of this run is in {place}: --out-dir {place} has it" in (
+    assert f"a later state of this run is in {place}: resume it with --out-dir {place}" in (
         capsys.readouterr().err
     )
 

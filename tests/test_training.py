@@ -155,7 +155,7 @@ def test_a_checkpoint_starts_a_directory_of_its_own(tiny: Make, tmp_path: Path):
     assert [line["step"] for line in records(tmp_path / "b") if "loss" in line] == list(
         range(11, 21)
     )
-    with pytest.raises(InputError, match=r"another model or data: model\.width"):
+    with pytest.raises(InputError, match=r"another model, optimizer or data: model\.width"):
         run(tiny(model={"width": 32}), tmp_path / "c", resume=checkpoint)
     with pytest.raises(InputError, match="neither auto, never nor"):
         run(tiny(), tmp_path / "c", resume="always")
@@ -248,7 +248,7 @@ def test_changed_data_is_noticed_on_resume(tiny: Make, tmp_path: Path):
     config = tiny(data={"path": [str(source)], "holdout": "tail"})
     run(config, tmp_path / "run", **stop_after(3))
     source.write_text("other text " * 100)
-    with pytest.raises(InputError, match="not those that this run was trained on"):
+    with pytest.raises(InputError, match="differ from those that this run was trained on"):
         run(config, tmp_path / "run")
 
 

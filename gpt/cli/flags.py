@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import re
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar, get_args
 
@@ -120,6 +121,13 @@ def _describe_unknown(words: list[str], flags: Collection[str]) -> str:
 # The parser
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """argparse's own, but for names such as post-norm, which it would break at the hyphen."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise argparse.ArgumentError(None, message)
@@ -144,7 +152,7 @@ def _parser(arguments: type[Section], prog: str, config: type[Section] | None) -
     parser = _Parser(
         usage=" ".join([prog, "[-h] [OPTIONS]", *titles]),
         description=arguments.__doc__,
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=6),
+        formatter_class=functools.partial(_HelpFormatter, max_help_position=6),
         allow_abbrev=False,
         exit_on_error=False,
         argument_default=argparse.SUPPRESS,  # only what is given is in the namespace
