@@ -1,6 +1,6 @@
 """Many small runs trained in one batch: their weights stacked along a first dimension, of cells.
 
-A tiny model does not fill a GPU, nor hide the time that Python takes to start its kernels. N models
+A tiny model neither fills a GPU nor hides the overhead of launching kernels from Python. N models
 of one shape, stacked, are one model whose matrix products are batched; `torch.func.vmap` makes it
 from the plain one. `BatchedTrainer` has the two calls of gpt/trainer.py, `backward` and `update`;
 everything else about a run (data, learning rate, evaluation, log, directory, result) is its own
@@ -43,7 +43,7 @@ from gpt.run.run import Run
 from gpt.trainer import Trainer
 
 # Options, by prefix, in which the cells of one batch may differ; all others are equal.
-OWN = (
+PER_CELL_OPTIONS = (
     "name",
     "seed",
     "data.seed",
@@ -53,10 +53,10 @@ OWN = (
     "optimizer.independent_decay",
     "optimizer.clip",
 )
-FULL_ENOUGH = 0.75  # fraction of cells that still train, below which the stack is rebuilt
+MIN_ACTIVE_FRACTION = 0.75  # fraction of cells that still train, below which the stack is rebuilt
 
 
-def why_not(config: Config) -> str | None:
+def unsupported_reason(config: Config) -> str | None:
     """Why a run cannot be a cell of an ensemble, in words; None if it can."""
     reasons = {
         f"optimizer.name: {config.optimizer.name}": config.optimizer.name not in SEPARABLE,
@@ -71,8 +71,10 @@ def why_not(config: Config) -> str | None:
 
 
 def shape(config: Config) -> str:
-    """What the cells of one ensemble have in common: all options but a few."""
-    common = [pair for pair in leaves(config.model_dump()) if not pair[0].startswith(OWN)]
+    """A key shared by the cells of one ensemble: all options except those in PER_CELL_OPTIONS."""
+    common = [
+        pair for pair in leaves(config.model_dump()) if not pair[0].startswith(PER_CELL_OPTIONS)
+    ]
     return repr(common)
 
 
@@ -80,10 +82,10 @@ class BatchedTrainer:
     """N trainers of models of one shape, whose steps are computed together.
 
     The parameters, gradients and Adam moments of each trainer's model become views of the stacked
-    ones: evaluating or saving a trainer needs nothing of this.
+    ones: a trainer can be evaluated or saved as usual.
 
-    Nothing is compiled, whatever `training.compile` says: torch 2.13's compiler does not follow
-    attention's rule for vmap.
+    `training.compile` is ignored: torch 2.13's compiler does not support
+    attention's custom vmap rule.
 
     Args:
         trainers: on one device, after the same number of updates. Their configs differ only in
@@ -225,7 +227,7 @@ def _cell_loss(
 
 
 class _FlattenedAttention(torch.autograd.Function):
-    """torch's attention kernel, to which cells and sequences are one batch dimension.
+    """torch's attention kernel, with cells and sequences merged into one batch dimension.
 
     It has no `forward`, as it is called under vmap alone.
     """
@@ -287,7 +289,7 @@ def train_together(
             for i in group:
                 try:
                     held.enter_context(
-                        lock_directory(paths[i], f"{paths[i]}: another process trains there")
+                        lock_directory(paths[i], f"{paths[i]}: another process is training there")
                     )
                     plan = open_run(configs[i], paths[i], "auto")
                     if plan.result is not None:
@@ -378,7 +380,7 @@ def fit_together(
                 break
             if not runs:
                 return
-            if batched is None or len(runs) < FULL_ENOUGH * len(cells):
+            if batched is None or len(runs) < MIN_ACTIVE_FRACTION * len(cells):
                 micro_batch = None if batched is None else batched.micro_batch
                 batched, cells = None, list(runs)  # frees its memory first
                 batched = BatchedTrainer([runs[i].trainer for i in cells], micro_batch)

@@ -2,7 +2,7 @@
 
 `InputError` is for mistakes in configs, flags, files and directories. Its text is shown without a
 traceback, so it names the key or file, what was found and what is allowed, in at most three lines.
-Faults of the program stay ordinary exceptions and keep their traceback.
+Bugs remain ordinary exceptions with a traceback.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _plain(name: str) -> str:
 
 
 class Fault(NamedTuple):
-    """A number that is not finite: at which update, which quantity, and a sentence for users."""
+    """A non-finite number: the update, the quantity, and a sentence for the user."""
 
     step: int
     quantity: str
@@ -100,4 +100,4 @@ class NonFiniteError(Exception):
 
 
 class StopRequestedError(Exception):
-    """A stop was requested during work that a resumed run does again."""
+    """A stop was requested during work that a resumed run repeats."""

@@ -122,7 +122,7 @@ class Int8Linear(nn.Module):
 
 
 def optimize_for_inference(model: GPT, weights: Weights, samples: int) -> None:
-    """Replace layers of `model` in place for faster sampling; it can then not be trained or saved.
+    """Replace layers of `model` in place for faster sampling; it can no longer be trained or saved.
 
     Args:
         weights: fp32 changes only the layout, on a CPU; bf16 rounds all parameters; int8 rounds the

@@ -25,9 +25,9 @@ Record = dict[str, Any]
 
 MAX_LINE = 2**16  # bytes of a line
 LARGEST = 1e100  # maximum of a number: fp32 ends at 3.4e38, and its square must still be finite
-MOST_LAYERS = 10_000  # maximum of layers: a plot has a row for each
-# Nats that a validation loss must be below the unigram entropy (H₁, the loss of guessing tokens by
-# their frequency) for the model to count as having learned more than token frequencies.
+MAX_LAYERS = 10_000  # maximum of layers: a plot has a row for each
+# In nats: a model has learned more than token frequencies once its validation loss is this far
+# below the unigram entropy (H₁, the loss of guessing by token frequency).
 LEARNED_MARGIN = 0.05
 EPS_ALARM = 10  # times epsilon: smaller gradients make Adam's updates shrink
 
@@ -136,7 +136,7 @@ def _is_record(record: Any) -> bool:
         0 <= record["step"] <= 2**53
         and all(n is None or (isinstance(n, int | float) and abs(n) < LARGEST) for n in numbers)
         and type(record.get("layer", 0)) is int
-        and 0 <= record.get("layer", 0) < MOST_LAYERS
+        and 0 <= record.get("layer", 0) < MAX_LAYERS
         and isinstance(record.get("batches", ""), str)
         and ("loss" not in record or {"grad_norm", "batches", "learning_rate"} <= record.keys())
     )

@@ -138,7 +138,7 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-# What the feed-forward network applies between its matrices.
+# Nonlinearities between the matrices of the feed-forward network.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-2's
     "gelu": F.gelu,  # x P(X <= x), X standard normal; Hendrycks and Gimpel 2016
@@ -282,7 +282,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, tokens: Tensor) -> None:
-        """Set the parameters that a placement takes from one batch (Admin's ω); (B, T) integers."""
+        """Set parameters that a placement derives from one batch (Admin's ω); (B, T) integers."""
         self.placement.calibrate(self.blocks, partial(self.embed, tokens))
 
     # -- Generation: a key/value cache in every attention layer ---------------------------------

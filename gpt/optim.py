@@ -58,7 +58,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Nearly U V^T of each matrix's U S V^T, its singular values near 1: (N, n, m) -> (N, n, m).
+    """Approximate U V^T for each matrix U S V^T (singular values near 1): (N, n, m) -> (N, n, m).
 
     Five Newton-Schulz iterations X <- a X + b (X X^T) X + c (X X^T)² X (Jordan et al. 2024), in
     bf16 on CUDA and in fp32 elsewhere.

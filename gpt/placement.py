@@ -57,7 +57,7 @@ class Block(nn.Module):
         final_norm: whether a norm follows the last block if `norm.final_norm` is "auto".
         has_norms: whether the placement has norms.
         needs_norms: why it cannot do without norms; empty if it can.
-        least_layers: the smallest L at which it differs from the other placements.
+        min_layers: the smallest L at which it differs from the other placements.
         scales_depth: whether it replaces the factor 1/sqrt(2 L) of the initial weights.
         more_stable: placements found to be more stable, suggested when a run diverges.
 
@@ -67,7 +67,7 @@ class Block(nn.Module):
     final_norm: ClassVar[bool] = True
     has_norms: ClassVar[bool] = True
     needs_norms: ClassVar[str] = ""
-    least_layers: ClassVar[int] = 1
+    min_layers: ClassVar[int] = 1
     scales_depth: ClassVar[bool] = False
     more_stable: ClassVar[tuple[str, ...]] = ()
 
@@ -291,7 +291,7 @@ class DLCL(Block):
 class ResiDual(Block):
     """Two streams: x, normalised as in post-norm, and r, summed as in pre-norm; Xie et al. 2023."""
 
-    needs_norms = "only norms tell its two streams apart"
+    needs_norms = "without norms its two streams are identical"
     more_stable = ("pre",)
 
     @staticmethod
@@ -330,7 +330,7 @@ class B2T(Block):
 class MixLN(Block):
     """Post-norm in the first ⌊L/4⌋ blocks, pre-norm in the others; Li et al. 2024."""
 
-    least_layers = 4
+    min_layers = 4
     more_stable = ("pre",)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ BODIES: dict[str, Callable[[ScheduleConfig, float, float], float]] = {
 
 
 def lr_multiplier(config: ScheduleConfig, step: int, steps: int) -> float:
-    """What update `step` (1 ... `steps`) multiplies the full learning rate by, in (0, 1]."""
+    """Factor on the full learning rate at update `step` (1 ... `steps`), in (0, 1]."""
     assert 1 <= step <= steps, f"update {step} of {steps}"
     warmup_steps = 0 if config.warmup == "none" else config.warmup_steps
     if step <= warmup_steps:

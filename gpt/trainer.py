@@ -4,7 +4,7 @@
     skipped = trainer.update(lr_scale, loss, grad_norm)
 
 A batch is split into micro-batches that fit the memory. Their gradients are averaged, clipped by
-their global norm, and handed to the optimizer. Files, the schedule and the console are the `Run`'s
+their global norm, and handed to the optimizer. Files, the schedule and the console belong to `Run`
 (gpt/run/run.py). `backward` never waits for a GPU; `update` waits with fp16 or `nonfinite: skip`.
 """
 
@@ -69,7 +69,7 @@ class Trainer:
     # -- State -----------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Set the initial weights, and an optimizer and loss scaler that have made no update."""
+        """Reset to the initial weights, with a new optimizer and loss scaler."""
         config = self.config
         initialize(self.model, config.model, config.seed)
         self.optimizer = Optimizer(self.model.named_parameters(), config.optimizer)
@@ -140,7 +140,7 @@ class Trainer:
     def micro_batches(
         self, step: int, inputs: Tensor, targets: Tensor
     ) -> Generator[tuple[Tensor, Tensor]]:
-        """The parts of a batch; while one is in use, dropout draws from a seed of its own."""
+        """The micro-batches of a batch; dropout uses a different seed in each."""
         seed, dropout = self.config.seed, self.config.model.dropout
         parts = zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True)
         for index, part in enumerate(parts):

@@ -2,10 +2,10 @@
 
     data -> Trainer (model, optimizer) -> Run (log, evaluation, checkpoints) -> fit -> RunResult
 
-`fit` is the loop. A step is `trainer.backward` and `trainer.update` (gpt/trainer.py); what happens
-between steps is the `Run`'s. All randomness is a function of (seed, step), so a resumed run repeats
-an undisturbed one bit for bit on one machine. A non-finite loss ends the run as `diverged` instead
-of raising; `training.nonfinite` chooses stop, skip or rollback.
+`fit` is the loop. A step is `trainer.backward` and `trainer.update` (gpt/trainer.py); everything
+between steps is in `Run`. All randomness is a function of (seed, step), so a resumed run repeats
+an uninterrupted one bit for bit on one machine. A non-finite loss ends the run as `diverged`
+instead of raising; `training.nonfinite` chooses stop, skip or rollback.
 
 Nothing here is specific to a placement, an optimizer or a schedule: they come from their tables.
 """
@@ -74,7 +74,7 @@ def train(
         return ended
     check_fits(config, device)
     with (
-        lock_directory(path, f"{path}: another process trains there"),
+        lock_directory(path, f"{path}: another process is training there"),
         flush_denormals(),
         contextlib.closing(Console(quiet)) as console,
     ):
@@ -103,7 +103,7 @@ def train(
 
 
 def _fit_or_recover(run: Run, trainer: Trainer) -> RunResult:
-    """Train to the end; roll back from failures, or end with the place where they began."""
+    """Train to the end; roll back from failures, or end the run with their location."""
     while True:
         shortage = None
         try:
@@ -114,7 +114,7 @@ def _fit_or_recover(run: Run, trainer: Trainer) -> RunResult:
             if not is_out_of_memory(error):
                 raise
             shortage = str(error).partition("\n")[0]
-        if shortage is not None:  # here, where nothing holds the memory of the failed attempt
+        if shortage is not None:  # outside `except`: the failed attempt's memory is free
             step = run.progress.step + 1
             raise OutOfMemoryError(advise_on_memory(trainer, step, run.batch, shortage))
         if not run.roll_back(fault):

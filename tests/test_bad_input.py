@@ -634,8 +634,11 @@ HOSTILE_YAML = {
     "many lines": ('"a\\nb\\nc\\nd\\ne": 1', "no such option"),
     "pickle": (PICKLE, "c.yaml"),
     "long": ("# " + "x" * 2**22, "is larger than 131,072 bytes"),
-    "base itself": ("base: c.yaml", "base: leads back to this file"),
-    "base in a circle": ("base: sub/../sub/../c.yaml", "base: leads back to this file"),
+    "base itself": ("base: c.yaml", "base: the chain of base files loops back to this file"),
+    "base in a circle": (
+        "base: sub/../sub/../c.yaml",
+        "base: the chain of base files loops back to this file",
+    ),
     "base a device": ("base: /dev/zero", "/dev/zero: is a device, not a regular file"),
     "base NUL": ('base: "a\\0"', r"a\x00: no such file"),
 }
@@ -912,8 +915,8 @@ def test_weights_of_another_type(dtype: str, config: Config, stopped: Path):
     save_file(wrong, path)
     seal_again(stopped)
     error = refused("sample.py", stopped, *SHORT, folder=stopped)
-    assert f"its type is torch.{dtype}, not torch.float32" in error
-    assert f"its type is torch.{dtype}, not torch.float32" in resumed(config, stopped)
+    assert f"its dtype is torch.{dtype}, not torch.float32" in error
+    assert f"its dtype is torch.{dtype}, not torch.float32" in resumed(config, stopped)
 
 
 @pytest.mark.parametrize("step", ["9" * 5000, "-1", "1.0", "5", "٤", "step-00000004", "worst"])
@@ -976,10 +979,10 @@ def test_the_checkpoint_that_is_advised_is_not_the_damaged_one(run: Path):
     seal_again(latest)
     error = refused("sample.py", run, *SHORT, folder=run)
     assert f"{latest.name}: is damaged" in error
-    assert "--checkpoint 2 is whole" in error
+    assert "--checkpoint 2 is intact" in error
     (other / "state.json").write_text("[]")
     seal_again(other)
-    assert "is whole" not in refused("sample.py", run, *SHORT, folder=run)
+    assert "is intact" not in refused("sample.py", run, *SHORT, folder=run)
 
 
 def put(kind: str, path: Path) -> None:

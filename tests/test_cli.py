@@ -81,7 +81,7 @@ def test_train_then_sample_as_a_user_does(
     out = tmp_path / "run"
     done = script("train", config_file, "--out-dir", out, environment=environment)
     assert done.returncode == 0, done.stderr
-    assert "finished: all 20 steps are done" in done.stdout
+    assert "finished: completed all 20 steps" in done.stdout
     assert "nats per token" in done.stdout
     assert "bits per byte" in done.stdout
     assert str(out / "loss.png") in done.stdout
@@ -211,7 +211,7 @@ def test_dry_run_writes_nothing(
         (["--model.heads", "5"], "heads (5) must divide width (16)"),
         (["--optimizer.name", "mion"], "perhaps you meant muon"),
         (["--seed", "1", "--seed=2"], "--seed: given twice"),
-        (["surplus"], "'surplus': one argument too many"),
+        (["surplus"], "'surplus': unexpected argument"),
         (["--data.path", "/no/such/place"], "/no/such/place: no such file, folder or pattern"),
         (["--resume", "sometimes"], "--resume sometimes: is neither auto, never nor"),
         (["--model.context", "4096"], "model.context: 4096 needs more than"),
@@ -357,7 +357,7 @@ def test_a_signal_saves_and_the_run_can_be_resumed(
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 75, stderr
-    assert f"{number.name}: stopping; a second signal ends at once" in stderr
+    assert f"{number.name}: stopping; a second signal kills the process" in stderr
     assert stdout.startswith("interrupted: stopped after step")
     result = json.loads((out / "result.json").read_text())
     assert result["status"] == "interrupted"
@@ -416,7 +416,7 @@ def test_after_max_seconds_it_saves_and_the_run_can_be_resumed(
     assert stderr.count("the time limit of 50 s is reached: stopping") == 1
     step = json.loads((out / "result.json").read_text())["step"]
     assert 0 < step < 20
-    assert stdout.startswith(f"interrupted: stopped after step {step}, and saved")
+    assert stdout.startswith(f"interrupted: stopped after step {step}; state saved")
     assert called(capsys, "train", path, "--out-dir", out, "--max-seconds", "50")[0] == 0
 
 
@@ -454,7 +454,7 @@ def test_a_second_start_in_one_directory_is_refused(
     prepare(tiny().data)  # which asks in a thread
     train(tiny(), out, quiet=True, stop=start_another)
     assert len(answers) > 3
-    assert set(answers) == {(2, "", f"train.py: {out}: another process trains there\n")}
+    assert set(answers) == {(2, "", f"train.py: {out}: another process is training there\n")}
 
 
 # -- checkpoint --------------------------------------------------------------------------------
@@ -578,7 +578,7 @@ def test_several_samples_and_the_sliding_window(capsys: pytest.CaptureFixture[st
     code, out, err = called(capsys, "sample", run_dir, *arguments)
     assert code == 0
     assert out.count("-" * 60) == 2
-    assert "longer than the model's context of 16 tokens" in err
+    assert "the text exceeds the context of 16 tokens" in err
     code, single, _ = called(capsys, "sample", run_dir, *arguments[2:])
     assert out.startswith(single.rstrip("\n"))
 

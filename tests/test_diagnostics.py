@@ -141,7 +141,7 @@ def test_the_gradient_is_compared_with_the_root_of_adams_second_moment():
         optimizer.step()
         optimizer.zero_grad()
     model.loss(tokens(), tokens(1)).backward()
-    stats = LayerStats(model, optimizer.eps(), optimizer.second_moments())
+    stats = LayerStats(model, optimizer.adam_eps(), optimizer.second_moments())
     ratios = []
     for name, parameter in model.named_parameters():
         if name.startswith("blocks.0."):
@@ -275,7 +275,7 @@ def test_a_plot_of_a_run_that_failed_at_once(tiny: Make, tmp_path: Path):
 
 def test_a_plot_of_nothing_is_rejected(tiny: Make, tmp_path: Path, capsys):
     run(tiny(), tmp_path / "run")
-    for folder, words in ((tmp_path / "run", "--diagnostics.every"), (tmp_path, "holds no run")):
+    for folder, words in ((tmp_path / "run", "--diagnostics.every"), (tmp_path, "is not a run")):
         with pytest.raises(SystemExit) as caught:
             cli.run("diagnose", [str(folder)])
         assert caught.value.code == 2

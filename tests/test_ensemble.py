@@ -14,7 +14,7 @@ from test_training import assert_same_run, records
 
 from gpt import metrics
 from gpt.config import Config, leaves, merge
-from gpt.ensemble import BatchedTrainer, shape, train_together, why_not
+from gpt.ensemble import BatchedTrainer, shape, train_together, unsupported_reason
 from gpt.errors import InputError
 from gpt.init import initialize
 from gpt.model import ACTIVATIONS, GPT
@@ -348,7 +348,7 @@ def test_an_optimizer_is_separable_if_its_steps_do_not_depend_on_the_weights(tin
         moved.append((after - before) / rate)
     separable = torch.allclose(moved[0], moved[1], rtol=1e-3, atol=1e-3)
     assert separable or name not in SEPARABLE
-    assert (why_not(config) is None) == (name in SEPARABLE)
+    assert (unsupported_reason(config) is None) == (name in SEPARABLE)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +365,7 @@ def test_an_optimizer_is_separable_if_its_steps_do_not_depend_on_the_weights(tin
 )
 def test_why_a_run_cannot_be_a_cell(tiny: Make, overrides: dict[str, Any]):
     (option,) = [key for key, _ in leaves(overrides)]
-    assert str(why_not(tiny(**overrides))).startswith(f"{option}: ")
+    assert str(unsupported_reason(tiny(**overrides))).startswith(f"{option}: ")
 
 
 def test_shapes_differ_in_all_that_is_not_a_number_of_the_cell(tiny: Make):

@@ -79,9 +79,9 @@ def test_a_commands_own_arguments_are_validated():
         (["--seed", "--dry-run"], "--seed: needs a value"),
         (["--dry-run=x"], "--dry-run: takes no value"),
         (["--seed", "1", "--seed=2"], "--seed: given twice"),
-        (["--data.path", "a", "--data.path", "b"], "--data.path: given twice; several values"),
-        (["b.yaml"], "'b.yaml': one argument too many"),
-        (["-x"], "'-x': one argument too many; a file of that name is ./-x"),
+        (["--data.path", "a", "--data.path", "b"], "--data.path: given twice; put several values"),
+        (["b.yaml"], "'b.yaml': unexpected argument"),
+        (["-x"], "'-x': unexpected argument; a file of that name is ./-x"),
         (["--name", "a\0"], "'a\\x00': contains a NUL character"),
     ],
 )

@@ -518,7 +518,7 @@ def test_a_signal_ends_the_training_of_a_tokenizer(
     assert process.returncode == 75
     assert time.monotonic() - sent < 5
     assert stderr.split("\n", 1)[1] == (
-        f"{number.name}: stopping; a second signal ends at once\n"
+        f"{number.name}: stopping; a second signal kills the process\n"
         f"python -m gpt.data: {preparation.STOPPED}\n"
     )
 

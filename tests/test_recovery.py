@@ -437,7 +437,7 @@ def test_two_runs_in_one_directory_are_refused(tiny: Make, tmp_path: Path):
     run(tiny(), tmp_path / "run", **stop_after(5))
     before = contents(tmp_path / "run")
     with lock_directory(tmp_path / "run", "held"):
-        with pytest.raises(InputError, match="another process trains there"):
+        with pytest.raises(InputError, match="another process is training there"):
             run(tiny(), tmp_path / "run")
         assert {**before, ".lock": hashlib.sha256(b"").hexdigest()} == contents(tmp_path / "run")
     assert run(tiny(), tmp_path / "run").status == "finished"
@@ -458,7 +458,7 @@ def test_the_lock_dies_with_its_process(tiny: Make, tmp_path: Path, environment:
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"held\n"
-        with pytest.raises(InputError, match="another process trains there"):
+        with pytest.raises(InputError, match="another process is training there"):
             run(tiny(), tmp_path / "run")
         other.kill()
     assert run(tiny(), tmp_path / "run").status == "finished"
@@ -526,7 +526,7 @@ def test_length_logging_and_paths_may_change(tiny: Make, tmp_path: Path, corpus:
 def test_a_run_is_not_made_shorter_than_it_is(tiny: Make, tmp_path: Path):
     run(tiny(), tmp_path / "run", **stop_after(12))
     before = contents(tmp_path / "run")
-    with pytest.raises(InputError, match=r"is at step 12 already; training.steps \(11\) must"):
+    with pytest.raises(InputError, match=r"already at step 12; training.steps \(11\) must"):
         run(tiny(training={"steps": 11}), tmp_path / "run")
     assert contents(tmp_path / "run") == before
 
@@ -916,7 +916,7 @@ def test_what_is_kept_is_also_saved(tiny: Make):
 
 def test_where_it_is_already_is_no_length(tiny: Make, tmp_path: Path):
     run(tiny(), tmp_path / "run", **stop_after(7))
-    with pytest.raises(InputError, match=r"is at step 7 already; training.steps \(7\) must"):
+    with pytest.raises(InputError, match=r"already at step 7; training.steps \(7\) must"):
         run(tiny(training={"steps": 7}), tmp_path / "run")
 
 

@@ -153,7 +153,7 @@ def test_gpt2_from_a_file_is_the_same(tmp_path: Path):
 
 
 def test_bpe_encodes_as_the_library_that_trained_it():
-    corpus = [(ROOT / name).read_text("utf-8") for name in ("README.md", "gpt/config.py")]
+    corpus = [(ROOT / name).read_text("utf-8") for name in ("README.md", "gpt/config/options.py")]
     corpus += [*TEXTS, *HARD]
     ours = TOKENIZERS["bpe"](DataConfig(vocab_size=1500), corpus)
     library = train_bpe(corpus, 1500)

@@ -16,7 +16,7 @@ ATTRIBUTES = (
     "final_norm",
     "has_norms",
     "needs_norms",
-    "least_layers",
+    "min_layers",
     "scales_depth",
     "more_stable",
 )
@@ -44,10 +44,10 @@ def test_names_are_those_of_a_dict_or_a_set(
 
 def test_a_placement_added_at_run_time_has_its_attributes(monkeypatch: pytest.MonkeyPatch):
     class Mine(Block):
-        least_layers = 7
+        min_layers = 7
 
     monkeypatch.setitem(PLACEMENTS, "mine", Mine)
-    assert variants.attribute("gpt.placement", "PLACEMENTS", "mine", "least_layers") == 7
+    assert variants.attribute("gpt.placement", "PLACEMENTS", "mine", "min_layers") == 7
     assert variants.attribute("gpt.placement", "PLACEMENTS", "mine", "final_norm") is True
 
 

@@ -1,6 +1,6 @@
 """When a run saves a checkpoint, which one is its best, and which ones are deleted again.
 
-A checkpoint is scheduled if an undisturbed run would save it: every `checkpoint.every` steps, at
+A checkpoint is scheduled if an uninterrupted run would save it: every `checkpoint.every` steps, at
 the last step, and where the run directory begins. Others are saved for a stop, and deleted as soon
 as they are not needed, so that a run that was stopped ends with the files of one that was not.
 """
@@ -39,7 +39,7 @@ class CheckpointManager:
         self._writer = checkpoints.BackgroundWriter()
 
     def is_scheduled(self, step: int, progress: Progress) -> bool:
-        """Whether an undisturbed run saves at that step; pruning may delete it later."""
+        """Whether an uninterrupted run saves at that step; pruning may delete it later."""
         if progress.pending and step == progress.step:  # its evaluation comes first
             return False
         ends = (self.config.training.steps, progress.start_step)
@@ -87,7 +87,7 @@ class CheckpointManager:
         checkpoints.prune(self.folder, kept)
 
     def drop_unscheduled(self, progress: Progress) -> None:
-        """Delete what was saved for a stop: an undisturbed run would end without it."""
+        """Delete what was saved for a stop: an uninterrupted run would end without it."""
         found = checkpoints.steps(self.folder)
         scheduled = [path.name for step, path in found.items() if self.is_scheduled(step, progress)]
         if scheduled:

@@ -33,7 +33,7 @@ class Progress:
     val_bits_per_byte: Loss = None
     best_val_loss: Loss = None  # of all evaluations
     best_saved_val_loss: Loss = None  # of the evaluations whose step was saved: `best`
-    inputs_digest: str = ""  # SHA-256 over all inputs so far: of its last value and the batch
+    inputs_digest: str = ""  # chained SHA-256 of all inputs: of its last value and the batch
     stalled_evals: Natural = 0  # evaluations in a row no better than guessing by token frequency
     skipped_updates: Natural = 0  # updates that were not finite
     skipped_in_a_row: Natural = 0
@@ -91,5 +91,5 @@ def read_state(checkpoint: Checkpoint) -> State:
         raise InputError(f"{checkpoint.name}: state.json: {where}: {first['msg']}") from None
     counts = state.progress
     if not counts.skipped_in_a_row <= counts.skipped_updates <= counts.step == state.step:
-        raise InputError(f"{checkpoint.name}: state.json: its counts of updates do not agree")
+        raise InputError(f"{checkpoint.name}: state.json: its update counts are inconsistent")
     return state

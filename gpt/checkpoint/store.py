@@ -44,7 +44,7 @@ ALTERED = "it has changed since it was written"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint folder holds.
+    """The contents of a checkpoint folder.
 
     Attributes:
         model, optimizer: tensors by name.
@@ -377,7 +377,7 @@ def newest_intact(
             skipped.append(error)
     if skipped:
         raise InputError(
-            f"{skipped[0]};\nno checkpoint in {folder} is intact (of {len(skipped)}); "
+            f"{skipped[0]};\nnone of the {len(skipped)} checkpoints in {folder} is intact; "
             "choose another --out-dir to start over"
         )
     return None, []

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Take over the weights of a checkpoint.
+    """Load a checkpoint's weights into `model`.
 
     Raises:
-        ValueError: they are of another model, or not of the types that this one has.
+        ValueError: they belong to another model, or have other dtypes.
     """
     for name, own in model.state_dict().items():
         if name in tensors and tensors[name].dtype != own.dtype:
-            raise ValueError(f"{name}: its type is {tensors[name].dtype}, not {own.dtype}")
+            raise ValueError(f"{name}: its dtype is {tensors[name].dtype}, not {own.dtype}")
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

@@ -1,6 +1,6 @@
 """The command line: `steadygpt COMMAND`, and the scripts that run one command each.
 
-Every command is a module here whose `main` is its straight line: load, do, print. Progress goes to
+Every command is a module here; its `main` is a straight line: load, do, print. Progress goes to
 stderr, results to stdout. torch is imported only once there is something to run, so that `--help`
 and error messages are immediate.
 """
@@ -26,13 +26,13 @@ COMMANDS = {
     "diagnose": "python -m gpt.diagnostics",
 }
 USAGE = """\
-usage: steadygpt COMMAND ...   (--help for each)
+usage: steadygpt COMMAND ...   (COMMAND --help for details)
 
   train CONFIG.yaml        train a GPT
   sample RUN_DIR           generate text from a run
   compare GRID.yaml        compare training stability over a grid of runs
   prepare CONFIG.yaml      prepare a config's data without training
-  checkpoint verify DIR    check that checkpoints are what was written
+  checkpoint verify DIR    check that checkpoints are intact
   diagnose RUN_DIR         plot the statistics of a run's layers
 
   --version                print the version"""
@@ -58,7 +58,7 @@ def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -
 
     Args:
         argv: its arguments; None takes those of the process.
-        prog: what its messages call it.
+        prog: its name in messages.
 
     Raises:
         SystemExit: with the exit code, where the command ends early.

@@ -31,7 +31,7 @@ def main(argv: Sequence[str], prog: str = "python -m gpt.checkpoint") -> int:
 
 
 def verify(directory: Path) -> None:
-    """Load every checkpoint in a directory, and print whether it is whole.
+    """Load every checkpoint in a directory, and print whether it is intact.
 
     Raises:
         InputError: one of them is damaged, or there is none.
@@ -48,7 +48,7 @@ def verify(directory: Path) -> None:
     for path in found:
         try:
             checkpoints.load(path)
-            show(f"{path}: whole")
+            show(f"{path}: intact")
         except checkpoints.PrunedError as pruned:  # by the run, which is still training
             show(str(pruned))
         except InputError as error:

@@ -1,6 +1,6 @@
-"""What every command shares: errors become exit codes, signals become requests to stop.
+"""Shared by all commands: errors become exit codes, signals become requests to stop.
 
-Exit codes: 0 finished, 1 an unexpected fault (traceback), 2 wrong input, 3 diverged,
+Exit codes: 0 finished, 1 internal error (traceback), 2 invalid input, 3 diverged,
 75 interrupted and saved; 130 for Ctrl-C where there is nothing to save.
 """
 
@@ -79,9 +79,7 @@ class StopSignals:
     def __call__(self) -> bool:
         if not self._requested and time.monotonic() > self._deadline:
             self._requested = True
-            print(
-                f"\nthe time limit of {self._max_seconds:g} s is reached: stopping", file=sys.stderr
-            )
+            print(f"\nreached the time limit of {self._max_seconds:g} s: stopping", file=sys.stderr)
         return self._requested
 
     def __enter__(self) -> StopSignals:
@@ -96,7 +94,7 @@ class StopSignals:
         for each in STOP_SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: stopping; a second signal ends at once\n".encode())
+        os.write(2, f"\n{name}: stopping; a second signal kills the process\n".encode())
 
 
 @contextlib.contextmanager

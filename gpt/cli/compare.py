@@ -40,12 +40,12 @@ class Arguments(Section):
     runner: Literal["auto", "processes", "batched"] | None = Field(
         None, title="auto|processes|batched"
     )
-    """batched trains all cells of one shape together, processes each in a process of its own; auto
+    """batched trains all cells of one shape together, processes each in its own process; auto
     is batched on a GPU (default: the grid's)."""
     dry_run: bool = False
     """List the cells with their tokens, FLOPs and time, and write nothing."""
     report_only: bool = False
-    """Write the report again from the runs there are."""
+    """Rewrite the report from the existing runs."""
     beside: FileName | None = Field(None, title="DIR")
     """Another comparison, to show next to this one in the report."""
     max_seconds: Seconds | None = Field(None, title="SECONDS")

@@ -113,7 +113,7 @@ def _describe_unknown(words: list[str], flags: Collection[str]) -> str:
     if unknown:
         return "\n".join(f"{flag}: no such option{nearest(flag, flags)}" for flag in unknown[:3])
     hint = f"; a file of that name is ./{words[0]}" if words[0].startswith("-") else ""
-    return f"{words[0]!r}: one argument too many{hint}"
+    return f"{words[0]!r}: unexpected argument{hint}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ class _StoreOnce(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         if hasattr(namespace, self.dest):
-            raise InputError(f"{option_string}: given twice; several values follow one flag")
+            raise InputError(f"{option_string}: given twice; put several values after one flag")
         setattr(namespace, self.dest, values)
 
 
@@ -200,7 +200,7 @@ def _settings(field: FieldInfo, schema: Schema) -> dict[str, Any]:
 
 
 def _is_nullable(field: FieldInfo) -> bool:
-    """Whether `null` means None; for a text it is a text."""
+    """Whether `null` means None; a string option takes it literally."""
     kinds = get_args(field.annotation)
     return type(None) in kinds and str not in kinds
 

@@ -38,7 +38,7 @@ def main(argv: Sequence[str], prog: str = "python -m gpt.data") -> int:
 
 
 def prepare(config: Config) -> Dataset:
-    """Prepare the data, or find it prepared."""
+    """Prepare the data, unless that is already done."""
     from gpt.data import preparation
 
     with StopSignals() as stop, contextlib.closing(Console()) as console:

@@ -47,7 +47,7 @@ class Arguments(Sampling):
     device: Device = "auto"
     """auto picks cuda, then mps, then cpu."""
     weights: Weights = "fp32"
-    """fp32 is exact; rounded but faster: bf16 for a GPU, int8 for a few samples on a CPU."""
+    """fp32 is exact; bf16 (on a GPU) and int8 (a few samples on a CPU) are faster but rounded."""
     compile: bool = False
     """Compile the decoding steps on a GPU: up to a minute at first, pays off for long texts."""
 
@@ -132,8 +132,8 @@ def sample(arguments: Arguments, prompt: str, prog: str = "sample.py") -> Iterat
     show(f"{prog}: {arguments.run_dir}, step {step}", sys.stderr)
     if length > context:
         print(
-            f"{prog}: longer than the model's context of {context} tokens: the model sees a window "
-            f"that moves on by {context - context // 2} tokens whenever it is full",
+            f"{prog}: the text exceeds the context of {context} tokens: the model sees a window "
+            f"that moves by {context - context // 2} tokens whenever it is full",
             file=sys.stderr,
         )
     count = arguments.num_samples

@@ -33,7 +33,7 @@ class Arguments(Section):
     out_dir: FileName | None = Field(None, title="DIR")
     """The run directory (default: runs/NAME)."""
     resume: FileName = Field("auto", title="auto|never|CHECKPOINT")
-    """auto continues an unfinished run in the directory; never requires a fresh directory; a
+    """auto resumes an unfinished run in the directory; never requires a fresh directory; a
     checkpoint folder starts a fresh directory from that checkpoint."""
     dry_run: bool = False
     """Describe what would be trained, and write nothing."""

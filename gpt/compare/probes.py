@@ -105,7 +105,7 @@ def probe_depths(
     depths: Sequence[int] = DEPTHS,
 ) -> list[Probe]:
     """`probe` at each of `depths` that the placement allows."""
-    least = PLACEMENTS[config.norm.placement].least_layers
+    least = PLACEMENTS[config.norm.placement].min_layers
     return [
         probe(config.model_copy(update={"layers": layers}), vocab_size, batches, seeds)
         for layers in depths

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpt.compare.grid import Cell, Runner
-from gpt.ensemble import shape, why_not
+from gpt.ensemble import shape, unsupported_reason
 from gpt.errors import InputError
 from gpt.hardware.device import pick_device
 
@@ -38,7 +38,7 @@ def make_tasks(cells: Sequence[Cell], runner: Runner) -> list[Task]:
     shapes: dict[str, list[Cell]] = {}
     single: list[Cell] = []
     for cell in cells:
-        obstacle = why_not(cell.config)
+        obstacle = unsupported_reason(cell.config)
         if obstacle and runner == "batched":
             raise InputError(
                 f"arm {cell.arm!r}: {obstacle} has no batched form; runner: auto trains such "

@@ -61,7 +61,7 @@ def read(path: Path) -> dict[str, Any]:
     while True:
         tree = read_yaml(path)
         if path.resolve() in seen:
-            raise InputError(f"{path}: base: leads back to this file")
+            raise InputError(f"{path}: base: the chain of base files loops back to this file")
         seen.add(path.resolve())
         base = tree.pop("base", None)
         trees.append(tree)
@@ -125,7 +125,7 @@ def _describe(error: ErrorDetails, options: list[str]) -> tuple[str, str]:
     """One of pydantic's errors as (dotted path, problem)."""
     key = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
-        return key, f"no such option{nearest(key, _names_beside(key, options))}"
+        return key, f"no such option{nearest(key, _candidates(key, options))}"
     key = _without_branches(error["loc"], options)
     found, message = _shorten(error["input"]), error["msg"]
     match error["type"]:
@@ -147,7 +147,7 @@ def _describe(error: ErrorDetails, options: list[str]) -> tuple[str, str]:
     return key, f"{message[0].lower()}{message[1:]}, found {found}"
 
 
-def _names_beside(key: str, options: list[str]) -> list[str]:
+def _candidates(key: str, options: list[str]) -> list[str]:
     """The names that an unknown key may have meant: options, and sections of them."""
     sections = sorted({option.rpartition(".")[0] for option in options} - {""})
     parent = key.rpartition(".")[0]

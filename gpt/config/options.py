@@ -116,7 +116,7 @@ class DataConfig(SourceConfig):
     vocab_size: VocabularySize = 2048
     """Tokens of the bpe tokenizer: 256 bytes, the merges, and end of text."""
     learn_bytes: Count = 100_000_000
-    """Bytes of training text, spread evenly, that the bpe tokenizer is trained on at most."""
+    """Train the bpe tokenizer on at most this many bytes of training text, spread evenly."""
     vocabulary: FileName | None = None
     """The tokenizer.json of an earlier run or preparation (tokenizer: file)."""
     holdout: Literal["documents", "tail"] = "documents"
@@ -156,7 +156,7 @@ class DataConfig(SourceConfig):
     @model_validator(mode="after")
     def _tokenizer_fits_the_data(self) -> Self:
         if (self.tokenizer == "file") != (self.vocabulary is not None):
-            raise ValueError("tokenizer: file and vocabulary (the file) go together")
+            raise ValueError("tokenizer: file and vocabulary (its path) require each other")
         everything = [*self.sources, *([self.validation] if self.validation else [])]
         if self.tokenizer in ("bpe", "chars") and any(s.source == "tokens" for s in everything):
             raise ValueError(
@@ -183,7 +183,7 @@ class NormConfig(Section):
     placement: Annotated[str, Choice("gpt.placement", "PLACEMENTS")] = "pre"
     """Where the norms are, relative to the residual connections."""
     type: Annotated[str, Choice("gpt.norm", "NORMS")] | None = None
-    """What they compute. Unset: layer norm (nothing, if the placement has no norms)."""
+    """Type of norm. Unset: layer norm (nothing, if the placement has no norms)."""
     eps: Epsilon = 1e-5
     """Added to the variance inside the root (layer, rms, batch); smallest length (scale)."""
     bias: bool | None = None
@@ -200,7 +200,7 @@ class InitConfig(Section):
     regime: Annotated[str, Choice("gpt.init", "REGIMES")] = "gpt2"
     """Standard deviations: GPT-2's 0.02, Xavier's as in the theory, or SmallInit's."""
     depth_scaled: Switch = "auto"
-    """Scale each sublayer's last matrix by 1/sqrt(2L); auto: where regime and placement do."""
+    """Scale each sublayer's last matrix by 1/sqrt(2L); auto: if regime and placement ask for it."""
 
 
 class AttentionConfig(Section):
@@ -280,7 +280,7 @@ class ModelConfig(Section):
             refuse("norm.type", "none", f"placement {name}: {of_placement('needs_norms')}")
         if norm.bias and (norm.type or "layer") not in variants.names("gpt.norm", "BIASED"):
             refuse("norm.bias", "true", f"norm.type {norm.type}, which has no bias; leave it null")
-        least = of_placement("least_layers")
+        least = of_placement("min_layers")
         if self.layers < least:
             refuse("layers", self.layers, f"placement {name}, which needs at least {least} layers")
         if norm.type == "batch" and self.context == 1:
@@ -360,7 +360,7 @@ class TrainingConfig(Section):
     nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     """On a non-finite loss or gradient: stop the run, skip the update, or roll back."""
     nonfinite_limit: Count = 20
-    """Skipped updates in a row (fp16's too), or rollbacks, after which the run has diverged."""
+    """Skipped updates in a row (fp16's too), or rollbacks, after which a run counts as diverged."""
     log_every: Count = 10
     """Steps between progress lines, and between reads of the metrics from a GPU."""
 
@@ -373,7 +373,7 @@ class EvaluationConfig(Section):
     sequences: Count | None = None
     """Sequences to evaluate on, spread evenly over the validation text. Unset: all of it."""
     give_up_after: Count | None = None
-    """Stop after this many evaluations in a row within 0.05 nats of the unigram entropy."""
+    """Stop after this many evaluations in a row no better than guessing by token frequency."""
 
 
 class DiagnosticsConfig(Section):

@@ -1,6 +1,6 @@
 """YAML files of options, read strictly: duplicate keys, aliases and Python objects are errors.
 
-A file comes from a stranger at worst, so its size, its nesting and its numbers are bounded.
+A file may come from an untrusted source, so its size, nesting and numbers are bounded.
 """
 
 from __future__ import annotations

@@ -208,12 +208,12 @@ def _file_name(value: str) -> str:
     if not value:
         raise PydanticCustomError("empty", "is empty, and must name a file or folder")
     if "\0" in value:
-        raise PydanticCustomError("nul", "holds a NUL character, which no file name may")
+        raise PydanticCustomError("nul", "contains a NUL character; file names cannot")
     return expand_user(value)
 
 
 def _as_list(value: object) -> object:
-    """A single string stands for a list of one."""
+    """A single string is read as a list of one."""
     return [value] if isinstance(value, str) else value
 
 

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from gpt.config import Config
 from gpt.diagnostics.layers import layer_of
 from gpt.init import depth_scaled
-from gpt.metrics import MOST_LAYERS
+from gpt.metrics import MAX_LAYERS
 from gpt.model import GPT
 from gpt.placement import PLACEMENTS, has_final_norm
 
@@ -32,7 +32,7 @@ class FaultLocation:
     """
 
     quantity: str
-    layer: Annotated[int, Field(ge=0, lt=MOST_LAYERS)]
+    layer: Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
     name: str
 
 

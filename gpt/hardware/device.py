@@ -1,4 +1,4 @@
-"""The device that computes, and the precision in which it does."""
+"""The device to compute on, and the precision to compute in."""
 
 from __future__ import annotations
 

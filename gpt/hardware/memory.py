@@ -107,7 +107,7 @@ def retry_with_less_memory(trainer: MicroBatched, compute: Callable[[], Computed
             automatic = trainer.config.training.micro_batch == "auto"
             if not is_out_of_memory(error) or not automatic or fewer is None:
                 raise
-        trainer.set_micro_batch(fewer)  # here, where nothing holds the memory of the failed attempt
+        trainer.set_micro_batch(fewer)  # outside `except`: the failed attempt's memory is free
 
 
 def smaller(micro_batch: int, batch: int) -> int | None:

@@ -25,7 +25,7 @@ GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # one of them exists if 
 
 
 def parameters(model: ModelConfig, vocab_size: int) -> int:
-    """Number of parameters without biases, norms and a placement's own: those in matrices."""
+    """Number of parameters in matrices: without biases, norms and a placement's own."""
     d = model.width
     inner = max(0, int(d * model.mlp.multiple) - 6)  # swiglu rounds it to a multiple of 8
     tables = model.context + vocab_size * (1 if model.tied_head else 2)

@@ -1,9 +1,9 @@
 """A run: its directory, what happens between its steps, and how it recovers.
 
-run.py        what happens between the steps of a run, to its result
+run.py        everything between the steps of a run, and its result
 log.py        updates, read from the device, counted and logged
 directory.py  the files of a run
-resume.py     what a start in a directory means: fresh, resumed, or ended
+resume.py     how training starts in a directory: fresh, resumed, or ended
 opening.py    making a directory ready for training
 recovery.py   rolling back, locating a failure, saving elsewhere
 loading.py    a trained model from its directory

@@ -68,8 +68,8 @@ class RunResult:
     rollbacks: Natural = 0
 
     @property
-    def is_possible(self) -> bool:
-        """Whether a run can end like this: a finished run made updates and was evaluated."""
+    def is_consistent(self) -> bool:
+        """Whether the fields are consistent: a finished run made updates and was evaluated."""
         evaluated = (self.val_loss, self.best_val_loss, self.val_bits_per_byte)
         return self.status != "finished" or (self.step > 0 and None not in evaluated)
 
@@ -114,7 +114,7 @@ class RunDirectory:
             InputError: this is not a run directory, or its config is damaged.
         """
         if not self.config.is_file():
-            what = "holds no run (no config.yaml)" if self.path.is_dir() else "no such directory"
+            what = "is not a run (no config.yaml)" if self.path.is_dir() else "no such directory"
             raise InputError(f"{self.path}: {what}")
         return configs.load(self.config)
 
@@ -131,7 +131,7 @@ class RunDirectory:
             result = TypeAdapter(RunResult).validate_python({**tree, "directory": self.path})
         except ValueError:
             result = None
-        if result is None or not result.is_possible:
+        if result is None or not result.is_consistent:
             raise InputError(f"{self.result}: is damaged")
         return result
 
@@ -150,10 +150,10 @@ class RunDirectory:
             file.write(line.encode())
 
     def write_environment(self, device: torch.device, **facts: Any) -> None:
-        """Write environment.json: how this run was made, as far as the config does not say so.
+        """Write environment.json: how this run was produced, apart from its config.
 
         Args:
-            facts: known to training: micro_batch, data_fingerprint, unigram_entropy (H₁) and
+            facts: more fields: micro_batch, data_fingerprint, unigram_entropy and
                 initial_weights (see `gpt.init.fingerprints`).
         """
         packages = ("numpy", "safetensors", "tiktoken", "tokenizers", "torch")

@@ -74,7 +74,7 @@ def _choose(run: RunDirectory, checkpoint: str) -> Path:
 
 
 def _read(run: RunDirectory, folder: Path) -> tuple[Checkpoint, Encoding]:
-    """What sampling needs of a checkpoint.
+    """The parts of a checkpoint that sampling needs.
 
     Raises:
         PrunedError: it is deleted meanwhile.
@@ -97,5 +97,5 @@ def _read(run: RunDirectory, folder: Path) -> tuple[Checkpoint, Encoding]:
                 read(other)
             except InputError:
                 continue
-            raise InputError(f"{error};\n--checkpoint {step} is whole") from None
+            raise InputError(f"{error};\n--checkpoint {step} is intact") from None
         raise

@@ -28,7 +28,7 @@ READ_EVERY = {"cpu": 1}  # steps between reads, where a read does not wait for a
 
 @dataclass(frozen=True)
 class Update:
-    """What is logged of one update; the tensors stay on the device until they are read."""
+    """The logged values of one update; the tensors stay on the device until they are read."""
 
     step: int
     loss: Tensor

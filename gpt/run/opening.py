@@ -1,4 +1,4 @@
-"""Opening a run directory for training: checks, leftovers, announcements, and who the run is."""
+"""Opening a run directory for training: checks, leftovers, announcements, the run's identity."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def check_tokens(plan: ResumePlan, dataset: Dataset) -> None:
     if read_state(plan.checkpoint).data_fingerprint != dataset.fingerprint:
         data = [change for change in plan.changes if change.startswith("data.")]
         raise InputError(
-            f"{plan.directory.path}: the tokens are not those that this run was trained on so "
-            f"far ({'; '.join(data) or 'the text is another'});\n"
-            "give it the same text, or choose another --out-dir"
+            f"{plan.directory.path}: the tokens differ from those that this run was trained on so "
+            f"far ({'; '.join(data) or 'the text has changed'});\n"
+            "use the same text, or choose another --out-dir"
         )
 
 
@@ -56,7 +56,7 @@ def adopt_checkpoint(
         changed(plan.changes, "training.steps")
         and progress.step == plan.directory.read_config().training.steps
     ):
-        progress.start_step = progress.step  # the checkpoint of its former end is scheduled
+        progress.start_step = progress.step  # the checkpoint of its former last step is scheduled
 
 
 def make_folders(plan: ResumePlan, config: Config) -> None:
@@ -71,13 +71,13 @@ def make_folders(plan: ResumePlan, config: Config) -> None:
         if fallback:
             Path(fallback).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{error.filename}: cannot be made: {error.strerror}") from None
+        raise InputError(f"{error.filename}: cannot be created: {error.strerror}") from None
     for folder in (directory.path, directory.samples, directory.checkpoints):
         remove_partial(folder)
 
 
 def announce(plan: ResumePlan, config: Config, step: int, console: Console) -> None:
-    """Say from where the run is resumed, and what was changed or damaged; set damaged ones aside.
+    """Report where the run resumes and what changed or is damaged; set damaged checkpoints aside.
 
     Args:
         step: from which it is resumed.
@@ -87,7 +87,7 @@ def announce(plan: ResumePlan, config: Config, step: int, console: Console) -> N
         console.say(f"skipped: {damage}")
     later = recovery.later_fallback(config, directory.path, step) if resuming else None
     if later is not None:
-        console.say(f"a later state of this run is in {later}: --out-dir {later} has it")
+        console.say(f"a later state of this run is in {later}: resume it with --out-dir {later}")
     if plan.damaged:
         console.say(f"resuming from step {step}")
         for path in checkpoints.steps(directory.checkpoints).values():

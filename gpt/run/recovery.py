@@ -1,4 +1,4 @@
-"""After a failure: back to a checkpoint, the place where it began, a directory that can be written.
+"""After a failure: roll back to a checkpoint, locate the failure, or save to another directory.
 
 Functions of a trainer, its checkpoints and the batches; they know nothing of the loop.
 """
@@ -98,7 +98,7 @@ def locate_by_replay(
 ) -> FaultLocation | None:
     """Find where a number was first not finite, by repeating the run from its last checkpoint.
 
-    The update that failed has spoilt its weights, so training is repeated up to the last good ones.
+    The failed update corrupted the weights, so training is repeated up to the last good ones.
 
     Raises:
         StopRequestedError: a stop was requested.
@@ -178,7 +178,7 @@ def advise_on_memory(trainer: Trainer, step: int, make_batch: MakeBatch, shortag
     return (
         f"training.micro_batch: out of memory with {tried} sequences at a time; {fitting} "
         f"would fit;\n--training.micro-batch {fitting}"
-        + ("" if automatic else ", or auto, which finds what fits,")
+        + ("" if automatic else ", or auto, which finds the largest that fits,")
         + " resumes from the last checkpoint"
     )
 
@@ -216,7 +216,7 @@ def save_to_fallback(
     files: Mapping[str, str | bytes],
     save: Callable[[RunDirectory], None],
 ) -> InputError:
-    """Save a run whose directory cannot be written in a new one elsewhere.
+    """Save a run in a new directory, because its own cannot be written.
 
     The run's own directory is not touched.
 

@@ -1,4 +1,4 @@
-"""What starting training in a directory means: a fresh run, a resumption, or nothing left to do.
+"""How training starts in a directory: a fresh run, a resumption, or nothing left to do.
 
 A directory that holds a run is never overwritten. `open_run` decides before anything is written.
 """
@@ -95,7 +95,7 @@ def ended_run(config: Config, path: Path, resume: str) -> RunResult | None:
     if result.status == "finished" and changed(changes, "training.steps") and steps != result.step:
         if steps < result.step:
             raise InputError(
-                f"{path}: is at step {result.step} already; training.steps ({steps}) must be more"
+                f"{path}: already at step {result.step}; training.steps ({steps}) must be greater"
             )
         return None
     return result
@@ -127,7 +127,7 @@ def open_run(config: Config, path: Path, resume: str) -> ResumePlan:
     most = steps - changed(changes, "training.steps")  # a new length must leave something to train
     if checkpoint is not None and checkpoint.step > most:
         raise InputError(
-            f"{path}: is at step {checkpoint.step} already; training.steps ({steps}) must be more"
+            f"{path}: already at step {checkpoint.step}; training.steps ({steps}) must be greater"
         )
     return ResumePlan(
         directory, checkpoint, existing=True, changes=tuple(changes), damaged=tuple(damaged)
@@ -137,7 +137,7 @@ def open_run(config: Config, path: Path, resume: str) -> ResumePlan:
 def _same_run(
     directory: RunDirectory, config: Config, resume: str
 ) -> tuple[list[str], RunResult | None]:
-    """The changes of a config that may change while it stays the same run; and the run's result."""
+    """The options changed, all of them allowed to, and the run's result."""
     if resume != "auto":
         raise InputError(
             f"{directory.path}: holds a run, which --resume {resume} would overwrite;\n"
@@ -149,7 +149,7 @@ def _same_run(
         refused += [change for change in changes if change.startswith("data.path:")]
         shown = "; ".join(refused[:5]) + ("; ..." if len(refused) > 5 else "")
         raise InputError(
-            f"{directory.path}: holds a run of another config ({shown});\n"
+            f"{directory.path}: contains a run with a different config ({shown});\n"
             "choose another --out-dir or name, or give that run's config to resume it"
         )
     return changes, directory.read_result()
@@ -191,7 +191,7 @@ def _start_from(config: Config, resume: str) -> Checkpoint | None:
         and not line.startswith("data.cache_dir")
     ]
     if different:
-        raise InputError(f"--resume {resume}: comes from another model or data: {different[0]}")
+        raise InputError(f"--resume {resume}: has another model, optimizer or data: {different[0]}")
     checkpoint = checkpoints.load(folder)
     if checkpoint.step >= config.training.steps:
         raise InputError(

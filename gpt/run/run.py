@@ -1,4 +1,4 @@
-"""One run: what happens between its steps, from opening its directory to writing its result.
+"""One run: everything between its steps, from opening its directory to writing its result.
 
 `gpt.training.fit` drives it, and gpt/ensemble.py drives many at once. The arithmetic of a step is
 the trainer's.
@@ -41,15 +41,15 @@ from gpt.run.resume import ResumePlan
 from gpt.schedule import lr_multiplier
 from gpt.trainer import Trainer, host_tensor
 
-CALIBRATION_SEQUENCES = 64  # of the first batch, at most, for what a placement sets from data
+CALIBRATION_SEQUENCES = 64  # of the first batch, at most, to calibrate a placement
 
 
 class Run:
-    """What happens between the steps of a run: logging, evaluation, samples, checkpoints, the end.
+    """Everything between the steps of a run: logging, evaluation, samples, checkpoints, the result.
 
     Args:
         plan: the run directory, locked by this process, and the checkpoint to resume from.
-        dataset: what `config.data` describes, prepared.
+        dataset: the prepared data of `config.data`.
         trainer: its state is set here.
         stop, on_update: as for `train`.
         save_checkpoints: whether checkpoints are saved as scheduled, and not only for a stop.
@@ -126,7 +126,7 @@ class Run:
                 store.save(directory.checkpoints, self._checkpoint(best), best=best, replaces=True)
             store.write_pointers(directory.checkpoints, name, best=best)
             self.checkpoints.prune(self.progress)
-        elif step:  # another run's checkpoint is where this one starts from, also after a crash
+        elif step:  # a copy of the other run's checkpoint, to restart from after a crash
             store.save(directory.checkpoints, self._checkpoint(best=False))
         opening.write_identity(plan, config, self.dataset, self.trainer, step, self.unigram_entropy)
         self.environment = directory.environment.read_text("utf-8")
@@ -135,7 +135,7 @@ class Run:
     # -- What the loop calls ---------------------------------------------------------------------
 
     def begin(self) -> RunResult | None:
-        """Do what precedes the next update; returns the result if there is nothing to train.
+        """Prepare for the next update; returns the result if there is nothing to train.
 
         Raises:
             NonFiniteError: the validation loss is not finite.
@@ -144,14 +144,14 @@ class Run:
         self.began = time.monotonic() - self.progress.seconds
         result = None
         if self.stop():
-            return self.end("interrupted", f"stopped before step {step + 1} was made")
+            return self.end("interrupted", f"stopped before step {step + 1}")
         if self._gives_up():  # and was killed before it wrote its result
             return self._give_up()
         if step == 0:
             try:
                 self._evaluate()
             except StopRequestedError:
-                return self.end("interrupted", "stopped before step 1 was made")
+                return self.end("interrupted", "stopped before step 1")
         if self.progress.pending:
             result = self._complete_step(stopping=False)
         self.console.start(self.config.training.steps, step)
@@ -242,18 +242,18 @@ class Run:
         self.log.flush(self.progress)
         step = self.progress.step
         if step == 0:
-            return self.end("interrupted", "stopped before step 1 was made")
+            return self.end("interrupted", "stopped before step 1")
         if step != self.checkpoints.saved_step:
             self._check_weights()
         with self._or_elsewhere(evaluated=False):
             if step != self.checkpoints.saved_step:
                 self._save(evaluated=False)
             self.checkpoints.wait()
-        return self.end("interrupted", f"stopped after step {step}, and saved")
+        return self.end("interrupted", f"stopped after step {step}; state saved")
 
     def finish(self) -> RunResult:
         """End a run that has made all its updates."""
-        return self.end("finished", f"all {self.config.training.steps} steps are done")
+        return self.end("finished", f"completed all {self.config.training.steps} steps")
 
     def close(self) -> None:
         """Wait for what is being written."""
@@ -289,7 +289,7 @@ class Run:
             if stopping or last or giving_up:
                 self.checkpoints.wait()
         if stopping:
-            return self.end("interrupted", f"stopped after step {step}, and saved")
+            return self.end("interrupted", f"stopped after step {step}; state saved")
         return self._give_up() if giving_up else None
 
     def _evaluate_and_sample(self, evaluating: bool, sampling: bool, stopping: bool) -> bool:
@@ -358,7 +358,7 @@ class Run:
         return patience is not None and self.progress.stalled_evals >= patience
 
     def _give_up(self) -> RunResult:
-        known = f"no more than token frequencies at {self.progress.stalled_evals} evaluations"
+        known = f"no better than token frequencies for {self.progress.stalled_evals} evaluations"
         return self.end("finished", f"given up at step {self.progress.step}: {known} in a row")
 
     def _sample(self) -> None:
@@ -413,7 +413,7 @@ class Run:
         """Save the run elsewhere where its own directory cannot be written.
 
         Raises:
-            InputError: the directory could not be written, and where the run is now.
+            InputError: the directory could not be written; gives the run's new directory.
         """
         try:
             yield
@@ -503,7 +503,7 @@ class Run:
         )
 
     def diverge(self, fault: Fault, *, applied: bool = True) -> RunResult:
-        """End with what became non-finite, where that began, and what to try next.
+        """End as diverged, with the failed quantity, its origin, and advice.
 
         Args:
             applied: whether the update that failed was applied.
@@ -557,7 +557,7 @@ class Run:
             rollbacks=progress.rollbacks,
         )
         if self.plot and progress.step and status != "interrupted":  # which must end soon
-            from gpt.run.plot import plot_run  # with matplotlib, for which no step waits
+            from gpt.run.plot import plot_run  # loads matplotlib, so not before training
 
             plot_run(metrics.read(self.directory.metrics), self.directory.plot, title=config.name)
         self.directory.write_result(result)  # last: it marks the run as ended
