@@ -221,6 +221,7 @@ def test_a_save_that_fails_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OSError, match="No space"):
         checkpoints.save(tmp_path, make(2))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
+    assert (tmp_path / "latest").read_text() == "step-00000001\n"
     monkeypatch.undo()
     assert checkpoints.load(good).step == 1
 
