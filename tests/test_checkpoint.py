@@ -227,6 +227,7 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(OSError, match="No space"):
         checkpoints.save(tmp_path, make(2))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
+    assert (tmp_path / "latest").read_text() == "step-00000001\n"
     monkeypatch.undo()
     assert checkpoints.load(good).step == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from gpt.config import Config
 from gpt.data import encode, preparation
 from gpt.errors import InputError, StoppedError
 from gpt.io.console import Console
-from gpt.io.files import open_for_update, read_json, refuse_links
+from gpt.io.files import open_for_update, read_json, refuse_links, write_text
 from gpt.run import plot
 
 Make = Callable[..., Config]
@@ -392,6 +393,21 @@ def test_a_file_is_changed_in_place_only_if_it_is_not_a_link(tmp_path: Path):
         open_for_update(tmp_path / "soft")
     with open_for_update(tmp_path / "new") as file:
         assert file.read() == b""
+
+
+def test_a_small_file_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "result.json"
+    write_text(path, "before")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_text(path, "after")
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("text", ["", "[", "[1]", '{"a": "1"}', '{"a": 1e999}', "9" * 5000])

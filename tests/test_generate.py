@@ -101,6 +101,12 @@ def test_the_models_mode_and_cache_are_restored(model: GPT):
     model.eval()
 
 
+def test_text_is_drawn_in_evaluation_mode(model: GPT):
+    dropping = GPT(model.config.model_copy(update={"dropout": 0.5}), EOT + 1)
+    dropping.load_state_dict(model.state_dict())
+    assert run(dropping.train(), [1, 2], 8, temperature=0) == run(model, [1, 2], 8, temperature=0)
+
+
 LOGITS = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
 
 

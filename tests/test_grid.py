@@ -91,6 +91,12 @@ def test_cells_of_one_seed_and_setting_differ_in_their_arm_alone(tmp_path: Path)
     assert changed == {"name", "model.norm.placement", "model.norm.final_norm"}
 
 
+def test_each_seed_has_weights_and_batches_of_its_own(tmp_path: Path):
+    made = cells(tmp_path)
+    assert len({c.config.seed for c in made}) > 1
+    assert all(c.config.data_seed == c.config.seed for c in made)
+
+
 def test_an_arm_may_have_rates_of_its_own(tmp_path: Path):
     arms = {
         "optimizer": {

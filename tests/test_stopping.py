@@ -130,6 +130,24 @@ def test_a_stop_does_not_wait_for_an_evaluation(tiny: Make, tmp_path: Path, monk
     assert [r["step"] for r in records(tmp_path / "run") if "val_loss" in r] == [0, 10, 20]
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_stop_is_heard_between_two_parts_of_an_update_or_evaluation(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, training: bool
+):
+    loss_fn, computed = GPT.loss_fn, []
+
+    def counted(self: GPT, *arguments: Any) -> Any:
+        if self.training == training:
+            computed.append(None)
+        return loss_fn(self, *arguments)
+
+    monkeypatch.setattr(GPT, "loss_fn", counted)
+    config = tiny(training={"micro_batch": 2})
+    ended = run(config, tmp_path / "run", stop=lambda: bool(computed))
+    assert ended.status == "interrupted"
+    assert len(computed) == 1
+
+
 def test_a_stop_of_cells_whenever_it_is_asked_for_changes_nothing(tiny: Make, tmp_path: Path):
     configs = [
         tiny(

@@ -16,7 +16,7 @@ from gpt.compare.grid import Cell, Grid
 from gpt.compare.outcomes import Outcome
 from gpt.compare.report.cells_csv import csv_row
 from gpt.compare.results import Summary
-from gpt.compare.statistics import Interval, Threshold, holm, wilson
+from gpt.compare.statistics import Interval, Threshold, holm, mean_interval, wilson
 from gpt.compare.summary import summarize
 from gpt.compare.verdicts import Verdict
 from gpt.compare.wording import failures_text, rates_text, threshold_text
@@ -198,6 +198,21 @@ def test_failure_and_loss_are_paired_by_seed():
     assert loss.value == pytest.approx(0.9 * 0.5 * 5 / 6)
     assert loss.interval is not None
     assert 0 <= loss.interval.low < loss.value < loss.interval.high
+
+
+def test_a_contrasts_differences_are_taken_seed_by_seed():
+    """Seeds that are good for one arm are bad for the other; ranks would agree exactly."""
+    runs = [outcome("post, cold", 1e-3, seed, 2 + 0.1 * seed) for seed in range(6)]
+    runs += [outcome("pre, cold", 1e-3, seed, 2 - 0.1 * seed) for seed in range(6)]
+    contrast = {"question": "?", "measure": "loss", "of": ["post, cold", "pre, cold"]}
+    found = summarize(grid(contrast=contrast, pairs=[]), runs).contrast
+    expected = mean_interval([0.2 * seed for seed in range(6)])
+    assert found is not None
+    assert found.value == pytest.approx(0.5)
+    assert found.interval is not None
+    assert expected is not None
+    assert found.interval.low == pytest.approx(expected.low)
+    assert found.interval.high == pytest.approx(expected.high)
 
 
 def test_a_diverged_run_counts_as_its_first_loss():

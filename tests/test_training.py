@@ -296,6 +296,31 @@ def test_micro_batches_add_up_to_the_batch(tiny: Make, tmp_path: Path):
             )
 
 
+def test_dropout_draws_another_mask_for_each_seed_step_and_micro_batch(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    masks: list[str] = []  # digests
+
+    def forward(self: torch.nn.Dropout, x: torch.Tensor) -> torch.Tensor:
+        y = torch.nn.functional.dropout(x, self.p, self.training)
+        if self.training:
+            masks.append(hashlib.sha256((y != 0).numpy().tobytes()).hexdigest())
+        return y
+
+    def masks_of(name: str, seed: int) -> list[str]:
+        masks.clear()
+        options = {"training": {"steps": 2, "micro_batch": 2}, "sampling": {"tokens": 0}}
+        run(tiny(seed=seed, model={"dropout": 0.3}, **options), tmp_path / name)
+        return masks.copy()
+
+    monkeypatch.setattr(torch.nn.Dropout, "forward", forward)
+    first = masks_of("first", seed=0)
+    assert len(first) == 2 * 2 * 5  # steps, micro-batches; embeddings and two in each of two blocks
+    assert len(set(first)) == len(first)
+    assert masks_of("again", seed=0) == first
+    assert not set(masks_of("other", seed=1)) & set(first)
+
+
 def test_a_batch_in_tokens_is_the_same_batch(tiny: Make, tmp_path: Path):
     run(tiny(), tmp_path / "sequences")
     run(tiny(training={"batch_sequences": None, "batch_tokens": 64}), tmp_path / "tokens")

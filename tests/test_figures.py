@@ -1,0 +1,155 @@
+"""What the report's pictures and tables say, against the summary that they are made from.
+
+Four arms in two settings, three rates and three seeds, of which no two agree in any number, so that
+a number in the wrong place is noticed.
+"""
+
+from __future__ import annotations
+
+import re
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from test_summary import ARMS, grid, outcome
+
+from gpt.compare import report
+from gpt.compare.figures.base import PlotData
+from gpt.compare.figures.losses import failures, loss_by_rate
+from gpt.compare.figures.thresholds import thresholds
+from gpt.compare.grid import Grid
+from gpt.compare.outcomes import Outcome
+from gpt.compare.results import ArmSummary
+from gpt.compare.summary import summarize
+
+RATES, SEEDS, DEPTHS = (1e-3, 1e-2, 1e-1), 3, (2, 4)
+
+
+def runs() -> list[Outcome]:
+    """The share of failures rises with the rate, and more so from arm to arm and with depth."""
+    found = []
+    for number, (arm, layers) in enumerate((a, n) for a in ARMS for n in DEPTHS):
+        for place, rate in enumerate(RATES):
+            for seed in range(SEEDS):
+                failed = 3 * place + seed >= number + 1
+                loss = 2 + 0.1 * number + 0.02 * place + 0.3 * (seed == 2) + 0.001 * seed
+                status = "plateaued" if failed else "trained"
+                found.append(outcome(arm, rate, seed, loss, status=status, layers=layers))
+    return found
+
+
+@pytest.fixture(scope="module")
+def data() -> PlotData:
+    compared: Grid = grid(
+        grid={"optimizer.learning_rate": list(RATES), "model.layers": list(DEPTHS)}, seeds=SEEDS
+    )
+    found = runs()
+    return PlotData(compared, summarize(compared, found), found, [])
+
+
+def panels(figure_axes: list[Axes]) -> dict[str, Axes]:
+    return {axes.get_title(): axes for axes in figure_axes if axes.get_title()}
+
+
+def test_lines_of_loss_by_rate_join_the_medians_of_their_arm(data: PlotData):
+    drawn = panels(loss_by_rate(data).figure.axes)
+    assert len(data.summary.arms) == 8
+    for arm in data.summary.arms:
+        style = data.styles[arm.arm]
+        (line,) = [each for each in drawn[arm.setting].lines if each.get_gid() == style.gid]
+        assert list(line.get_xdata()) == list(RATES)
+        assert list(line.get_ydata()) == [at.median_loss for at in arm.by_rate]
+        assert [at.median_loss for at in arm.by_rate] != [at.mean_loss for at in arm.by_rate]
+        assert line.get_color() == style.colour
+
+
+def test_points_of_loss_by_rate_are_the_runs(data: PlotData):
+    drawn = panels(loss_by_rate(data).figure.axes)
+    for run in data.outcomes:
+        style, (place,) = data.styles[run.cell.arm], run.cell.setting.values()
+        gid = f"{style.gid} cell-{run.cell.id}"
+        (point,) = [p for p in drawn[f"layers {place}"].lines if p.get_gid() == gid]
+        assert (*point.get_xdata(), *point.get_ydata()) == (run.rate, run.loss)
+        assert run.verdict is not None
+        assert (point.get_marker() == "x") == run.verdict.failed
+
+
+def test_the_figure_of_failures_has_each_arms_share_at_each_rate(data: PlotData):
+    drawn = panels(failures(data).figure.axes)
+    for arm in data.summary.arms:
+        axes = drawn[arm.arm]
+        row = [label.get_text() for label in axes.get_yticklabels()].index(arm.setting)
+        shares = np.asarray(axes.collections[0].get_array()).reshape(len(DEPTHS), len(RATES))[row]
+        assert list(shares) == [at.failures / at.n for at in arm.by_rate]
+        texts = {t.get_position(): t.get_text() for t in axes.texts}
+        words = [texts[column, row] for column in range(len(RATES))]
+        assert words == [f"{at.failures}/{at.n}" for at in arm.by_rate]
+
+
+def test_the_figure_of_thresholds_has_each_arms_lr50_at_each_depth(data: PlotData):
+    axes = thresholds(data).figure.axes[0]
+    for name, style in data.styles.items():
+        arms = [arm for arm in data.summary.arms if arm.arm == name]
+        drawn = {
+            (float(x), float(y))
+            for line in axes.lines
+            if line.get_gid() == style.gid
+            for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)
+        }
+        for depth, arm in zip(DEPTHS, arms, strict=True):
+            assert any(
+                x == pytest.approx(depth, rel=0.1) and y == arm.lr50.rate for x, y in drawn
+            ), name
+
+
+@pytest.fixture(scope="module")
+def tables(data: PlotData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tables")
+    (folder / "grid.yaml").write_text(data.grid.to_yaml())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "draw", lambda data: {})
+        report.write_report(folder, data.grid, data.summary, data.outcomes, [], [])
+    return folder
+
+
+def numbers(arm: ArmSummary) -> tuple[str, ...]:
+    """What a table of arms must say of one."""
+    return (
+        f"{arm.failures} of {arm.runs}",
+        f"{arm.highest_stable_rate:.3g}" if arm.highest_stable_rate else "none",
+        f"{arm.lr_sensitivity:.3f}",
+        f"{arm.best_loss:.3f} at {arm.best_rate:g}",
+        f"{arm.initial_loss:.3f}",
+    )
+
+
+def test_the_pages_table_has_each_arms_own_numbers(data: PlotData, tables: Path):
+    html = (tables / "report.html").read_text("utf-8")
+    (section,) = re.findall(r'<h2 id="arms">.*?</table>', html, re.DOTALL)
+    rows = [unescape(re.sub(r"<[^>]*>", " ", row)) for row in section.split("<tr ")[1:]]
+    for arm, row in zip(data.summary.arms, rows, strict=True):
+        assert arm.arm in row
+        assert arm.setting in row
+        for text in numbers(arm):
+            assert text in row
+
+
+def test_the_markdown_table_has_each_arms_own_numbers(data: PlotData, tables: Path):
+    lines = (tables / "report.md").read_text("utf-8").splitlines()
+    for arm in data.summary.arms:
+        (row,) = [line for line in lines if line.startswith(f"| {arm.arm} ({arm.setting}) |")]
+        for text in numbers(arm):
+            assert text in row
+
+
+def test_every_run_has_its_own_loss_in_the_page(data: PlotData, tables: Path):
+    html = (tables / "report.html").read_text("utf-8")
+    for run in data.outcomes:
+        (row,) = re.findall(rf'<tr id="row-{re.escape(run.cell.id)}".*?</tr>', html, re.DOTALL)
+        assert run.verdict is not None
+        assert run.verdict.final_val_loss is not None
+        assert f"{run.verdict.final_val_loss:.3f}" in row
+        assert f"{run.cell.arm}, {run.rate:g}" in row
+        assert f"seed {run.seed}" in row
