@@ -165,6 +165,7 @@ class Trainer:
         clip = self.config.optimizer.clip
         if clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), clip, grad_norm)
+        # Not `scaler.step`: this tests loss and norm, so that all optimizers skip together.
         skipped = self.skips_nonfinite and not (loss + grad_norm).isfinite().item()
         if not skipped:
             self.optimizer.step(lr_scale)

@@ -86,7 +86,7 @@ def test_train_then_sample_as_a_user_does(
     assert "bits per byte" in done.stdout
     assert str(out / "loss.png") in done.stdout
     assert "sample.py" in done.stdout
-    for word in ("device", "parameters", "without embeddings", "tokens a step", "directory"):
+    for word in ("device", "parameters", "without embeddings", "tokens per step", "directory"):
         assert word in done.stderr
     assert "step 20/20  loss" in done.stderr
 
@@ -475,7 +475,7 @@ def test_verify_reports_every_checkpoint(
         code, stdout, stderr = called(capsys, "checkpoint", "verify", given)
         assert code == 2
         assert stdout.splitlines()[-1] == f"{path}: is damaged: it has changed since it was written"
-        assert stderr == f"python -m gpt.checkpoint: {given}: 1 of {of} checkpoints damaged\n"
+        assert stderr == f"python -m gpt.checkpoint: {given}: 1 of {of} checkpoints are damaged\n"
     code, _, stderr = called(capsys, "checkpoint", "verify", tmp_path)
     assert (code, stderr) == (2, f"python -m gpt.checkpoint: {tmp_path}: contains no checkpoint\n")
 

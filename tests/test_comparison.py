@@ -302,7 +302,7 @@ def test_a_dry_run_lists_cells_and_writes_nothing(
         (["--optimizer.learning-rate", "1e-3"], ["--optimizer.learning_rate", "edit that file"]),
         (["--training.stepz", "1"], ["--training.stepz: no such option"]),
         (["--dry-run", "--report-only"], ["not both"]),
-        (["--beside", "nowhere"], ["nowhere", "holds no comparison"]),
+        (["--beside", "nowhere"], ["nowhere", "is not a comparison directory"]),
         (["--report-only"], ["no cell has a result yet"]),
         (["--model.heads", "3", "--dry-run"], ["arm 'pre'", "heads (3) must divide width (16)"]),
         (
@@ -637,7 +637,7 @@ def test_batched_cells_give_what_processes_give(
     path, directory = write(tmp_path / "one.yaml", {**tree, "probes": False}), tmp_path / "one"
     code, _, err = called(capsys, path, "--runner", "batched", "--out-dir", directory)
     assert code == 0, err
-    assert "with 2 batches of up to 4 cells, estimated by a short timing here" in err
+    assert "with 2 batches of up to 4 cells, estimated from a short benchmark on this machine" in err
     rows = []
     for each in (done[0], directory):
         with (each / "cells.csv").open() as file:
@@ -703,7 +703,7 @@ def test_a_grid_without_a_batched_form_is_refused(
         cli.run("compare", [str(path), "--out-dir", str(tmp_path / "new")])
     assert ended.value.code == 2
     _, err = capsys.readouterr()
-    assert "model.dropout: 0.1 has no batched form" in err
+    assert "model.dropout: 0.1 cannot be batched" in err
     assert not (tmp_path / "new").exists()
 
 
@@ -730,7 +730,7 @@ def test_cells_are_divided_into_tasks_by_shape(
     assert {cell.arm for cell in alone} == {"pre, muon", "post, muon"}
     assert sum(len(task.cells) for task in on_gpu) == len(cells)
     assert not any(task.batched for task in make_tasks(cells, "processes"))
-    with pytest.raises(InputError, match="muon has no batched form"):
+    with pytest.raises(InputError, match="muon cannot be batched"):
         make_tasks(cells, "batched")
 
 

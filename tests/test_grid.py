@@ -167,7 +167,7 @@ def test_the_base_may_be_a_file_beside_the_grid(tmp_path: Path):
         ({"grid": {"seed": [1, 2]}}, ["seed: no such option of a cell"]),
         (
             {"grid": {"model.layers": [2], "model.layers, model.width": [[2, 16]]}},
-            ["is in two axes"],
+            ["is on two axes"],
         ),
         ({"grid": {"model.layers": [2, "2"]}}, ["duplicate value or name"]),
         ({"grid": {"model.layers": ["many"]}}, ["arm 'pre, cold': model.layers", "'many'"]),
@@ -204,7 +204,7 @@ def test_the_base_may_be_a_file_beside_the_grid(tmp_path: Path):
         ({"arms": {"seed": {"a": {}}}}, ["'seed' cannot name a factor"]),
         (
             {"arms": {"a": {"x": {"optimizer.learning_rate": []}}}},
-            ["'x' has no value of optimizer.learning_rate"],
+            ["'x' has no value for optimizer.learning_rate"],
         ),
     ],
 )

@@ -250,7 +250,7 @@ def test_an_unreachable_hub_is_noticed_soon_when_continuing(
     assert prepare.left() == [building.name]
     code, _, err, _ = prepare(*DATASET, HF_ENDPOINT=hub)
     assert code == 0
-    assert "continuing an interrupted preparation" in err
+    assert "resuming an interrupted preparation" in err
 
 
 @pytest.mark.parametrize("silent_in", ["load_dataset", "a row"])

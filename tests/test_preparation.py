@@ -693,7 +693,7 @@ def test_progress_saved_before_the_disk_was_full_is_kept(
         if part == "finalizing":
             patch.setattr(prepared, "_describe", full)
         with pytest.raises(
-            InputError, match=f"{FULL_DISK}; what is prepared so far is kept, and the"
+            InputError, match=f"{FULL_DISK}; the work so far is kept, and the"
         ):
             prepare(config)
     (building,) = left(config)
@@ -796,7 +796,7 @@ def test_a_killed_preparation_continues(
     assert (building / "tokenizer.json").is_file()
     again = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert again.returncode == 0, again.stderr
-    assert ("continuing an interrupted preparation" in again.stderr) == (number == signal.SIGTERM)
+    assert ("resuming an interrupted preparation" in again.stderr) == (number == signal.SIGTERM)
     files = json.loads((final / "meta.json").read_text())["files"]
     assert sum(file["documents"] for file in files) == 120_000
     assert sum(file["bytes"] for file in files) == 60_000 * 40 * 40

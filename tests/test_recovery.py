@@ -317,7 +317,7 @@ def test_a_directory_that_was_moved_is_not_made_again_in_its_place(tiny: Make, t
 @pytest.mark.usefixtures("at_once")
 def test_with_nowhere_to_go_it_says_so(tiny: Make, tmp_path: Path, full: Any):
     config = tiny(checkpoint={"spare_dir": str(tmp_path / "spare"), "every": 5})
-    with pytest.raises(InputError, match="nor can the state of step 15 be saved") as told:
+    with pytest.raises(InputError, match="the state of step 15 cannot be saved") as told:
         run(config, tmp_path / "run", **later(12, lambda: full(tmp_path)))
     assert len(str(told.value).splitlines()) <= 3
     assert list((tmp_path / "spare").iterdir()) == []

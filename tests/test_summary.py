@@ -367,7 +367,7 @@ def test_three_seeds_never_support_that_an_arm_does_not_fail():
     calm = summarize(grid(), outcomes(by_arm(dict.fromkeys(ARMS, math.inf)), seeds=3))
     assert calm.contrast is not None
     assert calm.contrast.answer == "open"
-    assert "open at both ends" in calm.verdict[0]
+    assert "unbounded" in calm.verdict[0]
     assert calm.verdict[0].count("changes by an unknown factor") == 2
     assert "ratio" not in calm.verdict[0]
     assert calm.verdict[1] == "No run failed: no failure in 3 seeds (at most 56%) at each rate."
@@ -451,4 +451,4 @@ def test_a_measures_question_is_answered_in_its_own_unit():
     )
     contrast["measure"] = "failure"
     (answer, _) = summary(MOVED, contrast=contrast).verdict
-    assert answer.startswith("The fraction of failed runs changes by +25 points from 'pre, cold'")
+    assert answer.startswith("The fraction of failed runs changes by +25 percentage points from 'pre, cold'")

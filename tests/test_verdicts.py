@@ -129,7 +129,7 @@ def test_spikes_agree_with_the_definition_written_out():
 def test_a_run_that_learned_is_trained():
     result = judge(alternating(2.5, 400), val=2.6)
     assert (result.status, result.failed, result.step) == ("trained", False, None)
-    assert result.reason == "final loss 2.600 is 0.741 under H1 = 3.341"
+    assert result.reason == "final loss 2.600 is 0.741 below H1 = 3.341"
 
 
 def test_the_numbers_of_a_run():
@@ -173,11 +173,11 @@ def test_a_final_loss_at_exactly_the_margin_is_a_plateau():
     assert judge(losses, val=math.nextafter(H1 - 0.05, 0)).status == "trained"
     result = judge(losses, val=3.349)
     assert result.failed
-    assert result.reason == "final loss 3.349 is not 0.05 under H1 = 3.341"
+    assert result.reason == "final loss 3.349 is not 0.05 below H1 = 3.341"
 
 
 def test_a_plateau_that_never_learned_starts_at_the_first_step():
-    """Half of its smoothed losses are under H1 - 0.05, as the training text is a little easier."""
+    """Half of its smoothed losses are below H1 - 0.05, as the training text is a little easier."""
     noise = np.random.default_rng(0).normal(0, 0.15, size=400)
     assert judge((H1 - 0.05 + noise).tolist(), val=H1).step == 1
 
@@ -231,7 +231,7 @@ def test_a_final_loss_more_than_two_tenths_above_its_minimum_is_a_regression():
     result = judge(risen(0.21, 0.05))
     assert (result.status, result.failed, result.step) == ("regressed", True, 120)
     assert result.reason == (
-        "training loss 2.210 is 0.210 above its lowest 2.000, and 0.200 is allowed"
+        "training loss 2.210 is 0.210 above its minimum of 2.000; 0.200 is allowed"
     )
 
 

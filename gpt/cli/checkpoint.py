@@ -55,4 +55,4 @@ def verify(directory: Path) -> None:
             damaged += 1
             show("\n".join(format_error(error)))
     if damaged:
-        raise InputError(f"{directory}: {damaged} of {len(found)} checkpoints damaged")
+        raise InputError(f"{directory}: {damaged} of {len(found)} checkpoints are damaged")

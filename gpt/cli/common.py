@@ -40,7 +40,7 @@ def command(prog: str) -> Iterator[None]:
     """Run a command's body: an error in the user's input ends it with a message and exit code 2."""
     set_encoding()
     try:
-        # KeyboardInterrupt, the default, would be lost, or become another error, in many an import.
+        # KeyboardInterrupt, the default, would be lost, or become another error, in many imports.
         with _signal_handlers({signal.SIGINT: lambda number, frame: os._exit(130)}):
             yield
     except InputError as error:
@@ -62,7 +62,7 @@ def command(prog: str) -> Iterator[None]:
 
 
 class StopSignals:
-    """Ctrl-C, SIGTERM and a time limit as a request to stop; calling it says whether there is one.
+    """Turns Ctrl-C, SIGTERM and a time limit into a request to stop; call it to test for one.
 
     A second signal has its default action and ends the process at once.
 

@@ -97,7 +97,7 @@ def compare(arguments: Arguments, comparison: Comparison) -> Summary | None:
     """Run the cells that have no result yet, and write the report.
 
     Returns:
-        The summary; None if --dry-run was to list the cells only.
+        The summary; None after --dry-run, which only lists the cells.
 
     Raises:
         StoppedError: it was interrupted.
@@ -126,7 +126,7 @@ def compare(arguments: Arguments, comparison: Comparison) -> Summary | None:
 
 
 def report(summary: Summary | None, comparison: Comparison) -> int:
-    """Print the summary, and return the exit code: 1 if a cell ended by a fault of the program."""
+    """Print the summary, and return the exit code: 1 if an internal error ended a cell."""
     if summary is None:
         return 0
     from gpt.compare import comparison as comparisons

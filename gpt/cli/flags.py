@@ -122,7 +122,7 @@ def _describe_unknown(words: list[str], flags: Collection[str]) -> str:
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """argparse's own, but for names such as post-norm, which it would break at the hyphen."""
+    """argparse's own, except that names such as post-norm are not broken at the hyphen."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)

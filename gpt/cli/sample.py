@@ -35,7 +35,7 @@ class Arguments(Sampling):
     prompt: str | None = None
     """Text to continue. Unset: --prompt-file or stdin if piped, else a new document."""
     prompt_file: FileName | None = Field(None, title="FILE")
-    """A UTF-8 file whose text to continue."""
+    """A UTF-8 file with the text to continue."""
     num_samples: SampleCount = 1
     """Number of texts, generated in one batch."""
     max_new_tokens: Count = 200
@@ -49,7 +49,7 @@ class Arguments(Sampling):
     weights: Weights = "fp32"
     """fp32 is exact; bf16 (on a GPU) and int8 (a few samples on a CPU) are faster but rounded."""
     compile: bool = False
-    """Compile the decoding steps on a GPU: up to a minute at first, pays off for long texts."""
+    """Compile the decoding steps on a GPU: takes up to a minute, pays off for long texts."""
 
 
 def main(argv: Sequence[str], prog: str = "sample.py") -> int:

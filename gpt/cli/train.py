@@ -61,7 +61,7 @@ def load(argv: Sequence[str], prog: str = "train.py") -> tuple[Arguments, Config
 
 
 def train(arguments: Arguments, config: Config) -> RunResult | None:
-    """Train; or print the config or the plan, where that is asked for, and return None."""
+    """Train; or print the config or the plan, if asked to, and return None."""
     out_dir = Path(arguments.out_dir or f"runs/{config.name}")
     if arguments.print_config:
         write_result(config.to_yaml())
@@ -135,7 +135,7 @@ def _describe(result: RunResult, prog: str) -> str:
             f"{result.val_bits_per_byte:.4f} bits per byte (lowest {result.best_val_loss:.4f} nats)"
         )
     if (result.directory / "loss.png").is_file():
-        lines.append(f"  picture          {result.directory / 'loss.png'}")
+        lines.append(f"  plot             {result.directory / 'loss.png'}")
     samples = sorted((result.directory / "samples").glob("step-*.txt"))
     if samples:
         lines.append(f"  sample           {samples[-1]}:")

@@ -59,7 +59,7 @@ def has_ended(directory: Path, cell: Cell) -> bool:
     differences = run.read_config().differences(cell.config)
     if differences:
         raise InputError(
-            f"{run.path}: holds a run of another config ({differences[0]}); "
+            f"{run.path}: contains a run with a different config ({differences[0]}); "
             "choose another --out-dir"
         )
     result = run.read_result()

@@ -5,7 +5,7 @@
       command.json    the commands that ran it, and when
       cells/CELL/     a run directory each
       lost.json       cells that ended without a result, and why; only if there are any
-      probes.json     the networks at initialization
+      probes.json     measurements of the networks at initialization
       cells.csv       one row per cell
       summary.json    arms, contrast, pairs, verdict
       report.html, report.md, figures/
@@ -47,7 +47,7 @@ from gpt.io.files import is_partial, lock_directory, read_json, refuse_links, wr
 from gpt.io.wait import interruptible
 from gpt.run.directory import command_line
 
-STOPPED = "stopped; cells that have ended are saved, and the same command continues"
+STOPPED = "stopped; finished cells are kept; run the same command to resume"
 CHANGEABLE = {"hours", "keep_checkpoints", "probes", "runner"}  # of a grid that has been run
 
 
@@ -147,7 +147,7 @@ def report(
 
 
 def to_json(tree: dict[str, Any]) -> str:
-    """Strict JSON: the open end of an interval, which is infinite here, is null."""
+    """Strict JSON, with null for the infinite end of an open interval."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, dict):
@@ -166,7 +166,7 @@ def read_comparison(directory: Path) -> tuple[Grid, Summary, list[Outcome]]:
         InputError: it does not hold a comparison, or none of its cells has a result.
     """
     if not (directory / "grid.yaml").is_file():
-        raise InputError(f"{directory}: holds no comparison (no grid.yaml)")
+        raise InputError(f"{directory}: is not a comparison directory (no grid.yaml)")
     grid, cells = grids.load(directory / "grid.yaml")
     outcomes = read_outcomes(cells, directory)
     return grid, summarize(grid, outcomes), outcomes
@@ -270,23 +270,23 @@ def describe(
     arms = grid.all_arms()
     ended = len(cells) - estimated.cells
     rows = {
-        "question": grid.contrast.question if grid.contrast else "none is registered",
+        "question": grid.contrast.question if grid.contrast else "none registered",
         "arms": "; ".join(arm.name for arm in arms),
         "cells": f"{len(cells)}: {len(arms)} arms, {len(grid.seeds)} seeds"
         + "".join(f", {len(values)} x {axis}" for axis, values in grid.grid.items())
         + (f"; {ended} have already ended" if ended else ""),
         "tokens": f"{estimated.tokens:,} to train on, {estimated.flops:.2g} FLOPs",
         "time": f"about {duration(estimated.seconds)} with {format_workers(tasks, workers)}, "
-        "estimated by a short timing here; start-up"
+        "estimated from a short benchmark on this machine; start-up"
         + (", probes (probes: false skips them)" if grid.probes else "")
-        + " and report come on top",
+        + " and report not included",
         "disk": f"at most {estimated.disk / 1e6:,.0f} MB of "
         f"{free_bytes(directory) / 1e9:,.0f} GB free",
         "directory": str(directory),
     }
     slow = too_long_warmups(cells)
     if slow:
-        rows["warm-up"] = f"is longer than the run in {', '.join(slow)}: no full rate there"
+        rows["warm-up"] = f"lasts as long as the run, or longer, in {'; '.join(slow)}"
     return "\n".join([grid.title, *(f"  {name:<10} {text}" for name, text in rows.items())])
 
 
@@ -303,7 +303,7 @@ def format_workers(tasks: Sequence[Task], workers: int) -> str:
 
 
 def too_long_warmups(cells: Sequence[Cell]) -> list[str]:
-    """Arms whose warm-up lasts the whole run, so that they never reach their full rate."""
+    """Arms whose warm-up lasts at least as long as the run."""
     arms = {
         cell.arm: None
         for cell in cells
@@ -330,7 +330,7 @@ def format_summary(summary: Summary, directory: Path) -> str:
         by_status = ", ".join(f"{count} {status}" for status, count in counts.items())
         lines.append(
             f"{len(summary.lost)} of {summary.planned} cells have no result ({by_status}); "
-            "the same command tries them again"
+            "run the same command to retry them"
         )
     if summary.match.exceptions:
         lines.append(f"NOT MATCHED: {summary.match.exceptions[0]}")

@@ -1,8 +1,8 @@
-"""What a comparison amounts to, before it runs: cells, tokens, FLOPs, time and disk.
+"""The cost of a comparison, estimated before it runs: cells, tokens, FLOPs, time and disk.
 
-The time comes from timing one update of each size of model here, for a moment, on one thread; of
-cells that are trained as one, an update of a few of them, which is the worst case for many. It is
-an estimate: workers that slow each other down, and runs that diverge early, are not in it.
+The time is extrapolated from one update of each model size, timed here on one thread; of
+batched cells, from an update of a few of them, whose time per cell is an upper bound. It is
+an estimate: it ignores workers that slow each other down, and runs that diverge early.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gpt.model import GPT
 from gpt.run import plan
 from gpt.trainer import Trainer
 
-TIMED_TOGETHER = 8  # cells of those that are trained as one
+TIMED_TOGETHER = 8  # cells of a batch that are timed, at most
 TIMED_SECONDS = 0.4  # for each size of model, at least one update
 TIMED_FLOPS = {"cpu": 2e10, "mps": 2e11, "cuda": 2e13}  # of an update; a longer one is scaled up
 START_SECONDS = 2.0  # of a cell: reading the data, making the model, drawing loss.png
@@ -41,12 +41,12 @@ KEPT = 3  # checkpoints of a cell at once, while it runs
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is to come.
+    """The estimated cost of the cells still to run.
 
     Attributes:
         cells: that have no result yet.
-        tokens, flops: of their training; evaluation left out.
-        seconds: of the cells that are trained as one, and then of the others, by workers.
+        tokens, flops: of their training, without evaluation.
+        seconds: of the batched cells, and then of the others, on all workers.
         disk: bytes at most.
     """
 
@@ -58,13 +58,13 @@ class Estimate:
 
 
 def check_cells(cells: Sequence[Cell], *, probes: bool = False) -> None:
-    """Refuse what cannot run here, before anything runs.
+    """Reject cells that cannot run on this machine, before anything runs.
 
     Args:
-        probes: whether the networks are to be measured at their start.
+        probes: whether the networks will be measured at initialization.
 
     Raises:
-        InputError: the device is not there, or the memory is too small.
+        InputError: the device is unavailable, or there is too little memory.
     """
     for cell in cells:
         try:
@@ -121,7 +121,7 @@ def estimate(
 
 
 def check_affordable(estimated: Estimate, directory: Path, hours: float) -> None:
-    """Refuse what does not fit.
+    """Reject a comparison that needs too much disk space or time.
 
     Raises:
         InputError: the disk is too small, or the time longer than the grid allows.
@@ -134,13 +134,13 @@ def check_affordable(estimated: Estimate, directory: Path, hours: float) -> None
         )
     if estimated.seconds > 3600 * hours:
         raise InputError(
-            f"{directory}: is estimated to take {_span(estimated.seconds)}, and the grid allows "
-            f"{_span(3600 * hours)};\nraise its `hours`, give more --workers, or shrink it"
+            f"{directory}: is estimated to take {_span(estimated.seconds)}, but the grid allows "
+            f"{_span(3600 * hours)};\nraise its `hours`, use more --workers, or shrink the grid"
         )
 
 
 def _span(seconds: float) -> str:
-    """Such as `1.5 hours`, in the largest unit of which there is at least one."""
+    """A duration such as `1.5 hours`, in the largest unit that gives at least one."""
     for size, unit in ((3600, "hours"), (60, "minutes")):
         if seconds >= size:
             return f"{seconds / size:,.1f}".removesuffix(".0") + f" {unit}"
@@ -155,7 +155,7 @@ def free_bytes(directory: Path) -> int:
 
 
 def _size(config: Config) -> tuple[object, ...]:
-    """What decides how long an update takes, as far as an estimate needs to know."""
+    """The options that determine how long an update takes."""
     model, training = config.model, config.training
     shape = (model.layers, model.width, model.heads, model.context, model.mlp, model.tied_head)
     how = (training.precision, training.loss_chunk, training.device)

@@ -125,11 +125,11 @@ class Contrast(Section):
     """
 
     question: Question
-    """In words; the report begins with it."""
+    """The question in words; the report begins with it."""
     of: tuple[str, str]
     """Two arms, such as post-norm with warm-up and without."""
     against: tuple[str, str] | None = None
-    """Two arms whose difference is subtracted, such as the same of pre-norm."""
+    """Two arms whose difference is subtracted, such as pre-norm with warm-up and without."""
     measure: Measure = "log_lr50"
     """Log of the rate at which half of the runs fail (log_lr50), failed fraction, or mean loss."""
 
@@ -142,7 +142,7 @@ class Grid(Section):
     base: str | dict[str, Any]
     """The config that cells build on: a YAML file, relative to this one, or the options."""
     options: Level = Field(default_factory=dict)
-    """On top of the base, for all cells; dotted or nested."""
+    """Options of all cells, on top of the base's; dotted or nested."""
     arms: Annotated[
         dict[Name, Annotated[dict[Name, Level], Field(min_length=1)]],
         Field(min_length=1, max_length=50),
@@ -165,7 +165,7 @@ class Grid(Section):
     hours: Hours = 24.0
     """A comparison that is estimated to take longer is refused."""
     keep_checkpoints: bool = False
-    """Keep the cells' checkpoints, which are large, and which sampling from a cell needs."""
+    """Keep the cells' checkpoints: they are large, and sampling from a cell needs them."""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -184,7 +184,7 @@ class Grid(Section):
         for arm in arms:
             for axis, values in arm.axes.items():
                 if not values:
-                    raise ValueError(f"arms: {arm.name!r} has no value of {axis}")
+                    raise ValueError(f"arms: {arm.name!r} has no value for {axis}")
                 _check_values(f"arms: {arm.name!r}: {axis}", values)
         for axis, values in self.grid.items():
             _check_values(f"grid: {axis}", values)
@@ -207,7 +207,7 @@ class Grid(Section):
                 raise ValueError(f"{key}: is set by arm {arm.name!r} and by the grid")
         for key, count in Counter(on_axes).items():
             if count > 1:
-                raise ValueError(f"grid: {key} is in two axes")
+                raise ValueError(f"grid: {key} is on two axes")
 
     def _check_questions(self, arms: Sequence[str]) -> None:
         """The contrast and the pairs compare different arms of this grid."""
@@ -256,7 +256,7 @@ class Arm:
         name: its levels, joined by commas.
         levels: factor -> level.
         options: the options that define it.
-        axes: its own values, for axes on which it does not have the grid's.
+        axes: its own values, for axes on which they replace the grid's.
     """
 
     name: str
@@ -272,7 +272,7 @@ class Cell:
     Attributes:
         id: the name of its directory.
         factors: every option in which cells differ, by its dotted name, and its value here.
-        setting: those of them that are on the grid's axes, except the learning rate.
+        setting: the part of `factors` on the grid's axes, except the learning rate.
     """
 
     id: str

@@ -102,7 +102,7 @@ def read_init_probes(directory: Path, arms: Collection[str]) -> list[InitProbe]:
 
 
 def _is_valid(init_probe: InitProbe, arms: Collection[str]) -> bool:
-    """Whether it is of arms of the comparison, with a value for each block.
+    """Whether the probe belongs to arms of the comparison, with a value for each block.
 
     Some placements leave out small depths, see `probe_depths`.
     """

@@ -18,7 +18,7 @@ SAME_FACTS = ("data_fingerprint", "device", "torch", "git_commit")  # of environ
 
 @dataclass(frozen=True)
 class Match:
-    """What cells of one seed and setting have in common, summed over all comparisons with a first.
+    """What matched between cells of one seed and setting, over all comparisons with the first.
 
     Attributes:
         cells: cells that were compared with the first of their seed and setting.

@@ -81,7 +81,7 @@ class Outcome:
 
     @property
     def loss(self) -> float:
-        """Final validation loss, capped at the initial loss, which also counts for a failed run."""
+        """Final validation loss, capped at the initial loss; if diverged, the initial loss."""
         assert self.verdict is not None
         return capped(self.verdict.final_val_loss, self.initial_loss)
 

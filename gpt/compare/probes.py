@@ -48,7 +48,7 @@ class Probe:
         betas: residual dependency Var[f] / Var[x + f] of attention and of the feed-forward, with x
             as the placement weights it; None if a placement does not add by its `add`.
         stream_rms: RMS of the residual stream after the block.
-        amplification: E|out(W) - out(W + δ)|² per channel over δ's relative variance, NOISE². `out`
+        amplification: E|out(W) - out(W + δ)|² per channel, divided by NOISE². `out`
             is the stream after the final norm; δ is normal with a standard deviation of NOISE times
             that of the matrix, for each of a block's matrices (q, k and v count as three).
         adam_amplification: E|out(W) - out(W')|² per channel, W' after Adam's first update of the

@@ -19,7 +19,7 @@ Answer = Literal["supported", "contradicted", "open"]
 
 @dataclass(frozen=True)
 class AtRate:
-    """One arm at one learning rate, over seeds. The loss of a failed run is capped at its initial.
+    """One arm at one learning rate, over seeds. A failed run's loss is capped at its initial loss.
 
     Attributes:
         interval: of the failure rate.
@@ -46,7 +46,7 @@ class ArmSummary:
         runs, failures: cells with a result, and those of them that failed.
         lost: cells without a result.
         lr50, lr50_interval: the rate at which half of the runs fail, and its interval over seeds.
-        highest_stable_rate: the largest rate up to which no seed failed; None: the lowest failed.
+        highest_stable_rate: the largest rate up to which no seed failed; None if the lowest failed.
         lr_sensitivity, lr_sensitivity_interval: mean over seeds.
         best_at_edge: seeds whose best rate is the lowest or highest rate tried.
         best_rate, best_loss: where the median loss is lowest, chosen on these same seeds.
@@ -90,7 +90,7 @@ class ContrastResult:
     Attributes:
         parts: a - b, and c - d.
         bounds: which thresholds could only be bounded, in words.
-        reach: of each part "at least", "at most" or "unknown" where bounds allow no more; else "".
+        reach: for each part, "at least", "at most" or "unknown" if only bounds are known; else "".
         value, interval: log_lr50 in natural logarithms; failure as a fraction; loss in nats.
         answer, why: whether the runs support the claim, and the reason in words.
         dropped: combinations of setting and rate left out because an arm or a seed has no run.

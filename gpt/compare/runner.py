@@ -148,7 +148,7 @@ def _errors(answer: Future[list[CellError | None]], cells: int) -> list[CellErro
         return answer.result()
     if isinstance(error, pebble.ProcessExpired):
         code = error.exitcode or 0
-        how = f"by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         hint = "; the machine may have been out of memory" if code == -signal.SIGKILL else ""
         return [CellError("killed", f"its process ended early, {how}{hint}")] * cells
     raise error

@@ -5,7 +5,7 @@ are taken seed by seed, and intervals resample seeds, never steps, tokens or rat
 at 95%. A failed run is not left out: it counts with its initial loss (`capped`), so that no average
 is over survivors alone.
 
-With few seeds little can be said, and the results say how little: each test comes with the
+With few seeds little can be concluded, and the results show how little: each test comes with the
 smallest p-value that its number of pairs can give, and no failure in n seeds still has an interval.
 
 This module knows nothing of runs, arms or files, and decides neither what a failure is nor which
@@ -53,8 +53,8 @@ def bootstrap(n: int, statistic: Callable[[NDArray[np.int_]], float]) -> Interva
 
     Args:
         statistic: finite; takes a sorted array of seed indices 0 ... n - 1 with repetitions: n of
-            them, or n - 1 for the jackknife. Called once for each distinct resample, of which few
-            seeds have few, so it may be slow.
+            them, or n - 1 for the jackknife. Called once for each distinct resample; with few
+            seeds these are few, so it may be slow.
     """
     if n < 2:
         return None

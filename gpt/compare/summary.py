@@ -288,7 +288,7 @@ def _log_lr50(contrast: Contrast, names: Sequence[str], common: _CommonRuns) -> 
 
 
 def _reach(of: Sequence[str], less: Sequence[str]) -> str:
-    """What the bounds of two arms' thresholds leave of their difference: a bound, or nothing."""
+    """The bound on the difference of two arms' thresholds that their own bounds imply."""
     more = "above" in of or "below" in less
     fewer = "below" in of or "above" in less
     if "unclear" in (*of, *less) or (more and fewer):

@@ -41,7 +41,7 @@ def make_tasks(cells: Sequence[Cell], runner: Runner) -> list[Task]:
         obstacle = unsupported_reason(cell.config)
         if obstacle and runner == "batched":
             raise InputError(
-                f"arm {cell.arm!r}: {obstacle} has no batched form; runner: auto trains such "
+                f"arm {cell.arm!r}: {obstacle} cannot be batched; runner: auto trains such "
                 "cells in processes"
             )
         on_gpu = pick_device(cell.config.training.device).type == "cuda"

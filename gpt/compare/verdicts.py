@@ -91,7 +91,7 @@ def spikes(values: Sequence[float | None]) -> list[int]:
 
     A spike is a value more than SIGMAS population standard deviations above the mean of the last W
     finite values before it, where W = min(WINDOW, max(50, a tenth of the series)). Nothing is
-    scored before W finite values. None, nan and inf are never spikes and in no window: they are
+    scored before W finite values. None, nan and inf are never spikes and in no window: they mean
     divergence.
 
     A spike stays in the windows that follow it, as in OLMo-core's StabilityMonitorCallback. So it
@@ -164,7 +164,7 @@ def verdict(
         final_val_loss = val_losses[made[-1]["step"]]
         windows = _windows(losses)
         final_train_loss = float(windows[-1].mean())
-        below = f"{unigram_entropy - final_val_loss:.3f} under H1 = {unigram_entropy:.3f}"
+        below = f"{unigram_entropy - final_val_loss:.3f} below H1 = {unigram_entropy:.3f}"
         finding = (
             _plateau(final_val_loss, unigram_entropy, windows, steps, records)
             or _regression(windows, steps)
@@ -220,8 +220,8 @@ def _plateau(
     bar = unigram_entropy - LEARNED_MARGIN
     if final_val_loss < bar:
         return None
-    # Clearly under: a run that never learned fluctuates about the bar, and noise often takes it
-    # below, all the more as H1 is of the validation text and the training text may be easier.
+    # Clearly under: a run that never learned fluctuates around the threshold, and noise takes it
+    # below, especially since H1 is of the validation text and the training text may be easier.
     onset = steps[0]
     for index in reversed(range(len(windows))):
         window = windows[index]
@@ -230,7 +230,7 @@ def _plateau(
             onset = steps[min(index + windows.shape[1], len(steps) - 1)]
             break
     words = (
-        f"final loss {final_val_loss:.3f} is not {LEARNED_MARGIN} under H1 = {unigram_entropy:.3f}"
+        f"final loss {final_val_loss:.3f} is not {LEARNED_MARGIN} below H1 = {unigram_entropy:.3f}"
     )
     return _Finding("plateaued", onset, _starved_block(records), words)
 
@@ -264,8 +264,8 @@ def _regression(windows: NDArray[np.float64], steps: list[int]) -> _Finding | No
     if rise <= allowed:
         return None
     words = (
-        f"training loss {means[-1]:.3f} is {rise:.3f} above its lowest {means[lowest]:.3f}, "
-        f"and {allowed:.3f} is allowed"
+        f"training loss {means[-1]:.3f} is {rise:.3f} above its minimum of {means[lowest]:.3f}; "
+        f"at most {allowed:.3f} is allowed"
     )
     return _Finding("regressed", steps[lowest + length - 1], None, words)
 

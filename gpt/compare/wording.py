@@ -1,6 +1,6 @@
 """Results in words: the sentences of the verdict, of the report and of the console.
 
-No sentence claims more than its interval: no failure in 3 seeds is "at most 56%", and a claim is
+No sentence claims more than its interval: no failure in 3 seeds reads "at most 56%", and a claim is
 supported only where the whole interval lies on its side of zero. Nothing is computed here; the
 numbers come from summary.py.
 """
@@ -26,12 +26,12 @@ ANSWERS: dict[Answer, str] = {
 Reason = Literal["one seed", "contains zero", "too few seeds", "one side"]
 
 REASONS: dict[Reason, str] = {
-    "one seed": "one seed says nothing about the next",
+    "one seed": "one seed says nothing about the variation between seeds",
     "contains zero": "the interval contains zero",
     "too few seeds": (
-        "the interval lies on one side of zero but {seeds} seeds cannot settle it (p = {p:.2g})"
+        "the interval excludes zero, but {seeds} seeds are too few to settle it (p = {p:.2g})"
     ),
-    "one side": "the whole interval lies on one side of zero",
+    "one side": "the whole interval excludes zero",
 }
 
 # Measure -> subject and verb of a change, subject and verb of a difference of changes, its format.
@@ -44,7 +44,7 @@ MEASURES: dict[str, tuple[str, str, Callable[[float], str]]] = {
     "failure": (
         "the fraction of failed runs changes",
         "the difference of the two is",
-        lambda value: f"{100 * value:+.0f} points",
+        lambda value: f"{100 * value:+.0f} percentage points",
     ),
     "loss": (
         "the mean loss changes",
@@ -64,7 +64,7 @@ def failures_text(failures: int, n: int, interval: Interval) -> str:
     if failures == 0:
         return f"no failure in {seeds} (at most {interval.high:.0%})"
     if failures == n:
-        return f"failure in {'all of ' if n > 1 else ''}{seeds} (at least {interval.low:.0%})"
+        return f"failure in {'all ' if n > 1 else ''}{seeds} (at least {interval.low:.0%})"
     several = "s" if failures > 1 else ""
     return f"{failures} failure{several} in {seeds} ({interval.low:.0%} to {interval.high:.0%})"
 
@@ -73,7 +73,7 @@ def interval_text(interval: Interval, form: Callable[[float], str]) -> str:
     """`0.2 to 5`; an end beyond the rates tried is open: `0.2 or more`."""
     low, high = interval.low, interval.high
     if math.isinf(low) and math.isinf(high):
-        return "open at both ends"
+        return "unbounded"
     if math.isinf(high):
         return f"{form(low)} or more"
     if math.isinf(low):
@@ -171,7 +171,7 @@ def _fold(part: float, reach: str) -> str:
 
 
 def _failures_sentence(arms: Sequence[ArmSummary], names: Sequence[str]) -> str:
-    """What failed at the rate and setting where the first two arms, then all, differ most."""
+    """Failures at the rate and setting where the arms differ most: the first two, then all."""
     points: dict[tuple[float, str], dict[str, AtRate]] = {}
     for arm in arms:
         for at in arm.by_rate:
@@ -218,15 +218,15 @@ def limits(grid: Grid, summary: Summary) -> list[str]:
     """What these runs cannot show."""
     seeds = len(grid.seeds)
     found = [
-        f"No failure in {seeds} seed{'s' if seeds > 1 else ''} only bounds the failure rate below "
-        f"{wilson(0, seeds).high:.0%}; the smallest p-value that a paired test of so many seeds "
+        f"With no failure in {seeds} seed{'s' if seeds > 1 else ''}, the failure rate can be up to "
+        f"{wilson(0, seeds).high:.0%}; the smallest p-value that a paired test of this many seeds "
         f"can give is {least_p(seeds):.2g}."
         + (" Bootstrap intervals over so few seeds are too narrow." if seeds < 10 else ""),
         "Short runs measure the onset of instability, not the quality of a finished model. A run "
         "that is merely slow, because of its learning rate or its optimizer, also counts as "
         "plateaued.",
         "Sensitivities and thresholds depend on the rates tried; another grid gives other values.",
-        "An arm's best rate is chosen on the same seeds that its best loss is reported for.",
+        "An arm's best rate is chosen on the same seeds, so its best loss is optimistic.",
         "Results on this corpus, at this size and in this precision may not carry over to others.",
     ]
     for setting in dict.fromkeys(arm.setting for arm in summary.arms):

@@ -96,7 +96,7 @@ class MixedSource(SourceConfig):
     """One source of several."""
 
     weight: Ratio = 1.0
-    """Share of the training sequences drawn from it, relative to the other weights."""
+    """Proportion of training sequences drawn from it, relative to the other sources' weights."""
 
 
 def _parse_flag(value: object, name: str) -> object:
@@ -183,7 +183,7 @@ class NormConfig(Section):
     placement: Annotated[str, Choice("gpt.placement", "PLACEMENTS")] = "pre"
     """Where the norms are, relative to the residual connections."""
     type: Annotated[str, Choice("gpt.norm", "NORMS")] | None = None
-    """Type of norm. Unset: layer norm (nothing, if the placement has no norms)."""
+    """Type of norm. Unset: layer norm (none, if the placement has no norms)."""
     eps: Epsilon = 1e-5
     """Added to the variance inside the root (layer, rms, batch); smallest length (scale)."""
     bias: bool | None = None
@@ -305,7 +305,7 @@ class ScheduleConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """The update rule and its constants. All are torch's, except Muon's own step."""
+    """The update rule and its constants. All are torch's, except Muon."""
 
     name: Annotated[str, Choice("gpt.optim", "OPTIMIZERS")] = "adamw"
     """Update rule. muon updates the blocks' matrices, with adamw for everything else."""
@@ -352,7 +352,7 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the forward and backward pass; weights stay fp32. fp16 uses loss scaling."""
     z_loss: Factor = 0.0
-    """Weight of log² Z of the softmax, which is added to the loss; 1e-4 is typical."""
+    """Weight of the z-loss, log² Z of the softmax, in the total loss; 1e-4 is typical."""
     loss_chunk: Count | None = None
     """Compute logits for this many tokens at a time: less memory, slower. Unset: all at once."""
     compile: bool = False
@@ -408,7 +408,7 @@ class Sampling(Section):
     top_p: PositiveFraction = 1.0
     """Draw from the smallest set of tokens with this total probability (Holtzman et al. 2020)."""
     min_p: Fraction = 0.0
-    """Drop tokens less likely than this fraction of the most likely (Nguyen et al. 2024)."""
+    """Drop tokens below this fraction of the largest probability (Nguyen et al. 2024)."""
 
 
 class SamplingConfig(Sampling):

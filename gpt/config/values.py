@@ -208,7 +208,7 @@ def _file_name(value: str) -> str:
     if not value:
         raise PydanticCustomError("empty", "is empty, and must name a file or folder")
     if "\0" in value:
-        raise PydanticCustomError("nul", "contains a NUL character; file names cannot")
+        raise PydanticCustomError("nul", "contains a NUL character, which file names cannot")
     return expand_user(value)
 
 

@@ -39,7 +39,7 @@ REVISIONS = "revisions.json"  # the commit of each source
 SAVE_EVERY = 5.0  # seconds between updates of PROGRESS
 PRINT_EVERY = 10.0  # seconds between progress lines, where there is no terminal
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # a disk full or failing
-KEPT = "; what is prepared so far is kept, and the next run continues from it"
+KEPT = "; the work so far is kept, and the next run resumes from it"
 
 
 class Build:
@@ -95,9 +95,9 @@ class Build:
             raise
 
     def _fill(self) -> None:
-        """Do everything that an interrupted build has not done."""
+        """Do everything that remains to be done."""
         number = sum(len(source.files) for source in self.sources)
-        what = f"{number:,} file{'' if number == 1 else 's'}" if number else "a dataset of the hub"
+        what = f"{number:,} file{'' if number == 1 else 's'}" if number else "a dataset on the hub"
         self.console.say(
             f"preparing {what} with the {self.config.tokenizer} tokenizer -> {self.final}"
         )
@@ -151,7 +151,7 @@ class Build:
         )
 
     def _tokenizer(self) -> Encoding:
-        """The tokenizer of an interrupted build, or a new one, trained if it is of that kind."""
+        """The tokenizer of an interrupted build, or a new one, trained if need be."""
         path = self.folder / "tokenizer.json"
         if path.exists():
             with _left_by_an_interrupted_run():
@@ -219,7 +219,7 @@ class Build:
         with _left_by_an_interrupted_run():
             if path.exists():
                 done = self._read_progress(path, dtype)
-                self.console.say("continuing an interrupted preparation")
+                self.console.say("resuming an interrupted preparation")
             for name in self.names:
                 file = stack.enter_context(open_for_update(self.folder / f"{name}.bin"))
                 file.truncate(done[name])
@@ -271,7 +271,7 @@ class _ReadProgress:
         self.console.progress(self.read)
 
     def say_still_training(self) -> None:
-        """Say so now and then, since the trainer is silent once it has read the text."""
+        """Print now and then that training continues, since the trainer is silent after reading."""
         now = time.monotonic()
         if now - self.active > PRINT_EVERY:
             self.active = now
@@ -280,7 +280,7 @@ class _ReadProgress:
 
 @contextlib.contextmanager
 def _left_by_an_interrupted_run() -> Iterator[None]:
-    """Add to errors about a leftover file that the next run does not use it."""
+    """Add to errors about a leftover file that the next run starts from scratch."""
     try:
         yield
     except OSError as error:

@@ -289,7 +289,7 @@ def _read_counts(
 
 
 def _verify(path: Path, file: TokenFile, dtype: np.dtype[Any], vocabulary: int) -> None:
-    """Check a token file against its description; a large one is read only if it was touched.
+    """Check a token file against its description; a large one is hashed only if its time changed.
 
     Raises:
         ValueError: it has changed since it was written, or contains an id outside the vocabulary.

@@ -146,7 +146,7 @@ class ValidationSequences:
     Args:
         tokens: the validation tokens.
         context: T, the inputs of a sequence.
-        limit: use so many windows, spread evenly; None uses all.
+        limit: number of windows to use, spread evenly; None uses all.
 
     Raises:
         InputError: there are fewer tokens than a window needs.

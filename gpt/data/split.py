@@ -18,7 +18,7 @@ from gpt.data.sources.document import Document, OnRead
 from gpt.data.token_files import Tokens
 
 Piece = str | Tokens
-HASHED = 2**20  # characters or tokens at the beginning of a document that decide on its side
+HASHED = 2**20  # characters or tokens at the beginning of a document that determine its split
 
 
 class Item(NamedTuple):
@@ -68,7 +68,7 @@ def _to_one(target: str, pieces: Iterable[Piece]) -> Iterator[Item]:
 
 
 def _by_hash(target: str, document: Document, fraction: float) -> Iterator[Item]:
-    """The whole document to one side, by a hash of its beginning: other documents do not matter."""
+    """Assign the whole document by a hash of its beginning, whatever the other documents are."""
     pieces: Iterator[Piece] = iter(document.pieces)
     beginning: list[Piece] = []
     length, digest = 0, hashlib.sha256()

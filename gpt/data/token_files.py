@@ -151,13 +151,13 @@ def _sample(file: BinaryIO, size: int) -> bytes:
 
 
 def _is_text(sample: bytes) -> bool:
-    """Whether all bytes are printable ASCII, which is never so for ids of any size."""
+    """Whether all bytes are printable ASCII, which is never true of a file of ids."""
     used = set(sample)
     return len(used) >= 8 and all(32 <= byte < 127 or byte in b"\t\n\r" for byte in used)
 
 
 def _fits(sample: bytes, kind: np.dtype[Any], vocabulary: int) -> bool:
-    """Whether a sample of numbers are ids of the vocabulary, mostly nonzero, with several values.
+    """Whether a sample consists of ids of the vocabulary, mostly nonzero, with several values.
 
     Zeros are no evidence, since they are zeros in every type; nor is a single repeated id.
     """

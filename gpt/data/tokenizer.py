@@ -1,4 +1,4 @@
-"""Tokenizers. Each one is a tiktoken `Encoding`, whatever its vocabulary was made by.
+"""Tokenizers. Each one is a tiktoken `Encoding`, however its vocabulary was made.
 
 So the rest of the program has one interface, one end-of-text token (`encoding.eot_token`) and one
 file format: a JSON list of the tokens' bytes in the order of their ids, with the pattern that

@@ -12,7 +12,7 @@ from gpt.data.split import size_of, split_documents
 from gpt.data.tokenizer import Encoding, pieces
 from gpt.errors import StoppedError
 
-STOPPED = "stopped while preparing data; run again to continue from what is on disk"
+STOPPED = "stopped while preparing data; run the same command to resume"
 # The trainer needs about 100 times the bytes of the distinct words that it has seen, so the bytes
 # of distinct long words are limited; long words are rarely repeated.
 MAX_DISTINCT_BYTES = 2**23
@@ -50,7 +50,7 @@ def train_tokenizer(
     def sample() -> Iterator[str]:
         """At most `learn_bytes`, spread evenly over the files; of a dataset on the hub, the first.
 
-        It is less where distinct long words are many, such as in DNA or in scripts without spaces.
+        Less is read where there are many distinct long words, as in DNA or scripts without spaces.
         """
         taken, distinct = 0, 0
         words = set[str]()

@@ -3,8 +3,8 @@
 Layer 0 is the embeddings, 1 ... L are the blocks, L + 1 is the final norm and the head.
 
 A snapshot of an update combines its gradients before clipping, the weights before and after it, and
-an extra forward pass over a few of its sequences, in evaluation mode and without gradients, which
-temporary hooks observe. So a snapshot does not change training, and steps without one cost nothing.
+an extra forward pass over a few of its sequences, in evaluation mode and without gradients,
+observed by hooks. So a snapshot does not change training, and steps without one cost nothing.
 Every statistic is a scalar tensor on the model's device until `to_records` fetches all at once.
 """
 

@@ -103,7 +103,7 @@ def write_bytes(path: Path, contents: bytes) -> None:
     """Write a small file atomically: it is complete, or as it was before."""
     temporary = path.with_name(f"{PARTIAL_PREFIX}{path.name}-{os.getpid()}")
     try:
-        temporary.unlink(missing_ok=True)  # left by a killed process with the same number
+        temporary.unlink(missing_ok=True)  # left by a killed process with the same id
         with temporary.open("xb") as file:
             file.write(contents)
         fsync(temporary)

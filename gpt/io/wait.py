@@ -106,7 +106,7 @@ def interruptible(work: Callable[[Stop], Result], stop: Stop, message: str) -> R
 
 
 def raise_if(stop: Callable[[], bool]) -> None:
-    """Interrupt work that a resumed run does again.
+    """Interrupt work that a resumed run repeats, if a stop is requested.
 
     Raises:
         StopRequestedError: `stop` returned true.

@@ -7,6 +7,6 @@ resume.py     how training starts in a directory: fresh, resumed, or ended
 opening.py    making a directory ready for training
 recovery.py   rolling back, locating a failure, saving elsewhere
 loading.py    a trained model from its directory
-plan.py       what a config amounts to, before anything runs
+plan.py       a summary of a config, before anything runs
 plot.py       loss.png and layers.png
 """

@@ -17,7 +17,7 @@ from gpt.hardware.size import check_loading, parameters
 from gpt.model import GPT
 from gpt.run.directory import RunDirectory
 
-ATTEMPTS = 100  # to read a checkpoint while the run that prunes is still training
+ATTEMPTS = 100  # to read a checkpoint of a run that is still training and pruning
 
 
 def load_run(
@@ -78,7 +78,7 @@ def _read(run: RunDirectory, folder: Path) -> tuple[Checkpoint, Encoding]:
 
     Raises:
         PrunedError: it is deleted meanwhile.
-        InputError: it is damaged; then another that is not is named, if there is one.
+        InputError: it is damaged; the message names an intact one, if there is one.
     """
 
     def read(folder: Path) -> tuple[Checkpoint, Encoding]:

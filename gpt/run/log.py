@@ -63,11 +63,11 @@ class RunLog:
         self._warned = False
 
     def start_clock(self) -> None:
-        """Count the seconds of the next updates from now."""
+        """Start timing the next updates."""
         self._since = time.monotonic()
 
     def add(self, update: Update) -> None:
-        """Note an update, which `flush` writes."""
+        """Queue an update, for `flush` to write."""
         self._pending.append(update)
 
     def flush(self, progress: Progress) -> None:

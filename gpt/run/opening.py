@@ -39,7 +39,7 @@ def check_tokens(plan: ResumePlan, dataset: Dataset) -> None:
 def adopt_checkpoint(
     plan: ResumePlan, config: Config, trainer: Trainer, progress: Progress
 ) -> None:
-    """Adjust the restored state to this directory, which may be another than the checkpoint's.
+    """Adjust the restored state to this directory, which may differ from the checkpoint's.
 
     Raises:
         InputError: the checkpoint's micro-batch does not suit the config.
@@ -80,7 +80,7 @@ def announce(plan: ResumePlan, config: Config, step: int, console: Console) -> N
     """Report where the run resumes and what changed or is damaged; set damaged checkpoints aside.
 
     Args:
-        step: from which it is resumed.
+        step: the step from which it resumes.
     """
     directory, resuming = plan.directory, plan.resuming
     for damage in plan.damaged:

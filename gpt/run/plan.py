@@ -1,4 +1,4 @@
-"""What a config amounts to, before anything runs: device, size, batch, epochs.
+"""A summary of a config before anything runs: device, size, batch, epochs.
 
 The banner of a run and `--dry-run` both come from `describe`.
 """
@@ -25,7 +25,7 @@ def describe(
     directory: Path,
     done: int,
 ) -> str:
-    """A few lines on what is about to happen.
+    """A few lines that describe the run about to start.
 
     Args:
         model: on any device, "meta" included; only its size counts.
@@ -38,7 +38,7 @@ def describe(
     schedule = config.schedule
     warmup = f"{schedule.warmup} warm-up of {schedule.warmup_steps:,} steps"
     if schedule.warmup_steps >= config.training.steps:
-        warmup += " (the whole run, and more)"
+        warmup += " (the whole run or longer)"
     parts = config.batch_sequences // micro_batch
     if train_tokens is None:
         data = "not prepared yet"
@@ -49,7 +49,7 @@ def describe(
         "device": f"{device.type}, {config.training.precision}",
         "model": f"{parameters:,} parameters, {parameters - embeddings:,} without embeddings",
         "blocks": _blocks(config.model),
-        "batch": f"{batch_tokens:,} tokens a step: {config.batch_sequences} sequences of "
+        "batch": f"{batch_tokens:,} tokens per step: {config.batch_sequences} sequences of "
         f"{config.model.context}" + (f", in {parts} micro-batches" if parts > 1 else ""),
         "rate": f"{config.optimizer.name} at {config.optimizer.learning_rate:g}, "
         f"{'no warm-up' if schedule.warmup == 'none' else warmup}, then {schedule.body}",
@@ -60,7 +60,7 @@ def describe(
 
 
 def _blocks(config: ModelConfig) -> str:
-    """The norm lab's choices in one line."""
+    """The options of the blocks in one line."""
     kind = (config.norm.type or "layer") if PLACEMENTS[config.norm.placement].has_norms else "none"
     final = "with" if has_final_norm(config) else "without"
     parts = [

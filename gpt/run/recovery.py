@@ -96,7 +96,7 @@ def locate_by_replay(
     first_inputs: Callable[[], Tensor],
     notify: Callable[[str], object],
 ) -> FaultLocation | None:
-    """Find where a number was first not finite, by repeating the run from its last checkpoint.
+    """Find where a number first became non-finite, by repeating the run from its last checkpoint.
 
     The failed update corrupted the weights, so training is repeated up to the last good ones.
 
@@ -164,7 +164,7 @@ def advise_on_memory(trainer: Trainer, step: int, make_batch: MakeBatch, shortag
 
     Args:
         step: of the next update.
-        shortage: what the allocator said.
+        shortage: the allocator's message.
     """
     tried = trainer.micro_batch
     trainer.interrupt = lambda: None  # the run has ended; a second signal ends this
@@ -233,6 +233,7 @@ def save_to_fallback(
         reason = f"{own.path}: was deleted or moved while training"
     saved = checkpoints.read_pointer(own.checkpoints, "latest")
     before = f"{saved} is untouched" if saved else "no checkpoint is left there"
+    again = "resumes from there" if saved else "starts from step 0"
     parent = fallback_parent(config)
     made: Path | None = None
     try:
@@ -245,8 +246,8 @@ def save_to_fallback(
         if made is not None:
             shutil.rmtree(made, ignore_errors=True)
         return InputError(
-            f"{reason};\nnor can the state of step {step} be saved in {parent}: "
-            f"{error.strerror}\n{before}; the same command resumes from there"
+            f"{reason};\nthe state of step {step} cannot be saved in {parent} either: "
+            f"{error.strerror}\n{before}; the same command {again}"
         )
     return InputError(
         f"{reason};\n{before}, and the state of step {step} is in {made}:\n"

@@ -89,7 +89,7 @@ def ended_run(config: Config, path: Path, resume: str) -> RunResult | None:
     if result.status == "diverged" and changed(changes, "training.nonfinite"):
         raise InputError(
             f"{path}: has diverged and cannot be resumed; to start another --out-dir from its last "
-            "checkpoint, give that to --resume"
+            "checkpoint, pass it to --resume"
         )
     steps = config.training.steps
     if result.status == "finished" and changed(changes, "training.steps") and steps != result.step:
@@ -102,7 +102,7 @@ def ended_run(config: Config, path: Path, resume: str) -> RunResult | None:
 
 
 def open_run(config: Config, path: Path, resume: str) -> ResumePlan:
-    """Decide what a start of `config` in the directory `path` means. Writes nothing.
+    """Decide how training `config` in the directory `path` starts. Writes nothing.
 
     Args:
         resume: "auto" resumes an unfinished run of the same config; "never" requires a fresh
@@ -137,7 +137,7 @@ def open_run(config: Config, path: Path, resume: str) -> ResumePlan:
 def _same_run(
     directory: RunDirectory, config: Config, resume: str
 ) -> tuple[list[str], RunResult | None]:
-    """The options changed, all of them allowed to, and the run's result."""
+    """The changed options, all of which may change, and the run's result."""
     if resume != "auto":
         raise InputError(
             f"{directory.path}: holds a run, which --resume {resume} would overwrite;\n"

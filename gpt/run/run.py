@@ -99,9 +99,9 @@ class Run:
         return host_tensor(self.sequences.batch(1, few)[0], self.trainer.device)
 
     def _open(self, plan: ResumePlan) -> None:
-        """Make the directory ready for training, and write there what is known already.
+        """Make the directory ready for training, and write what is already known into it.
 
-        A process may be killed at any point of this: what comes first never needs what comes later.
+        The process may be killed at any point, so no step here depends on a later one.
         """
         directory, config, step = self.directory, self.config, self.progress.step
         kept = metrics.read_up_to(directory.metrics, step) if plan.resuming else []
@@ -118,7 +118,7 @@ class Run:
             saved_step=step if plan.resuming else None,
             protected_steps=protected,
         )
-        if plan.checkpoint is not None and plan.resuming:  # what a kill had left undone
+        if plan.checkpoint is not None and plan.resuming:  # finish what was left undone by a kill
             name, best = plan.checkpoint.name, bool(plan.checkpoint.state["best"])
             if self.progress.start_step == step and step % config.save_every:
                 # training.steps was raised. This step is scheduled only because the run once ended
@@ -145,7 +145,8 @@ class Run:
         result = None
         if self.stop():
             return self.end("interrupted", f"stopped before step {step + 1}")
-        if self._gives_up():  # and was killed before it wrote its result
+        last = step == self.config.training.steps
+        if self._gives_up() and not last:  # it was killed before it wrote its result
             return self._give_up()
         if step == 0:
             try:
@@ -211,7 +212,7 @@ class Run:
         skipped: bool,
         layer_stats: LayerStats | None,
     ) -> RunResult | None:
-        """Log an update; evaluate, sample and save where that is due; returns how the run ended.
+        """Log an update; evaluate, sample and save if due; returns the result once it has ended.
 
         Returns:
             None while the run continues.
@@ -256,7 +257,7 @@ class Run:
         return self.end("finished", f"completed all {self.config.training.steps} steps")
 
     def close(self) -> None:
-        """Wait for what is being written."""
+        """Wait for the checkpoint that is being written."""
         self.checkpoints.close()
 
     # -- After an update -------------------------------------------------------------------------
@@ -270,7 +271,7 @@ class Run:
         return evaluating, sampling and config.sampling.tokens > 0, saving and self.save_checkpoints
 
     def _complete_step(self, stopping: bool) -> RunResult | None:
-        """Evaluate, sample and save, where that is due after the newest update.
+        """Evaluate, sample and save, if due after the newest update.
 
         Args:
             stopping: a stop was requested: save, and leave the rest to the resumed run.
@@ -293,7 +294,7 @@ class Run:
         return self._give_up() if giving_up else None
 
     def _evaluate_and_sample(self, evaluating: bool, sampling: bool, stopping: bool) -> bool:
-        """Do what is due of the two, unless a stop is requested; returns whether it was done.
+        """Evaluate and sample if due, unless a stop is requested; returns whether all was done.
 
         If not, the progress is as before but `pending`: the resumed run does both, from the start.
         """
@@ -362,7 +363,7 @@ class Run:
         return self.end("finished", f"given up at step {self.progress.step}: {known} in a row")
 
     def _sample(self) -> None:
-        """Write text of the model as it is now into samples/.
+        """Write a sample of the current model's text into samples/.
 
         Raises:
             StopRequestedError: a stop was requested meanwhile.
@@ -410,7 +411,7 @@ class Run:
 
     @contextlib.contextmanager
     def _or_elsewhere(self, *, evaluated: bool) -> Iterator[None]:
-        """Save the run elsewhere where its own directory cannot be written.
+        """Save the run elsewhere if its own directory cannot be written.
 
         Raises:
             InputError: the directory could not be written; gives the run's new directory.
@@ -464,6 +465,7 @@ class Run:
         now = recovery.roll_back(self.trainer, self.checkpoints, before, fault, self._first_inputs)
         if now is None:
             return False
+        now.seconds = time.monotonic() - self.began
         self.progress = now
         self.log.rewind(now.step)
         self.directory.note(
@@ -471,7 +473,7 @@ class Run:
         )
         self.console.close()
         self.console.say(
-            f"{fault.text}: back to step {now.step}, skipping the batches since ({now.rollbacks})"
+            f"{fault.text}: rollback {now.rollbacks} to step {now.step}, skipping the batches since"
         )
         return True
 
@@ -485,7 +487,7 @@ class Run:
         """Where inside the network a failure began.
 
         Args:
-            applied: whether the update that failed was applied. Its weights are then spoilt, and
+            applied: whether the update that failed was applied. The weights are then corrupt, and
                 the last steps are repeated; otherwise they are as before, and its batch suffices.
         """
         if fault.quantity == "validation loss":
@@ -529,7 +531,7 @@ class Run:
         except InputError:
             checkpoint = None
         self.progress = read_state(checkpoint).progress if checkpoint else Progress()
-        reason = f"{fault.text}; stopped while locating the failure, which a resumed run repeats"
+        reason = f"{fault.text}; stopped while locating it: a resumed run fails and searches again"
         return self.end("interrupted", reason)
 
     # -- The end ---------------------------------------------------------------------------------
@@ -556,7 +558,7 @@ class Run:
             skipped_updates=progress.skipped_updates,
             rollbacks=progress.rollbacks,
         )
-        if self.plot and progress.step and status != "interrupted":  # which must end soon
+        if self.plot and progress.step and status != "interrupted":  # an interrupt must end soon
             from gpt.run.plot import plot_run  # loads matplotlib, so not before training
 
             plot_run(metrics.read(self.directory.metrics), self.directory.plot, title=config.name)

@@ -21,7 +21,7 @@ from gpt.compare.figures.losses import failures, loss_by_rate
 from gpt.compare.figures.runs import curves, layers
 from gpt.compare.figures.thresholds import sensitivity, thresholds
 
-# Name of its files -> the function that draws it, or None where the data has nothing for it.
+# Name of the files -> the function that draws them; it returns None if there is no data for it.
 PLOTS: dict[str, Callable[[PlotData], Plot | None]] = {
     "loss-by-rate": loss_by_rate,
     "failures": failures,
@@ -35,7 +35,7 @@ PLOTS: dict[str, Callable[[PlotData], Plot | None]] = {
 
 
 def draw(data: PlotData) -> dict[str, Plot]:
-    """All plots that `data` has something for, by name, in the order of the report."""
+    """All plots for which there is data, by name, in the order of the report."""
     with plot_style():
         drawn = {name: plot(data) for name, plot in PLOTS.items()}
         return {name: plot for name, plot in drawn.items() if plot is not None} | curves(data)

@@ -108,8 +108,8 @@ def init_by_layer(data: PlotData) -> Plot | None:
     return Plot(
         f"Inside the networks at initialization, {depth} blocks",
         f"The arms' networks with {depth} blocks, whatever the grid's depth, on batches of the "
-        "training text before any update. β = Var[f]/Var[x + f] is the fraction of a sublayer in "
-        "its sum: it falls with depth where the stream grows, as in pre-norm, and stays where "
+        "training text before any update. β = Var[f]/Var[x + f] is the sublayer's share of the "
+        "variance: it falls with depth where the stream grows, as in pre-norm, and is flat where "
         "every sum is normalized, as in post-norm.",
         "; ".join(alt),
         figure,

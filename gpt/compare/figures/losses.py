@@ -148,7 +148,7 @@ def failures(data: PlotData) -> Plot:
         axes.set_xlabel("learning rate")
     return Plot(
         "Which runs failed",
-        "Failed seeds of all seeds. A run failed if its loss became non-finite, did not end more "
+        "Failed out of all seeds. A run failed if its loss became non-finite, did not end more "
         f"than {LEARNED_MARGIN} nats below H₁, or ended well above its own minimum.",
         "; ".join(
             f"{arm.label}: {arm.failures} of {arm.runs} runs failed" for arm in data.summary.arms

@@ -28,7 +28,7 @@ BY_BLOCK_TITLES = (
 def layers(data: PlotData) -> Plot | None:
     """Residual dependency and residual stream by layer, where diagnostics were on.
 
-    Of all settings and rates, the one at which most arms trained.
+    From the setting and rate at which most arms trained.
     """
     snapshots = {o.cell.id: _last_snapshot(o) for o in data.outcomes if o.verdict is not None}
     trained = [o for o in data.outcomes if snapshots.get(o.cell.id) and not o.failed]
@@ -59,7 +59,7 @@ def layers(data: PlotData) -> Plot | None:
     return Plot(
         "Inside the networks during training",
         f"Runs at rate {rate:g}{f' ({setting})' if setting else ''} that trained, at step {step}, "
-        "a line per run. β is not measured where a placement combines x and f in another way than "
+        "a line per run. β is not measured where a placement combines x and f other than as "
         "x + f.",
         f"Residual dependency and RMS of the residual stream by block at step {step}, a line per "
         "run",

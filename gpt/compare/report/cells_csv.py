@@ -52,7 +52,7 @@ def csv_row(outcome: Outcome) -> dict[str, Any]:
 
 
 def _safe(value: Any) -> Any:
-    """Text in one line, after an apostrophe where a spreadsheet would run it as a formula."""
+    """Text in one line, prefixed by an apostrophe where a spreadsheet would run it as a formula."""
     if not isinstance(value, str):
         return value
     try:

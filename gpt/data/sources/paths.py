@@ -119,7 +119,7 @@ def _kind(path: Path) -> str:
 
 
 def _is_readable(path: Path, found: SourceFiles) -> bool:
-    """Whether a path is a readable file; records why, if it is neither that nor a folder."""
+    """Whether a path is a readable file; if it is not a folder either, records why."""
     kind = _kind(path)
     if kind not in ("file", "folder"):
         found.leave_out(kind, path)
