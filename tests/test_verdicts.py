@@ -231,7 +231,7 @@ def test_a_final_loss_more_than_two_tenths_above_its_minimum_is_a_regression():
     result = judge(risen(0.21, 0.05))
     assert (result.status, result.failed, result.step) == ("regressed", True, 120)
     assert result.reason == (
-        "training loss 2.210 is 0.210 above its minimum of 2.000; 0.200 is allowed"
+        "training loss 2.210 is 0.210 above its minimum of 2.000; at most 0.200 is allowed"
     )
 
 
