@@ -236,8 +236,15 @@ def steadygpt(row: Row, work: Work, clock: Clock) -> Measured:
     out = Path(work.folder) / f"run-{os.getpid()}"
     config = work.config(row, data)
     prepare(config.data)  # here, where the clock is not asked
-    no_search = mock.patch("gpt.trainer.smaller", return_value=None)  # for what would fit
-    with SWITCHES.get(row.switch, contextlib.nullcontext)(), no_search, contextlib.suppress(Timed):
+    # Neither a retry with smaller micro-batches, nor a search for the one that fits.
+    no_retry = mock.patch("gpt.hardware.memory.smaller", return_value=None)
+    no_search = mock.patch("gpt.run.recovery.smaller", return_value=None)
+    with (
+        SWITCHES.get(row.switch, contextlib.nullcontext)(),
+        no_retry,
+        no_search,
+        contextlib.suppress(Timed),
+    ):
         training.train(config, out, quiet=True, on_update=clock)
     updates = [line for line in metrics.read(out / "metrics.jsonl") if "loss" in line]
     return {"loss": updates[work.size.updates - 1]["loss"], "note": note}

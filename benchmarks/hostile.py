@@ -25,6 +25,7 @@ import contextlib
 import csv
 import gzip
 import hashlib
+import itertools
 import json
 import lzma
 import multiprocessing
@@ -209,7 +210,7 @@ class Place:
         Path("grid.yaml").write_text(yaml.safe_dump(GRID, sort_keys=False))
         Path("prompt.txt").write_text("The quick")
         config = load_config("config.yaml")
-        stops = iter([False, False, True])
+        stops = itertools.chain([False, False], itertools.repeat(True))
         gpt.training.train(config, Path("runs/stopped"), quiet=True, stop=lambda: next(stops))
         gpt.training.train(config, Path("runs/finished"), quiet=True)
         shutil.copy("runs/finished/tokenizer.json", "vocabulary.json")

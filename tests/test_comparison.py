@@ -637,7 +637,9 @@ def test_batched_cells_give_what_processes_give(
     path, directory = write(tmp_path / "one.yaml", {**tree, "probes": False}), tmp_path / "one"
     code, _, err = called(capsys, path, "--runner", "batched", "--out-dir", directory)
     assert code == 0, err
-    assert "with 2 batches of up to 4 cells, estimated from a short benchmark on this machine" in err
+    assert (
+        "with 2 batches of up to 4 cells, estimated from a short benchmark on this machine" in err
+    )
     rows = []
     for each in (done[0], directory):
         with (each / "cells.csv").open() as file:

@@ -692,9 +692,7 @@ def test_progress_saved_before_the_disk_was_full_is_kept(
         patch.setattr(build, "write_text", fills_it_with_progress)
         if part == "finalizing":
             patch.setattr(prepared, "_describe", full)
-        with pytest.raises(
-            InputError, match=f"{FULL_DISK}; the work so far is kept, and the"
-        ):
+        with pytest.raises(InputError, match=f"{FULL_DISK}; the work so far is kept, and the"):
             prepare(config)
     (building,) = left(config)
     done = json.loads((Path(config.cache_dir) / building / build.PROGRESS).read_text())

@@ -451,4 +451,6 @@ def test_a_measures_question_is_answered_in_its_own_unit():
     )
     contrast["measure"] = "failure"
     (answer, _) = summary(MOVED, contrast=contrast).verdict
-    assert answer.startswith("The fraction of failed runs changes by +25 percentage points from 'pre, cold'")
+    assert answer.startswith(
+        "The fraction of failed runs changes by +25 percentage points from 'pre, cold'"
+    )
