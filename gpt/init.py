@@ -85,7 +85,7 @@ def depth_scaled(config: ModelConfig) -> bool:
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Set every parameter of the GPT `model` in place, to the same numbers on every device.
 
-    A linear layer with `parts`, the names of several fused matrices, is initialised part by part.
+    A linear layer with `parts`, the names of several fused matrices, is initialized part by part.
     """
     regime = REGIMES[config.init.regime]
     placement = PLACEMENTS[config.norm.placement]

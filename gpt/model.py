@@ -34,7 +34,7 @@ from gpt.placement import PLACEMENTS, Block, Sublayer, has_final_norm
 class FusedLinear(nn.Linear):
     """Several matrices that read the same input, computed as one product.
 
-    Each is initialised as if it were a layer of its own (see `gpt.init.initialize`).
+    Each is initialized as if it were a layer of its own (see `gpt.init.initialize`).
 
     Args:
         n_in, n_out: channels of each matrix.
@@ -49,7 +49,7 @@ class FusedLinear(nn.Linear):
 class CausalSelfAttention(Sublayer):
     """softmax(q k^T / sqrt(d/h) + causal mask) v, in h heads (Vaswani et al. 2017).
 
-    With QK-norm, each head's q and k are normalised (Henry et al. 2020, Dehghani et al. 2023).
+    With QK-norm, each head's q and k are normalized (Henry et al. 2020, Dehghani et al. 2023).
     With a `cache`, the input's tokens follow those in the cache and attend to them.
     """
 
@@ -269,7 +269,7 @@ class GPT(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(total loss, cross-entropy), means in nats per token; float32 scalars.
 
-        Training minimises the first: cross-entropy + z_loss * mean(log² Z), see
+        Training minimizes the first: cross-entropy + z_loss * mean(log² Z), see
         `gpt.loss.next_token_loss`. Both arguments are (B, T) integers.
         """
         targets = targets.flatten()

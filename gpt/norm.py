@@ -108,7 +108,7 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x.to(self.weight.dtype))
 
 
-# Each takes the channels to normalise over, ε, and whether to have a bias β.
+# Each takes the channels to normalize over, ε, and whether to have a bias β.
 NORMS: dict[str, Callable[[int, float, bool], nn.Module]] = {
     "layer": lambda width, eps, bias: nn.LayerNorm(width, eps=eps, bias=bias),  # GPT-2's
     "rms": lambda width, eps, bias: RMSNorm(width, eps=eps),

@@ -120,7 +120,7 @@ class PreNorm(Block):
 class PostNorm(Block):
     """The norm after the residual connection; Vaswani et al. 2017, GPT-1.
 
-    The last block's output is normalised already, so no norm follows it.
+    The last block's output is normalized already, so no norm follows it.
     """
 
     final_norm = False
@@ -134,7 +134,7 @@ class PostNorm(Block):
 class PeriNorm(Block):
     """Norms before and after each sublayer; CogView's sandwich (Ding et al. 2021), Kim et al. 2025.
 
-    Peri-LN also normalises the embeddings: `norm.embedding`.
+    Peri-LN also normalizes the embeddings: `norm.embedding`.
     """
 
     def __init__(self, config: ModelConfig, layer: int, attention: Sublayer, mlp: Sublayer) -> None:
@@ -251,7 +251,7 @@ class ReZero(Block):
 
 
 class DLCL(Block):
-    """A block reads a trained mix of all earlier outputs, each normalised; Wang et al. 2019.
+    """A block reads a trained mix of all earlier outputs, each normalized; Wang et al. 2019.
 
     A dynamic linear combination of layers around pre-norm blocks. Let y₀ be the embeddings, y_k the
     output of block k, z₀ = y₀ and z_k = N_k(y_k). Block l + 1 reads Σ_k w_k z_k over k = 0 ... l,
@@ -289,7 +289,7 @@ class DLCL(Block):
 
 
 class ResiDual(Block):
-    """Two streams: x, normalised as in post-norm, and r, summed as in pre-norm; Xie et al. 2023."""
+    """Two streams: x, normalized as in post-norm, and r, summed as in pre-norm; Xie et al. 2023."""
 
     needs_norms = "without norms its two streams are identical"
     more_stable = ("pre",)

@@ -146,7 +146,7 @@ class Trainer:
         for index, part in enumerate(parts):
             if index:
                 self.interrupt()
-            with (
+            with (  # while the caller computes with this part
                 global_generator(self.device, seed, "dropout", step, index)
                 if dropout
                 else contextlib.nullcontext()
@@ -197,7 +197,7 @@ class Trainer:
     # -- Where and how it computes ---------------------------------------------------------------
 
     def set_micro_batch(self, micro_batch: int) -> None:
-        """Use smaller micro-batches from now on."""
+        """Use smaller micro-batches from now on, because memory ran out."""
         self.optimizer.zero_grad()
         release_memory(self.device)
         self.notify(

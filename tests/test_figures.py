@@ -62,7 +62,7 @@ def test_lines_of_loss_by_rate_join_the_medians_of_their_arm(data: PlotData):
         assert list(line.get_xdata()) == list(RATES)
         assert list(line.get_ydata()) == [at.median_loss for at in arm.by_rate]
         assert [at.median_loss for at in arm.by_rate] != [at.mean_loss for at in arm.by_rate]
-        assert line.get_color() == style.colour
+        assert line.get_color() == style.color
 
 
 def test_points_of_loss_by_rate_are_the_runs(data: PlotData):

@@ -186,7 +186,7 @@ def test_the_base_may_be_a_file_beside_the_grid(tmp_path: Path):
         ({"arms": {"a": {"x, y": {}}}}, ["x, y"]),
         ({"seeds": [1, 1]}, ["seeds: duplicate seed"]),
         ({"seeds": 0}, ["seeds"]),
-        ({"exclude": [{"colour": "red"}]}, ["exclude.0: colour"]),
+        ({"exclude": [{"color": "red"}]}, ["exclude.0: color"]),
         ({"exclude": [{"seed": 9}]}, ["exclude.0", "matches no cell"]),
         ({"exclude": [{"seed": [0, 1]}]}, ["exclude leaves no cells"]),
         ({"seeds": list(range(2000))}, ["48,000 cells", f"{MOST_CELLS:,}"]),

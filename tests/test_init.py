@@ -103,7 +103,7 @@ def test_the_stream_starts_with_variance_1_and_tied_logits_near_1(regime: str):
     assert make().logit_scale == 1
 
 
-def test_fused_matrices_are_initialised_separately():
+def test_fused_matrices_are_initialized_separately():
     model = make(init={"regime": "xavier"}, mlp={"activation": "swiglu"})
     for part in model.blocks[0].mlp.up.weight.chunk(2):
         assert spread(part) == pytest.approx(math.sqrt(2 / (D + part.shape[0])), rel=0.03)

@@ -128,7 +128,7 @@ def padded(x: Tensor, length: int) -> Tensor:
 
 
 def test_padding_changes_the_output_of_batch_norm_but_not_of_layer_norm():
-    """This is why language models normalise over channels."""
+    """This is why language models normalize over channels."""
     x = numbers(2, 10, WIDTH)
     for norm_type, moves in (("batch", True), ("layer", False), ("rms", False)):
         norm = make(norm_type)

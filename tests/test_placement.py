@@ -351,8 +351,8 @@ def test_mix_lns_split(layers: int, posts: int):
         for norm in model.modules():
             if isinstance(norm, nn.LayerNorm):
                 norm.reset_parameters()
-        normalised = [block(x).mean(-1).abs().max().item() < 1e-6 for block in model.blocks]
-    assert normalised == [True] * posts + [False] * (layers - posts)
+        normalized = [block(x).mean(-1).abs().max().item() < 1e-6 for block in model.blocks]
+    assert normalized == [True] * posts + [False] * (layers - posts)
 
 
 @pytest.mark.parametrize(("layer", "scale"), [(1, 1.0), (4, 0.5), (9, 1 / 3)])

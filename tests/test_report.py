@@ -184,7 +184,7 @@ def test_only_list_markers_are_escaped_as_such(text: str, escaped: str):
     assert _markdown(text) == escaped
 
 
-def test_text_of_a_figure_takes_the_pages_colour(directory: Path):
+def test_text_of_a_figure_takes_the_pages_color(directory: Path):
     svg = (directory / "figures/loss-by-rate.svg").read_text("utf-8")
     assert "#1f1f1f" in svg
     _, cells = load(directory / "grid.yaml")
@@ -287,8 +287,8 @@ def test_it_fits_a_phone_and_a_screen(page: Any, width: int):
 def test_text_stands_out_in_light_and_dark(page: Any, scheme: str):
     page.emulate_media(color_scheme=scheme)
 
-    def light(colour: str) -> float:
-        r, g, b = map(int, re.findall(r"\d+", colour)[:3])
+    def light(color: str) -> float:
+        r, g, b = map(int, re.findall(r"\d+", color)[:3])
         return 0.2126 * r + 0.7152 * g + 0.0722 * b
 
     paper = light(page.evaluate("getComputedStyle(document.body).backgroundColor"))

@@ -200,8 +200,8 @@ def firth(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     Fisher scoring with step-halving on standardized x, which takes at least two values.
     """
     raw, outcomes = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    centre, scale = raw.mean(), raw.std()
-    design = np.column_stack([np.ones_like(raw), (raw - centre) / scale])
+    center, scale = raw.mean(), raw.std()
+    design = np.column_stack([np.ones_like(raw), (raw - center) / scale])
 
     def information(beta: NDArray[np.float64]) -> NDArray[np.float64]:
         p = special.expit(design @ beta)
@@ -223,7 +223,7 @@ def firth(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
             step = step / 2
         beta = beta + step
     slope = float(beta[1] / scale)
-    return float(beta[0] - slope * centre), slope
+    return float(beta[0] - slope * center), slope
 
 
 def highest_stable_rate(rates: Sequence[float], failed: Sequence[bool]) -> float | None:

@@ -24,7 +24,7 @@ from gpt.io.files import write_bytes
 from gpt.metrics import Record
 
 SMALLEST = 1e-100  # values up to it are not drawn on a logarithmic scale; fp32 begins at 1e-45
-TRAIN, VALIDATION, OTHER = "#9ecae1", "#08519c", "#d95f02"  # distinguishable with colour blindness
+TRAIN, VALIDATION, OTHER = "#9ecae1", "#08519c", "#d95f02"  # distinguishable with color blindness
 
 # If installed, these fonts have the characters that matplotlib's own font lacks.
 FONTS = (

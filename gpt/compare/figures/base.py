@@ -1,6 +1,6 @@
 """What all figures share: their data, the style of each arm, panels, legends and saving.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart. A colour stands for a level
+Colors are Okabe and Ito's, which color-blind readers can tell apart. A color stands for a level
 of the first factor; dashes and point shapes stand for the levels of the others.
 """
 
@@ -24,10 +24,10 @@ from gpt.compare.outcomes import Outcome
 from gpt.compare.results import Summary
 from gpt.run.plot import literal_text
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 SHAPES = "os^Dv"
-INK = "#1f1f1f"  # text and axes; the report replaces it by its text colour, light or dark
+INK = "#1f1f1f"  # text and axes; the report replaces it by its text color, light or dark
 PALE = "#8a8a8a"
 
 
@@ -54,7 +54,7 @@ class Style:
     """How one arm is drawn, in all figures; `index` None: not an arm of this comparison."""
 
     index: int | None
-    colour: str
+    color: str
     dashes: Any
     shape: str
 
@@ -66,7 +66,7 @@ class Style:
     @property
     def line(self) -> dict[str, Any]:
         """Options of its lines."""
-        return {"color": self.colour, "linestyle": self.dashes}
+        return {"color": self.color, "linestyle": self.dashes}
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,11 @@ class PlotData:
         others = list(dict.fromkeys(tuple(arm.levels.values())[1:] for arm in arms))
         styles = {}
         for index, arm in enumerate(arms):
-            colour = first.index(next(iter(arm.levels.values())))
-            variant = others.index(tuple(arm.levels.values())[1:]) + colour // len(COLOURS)
+            color = first.index(next(iter(arm.levels.values())))
+            variant = others.index(tuple(arm.levels.values())[1:]) + color // len(COLORS)
             styles[arm.name] = Style(
                 index,
-                COLOURS[colour % len(COLOURS)],
+                COLORS[color % len(COLORS)],
                 DASHES[variant % len(DASHES)],
                 SHAPES[variant % len(SHAPES)],
             )

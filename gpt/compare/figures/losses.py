@@ -99,7 +99,7 @@ def _draw_losses(
             marker="x" if failed else style.shape,
             ms=5.5 if failed else 4.5,
             mew=1.4 if failed else 0,
-            color=style.colour,
+            color=style.color,
             linestyle="none",
             gid=f"{style.gid} cell-{outcome.cell.id}" if has_rows else style.gid,
         )
@@ -162,9 +162,9 @@ def _draw_failures(axes: Axes, table: Sequence[Sequence[tuple[int, int]]]) -> No
     fractions = np.array([[failed / n if n else np.nan for failed, n in row] for row in table])
     for row, column in np.argwhere(np.isfinite(fractions)):
         failed, n = table[row][column]
-        colour = "white" if failed > n / 2 else "black"
+        color = "white" if failed > n / 2 else "black"
         text = f"{failed}/{n}"
-        axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+        axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
     rows, columns = fractions.shape
     axes.pcolormesh(
         np.arange(columns + 1) - 0.5,

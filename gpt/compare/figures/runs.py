@@ -141,7 +141,7 @@ def _draw_run(
 def _thinned(
     steps: Sequence[int], values: Sequence[float | None], last: int | None
 ) -> tuple[list[float], list[float]]:
-    """At most CURVE_POINTS points up to step `last`: means of neighbours, without None."""
+    """At most CURVE_POINTS points up to step `last`: means of neighbors, without None."""
     points = [
         (s, v)
         for s, v in zip(steps, values, strict=True)

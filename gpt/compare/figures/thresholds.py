@@ -69,7 +69,7 @@ def _draw_threshold(
     half, interval = arm.lr50, arm.lr50_interval
     if half.bound != "unclear":
         marker = BOUND_MARKS[half.bound][upright] or style.shape
-        draw([half.rate], marker=marker, color=style.colour, linestyle="none")
+        draw([half.rate], marker=marker, color=style.color, linestyle="none")
         if interval is not None:
             span = np.clip([interval.low, interval.high], min(rates) / 2, max(rates) * 2)
             draw(list(span), lw=1.4, **style.line)
@@ -80,7 +80,7 @@ def _draw_threshold(
             marker=bar,
             ms=11,
             mew=2,
-            color=style.colour,
+            color=style.color,
             linestyle="none",
         )
 
@@ -105,7 +105,7 @@ def sensitivity(data: PlotData) -> Plot | None:
             row,
             arm.lr_sensitivity,
             0.6,
-            color=style.colour,
+            color=style.color,
             gid=style.gid,
             alpha=1.0 if style.dashes == "-" else 0.55,
         )

@@ -1,7 +1,7 @@
 """The report of a comparison: report.html, report.md and figures/.
 
 report.html is one file that opens offline and reads like a short paper; its figures are SVG, in the
-page's own colours, light or dark. A few lines of script let a reader hover over a run, follow it to
+page's own colors, light or dark. A few lines of script let a reader hover over a run, follow it to
 its row, and switch arms off; without the script, only this is missing.
 """
 

@@ -20,7 +20,7 @@ def inline(svg: str, name: str, tips: dict[str, str]) -> Markup:
 
     Ids get the figure's name as a prefix. The artists of an arm get a class, by which the page
     switches them off; those of a cell also a title to hover over and a link to the cell's row. Text
-    and axes take the page's colour.
+    and axes take the page's color.
 
     Args:
         name: of the figure.
@@ -66,7 +66,7 @@ def _mark(root: ElementTree.Element, tips: dict[str, str]) -> None:
 
 
 def _prefix_ids(root: ElementTree.Element, name: str) -> None:
-    """Make ids and references to them unique in the page; replace INK by the page's colour."""
+    """Make ids and references to them unique in the page; replace INK by the page's color."""
     for element in root.iter():
         if "id" in element.attrib:
             element.set("id", f"{name}-{element.attrib['id']}")
