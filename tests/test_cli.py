@@ -196,6 +196,8 @@ def test_dry_run_writes_nothing(
     assert code == 0
     assert "not prepared yet" in out
     assert "parameters" in out
+    assert not (tmp_path / "run").exists()
+    assert not cache.exists()
     assert not list(tmp_path.glob("~*"))
 
 

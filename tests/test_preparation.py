@@ -83,6 +83,15 @@ def test_tokens_are_the_documents_each_followed_by_end_of_text(folder: Path):
     assert 0 < len(val_texts) < 20
 
 
+def test_end_of_text_spelled_out_in_a_document_is_text(folder: Path):
+    (folder / "in/00.txt").write_text("a <|endoftext|> in the middle")
+    dataset = prepare(text_config(folder, folder / "in"))
+    ends = sum(
+        int((each == dataset.encoding.eot_token).sum()) for each in (*dataset.train, dataset.val)
+    )
+    assert ends == 30
+
+
 def test_the_held_out_documents_do_not_depend_on_the_others(folder: Path):
     first = prepare(text_config(folder, folder / "in"))
     held_out = set(texts(first, first.val))

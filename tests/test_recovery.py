@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -37,6 +39,7 @@ from gpt.model import GPT
 from gpt.run import plot
 from gpt.run.directory import RunDirectory
 from gpt.run.loading import load_run
+from gpt.trainer import Trainer
 
 Make = Callable[..., Config]
 
@@ -586,6 +589,25 @@ def test_damaged_metrics_are_refused_before_anything_is_changed(tiny: Make, tmp_
     with pytest.raises(InputError, match=r"metrics.jsonl: line 2 is damaged"):
         run(tiny(training={"log_every": 2}), out)
     assert contents(out) == before
+
+
+def test_spoilt_weights_are_not_saved(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An update may spoil them although its loss and its gradients are finite."""
+    update, updates = Trainer.update, itertools.count(1)
+
+    def spoiling(self: Trainer, *arguments: Any) -> bool:
+        skipped = update(self, *arguments)
+        if next(updates) == 5:
+            with torch.no_grad():
+                self.model.token_embedding.weight.fill_(math.inf)
+        return skipped
+
+    monkeypatch.setattr(Trainer, "update", spoiling)
+    config = tiny(checkpoint={"every": 5}, evaluation={"every": 20})
+    result = run(config, tmp_path / "run")
+    assert result.failure is not None
+    assert (result.status, result.failure.quantity, result.step) == ("diverged", "weight", 5)
+    assert not checkpoints.steps(tmp_path / "run/checkpoints")
 
 
 def test_a_checkpoint_of_an_earlier_version_is_refused_in_plain_words(tiny: Make, tmp_path: Path):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from gpt import metrics
 from gpt.config import Config
 from gpt.data.preparation import prepare
+from gpt.data.prepared import Dataset
 from gpt.data.sequences import TrainingSequences, ValidationSequences
 from gpt.errors import InputError
 from gpt.hardware import memory
@@ -793,6 +794,23 @@ def test_a_run_that_learns_nothing_may_be_given_up(tiny: Make, tmp_path: Path):
         tmp_path / "learning",
     )
     assert learning.step == 20
+
+
+def test_a_run_that_has_learned_is_not_given_up(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Any loss is well below a unigram entropy of 100 nats."""
+    monkeypatch.setattr(Dataset, "unigram_entropy", lambda self: 100.0)
+    config = tiny(optimizer={"learning_rate": 1e-9}, evaluation={"every": 4, "give_up_after": 2})
+    assert run(config, tmp_path / "run").step == 20
+
+
+def test_the_log_counts_tokens(tiny: Make, tmp_path: Path):
+    config = tiny()
+    run(config, tmp_path / "run")
+    a_step = config.batch_sequences * config.model.context
+    updates = [record for record in records(tmp_path / "run") if "loss" in record]
+    assert [record["tokens"] for record in updates] == [n * a_step for n in range(1, 21)]
 
 
 def test_giving_up_counts_on_over_a_stop(tiny: Make, tmp_path: Path):
