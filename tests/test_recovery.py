@@ -421,6 +421,7 @@ def test_a_folder_that_may_not_be_written_is_wrong_input(tiny: Make, tmp_path: P
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         place.chmod(0o555)
+        run(tiny(), tmp_path / "first")  # imports what another user may not read
         root = os.geteuid() == 0  # who may write anywhere
         if root:
             os.seteuid(65534)
