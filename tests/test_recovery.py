@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from gpt.model import GPT
 from gpt.run import plot
 from gpt.run.directory import RunDirectory
 from gpt.run.loading import load_run
+from gpt.run.run import Run
 from gpt.trainer import Trainer
 
 Make = Callable[..., Config]
@@ -143,6 +145,26 @@ def test_skipping_without_end_is_divergence(tiny: Make, tmp_path: Path, spoil: A
     result = run(config, tmp_path / "run")
     assert (result.status, result.step, result.skipped_updates) == ("diverged", 9, 6)
     assert "4 updates in a row were skipped" in result.reason
+
+
+@pytest.mark.parametrize("fails", [13, 3])
+def test_wall_clock_time_counts_what_was_rolled_back(
+    tiny: Make, tmp_path: Path, spoil: Any, monkeypatch: pytest.MonkeyPatch, fails: int
+):
+    config = tiny(training={"nonfinite": "rollback"})
+    bad, roll_back, seconds = batch(config, fails), Run.roll_back, []
+
+    def noted(self: Run, fault: Any) -> bool:
+        before = time.monotonic() - self.began
+        done = roll_back(self, fault)
+        seconds.append((before, self.progress.seconds))
+        return done
+
+    monkeypatch.setattr(Run, "roll_back", noted)
+    spoil(lambda x: torch.equal(x, bad))
+    assert run(config, tmp_path / "run").rollbacks == 1
+    ((before, after),) = seconds
+    assert after >= before
 
 
 @pytest.mark.parametrize(("fails", "back"), [(13, 10), (3, 0)])
