@@ -813,6 +813,17 @@ def test_the_log_counts_tokens(tiny: Make, tmp_path: Path):
     assert [record["tokens"] for record in updates] == [n * a_step for n in range(1, 21)]
 
 
+def test_a_run_killed_before_its_result_has_finished_not_given_up(tiny: Make, tmp_path: Path):
+    """At its last step it has learned nothing for long enough, but all steps are made."""
+    config = tiny(optimizer={"learning_rate": 1e-9}, evaluation={"every": 10, "give_up_after": 2})
+    whole = run(config, tmp_path / "run")
+    (tmp_path / "run/result.json").unlink()
+    again = run(config, tmp_path / "run")
+    assert (
+        (whole.step, whole.reason) == (again.step, again.reason) == (20, "completed all 20 steps")
+    )
+
+
 def test_giving_up_counts_on_over_a_stop(tiny: Make, tmp_path: Path):
     config = tiny(optimizer={"learning_rate": 1e-9}, evaluation={"every": 4, "give_up_after": 3})
     assert run(config, tmp_path / "run", **stop_after(9)).status == "interrupted"
