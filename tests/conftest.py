@@ -91,18 +91,18 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     from gpt.compare import runner, worker
 
     def run(self: runner._Pool, jobs: Sequence[runner._Job], workers: int) -> bool:
-        shared = worker.Shared(self.shared.request, self.shared.steps, os.getppid())
+        shared = worker.Shared(self.shared.stop, self.shared.steps, os.getppid())
         monkeypatch.setattr(worker, "_shared", shared, raising=False)
         for job in jobs:
             if self.stop():
-                shared.request.value = worker.STOP
+                shared.stop.value = True
             answer: Future[Any] = Future()
             try:
                 answer.set_result(job.function(*job.arguments))
             except Exception as error:
                 answer.set_exception(error)
             job.done(answer)
-        return shared.request.value != worker.STOP
+        return not shared.stop.value
 
     monkeypatch.setattr(runner._Pool, "run", run)
 

@@ -31,7 +31,7 @@ from gpt.compare.outcomes import read_outcome
 from gpt.compare.results import Summary
 from gpt.compare.tasks import Task, make_tasks
 from gpt.config import Config
-from gpt.errors import InputError
+from gpt.errors import InputError, OutOfMemoryError
 from gpt.io import files
 from gpt.io.console import Console
 from gpt.run.directory import RunDirectory
@@ -503,6 +503,27 @@ def test_a_killed_cell_is_recorded_and_the_others_continue(
     assert json.loads((directory / "summary.json").read_text())["with_result"] == 2
 
 
+def test_a_stop_does_not_wait_for_workers_that_are_starting(two_cells: TwoCells):
+    workers: list[psutil.Process] = []
+
+    def stop() -> bool:
+        children = psutil.Process().children()
+        workers.extend(child for child in children if "spawn_main" in " ".join(child.cmdline()))
+        return bool(workers)
+
+    assert two_cells.run(stop=stop) is None
+    assert not any(worker.is_running() for worker in workers)
+    assert not list(two_cells.directory.glob("cells/*/result.json"))
+
+
+def test_workers_that_cannot_start_end_the_comparison(
+    two_cells: TwoCells, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(worker, "begin", len)  # raises in the worker
+    with pytest.raises(OutOfMemoryError, match="ended while they were starting"):
+        two_cells.run()
+
+
 @pytest.mark.parametrize(
     "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
 )
@@ -527,21 +548,6 @@ def test_a_signal_saves_the_cells(two_cells: TwoCells, environment: dict[str, st
         assert result.status == "interrupted"
         assert 3 < result.step < 400
         assert (run.checkpoints / "latest").is_file()
-
-
-@pytest.mark.parametrize(
-    ("request_value", "exits"), [(0, []), (worker.STOP, []), (worker.CLOSE, [0])]
-)
-def test_a_worker_exits_at_once_only_after_all_have_answered(
-    request_value: int, exits: list[int], monkeypatch: pytest.MonkeyPatch
-):
-    codes: list[int] = []
-    memory = shared_memory()
-    memory.request.value = request_value
-    monkeypatch.setattr(worker, "_shared", memory, raising=False)
-    monkeypatch.setattr(os, "_exit", codes.append)
-    worker._exit()
-    assert codes == exits
 
 
 def test_a_cell_that_needs_too_much_memory_is_recorded(
@@ -575,7 +581,7 @@ def test_an_unexpected_error_is_recorded_with_its_line(
 
 
 def shared_memory() -> Any:
-    """What a worker shares with its parent, without a request to stop."""
+    """What a worker shares with its parent, before a stop."""
     return worker.Shared(SimpleNamespace(value=0), [0], os.getppid())  # type: ignore[arg-type]
 
 

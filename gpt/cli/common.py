@@ -6,8 +6,10 @@ Exit codes: 0 finished, 1 internal error (traceback), 2 invalid input, 3 diverge
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
+import gc
 import math
 import os
 import signal
@@ -39,6 +41,7 @@ _USER_ERRORS = {
 def command(prog: str) -> Iterator[None]:
     """Run a command's body: an error in the user's input ends it with a message and exit code 2."""
     set_encoding()
+    atexit.register(gc.freeze)  # spares the process 0.7 s of collecting torch's objects as it exits
     try:
         # KeyboardInterrupt, the default, would be lost, or become another error, in many imports.
         with _signal_handlers({signal.SIGINT: lambda number, frame: os._exit(130)}):

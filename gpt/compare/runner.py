@@ -23,6 +23,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,11 +34,16 @@ from gpt.compare import worker
 from gpt.compare.cell_runs import CellError, cell_directory, has_ended, read_errors, write_errors
 from gpt.compare.grid import Cell, Runner
 from gpt.compare.tasks import Task, make_tasks
+from gpt.errors import OutOfMemoryError
 from gpt.io.console import Console
 from gpt.run.directory import RunDirectory
 
 SECONDS_BETWEEN_POLLS = 0.1  # of the workers; also the delay until they hear of a stop
 SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal
+WORKERS_ENDED = (
+    "all worker processes ended while they were starting; the machine may be out of memory:\n"
+    "try --workers 1"
+)
 
 
 def run_cells(
@@ -174,7 +180,7 @@ class _Pool:
         self.console, self.stop = console, stop
         self.context = multiprocessing.get_context("spawn")
         self.shared = worker.Shared(
-            self.context.Value("b", 0, lock=False),
+            self.context.Value("b", False, lock=False),
             self.context.Array("l", len(cells), lock=False),
             os.getpid(),
         )
@@ -184,8 +190,7 @@ class _Pool:
         """Run all jobs in at most `workers` processes; returns false if `stop` became true."""
         if not jobs:
             return True
-        request = self.shared.request
-        request.value = stopped = 0
+        self.shared.stop.value = stopped = False
         with (
             _environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"),
             pebble.ProcessPool(
@@ -195,24 +200,42 @@ class _Pool:
                 context=self.context,
             ) as processes,
         ):
-            futures: dict[Future[Any], _Job] = {
-                processes.schedule(job.function, job.arguments): job for job in jobs
-            }
+            with _blocked(signal.SIGINT):  # which a terminal sends to workers that are starting too
+                futures: dict[Future[Any], _Job] = {
+                    processes.schedule(job.function, job.arguments): job for job in jobs
+                }
             pending = set(futures)
             try:
                 while pending:
                     done, pending = wait(pending, SECONDS_BETWEEN_POLLS, FIRST_COMPLETED)
                     if self.stop():
-                        request.value = stopped = worker.STOP
+                        self.shared.stop.value = stopped = True
+                        pending = {future for future in pending if not future.cancel()}
                     for future in done:
-                        futures[future].done(future)
+                        if not isinstance(future.exception(), BrokenProcessPool):
+                            futures[future].done(future)
+                        elif not stopped:
+                            raise OutOfMemoryError(WORKERS_ENDED)
                     if self.index:  # some cells are being trained
                         self.console.progress(sum(self.shared.steps[:]))
-                request.value = worker.CLOSE
-            except BaseException:
-                request.value = worker.STOP  # or the workers would continue alone
-                raise
+                # Workers that are still starting need not finish that.
+                processes.stop()  # type: ignore[no-untyped-call]
+            finally:
+                self.shared.stop.value = True  # also after an error, or they would continue alone
         return not stopped
+
+
+@contextlib.contextmanager
+def _blocked(number: int) -> Iterator[None]:
+    """Delay a signal to this thread; processes and threads started within never receive it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

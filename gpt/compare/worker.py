@@ -9,6 +9,7 @@ parent dies, the worker stops as well.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -27,19 +28,17 @@ from gpt.ensemble import train_together
 from gpt.run.directory import RunDirectory, RunResult
 from gpt.training import train
 
-STOP, CLOSE = 1, 2  # values of `Shared.request`
-
 
 @dataclass(frozen=True)
 class Shared:
     """Memory shared by the parent and its workers, and the parent's process id.
 
     Attributes:
-        request: STOP once workers should save their cells and end; CLOSE once all have answered.
+        stop: true once the workers should save their cells, answer, and end.
         steps: the number of updates of each cell.
     """
 
-    request: Synchronized[int]
+    stop: Synchronized[int]
     steps: SynchronizedArray[int]
     parent: int
 
@@ -54,17 +53,11 @@ def begin(shared: Shared) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-    atexit.register(_exit)
-
-
-def _exit() -> None:
-    """Skip the slow teardown of an interpreter with torch, if the parent has all answers."""
-    if _shared.request.value == CLOSE:
-        os._exit(0)
+    atexit.register(gc.freeze)  # as in gpt/cli/common.py
 
 
 def _should_stop() -> bool:
-    return _shared.request.value == STOP or os.getppid() != _shared.parent
+    return bool(_shared.stop.value) or os.getppid() != _shared.parent
 
 
 def _count_update(index: int) -> None:
@@ -84,7 +77,7 @@ def train_task(
     Returns:
         The error of each cell; None if it has a result, or was stopped.
     """
-    if _shared.request.value == STOP:
+    if _shared.stop.value:
         return [None] * len(task.cells)
     paths = [cell_directory(directory, cell) for cell in task.cells]
     ended = _train(task, paths, indices, keep_checkpoints)

@@ -257,7 +257,8 @@ class Run:
         return self.end("finished", f"completed all {self.config.training.steps} steps")
 
     def close(self) -> None:
-        """Wait for the checkpoint that is being written."""
+        """Wait for the checkpoint that is being written, and close the log."""
+        self.log.metrics.close()
         self.checkpoints.close()
 
     # -- After an update -------------------------------------------------------------------------
