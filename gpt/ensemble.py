@@ -1,4 +1,4 @@
-"""Many small runs trained in one batch: their weights stacked along a first dimension, of cells.
+"""Many small runs trained in one batch, their weights stacked along a leading dimension, the cells.
 
 A tiny model neither fills a GPU nor hides the overhead of launching kernels from Python. N models
 of one shape, stacked, are one model whose matrix products are batched; `torch.func.vmap` makes it
@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from gpt.config import Config, leaves
 from gpt.data.preparation import prepare
+from gpt.data.prepared import Dataset
 from gpt.diagnostics.layers import LayerStats
 from gpt.errors import NonFiniteError, StopRequestedError
 from gpt.hardware import memory
@@ -229,7 +230,7 @@ def _cell_loss(
 class _FlattenedAttention(torch.autograd.Function):
     """torch's attention kernel, with cells and sequences merged into one batch dimension.
 
-    It has no `forward`, as it is called under vmap alone.
+    It has no `forward`, as it is only called under vmap.
     """
 
     @staticmethod
@@ -288,31 +289,23 @@ def train_together(
             runs: dict[int, Run] = {}
             for i in group:
                 try:
-                    held.enter_context(
-                        lock_directory(paths[i], f"{paths[i]}: another process is training there")
-                    )
-                    plan = open_run(configs[i], paths[i], "auto")
-                    if plan.result is not None:
-                        outcomes[i] = plan.result
-                        continue
-                    runs[i] = Run(
+                    opened = _open(
                         configs[i],
-                        plan,
+                        paths[i],
                         dataset,
-                        Trainer(
-                            configs[i],
-                            dataset.encoding.n_vocab,
-                            device,
-                            interrupt=partial(raise_if, stopping),
-                        ),
+                        device,
                         console,
+                        held,
                         stop=stopping,
                         on_update=partial(on_update, i),
                         save_checkpoints=save_checkpoints,
-                        plot=False,
                     )
                 except Exception as error:
-                    outcomes[i] = error
+                    opened = error
+                if isinstance(opened, Run):
+                    runs[i] = opened
+                else:
+                    outcomes[i] = opened
             try:
                 for step in sorted({run.progress.step for run in runs.values()}):
                     at_step = [i for i, run in runs.items() if run.progress.step == step]
@@ -321,9 +314,43 @@ def train_together(
                 if not is_out_of_memory(error) or len(group) == 1:
                     outcomes |= {i: error for i in group if i not in outcomes}
         release_memory(device)
-        if any(i not in outcomes for i in group):  # out of memory: fewer, from where they were
+        if any(i not in outcomes for i in group):  # out of memory: retry with fewer
             most = max(1, len(group) // 2)
     return [outcomes[i] for i in range(len(configs))]
+
+
+def _open(
+    config: Config,
+    path: Path,
+    dataset: Dataset,
+    device: torch.device,
+    console: Console,
+    held: contextlib.ExitStack,
+    *,
+    stop: Callable[[], bool],
+    on_update: Callable[[], object],
+    save_checkpoints: bool,
+) -> Run | RunResult | Exception:
+    """Open a run in its directory; returns its result instead if it has ended.
+
+    Args:
+        held: receives the lock on the directory.
+    """
+    held.enter_context(lock_directory(path, f"{path}: another process is training there"))
+    plan = open_run(config, path, "auto")
+    if plan.result is not None:
+        return plan.result
+    return Run(
+        config,
+        plan,
+        dataset,
+        Trainer(config, dataset.encoding.n_vocab, device, interrupt=partial(raise_if, stop)),
+        console,
+        stop=stop,
+        on_update=on_update,
+        save_checkpoints=save_checkpoints,
+        plot=False,
+    )
 
 
 class _Latch:
@@ -345,7 +372,7 @@ def fit_together(
     Args:
         runs: by number; a run is removed when it ends, so that nothing holds its memory.
         outcomes: receives the result of each, or the exception that it raised.
-        stopping: whether all shall stop.
+        stopping: returns whether all runs must stop.
     """
 
     def end(i: int, outcome: RunResult | Exception) -> None:
@@ -384,7 +411,7 @@ def fit_together(
                 micro_batch = None if batched is None else batched.micro_batch
                 batched, cells = None, list(runs)  # frees its memory first
                 batched = BatchedTrainer([runs[i].trainer for i in cells], micro_batch)
-            any_batch = next(iter(batches.values()))  # for cells that have ended, and learn nothing
+            any_batch = next(iter(batches.values()))  # stands in for those of ended cells
             inputs, targets = zip(*(batches.get(i, any_batch) for i in cells), strict=True)
             losses, grad_norms = batched.backward(torch.stack(inputs), torch.stack(targets))
             layer_stats: dict[int, LayerStats | None] = {}
@@ -410,7 +437,7 @@ def _steps_to_make(run: Run) -> range:
 
 
 def _outcome(run: Run, error: Exception) -> RunResult | Exception:
-    """How a run ends that raised `error`."""
+    """How a run that raised `error` ends."""
     try:
         if isinstance(error, StopRequestedError):
             return run.interrupt()

@@ -73,7 +73,7 @@ class Decoder:
         samples: N, the sequences that are continued in parallel.
         size: S, the tokens that the caches can hold; by default the model's context.
         fixed: give one-token steps fixed shapes. On a GPU they are then replayed as one CUDA graph,
-            which saves launching their kernels. By default on a GPU, and if `compiled`.
+            which saves launching kernels singly. By default on a GPU, and if `compiled`.
         compiled: compile those steps with torch.compile, which takes up to a minute at first.
 
     Attributes:

@@ -95,8 +95,8 @@ class PackedLinear(nn.Module):
 class Int8Linear(nn.Module):
     """x Wᵀ + b with 8-bit integers W times a scale per output channel; x and x Wᵀ are bf16.
 
-    The scale s is the smallest bf16 number with |W| <= 127 s (absmax quantisation, Dettmers et al.
-    2022).
+    The scale s is a bf16 number, rounded up, with |W| <= 127 s (absmax quantization, Dettmers et
+    al. 2022).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:

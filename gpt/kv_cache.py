@@ -1,8 +1,8 @@
 """Key/value caches for generation: keys and values of earlier tokens, a cache per attention layer.
 
 With them, generating a token takes a forward pass of one token. A cache usually returns the part
-that is filled, which grows. With a `DecodePosition` it returns all of itself, so that shapes are
-fixed and a step can be compiled or replayed as a CUDA graph.
+that is filled, which grows. With a `DecodePosition` it returns its whole buffer, so that shapes
+are fixed and a step can be compiled or replayed as a CUDA graph.
 """
 
 from __future__ import annotations

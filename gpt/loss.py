@@ -1,7 +1,7 @@
 """Next-token loss: cross-entropy and z-loss, of all logits at once or chunk by chunk.
 
-With a large vocabulary the logits are the largest tensor of training, yet only one number and its
-gradient are needed of them. Chunks never hold them all.
+With a large vocabulary the logits are the largest tensor of training, yet only the loss and its
+gradients are needed. In chunks, the logits never exist all at once.
 """
 
 from __future__ import annotations

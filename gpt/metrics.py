@@ -4,7 +4,8 @@ Training records contain step (from 1), tokens, loss (nats per token), learning_
 (before clipping), batches (a digest of all inputs up to this step), tokens_per_second and
 step_seconds (for cells trained in a batch: wall-clock time, including the evaluations of others).
 Evaluation records contain step (0 is before the first update), val_loss (nats per token) and
-val_bits_per_byte. A non-finite number is written as null.
+val_bits_per_byte. Layer records contain step, layer and the measures of gpt/diagnostics/layers.py.
+A non-finite number is written as null.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from gpt.io.files import open_regular, write_text
 Record = dict[str, Any]
 
 MAX_LINE = 2**16  # bytes of a line
-LARGEST = 1e100  # maximum of a number: fp32 ends at 3.4e38, and its square must still be finite
-MAX_LAYERS = 10_000  # maximum of layers: a plot has a row for each
+LARGEST = 1e100  # bound on any number: fp32 ends at 3.4e38, and squares must be finite
+MAX_LAYERS = 10_000  # bound on the number of layers: a plot has a row for each
 # In nats: a model has learned more than token frequencies once its validation loss is this far
 # below the unigram entropy (H₁, the loss of guessing by token frequency).
 LEARNED_MARGIN = 0.05

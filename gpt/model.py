@@ -123,7 +123,7 @@ def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
 def soft_cap(z: Tensor, cap: float | None) -> Tensor:
     """The bounded c tanh(z/c), close to z for small z, never beyond ±c; without a cap, z itself.
 
-    Bello et al. 2017; Gemma 2 caps attention's logits at 50 and the last ones at 30.
+    Bello et al. 2017; Gemma 2 caps attention logits at 50 and output logits at 30.
     """
     return z if cap is None else cap * torch.tanh(z / cap)
 
@@ -150,7 +150,7 @@ GATED = {"swiglu"}  # those that take the outputs of two matrices
 
 
 class MLP(Sublayer):
-    """W2 φ(W1 x), four times as wide inside; φ is the activation, GPT-2's GELU in its tanh form.
+    """W2 φ(W1 x), `mlp.multiple` times as wide inside; φ is the activation, in GPT-2 a tanh GELU.
 
     A gated φ needs a third matrix. Two thirds of the width, rounded to a multiple of 8, then give
     about the same number of parameters (Shazeer 2020).
@@ -177,7 +177,7 @@ class MLP(Sublayer):
 
 
 # During training the head's matrix is padded to a multiple of this many rows, by device type: a
-# GPU's matrix units need rows of 16 bytes, and 50,257 is odd. The padding's logits are cut off.
+# GPU's matrix units need multiples of 16 bytes; 50,257 is odd. The padding's logits are cut off.
 VOCABULARY_MULTIPLE = {"cuda": 64}
 
 
@@ -270,7 +270,7 @@ class GPT(nn.Module):
         """(total loss, cross-entropy), means in nats per token; float32 scalars.
 
         Training minimizes the first: cross-entropy + z_loss * mean(log² Z), see
-        `gpt.loss.next_token_loss`. Both arguments are (B, T) integers.
+        `gpt.loss.next_token_loss`. Tokens and targets are (B, T) integers.
         """
         targets = targets.flatten()
         if self.loss_chunk is None:
@@ -311,9 +311,9 @@ class GPT(nn.Module):
     # -- Size ------------------------------------------------------------------------------------
 
     def num_parameters(self) -> int:
-        """Trained numbers, embeddings included; a tied head counts once."""
+        """Trainable parameters, embeddings included; a tied head counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def num_embedding_parameters(self) -> int:
-        """Numbers in the token and position embeddings."""
+        """Parameters of the token and position embeddings."""
         return self.token_embedding.weight.numel() + self.position_embedding.weight.numel()

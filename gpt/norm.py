@@ -1,4 +1,4 @@
-"""Normalisation layers, each a few lines: which statistics they divide by, and over which numbers.
+"""Normalization layers, a few lines each: which statistics they use, and over which numbers.
 
 Where a block applies them is its placement: gpt/placement.py.
 """
@@ -34,7 +34,7 @@ def layer_norm(x: Tensor, gamma: Tensor | float, beta: Tensor | float, eps: floa
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Normalises each channel over batch and time; Ioffe and Szegedy 2015.
+    """Normalizes each channel over batch and time; Ioffe and Szegedy 2015.
 
     Included to show why layer norm won. In training, every token depends on all others, later ones
     and padding included, so the model sees the tokens that it should predict. In evaluation it uses

@@ -97,7 +97,7 @@ OPTIMIZERS: dict[str, Callable[[ParamGroups, OptimizerConfig], torch.optim.Optim
     ),
 }
 
-# Their update, without decay, is the learning rate times a step independent of the weights.
+# Those whose update, without decay, is the learning rate times a step independent of the weights.
 SEPARABLE = {"adamw", "radam"}
 
 
@@ -216,9 +216,9 @@ def stack(
 ) -> Optimizer:
     """One optimizer for N models of one shape, at learning rate 1 and without weight decay.
 
-    From the gradients of `steps`, it adds to each model's slice of them what the model's own
-    optimizer would add to the weights, divided by the learning rate. The state tensors of
-    `optimizers` become views of its own.
+    It updates `steps` from their gradients: each model's slice changes as the model's own optimizer
+    would change the weights, divided by the learning rate. The state tensors of `optimizers` become
+    views of the stacked optimizer's.
 
     Args:
         optimizers: N of one kind in SEPARABLE, after the same number of updates.

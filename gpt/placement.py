@@ -1,7 +1,7 @@
 """Norm placements: where a block applies its norms N to attention A and feed-forward F.
 
 Each placement is a `Block` of the transformer whose `forward` is its equation. A new one is a class
-and one entry in `PLACEMENTS`; CONTRIBUTING.md adds one as an example. Class attributes tell the
+and one entry in `PLACEMENTS`; CONTRIBUTING.md adds one as an example. Class attributes hold the
 rest: whether a norm follows the last block, which options it excludes, how its weights start.
 
 Shapes: the residual stream x is (B, T, d), B sequences of T tokens with d channels. L is the number

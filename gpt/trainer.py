@@ -30,7 +30,7 @@ from gpt.rng import global_generator
 
 
 class Trainer:
-    """A model with its optimizer and loss scaler; `reset` or `load` sets their first state.
+    """A model with its optimizer and loss scaler; `reset` or `load` sets their initial state.
 
     Args:
         vocab_size: tokens of the vocabulary.
@@ -78,7 +78,7 @@ class Trainer:
 
     def calibrate(self, inputs: Tensor) -> None:
         """Let the placement set its own weights from (B, T) tokens of the first batch."""
-        with global_generator(self.device, self.config.seed, "calibration"):  # dropout's
+        with global_generator(self.device, self.config.seed, "calibration"):  # for dropout
             self.model.calibrate(self.to_device(inputs))
 
     def load(self, checkpoint: Checkpoint, scaler: dict[str, float | int], updates: int) -> None:
@@ -165,7 +165,7 @@ class Trainer:
         clip = self.config.optimizer.clip
         if clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), clip, grad_norm)
-        # Not `scaler.step`: this tests loss and norm, so that all optimizers skip together.
+        # Not `scaler.step`: testing loss and norm here makes all optimizers skip together.
         skipped = self.skips_nonfinite and not (loss + grad_norm).isfinite().item()
         if not skipped:
             self.optimizer.step(lr_scale)

@@ -1,7 +1,7 @@
 """Tables of variants, such as `gpt.placement.PLACEMENTS`, read without importing their modules.
 
 Importing one would import torch, which takes 1.3 s: too long for `--help` and for a message about a
-misspelt option. Unless the module is imported already, names and class attributes are therefore
+misspelled option. Unless the module is imported already, names and class attributes are therefore
 read from its source.
 """
 
@@ -36,7 +36,7 @@ def attribute(module: str, table: str, name: str, attribute: str) -> Any:
 
 
 def _is_imported(module: str, table: str) -> bool:
-    """Whether a module is imported, and not only being imported."""
+    """Whether a module has been imported, at least as far as the definition of the table."""
     return hasattr(sys.modules.get(module), table)
 
 

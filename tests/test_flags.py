@@ -81,7 +81,7 @@ def test_a_commands_own_arguments_are_validated():
         (["--seed", "1", "--seed=2"], "--seed: given twice"),
         (["--data.path", "a", "--data.path", "b"], "--data.path: given twice; put several values"),
         (["b.yaml"], "'b.yaml': unexpected argument"),
-        (["-x"], "'-x': unexpected argument; a file of that name is ./-x"),
+        (["-x"], "'-x': unexpected argument; write ./-x for a file"),
         (["--name", "a\0"], "'a\\x00': contains a NUL character"),
     ],
 )

@@ -106,14 +106,14 @@ def _describe(error: argparse.ArgumentError, words: list[str], switches: Collect
     if flag is not None:
         return f"{flag}: needs a value; one that begins with two dashes is written {flag}=--value"
     dashed = any(word.startswith("-") and not FLAG.fullmatch(word) for word in words)
-    return error.message + ("; a file whose name begins with a dash is ./-name" if dashed else "")
+    return error.message + ("; write ./-name for a file whose name begins with a dash" if dashed else "")
 
 
 def _describe_unknown(words: list[str], flags: Collection[str]) -> str:
     unknown = [word.partition("=")[0] for word in words if word.startswith("--")]
     if unknown:
         return "\n".join(f"{flag}: no such option{nearest(flag, flags)}" for flag in unknown[:3])
-    hint = f"; a file of that name is ./{words[0]}" if words[0].startswith("-") else ""
+    hint = f"; write ./{words[0]} for a file" if words[0].startswith("-") else ""
     return f"{words[0]!r}: unexpected argument{hint}"
 
 

@@ -156,7 +156,7 @@ class DataConfig(SourceConfig):
     @model_validator(mode="after")
     def _tokenizer_fits_the_data(self) -> Self:
         if (self.tokenizer == "file") != (self.vocabulary is not None):
-            raise ValueError("tokenizer: file and vocabulary (its path) require each other")
+            raise ValueError("tokenizer: file and vocabulary (its path) must be given together")
         everything = [*self.sources, *([self.validation] if self.validation else [])]
         if self.tokenizer in ("bpe", "chars") and any(s.source == "tokens" for s in everything):
             raise ValueError(
@@ -255,7 +255,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _norms_fit(self) -> Self:
-        """Refuse combinations that would not be what their names say."""
+        """Refuse combinations in which an option would contradict another or have no effect."""
         norm, name = self.norm, self.norm.placement
         of_placement = partial(variants.attribute, "gpt.placement", "PLACEMENTS", name)
         conflicts: dict[str, str] = {}
@@ -305,7 +305,7 @@ class ScheduleConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """The update rule and its constants. All are torch's, except Muon."""
+    """The update rule and its constants. All rules are torch's, except Muon."""
 
     name: Annotated[str, Choice("gpt.optim", "OPTIMIZERS")] = "adamw"
     """Update rule. muon updates the blocks' matrices, with adamw for everything else."""
@@ -320,7 +320,7 @@ class OptimizerConfig(Section):
     momentum: Decay = 0.95
     """Momentum of sgd and muon, both in Nesterov's form."""
     weight_decay: Factor = 0.1
-    """Decoupled weight decay of matrices and embeddings, not of norms and biases."""
+    """Weight decay of matrices and embeddings, not of norms and biases; decoupled except in sgd."""
     independent_decay: bool = False
     """Scale the decay by the schedule alone, not by learning_rate; then 1e-4 is typical."""
     clip: Rate | None = 1.0
@@ -500,8 +500,8 @@ class Config(Section):
         ]
 
 
-# Options that may change when a run is resumed: its length, what is logged and saved, and where
-# files are. A change of any other option would make it a different run.
+# Options that may change when a run is resumed: its length, how it is computed, what is logged and
+# saved, and where files are. A change of any other option would make it a different run.
 MAY_CHANGE = (
     "name",
     "data.path",  # the tokens must be the same ones

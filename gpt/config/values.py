@@ -160,7 +160,7 @@ def _parse_number(text: str) -> int | float | str:
     return int(number) if number.is_integer() else number
 
 
-# Each range holds more than anybody trains with and excludes values that overflow or never end.
+# Each range is wider than anyone needs, and excludes values that would overflow or run forever.
 # Whether the machine has the memory for a combination is checked in gpt/hardware/size.py.
 Count = Annotated[int, Between(1, 10**9)]
 CountOrZero = Annotated[int, Between(0, 10**9)]
@@ -200,7 +200,7 @@ def expand_user(path: str) -> str:
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         user = path.partition("/")[0]
-        raise InputError(f"{path}: there is no user {user[1:]}; a file of that name is ./{user}")
+        raise InputError(f"{path}: there is no user {user[1:]}; write ./{user} for a file")
     return expanded
 
 
