@@ -176,7 +176,7 @@ GRID: dict[str, Any] = {
     "arms": {"placement": {p: {"model.norm.placement": p} for p in ("pre", "post")}},
     "grid": {"optimizer.learning_rate": [0.01]},
     "seeds": 2,
-    "contrast": {"question": "Is it?", "measure": "failure", "of": ["pre", "post"]},
+    "contrasts": [{"question": "Is it?", "measure": "failure", "of": ["pre", "post"]}],
     "pairs": [["pre", "post"]],
     "probes": False,
     "keep_checkpoints": True,
@@ -426,7 +426,7 @@ def _called(action: Callable[[], object], given: Input) -> int:
 
 CODES = {"train.py": {0, 3, 75}, "prepare": {0, 75}, "compare.py": {0, 75}}
 KEYS = {part for key in option_paths(Config) for part in key.split(".")}
-KEYS |= {"run", "arms", "grid", "seeds", "pairs", "contrast", "base", "exclude", "workers"}
+KEYS |= {"run", "arms", "grid", "seeds", "pairs", "contrasts", "base", "exclude", "workers"}
 IN_CACHE = re.compile(r"new cache|gone 'cache/\.[^/']+\.building['/]")  # half prepared, unusable
 RAW = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 SCRIPT = "<script>alert(1)</script>"
@@ -800,7 +800,7 @@ def sizes(rng: random.Random, place: Place) -> Input:
     number = rng.choice([10, 24, 40])
     if what == "factors":
         grid["arms"] = {f"f{n}": {"a": {}, "b": {}} for n in range(number)}
-        grid |= {"contrast": None, "pairs": []}
+        grid |= {"contrasts": [], "pairs": []}
     elif what == "seeds":
         grid["seeds"] = rng.choice([10**5, 10**18, -1, list(range(10**5)), [2**63], [10**400 % 7]])
     elif what == "axis":
@@ -1045,13 +1045,13 @@ def odd_names(rng: random.Random, place: Place) -> Input:
     what = rng.choice(["arm", "arm", "factor", "title", "question", "axis"])
     if what == "arm":
         levels[name] = levels.pop("post")
-        grid["contrast"]["of"], grid["pairs"] = ["pre", name], [["pre", name]]
+        grid["contrasts"][0]["of"], grid["pairs"] = ["pre", name], [["pre", name]]
     elif what == "factor":
         grid["arms"] = {name: levels}
     elif what == "axis":
         grid["grid"]["sampling.prompt"] = [name, "b"]
     else:
-        holder = grid if what == "title" else grid["contrast"]
+        holder = grid if what == "title" else grid["contrasts"][0]
         holder[what] = name
     text = json.dumps(grid) if "\udcff" in name else yaml.safe_dump(grid, sort_keys=False)
     (sure / "odd.yaml").write_text(text)

@@ -234,7 +234,7 @@ def compared(small: Config, tmp_path_factory: pytest.TempPathFactory, quick: Non
         "arms": {"placement": {p: {"model.norm.placement": p} for p in ("pre", "post")}},
         "seeds": 1,
         "probes": False,
-        "contrast": {"question": "Is it?", "measure": "failure", "of": ["pre", "post"]},
+        "contrasts": [{"question": "Is it?", "measure": "failure", "of": ["pre", "post"]}],
         "pairs": [["pre", "post"]],
     }
     folder.mkdir()

@@ -191,10 +191,10 @@ def test_the_base_may_be_a_file_beside_the_grid(tmp_path: Path):
         ({"exclude": [{"seed": [0, 1]}]}, ["exclude leaves no cells"]),
         ({"seeds": list(range(2000))}, ["48,000 cells", f"{MOST_CELLS:,}"]),
         (
-            {"contrast": {"question": "?", "of": ["pre, warm", "pre, hot"]}},
+            {"contrasts": [{"question": "?", "of": ["pre, warm", "pre, hot"]}]},
             ["'pre, hot' is not one", "pre, cold"],
         ),
-        ({"contrast": {"question": "?", "of": ["pre, warm"]}}, ["contrast.of"]),
+        ({"contrasts": [{"question": "?", "of": ["pre, warm"]}]}, ["contrasts.0.of"]),
         ({"pairs": [["a", "b"]]}, ["'a' is not one of the arms"]),
         ({"pairs": [["pre, warm", "pre, warm"]]}, ["'pre, warm' is compared with itself"]),
         (
@@ -277,7 +277,7 @@ def test_the_documented_grids_are_shipped():
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_grid_is_fair(path: Path):
     grid, found = load(path)
-    assert grid.contrast is not None
+    assert grid.contrasts
     assert len(grid.seeds) >= 3
     for cell in found:  # nothing hides instability unless that is what is compared
         assert cell.config.optimizer.clip is None or cell.arm == "clipping"
@@ -297,8 +297,8 @@ def test_quick_crosses_placement_and_warm_up_at_four_rates_or_more():
         "post, warm-up",
     ]
     assert len({cell.config.optimizer.learning_rate for cell in found}) >= 4
-    assert grid.contrast is not None
-    assert grid.contrast.measure == "log_lr50"
+    assert grid.contrasts
+    assert grid.contrasts[0].measure == "log_lr50"
 
 
 def test_the_placements_grid_has_all_placements():
@@ -341,7 +341,7 @@ def test_a_grid_is_documented_and_its_schema_is_current():
 )
 def test_names_that_a_report_cannot_show_are_refused(tmp_path: Path, name: str, words: str):
     for arms in ({"f": {name: {}, "b": {}}}, {name: {"a": {}, "b": {}}}):
-        found = message(tmp_path, arms=arms, contrast=None, pairs=[], exclude=[])
+        found = message(tmp_path, arms=arms, contrasts=[], pairs=[], exclude=[])
         assert words in found
         assert "arms" in found
 
@@ -349,14 +349,14 @@ def test_names_that_a_report_cannot_show_are_refused(tmp_path: Path, name: str, 
 @pytest.mark.parametrize(("one", "two"), [("A", "a"), ("a b", "a-b")])
 def test_names_that_give_the_same_directory_are_refused(tmp_path: Path, one: str, two: str):
     arms = {"f": {one: {}, two: {}}}
-    found = message(tmp_path, arms=arms, contrast=None, pairs=[], exclude=[])
+    found = message(tmp_path, arms=arms, contrasts=[], pairs=[], exclude=[])
     assert f"rename {one!r} or {two!r}" in found
 
 
 def test_arms_are_counted_before_they_are_built(tmp_path: Path):
     began = time.process_time()
     arms = {f"f{n}": {"a": {}, "b": {}} for n in range(24)}
-    text = message(tmp_path, arms=arms, contrast=None, pairs=[], exclude=[])
+    text = message(tmp_path, arms=arms, contrasts=[], pairs=[], exclude=[])
     assert "arms: 16,777,216 combinations of levels; at most 10,000 are allowed" in text
     axes = {"optimizer.learning_rate": [1e-6 * n for n in range(1, 200)]}
     axes |= {"model.layers": list(range(1, 200))}
@@ -390,7 +390,7 @@ def test_a_large_grid_is_read_in_linear_time_and_written_and_read_back(tmp_path:
     [
         ({"title": "a\x1b"}, "title: "),
         ({"title": "x" * 201}, "title: "),
-        ({"contrast": {"question": "a\nb", "of": ["a", "b"]}}, "contrast: "),
+        ({"contrasts": [{"question": "a\nb", "of": ["a", "b"]}]}, "contrasts.0"),
         ({"grid": {"sampling.prompt": ["x\uffff"]}}, "grid: sampling.prompt: "),
         ({"grid": {"sampling.prompt": ["x" * 101]}}, "grid: sampling.prompt: "),
     ],
@@ -398,7 +398,7 @@ def test_a_large_grid_is_read_in_linear_time_and_written_and_read_back(tmp_path:
 def test_text_that_a_figure_cannot_show_is_refused(
     tmp_path: Path, changes: dict[str, Any], words: str
 ):
-    plain = {"arms": {"f": {"a": {}, "b": {}}}, "contrast": None, "pairs": [], "exclude": []}
+    plain = {"arms": {"f": {"a": {}, "b": {}}}, "contrasts": [], "pairs": [], "exclude": []}
     assert words in message(tmp_path, **plain | changes)
 
 
@@ -416,7 +416,7 @@ def test_text_that_a_figure_cannot_show_is_refused(
 def test_a_value_where_a_section_belongs_is_refused(
     tmp_path: Path, changes: dict[str, Any], words: str
 ):
-    assert words in message(tmp_path, **{"contrast": None, "pairs": [], "exclude": [], **changes})
+    assert words in message(tmp_path, **{"contrasts": [], "pairs": [], "exclude": [], **changes})
 
 
 @pytest.mark.parametrize("digits", [30, 95])

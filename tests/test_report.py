@@ -71,12 +71,14 @@ def directory(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "grid": {"model.layers": [1, 2], "optimizer.learning_rate": [0.03, 3e4]},
         "seeds": 1,
-        "contrast": {
-            "question": "<img src=x onerror=alert(1)> Does it?",
-            "measure": "log_lr50",
-            "of": ["pre, cold", "pre, warm & slow"],
-            "against": ["<b>post</b>, cold", "<b>post</b>, warm & slow"],
-        },
+        "contrasts": [
+            {
+                "question": "<img src=x onerror=alert(1)> Does it?",
+                "measure": "log_lr50",
+                "of": ["pre, cold", "pre, warm & slow"],
+                "against": ["<b>post</b>, cold", "<b>post</b>, warm & slow"],
+            }
+        ],
         "pairs": [["pre, cold", "<b>post</b>, cold"]],
     }
     folder = tmp_path_factory.mktemp("report")

@@ -16,7 +16,7 @@ from gpt.compare.grid import Cell, Grid
 from gpt.compare.outcomes import Outcome
 from gpt.compare.report.cells_csv import csv_row
 from gpt.compare.results import Summary
-from gpt.compare.statistics import Interval, Threshold, holm, mean_interval, wilson
+from gpt.compare.statistics import Interval, Threshold, holm, mean_interval, newcombe, wilson
 from gpt.compare.summary import summarize
 from gpt.compare.verdicts import Verdict
 from gpt.compare.wording import failures_text, rates_text, threshold_text
@@ -35,11 +35,14 @@ def grid(**changes: Any) -> Grid:
         },
         "grid": {"optimizer.learning_rate": list(RATES)},
         "seeds": 6,
-        "contrast": {
-            "question": "Does it?",
-            "of": ["post, warm", "post, cold"],
-            "against": ["pre, warm", "pre, cold"],
-        },
+        "contrasts": [
+            {
+                "question": "Does it?",
+                "measure": "log_lr50",
+                "of": ["post, warm", "post, cold"],
+                "against": ["pre, warm", "pre, cold"],
+            }
+        ],
         "pairs": [["post, cold", "pre, cold"]],
         **changes,
     }
@@ -120,7 +123,7 @@ def test_an_arm_is_counted_rate_by_rate():
 
 
 def test_the_contrast_is_the_difference_of_two_shifts_of_log_lr50():
-    found = summary(MOVED).contrast
+    found = summary(MOVED).contrasts[0]
     assert found is not None
     assert found.parts[1] == pytest.approx(0.0)
     assert found.value == pytest.approx(found.parts[0] - found.parts[1])
@@ -132,7 +135,7 @@ def test_the_contrast_is_the_difference_of_two_shifts_of_log_lr50():
 
 def test_a_contrast_the_other_way_is_contradicted():
     turned = by_arm({"pre, cold": 0.01, "pre, warm": 1.0, "post, cold": 0.1, "post, warm": 0.1})
-    found = summary(turned).contrast
+    found = summary(turned).contrasts[0]
     assert found is not None
     assert found.answer == "contradicted"
     assert "contradict" in summary(turned).verdict[0]
@@ -140,7 +143,7 @@ def test_a_contrast_the_other_way_is_contradicted():
 
 def test_seeds_that_agree_are_still_uncertain_by_the_grids_spacing():
     one_step = by_arm({"pre, cold": 0.1, "pre, warm": 0.1, "post, cold": 0.01, "post, warm": 0.1})
-    found = summary(one_step).contrast
+    found = summary(one_step).contrasts[0]
     assert found is not None
     assert found.interval is not None
     assert found.interval.low < 0 < found.interval.high
@@ -163,7 +166,7 @@ def test_seeds_that_agree_are_still_uncertain_by_the_grids_spacing():
 def test_a_bound_counts_only_where_it_cannot_turn_the_answer(
     thresholds: tuple[float, ...], answer: str
 ):
-    found = summary(by_arm(dict(zip(ARMS, thresholds, strict=True)))).contrast
+    found = summary(by_arm(dict(zip(ARMS, thresholds, strict=True)))).contrasts[0]
     assert found is not None
     assert found.answer == answer
     assert len(found.bounds) >= 1
@@ -181,7 +184,7 @@ def test_failures_that_do_not_rise_with_the_rate_leave_the_question_open():
         else o
         for o in runs
     ]
-    found = summarize(grid(), upside_down).contrast
+    found = summarize(grid(), upside_down).contrasts[0]
     assert found is not None
     assert found.answer == "open"
     assert "no single threshold" in found.bounds[0]
@@ -190,10 +193,10 @@ def test_failures_that_do_not_rise_with_the_rate_leave_the_question_open():
 def test_failure_and_loss_are_paired_by_seed():
     contrast = {"question": "?", "of": ["post, cold", "pre, cold"]}
     runs = outcomes(lambda arm, seed: 0.01 if arm == "post, cold" and seed else 1.0)
-    failure = summarize(grid(contrast={**contrast, "measure": "failure"}), runs).contrast
+    failure = summarize(grid(contrasts=[{**contrast, "measure": "failure"}]), runs).contrasts[0]
     assert failure is not None
     assert failure.value == pytest.approx(0.5 * 5 / 6)
-    loss = summarize(grid(contrast={**contrast, "measure": "loss"}), runs).contrast
+    loss = summarize(grid(contrasts=[{**contrast, "measure": "loss"}]), runs).contrasts[0]
     assert loss is not None
     assert loss.value == pytest.approx(0.9 * 0.5 * 5 / 6)
     assert loss.interval is not None
@@ -205,7 +208,7 @@ def test_a_contrasts_differences_are_taken_seed_by_seed():
     runs = [outcome("post, cold", 1e-3, seed, 2 + 0.1 * seed) for seed in range(6)]
     runs += [outcome("pre, cold", 1e-3, seed, 2 - 0.1 * seed) for seed in range(6)]
     contrast = {"question": "?", "measure": "loss", "of": ["post, cold", "pre, cold"]}
-    found = summarize(grid(contrast=contrast, pairs=[]), runs).contrast
+    found = summarize(grid(contrasts=[contrast], pairs=[]), runs).contrasts[0]
     expected = mean_interval([0.2 * seed for seed in range(6)])
     assert found is not None
     assert found.value == pytest.approx(0.5)
@@ -218,7 +221,7 @@ def test_a_contrasts_differences_are_taken_seed_by_seed():
 def test_a_diverged_run_counts_as_its_first_loss():
     runs = [outcome("post, cold", 1e-3, seed, None, status="diverged") for seed in range(3)]
     assert [run.loss for run in runs] == [5.0] * 3
-    arm = summarize(grid(contrast=None, pairs=[]), runs).arms[0]
+    arm = summarize(grid(contrasts=[], pairs=[]), runs).arms[0]
     assert arm.median_loss == 5.0
     assert arm.failures == 3
 
@@ -248,19 +251,15 @@ def test_pairs_are_tested_seed_by_seed_and_corrected_together():
     at = next(test for test in first.by_rate if test.rate == 1e-2)
     assert (at.failures.only_a, at.failures.only_b) == (6, 0)
     assert at.failures.p == 1 / 32
-    ps = [first.loss.p, *(t.failures.p for t in first.by_rate)]
-    ps += [second.loss.p, *(t.failures.p for t in second.by_rate)]
-    assert len(ps) == 10
-    adjusted = [first.holm_p, *(t.holm_p for t in first.by_rate)]
-    adjusted += [second.holm_p, *(t.holm_p for t in second.by_rate)]
-    assert adjusted == holm(ps)
-    assert adjusted[0] == 10 / 32
+    assert at.failures.interval == newcombe(0, 6, 0, 0)
+    assert [first.holm_p, second.holm_p] == holm([first.loss.p, second.loss.p])
+    assert first.holm_p == 2 / 32  # two tests of the loss; failures at single rates are not tested
 
 
 def test_pairs_with_rates_of_their_own_use_the_common_ones():
     runs = [outcome("post, cold", rate, s, 3.0) for rate in (1e-3, 1e-2) for s in range(3)]
     runs += [outcome("pre, cold", rate, s, 2.0) for rate in (1e-2, 1e-1) for s in range(3)]
-    (pair,) = summarize(grid(contrast=None), runs).pairs
+    (pair,) = summarize(grid(contrasts=[]), runs).pairs
     assert [test.rate for test in pair.by_rate] == [1e-2]
     assert pair.loss.mean == 1.0
     assert pair.dropped == 2
@@ -271,10 +270,10 @@ def test_a_lost_cell_takes_its_rate_from_all_arms_of_a_contrast():
     alike = outcomes(by_arm(dict.fromkeys(ARMS, 1.0)))
     left = [r for r in alike if not (r.cell.arm == "pre, cold" and r.rate == 1.0 and r.seed == 2)]
     contrast = {"question": "?", "measure": "failure", "of": ["post, cold", "pre, cold"]}
-    found = summarize(grid(contrast=contrast), left)
-    assert found.contrast is not None
-    assert found.contrast.value == 0.0
-    assert found.contrast.dropped == 1
+    found = summarize(grid(contrasts=[contrast]), left)
+    assert found.contrasts[0] is not None
+    assert found.contrasts[0].value == 0.0
+    assert found.contrasts[0].dropped == 1
     assert "left out" in found.verdict[0]
     assert len(found.pairs[0].by_rate) == 3
 
@@ -283,8 +282,8 @@ def test_arms_without_a_common_rate_have_no_contrast():
     runs = [outcome("post, cold", 1e-3, s, 3.0) for s in range(6)]
     runs += [outcome("pre, cold", 1e-1, s, 2.0) for s in range(6)]
     contrast = {"question": "?", "of": ["post, cold", "pre, cold"]}
-    found = summarize(grid(contrast=contrast), runs)
-    assert found.contrast is None
+    found = summarize(grid(contrasts=[contrast]), runs)
+    assert found.contrasts[0] is None
     assert found.pairs == ()
     assert "no rate in common" in found.verdict[0]
 
@@ -292,14 +291,14 @@ def test_arms_without_a_common_rate_have_no_contrast():
 def test_a_contrast_of_lost_arms_is_said_and_does_not_fail():
     runs = [run for run in outcomes(MOVED) if run.cell.arm == "pre, cold"]
     contrast = {"question": "?", "of": ["post, warm", "post, cold"]}
-    words = summarize(grid(contrast=contrast), runs).verdict
+    words = summarize(grid(contrasts=[contrast]), runs).verdict
     assert "no rate in common" in words[0]
     assert "None of the contrast's arms has a result" in words[1]
 
 
 def test_a_seed_that_one_setting_lacks_is_not_an_error():
     runs = outcomes(MOVED, layers=6) + [r for r in outcomes(MOVED, layers=12) if r.seed]
-    found = summarize(grid(), runs).contrast
+    found = summarize(grid(), runs).contrasts[0]
     assert found is not None
     assert found.dropped == len(RATES)
 
@@ -314,19 +313,18 @@ def test_a_run_not_finite_at_its_start_counts_as_knowing_nothing():
 def test_arms_are_described_by_medians_means_and_shares():
     runs = [
         outcome("pre, cold", rate, seed, loss)
-        for seed, losses in enumerate([(2.0, 3.0), (2.2, 3.0), (2.6, 4.0)])
+        for seed, losses in enumerate([(2.0, 3.0), (2.2, 3.0), (2.6, 4.0), (2.2, 3.0), (2.2, 3.0)])
         for rate, loss in zip((1e-3, 1e-2), losses, strict=True)
     ]
     spiked = replace(runs[0], verdict=replace(runs[0].verdict, loss_spikes=1, clipped=0.5))
     rest = [replace(r, verdict=replace(r.verdict, clipped=0.1)) for r in runs[1:]]
-    (arm,) = summarize(grid(contrast=None, pairs=[]), [spiked, *rest]).arms
-    assert (arm.by_rate[0].mean_loss, arm.by_rate[0].median_loss) == (pytest.approx(6.8 / 3), 2.2)
-    assert arm.by_rate[0].loss_interval is not None
-    assert 2.0 <= arm.by_rate[0].loss_interval.low < arm.by_rate[0].loss_interval.high <= 2.6
+    (arm,) = summarize(grid(contrasts=[], pairs=[]), [spiked, *rest]).arms
+    assert (arm.by_rate[0].mean_loss, arm.by_rate[0].median_loss) == (pytest.approx(2.24), 2.2)
+    assert arm.by_rate[0].loss_interval == mean_interval([2.0, 2.2, 2.6, 2.2, 2.2])
     assert (arm.best_rate, arm.best_loss) == (1e-3, 2.2)
-    assert arm.median_loss == 2.8  # of 2, 2.2, 2.6, 3, 3 and 4
+    assert arm.median_loss == 2.8  # of 2, 2.2, 2.2, 2.2, 2.6, 3, 3, 3, 3 and 4
     assert arm.spiked == 1
-    assert arm.clipped == pytest.approx(1 / 6)
+    assert arm.clipped == pytest.approx((0.5 + 9 * 0.1) / 10)
     assert arm.initial_loss == 5.0
     config = runs[0].cell.config
     shares = [
@@ -343,10 +341,10 @@ def test_settings_are_summarized_separately_and_their_contrasts_averaged():
     shallow = outcomes(MOVED, layers=6)
     found = summarize(grid(), [*shallow, *deep])
     assert [(arm.arm, arm.setting) for arm in found.arms[:4]] == [(arm, "layers 6") for arm in ARMS]
-    assert found.contrast is not None
-    alone = summarize(grid(), shallow).contrast
+    assert found.contrasts[0] is not None
+    alone = summarize(grid(), shallow).contrasts[0]
     assert alone is not None
-    assert found.contrast.value == pytest.approx(alone.value / 2)
+    assert found.contrasts[0].value == pytest.approx(alone.value / 2)
 
 
 @pytest.mark.parametrize(
@@ -365,9 +363,9 @@ def test_words_are_bounded_by_the_interval(failures: int, n: int, words: str):
 
 def test_three_seeds_never_support_that_an_arm_does_not_fail():
     calm = summarize(grid(), outcomes(by_arm(dict.fromkeys(ARMS, math.inf)), seeds=3))
-    assert calm.contrast is not None
-    assert calm.contrast.answer == "open"
-    assert "unbounded" in calm.verdict[0]
+    assert calm.contrasts[0] is not None
+    assert calm.contrasts[0].answer == "open"
+    assert "no interval; 3 seeds)" in calm.verdict[0]
     assert calm.verdict[0].count("changes by an unknown factor") == 2
     assert "ratio" not in calm.verdict[0]
     assert calm.verdict[1] == "No run failed: no failure in 3 seeds (at most 56%) at each rate."
@@ -386,12 +384,13 @@ def test_few_seeds_settle_nothing_however_clear_they_are(measure: str, seeds: in
     sure = by_arm({"pre, cold": 0.1, "pre, warm": 0.1, "post, cold": 1.0, "post, warm": 0.01})
     of = ["post, warm", "post, cold"] if measure != "log_lr50" else ["post, cold", "post, warm"]
     contrast = {"question": "?", "measure": measure, "of": of}
-    found = summarize(grid(contrast=contrast), outcomes(sure, seeds=seeds)).contrast
+    found = summarize(grid(contrasts=[contrast]), outcomes(sure, seeds=seeds)).contrasts[0]
     assert found is not None
-    assert found.interval is not None
-    assert found.interval.low > 0
+    assert (found.interval is None) == (seeds < 5)
+    assert found.interval is None or found.interval.low > 0
     assert found.answer == answer
-    assert ("too few to settle" in found.why) == (answer == "open")
+    assert ("too few to settle" in found.why) == (seeds == 5)
+    assert ("needs at least 5 seeds" in found.why) == (seeds == 3)
 
 
 def test_the_verdict_is_two_sentences():
@@ -406,16 +405,16 @@ def test_the_verdict_is_two_sentences():
 def test_one_seed_gives_no_interval_and_no_answer():
     runs = [run for run in outcomes(MOVED) if run.seed == 0]
     found = summarize(grid(), runs)
-    assert found.contrast is not None
-    assert found.contrast.interval is None
-    assert found.contrast.answer == "open"
-    assert "one seed gives no interval" in found.verdict[0]
+    assert found.contrasts[0] is not None
+    assert found.contrasts[0].interval is None
+    assert found.contrasts[0].answer == "open"
+    assert "these arms share one seed" in found.verdict[0]
 
 
 def test_an_arm_without_a_result_leaves_no_contrast():
     runs = [run for run in outcomes(MOVED) if run.cell.arm != "post, warm"]
     found = summarize(grid(), runs)
-    assert found.contrast is None
+    assert found.contrasts[0] is None
     assert "cannot be computed" in found.verdict[0]
 
 
@@ -445,12 +444,118 @@ def test_an_open_end_of_an_interval_of_rates_is_named(low: float, high: float, t
 
 def test_a_measures_question_is_answered_in_its_own_unit():
     contrast = {"question": "?", "measure": "loss", "of": ["post, cold", "pre, cold"]}
-    (answer, _) = summary(MOVED, contrast=contrast).verdict
+    (answer, _) = summary(MOVED, contrasts=[contrast]).verdict
     assert answer.startswith(
-        "The mean loss changes by +0.225 nats from 'pre, cold' to 'post, cold'"
+        "YES: the mean loss changes by +0.225 nats from 'pre, cold' to 'post, cold'"
     )
     contrast["measure"] = "failure"
-    (answer, _) = summary(MOVED, contrast=contrast).verdict
+    (answer, _) = summary(MOVED, contrasts=[contrast]).verdict
     assert answer.startswith(
-        "The fraction of failed runs changes by +25 percentage points from 'pre, cold'"
+        "YES: the fraction of failed runs changes by +25 percentage points from 'pre, cold'"
     )
+
+
+# ---------------------------------------------------------------------------------------------
+# Several contrasts: where they are made, what they claim, and their order
+
+LOSS = {"question": "?", "measure": "loss", "of": ["post, cold", "post, warm"]}
+
+
+def losses(values: dict[tuple[str, float], float], seeds: int = 8) -> list[Outcome]:
+    """Runs of each arm and rate with a loss that varies a little between seeds."""
+    return [
+        outcome(arm, rate, seed, loss + 0.01 * (-1) ** seed * arm.endswith("warm"))
+        for (arm, rate), loss in values.items()
+        for seed in range(seeds)
+    ]
+
+
+def answers(runs: list[Outcome], *contrasts: dict[str, Any]) -> list[str]:
+    found = summarize(grid(contrasts=list(contrasts), pairs=[]), runs)
+    return [result.answer for result in found.contrasts if result is not None]
+
+
+def test_a_contrast_at_fixed_rates_uses_no_others():
+    runs = losses(
+        {
+            ("post, cold", 1e-2): 3.0,
+            ("post, warm", 1e-2): 2.0,
+            ("post, cold", 1e-1): 2.0,
+            ("post, warm", 1e-1): 3.0,
+        }
+    )
+    everywhere = summarize(grid(contrasts=[LOSS], pairs=[]), runs).contrasts[0]
+    at = {**LOSS, "at": {"optimizer.learning_rate": [0.01]}}
+    there = summarize(grid(contrasts=[at], pairs=[]), runs).contrasts[0]
+    assert everywhere is not None
+    assert there is not None
+    assert everywhere.value == pytest.approx(0.0, abs=0.02)
+    assert there.value == pytest.approx(1.0, abs=0.02)
+    assert (there.answer, there.seeds, there.p) == ("supported", 8, 2 / 2**8)
+
+
+def test_arms_can_be_compared_each_at_its_own_rate():
+    runs = losses({("post, cold", 1e-3): 2.6, ("post, warm", 1e-2): 2.4, ("post, warm", 1e-3): 9.0})
+    own = {**LOSS, "rates": {"post, cold": 1e-3, "post, warm": 1e-2}}
+    found = summarize(grid(contrasts=[own], pairs=[]), runs).contrasts[0]
+    assert found is not None
+    assert found.value == pytest.approx(0.2, abs=0.02)
+    assert (found.answer, found.dropped) == ("supported", 0)
+
+
+@pytest.mark.parametrize(
+    ("claim", "margin", "cost", "answer"),
+    [
+        ("above", 0.0, 0.02, "supported"),
+        ("above", 0.05, 0.02, "contradicted"),
+        ("below", 0.05, 0.02, "supported"),  # not worse by the margin, though worse
+        ("below", 0.05, 0.0, "supported"),
+        ("below", 0.05, 0.05, "open"),
+        ("below", 0.05, 0.08, "contradicted"),
+        ("within", 0.05, 0.02, "supported"),
+        ("within", 0.05, -0.02, "supported"),
+        ("within", 0.05, -0.05, "open"),
+        ("within", 0.05, 0.08, "contradicted"),
+        ("within", 0.05, -0.08, "contradicted"),
+    ],
+)
+def test_a_claim_is_judged_at_its_margin(claim: str, margin: float, cost: float, answer: str):
+    runs = losses({("post, cold", 1e-2): 2.5 + cost, ("post, warm", 1e-2): 2.5})
+    assert answers(runs, {**LOSS, "claim": claim, "margin": margin}) == [answer]
+
+
+def test_sensitivity_is_contrasted_seed_by_seed():
+    """Excess over the best rate, 0 and 1 for one arm, 0 and 0.4 for the other."""
+    runs = losses(
+        {
+            ("post, cold", 1e-3): 2.0,
+            ("post, cold", 1e-2): 3.0,
+            ("post, warm", 1e-3): 2.0,
+            ("post, warm", 1e-2): 2.4,
+        }
+    )
+    contrast = {**LOSS, "measure": "sensitivity"}
+    found = summarize(grid(contrasts=[contrast], pairs=[]), runs).contrasts[0]
+    assert found is not None
+    assert found.value == pytest.approx(0.3)
+
+
+def test_after_a_question_that_is_not_settled_answers_are_exploratory():
+    runs = losses({("post, cold", 1e-2): 2.6, ("post, warm", 1e-2): 2.5})
+    other = {**LOSS, "of": ["post, warm", "post, cold"]}
+    found = summarize(grid(contrasts=[LOSS, other, LOSS], pairs=[]), runs)
+    results = [result for result in found.contrasts if result is not None]
+    assert [r.answer for r in results] == ["supported", "contradicted", "supported"]
+    assert [r.confirmatory for r in results] == [True, True, False]
+    assert ["exploratory" in sentence for sentence in found.verdict] == [False, False, True, False]
+
+
+def test_a_difference_of_failures_is_uncertain_where_all_seeds_agree():
+    """Eight of eight against none is not a difference of exactly one."""
+    runs = outcomes(lambda arm, seed: 0.0 if arm == "post, cold" else math.inf, seeds=8)
+    contrast = {**LOSS, "measure": "failure"}
+    found = summarize(grid(contrasts=[contrast], pairs=[]), runs).contrasts[0]
+    assert found is not None
+    assert (found.value, found.answer) == (1.0, "supported")
+    assert found.interval is not None
+    assert found.interval.low < 0.7

@@ -106,7 +106,8 @@ def _describe(error: argparse.ArgumentError, words: list[str], switches: Collect
     if flag is not None:
         return f"{flag}: needs a value; one that begins with two dashes is written {flag}=--value"
     dashed = any(word.startswith("-") and not FLAG.fullmatch(word) for word in words)
-    return error.message + ("; write ./-name for a file whose name begins with a dash" if dashed else "")
+    hint = "; write ./-name for a file whose name begins with a dash" if dashed else ""
+    return error.message + hint
 
 
 def _describe_unknown(words: list[str], flags: Collection[str]) -> str:

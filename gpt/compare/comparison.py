@@ -7,10 +7,10 @@
       lost.json       cells that ended without a result, and why; only if there are any
       probes.json     measurements of the networks at initialization
       cells.csv       one row per cell
-      summary.json    arms, contrast, pairs, verdict
+      summary.json    arms, contrasts, pairs, verdict
       report.html, report.md, figures/
 
-A directory belongs to one grid, whose contrast was registered before the runs.
+A directory belongs to one grid, whose contrasts were registered before the runs.
 """
 
 from __future__ import annotations
@@ -270,7 +270,7 @@ def describe(
     arms = grid.all_arms()
     ended = len(cells) - estimated.cells
     rows = {
-        "question": grid.contrast.question if grid.contrast else "none registered",
+        "question": " ".join(contrast.question for contrast in grid.contrasts) or "none registered",
         "arms": "; ".join(arm.name for arm in arms),
         "cells": f"{len(cells)}: {len(arms)} arms, {len(grid.seeds)} seeds"
         + "".join(f", {len(values)} x {axis}" for axis, values in grid.grid.items())

@@ -46,6 +46,7 @@ from gpt.config import (
     Between,
     Config,
     Hours,
+    Rate,
     Section,
     Seed,
     base_of,
@@ -68,7 +69,8 @@ MOST_CELLS = 10_000  # and arms
 SEED_COUNT = Between(1, MOST_CELLS)
 LONGEST_VALUE = 100  # characters
 Options = dict[str, Any]  # dotted option -> value
-Measure = Literal["log_lr50", "failure", "loss"]
+Measure = Literal["loss", "failure", "sensitivity", "log_lr50"]
+Claim = Literal["above", "below", "within"]
 Runner = Literal["auto", "processes", "batched"]
 
 
@@ -118,10 +120,10 @@ Name = Annotated[
 
 
 class Contrast(Section):
-    """The question that a comparison should answer, registered before it runs.
+    """A question that a comparison should answer, registered before it runs.
 
     The contrast is (a - b) - (c - d), of the arms `of: [a, b]` and `against: [c, d]`, or a - b
-    alone; the claim is that it is above 0.
+    alone. The claim is that it is above `margin`.
     """
 
     question: Question
@@ -130,8 +132,45 @@ class Contrast(Section):
     """Two arms, such as post-norm with warm-up and without."""
     against: tuple[str, str] | None = None
     """Two arms whose difference is subtracted, such as pre-norm with warm-up and without."""
-    measure: Measure = "log_lr50"
-    """Log of the rate at which half of the runs fail (log_lr50), failed fraction, or mean loss."""
+    measure: Measure = "loss"
+    """Mean loss, failed fraction, sensitivity to the rate, or log of the rate that half survive."""
+    at: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
+    """Axis option -> the values at which the arms are compared; by default all."""
+    rates: dict[str, Rate] = Field(default_factory=dict)
+    """Arm -> the one rate at which it is compared, where each of the arms has its own."""
+    claim: Claim = "above"
+    """The contrast is above the margin, below it (non-inferiority), or within it (equivalence)."""
+    margin: float = Field(0.0, allow_inf_nan=False)
+    """In nats for loss and sensitivity, a fraction for failure, a natural log for log_lr50."""
+
+    @property
+    def arms(self) -> list[str]:
+        """The two or four arms."""
+        return [*self.of, *(self.against or ())]
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if self.claim == "within" and self.margin <= 0:
+            raise ValueError("claim: within needs a margin above 0")
+        if len(set(self.arms)) < len(self.arms):
+            raise ValueError("of, against: an arm is compared with itself")
+        if self.rates:
+            if set(self.rates) != set(self.arms):
+                raise ValueError(f"rates: needs a rate for each of {'; '.join(self.arms)}")
+            if RATE in self.at:
+                raise ValueError(f"at: {RATE}: rates gives the arms their own")
+            if self.measure in ("sensitivity", "log_lr50"):
+                raise ValueError(f"rates: {self.measure} needs more than one rate of each arm")
+        return self
+
+    def includes(self, cell: Cell) -> bool:
+        """Whether a cell belongs to the contrast: its arm, its rate and its setting."""
+        if cell.arm not in self.arms:
+            return False
+        wanted = {**self.at, **({RATE: [self.rates[cell.arm]]} if self.rates else {})}
+        return all(
+            _text(_value(cell.config, key)) in map(_text, values) for key, values in wanted.items()
+        )
 
 
 class Grid(Section):
@@ -154,8 +193,8 @@ class Grid(Section):
     """Seeds of weights and data order, or their number."""
     exclude: Annotated[tuple[dict[str, Any], ...], Field(max_length=200)] = ()
     """Cells to leave out: those that match all of an entry's `arm`, factors, options and `seed`."""
-    contrast: Contrast | None = None
-    """The contrast, registered before the runs."""
+    contrasts: Annotated[tuple[Contrast, ...], Field(max_length=20)] = ()
+    """Contrasts registered before the runs, tested in this order until one is not supported."""
     pairs: Annotated[tuple[tuple[str, str], ...], Field(max_length=1000)] = ()
     """Further pairs of arms to compare, corrected together by Holm's method."""
     probes: bool = True
@@ -210,16 +249,14 @@ class Grid(Section):
                 raise ValueError(f"grid: {key} is on two axes")
 
     def _check_questions(self, arms: Sequence[str]) -> None:
-        """The contrast and the pairs compare different arms of this grid."""
-        for a, b in [*self.pairs, *([self.contrast.of] if self.contrast else [])]:
+        """The contrasts and the pairs compare different arms of this grid."""
+        for a, b in self.pairs:
             if a == b:
                 raise ValueError(f"{a!r} is compared with itself")
         if len(set(map(frozenset, self.pairs))) < len(self.pairs):
             raise ValueError("pairs: duplicate pair")
-        names = list(itertools.chain(*self.pairs))
-        if self.contrast is not None:
-            names += [*self.contrast.of, *(self.contrast.against or ())]
-        for name in names:
+        contrasted = [contrast.arms for contrast in self.contrasts]
+        for name in itertools.chain(*self.pairs, *contrasted):
             if name not in arms:
                 raise ValueError(f"{name!r} is not one of the arms: {'; '.join(arms)}")
 
@@ -346,9 +383,30 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> tuple[
     base = merge(merge(base, nest(grid.options)), overrides or {})
     grid = grid.model_copy(update={"base": base, "options": {}})
     cells = _cells(grid, str(path))
+    for number, contrast in enumerate(grid.contrasts):
+        _check_contrast(contrast, grid, cells, f"{path}: contrasts.{number}")
     if len(grid.to_yaml().encode()) > MAX_BYTES:  # its comparison could not be read back
         raise InputError(f"{path}: is longer than {MAX_BYTES:,} bytes including its base")
     return grid, cells
+
+
+def _check_contrast(contrast: Contrast, grid: Grid, cells: Sequence[Cell], origin: str) -> None:
+    """Refuse a contrast whose arms have no cells at its values and rates.
+
+    Raises:
+        InputError: an option is not on an axis, or an arm has no cell with a value.
+    """
+    axes = [key for axis in grid.grid for key in split(axis)]
+    for key in contrast.at:
+        if key not in axes:
+            raise InputError(f"{origin}.at: {key}: is not on an axis{nearest(key, axes)}")
+    for arm in contrast.arms:
+        own = [cell for cell in cells if cell.arm == arm]
+        wanted = [(key, value) for key, values in contrast.at.items() for value in values]
+        wanted += [(RATE, contrast.rates[arm])] if contrast.rates else []
+        for key, value in wanted:
+            if _text(value) not in {_text(_value(cell.config, key)) for cell in own}:
+                raise InputError(f"{origin}: arm {arm!r} has no cell with {key} {_text(value)}")
 
 
 def _varied(grid: Grid) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Literal
 from gpt.compare.matching import Match
 from gpt.compare.statistics import Interval, McNemar, PairedDifference, Threshold
 
-VERSION = 2  # of summary.json; in version 1 `setting` was called `place`
+VERSION = 3  # of summary.json; version 2 had one `contrast`, and version 1 called `setting` `place`
 
 Answer = Literal["supported", "contradicted", "open"]
 
@@ -85,14 +85,17 @@ class ArmSummary:
 
 @dataclass(frozen=True)
 class ContrastResult:
-    """The registered contrast: (a - b) - (c - d), or a - b.
+    """A registered contrast: (a - b) - (c - d), or a - b.
 
     Attributes:
         parts: a - b, and c - d.
         bounds: which thresholds could only be bounded, in words.
         reach: for each part, "at least", "at most" or "unknown" if only bounds are known; else "".
-        value, interval: log_lr50 in natural logarithms; failure as a fraction; loss in nats.
+        value, interval: log_lr50 in natural logarithms; failure as a fraction; others in nats.
+        p: of a paired test that the value is the margin; None for log_lr50, which has none.
+        least_p: the smallest p that so many seeds can give.
         answer, why: whether the runs support the claim, and the reason in words.
+        confirmatory: whether all contrasts before it are supported; otherwise it was not tested.
         dropped: combinations of setting and rate left out because an arm or a seed has no run.
     """
 
@@ -103,20 +106,22 @@ class ContrastResult:
     reach: tuple[str, ...]
     value: float
     interval: Interval | None
+    p: float | None
+    least_p: float
     answer: Answer
     why: str
+    confirmatory: bool
     seeds: int
     dropped: int
 
 
 @dataclass(frozen=True)
 class PairAtRate:
-    """Paired failures of two arms at one learning rate."""
+    """Paired failures of two arms at one learning rate; a description, not a corrected test."""
 
     rate: float
     setting: str
     failures: McNemar
-    holm_p: float
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,7 @@ class PairResult:
     """Two arms, paired by seed: mean loss over their common rates, and failures at each.
 
     Attributes:
+        holm_p: the loss's p, corrected for the number of pairs.
         dropped: as in `ContrastResult`.
     """
 
@@ -142,7 +148,8 @@ class Summary:
     Attributes:
         lost: the status of each cell without a result, by its id.
         unigram_entropy: H₁, the loss of guessing by token frequency.
-        verdict: the conclusion, in one or two sentences.
+        contrasts: in the grid's order; None where a contrast cannot be computed.
+        verdict: a sentence for each contrast, and one about failures.
     """
 
     title: str
@@ -151,7 +158,7 @@ class Summary:
     lost: dict[str, str]
     unigram_entropy: float
     arms: tuple[ArmSummary, ...]
-    contrast: ContrastResult | None
+    contrasts: tuple[ContrastResult | None, ...]
     pairs: tuple[PairResult, ...]
     match: Match
     verdict: tuple[str, ...]

@@ -1,7 +1,7 @@
 """Intervals, tests and thresholds for runs that share their seeds; pure functions on numbers.
 
 The unit is the seed. Arms with the same seed share data order and common weights, so differences
-are taken seed by seed, and intervals resample seeds, never steps, tokens or rates. Intervals are
+are taken seed by seed, and intervals are over seeds, never steps, tokens or rates. Intervals are
 at 95%. A failed run is not left out: it counts with its initial loss (`capped`), so that no average
 is over survivors alone.
 
@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Literal
 
 import numpy as np
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from scipy import special, stats
 
 ALPHA = 0.05  # level of the tests; intervals are at 1 - ALPHA
+MIN_SEEDS = 5  # under which means and thresholds have no interval
 
 
 @dataclass(frozen=True)
@@ -43,50 +44,42 @@ def wilson(failures: int, n: int) -> Interval:
     return Interval(float(interval.low), float(interval.high))
 
 
-def bootstrap(n: int, statistic: Callable[[NDArray[np.int_]], float]) -> Interval | None:
-    """BCa interval (Efron 1987) of a statistic of n seeds; None for fewer than two.
+def mean_interval(values: Sequence[float]) -> Interval | None:
+    """Student's t interval of the mean, with one value per seed; None under MIN_SEEDS.
 
-    From 9999 resamples, the same in every call. Where BCa is undefined, the percentile interval is
-    returned: when all jackknife values are equal (the acceleration is 0 / 0), or all resamples lie
-    on one side of the estimate (the bias correction is infinite). If all resamples give v, the
-    interval is [v, v].
+    Bootstrap intervals of so few values are too narrow (benchmarks/statistics.py has the coverage).
+    """
+    n = len(values)
+    if n < MIN_SEEDS:
+        return None
+    mean = fmean(values)
+    half = float(stats.t.ppf(1 - ALPHA / 2, n - 1)) * stdev(values) / math.sqrt(n)
+    return Interval(mean - half, mean + half)
+
+
+def fraction_interval(
+    differences: Sequence[float], runs: int = 1, limit: float = 1.0
+) -> Interval | None:
+    """Interval of a mean difference of failed fractions, one per seed; None under MIN_SEEDS.
+
+    Few seeds that all agree have no variance, and Student's interval no width. So it is joined with
+    Wald's after two seeds are added, one without a difference, and one that is half 1 / runs and
+    half -1 / runs: for one run per seed that is Agresti and Min's (2005) interval.
 
     Args:
-        statistic: finite; takes a sorted array of seed indices 0 ... n - 1 with repetitions: n of
-            them, or n - 1 for the jackknife. Called once for each distinct resample; with few
-            seeds these are few, so it may be slow.
+        runs: of each arm and seed.
+        limit: the largest possible difference: 2 for a difference of differences.
     """
-    if n < 2:
+    student = mean_interval(differences)
+    if student is None:
         return None
-
-    def each(indices: NDArray[np.int_], axis: int = -1) -> NDArray[np.float64]:
-        """(..., k) indices -> (...) values; the parameter `axis` tells scipy that it is batched."""
-        rows = np.sort(indices).reshape(-1, indices.shape[-1])
-        distinct, inverse = np.unique(rows, axis=0, return_inverse=True)
-        values = np.array([statistic(row) for row in distinct], dtype=np.float64)
-        return values[inverse].reshape(indices.shape[:-1])
-
-    seeds = np.arange(n)
-    result = stats.bootstrap((seeds,), each, method="percentile", confidence_level=1 - ALPHA, rng=0)
-    values, estimate = result.bootstrap_distribution, each(seeds)
-    jackknife = each(np.array([np.delete(seeds, seed) for seed in seeds]))
-    if values.min() <= estimate <= values.max() and jackknife.min() < jackknife.max():
-        result = stats.bootstrap(
-            (seeds,),
-            each,
-            method="BCa",
-            confidence_level=1 - ALPHA,
-            n_resamples=0,
-            bootstrap_result=result,
-        )
-    interval = result.confidence_interval
-    return Interval(float(interval.low), float(interval.high))
-
-
-def mean_interval(values: Sequence[float]) -> Interval | None:
-    """`bootstrap` of the mean, with one value per seed."""
-    x = np.asarray(values, dtype=np.float64)
-    return bootstrap(len(x), lambda seeds: float(x[seeds].mean()))
+    n = len(differences) + 2
+    mean = sum(differences) / n
+    variance = (sum(x * x for x in differences) + 1 / runs**2) / n - mean**2
+    half = float(stats.norm.ppf(1 - ALPHA / 2)) * math.sqrt(variance / n)
+    return Interval(
+        max(min(student.low, mean - half), -limit), min(max(student.high, mean + half), limit)
+    )
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
@@ -145,6 +138,7 @@ class McNemar:
     """Paired failures of two arms, as numbers of seeds.
 
     Attributes:
+        interval: of the difference of the two failed fractions.
         p: exact and two-sided.
         least_p: the smallest p that so many pairs can give.
     """
@@ -153,6 +147,7 @@ class McNemar:
     only_a: int
     only_b: int
     neither: int
+    interval: Interval
     p: float
     least_p: float
 
@@ -160,18 +155,43 @@ class McNemar:
 def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> McNemar:
     """Exact test that two arms fail equally often, where a[i] and b[i] share a seed (McNemar 1947).
 
-    A binomial test at 1/2 of the discordant pairs. Without any, p is 1.
+    At least one pair. A binomial test at 1/2 of the discordant pairs. Without any, p is 1.
     """
     pairs = Counter(zip(map(bool, a), map(bool, b), strict=True))
+    both, neither = pairs[True, True], pairs[False, False]
     only_a, only_b = pairs[True, False], pairs[False, True]
     discordant = only_a + only_b
     return McNemar(
-        both=pairs[True, True],
+        both=both,
         only_a=only_a,
         only_b=only_b,
-        neither=pairs[False, False],
+        neither=neither,
+        interval=newcombe(both, only_a, only_b, neither),
         p=float(stats.binomtest(only_a, discordant).pvalue) if discordant else 1.0,
         least_p=least_p(len(a)),
+    )
+
+
+def newcombe(both: int, only_a: int, only_b: int, neither: int) -> Interval:
+    """Interval of the difference of two paired fractions (Newcombe 1998, method 10).
+
+    It joins the Wilson intervals of the two, and never has the width 0. Takes at least one pair.
+    """
+    n = both + only_a + only_b + neither
+    a, b = both + only_a, both + only_b
+    product = a * (n - a) * b * (n - b)
+    covariance: float = both * neither - only_a * only_b
+    if covariance > 0:
+        covariance = max(covariance - n / 2, 0)
+    correlation = covariance / math.sqrt(product) if product else 0.0
+    of_a, of_b, difference = wilson(a, n), wilson(b, n), (a - b) / n
+
+    def joined(x: float, y: float) -> float:
+        return math.sqrt(max(x * x - 2 * correlation * x * y + y * y, 0.0))
+
+    return Interval(
+        difference - joined(a / n - of_a.low, of_b.high - b / n),
+        difference + joined(of_a.high - a / n, b / n - of_b.low),
     )
 
 
@@ -242,8 +262,8 @@ class Threshold:
 
     Attributes:
         bound: "above" if LR50 is above `rate`, the highest tried; "below" if it is below the
-            lowest; "unclear" if failures do not become more frequent with the rate, and `rate` is
-            only the geometric mean of the range; else "".
+            lowest; "unclear" if the failed fraction crosses 1/2 more than once, or does not rise
+            with the rate, and `rate` is only the geometric mean of the range; else "".
         low: the highest rate tried such that at it and at every lower one at most half failed.
         high: the lowest rate tried such that at it and at every higher one more than half failed.
     """
@@ -264,10 +284,11 @@ def lr50(rates: Sequence[float], failed: Sequence[bool]) -> Threshold:
     lowest, highest = tried[0], tried[-1]
     runs = list(zip(rates, failed, strict=True))
     fractions = [fmean(fails for r, fails in runs if r == rate) for rate in tried]
-    stable = [rate for rate, fraction in zip(tried, fractions, strict=True) if fraction <= 0.5]
+    mostly = [fraction > 0.5 for fraction in fractions]
+    stable = [rate for rate, fails in zip(tried, mostly, strict=True) if not fails]
     threshold = partial(
         Threshold,
-        low=highest_stable_rate(tried, [fraction > 0.5 for fraction in fractions]),
+        low=highest_stable_rate(tried, mostly),
         high=min((rate for rate in tried if rate > max(stable, default=0)), default=None),
     )
     if not any(failed):
@@ -275,7 +296,8 @@ def lr50(rates: Sequence[float], failed: Sequence[bool]) -> Threshold:
     if all(failed):
         return threshold(lowest, "below")
     intercept, slope = firth([math.log(r) for r in rates], failed) if len(tried) > 1 else (0.0, 0.0)
-    if slope * math.log(highest / lowest) < 1e-6:  # flat, up to rounding
+    flat = slope * math.log(highest / lowest) < 1e-6  # up to rounding
+    if flat or mostly != sorted(mostly):
         return threshold(math.sqrt(lowest * highest), "unclear")
     crossing = -intercept / slope
     if crossing > math.log(highest):
@@ -332,7 +354,7 @@ Runs = Sequence[tuple[float, bool]]  # of one arm and seed: (rate, failed)
 def threshold_interval(
     arms: Sequence[Sequence[Runs]], weights: Sequence[float] = (1.0,)
 ) -> Interval | None:
-    """Interval of a weighted sum of log `lr50`s; None for fewer than two seeds.
+    """Interval of a weighted sum of log `lr50`s; None under MIN_SEEDS.
 
     Two things are uncertain: the choice of seeds, and where between two rates of the grid a
     threshold lies. So thresholds are fitted to each of 999 resamples of the seeds, the same for all
@@ -347,7 +369,7 @@ def threshold_interval(
     n = len(arms[0])
     assert all(len(seeds) == n for seeds in arms), "arms have the same seeds"
     assert len(arms) == len(weights)
-    if n < 2:
+    if n < MIN_SEEDS:
         return None
     random = np.random.default_rng(0)
     rows = np.sort(random.integers(n, size=(999, n)))

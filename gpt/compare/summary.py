@@ -30,6 +30,7 @@ from gpt.compare.statistics import (
     ALPHA,
     Interval,
     Sensitivity,
+    fraction_interval,
     highest_stable_rate,
     holm,
     least_p,
@@ -55,7 +56,10 @@ def summarize(grid: Grid, outcomes: Sequence[Outcome]) -> Summary:
         for (arm, setting), group in groups.items()
         if any(o.verdict is not None for o in group)
     )
-    contrast = _contrast(grid.contrast, ended) if grid.contrast is not None else None
+    contrasts: list[ContrastResult | None] = []
+    for contrast in grid.contrasts:
+        confirmatory = all(before and before.answer == "supported" for before in contrasts)
+        contrasts.append(_contrast(contrast, ended, confirmatory=confirmatory))
     return Summary(
         title=grid.title,
         planned=len(outcomes),
@@ -63,10 +67,10 @@ def summarize(grid: Grid, outcomes: Sequence[Outcome]) -> Summary:
         lost={o.cell.id: o.status for o in outcomes if o.verdict is None},
         unigram_entropy=ended[0].unigram_entropy,
         arms=arms,
-        contrast=contrast,
+        contrasts=tuple(contrasts),
         pairs=_pairs(grid.pairs, ended),
         match=match(outcomes),
-        verdict=wording.verdict(contrast, grid.contrast, arms),
+        verdict=wording.verdict(contrasts, grid.contrasts, arms),
     )
 
 
@@ -150,7 +154,7 @@ def _sensitivity(outcomes: Sequence[Outcome]) -> Sensitivity:
 # Contrasts and pairs
 
 
-Point = tuple[str, float]  # setting, learning rate
+Point = tuple[str, float | None]  # setting, learning rate; None if each arm has its own
 SIGNS = (1, -1, -1, 1)  # of the arms in (a - b) - (c - d)
 
 
@@ -174,9 +178,11 @@ class _CommonRuns:
         return [self.runs[arm, seed, point] for point in points]
 
 
-def _common_runs(arms: Sequence[str], outcomes: Sequence[Outcome]) -> _CommonRuns | None:
-    runs = {
-        (o.cell.arm, o.seed, (o.cell.setting_text, o.rate)): o
+def _common_runs(
+    arms: Sequence[str], outcomes: Sequence[Outcome], *, own_rates: bool = False
+) -> _CommonRuns | None:
+    runs: dict[tuple[str, int, Point], Outcome] = {
+        (o.cell.arm, o.seed, (o.cell.setting_text, None if own_rates else o.rate)): o
         for o in outcomes
         if o.cell.arm in arms
     }
@@ -194,27 +200,32 @@ class _Measured:
     """A contrast's measure: the value of each arm, and the uncertainty of their signed sum.
 
     Attributes:
-        p: of a paired test; for thresholds the smallest that one could give.
+        p: of a paired test that the sum is the margin; None for thresholds, which have none.
         bounds, reach: as in `ContrastResult`.
     """
 
     values: list[float]
     interval: Interval | None
-    p: float
+    p: float | None
     bounds: tuple[str, ...] = ()
     reach: tuple[str, ...] = ("", "")
 
 
-def _contrast(contrast: Contrast, outcomes: Sequence[Outcome]) -> ContrastResult | None:
-    """The registered contrast: a mean over settings, from the runs that all of its arms have."""
-    names = [*contrast.of, *(contrast.against or ())]
-    common = _common_runs(names, outcomes)
+def _contrast(
+    contrast: Contrast, outcomes: Sequence[Outcome], *, confirmatory: bool
+) -> ContrastResult | None:
+    """A registered contrast: a mean over settings and rates, from the runs that its arms share."""
+    names = contrast.arms
+    included = [outcome for outcome in outcomes if contrast.includes(outcome.cell)]
+    common = _common_runs(names, included, own_rates=bool(contrast.rates))
     if common is None:
         return None
-    measure = _mean_difference if contrast.measure in MEANS else _log_lr50
-    found = measure(contrast, names, common)
+    measure = _log_lr50 if contrast.measure == "log_lr50" else _mean_difference
+    found = measure(contrast, common)
     parts = tuple(found.values[i] - found.values[i + 1] for i in range(0, len(names), 2))
-    answer, reason = _answer(found.interval, found.p)
+    seeds = len(common.seeds)
+    p = least_p(seeds) if found.p is None else found.p
+    answer, reason = _answer(contrast, found.interval, p)
     return ContrastResult(
         question=contrast.question,
         measure=contrast.measure,
@@ -223,35 +234,51 @@ def _contrast(contrast: Contrast, outcomes: Sequence[Outcome]) -> ContrastResult
         reach=found.reach[: len(parts)],
         value=parts[0] - (parts[1] if len(parts) > 1 else 0.0),
         interval=found.interval,
+        p=found.p,
+        least_p=least_p(seeds),
         answer=answer,
-        why=wording.REASONS[reason].format(seeds=len(common.seeds), p=found.p),
-        seeds=len(common.seeds),
+        why=wording.reason(reason, contrast, seeds, p),
+        confirmatory=confirmatory,
+        seeds=seeds,
         dropped=common.dropped,
     )
 
 
-# Measures that are means over runs.
-MEANS: dict[str, Callable[[Outcome], float]] = {
-    "failure": lambda outcome: outcome.failed,
-    "loss": lambda outcome: outcome.loss,
+# The measures that a seed's runs of one arm have a value of.
+OF_RUNS: dict[str, Callable[[Sequence[Outcome]], float]] = {
+    "failure": lambda runs: float(np.mean([run.failed for run in runs])),
+    "loss": lambda runs: float(np.mean([run.loss for run in runs])),
+    "sensitivity": lambda runs: float(
+        np.mean([_sensitivity(some).value for some in _by_setting(runs).values()])
+    ),
 }
 
 
-def _mean_difference(contrast: Contrast, names: Sequence[str], common: _CommonRuns) -> _Measured:
-    of = MEANS[contrast.measure]
-    by_arm = [
-        [float(np.mean([of(o) for o in common.of(name, seed)])) for seed in common.seeds]
-        for name in names
-    ]
+def _by_setting(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    return _grouped(outcomes, lambda outcome: outcome.cell.setting_text)
+
+
+def _mean_difference(contrast: Contrast, common: _CommonRuns) -> _Measured:
+    of = OF_RUNS[contrast.measure]
+    by_arm = [[of(common.of(name, seed)) for seed in common.seeds] for name in contrast.arms]
     differences = [
         sum(sign * value for sign, value in zip(SIGNS, by_seed, strict=False))
         for by_seed in zip(*by_arm, strict=True)
     ]
     values = [float(np.mean(by_seed)) for by_seed in by_arm]
-    return _Measured(values, mean_interval(differences), sign_flip_p(differences))
+    if contrast.measure == "failure":
+        interval = fraction_interval(
+            differences, runs=len(common.points), limit=len(contrast.arms) / 2
+        )
+    else:
+        interval = mean_interval(differences)
+    margins = (contrast.margin, -contrast.margin)[: 2 if contrast.claim == "within" else 1]
+    p = max(sign_flip_p([value - margin for value in differences]) for margin in margins)
+    return _Measured(values, interval, p)
 
 
-def _log_lr50(contrast: Contrast, names: Sequence[str], common: _CommonRuns) -> _Measured:
+def _log_lr50(contrast: Contrast, common: _CommonRuns) -> _Measured:
+    names = contrast.arms
     settings = list(dict.fromkeys(setting for setting, _ in common.points))
     runs = {
         (name, setting): [
@@ -264,14 +291,13 @@ def _log_lr50(contrast: Contrast, names: Sequence[str], common: _CommonRuns) -> 
         key: lr50(*zip(*itertools.chain(*by_seed), strict=True)) for key, by_seed in runs.items()
     }
     weights = [SIGNS[names.index(name)] / len(settings) for name, _ in runs]
-    interval = threshold_interval(list(runs.values()), weights)
     return _Measured(
         values=[
             float(np.mean([math.log(found[name, setting].rate) for setting in settings]))
             for name in names
         ],
-        interval=interval,
-        p=1.0 if interval is None else least_p(len(common.seeds)),
+        interval=threshold_interval(list(runs.values()), weights),
+        p=None,
         bounds=tuple(
             wording.bound_text(*key, threshold)
             for key, threshold in found.items()
@@ -296,19 +322,27 @@ def _reach(of: Sequence[str], less: Sequence[str]) -> str:
     return "at least" if more else "at most" if fewer else ""
 
 
-def _answer(interval: Interval | None, p: float) -> tuple[Answer, wording.Reason]:
-    """Supported or contradicted only if the interval excludes zero and the seeds can tell."""
+def _answer(
+    contrast: Contrast, interval: Interval | None, p: float
+) -> tuple[Answer, wording.Reason]:
+    """Supported or contradicted only if the interval is on one side and the seeds can tell."""
     if interval is None:
-        return "open", "one seed"
-    if interval.low <= 0 <= interval.high:
-        return "open", "contains zero"
+        return "open", "too few for an interval"
+    margin, low, high = contrast.margin, interval.low, interval.high
+    supported, contradicted = {
+        "above": (low > margin, high < margin),
+        "below": (high < margin, low > margin),
+        "within": (-margin < low and high < margin, high < -margin or low > margin),
+    }[contrast.claim]
+    if not supported and not contradicted:
+        return "open", "undecided"
     if p > ALPHA:
         return "open", "too few seeds"
-    return ("supported" if interval.low > 0 else "contradicted"), "one side"
+    return ("supported", "supported") if supported else ("contradicted", "contradicted")
 
 
 def _pairs(pairs: Sequence[tuple[str, str]], outcomes: Sequence[Outcome]) -> tuple[PairResult, ...]:
-    """All pairs that have runs in common, with one Holm correction over all of their tests."""
+    """All pairs that have runs in common, with Holm's correction over their tests of the loss."""
     found = [
         (a, b, common) for a, b in pairs if (common := _common_runs((a, b), outcomes)) is not None
     ]
@@ -328,21 +362,18 @@ def _pairs(pairs: Sequence[tuple[str, str]], outcomes: Sequence[Outcome]) -> tup
         ]
         for a, b, common in found
     ]
-    ps = [
-        p for loss, each in zip(losses, tests, strict=True) for p in (loss.p, *(t.p for t in each))
-    ]
-    adjusted = iter(holm(ps))
+    adjusted = holm([loss.p for loss in losses])
     return tuple(
         PairResult(
             a,
             b,
             loss,
-            next(adjusted),
+            holm_p,
             common.dropped,
             tuple(
-                PairAtRate(rate, setting, test, next(adjusted))
-                for (setting, rate), test in zip(common.points, each, strict=True)
+                PairAtRate(common.runs[a, common.seeds[0], point].rate, point[0], test)
+                for point, test in zip(common.points, each, strict=True)
             ),
         )
-        for (a, b, common), loss, each in zip(found, losses, tests, strict=True)
+        for (a, b, common), loss, each, holm_p in zip(found, losses, tests, adjusted, strict=True)
     )

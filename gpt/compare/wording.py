@@ -13,26 +13,21 @@ from typing import Literal
 
 from gpt.compare.grid import Contrast, Grid
 from gpt.compare.results import Answer, ArmSummary, AtRate, ContrastResult, Summary
-from gpt.compare.statistics import Interval, Threshold, least_p, wilson
+from gpt.compare.statistics import MIN_SEEDS, Interval, Threshold, least_p, wilson
 
 UNIGRAM_ENTROPY = "H₁, the unigram entropy: the loss of guessing by token frequency"
 
-ANSWERS: dict[Answer, str] = {
-    "supported": "these runs support the claim",
-    "contradicted": "these runs contradict the claim",
-    "open": "these runs leave the question open",
+ANSWERS: dict[Answer, tuple[str, str]] = {
+    "supported": ("YES", "these runs support the claim"),
+    "contradicted": ("NO", "these runs contradict the claim"),
+    "open": ("NOT SETTLED", "these runs leave the question open"),
 }
 
-Reason = Literal["one seed", "contains zero", "too few seeds", "one side"]
+EXPLORATORY = " An earlier question is not answered with YES, so this answer is exploratory."
 
-REASONS: dict[Reason, str] = {
-    "one seed": "one seed says nothing about the variation between seeds",
-    "contains zero": "the interval contains zero",
-    "too few seeds": (
-        "the interval excludes zero, but {seeds} seeds are too few to settle it (p = {p:.2g})"
-    ),
-    "one side": "the whole interval excludes zero",
-}
+Reason = Literal[
+    "too few for an interval", "undecided", "too few seeds", "supported", "contradicted"
+]
 
 # Measure -> subject and verb of a change, subject and verb of a difference of changes, its format.
 MEASURES: dict[str, tuple[str, str, Callable[[float], str]]] = {
@@ -48,6 +43,11 @@ MEASURES: dict[str, tuple[str, str, Callable[[float], str]]] = {
     ),
     "loss": (
         "the mean loss changes",
+        "the difference of the two is",
+        lambda value: f"{value:+.3f} nats",
+    ),
+    "sensitivity": (
+        "the sensitivity to the learning rate changes",
         "the difference of the two is",
         lambda value: f"{value:+.3f} nats",
     ),
@@ -101,6 +101,64 @@ def lr50_text(arm: ArmSummary) -> str:
     return threshold_text(arm.lr50) + interval
 
 
+def p_text(result: ContrastResult) -> str:
+    """`8 seeds, p = 0.0078, the smallest possible`; thresholds have no test."""
+    seeds = f"{result.seeds} seed{'s' if result.seeds != 1 else ''}"
+    if result.p is None:
+        return seeds
+    least = result.least_p
+    limit = "the smallest possible" if result.p <= least else f"at least {least:.2g} possible"
+    return f"{seeds}, p = {result.p:.2g}, {limit}"
+
+
+def reason(reason: Reason, contrast: Contrast, seeds: int, p: float) -> str:
+    """Why a contrast has its answer."""
+    number = MEASURES[contrast.measure][2]
+    edge, minus = number(contrast.margin), number(-contrast.margin)
+    within = contrast.claim == "within"
+    side, other = ("below", "above") if contrast.claim == "below" else ("above", "below")
+    several = f"{seeds} seeds" if seeds != 1 else "one seed"
+    return {
+        "too few for an interval": (
+            f"an interval needs at least {MIN_SEEDS} seeds, and these arms share {several}"
+        ),
+        "undecided": f"the interval contains {f'{minus} or {edge}' if within else edge}",
+        "too few seeds": (
+            f"the interval would decide it, but {several} are too few to settle it (p = {p:.2g})"
+        ),
+        "supported": "the whole interval is "
+        + (f"between {minus} and {edge}" if within else f"{side} {edge}"),
+        "contradicted": "the whole interval is "
+        + (f"outside {minus} to {edge}" if within else f"{other} {edge}"),
+    }[reason]
+
+
+def answer(result: ContrastResult | None) -> str:
+    """YES, NO or NOT SETTLED."""
+    return ANSWERS["open" if result is None else result.answer][0]
+
+
+def difference(contrast: Contrast) -> str:
+    """`(a − b) − (c − d) at learning_rate 0.003`: what a contrast compares, and where."""
+    (a, b), against = contrast.of, contrast.against
+    text = f"{a} − {b}" if against is None else f"({a} − {b}) − ({against[0]} − {against[1]})"
+    where = [
+        f"{key.rpartition('.')[2]} {' and '.join(f'{value}' for value in values)}"
+        for key, values in contrast.at.items()
+    ]
+    where += [f"rate {rate:g} of {arm}" for arm, rate in contrast.rates.items()]
+    return f"{text} at {', '.join(where)}" if where else text
+
+
+def claim_text(contrast: Contrast) -> str:
+    """`above +0.000 nats`: where the claim says that the contrast lies."""
+    number = MEASURES[contrast.measure][2]
+    edge = number(contrast.margin)
+    if contrast.claim == "within":
+        return f"between {number(-contrast.margin)} and {edge}"
+    return f"{contrast.claim} {edge}"
+
+
 def bound_text(arm: str, setting: str, threshold: Threshold) -> str:
     """Why a threshold is only bounded."""
     words = {
@@ -116,19 +174,20 @@ def bound_text(arm: str, setting: str, threshold: Threshold) -> str:
 
 
 def verdict(
-    result: ContrastResult | None, contrast: Contrast | None, arms: Sequence[ArmSummary]
+    results: Sequence[ContrastResult | None],
+    contrasts: Sequence[Contrast],
+    arms: Sequence[ArmSummary],
 ) -> tuple[str, ...]:
-    """The answer to the registered contrast, if there is one, and where arms differ most."""
-    if contrast is None:
-        return (_failures_sentence(arms, list(dict.fromkeys(arm.arm for arm in arms))),)
-    names = [*contrast.of, *(contrast.against or ())]
-    answer = (
-        "The registered contrast cannot be computed yet: its arms have no rate in common at which "
-        "every seed has a result."
+    """The answer to each registered contrast, and where arms differ most."""
+    answers = [
+        f"{ANSWERS['open'][0]}: this contrast cannot be computed yet: its arms have no rate in "
+        "common at which every seed has a result."
         if result is None
         else _contrast_sentence(result, contrast)
-    )
-    return answer, _failures_sentence(arms, names)
+        for result, contrast in zip(results, contrasts, strict=True)
+    ]
+    names = [name for contrast in contrasts for name in contrast.arms] or [a.arm for a in arms]
+    return *answers, _failures_sentence(arms, list(dict.fromkeys(names)))
 
 
 def _contrast_sentence(result: ContrastResult, contrast: Contrast) -> str:
@@ -142,15 +201,19 @@ def _contrast_sentence(result: ContrastResult, contrast: Contrast) -> str:
     sentence = f"{subject} {', and '.join(changes)}"
     if len(pairs) > 1 and not any(result.reach):
         sentence += f"; {size} {number(result.value)}"
-    interval = "one seed gives no interval"
+    interval = "no interval"
     if result.interval is not None:
         interval = f"95% interval {interval_text(result.interval, number)}"
     notes = [*result.bounds]
     if result.dropped:
         notes.append(f"{dropped_text(result.dropped)} left out: an arm or a seed has no run there")
     noted = f" ({'; '.join(notes)})" if notes else ""
-    text = f"{sentence} ({interval}): {ANSWERS[result.answer]}, because {result.why}{noted}."
-    return text[0].upper() + text[1:]
+    answer, words = ANSWERS[result.answer]
+    exploratory = "" if result.confirmatory else EXPLORATORY
+    return (
+        f"{answer}: {sentence} ({interval}; {p_text(result)}): {words}, because {result.why}"
+        f"{noted}.{exploratory}"
+    )
 
 
 def dropped_text(count: int) -> str:
@@ -221,7 +284,7 @@ def limits(grid: Grid, summary: Summary) -> list[str]:
         f"With no failure in {seeds} seed{'s' if seeds > 1 else ''}, the failure rate can be up to "
         f"{wilson(0, seeds).high:.0%}; the smallest p-value that a paired test of this many seeds "
         f"can give is {least_p(seeds):.2g}."
-        + (" Bootstrap intervals over so few seeds are too narrow." if seeds < 10 else ""),
+        + (f" Means have an interval from {MIN_SEEDS} seeds on." if seeds < MIN_SEEDS else ""),
         "Short runs measure the onset of instability, not the quality of a finished model. A run "
         "that is merely slow, because of its learning rate or its optimizer, also counts as "
         "plateaued.",
