@@ -313,7 +313,7 @@ def compared(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "arms": {"placement": {p: {"model.norm.placement": p} for p in ("pre", "post")}},
         "grid": {"optimizer.learning_rate": [0.01, 3e4]},
         "seeds": 1,
-        "contrast": {"question": "Is it?", "measure": "failure", "of": ["pre", "post"]},
+        "contrasts": [{"question": "Is it?", "measure": "failure", "of": ["pre", "post"]}],
         "pairs": [["pre", "post"]],
     }
     path = folder / "grid.yaml"
@@ -484,12 +484,14 @@ def test_compare_with_junk_in_its_grid(config: Config, data: st.DataObject):
         "grid": {"optimizer.learning_rate": [0.1, 0.2], "model.layers, model.width": [[1, 8]]},
         "seeds": [0],
         "exclude": [{"placement": "post", "optimizer.learning_rate": 0.2}],
-        "contrast": {
-            "question": "?",
-            "of": ["pre, cold", "post, cold"],
-            "against": ["pre, warm", "post, warm"],
-            "measure": "loss",
-        },
+        "contrasts": [
+            {
+                "question": "?",
+                "of": ["pre, cold", "post, cold"],
+                "against": ["pre, warm", "post, warm"],
+                "measure": "loss",
+            }
+        ],
         "pairs": [["pre, cold", "pre, warm"]],
         "hours": 1,
     }
@@ -714,7 +716,7 @@ def test_a_runs_name_stays_in_its_folder(name: str, tmp_path: Path):
         ({"arms": {"a": {}}}, "arm"),
         ({"exclude": [{"arm": "x"}]}, "leaves no cells"),
         ({"exclude": [{"nothing": 1}]}, "exclude.0"),
-        ({"contrast": {"question": "?", "of": ["x", "nobody"]}}, "nobody"),
+        ({"contrasts": [{"question": "?", "of": ["x", "nobody"]}]}, "nobody"),
         ({"grid": {"seed": [1]}}, "grid"),
         ({"base": {"model": {"layers": "x"}}}, "model.layers"),
         ({"base": {"data": {"hub": {"streaming": {"\ud842": 1}}}}}, "data.hub.streaming"),
@@ -1120,8 +1122,8 @@ def test_html_in_a_comparison_is_text(compared: Path, tmp_path: Path):
     grid = yaml.safe_load((folder / "grid.yaml").read_text())
     arm = "</title><b>post</b>"
     grid["arms"]["placement"][arm] = grid["arms"]["placement"].pop("post")
-    grid["title"] = grid["contrast"]["question"] = HTML
-    grid["contrast"]["of"], grid["pairs"] = ["pre", arm], [["pre", arm]]
+    grid["title"] = grid["contrasts"][0]["question"] = HTML
+    grid["contrasts"][0]["of"], grid["pairs"] = ["pre", arm], [["pre", arm]]
     (folder / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
     for path in folder.glob("cells/pre*/environment.json"):
         tree = json.loads(path.read_text())
@@ -1394,8 +1396,8 @@ def test_every_name_that_is_accepted_has_a_report(
     grid = yaml.safe_load((folder / "grid.yaml").read_text())
     grid["arms"] = {"f": {name: {"model.norm.placement": "pre"} for name in ODD_NAMES}}
     grid["grid"] = {"optimizer.learning_rate": [0.01]}
-    grid["title"] = grid["contrast"]["question"] = " ".join(ODD_NAMES[:20])
-    grid["contrast"]["of"] = ODD_NAMES[:2]
+    grid["title"] = grid["contrasts"][0]["question"] = " ".join(ODD_NAMES[:20])
+    grid["contrasts"][0]["of"] = ODD_NAMES[:2]
     grid["pairs"] = list(map(list, itertools.pairwise(ODD_NAMES)))
     (folder / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
     (run,) = folder.glob("cells/pre_learning-rate-0.01_*")

@@ -52,11 +52,13 @@ def grid_tree(base: Config, **changes: Any) -> dict[str, Any]:
         },
         "grid": {"optimizer.learning_rate": [0.03, 3e4]},
         "seeds": 2,
-        "contrast": {
-            "question": "Does <i>anything</i> move?",
-            "measure": "failure",
-            "of": ["pre", "deepnorm"],
-        },
+        "contrasts": [
+            {
+                "question": "Does <i>anything</i> move?",
+                "measure": "failure",
+                "of": ["pre", "deepnorm"],
+            }
+        ],
         "pairs": [["pre", "deepnorm"]],
         **changes,
     }
@@ -179,14 +181,14 @@ def test_the_worst_value_of_each_layer_measure_is_in_the_table(done: tuple[Path,
 
 def test_summary_json_agrees_with_the_cells(done: tuple[Path, str]):
     tree = json.loads((done[0] / "summary.json").read_text())
-    assert tree["version"] == 2
+    assert tree["version"] == 3
     assert [(arm["arm"], arm["failures"], arm["runs"]) for arm in tree["arms"]] == [
         ("pre", 2, 4),
         ("deepnorm", 2, 4),
     ]
     assert tree["arms"][0]["highest_stable_rate"] == 0.03
-    assert tree["contrast"]["value"] == 0.0
-    assert tree["contrast"]["answer"] == "open"
+    assert tree["contrasts"][0]["value"] == 0.0
+    assert tree["contrasts"][0]["answer"] == "open"
 
 
 def test_arms_are_matched_and_the_report_says_so(done: tuple[Path, str], grid_file: Path):
@@ -336,13 +338,13 @@ def test_a_grid_cannot_change_after_its_runs(
     from gpt import cli
 
     tree = yaml.safe_load(grid_file.read_text())
-    tree["contrast"]["of"] = ["deepnorm", "pre"]
+    tree["contrasts"][0]["of"] = ["deepnorm", "pre"]
     changed = write(tmp_path / "changed.yaml", tree)
     with pytest.raises(SystemExit) as end:
         cli.run("compare", [str(changed), "--out-dir", str(copy)])
     assert end.value.code == 2
     error = capsys.readouterr().err
-    assert "holds a comparison of another grid (different contrast), and a grid cannot" in error
+    assert "holds a comparison of another grid (different contrasts), and a grid cannot" in error
     assert "choose another --out-dir" in error
 
 
@@ -476,7 +478,7 @@ def two_batched(tiny: Make, tmp_path: Path) -> TwoCells:
     """Of one shape, batched."""
     steps = {"training": {"steps": 250}, "evaluation": {"every": 250}}
     arms = {"warm-up": {"none": {"schedule.warmup": "none"}, "linear": {}}}
-    changes: dict[str, Any] = {"contrast": None, "pairs": [], "runner": "batched", "arms": arms}
+    changes: dict[str, Any] = {"contrasts": [], "pairs": [], "runner": "batched", "arms": arms}
     return TwoCells(tiny(**steps, sampling={"tokens": 0}), tmp_path, **changes)
 
 
@@ -723,7 +725,7 @@ def test_cells_are_divided_into_tasks_by_shape(
         "placement": {"pre": {}, "post": {"model.norm.placement": "post"}},
         "optimizer": {"adamw": {}, "muon": {"optimizer.name": "muon"}},
     }
-    tree = grid_tree(base, arms=arms, contrast=None, pairs=[])
+    tree = grid_tree(base, arms=arms, contrasts=[], pairs=[])
     _, cells = load(write(tmp_path / "grid.yaml", tree))
     on_cpu = make_tasks(cells, "auto")
     assert [task.batched for task in on_cpu] == [False] * len(cells)

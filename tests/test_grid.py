@@ -154,6 +154,9 @@ def test_the_base_may_be_a_file_beside_the_grid(tmp_path: Path):
     assert {c.config.seed for c in found} == {0, 1}
 
 
+CONTRAST = {"question": "?", "of": ["pre, warm", "pre, cold"]}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -195,6 +198,38 @@ def test_the_base_may_be_a_file_beside_the_grid(tmp_path: Path):
             ["'pre, hot' is not one", "pre, cold"],
         ),
         ({"contrasts": [{"question": "?", "of": ["pre, warm"]}]}, ["contrasts.0.of"]),
+        ({"contrasts": [{**CONTRAST, "of": ["pre, cold"] * 2}]}, ["compared with itself"]),
+        (
+            {"contrasts": [{**CONTRAST, "at": {"optimizer.lr": [1]}}]},
+            ["contrasts.0.at: optimizer.lr: is not on an axis"],
+        ),
+        (
+            {"contrasts": [{**CONTRAST, "at": {"optimizer.learning_rate": [0.7]}}]},
+            ["contrasts.0: arm 'pre, warm' has no cell with optimizer.learning_rate 0.7"],
+        ),
+        (
+            {"contrasts": [{**CONTRAST, "rates": {"pre, warm": 1e-3}}]},
+            ["contrasts.0", "needs a rate for each of pre, warm; pre, cold"],
+        ),
+        (
+            {"contrasts": [{**CONTRAST, "rates": {"pre, warm": 1e-3, "pre, cold": 0.7}}]},
+            ["arm 'pre, cold' has no cell with optimizer.learning_rate 0.7"],
+        ),
+        (
+            {
+                "contrasts": [
+                    {
+                        **CONTRAST,
+                        "measure": "log_lr50",
+                        "rates": {"pre, warm": 1e-3, "pre, cold": 1e-3},
+                    }
+                ]
+            },
+            ["log_lr50 needs more than one rate"],
+        ),
+        ({"contrasts": [{**CONTRAST, "claim": "within"}]}, ["needs a margin above 0"]),
+        ({"contrasts": [{**CONTRAST, "margin": float("inf")}]}, ["contrasts.0.margin"]),
+        ({"contrast": CONTRAST}, ["contrast: ", "contrasts"]),
         ({"pairs": [["a", "b"]]}, ["'a' is not one of the arms"]),
         ({"pairs": [["pre, warm", "pre, warm"]]}, ["'pre, warm' is compared with itself"]),
         (
@@ -288,7 +323,7 @@ def test_every_shipped_grid_is_fair(path: Path):
     assert path.read_text("utf-8").startswith("# yaml-language-server: $schema=schema.json\n")
 
 
-def test_quick_crosses_placement_and_warm_up_at_four_rates_or_more():
+def test_quick_registers_four_questions_that_eight_seeds_can_settle():
     grid, found = load(ROOT / "configs/compare/quick.yaml")
     assert [arm.name for arm in grid.all_arms()] == [
         "pre, no warm-up",
@@ -297,8 +332,12 @@ def test_quick_crosses_placement_and_warm_up_at_four_rates_or_more():
         "post, warm-up",
     ]
     assert len({cell.config.optimizer.learning_rate for cell in found}) >= 4
-    assert grid.contrasts
-    assert grid.contrasts[0].measure == "log_lr50"
+    assert [contrast.measure for contrast in grid.contrasts] == ["loss"] * 4
+    for contrast in grid.contrasts:
+        seeds = {arm: set() for arm in contrast.arms}  # type: dict[str, set[int]]
+        for cell in filter(contrast.includes, found):
+            seeds[cell.arm].add(cell.config.seed)
+        assert all(len(each) == 8 for each in seeds.values())
 
 
 def test_the_placements_grid_has_all_placements():

@@ -559,3 +559,10 @@ def test_a_difference_of_failures_is_uncertain_where_all_seeds_agree():
     assert (found.value, found.answer) == (1.0, "supported")
     assert found.interval is not None
     assert found.interval.low < 0.7
+
+
+def test_failures_are_reported_at_registered_rates_if_there_are_any():
+    runs = outcomes(MOVED)
+    at = {**LOSS, "at": {"optimizer.learning_rate": [0.1]}}
+    words = summarize(grid(contrasts=[at], pairs=[]), runs).verdict[-1]
+    assert words.startswith("At rate 0.1, post, cold: failure in all 6 seeds")

@@ -140,7 +140,7 @@ class Contrast(Section):
     """Arm -> the one rate at which it is compared, where each of the arms has its own."""
     claim: Claim = "above"
     """The contrast is above the margin, below it (non-inferiority), or within it (equivalence)."""
-    margin: float = Field(0.0, allow_inf_nan=False)
+    margin: Annotated[float, Between(-1e3, 1e3)] = 0.0
     """In nats for loss and sensitivity, a fraction for failure, a natural log for log_lr50."""
 
     @property

@@ -47,7 +47,7 @@ def wilson(failures: int, n: int) -> Interval:
 def mean_interval(values: Sequence[float]) -> Interval | None:
     """Student's t interval of the mean, with one value per seed; None under MIN_SEEDS.
 
-    Bootstrap intervals of so few values are too narrow (benchmarks/statistics.py has the coverage).
+    Bootstrap intervals of so few values are too narrow (benchmarks/intervals.py has the coverage).
     """
     n = len(values)
     if n < MIN_SEEDS:

@@ -8,10 +8,10 @@ numbers come from summary.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence, Set
+from typing import Literal, NamedTuple
 
-from gpt.compare.grid import Contrast, Grid
+from gpt.compare.grid import RATE, Contrast, Grid, Measure
 from gpt.compare.results import Answer, ArmSummary, AtRate, ContrastResult, Summary
 from gpt.compare.statistics import MIN_SEEDS, Interval, Threshold, least_p, wilson
 
@@ -29,27 +29,51 @@ Reason = Literal[
     "too few for an interval", "undecided", "too few seeds", "supported", "contradicted"
 ]
 
-# Measure -> subject and verb of a change, subject and verb of a difference of changes, its format.
-MEASURES: dict[str, tuple[str, str, Callable[[float], str]]] = {
-    "log_lr50": (
+
+class Words(NamedTuple):
+    """How a measure is put into words: a change, a difference of two changes, and its numbers."""
+
+    change: str
+    difference: str
+    form: Callable[[float], str]
+    unit: str
+
+    def number(self, value: float) -> str:
+        """A value with its unit."""
+        return f"{self.form(value)}{self.unit}"
+
+    def interval(self, interval: Interval) -> str:
+        """An interval with its unit."""
+        return f"{interval_text(interval, self.form)}{self.unit}"
+
+    def edge(self, value: float) -> str:
+        """A margin with its unit; plain 0 where it is none."""
+        return self.number(value).lstrip("+") if value or self.form(0.0) == "1" else "0"
+
+
+def _nats(value: float) -> str:
+    return f"{value:+.3f}"
+
+
+MEASURES: dict[Measure, Words] = {
+    "loss": Words("the mean loss changes", "the difference of the two is", _nats, " nats"),
+    "sensitivity": Words(
+        "the sensitivity to the learning rate changes",
+        "the difference of the two is",
+        _nats,
+        " nats",
+    ),
+    "failure": Words(
+        "the fraction of failed runs changes",
+        "the difference of the two is",
+        lambda value: f"{100 * value:+.0f}",
+        " percentage points",
+    ),
+    "log_lr50": Words(
         "the rate at which half of the runs fail",
         "the ratio of the two is",
         lambda value: f"{math.exp(value):.2g}",
-    ),
-    "failure": (
-        "the fraction of failed runs changes",
-        "the difference of the two is",
-        lambda value: f"{100 * value:+.0f} percentage points",
-    ),
-    "loss": (
-        "the mean loss changes",
-        "the difference of the two is",
-        lambda value: f"{value:+.3f} nats",
-    ),
-    "sensitivity": (
-        "the sensitivity to the learning rate changes",
-        "the difference of the two is",
-        lambda value: f"{value:+.3f} nats",
+        "",
     ),
 }
 
@@ -113,8 +137,8 @@ def p_text(result: ContrastResult) -> str:
 
 def reason(reason: Reason, contrast: Contrast, seeds: int, p: float) -> str:
     """Why a contrast has its answer."""
-    number = MEASURES[contrast.measure][2]
-    edge, minus = number(contrast.margin), number(-contrast.margin)
+    words = MEASURES[contrast.measure]
+    edge, minus = words.edge(contrast.margin), words.edge(-contrast.margin)
     within = contrast.claim == "within"
     side, other = ("below", "above") if contrast.claim == "below" else ("above", "below")
     several = f"{seeds} seeds" if seeds != 1 else "one seed"
@@ -151,11 +175,11 @@ def difference(contrast: Contrast) -> str:
 
 
 def claim_text(contrast: Contrast) -> str:
-    """`above +0.000 nats`: where the claim says that the contrast lies."""
-    number = MEASURES[contrast.measure][2]
-    edge = number(contrast.margin)
+    """`above 0`, or `below 0.050 nats`: where the claim says that the contrast lies."""
+    words = MEASURES[contrast.measure]
+    edge = words.edge(contrast.margin)
     if contrast.claim == "within":
-        return f"between {number(-contrast.margin)} and {edge}"
+        return f"between {words.edge(-contrast.margin)} and {edge}"
     return f"{contrast.claim} {edge}"
 
 
@@ -187,31 +211,36 @@ def verdict(
         for result, contrast in zip(results, contrasts, strict=True)
     ]
     names = [name for contrast in contrasts for name in contrast.arms] or [a.arm for a in arms]
-    return *answers, _failures_sentence(arms, list(dict.fromkeys(names)))
+    registered = {
+        float(rate)
+        for contrast in contrasts
+        for rate in (*contrast.at.get(RATE, ()), *contrast.rates.values())
+    }
+    return *answers, _failures_sentence(arms, list(dict.fromkeys(names)), registered)
 
 
 def _contrast_sentence(result: ContrastResult, contrast: Contrast) -> str:
     pairs = [contrast.of, *([contrast.against] if contrast.against else [])]
-    subject, size, number = MEASURES[result.measure]
+    words = MEASURES[contrast.measure]
     changes = [
-        f"{_fold(part, reach) if result.measure == 'log_lr50' else f'by {number(part)}'} "
+        f"{_fold(part, reach) if result.measure == 'log_lr50' else f'by {words.number(part)}'} "
         f"from {b!r} to {a!r}"
         for (a, b), part, reach in zip(pairs, result.parts, result.reach, strict=True)
     ]
-    sentence = f"{subject} {', and '.join(changes)}"
+    sentence = f"{words.change} {', and '.join(changes)}"
     if len(pairs) > 1 and not any(result.reach):
-        sentence += f"; {size} {number(result.value)}"
+        sentence += f"; {words.difference} {words.number(result.value)}"
     interval = "no interval"
     if result.interval is not None:
-        interval = f"95% interval {interval_text(result.interval, number)}"
+        interval = f"95% interval {words.interval(result.interval)}"
     notes = [*result.bounds]
     if result.dropped:
         notes.append(f"{dropped_text(result.dropped)} left out: an arm or a seed has no run there")
     noted = f" ({'; '.join(notes)})" if notes else ""
-    answer, words = ANSWERS[result.answer]
+    answer, meaning = ANSWERS[result.answer]
     exploratory = "" if result.confirmatory else EXPLORATORY
     return (
-        f"{answer}: {sentence} ({interval}; {p_text(result)}): {words}, because {result.why}"
+        f"{answer}: {sentence} ({interval}; {p_text(result)}): {meaning}, because {result.why}"
         f"{noted}.{exploratory}"
     )
 
@@ -233,12 +262,18 @@ def _fold(part: float, reach: str) -> str:
     return f"{'rises' if part > 0 else 'falls'} {math.exp(abs(part)):.2g}-fold"
 
 
-def _failures_sentence(arms: Sequence[ArmSummary], names: Sequence[str]) -> str:
-    """Failures at the rate and setting where the arms differ most: the first two, then all."""
+def _failures_sentence(
+    arms: Sequence[ArmSummary], names: Sequence[str], registered: Set[float]
+) -> str:
+    """Failures at the rate and setting where the arms differ most: the first two, then all.
+
+    Args:
+        registered: rates fixed before the runs; only these are considered, if there are any.
+    """
     points: dict[tuple[float, str], dict[str, AtRate]] = {}
     for arm in arms:
         for at in arm.by_rate:
-            if arm.arm in names:
+            if arm.arm in names and (not registered or at.rate in registered):
                 points.setdefault((at.rate, arm.setting), {})[arm.arm] = at
     if not points:
         return "None of the contrast's arms has a result."
@@ -259,18 +294,16 @@ def _failures_sentence(arms: Sequence[ArmSummary], names: Sequence[str]) -> str:
     rate, setting = max(points, key=difference)
     if difference((rate, setting))[1] == 0:
         return (
-            "At every rate tried, the same fraction of each arm's runs failed: these runs do not "
-            "tell the arms apart."
+            f"At every rate {'registered' if registered else 'tried'}, the same fraction of each "
+            "arm's runs failed: these runs do not tell the arms apart."
         )
     counts = [
         f"{name}: {failures_text(at.failures, at.n, at.interval)}"
         for name, at in points[rate, setting].items()
     ]
     where = f" ({setting})" if setting else ""
-    return (
-        f"At rate {rate:g}{where}, chosen after the runs because the arms differ most there, "
-        f"{'; '.join(counts)}."
-    )
+    chosen = "" if registered else ", chosen after the runs because the arms differ most there"
+    return f"At rate {rate:g}{where}{chosen}, {'; '.join(counts)}."
 
 
 # ---------------------------------------------------------------------------------------------

@@ -158,7 +158,8 @@ def _candidates(key: str, options: list[str]) -> list[str]:
 
 def _without_branches(location: tuple[int | str, ...], options: list[str]) -> str:
     """The dotted path of an error's location, without pydantic's names for a union's branches."""
-    names = {*MixedSource.model_fields, *(part for path in options for part in path.split("."))}
+    names = {part for path in options for part in path.split(".")}
+    names.update(name for section in Section.__subclasses__() for name in section.model_fields)
     parts = [str(part) for part in location]
     while parts and not (parts[-1] in names or "." in parts[-1] or parts[-1].isdecimal()):
         parts.pop()

@@ -1,0 +1,221 @@
+"""Coverage of the comparison's intervals, and power and error rate of its answers, by simulation.
+
+    python benchmarks/intervals.py [--repetitions 4000] [--json FILE]
+
+Each row draws the seeds of many comparisons from a known distribution. For an interval it prints
+how often the 95% interval contains the true value; for a rule, how often it answers YES where the
+claim is true, and where it is not. The tables come last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt.compare.statistics import (
+    ALPHA,
+    Interval,
+    fraction_interval,
+    mcnemar,
+    mean_interval,
+    sign_flip_p,
+    threshold_interval,
+    wilson,
+)
+
+SEEDS = (5, 6, 8, 10, 16)
+Values = NDArray[np.float64]
+Draw = Callable[[np.random.Generator, int], Values]
+Trial = Callable[[np.random.Generator, int], bool]  # of a number of seeds
+Rows = dict[str, dict[str, float]]
+
+# Differences of seeds: name -> (a draw of n of them, their true mean).
+DIFFERENCES: dict[str, tuple[Draw, float]] = {
+    "normal": (lambda random, n: random.normal(size=n), 0.0),
+    "uniform": (lambda random, n: random.uniform(-1, 1, size=n), 0.0),
+    "skewed (log-normal, 0.75)": (
+        lambda random, n: random.lognormal(0, 0.75, size=n),
+        float(np.exp(0.75**2 / 2)),
+    ),
+    "three in ten seeds fail": (
+        lambda random, n: 2.0 * (random.random(n) < 0.3) + random.normal(0, 0.1, size=n),
+        0.6,
+    ),
+}
+# Failure probabilities of two arms (a - b), or of four ((a - b) - (c - d)).
+PROBABILITIES = (
+    (0.9, 0.1),
+    (0.5, 0.5),
+    (0.98, 0.02),
+    (0.9, 0.1, 0.3, 0.1),
+    (0.98, 0.05, 0.02, 0.02),
+)
+SIGNS = (1, -1, -1, 1)
+TWO_STAGES = ((6, 0.032), (10, 0.0186))  # seeds, and the p at which the rule stops with YES
+EFFECTS = (0.0, 0.5, 1.0, 2.0)  # standard deviations
+
+
+def contains(interval: Interval | None, value: float) -> bool:
+    """Whether an interval contains a value, up to rounding."""
+    assert interval is not None
+    return interval.low - 1e-9 <= value <= interval.high + 1e-9
+
+
+def share(repetitions: int, trial: Callable[[np.random.Generator], bool]) -> float:
+    """The fraction of trials that are true, each with a generator of its own."""
+    return float(np.mean([trial(np.random.default_rng(seed)) for seed in range(repetitions)]))
+
+
+def by_seeds(repetitions: int, trials: dict[str, Trial]) -> Rows:
+    """`share` of each trial, for each number of seeds."""
+
+    def at(trial: Trial, n: int) -> float:
+        return share(repetitions, lambda random: trial(random, n))
+
+    return {name: {str(n): at(trial, n) for n in SEEDS} for name, trial in trials.items()}
+
+
+def mean_coverage(repetitions: int) -> Rows:
+    """Of `mean_interval`."""
+
+    def trial(draw: Draw, true: float, random: np.random.Generator, n: int) -> bool:
+        return contains(mean_interval(draw(random, n).tolist()), true)
+
+    trials: dict[str, Trial] = {name: partial(trial, *case) for name, case in DIFFERENCES.items()}
+    return by_seeds(repetitions, trials)
+
+
+def fraction_coverage(repetitions: int) -> Rows:
+    """Of `fraction_interval`, for runs that fail independently."""
+
+    def trial(
+        probabilities: tuple[float, ...], runs: int, random: np.random.Generator, n: int
+    ) -> bool:
+        differences, true = np.zeros(n), 0.0
+        for sign, p in zip(SIGNS, probabilities, strict=False):
+            differences += sign * (random.random((n, runs)) < p).mean(axis=1)
+            true += sign * p
+        limit = len(probabilities) / 2
+        return contains(fraction_interval(differences.tolist(), runs, limit), true)
+
+    trials: dict[str, Trial] = {
+        f"{', '.join(map(str, probabilities))}; {runs} a seed": partial(trial, probabilities, runs)
+        for probabilities in PROBABILITIES
+        for runs in (1, 2, 4)
+    }
+    return by_seeds(repetitions, trials)
+
+
+def newcombe_coverage(repetitions: int) -> Rows:
+    """Of `newcombe`, as `mcnemar` gives it."""
+
+    def trial(a: float, b: float, random: np.random.Generator, n: int) -> bool:
+        table = mcnemar((random.random(n) < a).tolist(), (random.random(n) < b).tolist())
+        return contains(table.interval, a - b)
+
+    pairs = ((0.9, 0.1), (0.5, 0.5), (0.98, 0.02), (0.6, 0.02))
+    return by_seeds(repetitions, {f"{a}, {b}": partial(trial, a, b) for a, b in pairs})
+
+
+def wilson_coverage(repetitions: int) -> Rows:
+    """Of `wilson`."""
+
+    def trial(p: float, random: np.random.Generator, n: int) -> bool:
+        return contains(wilson(int(random.binomial(n, p)), n), p)
+
+    return by_seeds(repetitions, {f"{p}": partial(trial, p) for p in (0.02, 0.1, 0.3, 0.5)})
+
+
+def threshold_coverage(repetitions: int) -> Rows:
+    """Of `threshold_interval`, on rates a factor of 2 apart.
+
+    The seeds' log thresholds are normal; their mean lies anywhere between two rates.
+    """
+    rates = [2.0**power for power in range(-6, 7)]
+
+    def trial(spread: float, random: np.random.Generator, n: int) -> bool:
+        mean = random.uniform(-0.5, 0.5) * np.log(2.0)
+        thresholds = np.exp(random.normal(mean, spread, size=n))
+        runs = [[(rate, bool(rate >= t)) for rate in rates] for t in thresholds]
+        return contains(threshold_interval([runs]), mean)
+
+    spreads = (0.1, 0.5, 1.0)
+    trials: dict[str, Trial] = {f"spread {spread}": partial(trial, spread) for spread in spreads}
+    return by_seeds(max(20, repetitions // 20), trials)
+
+
+def power(repetitions: int) -> Rows:
+    """How often a mean of `effect` standard deviations is answered with YES.
+
+    YES takes an interval above 0 and a sign-flip test at 5%; at effect 0 it is an error.
+    """
+
+    def trial(effect: float, random: np.random.Generator, n: int) -> bool:
+        differences = random.normal(effect, 1, size=n).tolist()
+        interval = mean_interval(differences)
+        assert interval is not None
+        return interval.low > 0 and sign_flip_p(differences) <= ALPHA
+
+    return by_seeds(repetitions // 4, {f"effect {e}": partial(trial, e) for e in EFFECTS})
+
+
+def two_stages(repetitions: int) -> Rows:
+    """The rule that looks after 6 seeds and, if these do not settle it, after 10."""
+
+    def trial(effect: float, random: np.random.Generator) -> tuple[bool, int]:
+        values = random.normal(effect, 1, size=TWO_STAGES[-1][0]).tolist()
+        for n, level in TWO_STAGES:
+            if sum(values[:n]) > 0 and sign_flip_p(values[:n]) <= level:
+                return True, n
+        return False, n
+
+    found: Rows = {}
+    for effect in EFFECTS:
+        trials = [trial(effect, np.random.default_rng(s)) for s in range(repetitions // 4)]
+        yes, seeds = (float(np.mean(each)) for each in zip(*trials, strict=True))
+        found[f"effect {effect}"] = {"YES": yes, "seeds, on average": seeds}
+    return found
+
+
+TABLES: dict[str, Callable[[int], Rows]] = {
+    "coverage of the t interval of a mean": mean_coverage,
+    "coverage of the interval of a difference of failed fractions": fraction_coverage,
+    "coverage of Newcombe's interval": newcombe_coverage,
+    "coverage of Wilson's interval": wilson_coverage,
+    "coverage of the interval of a log threshold": threshold_coverage,
+    "YES, by seeds": power,
+    "two stages (6, then 10 seeds)": two_stages,
+}
+
+
+def table(title: str, rows: Rows) -> str:
+    """A Markdown table."""
+    columns = list(next(iter(rows.values())))
+    lines = [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in rows.items():
+        lines.append(f"| {name} | {' | '.join(f'{value:.3f}' for value in row.values())} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run all simulations and print their tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repetitions", type=int, default=4000, help="comparisons per number")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    arguments = parser.parse_args()
+    found = {title: simulate(arguments.repetitions) for title, simulate in TABLES.items()}
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    print("\n\n".join(table(title, rows) for title, rows in found.items()))
+
+
+if __name__ == "__main__":
+    main()
