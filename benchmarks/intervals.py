@@ -147,7 +147,7 @@ def threshold_coverage(repetitions: int) -> Rows:
 
     spreads = (0.1, 0.5, 1.0)
     trials: dict[str, Trial] = {f"spread {spread}": partial(trial, spread) for spread in spreads}
-    return by_seeds(max(20, repetitions // 20), trials)
+    return by_seeds(max(1, repetitions // 20), trials)
 
 
 def power(repetitions: int) -> Rows:
@@ -162,7 +162,7 @@ def power(repetitions: int) -> Rows:
         assert interval is not None
         return interval.low > 0 and sign_flip_p(differences) <= ALPHA
 
-    return by_seeds(repetitions // 4, {f"effect {e}": partial(trial, e) for e in EFFECTS})
+    return by_seeds(max(1, repetitions // 4), {f"effect {e}": partial(trial, e) for e in EFFECTS})
 
 
 def two_stages(repetitions: int) -> Rows:
@@ -177,7 +177,7 @@ def two_stages(repetitions: int) -> Rows:
 
     found: Rows = {}
     for effect in EFFECTS:
-        trials = [trial(effect, np.random.default_rng(s)) for s in range(repetitions // 4)]
+        trials = [trial(effect, np.random.default_rng(s)) for s in range(max(1, repetitions // 4))]
         yes, seeds = (float(np.mean(each)) for each in zip(*trials, strict=True))
         found[f"effect {effect}"] = {"YES": yes, "seeds, on average": seeds}
     return found

@@ -1,0 +1,46 @@
+"""`benchmarks/intervals.py`: what it counts, and that it runs at small size."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from benchmarks import intervals
+from gpt.compare.statistics import Interval
+
+
+def test_the_share_is_of_true_trials_each_with_its_own_seed():
+    assert intervals.share(400, lambda random: random.random() < 0.25) == pytest.approx(
+        0.25, abs=0.06
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "inside"), [(1.0, True), (2.0, True), (2.1, False), (0.9, False)]
+)
+def test_an_interval_contains_its_ends(value: float, inside: bool):
+    assert intervals.contains(Interval(1.0, 2.0), value) == inside
+
+
+def test_students_interval_covers_what_it_promises_and_an_error_is_rare(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(intervals, "SEEDS", (5, 8))
+    normal = intervals.mean_coverage(300)["normal"]
+    assert 0.91 < np.mean(list(normal.values())) < 0.98
+    yes = intervals.power(400)
+    assert max(yes["effect 0.0"].values()) < 0.07
+    assert yes["effect 2.0"]["8"] > 0.9
+    assert yes["effect 2.0"]["5"] == 0  # five pairs cannot give p <= 0.05
+
+
+@pytest.mark.slow
+def test_it_prints_a_table_of_each_kind():
+    command = [sys.executable, ROOT / "benchmarks/intervals.py", "--repetitions", "4"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    for title in intervals.TABLES:
+        assert f"| {title} | " in text
