@@ -211,11 +211,7 @@ def verdict(
         for result, contrast in zip(results, contrasts, strict=True)
     ]
     names = [name for contrast in contrasts for name in contrast.arms] or [a.arm for a in arms]
-    registered = {
-        float(rate)
-        for contrast in contrasts
-        for rate in (*contrast.at.get(RATE, ()), *contrast.rates.values())
-    }
+    registered = {float(rate) for contrast in contrasts for rate in contrast.at.get(RATE, ())}
     return *answers, _failures_sentence(arms, list(dict.fromkeys(names)), registered)
 
 
@@ -268,7 +264,7 @@ def _failures_sentence(
     """Failures at the rate and setting where the arms differ most: the first two, then all.
 
     Args:
-        registered: rates fixed before the runs; only these are considered, if there are any.
+        registered: rates fixed before the runs for all arms; if there are any, only these count.
     """
     points: dict[tuple[float, str], dict[str, AtRate]] = {}
     for arm in arms:

@@ -158,12 +158,20 @@ def _candidates(key: str, options: list[str]) -> list[str]:
 
 def _without_branches(location: tuple[int | str, ...], options: list[str]) -> str:
     """The dotted path of an error's location, without pydantic's names for a union's branches."""
-    names = {part for path in options for part in path.split(".")}
-    names.update(name for section in Section.__subclasses__() for name in section.model_fields)
+    names = {part for path in options for part in path.split(".")} | _fields_below(Section)
     parts = [str(part) for part in location]
     while parts and not (parts[-1] in names or "." in parts[-1] or parts[-1].isdecimal()):
         parts.pop()
     return ".".join(parts)
+
+
+def _fields_below(section: type[Section]) -> set[str]:
+    """The fields of all sections, among them those of items in a list, which have no option."""
+    return {
+        name
+        for each in section.__subclasses__()
+        for name in (*each.model_fields, *_fields_below(each))
+    }
 
 
 def _shorten(value: object) -> str:
