@@ -505,7 +505,19 @@ def test_a_killed_cell_is_recorded_and_the_others_continue(
     assert json.loads((directory / "summary.json").read_text())["with_result"] == 2
 
 
-def test_a_stop_does_not_wait_for_workers_that_are_starting(two_cells: TwoCells):
+class Touch:
+    """In place of `worker.begin`: leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, shared: worker.Shared) -> None:
+        self.path.touch()
+
+
+def test_a_stop_does_not_wait_for_workers_that_are_starting(
+    two_cells: TwoCells, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     workers: list[psutil.Process] = []
 
     def stop() -> bool:
@@ -513,9 +525,28 @@ def test_a_stop_does_not_wait_for_workers_that_are_starting(two_cells: TwoCells)
         workers.extend(child for child in children if "spawn_main" in " ".join(child.cmdline()))
         return bool(workers)
 
+    began = tmp_path / "began"
+    monkeypatch.setattr(worker, "begin", Touch(began))
     assert two_cells.run(stop=stop) is None
+    assert workers
     assert not any(worker.is_running() for worker in workers)
+    assert not began.exists()
     assert not list(two_cells.directory.glob("cells/*/result.json"))
+
+
+def test_ctrl_c_does_not_reach_workers_that_are_starting(two_cells: TwoCells):
+    """A terminal sends it to the whole process group."""
+    interrupted: set[int] = set()
+
+    def stop() -> bool:
+        for child in psutil.Process().children():
+            if "spawn_main" in " ".join(child.cmdline()) and child.pid not in interrupted:
+                child.send_signal(signal.SIGINT)
+                interrupted.add(child.pid)
+        return two_cells.are_training()
+
+    assert two_cells.run(stop=stop) is None
+    assert len(interrupted) == 2
 
 
 def test_workers_that_cannot_start_end_the_comparison(

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from conftest import vouch
@@ -712,6 +713,8 @@ def test_out_of_memory_names_what_would_fit(tiny: Make, tmp_path: Path):
         run(config, tmp_path / "run")
     assert "out of memory with 4 sequences at a time; 2 would fit" in str(told.value)
     assert "--training.micro-batch 2, or auto" in str(told.value)
+    opened = {Path(file.path).name for file in psutil.Process().open_files()}
+    assert "metrics.jsonl" not in opened  # though `told` still holds the frames that wrote it
     assert run(tiny(training={"micro_batch": "auto"}), tmp_path / "run").status == "finished"
 
 

@@ -565,4 +565,5 @@ def test_failures_are_reported_at_registered_rates_if_there_are_any():
     runs = outcomes(MOVED)
     at = {**LOSS, "at": {"optimizer.learning_rate": [0.1]}}
     words = summarize(grid(contrasts=[at], pairs=[]), runs).verdict[-1]
-    assert words.startswith("At rate 0.1, post, cold: failure in all 6 seeds")
+    assert words.startswith("At rate 0.1, where the arms differ most of the rates registered")
+    assert "post, cold: failure in all 6 seeds" in words

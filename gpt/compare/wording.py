@@ -1,8 +1,8 @@
 """Results in words: the sentences of the verdict, of the report and of the console.
 
 No sentence claims more than its interval: no failure in 3 seeds reads "at most 56%", and a claim is
-supported only where the whole interval lies on its side of zero. Nothing is computed here; the
-numbers come from summary.py.
+supported only where the whole interval lies on its side of the margin. Nothing is computed here;
+the numbers come from summary.py.
 """
 
 from __future__ import annotations
@@ -298,7 +298,11 @@ def _failures_sentence(
         for name, at in points[rate, setting].items()
     ]
     where = f" ({setting})" if setting else ""
-    chosen = "" if registered else ", chosen after the runs because the arms differ most there"
+    chosen = (
+        ", where the arms differ most of the rates registered for all"
+        if registered
+        else ", chosen after the runs because the arms differ most there"
+    )
     return f"At rate {rate:g}{where}{chosen}, {'; '.join(counts)}."
 
 
