@@ -1,22 +1,22 @@
-"""What a token costs against the model's size: `python benchmarks/cost.py [--figure PATH]`.
+"""How a token's cost depends on the model's size: `python benchmarks/cost.py [--figure PATH]`.
 
-One factor at a time about a base of 4 layers, 128 wide, context 256: widths, layers, contexts, at
-the same number of tokens an update. An update is training's: pre-norm, AdamW, clipping, forward and
-backward by micro-batches of the size that training would take; fp32 on a CPU, bf16 on a GPU.
-Tokens are random, of a vocabulary of 257, so that the head weighs little.
+Width, layers and context vary one at a time around a base of 128, 4 and 256, with the same number
+of tokens per update. An update does what training does: pre-norm, AdamW, gradient clipping, forward
+and backward passes over micro-batches of the size that training would choose; fp32 on a CPU, bf16
+on a GPU. Tokens are random, from a vocabulary of 257, so that the head costs little.
 
-Each size has a process of its own. There an update of a small model first brings in all code. Peak
-memory is what is held beyond that: on a GPU what was allocated at most, on a CPU the growth of the
-largest resident set. After each update the process times products of two square matrices. Time
-times that rate is what matrix products would have done meanwhile, the operations that a token
-costs: to be held against its FLOPs by `plan.flops_per_token`, 6 N + 12 L d T, and little changed by
-what else the machine does. Medians over the updates.
+Each size runs in its own process, where an update of a small model first loads all code. Peak
+memory is what is used beyond that: on a GPU the maximum allocated, on a CPU the growth of the
+largest resident set. After each update the process times products of two square matrices. An
+update's time multiplied by their rate is the number of operations that matrix products would have
+done meanwhile. Divided by the tokens, it is the cost of a token in operations, which depends little
+on what else the machine does and can be compared with the FLOPs of `plan.flops_per_token`,
+6 N + 12 L d T. Medians over the updates are reported.
 
-Then fits over the sizes: exponents of a token's operations, FLOPs and memory (straight lines
-through logarithms, with standard errors), and for the context a + b T, whose terms are equal at
-T* = a/b, where attention's quadratic term takes over. By the arithmetic that is where 12 L d T is
-6 N. That counts the scores of future tokens too; a kernel that skips them, as efficient, would have
-twice that.
+Then the sizes are fitted: power laws for a token's operations, FLOPs and memory (straight lines
+through logarithms, with standard errors) and, for the context, a + b T, whose terms are equal at
+T* = a/b, where attention's quadratic term takes over. By FLOPs, that is where 12 L d T = 6 N. These
+include the scores of future tokens; an equally efficient kernel that skips them would double T*.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from scipy import optimize, stats
 VOCABULARY = 257
 HEAD = 64  # channels of an attention head
 MATRIX = {"cpu": 1024, "cuda": 8192}  # rows of the matrices whose product is timed
-TOKENS = {"cpu": 4096, "cuda": 65536}  # an update
-MEASURED, ARITHMETIC = "#08519c", "#d95f02"  # told apart by the colour-blind too
+TOKENS = {"cpu": 4096, "cuda": 65536}  # per update
+MEASURED, ARITHMETIC = "#08519c", "#d95f02"  # distinguishable with color blindness
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Size:
     context: int = 256
 
 
-FACTORS = {  # and the sizes of each; it varies while the others stay at the base's
+FACTORS = {  # the sizes of each, which vary while the others stay at the base's
     "width": (64, 128, 192, 256, 384, 512, 768),
     "layers": (2, 4, 8, 16, 24, 48),
     "context": (64, 128, 256, 512, 1024, 2048, 4096),
@@ -68,7 +68,7 @@ FACTORS = {  # and the sizes of each; it varies while the others stay at the bas
 
 
 def measure(size: Size, device_name: str, tokens: int, seconds: float) -> dict[str, Any]:
-    """Updates of a model of that size, at least two, for that many seconds."""
+    """Measure updates of a model of that size, at least two, for that many seconds."""
     import torch
 
     from gpt.hardware import memory
@@ -195,7 +195,7 @@ def _matrix_rate(device: Any) -> float:
 
 
 def measured(size: Size, device: str, tokens: int | None, seconds: float) -> dict[str, Any]:
-    """`measure` in a fresh process. This one is small, as a new one inherits its peak."""
+    """`measure` in a fresh process. This one stays small, as the new one inherits its peak."""
     given = json.dumps([asdict(size), device, tokens, seconds])
     command = [sys.executable, __file__, "--child", given]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -203,7 +203,7 @@ def measured(size: Size, device: str, tokens: int | None, seconds: float) -> dic
 
 
 def child(given: str) -> dict[str, Any]:
-    """`measure` with what `measured` gave."""
+    """Call `measure` with the arguments that `measured` passed on."""
     from gpt.hardware.device import pick_device
 
     size, device, tokens, seconds = json.loads(given)
@@ -216,13 +216,13 @@ def child(given: str) -> dict[str, Any]:
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> dict[str, float]:
-    """Of a power law through costs, least squares through logarithms, with its standard error."""
+    """Exponent of a power law, fitted to the logarithms of costs, with its standard error."""
     line = stats.linregress(np.log(sizes), np.log(costs))
     return {"exponent": float(line.slope), "error": float(line.stderr)}
 
 
 def crossover(contexts: Sequence[float], costs: Sequence[float]) -> dict[str, float]:
-    """A + b T through costs, by relative errors: a, b, and T* = a/b with its standard error."""
+    """Fit a + b T to costs by relative errors: a, b, and T* = a/b with its standard error."""
     (a, b), covariance = optimize.curve_fit(
         lambda T, a, b: a + b * T,
         contexts,
@@ -236,7 +236,7 @@ def crossover(contexts: Sequence[float], costs: Sequence[float]) -> dict[str, fl
 
 
 def fits(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """What the sizes of each factor follow; three of them are needed."""
+    """The fits for each factor that has at least three sizes."""
     found: dict[str, Any] = {}
     for factor, each in rows.items():
         if len(each) < 3:
@@ -260,7 +260,7 @@ def fits(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures, to read."""
+    """The figures as Markdown tables."""
     first = next(iter(figures["rows"].values()))[0]
     lines = [
         f"{figures['machine']}; {first['device']}, {first['precision']}, {first['threads']} "
@@ -300,8 +300,8 @@ def table(figures: dict[str, Any]) -> str:
             "",
             f"a + b T: attention's quadratic term takes over at a context of {ours['context']:,.0f}"
             f" ± {ours['error']:,.0f} tokens as measured;",
-            f"by the arithmetic, 12 L d T = 6 N, at {theirs:,.0f}, or {2 * theirs:,.0f} where the "
-            "future is skipped",
+            f"by FLOPs (12 L d T = 6 N) at {theirs:,.0f}, or at {2 * theirs:,.0f} if future tokens "
+            "are skipped",
         ]
     return "\n".join(lines)
 
@@ -356,9 +356,9 @@ def main() -> None:
     """Measure all sizes, fit, draw and print the tables last."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for factor, values in FACTORS.items():
-        parser.add_argument(f"--{factor}", type=int, nargs="*", default=values, help="sizes of it")
+        parser.add_argument(f"--{factor}", type=int, nargs="*", default=values, help="its sizes")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--tokens", type=int, help="an update; divisible by every context")
+    parser.add_argument("--tokens", type=int, help="per update; divisible by every context")
     parser.add_argument("--seconds", type=float, default=4.0, help="of updates, for each size")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--figure", type=Path, help="draw them here")

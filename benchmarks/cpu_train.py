@@ -1,16 +1,17 @@
-"""Training on a CPU in nanoGPT's setting: seconds of a step, and seconds to a validation loss.
+"""Training on a CPU in nanoGPT's setting: seconds per step, and seconds to a validation loss.
 
     python benchmarks/cpu_train.py step --text TEXT [--nanogpt CLONE]
     python benchmarks/cpu_train.py loss --text TEXT [--nanogpt CLONE] [--seeds 3] [--config YAML]
 
 The setting is 4 layers, 4 heads, 128 channels, a context of 64 characters, batches of 12; TEXT is
-tiny Shakespeare (1,115,394 bytes). `step` trains steadygpt (configs/tiny-shakespeare-char.yaml, the
-steps that it writes into metrics.jsonl), a loop over `transformers`, and nanoGPT's model in a loop
-that does what its train.py does, in turn, `--rounds` times, and prints medians beside what matrix
-products of that size run at. All compute the exact GELU, as nanoGPT does; `transformers` is timed
-with its own tanh form too. `loss` runs whole commands, start included: train.py with the config to
-its end, for a loss of at most 1.88 on its validation sequences, and nanoGPT's train.py with its
-README's options for a CPU, until it prints that. The table comes last, and goes to `--json`.
+tiny Shakespeare (1,115,394 bytes). `step` times the steps of steadygpt
+(configs/tiny-shakespeare-char.yaml, from its metrics.jsonl), of `transformers` in a plain loop, and
+of nanoGPT's model in a loop that does what its train.py does. They take turns, `--rounds` times;
+medians are compared with the rate of matrix products of that size. All compute the exact GELU, as
+nanoGPT does; `transformers` is also timed with its own tanh form. `loss` times whole commands,
+including start-up: train.py until it ends, which should reach a loss of at most 1.88 on its
+validation sequences, and nanoGPT's train.py, with its README's options for a CPU, until it prints
+such a loss. The table is printed last; `--json` writes it to a file.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ NANOGPT = {  # its README's options for a CPU
 
 
 def ours(text: Path, steps: int) -> list[float]:
-    """Seconds of each step of a run of the product."""
+    """Seconds of each step of a steadygpt run."""
     options = {
         "data": {"path": [str(text)]},
         "model": {"mlp": {"activation": "gelu"}},
@@ -80,7 +81,7 @@ def ours(text: Path, steps: int) -> list[float]:
 def loop(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[..., Tensor]
 ) -> Callable[[Path, int], list[float]]:
-    """A plain training loop with batches from random places, a clip of 1 and the loss read."""
+    """A plain training loop: random batches, clipping at 1, and every loss is read."""
 
     def run(text: Path, steps: int) -> list[float]:
         letters = text.read_text("utf-8")
@@ -190,7 +191,7 @@ def measure_steps(flags: argparse.Namespace) -> list[dict[str, Any]]:
                 "steadygpt is": statistics.median(ratios),
             }
         )
-    print(f"matrix products: {rate / 1e9:.0f} GFLOP/s; theirs alone: {1e3 * limit:.1f} ms a step")
+    print(f"matrix products: {rate / 1e9:.0f} GFLOP/s; a step's alone: {1e3 * limit:.1f} ms")
     print("| way | ms a step | range | tokens/s | of the matrix rate | steadygpt is |")
     print("|---|---|---|---|---|---|")
     for row in rows:
@@ -292,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=60, help="timed in each round")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--config", type=Path, default=ROOT / "configs/tiny-shakespeare-fast.yaml", help="of loss"
+        "--config", type=Path, default=ROOT / "configs/tiny-shakespeare-fast.yaml", help="loss only"
     )
     parser.add_argument("--json", type=Path)
     flags = parser.parse_args(argv)

@@ -1,18 +1,18 @@
-"""Preparation and batch reading, measured: `python benchmarks/data.py`.
+"""Speed of preparation and of reading batches: `python benchmarks/data.py`.
 
-Three ways from one JSONL file to one file of token ids, each in a process of its own, in turn:
+Three ways to turn a JSONL file into a file of token ids, each in its own process, taking turns:
 
     steadygpt       gpt.data.preparation.prepare: all cores
     plain loop      one process over tiktoken's encode_ordinary, as most scripts do
-    datasets.map    `datasets` with the fast tokenizer of `transformers`, a process a core
+    datasets.map    `datasets` with the fast tokenizer of `transformers`, one process per core
 
-with GPT-2's vocabulary and with a BPE of 16,384 tokens that was trained before. The text is the
-Python sources of this interpreter and its packages. Times include reading and parsing the JSON and
-writing the ids, and exclude start-up and imports; steadygpt's include its checksums and counts.
-Memory is the peak over a contestant's processes together, pages that they share counted once (PSS),
-asked for again and again with 50 ms between.
+Each uses GPT-2's vocabulary, and a BPE of 16,384 tokens trained beforehand. The text is the Python
+sources of this interpreter and its packages. Times include reading and parsing the JSON and writing
+the ids, and exclude start-up and imports; steadygpt's include its checksums and counts. Memory is
+the peak of all processes of a contestant together, counting shared pages once (PSS), polled every
+50 ms.
 
-Then the time to read a training batch against a training step on a CPU.
+Finally, the time to read a training batch is compared with a training step on a CPU.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ VOCAB_SIZE = 16384
 
 
 def steadygpt(corpus: Path, kind: str, folder: Path) -> int:
-    """`prepare` with an empty validation file, so that all tokens go to one file as with others."""
+    """`prepare` with a validation file of one word, so that all of `corpus` goes to one file."""
     from gpt.data.preparation import prepare
 
     tree = {
@@ -61,7 +61,7 @@ def steadygpt(corpus: Path, kind: str, folder: Path) -> int:
 
 
 def plain_loop(corpus: Path, kind: str, folder: Path) -> int:
-    """What a short script does."""
+    """Encode line by line in one process, as a short script does."""
     if kind == "gpt2":
         encoding = tokenizer.gpt2_tokenizer(DataConfig(), ())
     else:
@@ -77,7 +77,7 @@ def plain_loop(corpus: Path, kind: str, folder: Path) -> int:
 
 
 def datasets_map(corpus: Path, kind: str, folder: Path) -> int:
-    """Tokens by `map` on all cores, then written shard by shard."""
+    """Tokenize with `map`, one process per core, then write the ids in batches."""
     import datasets
     from transformers import PreTrainedTokenizerFast
 
@@ -111,7 +111,7 @@ CONTESTANTS: dict[str, Callable[[Path, str, Path], int]] = {
 
 
 def run_contestant(name: str, corpus: Path, kind: str, folder: Path) -> dict[str, float]:
-    """Tokens, seconds and peak memory in MB, of a fresh process."""
+    """Run a contestant in a fresh process: its tokens, seconds and peak memory in MB."""
     command = [sys.executable, __file__, "--contestant", name, kind, str(corpus), str(folder)]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -141,7 +141,7 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
 
 
 def contestant(name: str, kind: str, corpus: str, folder: str) -> None:
-    """Be one contestant, and print what came of it. Its imports are not part of the time."""
+    """Run one contestant and print its result; imports are not timed."""
     import gpt.data.preparation  # noqa: F401
 
     if name == "datasets.map":
@@ -161,7 +161,7 @@ def contestant(name: str, kind: str, corpus: str, folder: str) -> None:
 
 
 def write_corpus(path: Path, megabytes: float) -> int:
-    """Python sources of the interpreter and its packages, spread evenly, as JSONL; their bytes."""
+    """Write an even sample of all Python sources as JSONL; returns the bytes of its text."""
     roots = {Path(os.__file__).parent, *(Path(p) for p in sys.path if p.endswith("-packages"))}
     files = sorted({p for root in roots for p in root.rglob("*.py")})
     texts = []
@@ -180,7 +180,7 @@ def write_corpus(path: Path, megabytes: float) -> int:
 
 
 def write_vocabularies(corpus: Path, folder: Path) -> None:
-    """Both vocabularies, as steadygpt and as `tokenizers` reads them."""
+    """Write both vocabularies, in the formats of steadygpt and of `tokenizers`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     texts = (json.loads(line)["text"] for line in corpus.open())
@@ -205,7 +205,7 @@ def write_vocabularies(corpus: Path, folder: Path) -> None:
 
 
 def batch_reading(name: str, config: Config, folder: Path) -> dict[str, Any]:
-    """Microseconds to read a batch, and its share of a training step with two threads."""
+    """Median seconds to read a batch, mean seconds of a training step, and their ratio."""
     from gpt.data.preparation import prepare
     from gpt.data.sequences import TrainingSequences
     from gpt.training import train
@@ -224,9 +224,9 @@ def batch_reading(name: str, config: Config, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run all and print the tables."""
+    """Run both benchmarks and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=float, default=100, help="of text, about")
+    parser.add_argument("--megabytes", type=float, default=100, help="of text, roughly")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--contestant", nargs=4, help=argparse.SUPPRESS)
@@ -279,7 +279,7 @@ def main() -> None:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures, to read; medians over the rounds, and the largest peak."""
+    """The figures as text: median speeds over the rounds, and the largest peaks."""
     lines = [
         f"{figures['machine']}; Python {figures['python']}; "
         + ", ".join(f"{name} {version}" for name, version in figures["versions"].items()),

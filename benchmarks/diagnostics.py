@@ -1,9 +1,10 @@
-"""What looking inside costs: `python benchmarks/diagnostics.py [CONFIG.yaml ...]`.
+"""What layer statistics cost: `python benchmarks/diagnostics.py [CONFIG.yaml ...]`.
 
-Each config is trained with and without `diagnostics.every: 50`, in turn, `--rounds` times; the runs
-are the same but for the looks. Measured is the time in updates, which leaves out evaluation,
-samples and start-up. Printed last: the share of it that steps with a look took beyond the others,
-and the ratio of each pair's times, which is as noisy as the machine; medians and ranges.
+Each config is trained alternately with and without `diagnostics.every: 50`, `--rounds` times; the
+runs are otherwise the same. What is measured is the time in updates, without evaluation, samples
+and start-up. The table at the end gives medians and ranges of two numbers: the share of that time
+that steps with a snapshot of the layers took beyond the others, and the ratio of each pair's times,
+which is as noisy as the machine.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ CONFIGS = ["configs/quickstart.yaml", "configs/pre-norm.yaml"]
 
 
 def train_once(path: str, steps: int, every: int | None, folder: Path) -> tuple[float, float]:
-    """Time in updates of one run, and the share of it that looking took.
+    """Seconds that one run spent in updates, and the share of them that snapshots took.
 
     The first ten steps, in which memory is first touched, are left out. The share is what steps
-    with a look took beyond the median of the others. Where losses are read late, as from a GPU, the
-    steps that were read together have their mean time each.
+    with a snapshot took beyond the median of the others. Steps whose losses are read together, as
+    on a GPU, each count with their mean time.
     """
     options: dict[str, Any] = {
         "diagnostics": {"every": every},
@@ -75,7 +76,7 @@ def main() -> None:
             ratios.append(taken[flags.every] / taken[None])
             print(f"{path}, round {number + 1}: {taken[None]:.2f} s, {taken[flags.every]:.2f} s")
         rows.append((path, shares, ratios))
-    print(f"| config | looking every {flags.every} steps takes | range | with / without | range |")
+    print(f"| config | snapshots every {flags.every} steps take | range | with / without | range |")
     print("|---|---|---|---|---|")
     for path, shares, ratios in rows:
         spread = f"{min(shares):.2%} to {max(shares):.2%}"

@@ -1,13 +1,13 @@
-"""Many small runs on one GPU: all cells of one shape batched, against one after another.
+"""Many small runs on one GPU: cells of one shape in one batch, or one after another.
 
     python benchmarks/gpu_grid.py [--grid configs/compare/single-gpu.yaml] [--small]
 
-The cells are those of a grid file, cut down to `--steps` updates. For the grid's first shape: runs
-one after another (`gpt.train`), in processes that share the GPU, and batched (`gpt.ensemble`) at
-growing numbers of cells; then all cells of every other shape, batched. It measures the seconds of
-an update of all cells (the median without the first reading) and the peak memory. The last lines
-extrapolate to the whole grid; the grid itself is run by compare.py. `--small` runs the same at a
-size for a CPU and proves nothing about a GPU. The table comes last, and is written to `--json`.
+The cells are those of a grid file, cut down to `--steps` updates. Cells of the grid's first shape
+run one after another (`gpt.train`), in processes that share the GPU, and batched (`gpt.ensemble`)
+in growing numbers; cells of every other shape only run batched. This measures the seconds of one
+update of all cells (the median, without the first reading) and the peak memory. The last lines
+extrapolate to the whole grid, which compare.py runs. `--small` does the same at a size for a CPU
+and proves nothing about a GPU. The table is printed last; `--json` also writes the measurements.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def cut(path: Path, steps: int, small: bool) -> list[Cell]:
 
 
 def update_seconds(directory: Path, cells: Sequence[Cell]) -> list[float]:
-    """Each cell's median step in seconds, without those of the first reading."""
+    """The median seconds of each cell's steps, without the first reading."""
     medians = []
     for cell in cells:
         records = metrics.read(cell_directory(directory, cell) / "metrics.jsonl")
@@ -130,7 +130,7 @@ WAYS: dict[str, Callable[[Sequence[Cell], Path], float]] = {
 
 
 def measure(way: str, cells: Sequence[Cell], answers: Any) -> None:
-    """Send a row, or the error, from a process of its own."""
+    """In a process of its own: measure, and send back the row or the error."""
     torch.set_num_threads(1)
     on_gpu = pick_device("auto").type == "cuda"
     try:
@@ -232,7 +232,7 @@ def report(
         tree = {**facts, "rows": [asdict(row) for row in rows], "missing": list(missing)}
         path.write_text(json.dumps({**tree, "projected_seconds": projected}, indent=2) + "\n")
     print(f"torch {torch.__version__}, {device}" + (", at a size for a CPU" if small else ""))
-    print("| cells | way | ms per update of all | cell updates/s | against one | peak GB | start |")
+    print("| cells | way | ms per update of all | cell updates/s | speed-up | peak GB | start |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
         ratio = f"{row.cell_updates / alone.cell_updates:.2f}x" if alone else "not measured"

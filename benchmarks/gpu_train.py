@@ -1,27 +1,27 @@
 """Training speed on one GPU: `python benchmarks/gpu_train.py`, at most 8 minutes.
 
-GPT-2 124M at context 1,024 in bf16: `configs/gpt2-124m.yaml`, 491,520 tokens an update, by
-`gpt.train` itself, with its loop, its data and its metrics. Beside it train `transformers`
-GPT2LMHeadModel and a plain loop of torch's own modules, on one batch that lies on the GPU already.
+GPT-2 124M at context 1,024 in bf16 (`configs/gpt2-124m.yaml`, 491,520 tokens per update) is trained
+by `gpt.train` itself, with its loop, data and metrics. It is compared with GPT2LMHeadModel of
+`transformers` and a plain loop over torch's own modules, on one batch that is already on the GPU.
 
-    micro-batches   which is fastest on random tokens; all others run at the fastest
-    peers           the same model elsewhere, at that micro-batch and at the next smaller one
+    micro-batches   which one is fastest on random tokens; all other rows use it
+    peers           the same model in other programs, also at the next smaller micro-batch
     tokens          real ones: --data FILE of uint16 ids below 50,257, or the standard library
-    switches        one means at a time
-    placements      all others against pre-norm
+    switches        one optimization changed at a time
+    placements      all others, compared with pre-norm
 
-Every row is a process of its own: what fails or runs out of memory is one row. The rows of a wave
-start and compile side by side; then each is timed alone, while the others wait. Rows come in order
-of importance, and what there is no time for is "not measured: out of time". --only takes words of
-the groups' and rows' names, and --micro-batch spares the search, so that several commands can
-measure what one cannot. "Of the matrices" is the model's FLOPs (6 N + 12 L d T a token) over what a
-bf16 product of two matrices of 8,192 rows reaches, measured first; the loss is that of an early
-update, which a switch may move by rounding only. The table comes last; --out takes it as JSON.
---small runs all of it at toy size on a CPU, where nothing is compiled: it shows that the commands
-work, and nothing of speed.
+Every row runs in its own process, so an error or a lack of memory costs only that row. The rows of
+a wave start and compile at the same time; then each is timed alone, while the others wait. Rows run
+in order of importance, and those that come too late are "not measured: out of time". --only selects
+rows by words in their groups and names, and --micro-batch skips the search, so that several
+commands can measure together what one cannot. "Of the matrix rate" is the model's FLOP/s (6 N + 12
+L d T per token) relative to a bf16 product of two matrices of 8,192 rows, measured first. The loss
+is that of an early update, which a switch may change only by rounding. The table is printed last;
+--out writes it as JSON. --small runs everything at toy size on a CPU, without compilation: it shows
+that the commands work, but nothing about speed.
 
-Left out: fp8. `torch._scaled_mm` wants scales for inputs, weights and gradients and a backward pass
-written by hand, which is more than a few lines.
+Left out: fp8. `torch._scaled_mm` needs scales for inputs, weights and gradients, and a backward
+pass written by hand, which is more than a few lines.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ BEGAN = time.monotonic()
 RESERVE = 10.0  # seconds of the budget that are left for ending
 WARM = 2  # updates between the first one, which compiles, and the timed ones
 OUT_OF_MEMORY, OUT_OF_TIME = "out of memory", "not measured: out of time"
-AIM, AIM_RATIO = 520_000, 1.3  # tokens/s on one H200, and times the best peer
+AIM, AIM_RATIO = 520_000, 1.3  # tokens/s on one H200, and their ratio to the best peer's
 YARDSTICKS = {"llm.c, each H100 of several": 463_000, "a tuned loop, one A100": 142_000}
 
 Measured = dict[str, Any]  # of one row: tokens_per_second, peak_memory, ..., or only a note
@@ -152,7 +152,7 @@ class Work:
         }
 
     def prepare_random_tokens(self) -> None:
-        """A file of them, and a vocabulary of that size: bytes, then pairs of bytes."""
+        """Prepare a file of random tokens, with a vocabulary of all bytes, then pairs of bytes."""
         folder, size = Path(self.folder), self.size.vocabulary
         single = [bytes([byte]) for byte in range(256)]
         pairs = [bytes(divmod(number, 256)) for number in range(size - 257)]
@@ -165,7 +165,7 @@ class Work:
         prepare(config.data)
 
     def real_tokens(self) -> tuple[dict[str, Any], str]:
-        """Options that train on real tokens of as large a vocabulary, and what they are."""
+        """Options that train on real tokens with a vocabulary of that size, and a description."""
         if self.file is not None:
             return self.token_file(self.file), self.file
         size = self.size.vocabulary
@@ -177,23 +177,23 @@ class Work:
 
 
 # ---------------------------------------------------------------------------------------------
-# In a row's own process: the clock, and who is timed by it
+# In a row's own process: the clock, and what it times
 
 
-class Timed(Exception):  # noqa: N818 - the end, and no error
+class Timed(Exception):  # noqa: N818 - ends training, and is not an error
     """All updates are timed."""
 
 
 class Clock:
     """Called after each update, as `gpt.train` calls its `on_update`.
 
-    Until its first update is done a row shares the lock with those of its wave; then it waits until
-    it has the lock to itself.
+    Until its first update is done, a row shares the lock with the other rows of its wave; then it
+    waits until it has the lock to itself.
 
     Attributes:
         seconds: of the timed updates.
         start: seconds from the process's start to the end of its first update.
-        peak: bytes of memory; on a GPU what torch took for the timed updates, otherwise the
+        peak: peak memory in bytes: torch's during the timed updates on a GPU, otherwise the
             process's.
     """
 
@@ -235,7 +235,7 @@ def steadygpt(row: Row, work: Work, clock: Clock) -> Measured:
     data, note = work.real_tokens() if row.group == "tokens" else (None, "")
     out = Path(work.folder) / f"run-{os.getpid()}"
     config = work.config(row, data)
-    prepare(config.data)  # here, where the clock is not asked
+    prepare(config.data)  # before training, which is timed
     # Neither a retry with smaller micro-batches, nor a search for the one that fits.
     no_retry = mock.patch("gpt.hardware.memory.smaller", return_value=None)
     no_search = mock.patch("gpt.run.recovery.smaller", return_value=None)
@@ -315,14 +315,14 @@ class HuggingFace(nn.Module):
         )
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The loss of x's own next tokens: it shifts them itself, and y is not needed."""
+        """The loss on x's own next tokens: the model shifts them itself, so y is not needed."""
         return self.gpt2(input_ids=x, labels=x).loss
 
 
 def peer(
     make: Callable[[Config, int], nn.Module], compiled: bool, row: Row, work: Work, clock: Clock
 ) -> Measured:
-    """The usual loop: autocast, accumulation, clipping, fused AdamW; nothing is read or moved."""
+    """The usual loop: autocast, accumulation, clipping, fused AdamW; losses are never read."""
     config, rule = work.config(row), work.config(row).optimizer
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -371,7 +371,7 @@ def adamw_not_fused(groups: optim.ParamGroups, c: OptimizerConfig) -> torch.opti
     return torch.optim.AdamW(groups, c.learning_rate, (c.beta1, c.beta2), c.eps)
 
 
-# What a process does otherwise where no option says so.
+# Changes for which the config has no option.
 SWITCHES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "vocabulary not padded": lambda: mock.patch.dict(model.VOCABULARY_MULTIPLE, clear=True),
     "AdamW not fused": lambda: mock.patch.dict(optim.OPTIMIZERS, adamw=adamw_not_fused),
@@ -397,7 +397,7 @@ def matrix_flops(rows: int) -> float:
 
 
 def measure(row: Row, work: Work) -> Measured:
-    """Train in this process: what was measured, or why nothing was."""
+    """Train in this process; returns what was measured, or why nothing was."""
     try:
         with open(f"{work.folder}/lock", "a") as lock:
             clock = Clock(work.size.updates, lock)
@@ -420,7 +420,7 @@ def measure(row: Row, work: Work) -> Measured:
 
 
 def searched(size: Size) -> list[Row]:
-    """The product at each micro-batch."""
+    """The rows of steadygpt, one for each micro-batch."""
     return [Row("micro-batches", "steadygpt", number) for number in size.micro_batches]
 
 
@@ -458,7 +458,7 @@ class Budget:
             self.environment["CUDA_VISIBLE_DEVICES"] = ""
 
     def measured(self, rows: list[Row]) -> list[tuple[Row, Measured]]:
-        """What each row's process found; one that lacked memory beside others is run alone."""
+        """What each row's process measured; a row that ran out of memory is repeated alone."""
         results: list[tuple[Row, Measured]] = []
         for first in range(0, len(rows), self.together):
             wave = rows[first : first + self.together]
@@ -471,7 +471,7 @@ class Budget:
         return results
 
     def one(self, row: Row) -> Measured:
-        """A row's process: a note, and what it measured."""
+        """Run a row in its own process; returns a note, and what was measured."""
         seconds = self.end - time.monotonic()
         if seconds <= 0:
             return {"note": OUT_OF_TIME}
@@ -501,8 +501,8 @@ class Budget:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The rows as a table, and what they come to."""
-    heads = ("", "micro-batch", "tokens/s", "of the matrices", "of steadygpt", "peak memory, GiB")
+    """The rows as a table, and a summary."""
+    heads = ("", "micro-batch", "tokens/s", "of matrix rate", "of steadygpt", "peak memory, GiB")
     lines = [
         f"| {' | '.join([*heads, 'start, s', 'loss', 'note'])} |",
         "|" + "---|" * (len(heads) + 3),
@@ -526,7 +526,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def verdict(report: dict[str, Any]) -> list[str]:
-    """What the rows come to."""
+    """A summary of the rows."""
     rows = [row for row in report["rows"] if "tokens_per_second" in row]
     rate = report["matrix_flops"]
     matrices = "not measured" if rate is None else f"{rate / 1e12:,.3g} TFLOP/s"
@@ -545,13 +545,13 @@ def verdict(report: dict[str, Any]) -> list[str]:
         slowest = min(placements, key=lambda row: row["tokens_per_second"])
         lines.append(f"slowest placement: {slowest['name']}, {slowest['of_steadygpt']:.2f}x pre")
     if report["small"]:
-        return [*lines, "toy size on a CPU: nothing of this is a speed"]
+        return [*lines, "toy size on a CPU: these numbers are not speeds"]
     lines.append(f"{speed / AIM:.2f}x the aim of {AIM:,} tokens/s on an H200")
     return [*lines, *(f"{speed / n:.2f}x {name}, {n:,}" for name, n in YARDSTICKS.items())]
 
 
 def run(flags: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """Measure all rows that --only lets through."""
+    """Measure all rows that --only selects."""
     work = Work(flags.small, folder, flags.data)
     budget = Budget(work, flags.together, 60 * flags.minutes)
     work.prepare_random_tokens()
@@ -604,7 +604,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="WORD", help="groups or rows, by their names")
     parser.add_argument("--micro-batch", type=int, help="in place of the search for the best")
     parser.add_argument("--data", metavar="FILE", help="real tokens: uint16 ids, as nanoGPT's")
-    parser.add_argument("--minutes", type=float, default=8, help="all of it ends within them")
+    parser.add_argument("--minutes", type=float, default=8, help="time limit for everything")
     parser.add_argument("--together", type=int, default=4, help="rows that compile side by side")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu-train.json"))
     parser.add_argument("--row", help=argparse.SUPPRESS)

@@ -1,20 +1,20 @@
-"""Whatever comes to a command, it works or refuses: `python benchmarks/hostile.py --inputs 2000`.
+"""Whatever its input, a command works or refuses: `python benchmarks/hostile.py --inputs 2000`.
 
 Each input is one command on a fresh copy of a tiny fixture (a finished and a stopped run, a
-comparison, a prepared corpus) that was spoilt in one way; `KINDS` lists the ways. The command runs
-in a process of its own, forked from a server that has imported torch. An input fails if
+comparison, a prepared corpus) that was corrupted in one way; `KINDS` lists the ways. The command
+runs in its own process, forked from a server that has imported torch. An input fails if
 
-    traceback  an exception or a Python warning came out, or the exit code is one of no contract
+    traceback  an exception or a Python warning is printed, or the exit code is not documented
     signal     the process was killed by a signal
     time       it took more than 10 s (`--seconds`)
-    memory     it needed over 1 GiB more than the same command does on the unspoilt fixture
-    outside    a file beside the working directory changed: its name, bytes, mode or target
+    memory     it needed over 1 GiB more than the same command does on the intact fixture
+    outside    a file outside the working directory changed: its name, bytes, mode or target
     lost       after a refusal (exit code 2) something in the working directory is not as before
     unclear    a refusal is not one to three printable lines that name a key, a flag or a file
     output     raw control characters, markup or a formula in what it wrote, or a missing report
 
-Exits 1 if anything failed. An input is a function of (seed, kind, number): what failed is tried
-again with `--kind KIND --only NUMBER`, and `--keep DIR` keeps its files. Linux only.
+Exits 1 if anything failed. An input is a function of (seed, kind, number): one that failed is
+repeated with `--kind KIND --only NUMBER`, and `--keep DIR` keeps its files. Linux only.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a server that forks has one thread
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the server forks, so one thread
 
 import torch
 import yaml
@@ -76,13 +76,14 @@ from gpt.io.files import describe
 
 SECONDS = 10.0
 GIB = 2**30
-ADDRESSES, LONGEST_FILE = 24 * GIB, 200 * 10**6  # limits of a process, beyond what the server has
+ADDRESSES = 24 * GIB  # extra address space of a process
+LONGEST_FILE = 200 * 10**6  # the limit for a file that a process writes, or that is read here
 SORTS = ("traceback", "signal", "time", "memory", "outside", "lost", "unclear", "output")
-Door = Callable[[list[str]], int]
+Command = Callable[[list[str]], int]
 
 
 def inline(pool: Any, jobs: Any, workers: int) -> bool:
-    """In place of `runner._Pool.run`: the jobs in this process, which takes no seconds."""
+    """Replaces `runner._Pool.run`: runs the jobs in this process, which saves seconds."""
     worker._shared = replace(pool.shared, parent=os.getppid())
     for job in jobs:
         future: Future[Any] = Future()
@@ -95,7 +96,7 @@ def inline(pool: Any, jobs: Any, workers: int) -> bool:
 
 
 def compare_and_report(arguments: list[str]) -> int:
-    """A comparison, and its report once more from its directory: what is accepted is reported."""
+    """Run a comparison, then its report again from its directory: what is accepted must report."""
     code = cli.run("compare", arguments)
     if code == 0:
         directory = arguments[arguments.index("--out-dir") + 1]
@@ -107,7 +108,7 @@ def compare_and_report(arguments: list[str]) -> int:
 
 
 NO_REPORT = 99
-DOORS: dict[str, Door] = {
+COMMANDS: dict[str, Command] = {
     "train.py": partial(cli.run, "train", prog="train.py"),
     "sample.py": partial(cli.run, "sample", prog="sample.py"),
     "compare.py": partial(cli.run, "compare", prog="compare.py"),
@@ -120,15 +121,15 @@ DOORS: dict[str, Door] = {
 
 @dataclass
 class Input:
-    """A command on a spoilt fixture.
+    """A command on a corrupted fixture.
 
     Attributes:
-        note: what was spoilt.
-        long: the work is legitimately long, so that SIGTERM in its midst may end it with 75.
+        note: what was corrupted.
+        long: the work may take long; it is then stopped by SIGTERM and may exit with 75.
         draws: pictures are drawn, which takes seconds.
     """
 
-    door: str
+    command: str
     arguments: list[str]
     note: str
     stdin: str = os.devnull
@@ -291,7 +292,7 @@ class Place:
         (folder / "cut.parquet").write_bytes(whole[:-20])
 
     def fresh(self) -> None:
-        """A copy of the fixture, and outside it all that a careless write could spoil."""
+        """Copy the fixture, and create files outside it that a careless write could damage."""
         for path in (self.work, self.outside):
             shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(self.pristine, self.work, symlinks=True)
@@ -404,9 +405,9 @@ def _redirect(stdin: str, out: Path, err: Path) -> None:
 
 
 def _called(action: Callable[[], object], given: Input) -> int:
-    """The exit code of a command as its process would have it."""
+    """Call `action`; returns the exit code that its process would have."""
     sys.modules["__main__"] = types.ModuleType("__main__")
-    sys.argv = [given.door, *given.arguments]
+    sys.argv = [given.command, *given.arguments]
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(os, "fsync", return_value=None))
         stack.enter_context(mock.patch.object(runner._Pool, "run", inline))
@@ -435,11 +436,11 @@ SCRIPT = "<script>alert(1)</script>"
 def attempt(given: Input, place: Place, plain: dict[str, int]) -> Outcome:
     """Run the command of an input, and judge it."""
     inside, outside = contents(place.work), contents(place.outside)
-    door = DOORS[given.door]
-    code, err, out, seconds, memory = forked(lambda: door(given.arguments), place, given)
-    memory = max(0, memory - plain.get(given.door, 0))
+    run = COMMANDS[given.command]
+    code, err, out, seconds, memory = forked(lambda: run(given.arguments), place, given)
+    memory = max(0, memory - plain.get(given.command, 0))
     failures: dict[str, str] = {}
-    fine = CODES.get(given.door, {0})
+    fine = CODES.get(given.command, {0})
     if seconds > SECONDS or (given.long and code == -signal.SIGTERM):
         failures["time"] = f"{seconds:.1f} s"
     elif code < 0 and memory < GIB:
@@ -459,25 +460,25 @@ def attempt(given: Input, place: Place, plain: dict[str, int]) -> Outcome:
             failures["lost"] = "; ".join(lost[:3])
         if problem := why_unclear(given, err):
             failures["unclear"] = problem
-    wrong = [_raw(err), "" if given.door == "sample.py" else _raw(out)]
+    wrong = [_raw(err), "" if given.command == "sample.py" else _raw(out)]
     wrong += [_wrong_report(place.work) if code in (0, NO_REPORT) else ""]
     wrong += ["it was accepted and has no report" if code == NO_REPORT else ""]
     if any(wrong):
         failures["output"] = "; ".join(filter(None, wrong))
-    command = shlex.join([given.door, *(word[:300] for word in given.arguments)])
+    command = shlex.join([given.command, *(word[:300] for word in given.arguments)])
     note = given.note if given.stdin == os.devnull else f"{given.note}; stdin {given.stdin}"
     shown = "\n".join(line[:300] for line in err.splitlines()[:4])
     return Outcome("", 0, command, note, code, seconds, memory, failures, shown)
 
 
 def _can_be_shown(line: str) -> bool:
-    """Whether a line steers no terminal; spaces that are wider or do not break are only spaces."""
+    """Whether a line cannot control a terminal; wide and non-breaking spaces are harmless."""
     return all(c.isprintable() or unicodedata.category(c) == "Zs" for c in line)
 
 
 def why_unclear(given: Input, err: str) -> str:
-    """What is wrong with a refusal, or nothing."""
-    start = given.door.removesuffix(" twice") + ": "
+    """What is wrong with a refusal; empty if nothing is."""
+    start = given.command.removesuffix(" twice") + ": "
     lines = err.removesuffix("\n").split("\n")
     first = next((n for n, line in enumerate(lines) if line.startswith(start)), len(lines))
     complaint = [line for line in lines[first:] if not line.endswith("prompt from stdin")]
@@ -485,7 +486,7 @@ def why_unclear(given: Input, err: str) -> str:
         return f"{len(complaint)} lines begin with {start!r}"
     for line in complaint:
         if not line.startswith(start) or not _can_be_shown(line) or len(line) >= 5000:
-            return f"a line of it is not one to show: {line[:200]!r}"
+            return f"one of its lines is not fit to print: {line[:200]!r}"
     text = "\n".join(complaint).removeprefix(start)
     words = [Path(word).name for word in given.arguments if word]
     named = "--" in text or re.search(r"[\w-]+\.\w+", text) or set(re.findall(r"\w+", text)) & KEYS
@@ -537,7 +538,7 @@ def _wrong_report(work: Path) -> str:
 
 
 def _is_small(path: Path) -> bool:
-    """Whether it is a file that may be read whole, as a sparse one is not."""
+    """Whether it is a file small enough to be read at once."""
     return path.is_file() and path.stat().st_size < LONGEST_FILE
 
 
@@ -546,7 +547,7 @@ def _is_small(path: Path) -> bool:
 
 SHORT = ["--prompt", "a", "--max-new-tokens", "2"]
 FRESH = ["--out-dir", "fresh", "--max-seconds", "3"]
-SUBJECTS: dict[str, list[tuple[str, list[str]]]] = {  # a part of the fixture: what reads it
+SUBJECTS: dict[str, list[tuple[str, list[str]]]] = {  # part of the fixture -> commands that read it
     "runs/finished": [
         ("sample.py", ["runs/finished", *SHORT]),
         ("sample.py", ["runs/finished", *SHORT, "--checkpoint", "latest"]),
@@ -604,7 +605,7 @@ NEW = [
 
 
 def links(rng: random.Random, place: Place) -> Input:
-    """A link in the place of a file or folder, or added beside: out, nowhere, to itself, hard."""
+    """A link in place of a file or folder, or a new one: to outside, nowhere or itself, or hard."""
     given, _subject, path = _victim(rng, place, files_only=False)
     how = rng.choice(["moved", "moved", "moved", "file", "folder", "run", "new", "nowhere", "loop",
                       "parent", "chain", "hard"])  # fmt: skip
@@ -643,7 +644,7 @@ def special(rng: random.Random, place: Place) -> Input:
     thing = rng.choice(things)
     if rng.random() < 0.4:  # as an argument
         path = place.work / "odd"
-        door, arguments = rng.choice([
+        command, arguments = rng.choice([
             ("train.py", ["odd", "--print-config"]),
             ("compare.py", ["odd", "--dry-run"]),
             ("sample.py", ["runs/finished", "--prompt-file", "odd", "--max-new-tokens", "2"]),
@@ -660,20 +661,20 @@ def special(rng: random.Random, place: Place) -> Input:
             ("train.py", ["config.yaml", *FRESH, "--resume", "odd"]),
             ("compare.py", ["compared", "--report-only", "--beside", "odd"]),
         ])  # fmt: skip
-        given = Input(door, list(arguments), "")
+        given = Input(command, list(arguments), "")
     _remove(path)
     if thing == "fifo":
         os.mkfifo(path)
     elif thing == "socket":
         here = os.getcwd()
-        os.chdir(path.parent)  # a socket's path may have 107 bytes
+        os.chdir(path.parent)  # a socket's path may have at most 107 bytes
         with socket.socket(socket.AF_UNIX) as made:
             made.bind(path.name)
         os.chdir(here)
     elif thing == "sparse":
         with path.open("wb") as file:
             file.truncate(20 * 10**9)
-        given.long = given.door in ("prepare", "train.py")
+        given.long = given.command in ("prepare", "train.py")
     elif thing == "folder":
         path.mkdir()
     elif thing == "unreadable":
@@ -686,7 +687,7 @@ def special(rng: random.Random, place: Place) -> Input:
 
 
 def _victim(rng: random.Random, place: Place, files_only: bool) -> tuple[Input, str, Path]:
-    """A command, the part of the fixture that it reads, and a path in there to be spoilt."""
+    """A command, the part of the fixture that it reads, and a path in it to corrupt."""
     subject = rng.choice(["runs/finished", "runs/stopped", "runs/stopped", "compared", "compared",
                           "cache", "cache", ""])  # fmt: skip
     root = place.work / subject
@@ -697,8 +698,9 @@ def _victim(rng: random.Random, place: Place, files_only: bool) -> tuple[Input, 
         names = ("config.yaml", "base.yaml", "grid.yaml", "prompt.txt", "vocabulary.json",
                  "corpus/0.txt", "corpus/x.txt", "fresh", "cache2")  # fmt: skip
         paths = [root / name for name in names]
-    door, arguments = rng.choice(SUBJECTS[subject])
-    return Input(door, list(arguments), "", draws=rng.random() < 0.05), subject, rng.choice(paths)
+    command, arguments = rng.choice(SUBJECTS[subject])
+    draws = rng.random() < 0.05
+    return Input(command, list(arguments), "", draws=draws), subject, rng.choice(paths)
 
 
 def _remove(path: Path) -> None:
@@ -776,8 +778,8 @@ def sizes(rng: random.Random, place: Place) -> Input:
         run = place.work / "runs/finished"
         tree = read_yaml(run / "config.yaml")
         (run / "config.yaml").write_text(_merged(tree, chosen))
-        door, arguments = rng.choice(SUBJECTS["runs/finished"])
-        return Input(door, list(arguments), f"a run whose config says {note}")
+        command, arguments = rng.choice(SUBJECTS["runs/finished"])
+        return Input(command, list(arguments), f"a run whose config says {note}")
     if way == "sample":
         flag = rng.choice(SAMPLING)
         rest = [] if flag == "--max-new-tokens" else ["--max-new-tokens", "2"]
@@ -898,8 +900,8 @@ def _odd_data(rng: random.Random, place: Place) -> Input:
     if rng.random() < 0.1:
         arguments = ["runs/finished", "--prompt-file", f"{name}{suffix}", "--max-new-tokens", "2"]
         return Input("sample.py", arguments, f"a prompt: {name}", long=True)
-    door, rest = rng.choice([("prepare", []), ("prepare", []), ("train.py", FRESH)])
-    return Input(door, ["config.yaml", *flags, *rest], f"{source} data: {name}", long=True)
+    command, rest = rng.choice([("prepare", []), ("prepare", []), ("train.py", FRESH)])
+    return Input(command, ["config.yaml", *flags, *rest], f"{source} data: {name}", long=True)
 
 
 def _tampered(rng: random.Random, raw: bytes) -> tuple[bytes, str]:
@@ -969,7 +971,7 @@ def _other_tensors(rng: random.Random, path: Path) -> str:
 
 
 def _seal(folder: Path) -> None:
-    """Manifests that fit what is there now, as one who means harm would write them."""
+    """Rewrite manifests to match the tampered files, as an attacker would."""
     for path in [*folder.rglob("manifest.json"), *folder.rglob("meta.json")]:
         with contextlib.suppress(Exception):
             tree = json.loads(path.read_bytes())
@@ -1006,12 +1008,12 @@ def odd_names(rng: random.Random, place: Place) -> Input:
     if way == "run":
         which = rng.choice(["finished", "stopped"])
         (sure / f"runs/{which}").rename(sure / name)
-        door, arguments = rng.choice(SUBJECTS[f"runs/{which}"])
+        command, arguments = rng.choice(SUBJECTS[f"runs/{which}"])
         words = [
             word.replace(f"runs/{which}", f"./{name}" if name[0] == "-" else name)
             for word in arguments
         ]
-        return Input(door, words, note, draws=draws)
+        return Input(command, words, note, draws=draws)
     if way == "config":
         file = f"{name}.yaml" if len(os.fsencode(name)) < 250 else name
         (sure / file).write_text("base: base.yaml\n")
@@ -1060,7 +1062,7 @@ def odd_names(rng: random.Random, place: Place) -> Input:
 
 
 def costly_yaml(rng: random.Random, place: Place) -> Input:
-    """YAML that is costly to read, deep, wide or long, as a config, base, grid, run's or flag."""
+    """YAML that is costly to read, deep, wide or long, in a config, base, grid, run or flag."""
     size = rng.choice([10**3, 10**5, 10**6, 2**22 - 100, 2**22 + 100])
     texts: dict[str, Callable[[int], str]] = {
         "sexagesimals": lambda n: "seed: 1" + ":1" * (n // 2),
@@ -1104,7 +1106,7 @@ def costly_yaml(rng: random.Random, place: Place) -> Input:
     if where == "flag":
         flag = rng.choice(["--data.mix", "--data.validation"])
         return Input("train.py", ["config.yaml", flag, text[:100_000], "--print-config"], note)
-    file, (door, arguments) = {
+    file, (command, arguments) = {
         "config": ("config.yaml", ("train.py", ["config.yaml", "--print-config"])),
         "base": ("base.yaml", ("train.py", ["config.yaml", "--dry-run"])),
         "grid": ("grid.yaml", ("compare.py", ["grid.yaml", "--out-dir", "fresh", "--dry-run"])),
@@ -1116,7 +1118,7 @@ def costly_yaml(rng: random.Random, place: Place) -> Input:
         "comparison": ("compared/grid.yaml", ("compare.py", ["compared", "--report-only"])),
     }[where]
     (place.work / file).write_text(text)
-    return Input(door, list(arguments), note)
+    return Input(command, list(arguments), note)
 
 
 Generator = Callable[[random.Random, Place], Input]
@@ -1130,7 +1132,7 @@ KINDS: dict[str, Generator] = {
 }
 
 # ---------------------------------------------------------------------------------------------
-# By the thousand
+# Running many inputs
 
 _place: Place
 _plain: dict[str, int]
@@ -1143,12 +1145,12 @@ def begin(folder: Path) -> None:
     _place = Place(folder / f"server-{os.getpid()}")
     _place.build()
     _plain = {}
-    for door, arguments in PLAIN.items():
+    for command, arguments in PLAIN.items():
         _place.fresh()
-        outcome = attempt(Input(door, arguments, "plain"), _place, {})
+        outcome = attempt(Input(command, arguments, "plain"), _place, {})
         if outcome.code or set(outcome.failures) - {"time"}:
             raise SystemExit(f"the plain command fails: {outcome}")
-        _plain[door] = outcome.memory
+        _plain[command] = outcome.memory
     _plain["compare.py twice"] = _plain["compare.py"]
 
 
@@ -1185,14 +1187,14 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 def main() -> int:
-    """Try the inputs and print the table; the exit code."""
+    """Try the inputs and print the table; returns the exit code."""
     global SECONDS
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", type=int, default=2000, help="of all kinds together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="more on a busy machine")
-    parser.add_argument("--minutes", type=float, default=20, help="then what is left is not tried")
+    parser.add_argument("--minutes", type=float, default=20, help="afterwards, none are started")
     parser.add_argument("--kind", choices=KINDS, help="of one kind only")
     parser.add_argument("--only", type=int, help="the input with this number, of --kind")
     parser.add_argument("--keep", type=Path, help="a folder for the files of what failed")
@@ -1228,7 +1230,7 @@ def main() -> int:
 
 
 def _within(minutes: float, tried: list[Future[Outcome]]) -> Iterator[Outcome]:
-    """The outcomes as they come; after `minutes` what has not begun is given up."""
+    """Yield outcomes as they come; after `minutes`, cancel what has not begun."""
     try:
         for future in as_completed(tried, timeout=60 * minutes):
             yield future.result()

@@ -82,7 +82,7 @@ def by_seeds(repetitions: int, trials: dict[str, Trial]) -> Rows:
 
 
 def mean_coverage(repetitions: int) -> Rows:
-    """Of `mean_interval`."""
+    """Coverage of `mean_interval`."""
 
     def trial(draw: Draw, true: float, random: np.random.Generator, n: int) -> bool:
         return contains(mean_interval(draw(random, n).tolist()), true)
@@ -92,7 +92,7 @@ def mean_coverage(repetitions: int) -> Rows:
 
 
 def fraction_coverage(repetitions: int) -> Rows:
-    """Of `fraction_interval`, for runs that fail independently."""
+    """Coverage of `fraction_interval`, for runs that fail independently."""
 
     def trial(
         probabilities: tuple[float, ...], runs: int, random: np.random.Generator, n: int
@@ -113,7 +113,7 @@ def fraction_coverage(repetitions: int) -> Rows:
 
 
 def newcombe_coverage(repetitions: int) -> Rows:
-    """Of `newcombe`, as `mcnemar` gives it."""
+    """Coverage of `newcombe`, as `mcnemar` returns it."""
 
     def trial(a: float, b: float, random: np.random.Generator, n: int) -> bool:
         table = mcnemar((random.random(n) < a).tolist(), (random.random(n) < b).tolist())
@@ -124,7 +124,7 @@ def newcombe_coverage(repetitions: int) -> Rows:
 
 
 def wilson_coverage(repetitions: int) -> Rows:
-    """Of `wilson`."""
+    """Coverage of `wilson`."""
 
     def trial(p: float, random: np.random.Generator, n: int) -> bool:
         return contains(wilson(int(random.binomial(n, p)), n), p)
@@ -133,7 +133,7 @@ def wilson_coverage(repetitions: int) -> Rows:
 
 
 def threshold_coverage(repetitions: int) -> Rows:
-    """Of `threshold_interval`, on rates a factor of 2 apart.
+    """Coverage of `threshold_interval`, on learning rates a factor of 2 apart.
 
     The seeds' log thresholds are normal; their mean lies anywhere between two rates.
     """
@@ -153,7 +153,7 @@ def threshold_coverage(repetitions: int) -> Rows:
 def power(repetitions: int) -> Rows:
     """How often a mean of `effect` standard deviations is answered with YES.
 
-    YES takes an interval above 0 and a sign-flip test at 5%; at effect 0 it is an error.
+    YES requires an interval above 0 and a sign-flip test at 5%; at effect 0, YES is an error.
     """
 
     def trial(effect: float, random: np.random.Generator, n: int) -> bool:
@@ -166,7 +166,7 @@ def power(repetitions: int) -> Rows:
 
 
 def two_stages(repetitions: int) -> Rows:
-    """The rule that looks after 6 seeds and, if these do not settle it, after 10."""
+    """The rule that tests after 6 seeds and, if these do not suffice, again after 10."""
 
     def trial(effect: float, random: np.random.Generator) -> tuple[bool, int]:
         values = random.normal(effect, 1, size=TWO_STAGES[-1][0]).tolist()
@@ -208,7 +208,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repetitions", type=int, default=4000, help="comparisons per number")
+    parser.add_argument("--repetitions", type=int, default=4000, help="comparisons, at most")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     arguments = parser.parse_args()
     found = {title: simulate(arguments.repetitions) for title, simulate in TABLES.items()}

@@ -1,10 +1,10 @@
-"""The padding lesson: why language models normalise over channels and not over the batch.
+"""The padding lesson: why language models normalize over channels and not over the batch.
 
     python benchmarks/padding.py [--out benchmarks/figures/padding.png]
 
-The same 8 sequences of 32 real tokens, 64 channels, go through batch norm and layer norm alone and
-beside more and more padding (zeros, as an embedding of padding is). What is drawn, and printed
-last, is how far the output for the real tokens moves: its RMS change, where outputs have RMS 1.
+The same 8 sequences of 32 real tokens, 64 channels, go through batch norm and layer norm, alone and
+together with more and more padding (zeros, like the embedding of a padding token). The plot and the
+table show how far the outputs for the real tokens move: their RMS change, where outputs have RMS 1.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def tokens() -> Tensor:
 
 @torch.no_grad()
 def moved(norm: nn.Module, x: Tensor, share: float) -> float:
-    """RMS change of the normalised real tokens when `share` of all positions is padding."""
+    """RMS change of the normalized real tokens when `share` of all positions is padding."""
     padding = torch.zeros(SEQUENCES, round(REAL * share / (1 - share)), WIDTH)
     beside = norm(torch.cat([x, padding], dim=1))[:, :REAL]
     return (beside - norm(x)).square().mean().sqrt().item()

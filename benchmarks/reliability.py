@@ -1,19 +1,19 @@
 """Does a run survive? `python benchmarks/reliability.py kills|stages|damage|soak|all`.
 
-    kills     SIGKILL at random moments to a real `train.py`; the same command goes on
-    stages    SIGKILL at every stage of a short run, saves above all, by fault injection
-    damage    files of checkpoints cut, flipped, lengthened, missing and swapped
-    soak      a long run of a tiny model: memory, speed and files stay as they are
+    kills     SIGKILL at random moments to a real `train.py`; the same command then resumes
+    stages    SIGKILL at every stage of a short run, especially saves, by fault injection
+    damage    checkpoint files truncated, lengthened, deleted, swapped, or with a flipped bit
+    soak      a long run of a tiny model: whether memory, speed and files stay constant
 
-Whatever is done to it, a run must end as the undisturbed one: checkpoints, metrics and samples
-equal to the last bit (clock times aside), and the same files, none left over. Between two lives
-every folder `step-...` must be whole and metrics.jsonl readable. Exits 1 if anything failed; what
-failed is kept with --out-dir.
+Whatever is done to it, a run must end like the undisturbed one: checkpoints, metrics and samples
+equal to the last bit (clock times aside), and the same files, none left over. After every kill, all
+folders `step-...` must be complete and metrics.jsonl readable. Exits 1 if anything failed; with
+--out-dir, what failed is kept.
 
 A stage is a change to the run directory (a file opened for writing, a rename, a removal ...), seen
-by an audit hook just before it happens, or a flush. At a flush the process dies once before it, and
-once with half of what was not yet flushed lost, as in a power cut; inside a tensor file or a line
-of metrics it dies half-way. Linux only: it forks, and asks /proc for the names of open files.
+by an audit hook just before it happens, or a flush. At a flush, the process dies once before it,
+and once after losing half of the data not yet flushed, as in a power cut; while writing tensors or
+metrics, it also dies half-way. Linux only: it forks, and reads the names of open files from /proc.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ RESULT_TIMES = ("seconds", "tokens_per_second")
 
 KILLS_A_RUN = 10
 STEPS_A_KILL = 30
-MEMORY, SPEED = 0.02, 0.2  # by which a soak may change; the speed of a shared machine varies
+MEMORY, SPEED = 0.02, 0.2  # relative changes allowed in a soak; a shared machine's speed varies
 
 
 class Outcome(NamedTuple):
@@ -79,7 +79,7 @@ class Outcome(NamedTuple):
 
 
 def write_config(folder: Path, **options: Any) -> Path:
-    """A config of a tiny run and its corpus, below `folder`; `options` is its sections."""
+    """A config of a tiny run and its corpus, below `folder`; `options` overrides its sections."""
     (folder / "corpus").mkdir(parents=True)
     for index in range(40):
         text = VERSE.format(index) * (index % 5 + 2)
@@ -91,7 +91,7 @@ def write_config(folder: Path, **options: Any) -> Path:
             "path": [str(folder / "corpus")],
             "tokenizer": "bytes",
             "val_fraction": 0.2,
-            "cache_dir": "cache",  # where the process works
+            "cache_dir": "cache",  # in the working directory
         },
         "model": {"layers": 2, "heads": 2, "width": 16, "context": 16, "dropout": 0.1},
         "schedule": {"warmup_steps": 5},
@@ -109,7 +109,7 @@ def write_config(folder: Path, **options: Any) -> Path:
 
 
 def differences(run: Path, undisturbed: Path, lost: Iterable[str] = ()) -> list[str]:
-    """In what a finished run differs from the undisturbed one, left-over files included.
+    """How a finished run differs from the undisturbed one, including left-over files.
 
     Args:
         lost: checkpoints that may be missing, in whose place older ones are kept for longer.
@@ -132,7 +132,7 @@ def differences(run: Path, undisturbed: Path, lost: Iterable[str] = ()) -> list[
 
 
 def _files(run: Path) -> Iterator[str]:
-    """Names of all files and empty folders, but those that disturbances alone leave."""
+    """Names of all files and empty folders, except those that only disturbances leave."""
     for path in run.rglob("*"):
         parts = path.relative_to(run).parts
         by_design = path.name.endswith(".lock") or path.name == "history.jsonl"
@@ -157,7 +157,7 @@ def _content(path: Path) -> object:
         state = json.loads(path.read_text("utf-8"))
         return {**state, "progress": _without(state["progress"], PROGRESS_TIMES)}
     if path.name in ("manifest.json", "environment.json", "loss.png", "layers.png"):
-        return None  # times are in them, or follow from them; a manifest is verified
+        return None  # they depend on clock times; `torn` verifies manifests
     return path.read_bytes()
 
 
@@ -166,7 +166,7 @@ def _without(record: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 
 def torn(run: Path) -> list[str]:
-    """What is not whole of a run that was killed, though its name says so."""
+    """What is incomplete in a killed run, although its name says otherwise."""
     found = []
     for pointer in ("latest", "best"):
         path = run / "checkpoints" / pointer
@@ -185,7 +185,7 @@ def torn(run: Path) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------
-# A process that is forked, and dies where it is told to
+# A forked process that dies at a chosen stage
 
 
 def warm_up() -> None:
@@ -199,7 +199,7 @@ def _empty_picture(figure: Figure, file: BinaryIO, **options: Any) -> None:
 
 
 def train_forked(config: Path, run: Path, fault: Fault | None = None) -> tuple[int, str]:
-    """Train in a child, as `train.py` does: its exit code, and what it and `fault` said."""
+    """Train in a child, as `train.py` does; returns its exit code and its stderr."""
     log = run.with_suffix(".log")
     sys.stdout.flush()
     child = os.fork()
@@ -223,7 +223,7 @@ def train_forked(config: Path, run: Path, fault: Fault | None = None) -> tuple[i
     return os.waitstatus_to_exitcode(status), log.read_text("utf-8", "replace")
 
 
-CHANGES = {  # audit events: how many of the first arguments are paths; folders' handles come last
+CHANGES = {  # audit event -> how many of its first arguments are paths; folder handles come last
     "os.mkdir": 1,
     "os.remove": 1,
     "os.rmdir": 1,
@@ -235,18 +235,18 @@ STAGE = "stage: "
 
 
 class Fault:
-    """Tells the stages of what a process does to `folder` on stderr, and dies at number `at`.
+    """Prints each stage of a process's changes to `folder` on stderr, and kills it at stage `at`.
 
     Args:
-        at: from 1; 0 lives on.
+        at: from 1; 0 never kills.
     """
 
     def __init__(self, folder: Path, at: int = 0) -> None:
         self.folder, self.at, self.count = str(folder), at, 0
-        self.flushed: dict[int, int] = {}  # bytes by inode, which a rename leaves alone
+        self.flushed: dict[int, int] = {}  # bytes by inode, which a rename does not change
 
     def install(self) -> None:
-        """Begin, in the process that is to die."""
+        """Install the hooks, in the process that is to die."""
         fsync, write = os.fsync, metrics.MetricsLog.write
 
         def flush(handle: int) -> None:
@@ -314,7 +314,7 @@ class Fault:
 
 
 def stages_in(log: str) -> list[str]:
-    """The stages that a `Fault` told of."""
+    """The stages that a `Fault` printed."""
     return [line.removeprefix(STAGE) for line in log.splitlines() if line.startswith(STAGE)]
 
 
@@ -331,7 +331,7 @@ def broken_off(config: Path, run: Path, stages: list[str]) -> Path:
     last = max(n for n, name in enumerate(stages, 1) if name.startswith("mkdir checkpoints/"))
     code, log = train_forked(config, run, Fault(run, last))
     if code != -signal.SIGKILL:
-        raise SystemExit(f"the run that was to be broken off was not:\n{log}")
+        raise SystemExit(f"the run was not killed as intended:\n{log}")
     return run
 
 
@@ -347,11 +347,11 @@ class Life:
     log: str
     startup: float  # seconds until it worked in the directory
     waited: float  # seconds from its start, or from its first work, to the kill
-    early: bool  # whether it was from its start
+    early: bool  # whether `waited` is from its start
 
 
 def kills(folder: Path, number: int | None, seed: int) -> list[Outcome]:
-    """`number` (50) kills, ten a run."""
+    """Kill runs `number` times (default: 50), ten times each."""
     number = number or 50
     began, rng = time.monotonic(), random.Random(seed)  # noqa: S311
     each = min(number, KILLS_A_RUN)
@@ -359,13 +359,13 @@ def kills(folder: Path, number: int | None, seed: int) -> list[Outcome]:
     warm_up()
     undisturbed(config, folder / "whole/run")
     seconds = json.loads((folder / "whole/run/result.json").read_text())["seconds"]
-    window = 1.6 * seconds / each  # so that most lives are killed, and some kills meet the end
+    window = 1.6 * seconds / each  # so that most processes are killed, some near the end
     tried = survived = 0
     startup = 3.0
     for chain in itertools.count(1):
         if tried >= number or chain > number:
             break
-        place = folder / f"run-{chain}"  # of its own cache too: kills meet the preparation as well
+        place = folder / f"run-{chain}"  # with its own cache, so that kills also hit preparation
         place.mkdir()
         shutil.copy(config, place)
         run, here, trouble = place / "run", 0, list[str]()
@@ -441,7 +441,7 @@ def _trace(run: Path) -> tuple[object, ...]:
 
 
 def stages(folder: Path, number: int | None, seed: int) -> list[Outcome]:
-    """Death at `number` stages, spread evenly (all), of a fresh run and of one that goes on."""
+    """Kill a fresh and a resumed run at `number` evenly spread stages (default: all)."""
     began = time.monotonic()
     config = write_config(
         folder / "whole",
@@ -479,7 +479,7 @@ def stages(folder: Path, number: int | None, seed: int) -> list[Outcome]:
         _say(f"{run.name} ({stage})", trouble, run)
         if index % 50 == 0:
             print(f"{index} of {len(chosen)} stages, {survived} survived", flush=True)
-    print(f"{len(places)} stages in all: {len(fresh)} of a fresh run, the rest of one that goes on")
+    print(f"{len(places)} stages in all: {len(fresh)} of a fresh run, the rest of a resumed one")
     return [Outcome("stages", survived, len(chosen), "survived", time.monotonic() - began)]
 
 
@@ -495,7 +495,7 @@ class Damage(NamedTuple):
 
 
 def cut(folders: list[Path], rng: random.Random) -> Damage:
-    """A file without its end."""
+    """Cut off the end of a file."""
     path = _some_file(folders[0], rng)
     size = rng.randrange(path.stat().st_size)
     os.truncate(path, size)
@@ -503,7 +503,7 @@ def cut(folders: list[Path], rng: random.Random) -> Damage:
 
 
 def flip(folders: list[Path], rng: random.Random) -> Damage:
-    """One bit that is not what it was."""
+    """Flip one bit of a file."""
     path = _some_file(folders[0], rng)
     content = bytearray(path.read_bytes())
     place, bit = rng.randrange(len(content)), rng.randrange(8)
@@ -513,7 +513,7 @@ def flip(folders: list[Path], rng: random.Random) -> Damage:
 
 
 def lengthen(folders: list[Path], rng: random.Random) -> Damage:
-    """Bytes behind the end."""
+    """Append bytes to a file."""
     path = _some_file(folders[0], rng)
     number = rng.randint(1, 64)
     path.write_bytes(path.read_bytes() + rng.randbytes(number))
@@ -521,30 +521,30 @@ def lengthen(folders: list[Path], rng: random.Random) -> Damage:
 
 
 def remove(folders: list[Path], rng: random.Random) -> Damage:
-    """A file that is missing."""
+    """Delete a file."""
     path = _some_file(folders[0], rng)
     path.unlink()
     return Damage(f"{path.name} removed", {folders[0].name})
 
 
 def swap_within(folders: list[Path], rng: random.Random) -> Damage:
-    """Two files of one checkpoint in each other's place."""
+    """Swap two files of one checkpoint."""
     one, two = rng.sample(sorted(folders[0].iterdir()), 2)
     _swap(one, two)
     return Damage(f"{one.name} and {two.name} swapped", {folders[0].name})
 
 
 def swap_between(folders: list[Path], rng: random.Random) -> Damage:
-    """A file of one checkpoint in another's place."""
+    """Swap a file with that of another checkpoint."""
     other = rng.choice(folders[1:])
-    names = [p.name for p in sorted(other.iterdir()) if p.name != "tokenizer.json"]  # the same
+    names = [p.name for p in sorted(other.iterdir()) if p.name != "tokenizer.json"]  # all equal
     name = rng.choice(names)
     _swap(folders[0] / name, other / name)
     return Damage(f"{name} swapped with {other.name}'s", {folders[0].name, other.name})
 
 
 def swap_folders(folders: list[Path], rng: random.Random) -> Damage:
-    """A whole checkpoint in another's place."""
+    """Swap two whole checkpoints."""
     other = rng.choice(folders[1:])
     _swap(folders[0], other)
     return Damage(f"swapped with {other.name}", {folders[0].name, other.name})
@@ -566,7 +566,7 @@ def _swap(one: Path, two: Path) -> None:
 
 
 def damage(folder: Path, number: int | None, seed: int) -> list[Outcome]:
-    """`number` (100) damages to the newest checkpoints of a run that was broken off."""
+    """Damage the newest checkpoints of a killed run `number` times (default: 100)."""
     number = number or 100
     began, rng = time.monotonic(), random.Random(seed)  # noqa: S311
     config = write_config(
@@ -604,8 +604,8 @@ def damage(folder: Path, number: int | None, seed: int) -> list[Outcome]:
             else:
                 trouble += differences(run, whole, lost=damaged)
             skipped = names[: names.index(left[0].name)]
-            told = [line for line in log.splitlines() if "skipped" in line]
-            trouble += [f"{n} is not said to be skipped" for n in skipped if n not in str(told)]
+            reports = [line for line in log.splitlines() if "skipped" in line]
+            trouble += [f"{n} is not reported as skipped" for n in skipped if n not in str(reports)]
         elif code != 2:
             trouble.append(f"with no checkpoint left it ended with {code}: {log.strip()[-500:]}")
         recovered += not trouble[len(missed) :]
@@ -641,7 +641,7 @@ class Moment(NamedTuple):
 
 
 def soak(folder: Path, number: int | None, seed: int) -> list[Outcome]:
-    """A run of `number` (20,000) steps, looked at every second."""
+    """Observe a run of `number` steps (default: 20,000) every second."""
     steps = number or 20_000
     began = time.monotonic()
     config = write_config(
@@ -685,16 +685,16 @@ def soak(folder: Path, number: int | None, seed: int) -> list[Outcome]:
         statistics.median(r["tokens_per_second"] for r in part)
         for part in (records[:quarter], records[-quarter:])
     )
-    # the least, as a look may fall into the making of a checkpoint
+    # the minimum, since a checkpoint may be half written when the run is observed
     files, more_files = (min(m.files for m in during(*h)) for h in ((0.1, 0.5), (0.5, 1.0)))
     size, more = (min(m.size for m in during(*h)) for h in ((0.1, 0.5), (0.5, 1.0)))
     ratio, speed = late / early, last / first
     print(
-        f"{steps} steps, {len(moments)} looks\n"
+        f"{steps} steps, {len(moments)} observations\n"
         f"memory   {early / 1e6:.1f} MB after a tenth, {late / 1e6:.1f} MB at the end: "
         f"{ratio:.4f}\n"
         f"tokens/s {first:,.0f} in the first quarter, {last:,.0f} in the last: {speed:.3f}\n"
-        f"files    {files} ({size:,} bytes) at least in the first half, "
+        f"files    at least {files} ({size:,} bytes) in the first half, "
         f"{more_files} ({more:,} bytes) in the second, without metrics and samples"
     )
     checks = (ratio <= 1 + MEMORY, speed >= 1 - SPEED, more_files <= files and more <= 1.01 * size)
@@ -715,7 +715,7 @@ def _last_step(path: Path) -> int:
 
 
 def _occupied(run: Path) -> tuple[int, int]:
-    """Files in a run directory, but metrics and samples, and their bytes."""
+    """Number and bytes of the files in a run directory, without metrics and samples."""
     files = size = 0
     for place, _, names in os.walk(run):
         for name in names:
@@ -734,7 +734,7 @@ def _occupied(run: Path) -> tuple[int, int]:
 
 
 def _say(name: str, trouble: list[str], folder: Path) -> None:
-    """Tell of what failed and keep it; else remove it."""
+    """Report what failed and keep it; otherwise delete it."""
     for line in trouble[:4]:
         print(f"FAILED {name}: {line}", flush=True)
     if len(trouble) > 4:
@@ -747,15 +747,15 @@ PARTS = {"kills": kills, "stages": stages, "damage": damage, "soak": soak}
 
 
 def main() -> int:
-    """Run what is asked for and print the table; the exit code."""
+    """Run the chosen parts and print the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=[*PARTS, "all"])
-    parser.add_argument("--number", type=int, help="of kills, stages, damages; the soak's steps")
+    parser.add_argument("--number", type=int, help="of kills, stages, damages or soak steps")
     parser.add_argument("--seed", type=int, default=0, help="of moments and damages")
     parser.add_argument("--out-dir", type=Path, help="an empty folder, for what failed")
     options = parser.parse_args()
     if options.number is not None and (options.part == "all" or options.number < 1):
-        parser.error("--number: at least 1, and of one part")
+        parser.error("--number: must be at least 1, and needs a single part")
     if options.out_dir is not None and options.out_dir.exists() and any(options.out_dir.iterdir()):
         parser.error(f"--out-dir: {options.out_dir} is not empty")
     outcomes: list[Outcome] = []

@@ -1,21 +1,21 @@
-"""Sampling, measured: `python benchmarks/sample.py [--nanogpt CLONE]`.
+"""Sampling speed: `python benchmarks/sample.py [--nanogpt CLONE]`.
 
-GPT-2's 124M shape with random weights, a prompt of 16 tokens and 64 new ones, drawn at temperature
-1, at batch 1 and 16. The contestants, each built with as many parameters as the others:
+GPT-2's 124M shape with random weights adds 64 tokens to a prompt of 16, at temperature 1 and batch
+sizes 1 and 16. The contestants, all with the same number of parameters:
 
     steadygpt       optimize_for_inference, then generate: what sample.py does
     transformers    GPT2LMHeadModel.generate; on a GPU also with a static cache, compiled
     nanoGPT         model.generate of the clone that --nanogpt names; it keeps no cache
 
-Tokens per second count everything from the call to the last token, the prompt's reading included,
-without what a first call does once (compiling, capturing). Contestants take turns, so that a busy
-machine disturbs all alike; the fastest of their rounds counts. A contestant that fails is a row.
+Tokens per second cover everything from the call to the last token, including reading the prompt,
+but not what only a first call does (compiling, capturing). Contestants take turns, so that a busy
+machine affects all alike; each one's fastest round counts. A contestant that fails gets a row too.
 
-The limit is memory: a step reads every weight once, but for the position embeddings. Their bytes
-over the rate of plain reads, which is measured in the same rounds (the sum of as many numbers), are
-about the least time of a step in fp32; "of the limit" is each contestant's share of the tokens that
-this allows, so that fewer bits may go beyond 100%. On a CPU two more rows are a step's matrix
-products alone, in torch's layout and as steadygpt does them.
+The limit is memory bandwidth: a step reads every weight once, except the position embeddings. The
+bytes of these weights divided by the speed of plain reads (summing as many numbers, timed in the
+same rounds) are roughly the minimum time of a step in fp32. "Of the limit" is a contestant's speed
+relative to it, and may exceed 100% with fewer bits. On a CPU, two more rows time a step's matrix
+products alone, in torch's layout and in steadygpt's.
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ from gpt.model import GPT
 
 SAMPLING = Sampling(temperature=1.0)
 READS = "limit: plain reads"
-STEPS = 20  # of a limit's turn
+STEPS = 20  # in each round of a limit
 Step = Callable[[], object]
-Run = Callable[[int], object]  # makes so many tokens of each sample
+Run = Callable[[int], object]  # generates this many tokens per sample
 
 
 # ---------------------------------------------------------------------------------------------
-# The contestants: each builds a model and returns what generates
+# The contestants: each builds a model and returns a function that generates
 
 
 class Task:
-    """What all of them do.
+    """What every contestant does.
 
     Args:
         flags: shape, prompt, device.
-        batch: samples side by side.
+        batch: number of samples.
     """
 
     def __init__(self, flags: argparse.Namespace, batch: int) -> None:
@@ -111,7 +111,7 @@ def plain(task: Task) -> GPT:
 
 
 def transformers(task: Task, weights: Weights, static: bool = False) -> Run:
-    """`generate` with its defaults but for the draw; `static` as its documentation advises."""
+    """`generate` with defaults except for sampling; `static` follows its documentation."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     shape = task.shape
@@ -173,11 +173,11 @@ def nanogpt(task: Task, weights: Weights) -> Run:
 
 
 def same_size(model: nn.Module, task: Task) -> None:
-    """Hold a contestant to our number of parameters."""
+    """Check that a contestant has as many parameters as our model."""
     with torch.device("meta"):
         ours = GPT(task.shape, task.vocab_size).num_parameters()
     theirs = sum(parameter.numel() for parameter in model.parameters())
-    assert theirs == ours, f"{theirs:,} parameters against {ours:,}"
+    assert theirs == ours, f"{theirs:,} parameters instead of {ours:,}"
 
 
 CONTESTANTS: dict[str, Callable[[Task, Weights], Run]] = {
@@ -190,7 +190,7 @@ CONTESTANTS: dict[str, Callable[[Task, Weights], Run]] = {
 
 
 def entries(task: Task) -> list[tuple[str, Weights]]:
-    """Who takes part here, with which weights."""
+    """The contestants on this device, each with the type of its weights."""
     if task.device.type == "cuda":
         pairs: list[tuple[str, Weights]] = [
             (name, weights) for weights in ("fp32", "bf16") for name in CONTESTANTS
@@ -213,7 +213,7 @@ def step_bytes(task: Task) -> int:
 
 
 def reads(task: Task) -> Step:
-    """Reads as many bytes as a step does, and does nothing else with them."""
+    """Read as many bytes as a step does, and do nothing else."""
     numbers = torch.ones(step_bytes(task) // 4, device=task.device)
     return lambda: numbers.sum().item()
 
@@ -226,7 +226,7 @@ def products(task: Task, ours: bool) -> Step:
     inputs.append(torch.randn(task.batch, task.shape.width))
     if ours:
         optimize_for_inference(model, "fp32", task.batch)
-    if model.head is None:  # also where no other layout pays
+    if model.head is None:  # tied, and no other layout pays off
         model.head = nn.Linear(task.shape.width, task.vocab_size, bias=False)
     kinds = (nn.Linear, PackedLinear, SlicedLinear)
     calls = [m for m in model.modules() if isinstance(m, kinds)]
@@ -248,17 +248,17 @@ class Entry:
 
     Attributes:
         rates: tokens per second of each round.
-        failure: why there is none.
+        failure: why there are none.
     """
 
     def __init__(self, name: str, weights: str, batch: int) -> None:
         self.name, self.weights, self.batch = name, weights, batch
         self.rates: list[float] = []
         self.failure = ""
-        self.turn: Callable[[], int] = lambda: 0  # tokens made
+        self.turn: Callable[[], int] = lambda: 0  # returns the number of tokens generated
 
     def guard(self, do: Callable[[], None], deadline: float) -> None:
-        """Whatever goes wrong is this row's alone."""
+        """Call `do`; an error fails only this row."""
         if self.failure:
             return
         try:
@@ -268,7 +268,7 @@ class Entry:
         except Exception as error:
             said = str(error).strip().splitlines() or [type(error).__name__]
             self.failure = said[0][:80]
-            self.turn = lambda: 0  # and its memory goes
+            self.turn = lambda: 0  # frees its memory
 
     @property
     def rate(self) -> float:
@@ -283,7 +283,7 @@ class Entry:
 
 
 def compete(flags: argparse.Namespace, batch: int, deadline: float) -> list[Entry]:
-    """All rows of one batch size; the last rows are the limits'."""
+    """All rows of one batch size; the limits come last."""
     task = Task(flags, batch)
     found = []
     for name, weights in entries(task):
@@ -331,7 +331,7 @@ def compete(flags: argparse.Namespace, batch: int, deadline: float) -> list[Entr
 
 
 def say(line: str) -> None:
-    """Progress."""
+    """Print progress."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -384,14 +384,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on a CPU")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--prompt", type=int, default=16, help="tokens")
-    parser.add_argument("--tokens", type=int, default=64, help="new ones")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--vocab-size", type=int, default=50257)
     parser.add_argument("--rounds", type=int, default=5, help="at most, for each batch size")
-    parser.add_argument("--seconds", type=float, default=420, help="no new round after that long")
+    parser.add_argument("--seconds", type=float, default=420, help="start no round after that")
     parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmark-sample.json"))
     flags = parser.parse_args()

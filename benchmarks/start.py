@@ -1,17 +1,17 @@
-"""How soon a run starts, and what else than updates takes time: `python benchmarks/start.py`.
+"""How soon a run starts, and what takes time besides updates: `python benchmarks/start.py`.
 
     --help          wall time of `train.py`, `sample.py` and `compare.py` with `--help`
-    first step      from the command to the first training line of metrics.jsonl, data prepared:
-                    the command as it is, watched from outside by the files that it writes
+    first step      from the command to the first training line of metrics.jsonl, with the data
+                    already prepared; measured from outside, by the files that it writes
     imports         of the same command, once more under `-X importtime` (which slows it a little)
     a run's time    share of logging, evaluation, checkpoints, samples and the picture at the end
 
-The first two are taken in turn, `--rounds` times; medians and ranges are printed. For the last, a
-run in a process of its own has the methods of its loop timed, the device waited for before and
-after each; the rest is updates and their batches. Its settings are the config's own, but for the
-steps of `--steps`. The clock runs from the banner to the result, so with the evaluation before the
-first update. On a GPU losses are read every `training.log_every` steps, and the first line comes
-after so many.
+The first two are measured alternately, `--rounds` times; medians and ranges are printed. For the
+last, a run in its own process has the methods of its loop timed, synchronizing the device before
+and after each call; the rest is updates and their batches. Its settings are the config's, except
+for the number of steps (`--steps`). The clock runs from the banner to the result, so it includes
+the evaluation before the first update. On a GPU, losses are read every `training.log_every` steps,
+so the first line appears after that many.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from gpt.hardware.device import pick_device
 from gpt.run.directory import RunDirectory
 
 ROOT = Path(__file__).parents[1]
-DOORS = ("train.py", "sample.py", "compare.py")
+COMMANDS = ("train.py", "sample.py", "compare.py")
 MARKS = ("set-up", "validation at step 0", "first update")
 IMPORTS = ("torch._dynamo", "torch", "matplotlib", "numpy", "pydantic", "yaml", "gpt")
 PARTS = {  # of a run's time, and the functions that take it
@@ -51,25 +51,26 @@ PARTS = {  # of a run's time, and the functions that take it
     "picture and result": ("gpt.run.run.Run.end",),
 }
 WHOLE = "gpt.training._fit_or_recover"
-GOAL = ("logging", "evaluation", "checkpoints")  # whose share is to stay small
+GOAL = ("logging", "evaluation", "checkpoints")  # parts whose share should stay small
 
 
 # ---------------------------------------------------------------------------------------------
 # Starting
 
 
-def seconds_of_help(door: str) -> float:
-    """Wall time of a door that is asked for help."""
+def seconds_of_help(command: str) -> float:
+    """Wall time of a command with `--help`."""
     began = time.perf_counter()
-    subprocess.run([sys.executable, ROOT / door, "--help"], check=True, stdout=subprocess.DEVNULL)
+    help_command = [sys.executable, str(ROOT / command), "--help"]
+    subprocess.run(help_command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - began
 
 
 def start(config: Path, folder: Path, *options: str) -> tuple[list[float], str]:
-    """Train until the first step is logged: seconds at each of MARKS, and what stderr got.
+    """Train until the first step is logged; returns the seconds until each of MARKS, and stderr.
 
     Args:
-        options: of the interpreter.
+        options: of the Python interpreter.
     """
     run, at = RunDirectory(folder / "run"), []
     train = [str(ROOT / "train.py"), str(config), "--out-dir", str(run.path)]
@@ -100,13 +101,13 @@ def _has(run: RunDirectory, key: str) -> bool:
 
 
 def seconds_of_imports(report: str) -> dict[str, float]:
-    """Of a report of `-X importtime`, the time in each of IMPORTS with all that only it needed.
+    """Seconds of each of IMPORTS, with what it imported first, in a report of `-X importtime`.
 
-    A module's line follows those of the modules that it imported, which are indented more, and
-    holds the microseconds of itself alone. What no module of IMPORTS asked for is "other".
+    A module's line follows those of the modules that it imported, which are indented further, and
+    gives only its own microseconds. What none of IMPORTS imported counts as "other".
     """
     seconds = dict.fromkeys([*IMPORTS, "other"], 0.0)
-    above: list[tuple[int, str]] = []  # depth of each module that this one is imported in; whose
+    above: list[tuple[int, str]] = []  # of each importer: its depth, and what it counts for
     for line in reversed(report.splitlines()):
         if not line.startswith("import time:") or "self [us]" in line:
             continue
@@ -129,9 +130,9 @@ def seconds_of_imports(report: str) -> dict[str, float]:
 
 
 def parts_of_a_run(config: Config, folder: Path) -> dict[str, Any]:
-    """Train, and time the functions that PARTS names: seconds and calls of each, and of the run.
+    """Train, and time the functions in PARTS: seconds and calls of each, and of the whole run.
 
-    They are replaced for good, so this wants a process of its own.
+    The functions are replaced permanently, so this should run in its own process.
     """
     names = [WHOLE, *(name for names in PARTS.values() for name in names)]
     seconds, calls = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
@@ -171,7 +172,7 @@ def child(config: Path, steps: int) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------
-# All of it
+# Command line
 
 
 def main() -> None:
@@ -179,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, default=ROOT / "configs/quickstart.yaml")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, nargs="*", help="of the runs; the config's, and 2000")
+    parser.add_argument("--steps", type=int, nargs="*", help="run lengths; the config's, and 2000")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     flags = parser.parse_args()
@@ -190,11 +191,11 @@ def main() -> None:
         return
     config = load(flags.config)
     prepare(config.data)
-    helps: dict[str, list[float]] = {door: [] for door in DOORS}
+    helps: dict[str, list[float]] = {command: [] for command in COMMANDS}
     starts = []
     for number in range(1, flags.rounds + 1):
-        for door in DOORS:
-            helps[door].append(seconds_of_help(door))
+        for command in COMMANDS:
+            helps[command].append(seconds_of_help(command))
         with tempfile.TemporaryDirectory() as folder:
             starts.append(start(flags.config, Path(folder))[0])
         print(f"round {number}: first step after {starts[-1][-1]:.2f} s", file=sys.stderr)
@@ -221,7 +222,7 @@ def main() -> None:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures, to read."""
+    """The figures as Markdown tables."""
     lines = [
         f"{figures['config']}; {figures['machine']}, {figures['device']}, {figures['threads']} "
         f"threads; Python {figures['python']}, torch {figures['torch']}",
@@ -229,8 +230,8 @@ def table(figures: dict[str, Any]) -> str:
         f"| | median of {len(figures['starts'])}, s | range |",
         "|---|---|---|",
     ]
-    for door, seconds in figures["help"].items():
-        lines.append(f"| `{door} --help` | {_median_and_range(seconds)} |")
+    for command, seconds in figures["help"].items():
+        lines.append(f"| `{command} --help` | {_median_and_range(seconds)} |")
     before = [0.0] * len(figures["starts"])
     for mark, at in zip(MARKS, zip(*figures["starts"], strict=True), strict=True):
         own = [later - earlier for later, earlier in zip(at, before, strict=True)]
@@ -248,7 +249,7 @@ def table(figures: dict[str, Any]) -> str:
     together = " + ".join(GOAL)
     lines.append(f"| **{together}** | " + " | ".join(_share(run, *GOAL) for run in runs) + " |")
     totals = (f"{run['seconds'][WHOLE]:.1f}" for run in runs)
-    lines.append("| all of it, s | " + " | ".join(totals) + " |")
+    lines.append("| whole run, s | " + " | ".join(totals) + " |")
     return "\n".join(lines)
 
 
@@ -257,7 +258,7 @@ def _median_and_range(seconds: list[float]) -> str:
 
 
 def _share(run: dict[str, Any], *parts: str) -> str:
-    """What the parts take of a run's time; of one, also how often it came."""
+    """The parts' share of a run's time; for a single part, also the number of calls."""
     taken = sum(run["seconds"][name] for part in parts for name in PARTS[part])
     times = f" ({run['calls'][PARTS[parts[0]][0]]} times)" if len(parts) == 1 else ""
     return f"{taken / run['seconds'][WHOLE]:.2%}{times}"

@@ -967,7 +967,7 @@ def test_sampling_from_a_step_that_is_pruned_names_those_that_are_left(
 
     monkeypatch.setattr(checkpoints, "load", meddle)
     error = call("sample.py", run, "--checkpoint", "9", "--prompt", "a").err
-    assert f"--checkpoint 9: {run} has best, latest, " in error
+    assert f"--checkpoint 9: no such checkpoint; {run} has best, latest, " in error
     assert "damaged" not in error
 
 

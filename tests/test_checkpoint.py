@@ -186,7 +186,7 @@ def test_the_manifest_is_written_last_and_everything_is_synced_before_the_rename
     ]
 
 
-def test_a_full_disk_is_recognised_by_its_error_number(
+def test_a_full_disk_is_recognized_by_its_error_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def full(*args: Any) -> None:

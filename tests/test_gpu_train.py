@@ -51,7 +51,7 @@ def test_a_table_and_its_json(tmp_path: Path, environment: dict[str, str]):
     assert rows["loss in chunks of 64 tokens"]["loss"] == pytest.approx(loss, rel=1e-4)
     assert rows["b2t"]["loss"] != pytest.approx(loss, rel=1e-4)
     assert "cuDNN attention | 4 |  |  |  |  |  |  | failed: RuntimeError" in done.stdout
-    assert done.stdout.endswith("toy size on a CPU: nothing of this is a speed\n")
+    assert done.stdout.endswith("toy size on a CPU: these numbers are not speeds\n")
 
 
 def test_without_time_nothing_is_measured_and_all_rows_say_so(

@@ -125,15 +125,15 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("door", PLANTED, ids=lambda door: door.__name__)
+@pytest.mark.parametrize("command", PLANTED, ids=lambda command: command.__name__)
 def test_each_sort_of_failure_is_noticed(
-    door: hostile.Door, place: hostile.Place, monkeypatch: pytest.MonkeyPatch
+    command: hostile.Command, place: hostile.Place, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(hostile.DOORS, "train.py", door)
-    if door is hangs:
+    monkeypatch.setitem(hostile.COMMANDS, "train.py", command)
+    if command is hangs:
         monkeypatch.setattr(hostile, "SECONDS", 0.5)
     outcome = hostile.attempt(hostile.Input("train.py", [], ""), place, {})
-    wanted = PLANTED[door]
+    wanted = PLANTED[command]
     assert set(outcome.failures) == ({wanted} if wanted else set()), outcome
 
 

@@ -47,7 +47,7 @@ def test_exports_are_real():
         _ = gpt.nothing
 
 
-def test_nothing_under_gpt_imports_a_door():
+def test_nothing_under_gpt_imports_a_command():
     for path in MODULES:
         assert not imports(path) & {"train", "sample", "compare"}, path
 

@@ -306,12 +306,12 @@ def test_on_a_full_disk_the_state_is_saved_elsewhere(tiny: Make, tmp_path: Path,
         saved.update(contents(out / "checkpoints"))
         full(out)
 
-    with pytest.raises(InputError, match="No space left on device") as told:
+    with pytest.raises(InputError, match="No space left on device") as raised:
         run(config, out, **later(12, fill))
     assert contents(out / "checkpoints") == saved != {}
     (place,) = spare.iterdir()
-    assert f"the state of step 15 is in {place}" in str(told.value)
-    assert f"--out-dir {place} resumes" in str(told.value)
+    assert f"the state of step 15 is in {place}" in str(raised.value)
+    assert f"--out-dir {place} resumes" in str(raised.value)
     assert run(config, place).status == "finished"
     assert_same_run(tmp_path / "whole", place)
 
@@ -343,9 +343,9 @@ def test_a_directory_that_was_moved_is_not_made_again_in_its_place(tiny: Make, t
 @pytest.mark.usefixtures("at_once")
 def test_with_nowhere_to_go_it_says_so(tiny: Make, tmp_path: Path, full: Any):
     config = tiny(checkpoint={"spare_dir": str(tmp_path / "spare"), "every": 5})
-    with pytest.raises(InputError, match="the state of step 15 cannot be saved") as told:
+    with pytest.raises(InputError, match="the state of step 15 cannot be saved") as raised:
         run(config, tmp_path / "run", **later(12, lambda: full(tmp_path)))
-    assert len(str(told.value).splitlines()) <= 3
+    assert len(str(raised.value).splitlines()) <= 3
     assert list((tmp_path / "spare").iterdir()) == []
     assert list(checkpoints.steps(tmp_path / "run/checkpoints")) == [5, 10]
 
@@ -368,7 +368,7 @@ def test_a_checkpoint_is_written_while_training_goes_on(
 
 
 @pytest.mark.parametrize(("failing", "seen"), [(10, 20), (20, 20)])
-def test_a_write_that_fails_behind_is_told_at_the_next_save_or_the_end(
+def test_a_write_that_fails_behind_is_reported_at_the_next_save_or_the_end(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int, seen: int
 ):
     spare, out = tmp_path / "spare", tmp_path / "run"
@@ -382,11 +382,11 @@ def test_a_write_that_fails_behind_is_told_at_the_next_save_or_the_end(
         write(folder, checkpoint)
 
     monkeypatch.setattr(store, "_write", fail)
-    with pytest.raises(InputError, match="Input/output error") as told:
+    with pytest.raises(InputError, match="Input/output error") as raised:
         run(config, out)
     monkeypatch.undo()
     (place,) = spare.iterdir()
-    assert f"the state of step {seen} is in {place}" in str(told.value)
+    assert f"the state of step {seen} is in {place}" in str(raised.value)
     assert run(config, place).status == "finished"
     assert_same_run(tmp_path / "whole", place)
     assert run(config, out).status == "finished"  # from what is whole there
@@ -520,9 +520,9 @@ def test_what_makes_it_another_run_is_refused(tiny: Make, tmp_path: Path, change
     before = contents(tmp_path / "run")
     ((section, value),) = change.items()
     option = next(iter(value)) if isinstance(value, dict) else section
-    with pytest.raises(InputError, match=rf"different config \(.*{option}.* -> ") as told:
+    with pytest.raises(InputError, match=rf"different config \(.*{option}.* -> ") as raised:
         run(tiny(**change), tmp_path / "run")
-    assert "choose another --out-dir" in str(told.value)
+    assert "choose another --out-dir" in str(raised.value)
     assert contents(tmp_path / "run") == before
 
 
@@ -709,12 +709,12 @@ def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_memory")
 def test_out_of_memory_names_what_would_fit(tiny: Make, tmp_path: Path):
     config = tiny(training={"micro_batch": 4})
-    with pytest.raises(OutOfMemoryError) as told:
+    with pytest.raises(OutOfMemoryError) as raised:
         run(config, tmp_path / "run")
-    assert "out of memory with 4 sequences at a time; 2 would fit" in str(told.value)
-    assert "--training.micro-batch 2, or auto" in str(told.value)
+    assert "out of memory with 4 sequences at a time; 2 would fit" in str(raised.value)
+    assert "--training.micro-batch 2, or auto" in str(raised.value)
     opened = {Path(file.path).name for file in psutil.Process().open_files()}
-    assert "metrics.jsonl" not in opened  # though `told` still holds the frames that wrote it
+    assert "metrics.jsonl" not in opened  # though `raised` still holds the frames that wrote it
     assert run(tiny(training={"micro_batch": "auto"}), tmp_path / "run").status == "finished"
 
 
@@ -836,7 +836,7 @@ def test_a_micro_batch_that_was_named_stays(tiny: Make, tmp_path: Path):
     assert state["micro_batch"] == 1
 
 
-def test_a_run_that_another_process_has_just_finished_is_told(
+def test_a_run_that_another_process_has_just_finished_is_reported(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     from gpt import training
@@ -933,7 +933,7 @@ def test_a_run_in_the_place_of_one_that_was_moved_is_left_alone(tiny: Make, tmp_
 
 
 @pytest.mark.usefixtures("at_once")
-def test_a_later_state_elsewhere_is_told(
+def test_a_later_state_elsewhere_is_reported(
     tiny: Make, tmp_path: Path, full: Any, capsys: pytest.CaptureFixture[str]
 ):
     from gpt.training import train

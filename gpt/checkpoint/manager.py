@@ -1,8 +1,8 @@
 """When a run saves a checkpoint, which one is its best, and which ones are deleted again.
 
 A checkpoint is scheduled if an uninterrupted run would save it: every `checkpoint.every` steps, at
-the last step, and where the run directory begins. Others are saved for a stop, and deleted as soon
-as they are not needed, so that a run that was stopped ends with the files of one that was not.
+the last step, and at the step where the run directory began. Others are saved only for a stop, and
+are deleted once they are not needed, so that a stopped run ends with the same files as any other.
 """
 
 from __future__ import annotations
@@ -113,5 +113,5 @@ class CheckpointManager:
         self._writer.wait()
 
     def close(self) -> None:
-        """End the thread, after what it has started."""
+        """Finish what the thread is writing, and end it."""
         self._writer.close()

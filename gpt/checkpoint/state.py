@@ -27,13 +27,13 @@ class Progress:
 
     step: Natural = 0
     seconds: Time = 0.0  # wall clock
-    update_seconds: Time = 0.0  # of it, in updates
+    update_seconds: Time = 0.0  # the part of `seconds` spent in updates
     train_loss: Loss = None
     val_loss: Loss = None
     val_bits_per_byte: Loss = None
     best_val_loss: Loss = None  # of all evaluations
-    best_saved_val_loss: Loss = None  # of the evaluations whose step was saved: `best`
-    inputs_digest: str = ""  # chained SHA-256 of all inputs: of its last value and the batch
+    best_saved_val_loss: Loss = None  # of all saved steps: the loss of `best`
+    inputs_digest: str = ""  # SHA-256 of its previous value and the newest batch's inputs
     stalled_evals: Natural = 0  # evaluations in a row no better than guessing by token frequency
     skipped_updates: Natural = 0  # updates that were not finite
     skipped_in_a_row: Natural = 0

@@ -215,7 +215,7 @@ class PrunedError(InputError):
 
 @contextlib.contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """A context that reads a checkpoint, and tells a damaged one from one deleted meanwhile.
+    """A context for reading a checkpoint: distinguishes damage from deletion meanwhile.
 
     Raises:
         PrunedError: the folder is gone or has been replaced by another.

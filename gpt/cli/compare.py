@@ -40,8 +40,8 @@ class Arguments(Section):
     runner: Literal["auto", "processes", "batched"] | None = Field(
         None, title="auto|processes|batched"
     )
-    """batched trains all cells of one shape together, processes each in its own process; auto
-    is batched on a GPU (default: the grid's)."""
+    """batched: train all cells of one shape together; processes: train each cell in its own
+    process; auto: batched on a GPU, else processes (default: the grid's)."""
     dry_run: bool = False
     """List the cells with their tokens, FLOPs and time, and write nothing."""
     report_only: bool = False
@@ -72,7 +72,7 @@ def load(argv: Sequence[str], prog: str = "compare.py") -> tuple[Arguments, Comp
     """Read the command line and the grid.
 
     Raises:
-        InputError: in either.
+        InputError: either is invalid.
     """
     arguments, options = parse(Arguments, prog, argv, Config)
     if arguments.dry_run and arguments.report_only:

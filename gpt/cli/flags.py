@@ -1,7 +1,7 @@
 """Command lines made from pydantic sections, so that every option of a config is also a flag.
 
-argparse splits the command line and prints the help. Values stay text, which pydantic checks: a
-config's together with those of its YAML file, so that all errors come at once.
+argparse splits the command line and prints the help. Values remain text until pydantic checks them:
+a config's together with those of its YAML file, so that all errors are reported at once.
 """
 
 from __future__ import annotations
@@ -195,10 +195,11 @@ def _add_section(
 
 
 def _settings(field: FieldInfo, schema: Schema) -> dict[str, Any]:
-    """The settings of a flag for `add_argument`; it takes several values for a list of texts."""
+    """The settings of a flag for `add_argument`; it takes several values for a list of strings."""
     several = {"type": "string"} in [b.get("items") for b in schema.get("anyOf", ())]
     nullable = _is_nullable(field)
-    default = "" if field.default is None else f" (default: {_format_default(field.default)})"
+    described = field.default is None or "(default: " in str(field.description)
+    default = "" if described else f" (default: {_format_default(field.default)})"
     return {
         "action": _StoreOnce,
         "nargs": "*" if several else None,

@@ -47,7 +47,7 @@ class Arguments(Sampling):
     device: Device = "auto"
     """auto picks cuda, then mps, then cpu."""
     weights: Weights = "fp32"
-    """fp32 is exact; bf16 (on a GPU) and int8 (a few samples on a CPU) are faster but rounded."""
+    """fp32 is exact; bf16 (on a GPU) and int8 (on a CPU, for few samples) round but are faster."""
     compile: bool = False
     """Compile the decoding steps on a GPU: takes up to a minute, pays off for long texts."""
 
@@ -63,7 +63,7 @@ def load(argv: Sequence[str], prog: str = "sample.py") -> tuple[Arguments, str]:
     """Read the command line and the prompt: from its flag, a file or a pipe, else empty.
 
     Raises:
-        InputError: in either.
+        InputError: either is invalid.
     """
     arguments, _ = parse(Arguments, prog, argv)
     return arguments, _read_prompt(arguments, prog)
@@ -73,7 +73,7 @@ def _read_prompt(arguments: Arguments, prog: str) -> str:
     if arguments.prompt is not None:
         if arguments.prompt_file is not None:
             raise InputError("give --prompt or --prompt-file, not both")
-        return arguments.prompt.removeprefix("\ufeff")  # of a file, by "$(cat FILE)"
+        return arguments.prompt.removeprefix("\ufeff")  # a byte-order mark, from "$(cat FILE)"
     if arguments.prompt_file is not None:
         origin = f"--prompt-file {arguments.prompt_file}"
     elif _is_piped(sys.stdin):
@@ -96,7 +96,7 @@ def _read_prompt(arguments: Arguments, prog: str) -> str:
 
 
 def _open_prompt(path: str | None) -> contextlib.AbstractContextManager[BinaryIO]:
-    """Open the prompt's file, or stdin; of named pipes only those of the shell's `<(command)`."""
+    """Open the prompt's file, or stdin; a named pipe only if it is the shell's `<(command)`."""
     if path is None:
         return contextlib.nullcontext(sys.stdin.buffer)
     if path.startswith(("/dev/fd/", "/dev/stdin", "/proc/self/fd/")):

@@ -33,8 +33,8 @@ class Arguments(Section):
     out_dir: FileName | None = Field(None, title="DIR")
     """The run directory (default: runs/NAME)."""
     resume: FileName = Field("auto", title="auto|never|CHECKPOINT")
-    """auto resumes an unfinished run in the directory; never requires a fresh directory; a
-    checkpoint folder starts a fresh directory from that checkpoint."""
+    """auto: resume an unfinished run in the directory; never: require a fresh directory; a
+    checkpoint folder: start a fresh directory from that checkpoint."""
     dry_run: bool = False
     """Describe what would be trained, and write nothing."""
     print_config: bool = False
@@ -54,7 +54,7 @@ def load(argv: Sequence[str], prog: str = "train.py") -> tuple[Arguments, Config
     """Read the command line and the config.
 
     Raises:
-        InputError: in either.
+        InputError: either is invalid.
     """
     arguments, options = parse(Arguments, prog, argv, Config)
     return arguments, load_config(arguments.config, options)
@@ -157,6 +157,6 @@ def _describe(result: RunResult, prog: str) -> str:
 
 
 def _python() -> str:
-    """The interpreter as a user here would type it."""
+    """The interpreter as a user would type it in the working directory."""
     here, python = Path.cwd(), Path(sys.executable)
     return str(python.relative_to(here)) if python.is_relative_to(here) else "python"

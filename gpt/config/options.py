@@ -185,7 +185,7 @@ class NormConfig(Section):
     type: Annotated[str, Choice("gpt.norm", "NORMS")] | None = None
     """Type of norm. Unset: layer norm (none, if the placement has no norms)."""
     eps: Epsilon = 1e-5
-    """Added to the variance inside the root (layer, rms, batch); smallest length (scale)."""
+    """Added to the variance under the root (layer, rms, batch); for scale, the minimum length."""
     bias: bool | None = None
     """Whether layer, batch and dyt have a shift, beta. Unset: as model.bias."""
     final_norm: Switch = "auto"
@@ -209,7 +209,7 @@ class AttentionConfig(Section):
     qk_norm: bool = False
     """Normalize each head's queries and keys, with the norm of norm.type."""
     soft_cap: SoftCap | None = None
-    """Bound the attention logits by c tanh(z/c); null: no bound. Slower: not in torch's kernel."""
+    """Bound the attention logits by c tanh(z/c); null: no bound. Slow: torch's kernel lacks it."""
 
 
 class MLPConfig(Section):
@@ -426,7 +426,7 @@ class Config(Section):
     """Everything that determines a run."""
 
     name: RunName = "run"
-    """Name of the run and of its folder under runs/. Unset: the config file's name."""
+    """Name of the run and of its folder under runs/ (default: the config file's name)."""
     seed: Seed = 0
     """Seed of the initial weights, data order, dropout and samples."""
     data: DataConfig = DataConfig()

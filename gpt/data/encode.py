@@ -29,7 +29,7 @@ def encode_items(
     Raises:
         InputError: the tokenizer lacks a character.
     """
-    local = threading.local()  # an encoding per thread: threads sharing one wait for each other
+    local = threading.local()  # one encoding per thread: threads that share one wait for each other
 
     def begin() -> None:
         local.encoding = tokenizer.copy(encoding)

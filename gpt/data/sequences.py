@@ -39,7 +39,7 @@ class TrainingSequences:
     Args:
         train: token ids of each source.
         weights: fraction of the samples from each source; they add up to 1.
-        context: T, the inputs of a sequence.
+        context: T, the number of inputs in a sequence.
         seed: of the order.
         windows: "epochs" or "random".
 
@@ -145,7 +145,7 @@ class ValidationSequences:
 
     Args:
         tokens: the validation tokens.
-        context: T, the inputs of a sequence.
+        context: T, the number of inputs in a sequence.
         limit: number of windows to use, spread evenly; None uses all.
 
     Raises:

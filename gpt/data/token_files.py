@@ -59,7 +59,7 @@ def _stated_type(path: Path, file: BinaryIO, vocabulary: int) -> tuple[np.dtype[
     file.seek(0)
     if head.startswith(b"\x93NUMPY"):
         return _npy(path, file)
-    found = text.recognise(head)
+    found = text.recognize(head)
     if found is not None and not found[0].startswith("UTF"):  # small ids look like UTF-16
         raise InputError(f"{path}: is {found[0]}, not token ids")
     numbers = np.frombuffer(head[: len(head) // 4 * 4], "<i4")[:LLM_C_HEADER]
@@ -135,7 +135,7 @@ def _check_type(
         wider = kind.itemsize > claimed.itemsize
         if (wider or not fits) and size % kind.itemsize == 0 and _fits(sample, kind, vocabulary):
             raise InputError(
-                f"{path}: contains {_name(kind)} ids, not {claimed.name}: read that way, all ids "
+                f"{path}: contains {_name(kind)} ids, not {claimed.name}: as {kind.name}, all ids "
                 f"of a sample are in the vocabulary of {vocabulary:,};\n{_remedy(kind)}"
             )
 
@@ -159,7 +159,7 @@ def _is_text(sample: bytes) -> bool:
 def _fits(sample: bytes, kind: np.dtype[Any], vocabulary: int) -> bool:
     """Whether a sample consists of ids of the vocabulary, mostly nonzero, with several values.
 
-    Zeros are no evidence, since they are zeros in every type; nor is a single repeated id.
+    Zeros are not evidence, since they are zeros in every type; nor is a single repeated id.
     """
     with np.errstate(invalid="ignore"):
         ids = np.frombuffer(sample, kind)

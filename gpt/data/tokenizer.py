@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 FORMAT = 1
-PIECE = 2**14  # maximum characters of a piece of text that can be cut
+PIECE = 2**14  # maximum characters of a piece, unless it cannot be cut
 LONGEST = 2**18  # maximum characters of any piece; tiktoken fails on runs of over a million
 WORD = 512  # maximum bytes of a word that BPE learns from; a longer one counts as several
 
@@ -228,7 +228,7 @@ _CUT = re.compile(r"(?s:.*\S)(?=[ \n\r\t])")
 def pieces(texts: Iterable[str], size: int = PIECE) -> Iterator[str]:
     """The same text in pieces of at most `size` characters, cut where no token can cross.
 
-    If there is no such position, a piece is longer, up to `LONGEST`, and cut anyway. No piece is
+    If there is no such position, a piece may be longer; at `LONGEST` it is cut anyway. No piece is
     empty.
     """
     rest = ""

@@ -13,11 +13,11 @@ from gpt.data.tokenizer import Encoding, pieces
 from gpt.errors import StoppedError
 
 STOPPED = "stopped while preparing data; run the same command to resume"
-# The trainer needs about 100 times the bytes of the distinct words that it has seen, so the bytes
-# of distinct long words are limited; long words are rarely repeated.
+# The trainer needs about 100 bytes of memory for each byte of the distinct words that it has seen,
+# so the bytes of distinct long words, which are rarely repeated, are limited.
 MAX_DISTINCT_BYTES = 2**23
 LONG_WORD = 16  # characters between white space
-PART = 2**12  # characters passed to the trainer at a time: it was measured to need less memory
+PART = 2**12  # characters passed to the trainer at a time; larger parts take more memory (measured)
 
 
 def train_tokenizer(
@@ -48,7 +48,7 @@ def train_tokenizer(
                 yield piece
 
     def sample() -> Iterator[str]:
-        """At most `learn_bytes`, spread evenly over the files; of a dataset on the hub, the first.
+        """At most `learn_bytes`, spread evenly over the files; for a hub dataset, the first ones.
 
         Less is read where there are many distinct long words, as in DNA or scripts without spaces.
         """

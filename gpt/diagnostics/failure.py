@@ -169,7 +169,7 @@ def _architecture_advice(config: Config, updates: int) -> Iterator[str]:
     model, norm = config.model, config.model.norm
     placement = PLACEMENTS[norm.placement]
     if placement.final_norm and not has_final_norm(model):
-        yield "--model.norm.final-norm auto  (the residual stream grows without bound)"
+        yield "--model.norm.final-norm auto  (without it, the residual stream grows without bound)"
     if placement.has_norms and norm.type == "none":
         yield "--model.norm.type layer  (adds the norms)"
     elif placement.more_stable:

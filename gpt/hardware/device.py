@@ -10,7 +10,7 @@ import torch
 
 from gpt.errors import InputError
 
-DTYPES = {  # of matrix products and attention; weights and their sums stay fp32
+DTYPES = {  # of matrix products and attention; weights and accumulated gradients stay fp32
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,

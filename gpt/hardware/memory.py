@@ -14,7 +14,7 @@ from gpt.model import GPT
 
 Computed = TypeVar("Computed")
 
-MODEL_BYTES = 24  # a parameter: weight, gradient, step, Adam's two moments, a copy while stacking
+MODEL_BYTES = 24  # per parameter: weight, gradient, step, two moments, a copy while stacking
 
 
 def micro_batch(config: Config, vocab_size: int, device: torch.device, *, models: int = 1) -> int:
@@ -45,8 +45,8 @@ def micro_batch(config: Config, vocab_size: int, device: torch.device, *, models
 def _activation_memory(device: torch.device) -> int:
     """Bytes that activations may take.
 
-    On a GPU, most of what is free. On a CPU, little: memory that stays near the caches and returns
-    to the same allocator trains about a tenth faster than memory fetched afresh every time.
+    On a GPU, most of what is free. On a CPU, little: training is about a tenth faster with
+    memory that stays near the caches and is reused than with memory allocated anew every time.
     """
     if device.type == "cuda":
         return int(0.7 * torch.cuda.mem_get_info(device)[0])
@@ -71,7 +71,10 @@ def total_memory(device: torch.device) -> int | None:
 
 
 def models_at_once(config: Config, vocab_size: int, device: torch.device) -> int:
-    """The most models to train in one batch: their weights take less than half of the memory."""
+    """How many models to train in one batch: on a GPU they take at most 40% of the free memory.
+
+    On a CPU they take at most 40% of 4 GiB.
+    """
     with torch.device("meta"):
         parameters = GPT(config.model, vocab_size).num_parameters()
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 4 * 2**30

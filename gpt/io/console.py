@@ -1,7 +1,7 @@
 """Everything that the program prints, so that text is encoded and escaped in one place.
 
 Progress goes to stderr, as a bar on a terminal and as plain lines otherwise; stdout carries results
-only. This module is for people to read; machine-readable records are in gpt/metrics.py.
+only. This module's output is for people; machine-readable records are in gpt/metrics.py.
 """
 
 from __future__ import annotations

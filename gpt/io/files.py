@@ -50,7 +50,7 @@ def open_regular(path: Path) -> BufferedReader:
     return open(handle, "rb")
 
 
-NON_BLOCKING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # neither is everywhere
+NON_BLOCKING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # absent on some platforms
 
 
 def read_small(path: Path, limit: int = SMALL) -> bytes:

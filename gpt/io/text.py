@@ -1,8 +1,8 @@
 """Decoding text, in the same way wherever it enters: training files, records, prompts.
 
-Text is UTF-8, plain or compressed (gzip, bzip2, xz, zstd, recognised by the first bytes, whatever
+Text is UTF-8, plain or compressed (gzip, bzip2, xz, zstd, recognized by the first bytes, whatever
 the file's name). A byte-order mark at its start is dropped. Other formats, such as UTF-16 or
-Parquet, are recognised by their first bytes, and the error names the format and a remedy; only if
+Parquet, are recognized by their first bytes, and the error names the format and a remedy; only if
 none matches does it name the invalid byte.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from gpt.errors import InputError
 
 CHUNK = 2**17  # bytes read at a time; with 2**20 the allocator kept twice the memory
-HEAD = 2**12  # bytes at the beginning from which a format is recognised
+HEAD = 2**12  # bytes at the beginning from which a format is recognized
 
 UNPACK = "extract the texts from it"
 EXPORT = "export its texts as JSON Lines"
@@ -52,7 +52,7 @@ WIDE = {  # encoding -> bytes per character, positions usually zero, a position 
 }
 
 
-def recognise(head: bytes) -> tuple[str, str] | None:
+def recognize(head: bytes) -> tuple[str, str] | None:
     """Name and remedy of the format that `head`, the beginning of a file, belongs to.
 
     None for UTF-8 text, and for bytes of an unknown format.
@@ -72,7 +72,7 @@ def recognise(head: bytes) -> tuple[str, str] | None:
 
 def _is_text(head: bytes) -> bool:
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)  # may end amid a character
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # may end inside a character
     except UnicodeDecodeError:
         return False
     return b"\0" not in head
@@ -93,7 +93,7 @@ def check(head: bytes, origin: str) -> None:
     Raises:
         InputError: names the format or the fraction of invalid characters, and a remedy.
     """
-    if (found := recognise(head)) is not None:
+    if (found := recognize(head)) is not None:
         raise InputError(f"{origin}: is {found[0]}, not UTF-8 text; {found[1]}")
     if fraction := _much_invalid(head):
         raise InputError(

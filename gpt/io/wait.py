@@ -24,7 +24,7 @@ Stop = Callable[[], bool]
 
 TIMEOUT = 8.0  # seconds after which a server that has not responded counts as unreachable
 POLL = 0.1  # seconds between two checks of a working thread
-STOP_CHECK = 0.5  # seconds without a call of `stop` by the work, after which the waiter calls it
+STOP_CHECK = 0.5  # if the work has not called `stop` for this many seconds, the waiting thread does
 GRACE = 0.8  # seconds that the work has to finish cleanly once it should stop
 THREAD = "gpt.io.wait"
 
@@ -118,8 +118,8 @@ def raise_if(stop: Callable[[], bool]) -> None:
 def leave(code: int) -> NoReturn:
     """Exit the process, immediately if a thread was abandoned.
 
-    A normal exit of the interpreter would wait for the helper threads of libraries, and aborts if a
-    thread is still running native code.
+    A normal exit of the interpreter would wait for the helper threads of libraries, and would abort
+    if a thread were still running native code.
     """
     if any(thread.name == THREAD for thread in threading.enumerate()):
         for stream in (sys.stdout, sys.stderr):

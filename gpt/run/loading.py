@@ -26,8 +26,8 @@ def load_run(
     """The model, tokenizer and step of a run, from its directory alone.
 
     Args:
-        checkpoint: "best" (lowest validation loss of those saved; the newest if none has one),
-            "latest", or a step.
+        checkpoint: "best" (the saved one with the lowest validation loss; the newest if none was
+            evaluated), "latest", or a step.
 
     Raises:
         InputError: there is no such run or checkpoint, or it is damaged.
@@ -44,10 +44,10 @@ def load_run(
     check_loading(config.model, encoding.n_vocab, str(run.config))
     held = sum(tensor.numel() for tensor in loaded.model.values())
     least = parameters(config.model, encoding.n_vocab)
-    if held < least:  # or thousands of blocks are built first
+    if held < least:  # checked before thousands of blocks are built for nothing
         raise InputError(
-            f"{folder}: does not fit {run.config}: it holds {held:,} parameters, not {least:,} "
-            "or more"
+            f"{folder}: does not fit {run.config}: it holds {held:,} parameters, but "
+            f"at least {least:,} are needed"
         )
     model = GPT(config.model, encoding.n_vocab)
     try:
@@ -68,7 +68,8 @@ def _choose(run: RunDirectory, checkpoint: str) -> Path:
     found = steps.get(checkpoint.lstrip("0") or "0")
     if found is None:
         raise InputError(
-            f"--checkpoint {checkpoint}: {run.path} has best, latest, {', '.join(steps)}"
+            f"--checkpoint {checkpoint}: no such checkpoint; {run.path} has best, latest, "
+            + ", ".join(steps)
         )
     return found
 
@@ -77,7 +78,7 @@ def _read(run: RunDirectory, folder: Path) -> tuple[Checkpoint, Encoding]:
     """The parts of a checkpoint that sampling needs.
 
     Raises:
-        PrunedError: it is deleted meanwhile.
+        PrunedError: it was deleted meanwhile.
         InputError: it is damaged; the message names an intact one, if there is one.
     """
 

@@ -1,6 +1,6 @@
 """The log of a run: updates wait on the device until they are read, counted and written.
 
-Reading a loss from a GPU waits for it, so several updates are read at once.
+Reading a loss from a GPU waits for the GPU to finish, so several updates are read at once.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class RunLog:
 
     Args:
         path: metrics.jsonl.
-        kept: its lines from before, see `gpt.metrics.read_up_to`.
+        kept: the lines of earlier sessions to keep, see `gpt.metrics.read_up_to`.
     """
 
     def __init__(
@@ -125,15 +125,15 @@ class RunLog:
             self._warned = True
             self.console.say(
                 f"step {layer['step']}: the gradients of layer {layer['layer']} have an RMS "
-                f"of {layer['grad_rms']:.1e}, under {EPS_ALARM} times optimizer.eps: "
-                "its updates shrink"
+                f"of {layer['grad_rms']:.1e}, less than {EPS_ALARM} times optimizer.eps, "
+                "which makes its updates smaller"
             )
 
     def _count_or_raise(self, progress: Progress, update: Update, loss: float, norm: float) -> None:
         """Count an update.
 
         Raises:
-            NonFiniteError: it was not finite, and was not skipped for that.
+            NonFiniteError: it was not finite, and was either not skipped or one skip too many.
         """
         training = self.config.training
         progress.step, progress.train_loss = update.step, finite_or_none(loss)
@@ -159,7 +159,7 @@ class RunLog:
         if step % training.log_every == 0 or step == training.steps:
             self.console.progress(
                 last.step,
-                f"loss {loss:.4f}  rate {last.learning_rate:.2e}  "
+                f"loss {loss:.4f}  learning rate {last.learning_rate:.2e}  "
                 f"{tokens_per_second:,.0f} tokens/s",
             )
 

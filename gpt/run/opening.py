@@ -20,7 +20,7 @@ from gpt.trainer import Trainer
 
 
 def check_tokens(plan: ResumePlan, dataset: Dataset) -> None:
-    """Refuse to resume on other data than before.
+    """Refuse to resume a run on different data.
 
     Raises:
         InputError: the prepared tokens differ from those of the checkpoint.
@@ -49,14 +49,14 @@ def adopt_checkpoint(
         progress.best_val_loss = progress.best_saved_val_loss = None
         progress.start_step = progress.step
     elif checkpoint is not None and config.training.micro_batch == "auto":
-        trainer.micro_batch = checkpoint.state["micro_batch"]  # sums keep their order
+        trainer.micro_batch = checkpoint.state["micro_batch"]  # keeps the order of sums
         if trainer.micro_batch > config.batch_sequences:
             raise InputError(f"{checkpoint.name}: micro-batch is larger than the batch")
     if (
         changed(plan.changes, "training.steps")
         and progress.step == plan.directory.read_config().training.steps
     ):
-        progress.start_step = progress.step  # the checkpoint of its former last step is scheduled
+        progress.start_step = progress.step  # the former last step counts as scheduled
 
 
 def make_folders(plan: ResumePlan, config: Config) -> None:
@@ -107,7 +107,7 @@ def write_identity(
     step: int,
     unigram_entropy: float,
 ) -> None:
-    """Write config, tokenizer and environment: from here on the directory is this run."""
+    """Write config, tokenizer and environment: from here on, the directory holds this run."""
     directory, resuming = plan.directory, plan.resuming
     if plan.existing:
         directory.note(

@@ -51,7 +51,7 @@ def describe(
         "blocks": _blocks(config.model),
         "batch": f"{batch_tokens:,} tokens per step: {config.batch_sequences} sequences of "
         f"{config.model.context}" + (f", in {parts} micro-batches" if parts > 1 else ""),
-        "rate": f"{config.optimizer.name} at {config.optimizer.learning_rate:g}, "
+        "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}, "
         f"{'no warm-up' if schedule.warmup == 'none' else warmup}, then {schedule.body}",
         "data": f"{data}; {config.data.tokenizer} vocabulary of {model.vocab_size:,}",
         "directory": str(directory),

@@ -23,7 +23,7 @@ from gpt.errors import printable
 from gpt.io.files import write_bytes
 from gpt.metrics import Record
 
-SMALLEST = 1e-100  # values up to it are not drawn on a logarithmic scale; fp32 begins at 1e-45
+SMALLEST = 1e-100  # a logarithmic scale shows only larger values; fp32's smallest is 1e-45
 TRAIN, VALIDATION, OTHER = "#9ecae1", "#08519c", "#d95f02"  # distinguishable with color blindness
 
 # If installed, these fonts have the characters that matplotlib's own font lacks.
@@ -59,7 +59,7 @@ def literal_text() -> Iterator[None]:
 
 
 def label(text: str, longest: int = 70) -> str:
-    """`text` in one line; of a long one only the end, which distinguishes paths."""
+    """`text` on one line; only the end of a long one, which distinguishes paths."""
     text = printable(text)
     return text if len(text) <= longest else "..." + text[3 - longest :]
 
@@ -139,7 +139,7 @@ def plot_layers(records: list[Record], path: Path, title: str) -> None:
     rows = -(-len(shown) // 2)
     figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
     last = max(record["layer"] for record in layers)
-    figure.suptitle(f"{label(title)}: layer 0: embeddings; {last}: final norm and head")
+    figure.suptitle(f"{label(title)} (layer 0: embeddings; layer {last}: final norm and head)")
     for axes, key in zip(figure.subplots(rows, 2, squeeze=False).flat, shown, strict=False):
         own = [record for record in layers if record.get(key) is not None]
         _plot_measure(axes, own, key, MEASURES[key])

@@ -27,7 +27,7 @@ from gpt.run.directory import RunDirectory
 from gpt.schedule import lr_multiplier
 from gpt.trainer import Trainer, host_tensor
 
-MakeBatch = Callable[[int], tuple[Tensor, Tensor]]  # of a step: inputs and targets, on the host
+MakeBatch = Callable[[int], tuple[Tensor, Tensor]]  # step -> inputs and targets, on the host
 
 
 def restore(
@@ -167,7 +167,7 @@ def advise_on_memory(trainer: Trainer, step: int, make_batch: MakeBatch, shortag
         shortage: the allocator's message.
     """
     tried = trainer.micro_batch
-    trainer.interrupt = lambda: None  # the run has ended; a second signal ends this
+    trainer.interrupt = lambda: None  # the run has ended; a second signal kills it
     inputs, targets = make_batch(step)
     fitting = smaller(tried, trainer.config.batch_sequences)
     while fitting is not None and not _fits(trainer, fitting, step, inputs, targets):

@@ -89,7 +89,7 @@ def ended_run(config: Config, path: Path, resume: str) -> RunResult | None:
     if result.status == "diverged" and changed(changes, "training.nonfinite"):
         raise InputError(
             f"{path}: has diverged and cannot be resumed; to start another --out-dir from its last "
-            "checkpoint, pass it to --resume"
+            "checkpoint, pass that checkpoint to --resume"
         )
     steps = config.training.steps
     if result.status == "finished" and changed(changes, "training.steps") and steps != result.step:
@@ -158,7 +158,7 @@ def _same_run(
 def _check_unused(directory: RunDirectory, resume: str) -> None:
     """Check that a directory holds nothing but the leftovers of a start that was killed.
 
-    Leftovers are empty folders, and a copy of the checkpoint that the start was from.
+    Leftovers are empty folders, and a copy of the checkpoint from which the run was started.
 
     Raises:
         InputError: it holds something else.

@@ -41,7 +41,7 @@ from gpt.run.resume import ResumePlan
 from gpt.schedule import lr_multiplier
 from gpt.trainer import Trainer, host_tensor
 
-CALIBRATION_SEQUENCES = 64  # of the first batch, at most, to calibrate a placement
+CALIBRATION_SEQUENCES = 64  # at most this many, from the first batch, calibrate a placement
 
 
 class Run:
@@ -52,7 +52,7 @@ class Run:
         dataset: the prepared data of `config.data`.
         trainer: its state is set here.
         stop, on_update: as for `train`.
-        save_checkpoints: whether checkpoints are saved as scheduled, and not only for a stop.
+        save_checkpoints: whether scheduled checkpoints are saved; one for a stop always is.
         plot: whether loss.png is drawn at the end.
 
     Raises:
@@ -111,7 +111,7 @@ class Run:
         opening.announce(plan, config, step, self.console)
         protected: list[int] = []
         if any(changed(plan.changes, f"checkpoint.{key}") for key in ("keep", "keep_every")):
-            protected = list(store.steps(directory.checkpoints))  # other options kept them
+            protected = list(store.steps(directory.checkpoints))  # kept under the earlier options
         self.checkpoints = CheckpointManager(
             directory.checkpoints,
             config,
@@ -212,7 +212,7 @@ class Run:
         skipped: bool,
         layer_stats: LayerStats | None,
     ) -> RunResult | None:
-        """Log an update; evaluate, sample and save if due; returns the result once it has ended.
+        """Log an update; evaluate, sample and save if due; returns the result if the run has ended.
 
         Returns:
             None while the run continues.
@@ -297,7 +297,7 @@ class Run:
     def _evaluate_and_sample(self, evaluating: bool, sampling: bool, stopping: bool) -> bool:
         """Evaluate and sample if due, unless a stop is requested; returns whether all was done.
 
-        If not, the progress is as before but `pending`: the resumed run does both, from the start.
+        If not, only `pending` is set in the progress: the resumed run does both, from the start.
         """
         before = replace(self.progress)
         try:
@@ -385,7 +385,7 @@ class Run:
     # -- Saving ----------------------------------------------------------------------------------
 
     def _save(self, *, evaluated: bool) -> None:
-        """Start to write a checkpoint of this step, never ahead of the metrics on disk.
+        """Start to write a checkpoint of this step, once its metrics are on disk.
 
         Raises:
             OSError: the metrics, or the checkpoint before this one, could not be written.
@@ -424,7 +424,7 @@ class Run:
 
     def _save_to_fallback(self, why: OSError, *, evaluated: bool) -> InputError:
         """Save this run, as it is now, in a directory elsewhere; returns a message for the user."""
-        with contextlib.suppress(OSError):  # an earlier checkpoint's, which the user learns of now
+        with contextlib.suppress(OSError):  # an earlier checkpoint failed too
             self.checkpoints.wait()
         step = self.progress.step
 
@@ -488,8 +488,8 @@ class Run:
         """Where inside the network a failure began.
 
         Args:
-            applied: whether the update that failed was applied. The weights are then corrupt, and
-                the last steps are repeated; otherwise they are as before, and its batch suffices.
+            applied: whether the failed update was applied. If so, the weights are corrupt and the
+                last steps are repeated; if not, the weights are intact and its batch suffices.
         """
         if fault.quantity == "validation loss":
             return recovery.locate_in_validation(self.trainer, self.validation)
@@ -532,7 +532,7 @@ class Run:
         except InputError:
             checkpoint = None
         self.progress = read_state(checkpoint).progress if checkpoint else Progress()
-        reason = f"{fault.text}; stopped while locating it: a resumed run fails and searches again"
+        reason = f"{fault.text}; stopped while locating the cause; a resumed run searches again"
         return self.end("interrupted", reason)
 
     # -- The end ---------------------------------------------------------------------------------

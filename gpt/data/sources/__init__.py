@@ -10,8 +10,8 @@ A source finds the files that it reads, whose sizes and times tell whether a cor
 yields documents. A document comes in pieces of bounded size, so that a file of any length is read
 in constant memory; pieces end where no token can cross (`gpt.data.tokenizer.pieces`).
 
-Sources report everything that can be wrong with a user's file: the file, and the byte, line, row or
-token. Decoding bytes as text is in gpt/io/text.py, the type of token ids in token_files.py.
+Sources report everything that can be wrong with a user's file, naming the file and the byte, line,
+row or token. Decoding bytes as text is in gpt/io/text.py, the type of token ids in token_files.py.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def documents(
     """One document per line that is not blank.
 
     Raises:
-        InputError: names the line that is not a JSON object or has no text; or a file of which no
+        InputError: names the line that is not a JSON object or has no text; or a file in which no
             record has the field, even if records without text are skipped.
     """
     for path in files:
@@ -56,7 +56,7 @@ def documents(
 
 
 def _checked_chunks(path: Path, on_read: OnRead) -> Iterator[bytes]:
-    """The contents of a file without a byte-order mark, unless its beginning is another format."""
+    """The contents of a file without a byte-order mark; rejects other formats by the beginning."""
     chunks = read_chunks(path, on_read)
     head = next(chunks, b"").removeprefix(codecs.BOM_UTF8)
     text.check(head, str(path))

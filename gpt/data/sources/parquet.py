@@ -10,7 +10,7 @@ from gpt.config import SourceConfig
 from gpt.data.sources.document import Document, OnRead, document_from_field, missing_field
 from gpt.data.sources.text import open_source
 from gpt.errors import InputError
-from gpt.io.text import CHUNK, HEAD, recognise
+from gpt.io.text import CHUNK, HEAD, recognize
 
 ROWS = 8  # rows read at a time, so that even very long rows need little memory
 # A column chunk is rejected if it decompresses to more than this many bytes and more than this many
@@ -56,7 +56,7 @@ def _check_format(path: Path) -> None:
     with open_source(path) as file:
         head = file.read(HEAD)
     if not head.startswith((b"PAR1", b"PARE")):
-        found = recognise(head)
+        found = recognize(head)
         what = found[0] if found else "text or another format" if head else "empty"
         raise InputError(f"{path}: is not a Parquet file: it is {what}")
 

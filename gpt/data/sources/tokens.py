@@ -50,7 +50,7 @@ def _ends(ids: Tokens, end: int, path: Path) -> Iterator[int]:
                 raise InputError(
                     f"{path}: token {position:,} is {ids[position]}, outside the vocabulary of "
                     f"{end + 1:,};\n"
-                    "data.tokenizer and data.dtype must match those that wrote the file"
+                    "data.tokenizer and data.dtype must be those with which the file was written"
                 )
             yield position
     if position != len(ids) - 1:
