@@ -356,7 +356,7 @@ def main() -> None:
     """Measure all sizes, fit, draw and print the tables last."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for factor, values in FACTORS.items():
-        parser.add_argument(f"--{factor}", type=int, nargs="*", default=values, help="its sizes")
+        parser.add_argument(f"--{factor}", type=int, nargs="*", default=values, help="to measure")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--tokens", type=int, help="per update; divisible by every context")
     parser.add_argument("--seconds", type=float, default=4.0, help="of updates, for each size")

@@ -166,7 +166,7 @@ def measure_steps(flags: argparse.Namespace) -> list[dict[str, Any]]:
     except ImportError as error:
         missing["transformers"] = str(error)
     if flags.nanogpt is None:
-        missing["nanoGPT"] = "--nanogpt names no clone"
+        missing["nanoGPT"] = "--nanogpt is not given"
     else:
         ways["nanoGPT"] = nanogpt_loop(flags.nanogpt)
     rate = matrix_rate()
@@ -279,7 +279,7 @@ def measure_seconds(flags: argparse.Namespace) -> list[dict[str, Any]]:
             f"{row['loss']:.3f} | {reached} |"
         )
     if flags.nanogpt is None:
-        print("| nanoGPT | not measured: --nanogpt names no clone | | | |")
+        print("| nanoGPT | not measured: --nanogpt is not given | | | |")
     return rows
 
 

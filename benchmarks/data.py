@@ -6,13 +6,13 @@ Three ways to turn a JSONL file into a file of token ids, each in its own proces
     plain loop      one process over tiktoken's encode_ordinary, as most scripts do
     datasets.map    `datasets` with the fast tokenizer of `transformers`, one process per core
 
-Each uses GPT-2's vocabulary, and a BPE of 16,384 tokens trained beforehand. The text is the Python
-sources of this interpreter and its packages. Times include reading and parsing the JSON and writing
-the ids, and exclude start-up and imports; steadygpt's include its checksums and counts. Memory is
-the peak of all processes of a contestant together, counting shared pages once (PSS), polled every
-50 ms.
+Each runs with GPT-2's vocabulary and with a BPE of 16,384 tokens trained beforehand. The text is a
+sample of the Python sources of this interpreter and its packages. Times include loading the
+vocabulary, parsing the JSON and writing the ids, but not start-up and imports; steadygpt's include
+its checksums and counts. Memory is the peak of all processes of a contestant together, counting
+shared pages once (PSS), polled every 50 ms.
 
-Finally, the time to read a training batch is compared with a training step on a CPU.
+Finally, the time to read a training batch is compared with the time of a training step.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def contestant(name: str, kind: str, corpus: str, folder: str) -> None:
 
 
 def write_corpus(path: Path, megabytes: float) -> int:
-    """Write an even sample of all Python sources as JSONL; returns the bytes of its text."""
+    """Write an even sample of all Python sources as JSONL; returns its text's size in bytes."""
     roots = {Path(os.__file__).parent, *(Path(p) for p in sys.path if p.endswith("-packages"))}
     files = sorted({p for root in roots for p in root.rglob("*.py")})
     texts = []
@@ -180,7 +180,7 @@ def write_corpus(path: Path, megabytes: float) -> int:
 
 
 def write_vocabularies(corpus: Path, folder: Path) -> None:
-    """Write both vocabularies, in the formats of steadygpt and of `tokenizers`."""
+    """Write the BPE for steadygpt and for `tokenizers`, and GPT-2's vocabulary for the latter."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     texts = (json.loads(line)["text"] for line in corpus.open())

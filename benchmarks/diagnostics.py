@@ -3,8 +3,8 @@
 Each config is trained alternately with and without `diagnostics.every: 50`, `--rounds` times; the
 runs are otherwise the same. What is measured is the time in updates, without evaluation, samples
 and start-up. The table at the end gives medians and ranges of two numbers: the share of that time
-that steps with a snapshot of the layers took beyond the others, and the ratio of each pair's times,
-which is as noisy as the machine.
+that snapshots of the layers took (how much longer their steps were than the others), and the ratio
+of each pair's times, which is as noisy as the machine.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ RESERVE = 10.0  # seconds of the budget that are left for ending
 WARM = 2  # updates between the first one, which compiles, and the timed ones
 OUT_OF_MEMORY, OUT_OF_TIME = "out of memory", "not measured: out of time"
 AIM, AIM_RATIO = 520_000, 1.3  # tokens/s on one H200, and their ratio to the best peer's
-YARDSTICKS = {"llm.c, each H100 of several": 463_000, "a tuned loop, one A100": 142_000}
+YARDSTICKS = {"llm.c on several H100s, per GPU": 463_000, "a tuned loop, one A100": 142_000}
 
 Measured = dict[str, Any]  # of one row: tokens_per_second, peak_memory, ..., or only a note
 

@@ -1,20 +1,20 @@
 """Whatever its input, a command works or refuses: `python benchmarks/hostile.py --inputs 2000`.
 
 Each input is one command on a fresh copy of a tiny fixture (a finished and a stopped run, a
-comparison, a prepared corpus) that was corrupted in one way; `KINDS` lists the ways. The command
-runs in its own process, forked from a server that has imported torch. An input fails if
+comparison, a prepared corpus), whose files or arguments are corrupted; `KINDS` lists the ways. The
+command runs in its own process, forked from a server that has imported torch. An input fails if
 
     traceback  an exception or a Python warning is printed, or the exit code is not documented
     signal     the process was killed by a signal
     time       it took more than 10 s (`--seconds`)
-    memory     it needed over 1 GiB more than the same command does on the intact fixture
-    outside    a file outside the working directory changed: its name, bytes, mode or target
-    lost       after a refusal (exit code 2) something in the working directory is not as before
+    memory     it needed over 1 GiB more than its program's `PLAIN` command on the intact fixture
+    outside    a file beside the working directory changed: its name, bytes, mode or target
+    lost       after a refusal (exit code 2) the working directory changed, except for new caches
     unclear    a refusal is not one to three printable lines that name a key, a flag or a file
     output     raw control characters, markup or a formula in what it wrote, or a missing report
 
-Exits 1 if anything failed. An input is a function of (seed, kind, number): one that failed is
-repeated with `--kind KIND --only NUMBER`, and `--keep DIR` keeps its files. Linux only.
+Exits 1 if any input failed or did not finish. An input is a function of (seed, kind, number): one
+that failed is repeated with `--kind KIND --only NUMBER`; `--keep DIR` keeps its files. Linux only.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def inline(pool: Any, jobs: Any, workers: int) -> bool:
 
 
 def compare_and_report(arguments: list[str]) -> int:
-    """Run a comparison, then its report again from its directory: what is accepted must report."""
+    """Run a comparison, then its report again: a grid that is accepted must have a report."""
     code = cli.run("compare", arguments)
     if code == 0:
         directory = arguments[arguments.index("--out-dir") + 1]
@@ -303,7 +303,7 @@ class Place:
 
 
 def contents(folder: Path) -> dict[str, tuple[object, ...]]:
-    """Everything below a folder: type and mode, and the bytes or where a link leads."""
+    """Type, mode, and content or link target of everything below a folder, except lock files."""
     found: dict[str, tuple[object, ...]] = {}
     for place, folders, names in os.walk(os.fsencode(folder)):
         for name in sorted([*folders, *names]):
@@ -428,7 +428,7 @@ def _called(action: Callable[[], object], given: Input) -> int:
 CODES = {"train.py": {0, 3, 75}, "prepare": {0, 75}, "compare.py": {0, 75}}
 KEYS = {part for key in option_paths(Config) for part in key.split(".")}
 KEYS |= {"run", "arms", "grid", "seeds", "pairs", "contrasts", "base", "exclude", "workers"}
-IN_CACHE = re.compile(r"new cache|gone 'cache/\.[^/']+\.building['/]")  # half prepared, unusable
+IN_CACHE = re.compile(r"new cache|gone 'cache/\.[^/']+\.building['/]")  # changes that are allowed
 RAW = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 SCRIPT = "<script>alert(1)</script>"
 
@@ -483,7 +483,7 @@ def why_unclear(given: Input, err: str) -> str:
     first = next((n for n, line in enumerate(lines) if line.startswith(start)), len(lines))
     complaint = [line for line in lines[first:] if not line.endswith("prompt from stdin")]
     if not 1 <= len(complaint) <= 3:
-        return f"{len(complaint)} lines begin with {start!r}"
+        return f"{len(complaint)} lines from the first that begins with {start!r}"
     for line in complaint:
         if not line.startswith(start) or not _can_be_shown(line) or len(line) >= 5000:
             return f"one of its lines is not fit to print: {line[:200]!r}"
@@ -605,7 +605,7 @@ NEW = [
 
 
 def links(rng: random.Random, place: Place) -> Input:
-    """A link in place of a file or folder, or a new one: to outside, nowhere or itself, or hard."""
+    """A hard or symbolic link (to outside, a parent, nowhere or itself), in a new or old place."""
     given, _subject, path = _victim(rng, place, files_only=False)
     how = rng.choice(["moved", "moved", "moved", "file", "folder", "run", "new", "nowhere", "loop",
                       "parent", "chain", "hard"])  # fmt: skip
@@ -637,7 +637,7 @@ def links(rng: random.Random, place: Place) -> Input:
 
 
 def special(rng: random.Random, place: Place) -> Input:
-    """A named pipe, socket, device, endless or sparse file, or folder where a file is read."""
+    """A named pipe, socket, device, sparse or unreadable file, or folder, in place of a file."""
     given, _, path = _victim(rng, place, files_only=True)
     things = ["fifo", "socket", "/dev/zero", "/dev/full", "/dev/null", "/dev/random", "sparse",
               "folder", "unreadable"]  # fmt: skip
@@ -855,7 +855,7 @@ ODD_BYTES = [
 
 
 def odd_bytes(rng: random.Random, place: Place) -> Input:
-    """Data of every odd format, and random or tampered bytes in each file of the fixture."""
+    """Data in an odd format, or random or tampered bytes in a file of the fixture."""
     if rng.random() < 0.5:
         return _odd_data(rng, place)
     given, subject, path = _victim(rng, place, files_only=True)
@@ -905,7 +905,7 @@ def _odd_data(rng: random.Random, place: Place) -> Input:
 
 
 def _tampered(rng: random.Random, raw: bytes) -> tuple[bytes, str]:
-    """One value in JSON, lines of JSON or YAML replaced or removed; else some bytes."""
+    """Replace or remove a value of JSON or JSON Lines, replace one of YAML, or else some bytes."""
     text = raw.decode("utf-8", "replace")
     lines = text.splitlines()
     at = rng.randrange(len(lines)) if lines else 0
@@ -1190,12 +1190,12 @@ def main() -> int:
     """Try the inputs and print the table; returns the exit code."""
     global SECONDS
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--inputs", type=int, default=2000, help="of all kinds together")
+    parser.add_argument("--inputs", type=int, default=2000, help="number of inputs in total")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="more on a busy machine")
-    parser.add_argument("--minutes", type=float, default=20, help="afterwards, none are started")
-    parser.add_argument("--kind", choices=KINDS, help="of one kind only")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="per input, at most")
+    parser.add_argument("--minutes", type=float, default=20, help="start no input after this time")
+    parser.add_argument("--kind", choices=KINDS, help="try inputs of this kind only")
     parser.add_argument("--only", type=int, help="the input with this number, of --kind")
     parser.add_argument("--keep", type=Path, help="a folder for the files of what failed")
     options = parser.parse_args()
@@ -1224,13 +1224,13 @@ def main() -> int:
                           sep="\n", flush=True)  # fmt: skip
     print(f"\n{table(outcomes)}")
     if len(outcomes) < len(numbers):
-        print(f"{len(numbers) - len(outcomes)} of {len(numbers)} inputs were not tried")
+        print(f"{len(numbers) - len(outcomes)} of {len(numbers)} inputs did not finish in time")
         return 1
     return 1 if any(outcome.failures for outcome in outcomes) else 0
 
 
 def _within(minutes: float, tried: list[Future[Outcome]]) -> Iterator[Outcome]:
-    """Yield outcomes as they come; after `minutes`, cancel what has not begun."""
+    """Yield outcomes as they come, for `minutes`; then cancel the inputs that have not begun."""
     try:
         for future in as_completed(tried, timeout=60 * minutes):
             yield future.result()

@@ -2,9 +2,9 @@
 
     python benchmarks/intervals.py [--repetitions 4000] [--json FILE]
 
-Each row draws the seeds of many comparisons from a known distribution. For an interval it prints
-how often the 95% interval contains the true value; for a rule, how often it answers YES where the
-claim is true, and where it is not. The tables come last.
+Each row simulates many comparisons; the results of their seeds come from a known distribution. For
+an interval, it shows how often the 95% interval contains the true value; for a rule, how often the
+rule answers YES where the claim is true, and where it is not. All tables are printed at the end.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from gpt.compare.statistics import (
 SEEDS = (5, 6, 8, 10, 16)
 Values = NDArray[np.float64]
 Draw = Callable[[np.random.Generator, int], Values]
-Trial = Callable[[np.random.Generator, int], bool]  # of a number of seeds
+Trial = Callable[[np.random.Generator, int], bool]  # takes the number of seeds
 Rows = dict[str, dict[str, float]]
 
 # Differences of seeds: name -> (a draw of n of them, their true mean).
@@ -135,7 +135,7 @@ def wilson_coverage(repetitions: int) -> Rows:
 def threshold_coverage(repetitions: int) -> Rows:
     """Coverage of `threshold_interval`, on learning rates a factor of 2 apart.
 
-    The seeds' log thresholds are normal; their mean lies anywhere between two rates.
+    The seeds' log thresholds are normal; their mean is uniform within half a step of a rate.
     """
     rates = [2.0**power for power in range(-6, 7)]
 
@@ -166,7 +166,7 @@ def power(repetitions: int) -> Rows:
 
 
 def two_stages(repetitions: int) -> Rows:
-    """The rule that tests after 6 seeds and, if these do not suffice, again after 10."""
+    """A rule that no comparison uses: test after 6 seeds and, if they do not suffice, after 10."""
 
     def trial(effect: float, random: np.random.Generator) -> tuple[bool, int]:
         values = random.normal(effect, 1, size=TWO_STAGES[-1][0]).tolist()
@@ -189,7 +189,7 @@ TABLES: dict[str, Callable[[int], Rows]] = {
     "coverage of Newcombe's interval": newcombe_coverage,
     "coverage of Wilson's interval": wilson_coverage,
     "coverage of the interval of a log threshold": threshold_coverage,
-    "YES, by seeds": power,
+    "frequency of YES, by number of seeds": power,
     "two stages (6, then 10 seeds)": two_stages,
 }
 
@@ -208,7 +208,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repetitions", type=int, default=4000, help="comparisons, at most")
+    parser.add_argument("--repetitions", type=int, default=4000, help="per table entry, at most")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     arguments = parser.parse_args()
     found = {title: simulate(arguments.repetitions) for title, simulate in TABLES.items()}

@@ -142,7 +142,7 @@ def _files(run: Path) -> Iterator[str]:
 
 
 def _first_outside(name: str, known: set[str]) -> str:
-    """The file `name`, or the outermost folder of it that is not `known`."""
+    """The file `name`, or the outermost of its parent folders that is not `known`."""
     places = itertools.accumulate(Path(name).parts, lambda place, part: f"{place}/{part}")
     return next(place for place in places if place not in known)
 

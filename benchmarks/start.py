@@ -7,11 +7,11 @@
     a run's time    share of logging, evaluation, checkpoints, samples and the picture at the end
 
 The first two are measured alternately, `--rounds` times; medians and ranges are printed. For the
-last, a run in its own process has the methods of its loop timed, synchronizing the device before
-and after each call; the rest is updates and their batches. Its settings are the config's, except
-for the number of steps (`--steps`). The clock runs from the banner to the result, so it includes
-the evaluation before the first update. On a GPU, losses are read every `training.log_every` steps,
-so the first line appears after that many.
+last, the methods of a run's loop are timed in a separate process, with the device synchronized
+before and after each call; the rest is updates and their batches. The run's settings are the
+config's, except for the number of steps (`--steps`). The clock runs from the banner to the result,
+so it includes the evaluation before the first update. On a GPU, losses are read every
+`training.log_every` steps, so the first line appears after that many.
 """
 
 from __future__ import annotations
@@ -101,10 +101,10 @@ def _has(run: RunDirectory, key: str) -> bool:
 
 
 def seconds_of_imports(report: str) -> dict[str, float]:
-    """Seconds of each of IMPORTS, with what it imported first, in a report of `-X importtime`.
+    """Seconds of each of IMPORTS and the modules it was first to import, from `-X importtime`.
 
     A module's line follows those of the modules that it imported, which are indented further, and
-    gives only its own microseconds. What none of IMPORTS imported counts as "other".
+    its first number is its own microseconds. What none of IMPORTS imported counts as "other".
     """
     seconds = dict.fromkeys([*IMPORTS, "other"], 0.0)
     above: list[tuple[int, str]] = []  # of each importer: its depth, and what it counts for

@@ -1,4 +1,4 @@
-"""steadygpt: a small GPT-2 training framework whose stability can be measured and compared.
+"""steadygpt: a small GPT-2 training framework that measures and compares training stability.
 
     from gpt import load, train
     result = train(load("quickstart"))
@@ -38,7 +38,7 @@ _HOMES = {
     "train": "gpt.training",
 }
 
-if not TYPE_CHECKING:  # a type checker reports a name that is not exported
+if not TYPE_CHECKING:  # hidden from type checkers, which therefore report unknown names
 
     def __getattr__(name: str) -> Any:
         if name not in _HOMES:

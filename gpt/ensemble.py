@@ -1,14 +1,14 @@
-"""Many small runs trained in one batch, their weights stacked along a leading dimension, the cells.
+"""Train many small runs in one batch: their weights are stacked along a leading cell dimension.
 
 A tiny model neither fills a GPU nor hides the overhead of launching kernels from Python. N models
 of one shape, stacked, are one model whose matrix products are batched; `torch.func.vmap` makes it
-from the plain one. `BatchedTrainer` has the two calls of gpt/trainer.py, `backward` and `update`;
-everything else about a run (data, learning rate, evaluation, log, directory, result) is its own
+from the plain one. `BatchedTrainer` has `backward` and `update`, as `Trainer` (gpt/trainer.py);
+everything else (data, learning rate, evaluation, log, directory, result) belongs to each cell's own
 `Run`, as in gpt/training.py.
 
-Cells cannot affect each other: the only sum over the first dimension is that of the losses, whose
-gradients are the cells' own. A cell whose loss or gradient is not finite keeps the weights that it
-had before, while the others continue.
+Cells cannot affect each other: only the losses are summed over the first dimension, and each loss
+depends only on its own cell's weights. A cell whose loss or gradient is not finite keeps the
+weights that it had before, while the others continue.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ MIN_ACTIVE_FRACTION = 0.75  # fraction of cells that still train, below which th
 
 
 def unsupported_reason(config: Config) -> str | None:
-    """Why a run cannot be a cell of an ensemble, in words; None if it can."""
+    """The option, with its value, that keeps a run out of an ensemble; None if none does."""
     reasons = {
         f"optimizer.name: {config.optimizer.name}": config.optimizer.name not in SEPARABLE,
         f"model.dropout: {config.model.dropout:g}": config.model.dropout > 0,
@@ -149,7 +149,8 @@ class BatchedTrainer:
 
     def _backward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         gradients = self._gradients()
-        torch._foreach_zero_(gradients)
+        for gradient in gradients:
+            gradient.zero_()
         losses = torch.zeros(len(self), device=self.device)
         micro_batches = (half.split(self.micro_batch, dim=1) for half in (inputs, targets))
         for x, y in zip(*micro_batches, strict=True):
@@ -176,7 +177,8 @@ class BatchedTrainer:
         for gradient in self._gradients():
             gradient.mul_(_per_cell(clipping, gradient))
             gradient.masked_fill_(~_per_cell(self.alive, gradient), 0)
-        torch._foreach_zero_(list[Tensor](self.steps.values()))
+        for step in self.steps.values():
+            step.zero_()
         self.optimizer.step()
         for name, weight in self.weights.items():
             values = weight.detach()

@@ -1,4 +1,4 @@
-"""Errors of the user's input, which the command line turns into exit code 2.
+"""Errors in the user's input, which the command line turns into exit code 2.
 
 `InputError` is for mistakes in configs, flags, files and directories. Its text is shown without a
 traceback, so it names the key or file, what was found and what is allowed, in at most three lines.
@@ -16,7 +16,7 @@ HALF_LINE = 1000  # characters at either end of a line that are always shown
 
 
 class InputError(ValueError):
-    """The user's input is wrong. The message is one to three finished lines."""
+    """The user's input is wrong. The message has one to three lines."""
 
 
 class OutOfMemoryError(InputError):
@@ -61,8 +61,8 @@ def _can_be_shown(character: str) -> bool:
 def nearest(name: str, names: Iterable[str]) -> str:
     """`"; perhaps you meant X"` for the valid name closest to `name`, or an empty string.
 
-    A dotted name matches by its whole path first and by its last part next, so that
-    `learning_rate` finds `optimizer.learning_rate`; `prenorm` finds `pre`, with which it begins.
+    The same last part wins, so that `learning_rate` finds `optimizer.learning_rate`; next comes a
+    similar name, and then one with which `name` begins, so that `prenorm` finds `pre`.
     """
     name = _plain(name)
     known = {_plain(valid): valid for valid in reversed(list(names))}

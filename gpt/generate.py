@@ -48,8 +48,8 @@ def logits_to_probs(logits: Tensor, sampling: Sampling) -> Tensor:
 def sample_tokens(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
     """One token for each row: (N, V) logits and N generators -> (N,) integers.
 
-    For exponential E_v, argmax of p_v / E_v is distributed as p (the exponential race). Rounding
-    changes it only if two tokens nearly tie, so a text does not depend on the number of samples.
+    For exponential E_v, argmax of p_v / E_v is distributed as p (the exponential race). Rounding,
+    which varies with the number of samples, changes the drawn token only if two nearly tie.
     E = -log(1 - uniform) is in fp64, since fp32 is too coarse for the rarest tokens.
     """
     if sampling.temperature == 0:
@@ -73,7 +73,7 @@ class Decoder:
         samples: N, the sequences that are continued in parallel.
         size: S, the tokens that the caches can hold; by default the model's context.
         fixed: give one-token steps fixed shapes. On a GPU they are then replayed as one CUDA graph,
-            which saves launching kernels singly. By default on a GPU, and if `compiled`.
+            which avoids launching kernels one by one. The default on a GPU, and if `compiled`.
         compiled: compile those steps with torch.compile, which takes up to a minute at first.
 
     Attributes:

@@ -1,7 +1,7 @@
 """Initial weights: a controlled factor of a comparison, chosen by `model.init.regime`.
 
 Every matrix is drawn from a normal distribution with mean 0; a regime sets the standard deviations.
-Biases start at 0 and norms as the identity. Two more factors apply: 1/sqrt(2L) on the 2L matrices
+Biases start at 0 and norms at unit scale. Two more factors apply: 1/sqrt(2L) on the 2L matrices
 that write into the residual stream, if `depth_scaled`, and the placement's `gain`.
 
 Each parameter has its own generator, seeded from (seed, name). Two models that share a parameter's

@@ -116,7 +116,7 @@ class CausalSelfAttention(Sublayer):
 
 
 def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
-    """(T, S), true where query t of the last T of S positions may attend to key s <= S - T + t."""
+    """(T, S), true where query t, at position S - T + t, may attend to key s: s <= S - T + t."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
@@ -261,7 +261,7 @@ class GPT(nn.Module):
         return soft_cap(logits, self.config.logit_soft_cap)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per token, a float32 scalar. Both (B, T) integers."""
+        """Mean cross-entropy in nats per token, a float32 scalar. Arguments: (B, T) integers."""
         return self.loss_fn(tokens, targets)[1]
 
     def loss_fn(

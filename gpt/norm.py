@@ -39,7 +39,7 @@ class BatchNorm(nn.BatchNorm1d):
     Included to show why layer norm won. In training, every token depends on all others, later ones
     and padding included, so the model sees the tokens that it should predict. In evaluation it uses
     running averages, which differ from the statistics of training; before the first update there
-    are none, so that evaluation is meaningless.
+    are none, so evaluation is meaningless.
     """
 
     def __init__(self, width: int, eps: float, bias: bool) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from gpt.config import ScheduleConfig
 
-# Multiplier by the fraction x of the warm-up, 0 < x <= 1.
+# The multiplier, given the fraction x of the warm-up, 0 < x <= 1.
 WARMUPS: dict[str, Callable[[float], float]] = {
     "none": lambda x: 1.0,  # only its name is used
     "linear": lambda x: x,
@@ -61,8 +61,8 @@ def wsd(config: ScheduleConfig, x: float, n: float) -> float:
     return _interpolate(1.0, config.final_ratio, max(0.0, (x - start) / config.decay_fraction))
 
 
-# Multiplier by the fraction x of the updates after the warm-up, 0 <= x < 1, and by the number n of
-# updates from the start, in warm-up lengths.
+# The multiplier, given the fraction x of the updates after the warm-up, 0 <= x < 1, and the number
+# n of updates from the start, in warm-up lengths.
 BODIES: dict[str, Callable[[ScheduleConfig, float, float], float]] = {
     "constant": constant,
     "linear": linear,

@@ -45,7 +45,7 @@ def train(
     """Train a GPT as `config` says.
 
     Several threads may train at once, each in a directory of its own; with dropout, they take turns
-    drawing random numbers. Settings that are global to the process (torch's random generators, the
+    computing micro-batches. Settings that are global to the process (torch's random generators, the
     treatment of denormal numbers) are restored on return.
 
     Args:
@@ -65,7 +65,7 @@ def train(
         InputError: the config cannot run here; the directory holds another run, or another process
             trains in it, or it cannot be written (then the state is saved elsewhere if possible).
         OutOfMemoryError: not even one sequence fits the memory, or not as many as configured.
-        StoppedError: `stop` returned true while data was prepared; the next start continues there.
+        StoppedError: `stop` returned true during data preparation; the next start continues there.
     """
     path = Path(out_dir) if out_dir is not None else Path("runs") / config.name
     device = pick_device(config.training.device)
@@ -103,7 +103,7 @@ def train(
 
 
 def _fit_or_recover(run: Run, trainer: Trainer) -> RunResult:
-    """Train to the end; roll back from failures, or end the run with their location."""
+    """Train to the end; after a failure, roll back, or end the run and locate the failure."""
     while True:
         shortage = None
         try:

@@ -21,7 +21,7 @@ from gpt.io.files import describe, write_bytes
 from gpt.run import plot
 
 ROOT = Path(__file__).parents[1]
-# torch's compiler keeps kernels by their source alone: those of one vector unit fail on another.
+# torch's compiler caches kernels by source alone; those for one instruction set fail on another.
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR",
     os.path.join(tempfile.gettempdir(), f"inductor-{torch.backends.cpu.get_cpu_capability()}"),
@@ -76,7 +76,7 @@ def environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def few_probes() -> Iterator[None]:
-    """Within, networks are probed at initialization with one seed instead of sixteen."""
+    """Within, networks are probed at initialization with one seed instead of two or sixteen."""
     from gpt.compare import init_probes
 
     with pytest.MonkeyPatch.context() as patch:
@@ -167,5 +167,5 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_handlecrashitem(crashitem: str) -> None:
-    """End the run at once when a test kills its worker; the others would first end their files."""
+    """End the run at once when a test kills its worker; the others would finish their files."""
     pytest.exit(f"{crashitem} crashed its worker", returncode=1)

@@ -79,7 +79,7 @@ def test_a_commands_own_arguments_are_validated():
         (["--seed", "--dry-run"], "--seed: needs a value"),
         (["--dry-run=x"], "--dry-run: takes no value"),
         (["--seed", "1", "--seed=2"], "--seed: given twice"),
-        (["--data.path", "a", "--data.path", "b"], "--data.path: given twice; put several values"),
+        (["--data.path", "a", "--data.path", "b"], "--data.path: given twice; all values"),
         (["b.yaml"], "'b.yaml': unexpected argument"),
         (["-x"], "'-x': unexpected argument; write ./-x for a file"),
         (["--name", "a\0"], "'a\\x00': contains a NUL character"),

@@ -321,7 +321,7 @@ def test_a_directory_that_is_lost_is_made_again_elsewhere(tiny: Make, tmp_path: 
     spare, out = tmp_path / "spare", tmp_path / "run"
     config = tiny(checkpoint={"spare_dir": str(spare)})
     run(config, tmp_path / "whole")
-    with pytest.raises(InputError, match=r"run: was deleted or moved while training"):
+    with pytest.raises(InputError, match=r"run: was deleted or moved during training"):
         run(config, out, **later(14, lambda: shutil.rmtree(out)))
     assert not out.exists()
     (place,) = spare.iterdir()

@@ -152,7 +152,7 @@ BAD_FILES = [
      r"UTF-8 text; .*iconv -f UTF-16"),
     ("text", "a.txt", "é".encode() * 10 + b"\0", r"a.txt: contains a NUL byte at byte "
      r"20; delete NUL bytes, for example with .*, or set data.invalid_text: replace"),
-    ("text", "a.gz", b"no gzip", r"a.gz: is not gzip-compressed, as its name says; rename"),
+    ("text", "a.gz", b"no gzip", r"a.gz: is not gzip-compressed, although its name says so"),
     ("text", "a.gz", b"", r"a.gz: is empty, not gzip-compressed as its name says; delete it"),
     ("text", "a.gz", gzip.compress(b"text " * 9999, mtime=0)[:-9],
      r"a.gz: is damaged or truncated \(gzip"),

@@ -75,7 +75,7 @@ def test_steps_on_a_cpu(
     assert rows.keys() == {"steadygpt", "transformers", "transformers, gelu_new"}
     ours, theirs = rows["steadygpt"]["ms a step"], rows["transformers"]["ms a step"]
     assert rows["transformers"]["steadygpt is"] == pytest.approx(theirs / ours)
-    assert "| nanoGPT | not measured: --nanogpt names no clone |" in out
+    assert "| nanoGPT | not measured: --nanogpt is not given |" in out
 
 
 def test_validation_losses_are_read_from_what_nanogpt_prints():

@@ -293,7 +293,7 @@ def test_a_contrast_of_lost_arms_is_said_and_does_not_fail():
     contrast = {"question": "?", "of": ["post, warm", "post, cold"]}
     words = summarize(grid(contrasts=[contrast]), runs).verdict
     assert "no rate in common" in words[0]
-    assert "None of the contrast's arms has a result" in words[1]
+    assert "None of the contrasts' arms has a result" in words[1]
 
 
 def test_a_seed_that_one_setting_lacks_is_not_an_error():
@@ -565,5 +565,5 @@ def test_failures_are_reported_at_registered_rates_if_there_are_any():
     runs = outcomes(MOVED)
     at = {**LOSS, "at": {"optimizer.learning_rate": [0.1]}}
     words = summarize(grid(contrasts=[at], pairs=[]), runs).verdict[-1]
-    assert words.startswith("At rate 0.1, where the arms differ most of the rates registered")
+    assert words.startswith("At rate 0.1, where the arms differ most among the rates registered")
     assert "post, cold: failure in all 6 seeds" in words

@@ -173,7 +173,7 @@ def test_a_final_loss_at_exactly_the_margin_is_a_plateau():
     assert judge(losses, val=math.nextafter(H1 - 0.05, 0)).status == "trained"
     result = judge(losses, val=3.349)
     assert result.failed
-    assert result.reason == "final loss 3.349 is not 0.05 below H1 = 3.341"
+    assert result.reason == "final loss 3.349 is not more than 0.05 below H1 = 3.341"
 
 
 def test_a_plateau_that_never_learned_starts_at_the_first_step():

@@ -1,8 +1,9 @@
 """When a run saves a checkpoint, which one is its best, and which ones are deleted again.
 
 A checkpoint is scheduled if an uninterrupted run would save it: every `checkpoint.every` steps, at
-the last step, and at the step where the run directory began. Others are saved only for a stop, and
-are deleted once they are not needed, so that a stopped run ends with the same files as any other.
+the last step, and at the step where the run directory began. Others are saved only for a stop, or
+when a run gives up. Those of a stop are deleted once they are not needed, so that a stopped run
+ends with the same files as any other.
 """
 
 from __future__ import annotations

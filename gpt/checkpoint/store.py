@@ -160,7 +160,7 @@ def write_pointers(folder: Path, name: str, *, best: bool) -> None:
 
 
 def prune(folder: Path, kept: Collection[int]) -> None:
-    """Delete all checkpoints except those of the steps `kept`, `latest` and `best`."""
+    """Delete all checkpoints except `latest`, `best` and those of the steps in `kept`."""
     pointers = (read_pointer(folder, "latest"), read_pointer(folder, "best"))
     for step, path in steps(folder).items():
         if step not in kept and path not in pointers:
@@ -215,7 +215,7 @@ class PrunedError(InputError):
 
 @contextlib.contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """A context for reading a checkpoint: distinguishes damage from deletion meanwhile.
+    """A context for reading a checkpoint: distinguishes damage from concurrent deletion.
 
     Raises:
         PrunedError: the folder is gone or has been replaced by another.

@@ -1,7 +1,7 @@
 """Shared by all commands: errors become exit codes, signals become requests to stop.
 
-Exit codes: 0 finished, 1 internal error (traceback), 2 invalid input, 3 diverged,
-75 interrupted and saved; 130 for Ctrl-C where there is nothing to save.
+Exit codes: 0 finished, 1 internal error (traceback), 2 invalid input (or too little memory, or a
+failed write), 3 diverged, 75 interrupted and saved; 130 for Ctrl-C where there is nothing to save.
 """
 
 from __future__ import annotations

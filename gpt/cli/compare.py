@@ -43,7 +43,7 @@ class Arguments(Section):
     """batched: train all cells of one shape together; processes: train each cell in its own
     process; auto: batched on a GPU, else processes (default: the grid's)."""
     dry_run: bool = False
-    """List the cells with their tokens, FLOPs and time, and write nothing."""
+    """List the cells and their total tokens, FLOPs and time, and write nothing."""
     report_only: bool = False
     """Rewrite the report from the existing runs."""
     beside: FileName | None = Field(None, title="DIR")
@@ -126,7 +126,7 @@ def compare(arguments: Arguments, comparison: Comparison) -> Summary | None:
 
 
 def report(summary: Summary | None, comparison: Comparison) -> int:
-    """Print the summary, and return the exit code: 1 if an internal error ended a cell."""
+    """Print the summary, and return the exit code: 1 if the status of a cell is "error"."""
     if summary is None:
         return 0
     from gpt.compare import comparison as comparisons

@@ -1,7 +1,7 @@
 """Command lines made from pydantic sections, so that every option of a config is also a flag.
 
 argparse splits the command line and prints the help. Values remain text until pydantic checks them:
-a config's together with those of its YAML file, so that all errors are reported at once.
+those for a config together with its YAML file, so that all errors are reported at once.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class _StoreOnce(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         if hasattr(namespace, self.dest):
-            raise InputError(f"{option_string}: given twice; put several values after one flag")
+            raise InputError(f"{option_string}: given twice; all values of a list follow one flag")
         setattr(namespace, self.dest, values)
 
 

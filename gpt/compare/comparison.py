@@ -68,7 +68,7 @@ def compare(
         beside: see `report`.
 
     Returns:
-        The summary; None if `stop` became true while cells were running, and then there is no
+        The summary; None if `stop` became true while cells or probes ran, and then there is no
         report.
 
     Raises:
@@ -269,11 +269,13 @@ def describe(
     """The comparison that is about to run, in a few lines."""
     arms = grid.all_arms()
     ended = len(cells) - estimated.cells
+    every = math.prod([len(arms), len(grid.seeds), *map(len, grid.grid.values())])
     rows = {
         "question": " ".join(contrast.question for contrast in grid.contrasts) or "none registered",
         "arms": "; ".join(arm.name for arm in arms),
         "cells": f"{len(cells)}: {len(arms)} arms, {len(grid.seeds)} seeds"
-        + "".join(f", {len(values)} x {axis}" for axis, values in grid.grid.items())
+        + "".join(f", {len(values)} values of {axis}" for axis, values in grid.grid.items())
+        + (f"; {every - len(cells)} combinations are excluded" if len(cells) < every else "")
         + (f"; {ended} have already ended" if ended else ""),
         "tokens": f"{estimated.tokens:,} to train on, {estimated.flops:.2g} FLOPs",
         "time": f"about {duration(estimated.seconds)} with {format_workers(tasks, workers)}, "

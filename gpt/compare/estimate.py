@@ -1,6 +1,6 @@
 """The cost of a comparison, estimated before it runs: cells, tokens, FLOPs, time and disk.
 
-The time is extrapolated from one update of each model size, timed here on one thread; of
+The time is extrapolated from one update of each model size, timed here on one thread; for
 batched cells, from an update of a few of them, whose time per cell is an upper bound. It is
 an estimate: it ignores workers that slow each other down, and runs that diverge early.
 """
@@ -129,8 +129,8 @@ def check_affordable(estimated: Estimate, directory: Path, hours: float) -> None
     free = free_bytes(directory)
     if estimated.disk > free:
         raise InputError(
-            f"{directory}: needs about {estimated.disk / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are "
-            "free; choose another --out-dir, or shrink the grid"
+            f"{directory}: needs about {estimated.disk / 1e9:,.1f} GB, but only "
+            f"{free / 1e9:,.1f} GB are free; choose another --out-dir, or shrink the grid"
         )
     if estimated.seconds > 3600 * hours:
         raise InputError(

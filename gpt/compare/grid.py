@@ -123,7 +123,7 @@ class Contrast(Section):
     """A question that a comparison should answer, registered before it runs.
 
     The contrast is (a - b) - (c - d), of the arms `of: [a, b]` and `against: [c, d]`, or a - b
-    alone. The claim is that it is above `margin`.
+    alone. The claim is that it is above, below or within `margin`.
     """
 
     question: Question
@@ -133,7 +133,7 @@ class Contrast(Section):
     against: tuple[str, str] | None = None
     """Two arms whose difference is subtracted, such as pre-norm with warm-up and without."""
     measure: Measure = "loss"
-    """Mean loss, failed fraction, sensitivity to the rate, or log of the rate that half survive."""
+    """Mean loss, failed fraction, rate sensitivity, or log of the rate at which half fail."""
     at: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
     """Axis option -> the values at which the arms are compared; by default all."""
     rates: dict[str, Rate] = Field(default_factory=dict)
@@ -158,7 +158,7 @@ class Contrast(Section):
             if set(self.rates) != set(self.arms):
                 raise ValueError(f"rates: needs a rate for each of {'; '.join(self.arms)}")
             if RATE in self.at:
-                raise ValueError(f"at: {RATE}: rates gives the arms their own")
+                raise ValueError(f"at: {RATE}: cannot be given together with rates")
             if self.measure in ("sensitivity", "log_lr50"):
                 raise ValueError(f"rates: {self.measure} needs more than one rate of each arm")
         return self

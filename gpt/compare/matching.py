@@ -23,7 +23,7 @@ class Match:
     Attributes:
         cells: cells that were compared with the first of their seed and setting.
         same_batches: those that saw the same inputs, up to the last step that both reached.
-        parameters: parameters that both have, by name and shape.
+        parameters: parameter tensors that both have, by name and shape.
         equal: those that started with the same values.
         rescaled: those that started from the same random draw at another scale.
         exceptions: what did not match, in words.

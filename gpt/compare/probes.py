@@ -46,7 +46,7 @@ class Probe:
         gradient_norms: Frobenius norm of d mean loss / d W2, the feed-forward's last matrix, with
             gradients averaged over the batches before the norm is taken.
         betas: residual dependency Var[f] / Var[x + f] of attention and of the feed-forward, with x
-            as the placement weights it; None if a placement does not add by its `add`.
+            as the placement weights it; None if the placement adds without its `add` module.
         stream_rms: RMS of the residual stream after the block.
         amplification: E|out(W) - out(W + δ)|² per channel, divided by NOISE². `out`
             is the stream after the final norm; δ is normal with a standard deviation of NOISE times
@@ -165,7 +165,7 @@ def _linears(model: GPT) -> list[tuple[str, nn.Linear]]:
 
 @contextlib.contextmanager
 def _perturbed(model: GPT, seed: int) -> Iterator[None]:
-    """Add noise to the blocks' matrices, NOISE times their own standard deviation, within."""
+    """A context with noise in the blocks' matrices, NOISE times their own standard deviation."""
     before = [linear.weight.clone() for _, linear in _linears(model)]
     for name, linear in _linears(model):
         parts = len(linear.parts) if isinstance(linear, FusedLinear) else 1

@@ -93,9 +93,9 @@ class ContrastResult:
         reach: for each part, "at least", "at most" or "unknown" if only bounds are known; else "".
         value, interval: log_lr50 in natural logarithms; failure as a fraction; others in nats.
         p: of a paired test that the value is the margin; None for log_lr50, which has none.
-        least_p: the smallest p that so many seeds can give.
+        least_p: the smallest p that this many seeds can give.
         answer, why: whether the runs support the claim, and the reason in words.
-        confirmatory: whether all contrasts before it are supported; otherwise it was not tested.
+        confirmatory: whether all contrasts before it are supported; otherwise it is exploratory.
         dropped: combinations of setting and rate left out because an arm or a seed has no run.
     """
 

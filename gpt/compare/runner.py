@@ -6,8 +6,8 @@ trains one task after another (worker.py). This module is their parent: it hands
 shows the progress, and records in DIR/lost.json why a cell has no result.
 
 On a CPU each cell is a task and each worker has one thread: two such workers train small models
-faster than one with two threads. A single worker trains the batches first; then up to `workers` of
-them train the remaining cells, one each. If a worker is killed, only its task's cells are affected.
+faster than one with two threads. A single worker trains the batches first; then up to `workers` run
+in parallel on the other cells, one each. If a worker is killed, only its task's cells are affected.
 
 Ctrl-C and SIGTERM reach the parent, which asks the workers to stop; each saves its cells after the
 update in progress. Started again, a comparison leaves cells that have ended alone, resumes those
@@ -200,7 +200,7 @@ class _Pool:
                 context=self.context,
             ) as processes,
         ):
-            with _blocked(signal.SIGINT):  # which a terminal sends to workers that are starting too
+            with _blocked(signal.SIGINT):  # a terminal also sends it to workers that are starting
                 futures: dict[Future[Any], _Job] = {
                     processes.schedule(job.function, job.arguments): job for job in jobs
                 }
@@ -218,7 +218,7 @@ class _Pool:
                             raise OutOfMemoryError(WORKERS_ENDED)
                     if self.index:  # some cells are being trained
                         self.console.progress(sum(self.shared.steps[:]))
-                # Workers that are still starting need not finish that.
+                # Do not wait for workers that are still starting.
                 processes.stop()  # type: ignore[no-untyped-call]
             finally:
                 self.shared.stop.value = True  # also after an error, or they would continue alone

@@ -2,8 +2,8 @@
 
 The unit is the seed. Arms with the same seed share data order and common weights, so differences
 are taken seed by seed, and intervals are over seeds, never steps, tokens or rates. Intervals are
-at 95%. A failed run is not left out: it counts with its initial loss (`capped`), so that no average
-is over survivors alone.
+at 95%. A failed run is not left out: it counts with its own loss, capped at its initial loss
+(`capped`), so that no average is over survivors alone.
 
 With few seeds little can be concluded, and the results show how little: each test comes with the
 smallest p-value that its number of pairs can give, and no failure in n seeds still has an interval.
@@ -62,9 +62,9 @@ def fraction_interval(
 ) -> Interval | None:
     """Interval of a mean difference of failed fractions, one per seed; None under MIN_SEEDS.
 
-    Few seeds that all agree have no variance, and Student's interval no width. So it is joined with
-    Wald's after two seeds are added, one without a difference, and one that is half 1 / runs and
-    half -1 / runs: for one run per seed that is Agresti and Min's (2005) interval.
+    If all seeds agree, Student's interval has no width. So it is extended to cover Wald's interval
+    with two more seeds: one with difference 0, and one counted half as 1 / runs, half as -1 / runs.
+    With one run per seed, the latter is Agresti and Min's (2005) interval.
 
     Args:
         runs: of each arm and seed.
@@ -140,7 +140,7 @@ class McNemar:
     Attributes:
         interval: of the difference of the two failed fractions.
         p: exact and two-sided.
-        least_p: the smallest p that so many pairs can give.
+        least_p: the smallest p that this many pairs can give.
     """
 
     both: int
@@ -217,7 +217,7 @@ def firth(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
     Maximizes log likelihood + 1/2 log det I(beta), where I is the Fisher information: Jeffreys'
     prior (Firth 1993). Finite even where x separates the outcomes (Heinze and Schemper 2002). Uses
-    Fisher scoring with step-halving on standardized x, which takes at least two values.
+    Fisher scoring with step-halving on standardized x, which needs two distinct values or more.
     """
     raw, outcomes = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     center, scale = raw.mean(), raw.std()

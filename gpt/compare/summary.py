@@ -1,4 +1,4 @@
-"""From the outcomes of all cells to a Summary: arms, the registered contrast, and pairs.
+"""From the outcomes of all cells to a Summary: arms, the registered contrasts, and pairs.
 
 The numbers come from statistics.py, and the sentences of the verdict from wording.py.
 """
@@ -244,7 +244,7 @@ def _contrast(
     )
 
 
-# The measures that a seed's runs of one arm have a value of.
+# The measures that are computed from one arm's runs with one seed.
 OF_RUNS: dict[str, Callable[[Sequence[Outcome]], float]] = {
     "failure": lambda runs: float(np.mean([run.failed for run in runs])),
     "loss": lambda runs: float(np.mean([run.loss for run in runs])),
@@ -325,7 +325,7 @@ def _reach(of: Sequence[str], less: Sequence[str]) -> str:
 def _answer(
     contrast: Contrast, interval: Interval | None, p: float
 ) -> tuple[Answer, wording.Reason]:
-    """Supported or contradicted only if the interval is on one side and the seeds can tell."""
+    """Supported or contradicted only if the interval is on one side and p is at most ALPHA."""
     if interval is None:
         return "open", "too few for an interval"
     margin, low, high = contrast.margin, interval.low, interval.high

@@ -29,13 +29,13 @@ FAILED: frozenset[Status] = frozenset({"regressed", "plateaued", "diverged"})
 # Nats by which a run's loss may end above its minimum: smaller rises are ordinary fluctuation.
 REGRESSION = 0.2
 # With small batches, noise alone can exceed that. Five standard errors rather than two: the lowest
-# of hundreds of windows is low by chance, by about three of them even if nothing changes.
+# of hundreds of windows is low by chance, by about three standard errors even if nothing changes.
 STANDARD_ERRORS = 5
 # A spike is this many standard deviations above the mean of this many values (OLMo 2, OLMo-core).
 SIGMAS = 6
 WINDOW = 128
-# Smallest sigma, as a fraction of the mean. float32 rounds to 1e-7 of a number, which after a
-# constant window, whose sigma is 0, would be a spike.
+# Smallest sigma, as a fraction of the mean. After a constant window, whose sigma is 0, float32's
+# rounding error, 1e-7 of a number, would otherwise be a spike.
 SIGMA_FLOOR = 1e-6
 
 
@@ -50,7 +50,7 @@ class Verdict:
             never was; the last: only the validation loss shows it); regressed: the last update of
             the lowest window; spiked: the first spike; trained: None.
         layer: diverged: where, if the caller knows; plateaued: the lowest block whose gradients
-            were under EPS_ALARM epsilon at the first snapshot that shows one, None without such a
+            were under EPS_ALARM * eps at the first snapshot that shows one, None without such a
             snapshot; otherwise None.
         reason: the finding in words.
         initial_loss: validation loss before the first update; None if it is unknown or not finite.
@@ -230,13 +230,14 @@ def _plateau(
             onset = steps[min(index + windows.shape[1], len(steps) - 1)]
             break
     words = (
-        f"final loss {final_val_loss:.3f} is not {LEARNED_MARGIN} below H1 = {unigram_entropy:.3f}"
+        f"final loss {final_val_loss:.3f} is not more than {LEARNED_MARGIN} below "
+        f"H1 = {unigram_entropy:.3f}"
     )
     return _Finding("plateaued", onset, _starved_block(records), words)
 
 
 def _starved_block(records: Sequence[Record]) -> int | None:
-    """The lowest block at the first snapshot with a block's gradients under EPS_ALARM epsilon.
+    """The lowest block at the first snapshot with a block's gradients under EPS_ALARM * eps.
 
     The embeddings (layer 0) and the head (the last) are not blocks: see gpt.diagnostics.layers.
     """

@@ -47,7 +47,7 @@ class Words(NamedTuple):
         return f"{interval_text(interval, self.form)}{self.unit}"
 
     def edge(self, value: float) -> str:
-        """A margin with its unit; plain 0 where it is none."""
+        """A margin with its unit; no margin is 0, or 1 for a ratio."""
         return self.number(value).lstrip("+") if value or self.form(0.0) == "1" else "0"
 
 
@@ -261,7 +261,7 @@ def _fold(part: float, reach: str) -> str:
 def _failures_sentence(
     arms: Sequence[ArmSummary], names: Sequence[str], registered: Set[float]
 ) -> str:
-    """Failures at the rate and setting where the arms differ most: the first two, then all.
+    """Failures at the rate and setting where the first two arms differ most; in a tie, all arms.
 
     Args:
         registered: rates fixed before the runs for all arms; if there are any, only these count.
@@ -272,7 +272,7 @@ def _failures_sentence(
             if arm.arm in names and (not registered or at.rate in registered):
                 points.setdefault((at.rate, arm.setting), {})[arm.arm] = at
     if not points:
-        return "None of the contrast's arms has a result."
+        return "None of the contrasts' arms has a result at the rates compared."
     everywhere = [at for by_arm in points.values() for at in by_arm.values()]
     if not any(at.failures for at in everywhere):
         fewest = min(everywhere, key=lambda at: at.n)
@@ -299,7 +299,7 @@ def _failures_sentence(
     ]
     where = f" ({setting})" if setting else ""
     chosen = (
-        ", where the arms differ most of the rates registered for all"
+        ", where the arms differ most among the rates registered for all of them"
         if registered
         else ", chosen after the runs because the arms differ most there"
     )
@@ -317,7 +317,7 @@ def limits(grid: Grid, summary: Summary) -> list[str]:
         f"With no failure in {seeds} seed{'s' if seeds > 1 else ''}, the failure rate can be up to "
         f"{wilson(0, seeds).high:.0%}; the smallest p-value that a paired test of this many seeds "
         f"can give is {least_p(seeds):.2g}."
-        + (f" Means have an interval from {MIN_SEEDS} seeds on." if seeds < MIN_SEEDS else ""),
+        + (f" Intervals of means need {MIN_SEEDS} or more seeds." if seeds < MIN_SEEDS else ""),
         "Short runs measure the onset of instability, not the quality of a finished model. A run "
         "that is merely slow, because of its learning rate or its optimizer, also counts as "
         "plateaued.",

@@ -166,7 +166,7 @@ def _without_branches(location: tuple[int | str, ...], options: list[str]) -> st
 
 
 def _fields_below(section: type[Section]) -> set[str]:
-    """The fields of all sections, among them those of items in a list, which have no option."""
+    """The fields of all sections, including those of list items, which `option_paths` omits."""
     return {
         name
         for each in section.__subclasses__()

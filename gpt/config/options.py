@@ -198,7 +198,7 @@ class InitConfig(Section):
     """Initial weights: a controlled factor of a comparison."""
 
     regime: Annotated[str, Choice("gpt.init", "REGIMES")] = "gpt2"
-    """Standard deviations: GPT-2's 0.02, Xavier's as in the theory, or SmallInit's."""
+    """Standard deviations: GPT-2's 0.02, Xavier's (Glorot and Bengio 2010), or SmallInit's."""
     depth_scaled: Switch = "auto"
     """Scale each sublayer's last matrix by 1/sqrt(2L); auto: if regime and placement ask for it."""
 

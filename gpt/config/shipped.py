@@ -59,7 +59,7 @@ def find(name: str | Path, kind: Kind, start: Path = Path()) -> Path:
     if local.exists() and not local.samefile(shipped):
         raise InputError(
             f"{name}: is a shipped {kind}, and {local} exists too;\n"
-            f"write {local.name} to use that file, or rename it to use the shipped {kind}"
+            f"specify {local.name} to use that file, or rename it to use the shipped {kind}"
         )
     return shipped
 

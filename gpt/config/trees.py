@@ -9,7 +9,7 @@ from typing import Any
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with the values of `over` on top, mapping by mapping.
 
-    A mapping never replaces a value that is not a mapping: `validate` reports `model: 5`.
+    A mapping never replaces a value that is not a mapping, so `validate` still reports `model: 5`.
     """
     merged = dict(base)
     for key, value in over.items():

@@ -43,7 +43,7 @@ class Section(BaseModel):
         """Fail validation with a message for each option, by its dotted path in this section.
 
         Raises:
-            ValidationError: there is a conflict; with all of them.
+            ValidationError: there are conflicts; it lists them all.
         """
         if conflicts:
             details: list[InitErrorDetails] = [

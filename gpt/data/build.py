@@ -38,7 +38,7 @@ PROGRESS = "progress.json"  # items encoded so far, and the sizes of the token f
 REVISIONS = "revisions.json"  # the commit of each source
 SAVE_EVERY = 5.0  # seconds between updates of PROGRESS
 PRINT_EVERY = 10.0  # seconds between progress lines, where there is no terminal
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # a disk full or failing
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # a full or failing disk
 KEPT = "; the work so far is kept, and the next run resumes from it"
 
 
@@ -82,7 +82,7 @@ class Build:
         try:
             self._fill()
             if plan(self.config)[0] != self.final:
-                raise InputError(f"data: a file of {self.final.name} changed while it was read")
+                raise InputError(f"data: an input of {self.final.name} changed while it was read")
             self.folder.rename(self.final)
             fsync(self.final.parent)
         except Exception as error:
@@ -194,7 +194,7 @@ class Build:
                     if time.monotonic() - saved > SAVE_EVERY:
                         self._save_progress(done, files)
                         saved = time.monotonic()
-                self._save_progress(done, files)  # hashing the files, which follows, can take long
+                self._save_progress(done, files)  # the hashing that follows can take a while
             except (StoppedError, UnreachableError):
                 if done:
                     self._save_progress(done, files)
@@ -212,7 +212,7 @@ class Build:
     def _open_files(
         self, stack: contextlib.ExitStack, dtype: np.dtype[Any]
     ) -> tuple[int, dict[str, BinaryIO]]:
-        """The number of items that an interrupted build wrote, and the token files after them."""
+        """How many items an interrupted build wrote, and the token files, open for appending."""
         path = self.folder / PROGRESS
         done = dict.fromkeys(["items", *self.names], 0)
         files: dict[str, BinaryIO] = {}
@@ -280,7 +280,7 @@ class _ReadProgress:
 
 @contextlib.contextmanager
 def _left_by_an_interrupted_run() -> Iterator[None]:
-    """Add to errors about a leftover file that the next run starts from scratch."""
+    """Make errors about a leftover file say that the next run starts from scratch."""
     try:
         yield
     except OSError as error:

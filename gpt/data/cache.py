@@ -56,7 +56,7 @@ def plan(config: DataConfig) -> tuple[Path, list[PlannedSource]]:
     """The folder that belongs to `config`, and the sources that are read to fill it.
 
     Raises:
-        InputError: names the option of a source that has no files, or whose files are in the cache.
+        InputError: names the option of a source that has no files or whose path contains the cache.
     """
     options = [f"data.mix.{index}" for index in range(len(config.mix))] or ["data"]
     sources = [

@@ -1,7 +1,7 @@
 """Sequences: token files -> batches.
 
 Sample i of a run is a pure function of (data seed, i): it does not depend on the batch size or on
-what was read before. Update n of B sequences sees samples (n - 1) B to n B - 1. Validation
+what was read before. Batch n of B sequences holds samples (n - 1) B to n B - 1. Validation
 sequences never change.
 
 Batches are NumPy arrays of int64: inputs and targets, (sequences, T) each; the targets are the
@@ -76,7 +76,7 @@ class TrainingSequences:
         size: int,
         check: Callable[[], object] = lambda: None,
     ) -> tuple[Batch, Batch]:
-        """Inputs and targets of update `step` (from 1), (size, T) each.
+        """Inputs and targets of batch number `step` (from 1), (size, T) each.
 
         Args:
             size: sequences of the update.

@@ -42,7 +42,7 @@ WORD = 512  # maximum bytes of a word that BPE learns from; a longer one counts 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 # The pattern of each tokenizer. gpt2's is the same split, as tiktoken spells it. Files with other
-# patterns are rejected: they could lose text, never end or crash tiktoken, and `pieces` cuts only
+# patterns are rejected: they could lose text, or hang or crash tiktoken, and `pieces` cuts only
 # where these patterns allow it.
 PATTERNS = {
     "bytes": r"(?s:.{1,64})",

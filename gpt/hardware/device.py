@@ -69,7 +69,7 @@ def flush_denormals() -> Iterator[None]:
     """
     before = sys.float_info.min / 2 == 0  # whether they are flushed already
     if not before:
-        torch.ones(2**20).add_(1)  # starts torch's other threads now: they inherit the setting
+        torch.ones(2**20).add_(1)  # starts torch's other threads now, or they would keep flushing
     torch.set_flush_denormal(True)
     try:
         yield

@@ -54,7 +54,7 @@ def _activation_memory(device: torch.device) -> int:
 
 
 def check_fits(config: Config, device: torch.device, vocab_size: int = 1) -> None:
-    """Refuse a config that the memory here cannot train (see `gpt.hardware.size.check_training`).
+    """Reject a config that needs more memory than there is (`gpt.hardware.size.check_training`).
 
     Raises:
         InputError: the config needs more memory than there is.
@@ -82,7 +82,7 @@ def models_at_once(config: Config, vocab_size: int, device: torch.device) -> int
 
 
 def release_memory(device: torch.device) -> None:
-    """Return memory that a GPU's allocator holds but does not use."""
+    """Release memory that a GPU's allocator holds but does not use."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

@@ -19,7 +19,7 @@ from gpt.config import Config, ModelConfig
 from gpt.errors import InputError
 
 FP32 = 4  # bytes per number
-# Numbers of optimizer state per parameter, at least; other optimizers have less than one.
+# Numbers of optimizer state per parameter, at least; other optimizers may have fewer than one.
 OPTIMIZER_STATE = {"adamw": 2, "radam": 2, "muon": 1}
 GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # one of them exists if Linux has a GPU
 
@@ -102,10 +102,10 @@ def check_sampling(
     """
     cached = min(tokens, model.context)
     needs = {
-        f"--num-samples {samples:,}: keys and values of {cached:,} tokens each": (
+        f"--num-samples {samples:,}: caching the keys and values of {cached:,} tokens each": (
             2 * size * samples * cached * model.width * model.layers
         ),
-        f"--num-samples {samples:,}: their logits": FP32 * samples * vocab_size,
+        f"--num-samples {samples:,}: computing their logits": FP32 * samples * vocab_size,
     }
     _check(needs, memory)
 

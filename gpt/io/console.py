@@ -1,4 +1,4 @@
-"""Everything that the program prints, so that text is encoded and escaped in one place.
+"""Printing: text from users and files is encoded and escaped in one place.
 
 Progress goes to stderr, as a bar on a terminal and as plain lines otherwise; stdout carries results
 only. This module's output is for people; machine-readable records are in gpt/metrics.py.

@@ -173,8 +173,8 @@ def decompressed(file: BinaryIO, origin: str) -> Iterator[bytes]:
         )
     if named != actual:
         raise InputError(
-            f"{origin}: is not {named}-compressed, as its name says"
-            + (f", but {actual}-compressed" if actual else "")
+            f"{origin}: is not {named}-compressed, although its name says so"
+            + (f" (it is {actual}-compressed)" if actual else "")
             + "; rename it if it is complete"
         )
     if not actual:

@@ -70,14 +70,14 @@ def wait_for(
 
 
 def interruptible(work: Callable[[Stop], Result], stop: Stop, message: str) -> Result:
-    """The result of `work(stop)`, unless `stop()` becomes true first, even if `work` hangs.
+    """Return the result of `work(stop)`; end soon if `stop()` becomes true, even if `work` hangs.
 
     `work` should call `stop` regularly and end cleanly once it returns true. If it does not end
     within `GRACE` seconds, it is abandoned, as if the process had been killed. Ctrl-C also makes
     `stop` return true.
 
     Raises:
-        StoppedError: `stop()` became true; with `message` if `work` did not end by itself.
+        StoppedError: `stop()` became true and `work` did not end in time; with `message`.
         Exception: whatever `work` raises.
     """
     lock = threading.Lock()

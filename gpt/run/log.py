@@ -126,14 +126,14 @@ class RunLog:
             self.console.say(
                 f"step {layer['step']}: the gradients of layer {layer['layer']} have an RMS "
                 f"of {layer['grad_rms']:.1e}, less than {EPS_ALARM} times optimizer.eps, "
-                "which makes its updates smaller"
+                "which makes this layer's updates smaller"
             )
 
     def _count_or_raise(self, progress: Progress, update: Update, loss: float, norm: float) -> None:
         """Count an update.
 
         Raises:
-            NonFiniteError: it was not finite, and was either not skipped or one skip too many.
+            NonFiniteError: it was not finite, and the config does not let it be skipped (again).
         """
         training = self.config.training
         progress.step, progress.train_loss = update.step, finite_or_none(loss)

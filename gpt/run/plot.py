@@ -59,7 +59,7 @@ def literal_text() -> Iterator[None]:
 
 
 def label(text: str, longest: int = 70) -> str:
-    """`text` on one line; only the end of a long one, which distinguishes paths."""
+    """`text` on one line; if it is long, only its end, by which paths differ."""
     text = printable(text)
     return text if len(text) <= longest else "..." + text[3 - longest :]
 

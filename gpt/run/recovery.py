@@ -230,7 +230,7 @@ def save_to_fallback(
     """
     reason = f"{why.filename or own.path}: {why.strerror}"
     if not own.config.is_file():
-        reason = f"{own.path}: was deleted or moved while training"
+        reason = f"{own.path}: was deleted or moved during training"
     saved = checkpoints.read_pointer(own.checkpoints, "latest")
     before = f"{saved} is untouched" if saved else "no checkpoint is left there"
     again = "resumes from there" if saved else "starts from step 0"

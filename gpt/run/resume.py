@@ -137,7 +137,7 @@ def open_run(config: Config, path: Path, resume: str) -> ResumePlan:
 def _same_run(
     directory: RunDirectory, config: Config, resume: str
 ) -> tuple[list[str], RunResult | None]:
-    """The changed options, all of which may change, and the run's result."""
+    """The changed options, all of which a resumed run may change, and the run's result."""
     if resume != "auto":
         raise InputError(
             f"{directory.path}: holds a run, which --resume {resume} would overwrite;\n"

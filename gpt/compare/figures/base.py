@@ -174,7 +174,7 @@ def rate_axis(axes: Axes, rates: Sequence[float]) -> None:
 
 
 def plain_numbers(axes: Axes) -> None:
-    """Label a logarithmic y axis by few plain numbers: 0.3, not 3 x 10^-1."""
+    """Label a logarithmic y axis with a few plain numbers: 0.3, not 3 x 10^-1."""
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())

@@ -124,7 +124,7 @@ def _median_losses(data: PlotData) -> str:
 
 
 def failures(data: PlotData) -> Plot:
-    """Fraction of failed seeds: arm against rate, or for each arm setting against rate."""
+    """Fraction of failed seeds: arm against rate; with several settings, a panel per arm."""
     arms, settings, rates = list(data.styles), data.settings, data.rates
     counts = {
         (arm.arm, arm.setting, at.rate): (at.failures, at.n)
@@ -148,7 +148,7 @@ def failures(data: PlotData) -> Plot:
         axes.set_xlabel("learning rate")
     return Plot(
         "Which runs failed",
-        "Failed out of all seeds. A run failed if its loss became non-finite, did not end more "
+        "Failed seeds out of all. A run failed if its loss became non-finite, did not end more "
         f"than {LEARNED_MARGIN} nats below H₁, or ended well above its own minimum.",
         "; ".join(
             f"{arm.label}: {arm.failures} of {arm.runs} runs failed" for arm in data.summary.arms

@@ -44,7 +44,7 @@ def thresholds(data: PlotData) -> Plot:
         "The rate at which half of the runs fail, and the highest stable rate",
         "Points: the rate at which a logistic regression (Firth's) of failure on the log rate "
         "crosses 1/2; a triangle means that it lies beyond the rates tried. Lines: 95% intervals "
-        "over seeds and within the grid's spacing; a line that runs past the rates tried is open "
+        "over seeds, widened by the grid's spacing; a line that runs past the rates tried is open "
         "there. Crossbars: the highest rate up to which no seed failed.",
         "; ".join(f"{arm.label}: {threshold_text(arm.lr50)}" for arm in arms),
         figure,

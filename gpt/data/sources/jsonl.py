@@ -56,7 +56,7 @@ def documents(
 
 
 def _checked_chunks(path: Path, on_read: OnRead) -> Iterator[bytes]:
-    """The contents of a file without a byte-order mark; rejects other formats by the beginning."""
+    """A file's contents without a byte-order mark; rejects other formats by their first bytes."""
     chunks = read_chunks(path, on_read)
     head = next(chunks, b"").removeprefix(codecs.BOM_UTF8)
     text.check(head, str(path))
@@ -69,7 +69,7 @@ def _checked_chunks(path: Path, on_read: OnRead) -> Iterator[bytes]:
 
 
 def _lines(chunks: Iterable[bytes], path: Path) -> Iterator[bytes]:
-    """The lines of a file, without their ends.
+    """The lines of a file, without line terminators.
 
     Raises:
         InputError: a line is longer than `MAX_LINE` bytes; it may never end.

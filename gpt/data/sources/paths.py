@@ -41,7 +41,7 @@ class SourceFiles:
         return (status.st_dev, status.st_ino) in self.folders
 
     def describe_left_out(self) -> str:
-        """Such as `hidden: 2 (in/.git, in/.env); unreadable: 1 (in/p)`; empty if nothing is."""
+        """Such as `hidden: 2 (in/.git, in/.env); unreadable: 1 (in/p)`; empty if there are none."""
         return "; ".join(
             f"{reason}: {len(paths):,} ({', '.join(printable(str(path)) for path in paths[:3])}"
             f"{', ...' if len(paths) > 3 else ''})"
@@ -68,7 +68,7 @@ def find_files(config: SourceConfig, *suffixes: str) -> SourceFiles:
         kind = _kind(path)
         if kind == "folder":
             files = []
-            searched = SourceFiles([], left_out=found.left_out)  # paths may lie in each other
+            searched = SourceFiles([], left_out=found.left_out)  # paths may overlap
             for below in walk(path, searched):
                 if not suffixes or below.name.lower().endswith(suffixes):
                     files.append(below)
