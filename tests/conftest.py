@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from matplotlib.figure import Figure
 
 from gpt import checkpoint as checkpoints
@@ -21,6 +23,7 @@ from gpt.io.files import describe, write_bytes
 from gpt.run import plot
 
 ROOT = Path(__file__).parents[1]
+pytest.register_assert_rewrite("bad_input")
 # torch's compiler caches kernels by source alone; those for one instruction set fail on another.
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR",
@@ -142,6 +145,103 @@ def _plots_are_empty() -> Iterator[None]:
         for stub in STUBS:
             patch.setattr(*stub)
         yield
+
+
+@pytest.fixture(scope="session")
+def smallest(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run of four steps, as small as possible."""
+    data = {
+        "source": "text",
+        "path": [str(corpus)],
+        "tokenizer": "bytes",
+        "val_fraction": 0.2,
+        "cache_dir": str(tmp_path_factory.mktemp("cache")),
+    }
+    tree = {
+        "name": "small",
+        "data": data,
+        "model": {"layers": 1, "heads": 1, "width": 8, "context": 8},
+        "schedule": {"warmup_steps": 1},
+        "training": {"steps": 4, "batch_sequences": 2, "device": "cpu"},
+        "evaluation": {"every": 2, "sequences": 4},
+        "diagnostics": {"every": 2, "sequences": 2},
+        "sampling": {"tokens": 2},
+    }
+    return validate(Config, tree)
+
+
+@pytest.fixture(scope="session")
+def smallest_runs(smallest: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A finished run, and the same run stopped half-way."""
+    from gpt import training
+
+    folder = tmp_path_factory.mktemp("runs")
+    made: list[None] = []
+    options = {"on_update": lambda: made.append(None), "stop": lambda: len(made) == 2}
+    training.train(smallest, folder / "stopped", quiet=True, **options)
+    training.train(smallest, folder / "finished", quiet=True)
+    return {name: folder / name for name in ("stopped", "finished")}
+
+
+@pytest.fixture(scope="session")
+def smallest_comparison(smallest: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison of two arms at two rates, with one cell lost."""
+    from gpt import training
+    from gpt.compare.grid import load
+    from gpt.compare.init_probes import measure_init_probes, write_init_probes
+
+    folder = tmp_path_factory.mktemp("compared") / "small"
+    folder.mkdir()
+    tree = smallest.model_dump(mode="json")
+    grid = {
+        "base": {key: value for key, value in tree.items() if key not in ("name", "seed")},
+        "arms": {"placement": {p: {"model.norm.placement": p} for p in ("pre", "post")}},
+        "grid": {"optimizer.learning_rate": [0.01, 3e4]},
+        "seeds": 1,
+        "contrasts": [{"question": "Is it?", "measure": "failure", "of": ["pre", "post"]}],
+        "pairs": [["pre", "post"]],
+    }
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump(grid, sort_keys=False))
+    resolved, cells = load(path)
+    path.write_text(resolved.to_yaml())
+    for cell in cells[:-1]:
+        training.train(cell.config, folder / "cells" / cell.id, quiet=True)
+        shutil.rmtree(folder / "cells" / cell.id / "checkpoints", ignore_errors=True)
+    lost = {cells[-1].id: {"status": "killed", "reason": "its process ended early"}}
+    (folder / "lost.json").write_text(json.dumps(lost))
+    with few_probes():
+        write_init_probes(folder, measure_init_probes(cells[:1]) or [])
+    command = {"argv": ["compare.py", "x.yaml"], "began": "2026-01-01T00:00:00"}
+    (folder / "command.json").write_text(json.dumps([command]))
+    return folder
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the pictures, which take most of the time."""
+    nothing = lambda *args, **options: None  # noqa: E731
+    monkeypatch.setattr(plot, "plot_run", nothing)
+    monkeypatch.setattr("gpt.run.plot._save", nothing)
+    monkeypatch.setattr("gpt.compare.report.draw", lambda data: {})
+
+
+@pytest.fixture(scope="session")
+def tiny_file(tiny: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny config, as a file."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(tiny().to_yaml())
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the tiny config."""
+    from gpt.training import train
+
+    path = tmp_path_factory.mktemp("run") / "tiny"
+    train(tiny(), path, quiet=True)
+    return path
 
 
 @contextlib.contextmanager

@@ -151,7 +151,7 @@ def test_all_errors_at_once_by_dotted_path_with_the_nearest_name():
     assert len(message.splitlines()) == 3
 
 
-def test_a_misspelt_section_is_found():
+def test_a_misspelled_section_is_found():
     assert "perhaps you meant training" in error_of({"traning": {"steps": 1}})
 
 

@@ -300,11 +300,11 @@ def test_a_non_finite_weight_is_found_first():
 def test_a_non_finite_activation_is_found_where_it_arises(name: str):
     model = make()
 
-    def spoil(module: nn.Module, inputs: Any, out: torch.Tensor) -> torch.Tensor:
+    def corrupt(module: nn.Module, inputs: Any, out: torch.Tensor) -> torch.Tensor:
         return out.clone().index_fill_(-1, torch.tensor([2]), math.nan)
 
     module = model.get_submodule(name)
-    module.register_forward_hook(spoil)
+    module.register_forward_hook(corrupt)
     place = first_nonfinite(model, tokens(), tokens(1), 0.0)
     assert place == FaultLocation("activation", layer_of(name, model), name)
 
@@ -332,11 +332,11 @@ def test_overflowing_logits_are_located_in_the_head():
 def test_a_gradient_is_found_from_the_loss_backwards():
     model = make()
 
-    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+    def corrupt(gradient: torch.Tensor) -> torch.Tensor:
         return gradient * math.nan
 
     add = model.blocks[1].add
-    add.register_forward_hook(lambda module, inputs, out: out.register_hook(spoil) and None)
+    add.register_forward_hook(lambda module, inputs, out: out.register_hook(corrupt) and None)
     place = first_nonfinite(model, tokens(), tokens(1), 0.0)
     assert place is not None
     assert (place.quantity, place.layer) == ("gradient", 2)
@@ -442,11 +442,11 @@ def test_a_non_finite_gradient_ends_the_run_before_it_reaches_the_weights(
 ):
     loss_fn = GPT.loss_fn
 
-    def spoilt(self: GPT, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def corrupted(self: GPT, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         total_loss, loss = loss_fn(self, *arguments)
         return total_loss + (self.final_norm.weight[0] - 1).abs().sqrt(), loss  # slope inf at 1
 
-    monkeypatch.setattr(GPT, "loss_fn", spoilt)
+    monkeypatch.setattr(GPT, "loss_fn", corrupted)
     result = run(tiny(sampling={"tokens": 0}), tmp_path / "run")
     assert (result.status, result.step) == ("diverged", 1)
     assert result.failure is not None

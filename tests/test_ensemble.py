@@ -1,28 +1,19 @@
 from __future__ import annotations
 
-import gc
 import math
-import shutil
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_training import assert_same_run, records
+from test_training import records
 
 from gpt import metrics
-from gpt.config import Config, leaves, merge
-from gpt.ensemble import BatchedTrainer, shape, train_together, unsupported_reason
-from gpt.errors import InputError
-from gpt.init import initialize
-from gpt.model import ACTIVATIONS, GPT
-from gpt.norm import NORMS
-from gpt.optim import OPTIMIZERS, SEPARABLE, Optimizer
+from gpt.config import Config
+from gpt.ensemble import shape, train_together
 from gpt.placement import PLACEMENTS
 from gpt.run.directory import RunResult
-from gpt.trainer import Trainer
 from gpt.training import train
 
 Make = Callable[..., Config]
@@ -37,7 +28,7 @@ CELLS: tuple[dict[str, Any], ...] = (
 def together(
     configs: Sequence[Config], out: Path, *, updates: int = 10**9, saves: bool = True
 ) -> list[RunResult]:
-    """Train `configs` as one, in folders 0, 1, ... of `out`."""
+    """Train `configs` together, in folders 0, 1, ... of `out`."""
     out.mkdir(exist_ok=True)
     paths = [out / str(i) for i in range(len(configs))]
     made = [0] * len(configs)
@@ -73,6 +64,7 @@ def test_cells_train_as_they_do_alone(tiny: Make, tmp_path: Path, placement: str
         "model": {"layers": 4, "norm": {"placement": placement}},
         "training": {"steps": steps},
         "evaluation": {"every": steps // 2},
+        "sampling": {"tokens": 0},
     }
     configs = [tiny(**{**common, **cell}) for cell in CELLS]
     assert len({shape(config) for config in configs}) == 1
@@ -87,35 +79,6 @@ def test_cells_train_as_they_do_alone(tiny: Make, tmp_path: Path, placement: str
         assert steps == 10 or one[-1] < one[0] - 0.1  # they learn something
 
 
-@pytest.mark.parametrize(
-    "common",
-    [
-        {"optimizer": {"name": "radam"}},
-        {"optimizer": {"name": "adamw", "beta2": 0.95, "eps": 1e-6}},
-        {"training": {"micro_batch": 1, "z_loss": 1e-3}},
-        {"training": {"precision": "bf16"}},
-        {"model": {"attention": {"soft_cap": 5.0, "qk_norm": True}, "logit_soft_cap": 10.0}},
-        {"model": {"tied_head": False, "bias": False, "mlp": {"activation": "swiglu"}}},
-        {"model": {"norm": {"embedding": True}, "init": {"regime": "xavier"}}},
-        *({"model": {"mlp": {"activation": name}}} for name in ACTIVATIONS),
-        *({"model": {"norm": {"type": name}}} for name in NORMS if name != "batch"),
-    ],
-    ids=str,
-)
-def test_other_options_give_what_they_give_alone(
-    tiny: Make, tmp_path: Path, common: dict[str, Any]
-):
-    short = merge(common, {"training": {"steps": 10}, "sampling": {"tokens": 0}})
-    configs = [tiny(**merge(short, cell)) for cell in CELLS[:2]]
-    together(configs, tmp_path / "one")
-    tolerance = 0.02 if "bf16" in str(common) else 1e-4
-    for i, config in enumerate(configs):
-        train(config, tmp_path / f"alone-{i}", quiet=True)
-        one, other = losses(tmp_path / f"one/{i}"), losses(tmp_path / f"alone-{i}")
-        assert len(one) == len(other) == 10
-        assert (one - other).abs().max() < tolerance
-
-
 def test_looks_and_the_log_are_those_of_a_run_alone(tiny: Make, tmp_path: Path):
     configs = [tiny(diagnostics={"every": 7}, **cell) for cell in CELLS]
     together(configs, tmp_path / "one")
@@ -128,261 +91,3 @@ def test_looks_and_the_log_are_those_of_a_run_alone(tiny: Make, tmp_path: Path):
                 assert value == (
                     alone[key] if key == "batches" else pytest.approx(alone[key], rel=2e-3)
                 ), (key, mine, alone)
-
-
-# -- A cell that fails -------------------------------------------------------------------------
-
-
-def test_a_cell_that_diverges_touches_no_neighbour(tiny: Make, tmp_path: Path):
-    """The others are, to the last bit, what they are beside a cell that does not."""
-    wild = tiny(seed=3, optimizer={"learning_rate": 1e30})
-    calm = [tiny(**cell) for cell in CELLS]
-    ended = together([calm[0], wild, *calm[1:]], tmp_path / "wild")
-    together([calm[0], tiny(seed=3), *calm[1:]], tmp_path / "calm")
-    for i in (0, 2, 3):
-        assert ended[i].status == "finished"
-        assert_same_run(tmp_path / f"calm/{i}", tmp_path / f"wild/{i}")
-    alone = train(wild, tmp_path / "alone", quiet=True)
-    failed = ended[1]
-    assert (failed.status, failed.step, failed.reason) == ("diverged", alone.step, alone.reason)
-    assert failed.failure == alone.failure
-    assert failed.failure is not None
-    assert failed.failure.place is not None
-
-
-def test_a_cell_that_failed_keeps_its_weights(tiny: Make):
-    """Also while nobody has read its loss yet, and when later batches are fine again."""
-    device = torch.device("cpu")
-    trainers = [Trainer(tiny(seed=seed), 257, device) for seed in range(2)]
-    for trainer in trainers:
-        trainer.reset()
-    models = [trainer.model for trainer in trainers]
-    batched = BatchedTrainer(trainers)
-    tokens = torch.randint(257, (2, 4, 17))
-    x, y = tokens[..., :-1], tokens[..., 1:]
-    losses, norms = batched.backward(x, y)
-    losses[1] = math.nan
-    before = [{n: p.clone() for n, p in model.named_parameters()} for model in models]
-    batched.update([1.0, 1.0], losses, norms)
-    batched.update([1.0, 1.0], *batched.backward(x, y))
-    moved = [
-        any(not torch.equal(p, old[n]) for n, p in model.named_parameters())
-        for model, old in zip(models, before, strict=True)
-    ]
-    assert moved == [True, False]
-    assert all(value.isfinite().all() for value in trainers[1].optimizer.state_tensors().values())
-
-
-def test_the_stack_shrinks_when_cells_have_ended(
-    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    made = []
-
-    class Counted(BatchedTrainer):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            made.append(len(self.alive))
-
-    monkeypatch.setattr("gpt.ensemble.BatchedTrainer", Counted)
-    wild = [tiny(seed=seed, optimizer={"learning_rate": 1e30}) for seed in (3, 4)]
-    calm = [tiny(**cell) for cell in CELLS[:2]]
-    ended = together([wild[0], calm[0], wild[1], calm[1]], tmp_path / "one")
-    assert [each.status for each in ended] == ["diverged", "finished"] * 2
-    assert made == [4, 2]
-    for i, config in ((1, calm[0]), (3, calm[1])):
-        train(config, tmp_path / f"alone-{i}", quiet=True)
-        one, other = losses(tmp_path / f"one/{i}"), losses(tmp_path / f"alone-{i}")
-        assert (one - other).abs().max() < 1e-4
-
-
-def test_what_one_cell_raises_ends_that_cell_only(tiny: Make, tmp_path: Path):
-    (tmp_path / "1").mkdir()
-    (tmp_path / "1/notes.txt").write_text("not a run")
-    configs = [tiny(**cell) for cell in CELLS]
-    ended = train_together(
-        configs,
-        [tmp_path / str(i) for i in range(3)],
-        stop=lambda: False,
-        on_update=lambda i: None,
-        save_checkpoints=False,
-    )
-    assert isinstance(ended[1], InputError)
-    assert [getattr(each, "status", None) for each in ended] == ["finished", None, "finished"]
-
-
-# -- Stopping, memory --------------------------------------------------------------------------
-
-
-def test_stopped_cells_go_on_together_and_alone(tiny: Make, tmp_path: Path):
-    configs = [tiny(**cell) for cell in CELLS]
-    together(configs, tmp_path / "whole")
-    first = together(configs, tmp_path / "parts", updates=10, saves=False)
-    assert {(each.status, each.step) for each in first} == {("interrupted", 10)}
-    alone = tmp_path / "alone"
-    shutil.copytree(tmp_path / "parts/0", alone)
-    together(configs, tmp_path / "parts")
-    for i in range(len(configs)):
-        assert_same_run(tmp_path / f"whole/{i}", tmp_path / f"parts/{i}")
-    train(configs[0], alone, quiet=True)
-    assert (losses(alone) - losses(tmp_path / "whole/0")).abs().max() < 1e-4
-
-
-def test_cells_at_several_steps_go_on_each_from_its_own(tiny: Make, tmp_path: Path):
-    configs = [tiny(**cell) for cell in CELLS]
-    together(configs[:2], tmp_path / "parts", updates=5)
-    ended = together(configs, tmp_path / "parts")
-    assert [each.step for each in ended] == [20, 20, 20]
-    for i, config in enumerate(configs):
-        train(config, tmp_path / f"alone-{i}", quiet=True)
-        one, other = losses(tmp_path / f"parts/{i}"), losses(tmp_path / f"alone-{i}")
-        assert (one - other).abs().max() < 1e-4
-
-
-def test_checkpoints_are_saved_only_if_they_are_wanted(tiny: Make, tmp_path: Path):
-    together([tiny()], tmp_path / "kept")
-    together([tiny()], tmp_path / "not", saves=False)
-    assert (tmp_path / "kept/0/checkpoints/step-00000020").is_dir()
-    assert not (tmp_path / "not/0/checkpoints").exists()
-
-
-def test_as_many_at_once_as_the_memory_holds(
-    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("gpt.hardware.memory.models_at_once", lambda *args: 2)
-    configs = [tiny(**cell) for cell in CELLS]
-    together(configs, tmp_path / "two")
-    monkeypatch.undo()
-    together(configs, tmp_path / "three")
-    for i in range(3):
-        one, other = losses(tmp_path / f"two/{i}"), losses(tmp_path / f"three/{i}")
-        assert (one - other).abs().max() < 1e-4
-
-
-def test_without_memory_for_all_fewer_are_trained_at_once(
-    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Those that have ended stay ended; the others start from where they were."""
-    whole = BatchedTrainer.backward
-
-    def limited(self: BatchedTrainer, *batch: torch.Tensor) -> Any:
-        if len(self.alive) > 2:
-            raise torch.OutOfMemoryError("no room")
-        return whole(self, *batch)
-
-    monkeypatch.setattr(BatchedTrainer, "backward", limited)
-    configs = [tiny(seed=seed) for seed in range(5)]
-    ended = together(configs, tmp_path / "few")
-    assert [each.step for each in ended] == [20] * 5
-    monkeypatch.setattr(BatchedTrainer, "backward", no_room)
-    with pytest.raises(torch.OutOfMemoryError):
-        together([tiny(seed=9)], tmp_path / "none")
-
-
-def no_room(*batch: Any) -> None:
-    raise torch.OutOfMemoryError("no room")
-
-
-def test_ended_cells_hold_no_memory(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Of a stack that was made smaller nothing is left."""
-    stacks: list[weakref.ref[Any]] = []
-    alive: list[int] = []
-
-    class Watched(BatchedTrainer):
-        def __init__(self, *args: Any) -> None:
-            alive.append(sum(stack() is not None for stack in stacks))
-            super().__init__(*args)
-            stacks.append(weakref.ref(self.weights["token_embedding.weight"]))
-
-    monkeypatch.setattr("gpt.ensemble.BatchedTrainer", Watched)
-    wild = [tiny(seed=seed, optimizer={"learning_rate": 1e30}) for seed in (3, 4)]
-    together([wild[0], tiny(), wild[1]], tmp_path / "one")
-    gc.collect()
-    assert alive == [0, 0]
-    assert [stack() for stack in stacks] == [None, None]
-
-
-def test_out_of_memory_makes_micro_batches_smaller(
-    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    whole, seen = GPT.loss_fn, []
-
-    def loss_fn(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
-        seen.append(len(x))
-        if len(x) > 2 and len(seen) > 3:
-            raise torch.OutOfMemoryError("no room")
-        return whole(self, x, *rest)
-
-    monkeypatch.setattr(GPT, "loss_fn", loss_fn)
-    configs = [tiny(evaluation={"sequences": 2}, **cell) for cell in CELLS]
-    ended = together(configs, tmp_path / "small")
-    monkeypatch.undo()
-    together(configs, tmp_path / "one")
-    assert {each.status for each in ended} == {"finished"}
-    assert {4, 2} <= set(seen)
-    for i in range(3):
-        one, other = losses(tmp_path / f"small/{i}"), losses(tmp_path / f"one/{i}")
-        assert (one - other).abs().max() < 1e-4
-
-
-# -- Which runs can be cells -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_optimizer_is_separable_if_its_steps_do_not_depend_on_the_weights(tiny: Make, name: str):
-    """Ten times the rate moves by ten times as much, from other weights too; else it is refused."""
-    config = tiny(optimizer={"name": name, "weight_decay": 0.0})
-    moved = []
-    for scale, rate in ((1.0, 1e-3), (3.0, 1e-2)):
-        model = GPT(config.model, 257)
-        initialize(model, config.model, 0)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter *= scale
-        before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
-        options = config.optimizer.model_copy(update={"learning_rate": rate})
-        optimizer = Optimizer(model.named_parameters(), options)
-        for parameter in model.parameters():
-            parameter.grad = torch.linspace(-1, 1, parameter.numel()).view_as(parameter)
-        optimizer.step()
-        after = torch.cat([p.detach().flatten() for p in model.parameters()])
-        moved.append((after - before) / rate)
-    separable = torch.allclose(moved[0], moved[1], rtol=1e-3, atol=1e-3)
-    assert separable or name not in SEPARABLE
-    assert (unsupported_reason(config) is None) == (name in SEPARABLE)
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        {"model": {"dropout": 0.1}},
-        {"model": {"norm": {"type": "batch"}}},
-        {"training": {"precision": "fp16"}},
-        {"training": {"loss_chunk": 8}},
-        {"training": {"nonfinite": "skip"}},
-        {"optimizer": {"name": "muon"}},
-    ],
-    ids=str,
-)
-def test_why_a_run_cannot_be_a_cell(tiny: Make, overrides: dict[str, Any]):
-    (option,) = [key for key, _ in leaves(overrides)]
-    assert str(unsupported_reason(tiny(**overrides))).startswith(f"{option}: ")
-
-
-def test_shapes_differ_in_all_that_is_not_a_number_of_the_cell(tiny: Make):
-    base = shape(tiny())
-    same = [
-        {"name": "other", "seed": 5},
-        {"data": {"seed": 5}},
-        {"schedule": {"warmup": "none", "body": "constant", "warmup_steps": 1}},
-        {"optimizer": {"learning_rate": 1.0, "weight_decay": 1e-3, "clip": 2.0}},
-    ]
-    other = [
-        {"model": {"width": 32}},
-        {"model": {"init": {"regime": "xavier"}}},
-        {"optimizer": {"name": "radam"}},
-        {"optimizer": {"beta2": 0.9}},
-        {"training": {"steps": 21}},
-        {"data": {"val_fraction": 0.3}},
-    ]
-    assert [shape(tiny(**overrides)) == base for overrides in same] == [True] * len(same)
-    assert [shape(tiny(**overrides)) == base for overrides in other] == [False] * len(other)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from bad_input import call, contents, is_clear
 from matplotlib.figure import Figure
-from test_bad_input import call, contents, is_clear
 from test_training import stop_after
 
 from gpt import training

@@ -386,7 +386,7 @@ from gpt.model import GPT
 model = GPT(ModelConfig(layers=1, heads=1, width=16, context=512), 50257)
 initialize(model, model.config, seed=0)
 model.loss_chunk = int(sys.argv[1]) or None
-x = torch.zeros(4, 512, dtype=torch.long)
+x = torch.zeros(2, 512, dtype=torch.long)
 peak = lambda: int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
 before = peak()
 model.loss_fn(x, x)[0].backward()
@@ -401,6 +401,6 @@ def test_a_chunked_loss_takes_less_memory(environment: dict[str, str]):
         command = [sys.executable, "-c", PEAK, chunk]
         done = subprocess.run(command, env=environment, capture_output=True, check=True)
         peaks.append(int(done.stdout) / 1024)  # MiB
-    logits = 4 * 512 * 50257 * 4 / 2**20  # MiB of float32
+    logits = 2 * 512 * 50257 * 4 / 2**20  # MiB of float32
     assert peaks[0] > 2 * logits
-    assert peaks[1] < logits
+    assert peaks[0] - peaks[1] > 1.5 * logits, peaks

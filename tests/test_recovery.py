@@ -14,12 +14,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from conftest import vouch
@@ -28,20 +26,13 @@ from test_training import assert_same_run, records, run, stop_after, tensors
 
 from gpt import checkpoint as checkpoints
 from gpt.checkpoint import store
-from gpt.compare.grid import Cell
-from gpt.compare.outcomes import read_outcome
 from gpt.config import Config
-from gpt.data.preparation import prepare
-from gpt.data.sequences import TrainingSequences
-from gpt.errors import InputError, OutOfMemoryError
-from gpt.hardware.memory import smaller
+from gpt.errors import InputError
 from gpt.io.files import lock_directory
 from gpt.metrics import MetricsLog
-from gpt.model import GPT
 from gpt.run import plot
 from gpt.run.directory import RunDirectory
 from gpt.run.loading import load_run
-from gpt.run.run import Run
 from gpt.trainer import Trainer
 
 Make = Callable[..., Config]
@@ -55,29 +46,6 @@ def contents(folder: Path) -> dict[str, str]:
 
 def history(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture
-def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[torch.Tensor], bool]], None]:
-    """`spoil(when)` makes the training loss NaN for inputs of which `when` is true."""
-    loss_fn = GPT.loss_fn
-
-    def install(when: Callable[[torch.Tensor], bool]) -> None:
-        def spoilt(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
-            total_loss, loss = loss_fn(self, x, *rest)
-            nan = float("nan") if self.training and when(x) else 1.0
-            return total_loss * nan, loss * nan
-
-        monkeypatch.setattr(GPT, "loss_fn", spoilt)
-
-    return install
-
-
-def batch(config: Config, number: int) -> torch.Tensor:
-    """Inputs of a run's batch of that number."""
-    data = prepare(config.data)
-    sequences = TrainingSequences(data.train, config.model.context, config.data_seed)
-    return torch.from_numpy(sequences.batch(number, config.batch_sequences)[0])
 
 
 def later(step: int, then: Callable[[], None]) -> dict[str, Callable[[], None]]:
@@ -105,162 +73,6 @@ def cut_off_at(
         patch.setattr(owner, name, cut)
         with pytest.raises(RuntimeError, match="power cut"):
             yield
-
-
-# -- Numbers -----------------------------------------------------------------------------------
-
-
-def test_a_spoilt_update_is_skipped_and_counted(tiny: Make, tmp_path: Path, spoil: Any):
-    config = tiny(training={"nonfinite": "skip"}, diagnostics={"every": 7})
-    bad = batch(config, 7)
-    spoil(lambda x: torch.equal(x, bad))
-    whole = run(config, tmp_path / "whole")
-    assert (whole.status, whole.step, whole.skipped_updates) == ("finished", 20, 1)
-    lines = {r["step"]: r for r in records(tmp_path / "whole") if "loss" in r}
-    assert [step for step in lines if lines[step]["loss"] is None] == [7]
-    assert [step for step in lines if lines[step].get("skipped")] == [7]
-    for _ in range(6):
-        parts = run(config, tmp_path / "parts", **stop_after(4))
-    assert parts.skipped_updates == 1
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_a_skipped_update_leaves_weights_and_moments_as_they_were(
-    tiny: Make, tmp_path: Path, spoil: Any
-):
-    config = tiny(
-        training={"nonfinite": "skip"}, checkpoint={"every": 1, "keep": 30}, sampling={"tokens": 0}
-    )
-    bad = batch(config, 7)
-    spoil(lambda x: torch.equal(x, bad))
-    run(config, tmp_path / "run")
-    before, after, next_one = (tensors(tmp_path / "run", step) for step in (6, 7, 8))
-    assert [name for name in before if not torch.equal(before[name], after[name])] == []
-    assert [name for name in after if not torch.equal(after[name], next_one[name])] != []
-
-
-def test_skipping_without_end_is_divergence(tiny: Make, tmp_path: Path, spoil: Any):
-    config = tiny(training={"nonfinite": "skip", "nonfinite_limit": 3})
-    bad = [batch(config, number) for number in (2, 3, *range(6, 21))]
-    spoil(lambda x: any(torch.equal(x, each) for each in bad))
-    result = run(config, tmp_path / "run")
-    assert (result.status, result.step, result.skipped_updates) == ("diverged", 9, 6)
-    assert "4 updates in a row were skipped" in result.reason
-
-
-@pytest.mark.parametrize("fails", [13, 3])
-def test_wall_clock_time_counts_what_was_rolled_back(
-    tiny: Make, tmp_path: Path, spoil: Any, monkeypatch: pytest.MonkeyPatch, fails: int
-):
-    config = tiny(training={"nonfinite": "rollback"})
-    bad, roll_back, seconds = batch(config, fails), Run.roll_back, []
-
-    def noted(self: Run, fault: Any) -> bool:
-        before = time.monotonic() - self.began
-        done = roll_back(self, fault)
-        seconds.append((before, self.progress.seconds))
-        return done
-
-    monkeypatch.setattr(Run, "roll_back", noted)
-    spoil(lambda x: torch.equal(x, bad))
-    assert run(config, tmp_path / "run").rollbacks == 1
-    ((before, after),) = seconds
-    assert after >= before
-
-
-@pytest.mark.parametrize(("fails", "back"), [(13, 10), (3, 0)])
-def test_it_rolls_back_and_passes_over_the_batches_since(
-    tiny: Make, tmp_path: Path, spoil: Any, fails: int, back: int
-):
-    config = tiny(training={"nonfinite": "rollback"}, model={"dropout": 0.1})
-    plain = run(config, tmp_path / "plain")
-    bad = batch(config, fails)
-    seen: list[torch.Tensor] = []
-
-    def when(x: torch.Tensor) -> bool:
-        seen.append(x.clone())
-        return torch.equal(x, bad)
-
-    spoil(when)
-    whole = run(config, tmp_path / "whole")
-    assert (whole.status, whole.step, whole.rollbacks) == ("finished", 20, 1)
-    assert whole.val_loss != plain.val_loss
-    passed = fails - back
-    order = [*range(1, fails + 1), *range(fails + 1, 21 + passed)]
-    assert len(seen) == len(order)
-    assert all(torch.equal(x, batch(config, n)) for x, n in zip(seen, order, strict=True))
-    steps = [r["step"] for r in records(tmp_path / "whole") if "loss" in r]
-    assert steps == list(range(1, 21))
-    evaluated = [r["step"] for r in records(tmp_path / "whole") if "val_loss" in r]
-    assert evaluated == [0, 10, 20]
-    (event,) = history(tmp_path / "whole")
-    assert (event["event"], event["step"], event["skipped_batches"]) == (
-        "rolled back",
-        back,
-        passed,
-    )
-    for updates in (4, 11, 5, 2):  # cut off before, at and after it, it is the same run
-        with pytest.raises(RuntimeError, match="power cut"):
-            run(config, tmp_path / "parts", **later(updates, power_cut))
-    assert run(config, tmp_path / "parts").rollbacks == 1
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_rolling_back_without_end_is_divergence(tiny: Make, tmp_path: Path, spoil: Any):
-    config = tiny(training={"nonfinite": "rollback", "nonfinite_limit": 3})
-    good = [batch(config, number) for number in range(1, 13)]
-    spoil(lambda x: not any(torch.equal(x, each) for each in good))
-    result = run(config, tmp_path / "run")
-    assert (result.status, result.step, result.rollbacks) == ("diverged", 11, 3)
-    assert list(checkpoints.steps(tmp_path / "run/checkpoints")) == [10]
-
-
-@pytest.mark.parametrize(
-    ("nonfinite", "said"), [("skip", "; 1 updates skipped"), ("rollback", "; rolled back 1 times")]
-)
-def test_a_comparison_tells_of_it(
-    tiny: Make, tmp_path: Path, spoil: Any, nonfinite: str, said: str
-):
-    config = tiny(training={"nonfinite": nonfinite})
-    bad = batch(config, 13)
-    spoil(lambda x: torch.equal(x, bad))
-    run(config, tmp_path / "cells/one")
-    outcome = read_outcome(Cell("one", "arm", {}, {}, config), tmp_path)
-    assert outcome.status != "diverged"
-    assert outcome.verdict is not None
-    assert outcome.verdict.reason.endswith(said)
-
-
-@pytest.mark.parametrize("updates", [12, 11, 5])
-def test_a_stop_changes_nothing_of_a_rollback(tiny: Make, tmp_path: Path, spoil: Any, updates: int):
-    """What is saved for a stop is no checkpoint to go back to, and does not stay."""
-    config = tiny(training={"nonfinite": "rollback"}, checkpoint={"every": 5})
-    bad = batch(config, 13)
-    spoil(lambda x: torch.equal(x, bad))
-    run(config, tmp_path / "whole")
-    assert run(config, tmp_path / "parts", **stop_after(updates)).step == updates
-    assert run(config, tmp_path / "parts").rollbacks == 1
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    for folder in ("whole", "parts"):
-        assert list(checkpoints.steps(tmp_path / folder / "checkpoints")) == [15, 20]
-
-
-@pytest.mark.parametrize("nonfinite", ["stop", "skip", "rollback"])
-def test_fp16_does_not_overflow_for_ever(
-    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nonfinite: str
-):
-    loss_fn = GPT.loss_fn
-
-    def overflowing(self: GPT, *arguments: Any) -> Any:
-        total_loss, loss = loss_fn(self, *arguments)
-        bad = self.token_embedding.weight[0, 0] * 1e30
-        return total_loss + (bad - bad.detach()) * 1e30, loss
-
-    monkeypatch.setattr(GPT, "loss_fn", overflowing)
-    options = {"precision": "fp16", "nonfinite": nonfinite, "nonfinite_limit": 4}
-    result = run(tiny(training=options), tmp_path / "run")
-    assert result.status == "diverged"
-    assert "5 updates in a row were skipped" in result.reason
 
 
 # -- Disks -------------------------------------------------------------------------------------
@@ -350,7 +162,7 @@ def test_with_nowhere_to_go_it_says_so(tiny: Make, tmp_path: Path, full: Any):
     assert list(checkpoints.steps(tmp_path / "run/checkpoints")) == [5, 10]
 
 
-def test_a_checkpoint_is_written_while_training_goes_on(
+def test_a_checkpoint_is_written_while_training_continues(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """And is of the step that it was begun at, whatever was trained meanwhile."""
@@ -470,7 +282,7 @@ def test_two_runs_in_one_directory_are_refused(tiny: Make, tmp_path: Path):
     assert run(tiny(), tmp_path / "run").status == "finished"
 
 
-def test_a_finished_run_tells_its_result_whoever_holds_it(tiny: Make, tmp_path: Path):
+def test_a_finished_run_returns_its_result_whoever_holds_it(tiny: Make, tmp_path: Path):
     done = run(tiny(), tmp_path / "run")
     with lock_directory(tmp_path / "run", "held"):
         assert run(tiny(), tmp_path / "run") == done
@@ -615,8 +427,10 @@ def test_damaged_metrics_are_refused_before_anything_is_changed(tiny: Make, tmp_
     assert contents(out) == before
 
 
-def test_spoilt_weights_are_not_saved(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """An update may spoil them although its loss and its gradients are finite."""
+def test_corrupted_weights_are_not_saved(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """An update may corrupt them although its loss and its gradients are finite."""
     update, updates = Trainer.update, itertools.count(1)
 
     def spoiling(self: Trainer, *arguments: Any) -> bool:
@@ -688,64 +502,6 @@ def test_a_link_out_of_the_directory_is_not_written_through(tiny: Make, tmp_path
     with pytest.raises(InputError, match="is a symbolic link"):
         run(tiny(), out)
     assert contents(tmp_path) == before
-
-
-# -- Memory ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that can train on two sequences at a time."""
-    loss_fn = GPT.loss_fn
-
-    def limited(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
-        if self.training and len(x) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
-        return loss_fn(self, x, *rest)
-
-    monkeypatch.setattr(GPT, "loss_fn", limited)
-
-
-@pytest.mark.usefixtures("small_memory")
-def test_out_of_memory_names_what_would_fit(tiny: Make, tmp_path: Path):
-    config = tiny(training={"micro_batch": 4})
-    with pytest.raises(OutOfMemoryError) as raised:
-        run(config, tmp_path / "run")
-    assert "out of memory with 4 sequences at a time; 2 would fit" in str(raised.value)
-    assert "--training.micro-batch 2, or auto" in str(raised.value)
-    opened = {Path(file.path).name for file in psutil.Process().open_files()}
-    assert "metrics.jsonl" not in opened  # though `raised` still holds the frames that wrote it
-    assert run(tiny(training={"micro_batch": "auto"}), tmp_path / "run").status == "finished"
-
-
-def test_auto_finds_what_fits(
-    tiny: Make, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
-):
-    from gpt.training import train
-
-    run(tiny(training={"micro_batch": 2}, model={"dropout": 0.1}), tmp_path / "two")
-    request.getfixturevalue("small_memory")
-    train(tiny(model={"dropout": 0.1}), tmp_path / "auto")
-    assert "out of memory with micro-batches of 4 sequences; continuing with 2" in (
-        capsys.readouterr().err
-    )
-    assert_same_run(tmp_path / "two", tmp_path / "auto")
-
-
-def test_nothing_fits(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def none(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    monkeypatch.setattr(GPT, "loss_fn", none)
-    with pytest.raises(OutOfMemoryError, match="with a single sequence at a time"):
-        run(tiny(), tmp_path / "run")
-
-
-@pytest.mark.parametrize(
-    ("now", "batch", "then"), [(12, 12, 6), (6, 12, 3), (4, 6, 2), (1, 6, None)]
-)
-def test_smaller_micro_batches_divide_the_batch(now: int, batch: int, then: int | None):
-    assert smaller(now, batch) == then
 
 
 # -- Killed before it was a run ------------------------------------------------------------------
@@ -823,17 +579,6 @@ def test_a_run_that_is_made_longer_survives_a_kill(
             run(tiny(), out)
     assert run(tiny(), out).step == 20
     assert "training.steps: 10 -> 20" in history(out)[0]["changes"]
-
-
-def test_a_micro_batch_that_was_named_stays(tiny: Make, tmp_path: Path):
-    out = tmp_path / "run"
-    run(tiny(training={"micro_batch": 4}), out, **stop_after(12))
-    one = tiny(training={"micro_batch": 1})
-    with pytest.raises(RuntimeError, match="power cut"):
-        run(one, out, **later(2, power_cut))
-    run(one, out)
-    state = json.loads((out / "checkpoints/step-00000020/state.json").read_text())
-    assert state["micro_batch"] == 1
 
 
 def test_a_run_that_another_process_has_just_finished_is_reported(
@@ -968,14 +713,6 @@ def test_where_it_is_already_is_no_length(tiny: Make, tmp_path: Path):
         run(tiny(training={"steps": 7}), tmp_path / "run")
 
 
-def test_a_diverged_run_does_not_go_on(tiny: Make, tmp_path: Path, spoil: Any):
-    bad = batch(tiny(), 13)
-    spoil(lambda x: torch.equal(x, bad))
-    assert run(tiny(), tmp_path / "run").status == "diverged"
-    with pytest.raises(InputError, match="has diverged and cannot be resumed;"):
-        run(tiny(training={"nonfinite": "rollback"}), tmp_path / "run")
-
-
 @pytest.mark.parametrize("link", ["checkpoints", "samples", ".lock"])
 def test_a_link_in_a_new_directory_is_not_followed(tiny: Make, tmp_path: Path, link: str):
     (tmp_path / "elsewhere").mkdir()
@@ -993,20 +730,6 @@ def test_a_strangers_lock_is_left_alone(tiny: Make, tmp_path: Path):
     with pytest.raises(InputError, match="exists and is not a run"):
         run(tiny(), tmp_path / "run")
     assert (tmp_path / "run/.lock").read_text() == "theirs"
-
-
-def test_auto_finds_what_fits_of_an_evaluation(
-    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    loss_fn = GPT.loss_fn
-
-    def limited(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
-        if not self.training and len(x) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return loss_fn(self, x, *rest)
-
-    monkeypatch.setattr(GPT, "loss_fn", limited)
-    assert run(tiny(), tmp_path / "run").status == "finished"
 
 
 HOSTILE: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {

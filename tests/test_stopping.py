@@ -186,7 +186,7 @@ def test_a_stop_of_cells_whenever_it_is_asked_for_changes_nothing(tiny: Make, tm
 # -- Divergence --------------------------------------------------------------------------------
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, config: Config, step: int) -> None:
+def corrupt(monkeypatch: pytest.MonkeyPatch, config: Config, step: int) -> None:
     """Have the loss of the batch of update `step` be NaN."""
     sequences = TrainingSequences(
         prepare(config.data).train, config.model.context, config.data_seed
@@ -194,12 +194,12 @@ def spoil(monkeypatch: pytest.MonkeyPatch, config: Config, step: int) -> None:
     bad = torch.from_numpy(sequences.batch(step, config.batch_sequences)[0])
     loss_fn = GPT.loss_fn
 
-    def spoilt(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
+    def corrupted(self: GPT, x: torch.Tensor, *rest: Any) -> Any:
         total_loss, loss = loss_fn(self, x, *rest)
         nan = float("nan") if self.training and torch.equal(x, bad) else 1.0
         return total_loss * nan, loss * nan
 
-    monkeypatch.setattr(GPT, "loss_fn", spoilt)
+    monkeypatch.setattr(GPT, "loss_fn", corrupted)
 
 
 def test_a_stop_in_the_search_for_a_divergence_is_not_its_end(tiny: Make, tmp_path: Path):
@@ -235,7 +235,7 @@ def test_what_was_saved_for_a_stop_does_not_outlive_a_divergence(
     """`latest` names what it names in the undisturbed run, before the first checkpoint as well."""
     every = {2: 10, 6: 5}[updates]
     config = tiny(checkpoint={"every": every}, evaluation={"every": 20})
-    spoil(monkeypatch, config, 8)
+    corrupt(monkeypatch, config, 8)
     assert run(config, tmp_path / "whole").status == "diverged"
     run(config, tmp_path / "parts", **stop_after(updates))
     assert checkpoints.read_pointer(tmp_path / "parts/checkpoints", "latest") is not None
@@ -249,7 +249,7 @@ def test_the_end_of_a_run_outlives_a_divergence_after_it_was_extended(
     options: dict[str, Any] = {"checkpoint": {"every": 100}, "evaluation": {"every": 3}}
     run(tiny(training={"steps": 6}, **options), tmp_path / "run")
     longer = tiny(training={"steps": 12}, **options)
-    spoil(monkeypatch, longer, 9)
+    corrupt(monkeypatch, longer, 9)
     run(longer, tmp_path / "run", **stop_after(2))
     assert run(longer, tmp_path / "run").status == "diverged"
     last = checkpoints.read_pointer(tmp_path / "run/checkpoints", "latest")
@@ -264,7 +264,7 @@ def test_the_end_of_a_run_outlives_a_kill_while_it_is_extended(
     options: dict[str, Any] = {"checkpoint": {"every": 100}, "evaluation": {"every": 3}}
     run(tiny(training={"steps": 6}, **options), tmp_path / "run")
     longer = tiny(training={"steps": 12}, **options)
-    spoil(monkeypatch, longer, 9)
+    corrupt(monkeypatch, longer, 9)
     write = opening.write_identity
 
     def killed(*arguments: Any) -> None:
@@ -281,14 +281,14 @@ def test_the_end_of_a_run_outlives_a_kill_while_it_is_extended(
     assert last.name == "step-00000006"
 
 
-def test_a_stop_between_micro_batches_saves_no_spoilt_weights(
+def test_a_stop_between_micro_batches_saves_no_corrupted_weights(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = tiny(training={"steps": 8, "micro_batch": 2}, checkpoint={"every": 100})
     update, parts = Trainer.update, Trainer.micro_batches
     step = 0
 
-    def spoilt(self: Trainer, *args: Any) -> bool:
+    def corrupted(self: Trainer, *args: Any) -> bool:
         skipped = update(self, *args)
         if step == 3:
             with torch.no_grad():
@@ -300,7 +300,7 @@ def test_a_stop_between_micro_batches_saves_no_spoilt_weights(
         step = number
         return parts(self, number, *batch)
 
-    monkeypatch.setattr(Trainer, "update", spoilt)
+    monkeypatch.setattr(Trainer, "update", corrupted)
     monkeypatch.setattr(Trainer, "micro_batches", counted)
     run(config, tmp_path / "run", stop=lambda: step == 4)
     assert not checkpoints.steps(tmp_path / "run/checkpoints")
@@ -313,11 +313,11 @@ def test_a_stop_does_not_wait_for_a_search_in_the_validation_text(
     monkeypatch.setattr("gpt.run.recovery.first_nonfinite", lambda *a: searched.append(a))
     loss_fn = GPT.loss_fn
 
-    def spoilt(self: GPT, *arguments: Any) -> Any:
+    def corrupted(self: GPT, *arguments: Any) -> Any:
         total_loss, loss = loss_fn(self, *arguments)
         return total_loss, loss if self.training else loss * math.nan
 
-    monkeypatch.setattr(GPT, "loss_fn", spoilt)
+    monkeypatch.setattr(GPT, "loss_fn", corrupted)
     ended = run(tiny(), tmp_path / "run", stop=lambda: bool(searched))
     assert ended.status == "interrupted"
     assert len(searched) == 1

@@ -22,8 +22,6 @@ from gpt.hardware import memory
 from gpt.hardware.device import peak_flops
 from gpt.init import fingerprints, initialize
 from gpt.model import GPT
-from gpt.optim import OPTIMIZERS
-from gpt.placement import PLACEMENTS
 from gpt.run import plan
 from gpt.run.directory import RunResult
 from gpt.run.loading import load_run
@@ -74,95 +72,6 @@ def assert_same_run(a: Path, b: Path, step: int = 20) -> None:
     assert one.keys() == two.keys()
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
     assert records(a) == records(b)
-
-
-# -- Resume ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_20_steps_are_10_and_10_more(tiny: Make, tmp_path: Path, optimizer: str):
-    config = tiny(
-        model={"dropout": 0.1},
-        optimizer={"name": optimizer},
-        training={"micro_batch": 2},
-    )
-    whole = run(config, tmp_path / "whole")
-    first = run(config, tmp_path / "parts", **stop_after(10))
-    assert (first.status, first.step) == ("interrupted", 10)
-    second = run(config, tmp_path / "parts")
-    assert (second.status, second.step) == ("finished", 20)
-    assert second.val_loss == whole.val_loss
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_resuming_changes_nothing_of_any_placement(tiny: Make, tmp_path: Path, placement: str):
-    config = tiny(
-        model={"layers": 4, "dropout": 0.2, "norm": {"placement": placement}},
-        training={"steps": 3},
-        sampling={"tokens": 0},
-    )
-    run(config, tmp_path / "whole")
-    run(config, tmp_path / "parts", **stop_after(2))
-    run(config, tmp_path / "parts")
-    assert_same_run(tmp_path / "whole", tmp_path / "parts", step=3)
-
-
-@pytest.mark.parametrize("placement", ["pre", "admin"])
-def test_resuming_at_every_single_step_changes_nothing(tiny: Make, tmp_path: Path, placement: str):
-    config = tiny(
-        model={"layers": 4, "dropout": 0.2, "norm": {"placement": placement}},
-        training={"steps": 7},
-        evaluation={"every": 3},
-    )
-    run(config, tmp_path / "whole")
-    statuses = [run(config, tmp_path / "parts", **stop_after(1)).status for _ in range(8)]
-    assert statuses == ["interrupted"] * 7 + ["finished"]  # the last is evaluated when resumed
-    assert_same_run(tmp_path / "whole", tmp_path / "parts", step=7)
-
-
-def test_a_crash_goes_on_from_the_last_checkpoint(
-    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    config = tiny()
-    run(config, tmp_path / "whole")
-
-    for updates in (4, 13):  # before the first checkpoint, and after it
-        with pytest.raises(RuntimeError, match="power cut"):
-            run(config, tmp_path / "parts", **power_cut_after(updates))
-    assert run(config, tmp_path / "parts").status == "finished"
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_a_resumed_run_keeps_its_micro_batch_whatever_memory_is_free(
-    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Another micro-batch would add up the gradients in another order."""
-    run(tiny(), tmp_path / "whole")
-    run(tiny(), tmp_path / "parts", **stop_after(12))
-    monkeypatch.setattr(memory, "_activation_memory", lambda device: 1)
-    run(tiny(), tmp_path / "parts")
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_a_checkpoint_starts_a_directory_of_its_own(tiny: Make, tmp_path: Path):
-    run(tiny(), tmp_path / "a")
-    checkpoint = str(tmp_path / "a/checkpoints/step-00000010")
-    result = run(tiny(), tmp_path / "b", resume=checkpoint)
-    assert (result.status, result.step) == ("finished", 20)
-    assert tensors(tmp_path / "a").keys() == tensors(tmp_path / "b").keys()
-    for name, tensor in tensors(tmp_path / "a").items():
-        assert torch.equal(tensor, tensors(tmp_path / "b")[name])
-    assert [line["step"] for line in records(tmp_path / "b") if "loss" in line] == list(
-        range(11, 21)
-    )
-    with pytest.raises(InputError, match=r"another model, optimizer or data: model\.width"):
-        run(tiny(model={"width": 32}), tmp_path / "c", resume=checkpoint)
-    with pytest.raises(InputError, match="neither auto, never nor"):
-        run(tiny(), tmp_path / "c", resume="always")
-    with pytest.raises(InputError, match="nothing is left to train"):
-        run(tiny(training={"steps": 5}), tmp_path / "c", resume=checkpoint)
-    assert not (tmp_path / "c").exists()
 
 
 # -- The run directory -------------------------------------------------------------------------
@@ -506,35 +415,6 @@ def test_divergence_that_is_read_late_ends_at_its_own_step(
     assert result.step < 5
 
 
-def test_a_fork_may_change_its_batch_and_survives_a_crash(tiny: Make, tmp_path: Path):
-    run(tiny(), tmp_path / "a")
-    checkpoint = str(tmp_path / "a/checkpoints/step-00000010")
-    forked = tiny(training={"batch_sequences": 6})
-    run(forked, tmp_path / "whole", resume=checkpoint)
-    first = next(r["loss"] for r in records(tmp_path / "whole") if r["step"] == 11)
-    near = next(r["loss"] for r in records(tmp_path / "a") if r.get("loss") and r["step"] == 11)
-    assert first == pytest.approx(near, rel=0.1)
-
-    with pytest.raises(RuntimeError, match="power cut"):
-        run(forked, tmp_path / "parts", resume=checkpoint, **power_cut_after(1))
-    run(forked, tmp_path / "parts")
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-
-
-@pytest.mark.parametrize("pointer", [None, b"\xff", b"step-00000099\n"])
-def test_without_a_good_pointer_the_newest_checkpoint_is_taken(
-    tiny: Make, tmp_path: Path, pointer: bytes | None
-):
-    run(tiny(), tmp_path / "whole")
-    out = tmp_path / "parts"
-    run(tiny(), out, **stop_after(12))
-    (out / "checkpoints/latest").unlink()
-    if pointer is not None:
-        (out / "checkpoints/latest").write_bytes(pointer)
-    run(tiny(), out)
-    assert_same_run(tmp_path / "whole", out)
-
-
 def test_flops_and_peak():
     config = Config.model_validate(
         {"model": {"layers": 12, "heads": 12, "width": 768, "context": 1024}}
@@ -681,7 +561,7 @@ def test_a_checkpoint_holds_the_tokenizer(tiny: Make, tmp_path: Path):
     assert encoding.n_vocab == 257
 
 
-def test_z_loss_is_minimised_but_not_reported(tiny: Make, tmp_path: Path):
+def test_z_loss_is_minimized_but_not_reported(tiny: Make, tmp_path: Path):
     plain = tiny(sampling={"tokens": 0})
     pressed = tiny(sampling={"tokens": 0}, training={"z_loss": 1.0})
     losses = []

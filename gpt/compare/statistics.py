@@ -18,7 +18,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from statistics import fmean, stdev
 from typing import Literal
 
@@ -397,7 +397,7 @@ def _log_span(
     seeds: Sequence[Runs], chosen: NDArray[np.int_], weight: float
 ) -> tuple[float, float]:
     """The range of weight * log `lr50` of resampled seeds: the bracket around the fit."""
-    found = lr50(*zip(*(run for seed in chosen for run in seeds[seed]), strict=True))
+    found = _lr50(tuple(sorted(run for seed in chosen for run in seeds[seed])))
     fit, half = math.log(found.rate), 0.0
     if found.low is not None and found.high is not None:
         half = math.log(found.high / found.low) / 2
@@ -409,3 +409,9 @@ def _log_span(
     }[found.bound]
     low, high = sorted(weight * end for end in ends)
     return low, high
+
+
+@lru_cache(maxsize=10_000)
+def _lr50(runs: Runs) -> Threshold:
+    """`lr50`, kept: resamples of seeds that agree have the same runs."""
+    return lr50(*zip(*runs, strict=True))

@@ -1,0 +1,111 @@
+"""Small comparisons that the tests run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from gpt import cli
+from gpt.compare import comparison
+from gpt.compare.grid import load
+from gpt.compare.results import Summary
+from gpt.config import Config
+from gpt.io.console import Console
+
+Make = Callable[..., Config]
+
+
+def grid_tree(base: Config, **changes: Any) -> dict[str, Any]:
+    tree = base.model_dump(mode="json")
+    return {
+        "title": "Is it & <b>stable</b>?",
+        "base": {key: value for key, value in tree.items() if key not in ("name", "seed")},
+        "arms": {
+            "placement": {
+                "pre": {"model.norm.placement": "pre"},
+                "deepnorm": {"model.norm.placement": "deepnorm"},
+            }
+        },
+        "grid": {"optimizer.learning_rate": [0.03, 3e4]},
+        "seeds": 2,
+        "contrasts": [
+            {
+                "question": "Does <i>anything</i> move?",
+                "measure": "failure",
+                "of": ["pre", "deepnorm"],
+            }
+        ],
+        "pairs": [["pre", "deepnorm"]],
+        **changes,
+    }
+
+
+def write(path: Path, tree: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return path
+
+
+def called(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of compare.py, called in this process."""
+    code = cli.run("compare", list(map(str, arguments)))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def write_grid(tiny: Make, folder: Path) -> Path:
+    """The grid of these tests: two placements at a tame and a wild rate, with two seeds."""
+    base = tiny(
+        diagnostics={"every": 10},
+        training={"steps": 20, "batch_sequences": 8},
+        sampling={"tokens": 0},
+        optimizer={"clip": None, "weight_decay": 0},
+    )
+    return write(folder / "small.yaml", grid_tree(base))
+
+
+class TwoCells:
+    """A comparison of two cells that train for some seconds, long enough to be interrupted."""
+
+    def __init__(self, tiny: Make, folder: Path, steps: int = 400, **changes: Any) -> None:
+        training, evaluation = {"steps": steps}, {"every": steps}
+        base = tiny(training=training, evaluation=evaluation, sampling={"tokens": 0})
+        axis = {"optimizer.learning_rate": [0.01]}
+        tree = grid_tree(base, grid=axis, seeds=1, probes=False, **changes)
+        self.path, self.directory = write(folder / "slow.yaml", tree), folder / "slow"
+        self.grid, self.cells = load(self.path)
+
+    def updates(self) -> list[int]:
+        """How many updates each cell has made."""
+        logs = [self.directory / "cells" / cell.id / "metrics.jsonl" for cell in self.cells]
+        return [
+            sum(b'"loss"' in line for line in log.read_bytes().splitlines()) if log.exists() else 0
+            for log in logs
+        ]
+
+    def are_training(self) -> bool:
+        return min(self.updates()) > 3
+
+    def run(self, stop: Callable[[], bool] = lambda: False) -> Summary | None:
+        """Run it by two workers, or by one if its cells are batched."""
+        return comparison.compare(
+            self.grid, self.cells, self.directory, workers=2, console=Console(), stop=stop
+        )
+
+    def run_and_kill_a_worker(self) -> tuple[Summary | None, int]:
+        """Run it and kill one worker; returns the summary and how many workers there were."""
+        workers: list[psutil.Process] = []
+
+        def kill_one() -> bool:
+            if not workers and self.are_training():
+                for child in psutil.Process().children():
+                    if any("spawn_main" in word for word in child.cmdline()):
+                        workers.append(child)
+                workers[0].kill()
+            return False
+
+        return self.run(stop=kill_one), len(workers)
