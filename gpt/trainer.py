@@ -184,9 +184,8 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         self.model.eval()
         try:
-            for index, batch in enumerate(sequences.batches(self.micro_batch)):
-                if index:
-                    self.interrupt()
+            for batch in sequences.batches(self.micro_batch):
+                self.interrupt()
                 x, y = (self.to_device(host_tensor(part, self.device)) for part in batch)
                 with self.autocast():
                     total += self.loss_fn(x, y)[1] * len(x)

@@ -65,6 +65,44 @@ def test_a_step_is_never_overwritten(tmp_path: Path):
     assert checkpoints.is_intact(folder)
 
 
+def test_a_replaced_step_is_deleted_only_when_the_new_one_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A kill while gigabytes are deleted must leave one of the two."""
+    new = replace(make(3), tokenizer='{"tokens": ["b"]}')
+    checkpoints.save(tmp_path, make(3))
+    found: list[Checkpoint] = []
+    rmtree = store.shutil.rmtree
+
+    def look(path: Path, **options: Any) -> None:
+        found.append(checkpoints.load(tmp_path / "step-00000003"))
+        rmtree(path, **options)
+
+    monkeypatch.setattr(store.shutil, "rmtree", look)
+    checkpoints.save(tmp_path, new, replaces=True)
+    assert [each.tokenizer for each in found] == [new.tokenizer]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000003"]
+
+
+def test_a_replaced_step_comes_back_if_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    checkpoints.save(tmp_path, make(3))
+    rename, renamed = Path.rename, [0]
+
+    def fail_once(self: Path, target: Path) -> Path:
+        renamed[0] += 1
+        if renamed[0] == 2:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_once)
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoints.save(tmp_path, make(3), replaces=True)
+    assert checkpoints.load(tmp_path / "step-00000003").step == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000003"]
+
+
 def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path):
     for step in range(1, 7):
         checkpoints.save(tmp_path, make(step))

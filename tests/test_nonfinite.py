@@ -20,6 +20,7 @@ from gpt.data.preparation import prepare
 from gpt.data.sequences import TrainingSequences
 from gpt.errors import InputError
 from gpt.model import GPT
+from gpt.run import recovery
 from gpt.run.run import Run
 
 Make = Callable[..., Config]
@@ -84,6 +85,20 @@ def test_skipping_without_end_is_divergence(tiny: Make, tmp_path: Path, corrupt:
     result = run(config, tmp_path / "run")
     assert (result.status, result.step, result.skipped_updates) == ("diverged", 9, 6)
     assert "4 updates in a row were skipped" in result.reason
+
+
+def test_the_failure_is_located_in_the_update_that_ended_the_run_not_in_a_skipped_one(
+    tiny: Make, tmp_path: Path, corrupt: Any, monkeypatch: pytest.MonkeyPatch
+):
+    config = tiny(training={"nonfinite": "skip", "nonfinite_limit": 1}, evaluation={"every": 20})
+    bad = [batch(config, number) for number in (3, 6, 7)]
+    corrupt(lambda x: any(torch.equal(x, each) for each in bad))
+    searched = []
+    monkeypatch.setattr(
+        recovery, "locate_in_batch", lambda trainer, step, *batch: searched.append(step)
+    )
+    assert run(config, tmp_path / "run").status == "diverged"
+    assert searched == [7]
 
 
 @pytest.mark.parametrize("fails", [13, 3])

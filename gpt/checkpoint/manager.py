@@ -8,7 +8,7 @@ ends with the same files as any other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,19 +24,10 @@ class CheckpointManager:
     Args:
         folder: the run's checkpoints/.
         saved_step: the step whose checkpoint this run saved last, if any.
-        protected_steps: never pruned.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        config: Config,
-        *,
-        saved_step: int | None = None,
-        protected_steps: Collection[int] = (),
-    ) -> None:
-        self.folder, self.config = folder, config
-        self.saved_step, self.protected_steps = saved_step, protected_steps
+    def __init__(self, folder: Path, config: Config, *, saved_step: int | None = None) -> None:
+        self.folder, self.config, self.saved_step = folder, config, saved_step
         self._writer = checkpoints.BackgroundWriter()
 
     def is_scheduled(self, step: int, progress: Progress) -> bool:
@@ -82,7 +73,7 @@ class CheckpointManager:
         config = self.config.checkpoint
         found = list(checkpoints.steps(self.folder))
         scheduled = [step for step in found if self.is_scheduled(step, progress)]
-        kept = {*scheduled[-config.keep :], *self.protected_steps}
+        kept = {*scheduled[-config.keep :], *progress.protected_steps}
         if config.keep_every is not None:
             kept.update(step for step in found if step % config.keep_every == 0)
         checkpoints.prune(self.folder, kept)

@@ -41,6 +41,7 @@ class Progress:
     rollbacks: Natural = 0
     pending: bool = False  # a stop interrupted what was due after this step; a resumed run does it
     skipped_batches: Natural = 0  # by rollbacks: update n sees batch n + skipped_batches
+    protected_steps: tuple[Natural, ...] = ()  # of checkpoints kept under earlier options
 
 
 @dataclass

@@ -100,20 +100,25 @@ def save(
         fsync(folder.parent)
     final = folder / checkpoint.name
     temporary = Path(tempfile.mkdtemp(prefix=PARTIAL_PREFIX, dir=folder))
+    replaced: Path | None = None
     try:
         _write(temporary, checkpoint)
         temporary.chmod(0o755)
         if final.exists():
             if replaces:
-                _delete(final)
+                replaced = _rename_to_partial(final)
             else:
                 set_aside(final)
         temporary.rename(final)
         fsync(folder)
     except BaseException:
+        if replaced is not None and not final.exists():
+            replaced.rename(final)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     write_pointers(folder, final.name, best=best)
+    if replaced is not None:
+        shutil.rmtree(replaced)
     return final
 
 
@@ -164,14 +169,14 @@ def prune(folder: Path, kept: Collection[int]) -> None:
     pointers = (read_pointer(folder, "latest"), read_pointer(folder, "best"))
     for step, path in steps(folder).items():
         if step not in kept and path not in pointers:
-            _delete(path)
+            shutil.rmtree(_rename_to_partial(path))
 
 
-def _delete(folder: Path) -> None:
-    """Delete a checkpoint after renaming it: a folder `step-...` is never half a checkpoint."""
-    doomed = folder.with_name(f"{PARTIAL_PREFIX}{folder.name}")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+def _rename_to_partial(folder: Path) -> Path:
+    """Rename a checkpoint before it is deleted: a folder `step-...` is never half a checkpoint."""
+    partial = folder.with_name(f"{PARTIAL_PREFIX}{folder.name}")
+    folder.rename(partial)
+    return partial
 
 
 class BackgroundWriter:

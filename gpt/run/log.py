@@ -1,4 +1,4 @@
-"""The log of a run: updates wait on the device until they are read, counted and written.
+"""The log of a run: updates wait on the device until they are read and written.
 
 Reading a loss from a GPU waits for the GPU to finish, so several updates are read at once.
 """
@@ -13,10 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpt.checkpoint.state import Progress
 from gpt.config import Config
 from gpt.diagnostics.layers import LayerStats
-from gpt.errors import NonFiniteError
 from gpt.hardware.device import peak_flops
 from gpt.io.console import Console
 from gpt.metrics import EPS_ALARM, MetricsLog, Record, read_up_to
@@ -28,7 +26,7 @@ READ_EVERY = {"cpu": 1}  # steps between reads, where a read does not wait for a
 
 @dataclass(frozen=True)
 class Update:
-    """The logged values of one update; the tensors stay on the device until they are read."""
+    """The logged values of one update; the tensors stay on the device until `RunLog.read`."""
 
     step: int
     loss: Tensor
@@ -37,6 +35,15 @@ class Update:
     inputs_digest: str
     skipped: bool
     layer_stats: LayerStats | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An update whose loss and gradient norm have been read from the device."""
+
+    update: Update
+    loss: float
+    grad_norm: float
 
 
 class RunLog:
@@ -67,47 +74,42 @@ class RunLog:
         self._since = time.monotonic()
 
     def add(self, update: Update) -> None:
-        """Queue an update, for `flush` to write."""
+        """Queue an update, for `read`."""
         self._pending.append(update)
 
-    def flush(self, progress: Progress) -> None:
-        """Read and write the updates since the last flush, and count them in `progress`.
-
-        Raises:
-            NonFiniteError: one of them was not finite; those after it are dropped.
-        """
+    def read(self) -> tuple[list[Measured], float]:
+        """The updates since the last call, in order, and the seconds that they took."""
         updates, self._pending = self._pending, []
         if not updates:
-            return
+            return [], 0.0
         losses = torch.stack([update.loss for update in updates]).tolist()
         norms = torch.stack([update.grad_norm for update in updates]).tolist()
         seconds = time.monotonic() - self._since
-        progress.update_seconds += seconds
-        speed = self._speed(len(updates), seconds)
-        records: list[Record] = []
-        try:
-            for update, loss, norm in zip(updates, losses, norms, strict=True):
-                records += self._records(update, loss, norm, speed)
-                self._count_or_raise(progress, update, loss, norm)
-        finally:
-            self.metrics.write(records)
-            self._show(progress.step, updates[-1], losses[-1], speed["tokens_per_second"])
+        return [Measured(*each) for each in zip(updates, losses, norms, strict=True)], seconds
 
-    def _speed(self, updates: int, seconds: float) -> Record:
-        tokens = updates * self.batch_tokens
-        speed = {"tokens_per_second": tokens / seconds, "step_seconds": seconds / updates}
+    def write(self, updates: list[Measured], step_seconds: float) -> None:
+        """Write updates to metrics.jsonl, and show the last one if it is due."""
+        speed = self._speed(step_seconds)
+        self.metrics.write([record for each in updates for record in self._records(each, speed)])
+        if updates:
+            self._show(updates[-1], speed["tokens_per_second"])
+
+    def _speed(self, step_seconds: float) -> Record:
+        tokens_per_second = self.batch_tokens / step_seconds
+        speed = {"tokens_per_second": tokens_per_second, "step_seconds": step_seconds}
         if self.peak_flops is not None:
-            speed["mfu"] = tokens / seconds * self.flops_per_token / self.peak_flops
+            speed["mfu"] = tokens_per_second * self.flops_per_token / self.peak_flops
         return speed
 
-    def _records(self, update: Update, loss: float, norm: float, speed: Record) -> list[Record]:
+    def _records(self, measured: Measured, speed: Record) -> list[Record]:
         """The lines of metrics.jsonl for one update."""
+        update = measured.update
         record: Record = {
             "step": update.step,
             "tokens": update.step * self.batch_tokens,
-            "loss": loss,
+            "loss": measured.loss,
             "learning_rate": update.learning_rate,
-            "grad_norm": norm,
+            "grad_norm": measured.grad_norm,
             "batches": update.inputs_digest,
             **({"skipped": True} if update.skipped else {}),
             **speed,
@@ -129,37 +131,12 @@ class RunLog:
                 "which makes this layer's updates smaller"
             )
 
-    def _count_or_raise(self, progress: Progress, update: Update, loss: float, norm: float) -> None:
-        """Count an update.
-
-        Raises:
-            NonFiniteError: it was not finite, and the config does not let it be skipped (again).
-        """
-        training = self.config.training
-        progress.step, progress.train_loss = update.step, finite_or_none(loss)
-        progress.skipped_updates += update.skipped
-        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if update.skipped else 0
-        if update.skipped and training.nonfinite == "skip":
-            self.console.say(
-                f"step {update.step}: skipped: loss {loss:g}, gradient norm {norm:g} "
-                f"({progress.skipped_updates} skipped so far)"
-            )
-        in_a_row = progress.skipped_in_a_row
-        too_often = in_a_row > training.nonfinite_limit
-        again = f", and {in_a_row} updates in a row were skipped" if too_often else ""
-        for quantity, value in (("training loss", loss), ("gradient norm", norm)):
-            overflow = quantity == "gradient norm" and training.precision == "fp16"
-            forgiven = update.skipped and (overflow or training.nonfinite == "skip")
-            if not math.isfinite(value) and (too_often or not forgiven):
-                text = f"the {quantity} became {value} at step {update.step}{again}"
-                raise NonFiniteError(update.step, quantity, text)
-
-    def _show(self, step: int, last: Update, loss: float, tokens_per_second: float) -> None:
-        training = self.config.training
+    def _show(self, last: Measured, tokens_per_second: float) -> None:
+        training, step = self.config.training, last.update.step
         if step % training.log_every == 0 or step == training.steps:
             self.console.progress(
-                last.step,
-                f"loss {loss:.4f}  learning rate {last.learning_rate:.2e}  "
+                step,
+                f"loss {last.loss:.4f}  learning rate {last.update.learning_rate:.2e}  "
                 f"{tokens_per_second:,.0f} tokens/s",
             )
 
@@ -171,8 +148,3 @@ class RunLog:
     def rewind(self, step: int) -> None:
         """Forget everything after `step`; at 0, everything."""
         self.restart(self.path, read_up_to(self.path, step) if step else [])
-
-
-def finite_or_none(value: float) -> float | None:
-    """`value`, or None if it is not finite."""
-    return value if math.isfinite(value) else None

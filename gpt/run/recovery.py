@@ -83,6 +83,7 @@ def roll_back(
     restored = restore(trainer, checkpoint, first_inputs)
     manager.saved_step = restored.step or None
     restored.rollbacks = progress.rollbacks + 1
+    restored.protected_steps = progress.protected_steps
     restored.skipped_batches = progress.skipped_batches + fault.step - restored.step
     return restored
 
@@ -115,7 +116,8 @@ def locate_by_replay(
         trainer.interrupt()
         inputs, targets = make_batch(step)
         loss, norm = trainer.backward(step, inputs, targets)
-        if not loss.isfinite() or not (norm.isfinite() or trainer.scaler.is_enabled()):
+        failed = not loss.isfinite() or not (norm.isfinite() or trainer.scaler.is_enabled())
+        if failed and (step == fault.step or not trainer.skips_nonfinite):
             break
         trainer.update(lr_multiplier(schedule, step, trainer.config.training.steps), loss, norm)
     return locate_in_batch(trainer, step, inputs, targets)

@@ -33,10 +33,9 @@ from gpt.errors import Fault, InputError, NonFiniteError, StopRequestedError
 from gpt.generate import continue_text
 from gpt.io.console import Console
 from gpt.io.files import write_text
-from gpt.io.wait import raise_if
 from gpt.run import opening, recovery
 from gpt.run.directory import RunDirectory, RunResult, Status
-from gpt.run.log import RunLog, Update, finite_or_none
+from gpt.run.log import Measured, RunLog, Update
 from gpt.run.resume import ResumePlan
 from gpt.schedule import lr_multiplier
 from gpt.trainer import Trainer, host_tensor
@@ -109,20 +108,11 @@ class Run:
             kept = [line for line in kept if line["step"] < step or "val_loss" not in line]
         opening.make_folders(plan, config)
         opening.announce(plan, config, step, self.console)
-        protected: list[int] = []
-        if any(changed(plan.changes, f"checkpoint.{key}") for key in ("keep", "keep_every")):
-            protected = list(store.steps(directory.checkpoints))  # kept under the earlier options
-        self.checkpoints = CheckpointManager(
-            directory.checkpoints,
-            config,
-            saved_step=step if plan.resuming else None,
-            protected_steps=protected,
-        )
+        saved_step = step if plan.resuming else None
+        self.checkpoints = CheckpointManager(directory.checkpoints, config, saved_step=saved_step)
         if plan.checkpoint is not None and plan.resuming:  # finish what was left undone by a kill
             name, best = plan.checkpoint.name, bool(plan.checkpoint.state["best"])
-            if self.progress.start_step == step and step % config.save_every:
-                # training.steps was raised. This step is scheduled only because the run once ended
-                # here: state.json must say so (`start_step`) before config.yaml has the new length.
+            if self._keeps_more(plan):  # state.json must say so before config.yaml is new
                 store.save(directory.checkpoints, self._checkpoint(best), best=best, replaces=True)
             store.write_pointers(directory.checkpoints, name, best=best)
             self.checkpoints.prune(self.progress)
@@ -131,6 +121,22 @@ class Run:
         opening.write_identity(plan, config, self.dataset, self.trainer, step, self.unigram_entropy)
         self.environment = directory.environment.read_text("utf-8")
         self.log = RunLog(directory.metrics, config, self.trainer.model, self.console, kept)
+
+    def _keeps_more(self, plan: ResumePlan) -> bool:
+        """Note in the progress which checkpoints stay only because of options that have changed.
+
+        Returns:
+            Whether there are any.
+        """
+        progress = self.progress
+        if any(
+            changed(plan.changes, f"checkpoint.{key}") for key in ("every", "keep", "keep_every")
+        ):
+            found = store.steps(self.directory.checkpoints)
+            progress.protected_steps = tuple(step for step in found if step != progress.step)
+            return True
+        # training.steps was raised: this step is scheduled because the run once ended here
+        return progress.start_step == progress.step and progress.step % self.config.save_every != 0
 
     # -- What the loop calls ---------------------------------------------------------------------
 
@@ -229,7 +235,7 @@ class Run:
         stopping = self.stop()
         if not (stopping or any(self._due(step)) or step % self.log.read_every == 0):
             return None
-        self.log.flush(self.progress)
+        self._count_updates()
         result = self._complete_step(stopping)
         self.log.start_clock()
         return result
@@ -240,7 +246,7 @@ class Run:
         Raises:
             NonFiniteError: something is not finite.
         """
-        self.log.flush(self.progress)
+        self._count_updates()
         step = self.progress.step
         if step == 0:
             return self.end("interrupted", "stopped before step 1")
@@ -263,6 +269,49 @@ class Run:
 
     # -- After an update -------------------------------------------------------------------------
 
+    def _count_updates(self) -> None:
+        """Read the updates since the last call, count them in the progress, and log them.
+
+        Raises:
+            NonFiniteError: one of them is not finite; those after it are dropped.
+        """
+        updates, seconds = self.log.read()
+        self.progress.update_seconds += seconds
+        counted: list[Measured] = []
+        try:
+            for measured in updates:
+                counted.append(measured)
+                self._count(measured)
+        finally:
+            if counted:
+                self.log.write(counted, seconds / len(updates))
+
+    def _count(self, measured: Measured) -> None:
+        """Count an update.
+
+        Raises:
+            NonFiniteError: it is not finite, and the config does not let it be skipped (again).
+        """
+        training, progress, update = self.config.training, self.progress, measured.update
+        progress.step, progress.train_loss = update.step, _finite_or_none(measured.loss)
+        progress.skipped_updates += update.skipped
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if update.skipped else 0
+        if update.skipped and training.nonfinite == "skip":
+            self.console.say(
+                f"step {update.step}: skipped: loss {measured.loss:g}, gradient norm "
+                f"{measured.grad_norm:g} ({progress.skipped_updates} skipped so far)"
+            )
+        in_a_row = progress.skipped_in_a_row
+        too_often = in_a_row > training.nonfinite_limit
+        again = f", and {in_a_row} updates in a row were skipped" if too_often else ""
+        values = {"training loss": measured.loss, "gradient norm": measured.grad_norm}
+        for quantity, value in values.items():
+            overflow = quantity == "gradient norm" and training.precision == "fp16"
+            forgiven = update.skipped and (overflow or training.nonfinite == "skip")
+            if not math.isfinite(value) and (too_often or not forgiven):
+                text = f"the {quantity} became {value} at step {update.step}{again}"
+                raise NonFiniteError(update.step, quantity, text)
+
     def _due(self, step: int) -> tuple[bool, bool, bool]:
         """Whether an evaluation, a sample and a checkpoint are due after update `step`."""
         config, last = self.config, step == self.config.training.steps
@@ -282,8 +331,9 @@ class Run:
         evaluating, sampling, saving = self._due(step)
         if stopping or saving or last:
             self._check_weights()
-        stopping = not self._evaluate_and_sample(evaluating, sampling, stopping) or stopping
-        evaluated = evaluating and not self.progress.pending
+        stopping = stopping or not self._evaluate_and_sample(evaluating, sampling)
+        self.progress.pending = stopping and (evaluating or sampling)
+        evaluated = evaluating and not stopping
         giving_up = evaluated and not last and self._gives_up()
         with self._or_elsewhere(evaluated=evaluated):
             if stopping or saving or (giving_up and self.save_checkpoints):
@@ -294,24 +344,18 @@ class Run:
             return self.end("interrupted", f"stopped after step {step}; state saved")
         return self._give_up() if giving_up else None
 
-    def _evaluate_and_sample(self, evaluating: bool, sampling: bool, stopping: bool) -> bool:
-        """Evaluate and sample if due, unless a stop is requested; returns whether all was done.
-
-        If not, only `pending` is set in the progress: the resumed run does both, from the start.
-        """
+    def _evaluate_and_sample(self, evaluating: bool, sampling: bool) -> bool:
+        """Evaluate and sample, if due; returns False, with the progress unchanged, if stopped."""
         before = replace(self.progress)
         try:
             if evaluating:
-                raise_if(lambda: stopping or self.stop())
                 self._evaluate()
             if sampling:
-                raise_if(lambda: stopping or self.stop())
                 with self._or_elsewhere(evaluated=evaluating):
                     self._sample()
         except StopRequestedError:
-            self.progress = replace(before, pending=True)
+            self.progress = before
             return False
-        self.progress.pending = False
         return True
 
     def _check_weights(self) -> None:
@@ -346,7 +390,7 @@ class Run:
             f"step {progress.step}: validation loss {loss:.4f} nats per token, "
             f"{bits:.4f} bits per byte"
         )
-        progress.val_loss, progress.val_bits_per_byte = finite_or_none(loss), finite_or_none(bits)
+        progress.val_loss, progress.val_bits_per_byte = _finite_or_none(loss), _finite_or_none(bits)
         if not math.isfinite(loss):
             text = f"the validation loss became {loss} at step {progress.step}"
             raise NonFiniteError(progress.step, "validation loss", text)
@@ -369,6 +413,7 @@ class Run:
         Raises:
             StopRequestedError: a stop was requested meanwhile.
         """
+        self.trainer.interrupt()
         options = self.config.sampling
         text = continue_text(
             self.trainer.model,
@@ -565,3 +610,7 @@ class Run:
             plot_run(metrics.read(self.directory.metrics), self.directory.plot, title=config.name)
         self.directory.write_result(result)  # last: it marks the run as ended
         return result
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
