@@ -10,7 +10,7 @@ memory is what is used beyond that: on a GPU the maximum allocated, on a CPU the
 largest resident set. After each update the process times products of two square matrices. An
 update's time multiplied by their rate is the number of operations that matrix products would have
 done meanwhile. Divided by the tokens, it is the cost of a token in operations, which depends little
-on what else the machine does and can be compared with the FLOPs of `plan.flops_per_token`,
+on what else the machine does and can be compared with the FLOPs of `GPT.flops_per_token`,
 6 N + 12 L d T. Medians over the updates are reported.
 
 Then the sizes are fitted: power laws for a token's operations, FLOPs and memory (straight lines
@@ -73,7 +73,6 @@ def measure(size: Size, device_name: str, tokens: int, seconds: float) -> dict[s
 
     from gpt.hardware import memory
     from gpt.hardware.device import pick_device
-    from gpt.run import plan
 
     device = pick_device(device_name)
     update, _, _ = _training(Size(1, HEAD, 8), device, 64)
@@ -92,7 +91,7 @@ def measure(size: Size, device_name: str, tokens: int, seconds: float) -> dict[s
         update()
         times.append(_now(device) - began)
         rates.append(_matrix_rate(device))
-    flops, rate = plan.flops_per_token(config, model), tokens / statistics.median(times)
+    flops, rate = model.flops_per_token(), tokens / statistics.median(times)
     operations = statistics.median(t * r for t, r in zip(times, rates, strict=True)) / tokens
     cuda = device.type == "cuda"
     return {

@@ -60,7 +60,6 @@ from gpt.hardware import memory
 from gpt.io.files import write_text
 from gpt.placement import PLACEMENTS
 from gpt.run import log as run_log
-from gpt.run import plan
 
 ROOT = Path(__file__).parents[1]
 BEGAN = time.monotonic()
@@ -557,7 +556,7 @@ def run(flags: argparse.Namespace, folder: str) -> dict[str, Any]:
     work.prepare_random_tokens()
     config = work.config(Row("", "", 1))
     with torch.device("meta"):
-        flops = plan.flops_per_token(config, model.GPT(config.model, work.size.vocabulary))
+        flops = model.GPT(config.model, work.size.vocabulary).flops_per_token()
     matrices = budget.one(Row("matrices", "matrices", 0))
     rate = matrices.get("matrix_flops")
     search = searched(work.size)

@@ -29,7 +29,7 @@ from gpt.config import Config, leaves
 from gpt.data.preparation import prepare
 from gpt.data.prepared import Dataset
 from gpt.diagnostics.layers import LayerStats
-from gpt.errors import NonFiniteError, StopRequestedError
+from gpt.errors import NonFiniteError, StepInterruptedError
 from gpt.hardware import memory
 from gpt.hardware.device import autocast, flush_denormals, pick_device
 from gpt.hardware.memory import is_out_of_memory, release_memory, retry_with_less_memory
@@ -346,7 +346,7 @@ def _open(
         config,
         plan,
         dataset,
-        Trainer(config, dataset.encoding.n_vocab, device, interrupt=partial(raise_if, stop)),
+        Trainer(config, dataset.encoding.n_vocab, device, check_stop=partial(raise_if, stop)),
         console,
         stop=stop,
         on_update=on_update,
@@ -441,7 +441,7 @@ def _steps_to_make(run: Run) -> range:
 def _outcome(run: Run, error: Exception) -> RunResult | Exception:
     """How a run that raised `error` ends."""
     try:
-        if isinstance(error, StopRequestedError):
+        if isinstance(error, StepInterruptedError):
             return run.interrupt()
         if isinstance(error, NonFiniteError):
             return run.diverge(error.fault, applied=False)

@@ -1,4 +1,4 @@
-"""Errors in the user's input, which the command line turns into exit code 2.
+"""Errors: in the user's input, which the command line turns into exit code 2, and in a run.
 
 `InputError` is for mistakes in configs, flags, files and directories. Its text is shown without a
 traceback, so it names the key or file, what was found and what is allowed, in at most three lines.
@@ -99,5 +99,5 @@ class NonFiniteError(Exception):
         self.fault = Fault(step, quantity, text)
 
 
-class StopRequestedError(Exception):
-    """A stop was requested during work that a resumed run repeats."""
+class StepInterruptedError(Exception):
+    """A stop was requested in the middle of a step; a resumed run repeats that part."""

@@ -317,3 +317,15 @@ class GPT(nn.Module):
     def num_embedding_parameters(self) -> int:
         """Parameters of the token and position embeddings."""
         return self.token_embedding.weight.numel() + self.position_embedding.weight.numel()
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of forward and backward for one token: 6 N + 12 L d T.
+
+        N leaves out the position embedding, which is only looked up, and the token embedding unless
+        it is the head too; the second term is attention's (Chowdhery et al. 2022, appendix B).
+        """
+        shape = self.config
+        numbers = self.num_parameters() - self.position_embedding.weight.numel()
+        if self.head is not None:
+            numbers -= self.token_embedding.weight.numel()
+        return 6 * numbers + 12 * shape.layers * shape.width * shape.context

@@ -34,7 +34,7 @@ class Trainer:
 
     Args:
         vocab_size: tokens of the vocabulary.
-        interrupt: called between micro-batches; an exception that it raises ends the computation.
+        check_stop: called between micro-batches; an exception that it raises ends the computation.
         notify: called with a sentence for the user.
 
     Attributes:
@@ -50,12 +50,12 @@ class Trainer:
         vocab_size: int,
         device: torch.device,
         *,
-        interrupt: Callable[[], object] = lambda: None,
+        check_stop: Callable[[], object] = lambda: None,
         notify: Callable[[str], object] = lambda text: None,
     ) -> None:
         check_fits(config, device, vocab_size)
         self.config, self.device = config, device
-        self.interrupt, self.notify = interrupt, notify
+        self.check_stop, self.notify = check_stop, notify
         with global_generator(device):  # torch draws initial weights, which `reset` replaces
             self.model = GPT(config.model, vocab_size).to(device)
         self.model.loss_chunk = config.training.loss_chunk
@@ -145,7 +145,7 @@ class Trainer:
         parts = zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True)
         for index, part in enumerate(parts):
             if index:
-                self.interrupt()
+                self.check_stop()
             with (  # while the caller computes with this part
                 global_generator(self.device, seed, "dropout", step, index)
                 if dropout
@@ -185,7 +185,7 @@ class Trainer:
         self.model.eval()
         try:
             for batch in sequences.batches(self.micro_batch):
-                self.interrupt()
+                self.check_stop()
                 x, y = (self.to_device(host_tensor(part, self.device)) for part in batch)
                 with self.autocast():
                     total += self.loss_fn(x, y)[1] * len(x)

@@ -19,14 +19,14 @@ from pathlib import Path
 
 from gpt.config import Config
 from gpt.data.preparation import prepare
-from gpt.errors import NonFiniteError, OutOfMemoryError, StopRequestedError
+from gpt.errors import NonFiniteError, OutOfMemoryError, StepInterruptedError
 from gpt.hardware.device import flush_denormals, pick_device
 from gpt.hardware.memory import check_fits, is_out_of_memory
 from gpt.io.console import Console
 from gpt.io.files import lock_directory
 from gpt.io.wait import raise_if
+from gpt.run.banner import describe
 from gpt.run.directory import RunResult
-from gpt.run.plan import describe
 from gpt.run.recovery import advise_on_memory
 from gpt.run.resume import ended_run, open_run
 from gpt.run.run import Run
@@ -82,9 +82,9 @@ def train(
         if plan.result is not None:  # another process has just finished it
             return plan.result
         dataset = prepare(config.data, console, stop)
-        interrupt = functools.partial(raise_if, stop)
+        check_stop = functools.partial(raise_if, stop)
         trainer = Trainer(
-            config, dataset.encoding.n_vocab, device, interrupt=interrupt, notify=console.say
+            config, dataset.encoding.n_vocab, device, check_stop=check_stop, notify=console.say
         )
         run = Run(config, plan, dataset, trainer, console, stop=stop, on_update=on_update)
         with contextlib.closing(run):
@@ -139,6 +139,6 @@ def fit(run: Run, trainer: Trainer) -> RunResult:
                 result = run.after_update(step, loss, grad_norm, skipped, layer_stats)
                 if result is not None:
                     return result
-    except StopRequestedError:
+    except StepInterruptedError:
         return run.interrupt()
     return run.finish()

@@ -128,7 +128,7 @@ def test_html_in_a_comparison_is_text(smallest_comparison: Path, tmp_path: Path)
         path.write_text(json.dumps(tree | {HTML: HTML, "device": HTML}))
     for path in folder.glob("cells/pre*/result.json"):
         tree = json.loads(path.read_text())
-        path.write_text(json.dumps(tree | {"reason": f"given up: {HTML}"}))
+        path.write_text(json.dumps(tree | {"reason": f"given up: {HTML}", "gave_up": True}))
     lost = {cell.id: {"status": "killed", "reason": HTML} for cell in load(folder / "grid.yaml")[1]}
     (folder / "lost.json").write_text(json.dumps(lost))
     (folder / "command.json").write_text(json.dumps([{"argv": [HTML], "began": HTML}]))
@@ -196,7 +196,7 @@ def test_escapes_in_forged_files_do_not_reach_the_terminal(
     folder = Path(shutil.copytree(smallest_comparison, tmp_path / "a\x1b[2J\u202eb"))
     for path in folder.glob("cells/pre*/result.json"):
         tree = json.loads(path.read_text())
-        path.write_text(json.dumps(tree | {"reason": "given up: \x1b[31m\uffff"}))
+        path.write_text(json.dumps(tree | {"reason": "given up: \x1b[31m\uffff", "gave_up": True}))
     command = {"argv": ["x\ny", "\x1b"], "began": "\uffff"}
     (folder / "command.json").write_text(json.dumps([command]))
     for prog, where in (

@@ -16,7 +16,6 @@ from benchmarks import cost
 from gpt.config import Config, validate
 from gpt.hardware import memory
 from gpt.model import GPT
-from gpt.run import plan
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -60,7 +59,7 @@ def test_the_arithmetic_crosses_where_attention_costs_six_operations_a_parameter
     """By FLOPs alone 12 L d T = 6 N, N without the position embedding."""
     contexts = [64, 256, 1024]
     models = [(config, GPT(config.model, cost.VOCABULARY)) for config in map(_config, contexts)]
-    flops = [plan.flops_per_token(config, model) for config, model in models]
+    flops = [model.flops_per_token() for _, model in models]
     config, model = models[0]
     numbers = model.num_parameters() - model.position_embedding.weight.numel()
     expected = 6 * numbers / (12 * config.model.layers * config.model.width)

@@ -214,7 +214,7 @@ def test_a_stop_in_the_search_for_a_divergence_is_not_its_end(tiny: Make, tmp_pa
     searched = Run._locate
 
     def stopped_search(self: Run, fault: Any, **options: Any) -> Any:
-        self.trainer.interrupt = partial(raise_if, lambda: True)
+        self.trainer.check_stop = partial(raise_if, lambda: True)
         return searched(self, fault, **options)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -22,7 +22,6 @@ from gpt.hardware import memory
 from gpt.hardware.device import peak_flops
 from gpt.init import fingerprints, initialize
 from gpt.model import GPT
-from gpt.run import plan
 from gpt.run.directory import RunResult
 from gpt.run.loading import load_run
 from gpt.trainer import Trainer
@@ -421,7 +420,7 @@ def test_flops_and_peak():
     )
     with torch.device("meta"):
         model = GPT(config.model, 50257)
-    assert plan.flops_per_token(config, model) == pytest.approx(0.855e9, rel=0.01)
+    assert model.flops_per_token() == pytest.approx(0.855e9, rel=0.01)
     assert peak_flops("NVIDIA H200", "bf16") == 989e12
     assert peak_flops("NVIDIA H200", "fp32") is None
     assert peak_flops("cpu", "bf16") is None
@@ -664,6 +663,7 @@ def test_a_run_that_learns_nothing_may_be_given_up(tiny: Make, tmp_path: Path):
     still = {"optimizer": {"learning_rate": 1e-9}, "evaluation": {"every": 4, "give_up_after": 2}}
     result = run(tiny(**still), tmp_path / "still")
     assert (result.status, result.step) == ("finished", 8)
+    assert result.gave_up
     assert "given up at step 8" in result.reason
     assert (tmp_path / "still/checkpoints/step-00000008").is_dir()
     again = run(tiny(**still), tmp_path / "still")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from gpt import checkpoint as checkpoints
+from gpt import checkpoint as store
 from gpt.checkpoint import Checkpoint
 from gpt.checkpoint.state import Progress
 from gpt.config import Config
@@ -28,7 +28,7 @@ class CheckpointManager:
 
     def __init__(self, folder: Path, config: Config, *, saved_step: int | None = None) -> None:
         self.folder, self.config, self.saved_step = folder, config, saved_step
-        self._writer = checkpoints.BackgroundWriter()
+        self._writer = store.BackgroundWriter()
 
     def is_scheduled(self, step: int, progress: Progress) -> bool:
         """Whether an uninterrupted run saves at that step; pruning may delete it later."""
@@ -63,7 +63,7 @@ class CheckpointManager:
         replaces, self.saved_step = self.saved_step == progress.step, progress.step
 
         def write() -> None:
-            checkpoints.save(self.folder, checkpoint, best=best, replaces=replaces)
+            store.save(self.folder, checkpoint, best=best, replaces=replaces)
             self.prune(snapshot)
 
         self._writer.start(write)
@@ -71,19 +71,19 @@ class CheckpointManager:
     def prune(self, progress: Progress) -> None:
         """Delete the checkpoints that the config does not keep."""
         config = self.config.checkpoint
-        found = list(checkpoints.steps(self.folder))
+        found = list(store.steps(self.folder))
         scheduled = [step for step in found if self.is_scheduled(step, progress)]
         kept = {*scheduled[-config.keep :], *progress.protected_steps}
         if config.keep_every is not None:
             kept.update(step for step in found if step % config.keep_every == 0)
-        checkpoints.prune(self.folder, kept)
+        store.prune(self.folder, kept)
 
     def drop_unscheduled(self, progress: Progress) -> None:
         """Delete what was saved for a stop: an uninterrupted run would end without it."""
-        found = checkpoints.steps(self.folder)
+        found = store.steps(self.folder)
         scheduled = [path.name for step, path in found.items() if self.is_scheduled(step, progress)]
         if scheduled:
-            checkpoints.write_pointers(self.folder, scheduled[-1], best=False)
+            store.write_pointers(self.folder, scheduled[-1], best=False)
         else:
             (self.folder / "latest").unlink(missing_ok=True)
         self.prune(progress)
@@ -94,7 +94,7 @@ class CheckpointManager:
         Raises:
             InputError: there are checkpoints, and all are damaged.
         """
-        return checkpoints.newest_intact(self.folder, among)[0]
+        return store.newest_intact(self.folder, among)[0]
 
     def wait(self) -> None:
         """Wait until everything is on disk.

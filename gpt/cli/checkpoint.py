@@ -36,20 +36,20 @@ def verify(directory: Path) -> None:
     Raises:
         InputError: one of them is damaged, or there is none.
     """
-    from gpt import checkpoint as checkpoints
+    from gpt import checkpoint as store
 
     folder = directory / "checkpoints" if (directory / "checkpoints").is_dir() else directory
-    found = list(checkpoints.steps(folder).values())
-    if checkpoints.STEP_NAME.fullmatch(directory.absolute().name):
+    found = list(store.steps(folder).values())
+    if store.STEP_NAME.fullmatch(directory.absolute().name):
         found = [directory]
     if not found:
         raise InputError(f"{directory}: contains no checkpoint")
     damaged = 0
     for path in found:
         try:
-            checkpoints.load(path)
+            store.load(path)
             show(f"{path}: intact")
-        except checkpoints.PrunedError as pruned:  # by the run, which is still training
+        except store.PrunedError as pruned:  # by the run, which is still training
             show(str(pruned))
         except InputError as error:
             damaged += 1

@@ -97,7 +97,7 @@ def _plan(config: Config, out_dir: Path, resume: str) -> str:
     from gpt.hardware import memory
     from gpt.hardware.device import pick_device
     from gpt.model import GPT
-    from gpt.run import plan
+    from gpt.run.banner import describe
     from gpt.run.resume import open_run
 
     opened = open_run(config, out_dir, resume)
@@ -115,7 +115,7 @@ def _plan(config: Config, out_dir: Path, resume: str) -> str:
     memory.check_fits(config, device, vocab_size)
     with torch.device("meta"):
         model = GPT(config.model, vocab_size)
-    described = plan.describe(
+    described = describe(
         config,
         model,
         device=device,

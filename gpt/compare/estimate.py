@@ -26,7 +26,6 @@ from gpt.hardware.device import pick_device
 from gpt.hardware.memory import release_memory
 from gpt.hardware.size import check_probing
 from gpt.model import GPT
-from gpt.run import plan
 from gpt.trainer import Trainer
 
 TIMED_TOGETHER = 8  # cells of a batch that are timed, at most
@@ -167,7 +166,7 @@ def _measure(config: Config, vocab_size: int) -> tuple[float, int, int]:
     device = pick_device(config.training.device)
     trainer = Trainer(config, vocab_size, device)
     trainer.reset()
-    flops = plan.flops_per_token(config, trainer.model)
+    flops = trainer.model.flops_per_token()
     context, parameters = config.model.context, trainer.model.num_parameters()
     affordable = int(TIMED_FLOPS[device.type] // flops)
     length = min(context, max(1, affordable))
@@ -192,7 +191,7 @@ def _measure_together(config: Config, vocab_size: int, cells: int) -> float:
     """Seconds of an update of `cells` runs in one batch, for each of them."""
     device = pick_device(config.training.device)
     with torch.device("meta"):
-        flops = plan.flops_per_token(config, GPT(config.model, vocab_size))
+        flops = GPT(config.model, vocab_size).flops_per_token()
     update = flops * config.batch_sequences * config.model.context
     affordable = max(1, int(TIMED_FLOPS[device.type] // update))
     most = memory.models_at_once(config, vocab_size, device)

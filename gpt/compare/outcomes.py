@@ -147,7 +147,7 @@ def read_outcome(cell: Cell, directory: Path, error: CellError | None = None) ->
     complete = made == result.step and evaluated[-1:] == [result.step]
     if result.status == "finished" and not complete:
         raise InputError(f"{run.metrics}: is damaged: it does not hold all {result.step} steps")
-    events = [result.reason] if result.reason.startswith("given up") else []
+    events = [result.reason] if result.gave_up else []
     if result.skipped_updates:
         events.append(f"{result.skipped_updates} updates skipped")
     if result.rollbacks:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
-from gpt.errors import StoppedError, StopRequestedError
+from gpt.errors import StepInterruptedError, StoppedError
 
 Result = TypeVar("Result")
 Stop = Callable[[], bool]
@@ -109,10 +109,10 @@ def raise_if(stop: Callable[[], bool]) -> None:
     """Interrupt work that a resumed run repeats, if a stop is requested.
 
     Raises:
-        StopRequestedError: `stop` returned true.
+        StepInterruptedError: `stop` returned true.
     """
     if stop():
-        raise StopRequestedError
+        raise StepInterruptedError
 
 
 def leave(code: int) -> NoReturn:

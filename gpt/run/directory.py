@@ -50,6 +50,7 @@ class RunResult:
         skipped_updates: updates skipped because of a non-finite loss or gradient
             (training.nonfinite: skip, or an overflow of fp16).
         rollbacks: how often the run returned to a checkpoint (training.nonfinite: rollback).
+        gave_up: whether a finished run ended early, by evaluation.give_up_after.
     """
 
     status: Status
@@ -66,6 +67,7 @@ class RunResult:
     failure: Failure | None = None
     skipped_updates: Natural = 0
     rollbacks: Natural = 0
+    gave_up: bool = False
 
     @property
     def is_consistent(self) -> bool:

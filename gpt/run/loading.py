@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from gpt import checkpoint as checkpoints
+from gpt import checkpoint as store
 from gpt.checkpoint import Checkpoint, PrunedError
 from gpt.checkpoint.weights import load_weights
 from gpt.data import tokenizer
@@ -59,11 +59,11 @@ def load_run(
 
 def _choose(run: RunDirectory, checkpoint: str) -> Path:
     """The folder of the checkpoint that is asked for."""
-    available = checkpoints.steps(run.checkpoints)
+    available = store.steps(run.checkpoints)
     if not available:
         raise InputError(f"{run.path}: holds no checkpoint yet")
     if checkpoint in ("best", "latest"):
-        return checkpoints.read_pointer(run.checkpoints, checkpoint) or available[max(available)]
+        return store.read_pointer(run.checkpoints, checkpoint) or available[max(available)]
     steps = {str(step): path for step, path in available.items()}
     found = steps.get(checkpoint.lstrip("0") or "0")
     if found is None:
@@ -83,8 +83,8 @@ def _read(run: RunDirectory, folder: Path) -> tuple[Checkpoint, Encoding]:
     """
 
     def read(folder: Path) -> tuple[Checkpoint, Encoding]:
-        with checkpoints.reading(folder):
-            loaded = checkpoints.load(folder, optimizer=False)
+        with store.reading(folder):
+            loaded = store.load(folder, optimizer=False)
             return loaded, tokenizer.load(folder / "tokenizer.json")
 
     try:
@@ -92,7 +92,7 @@ def _read(run: RunDirectory, folder: Path) -> tuple[Checkpoint, Encoding]:
     except PrunedError:
         raise
     except InputError as error:
-        others = {s: p for s, p in checkpoints.steps(run.checkpoints).items() if p != folder}
+        others = {s: p for s, p in store.steps(run.checkpoints).items() if p != folder}
         for step, other in reversed(others.items()):
             try:
                 read(other)

@@ -19,7 +19,6 @@ from gpt.hardware.device import peak_flops
 from gpt.io.console import Console
 from gpt.metrics import EPS_ALARM, MetricsLog, Record, read_up_to
 from gpt.model import GPT
-from gpt.run.plan import flops_per_token
 
 READ_EVERY = {"cpu": 1}  # steps between reads, where a read does not wait for a device
 
@@ -61,7 +60,7 @@ class RunLog:
         self.batch_tokens = config.batch_sequences * config.model.context
         device = model.token_embedding.weight.device
         self.read_every = READ_EVERY.get(device.type, config.training.log_every)
-        self.flops_per_token = flops_per_token(config, model)
+        self.flops_per_token = model.flops_per_token()
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.peak_flops = peak_flops(name, config.training.precision)
         self.metrics = MetricsLog(path, kept)

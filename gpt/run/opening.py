@@ -1,10 +1,14 @@
-"""Opening a run directory for training: checks, leftovers, announcements, the run's identity."""
+"""Opening a run for training: its state, its folders, announcements and its identity."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from gpt import checkpoint as checkpoints
+from torch import Tensor
+
+from gpt import checkpoint as store
+from gpt.checkpoint import Checkpoint
 from gpt.checkpoint.state import Progress, read_state
 from gpt.config import Config, changed
 from gpt.data import tokenizer
@@ -13,8 +17,8 @@ from gpt.errors import InputError
 from gpt.init import fingerprints
 from gpt.io.console import Console
 from gpt.io.files import remove_partial, write_text
-from gpt.run import recovery
 from gpt.run.directory import command_line
+from gpt.run.fallback import later_fallback
 from gpt.run.resume import ResumePlan
 from gpt.trainer import Trainer
 
@@ -34,6 +38,35 @@ def check_tokens(plan: ResumePlan, dataset: Dataset) -> None:
             f"far ({'; '.join(data) or 'the text has changed'});\n"
             "use the same text, or choose another --out-dir"
         )
+
+
+def restore(
+    trainer: Trainer, checkpoint: Checkpoint | None, first_inputs: Callable[[], Tensor]
+) -> Progress:
+    """Set the trainer's state from a checkpoint, or as it is before the first update.
+
+    Args:
+        first_inputs: makes (B, T) tokens of the first batch, for placements that calibrate on them.
+
+    Returns:
+        The progress at that point.
+
+    Raises:
+        InputError: the checkpoint does not fit the config.
+    """
+    if checkpoint is None:
+        trainer.reset()
+        trainer.calibrate(first_inputs())
+        return Progress()
+    state = read_state(checkpoint)
+    try:
+        trainer.load(
+            checkpoint, state.scaler, updates=state.progress.step - state.progress.skipped_updates
+        )
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{checkpoint.name}: does not fit the config: {reason}") from None
+    return state.progress
 
 
 def adopt_checkpoint(
@@ -85,14 +118,14 @@ def announce(plan: ResumePlan, config: Config, step: int, console: Console) -> N
     directory, resuming = plan.directory, plan.resuming
     for damage in plan.damaged:
         console.say(f"skipped: {damage}")
-    later = recovery.later_fallback(config, directory.path, step) if resuming else None
+    later = later_fallback(config, directory.path, step) if resuming else None
     if later is not None:
         console.say(f"a later state of this run is in {later}: resume it with --out-dir {later}")
     if plan.damaged:
         console.say(f"resuming from step {step}")
-        for path in checkpoints.steps(directory.checkpoints).values():
-            if not checkpoints.is_intact(path):
-                console.say(f"set aside: {checkpoints.set_aside(path)}")
+        for path in store.steps(directory.checkpoints).values():
+            if not store.is_intact(path):
+                console.say(f"set aside: {store.set_aside(path)}")
     if plan.existing and not resuming:
         console.say("no checkpoint had been saved: starting again from step 0")
     for line in plan.describe_changes(config):

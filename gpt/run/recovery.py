@@ -1,62 +1,24 @@
-"""After a failure: roll back to a checkpoint, locate the failure, or save to another directory.
-
-Functions of a trainer, its checkpoints and the batches; they know nothing of the loop.
-"""
+"""After a failure: roll back to a checkpoint, locate the failure, or advise on memory."""
 
 from __future__ import annotations
 
 import contextlib
-import shutil
-import tempfile
-from collections.abc import Callable, Generator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Generator
 
 from torch import Tensor
 
-from gpt import checkpoint as checkpoints
-from gpt.checkpoint import Checkpoint
 from gpt.checkpoint.manager import CheckpointManager
-from gpt.checkpoint.state import Progress, read_state
-from gpt.config import Config, ScheduleConfig
+from gpt.checkpoint.state import Progress
+from gpt.config import ScheduleConfig
 from gpt.data.sequences import ValidationSequences
 from gpt.diagnostics.failure import FaultLocation, first_nonfinite
 from gpt.errors import Fault, InputError
 from gpt.hardware.memory import is_out_of_memory, release_memory, smaller
-from gpt.io.files import write_bytes
-from gpt.run.directory import RunDirectory
+from gpt.run.opening import restore
 from gpt.schedule import lr_multiplier
 from gpt.trainer import Trainer, host_tensor
 
 MakeBatch = Callable[[int], tuple[Tensor, Tensor]]  # step -> inputs and targets, on the host
-
-
-def restore(
-    trainer: Trainer, checkpoint: Checkpoint | None, first_inputs: Callable[[], Tensor]
-) -> Progress:
-    """Set the trainer's state from a checkpoint, or as it is before the first update.
-
-    Args:
-        first_inputs: makes (B, T) tokens of the first batch, for placements that calibrate on them.
-
-    Returns:
-        The progress at that point.
-
-    Raises:
-        InputError: the checkpoint does not fit the config.
-    """
-    if checkpoint is None:
-        trainer.reset()
-        trainer.calibrate(first_inputs())
-        return Progress()
-    state = read_state(checkpoint)
-    try:
-        trainer.load(
-            checkpoint, state.scaler, updates=state.progress.step - state.progress.skipped_updates
-        )
-    except ValueError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{checkpoint.name}: does not fit the config: {reason}") from None
-    return state.progress
 
 
 def roll_back(
@@ -102,7 +64,7 @@ def locate_by_replay(
     The failed update corrupted the weights, so training is repeated up to the last good ones.
 
     Raises:
-        StopRequestedError: a stop was requested.
+        StepInterruptedError: a stop was requested.
     """
     try:
         checkpoint = manager.newest()
@@ -113,7 +75,7 @@ def locate_by_replay(
     if first < fault.step:
         notify(f"locating the failure: repeating steps {first} to {fault.step}")
     for step in range(first, fault.step + 1):
-        trainer.interrupt()
+        trainer.check_stop()
         inputs, targets = make_batch(step)
         loss, norm = trainer.backward(step, inputs, targets)
         failed = not loss.isfinite() or not (norm.isfinite() or trainer.scaler.is_enabled())
@@ -148,7 +110,7 @@ def _first_nonfinite(
 ) -> FaultLocation | None:
     with contextlib.closing(batches):
         for x, y in batches:
-            trainer.interrupt()
+            trainer.check_stop()
             x, y = trainer.to_device(x), trainer.to_device(y)
             with trainer.autocast():
                 place = first_nonfinite(trainer.model, x, y, trainer.config.training.z_loss)
@@ -169,7 +131,7 @@ def advise_on_memory(trainer: Trainer, step: int, make_batch: MakeBatch, shortag
         shortage: the allocator's message.
     """
     tried = trainer.micro_batch
-    trainer.interrupt = lambda: None  # the run has ended; a second signal kills it
+    trainer.check_stop = lambda: None  # the run has ended; a second signal kills it
     inputs, targets = make_batch(step)
     fitting = smaller(tried, trainer.config.batch_sequences)
     while fitting is not None and not _fits(trainer, fitting, step, inputs, targets):
@@ -198,72 +160,3 @@ def _fits(trainer: Trainer, micro_batch: int, step: int, inputs: Tensor, targets
             raise
         return False
     return True
-
-
-# ---------------------------------------------------------------------------------------------
-# A run directory that cannot be written
-
-
-def fallback_parent(config: Config) -> Path:
-    """The folder for runs whose own directory cannot be written."""
-    return Path(config.checkpoint.spare_dir or tempfile.gettempdir())
-
-
-def save_to_fallback(
-    own: RunDirectory,
-    config: Config,
-    step: int,
-    why: OSError,
-    *,
-    files: Mapping[str, str | bytes],
-    save: Callable[[RunDirectory], None],
-) -> InputError:
-    """Save a run in a new directory, because its own cannot be written.
-
-    The run's own directory is not touched.
-
-    Args:
-        why: what could not be written.
-        files: contents of the files of the run directory.
-        save: moves the run into a directory, and saves a checkpoint there.
-
-    Returns:
-        A message for the user: what failed, and where the run is now.
-    """
-    reason = f"{why.filename or own.path}: {why.strerror}"
-    if not own.config.is_file():
-        reason = f"{own.path}: was deleted or moved during training"
-    saved = checkpoints.read_pointer(own.checkpoints, "latest")
-    before = f"{saved} is untouched" if saved else "no checkpoint is left there"
-    again = "resumes from there" if saved else "starts from step 0"
-    parent = fallback_parent(config)
-    made: Path | None = None
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f"{config.name}-", dir=parent))
-        for name, contents in {"config.yaml": config.to_yaml(), **files}.items():
-            write_bytes(made / name, contents if isinstance(contents, bytes) else contents.encode())
-        save(RunDirectory(made))
-    except OSError as error:
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
-        return InputError(
-            f"{reason};\nthe state of step {step} cannot be saved in {parent} either: "
-            f"{error.strerror}\n{before}; the same command {again}"
-        )
-    return InputError(
-        f"{reason};\n{before}, and the state of step {step} is in {made}:\n"
-        f"--out-dir {made} resumes from there"
-    )
-
-
-def later_fallback(config: Config, own: Path, step: int) -> Path | None:
-    """A directory made by `save_to_fallback` that holds a later state of this run than `step`."""
-    for path in fallback_parent(config).glob(f"{config.name}-*"):
-        run = RunDirectory(path)
-        with contextlib.suppress(InputError, OSError):
-            same = run.config.is_file() and not run.read_config().differences(config)
-            steps = checkpoints.steps(run.checkpoints)
-            if same and path != own and max(steps, default=0) > step:
-                return path
-    return None

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt import checkpoint as checkpoints
+from gpt import checkpoint as store
 from gpt.checkpoint import Checkpoint
 from gpt.config import Config, changed, may_change
 from gpt.errors import InputError
@@ -120,7 +120,7 @@ def open_run(config: Config, path: Path, resume: str) -> ResumePlan:
         return ResumePlan(directory, _start_from(config, resume))
     changes, result = _same_run(directory, config, resume)
     directory.check_paths()
-    checkpoint, damaged = checkpoints.newest_intact(directory.checkpoints)
+    checkpoint, damaged = store.newest_intact(directory.checkpoints)
     if checkpoint is None and result is not None and result.step:
         raise InputError(f"{path}: has no checkpoint to resume from; choose another --out-dir")
     steps = config.training.steps
@@ -178,7 +178,7 @@ def _start_from(config: Config, resume: str) -> Checkpoint | None:
     if resume in ("auto", "never"):
         return None
     folder = Path(resume).resolve()
-    if not checkpoints.STEP_NAME.fullmatch(folder.name) or not folder.is_dir():
+    if not store.STEP_NAME.fullmatch(folder.name) or not folder.is_dir():
         raise InputError(
             f"--resume {resume}: is neither auto, never nor a checkpoint folder, such as "
             "runs/NAME/checkpoints/step-00001000"
@@ -192,7 +192,7 @@ def _start_from(config: Config, resume: str) -> Checkpoint | None:
     ]
     if different:
         raise InputError(f"--resume {resume}: has another model, optimizer or data: {different[0]}")
-    checkpoint = checkpoints.load(folder)
+    checkpoint = store.load(folder)
     if checkpoint.step >= config.training.steps:
         raise InputError(
             f"--resume {resume}: is at step {checkpoint.step}, and training.steps is "

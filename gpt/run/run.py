@@ -29,11 +29,11 @@ from gpt.data.prepared import Dataset
 from gpt.data.sequences import TrainingSequences, ValidationSequences, prefetch
 from gpt.diagnostics.failure import Failure, FaultLocation, advice, describe_location
 from gpt.diagnostics.layers import LayerStats
-from gpt.errors import Fault, InputError, NonFiniteError, StopRequestedError
+from gpt.errors import Fault, InputError, NonFiniteError, StepInterruptedError
 from gpt.generate import continue_text
 from gpt.io.console import Console
 from gpt.io.files import write_text
-from gpt.run import opening, recovery
+from gpt.run import fallback, opening, recovery
 from gpt.run.directory import RunDirectory, RunResult, Status
 from gpt.run.log import Measured, RunLog, Update
 from gpt.run.resume import ResumePlan
@@ -89,7 +89,7 @@ class Run:
         self.validation = ValidationSequences(dataset.val, context, config.evaluation.sequences)
         self.unigram_entropy = dataset.unigram_entropy()
         opening.check_tokens(plan, dataset)
-        self.progress = recovery.restore(trainer, plan.checkpoint, self._first_inputs)
+        self.progress = opening.restore(trainer, plan.checkpoint, self._first_inputs)
         opening.adopt_checkpoint(plan, config, trainer, self.progress)
         self._open(plan)
 
@@ -157,7 +157,7 @@ class Run:
         if step == 0:
             try:
                 self._evaluate()
-            except StopRequestedError:
+            except StepInterruptedError:
                 return self.end("interrupted", "stopped before step 1")
         if self.progress.pending:
             result = self._complete_step(stopping=False)
@@ -182,11 +182,11 @@ class Run:
         """Inputs and targets of update `step`: (sequences, T) each, on the host.
 
         Raises:
-            StopRequestedError: a stop was requested.
+            StepInterruptedError: a stop was requested.
         """
         number = step + self.progress.skipped_batches
         x, y = self.sequences.batch(
-            number, self.config.batch_sequences, check=self.trainer.interrupt
+            number, self.config.batch_sequences, check=self.trainer.check_stop
         )
         inputs, targets = (torch.from_numpy(np.ascontiguousarray(part)) for part in (x, y))
         return inputs, targets
@@ -353,7 +353,7 @@ class Run:
             if sampling:
                 with self._or_elsewhere(evaluated=evaluating):
                     self._sample()
-        except StopRequestedError:
+        except StepInterruptedError:
             self.progress = before
             return False
         return True
@@ -377,7 +377,7 @@ class Run:
 
         Raises:
             NonFiniteError: it is not finite.
-            StopRequestedError: a stop was requested meanwhile.
+            StepInterruptedError: a stop was requested meanwhile.
         """
         progress = self.progress
         loss = self.trainer.evaluate(self.validation)
@@ -411,9 +411,9 @@ class Run:
         """Write a sample of the current model's text into samples/.
 
         Raises:
-            StopRequestedError: a stop was requested meanwhile.
+            StepInterruptedError: a stop was requested meanwhile.
         """
-        self.trainer.interrupt()
+        self.trainer.check_stop()
         options = self.config.sampling
         text = continue_text(
             self.trainer.model,
@@ -422,7 +422,7 @@ class Run:
             tokens=options.tokens,
             sampling=options,
             seed=self.config.seed,
-            on_token=self.trainer.interrupt,
+            on_token=self.trainer.check_stop,
         )
         path = self.directory.samples / f"step-{self.progress.step:08d}.txt"
         write_text(path, text + "\n")
@@ -482,7 +482,7 @@ class Run:
             self._save(evaluated=evaluated)
             self.checkpoints.wait()
 
-        return recovery.save_to_fallback(
+        return fallback.save_to_fallback(
             self.directory,
             self.config,
             step,
@@ -559,7 +559,7 @@ class Run:
         self._wait_for_checkpoint()
         try:
             place = self._locate(fault, applied=applied)
-        except StopRequestedError:
+        except StepInterruptedError:
             return self._interrupt_search(fault)
         self.checkpoints.drop_unscheduled(self.progress)
         reason = fault.text
@@ -603,6 +603,7 @@ class Run:
             failure=failure,
             skipped_updates=progress.skipped_updates,
             rollbacks=progress.rollbacks,
+            gave_up=status == "finished" and progress.step < config.training.steps,
         )
         if self.plot and progress.step and status != "interrupted":  # an interrupt must end soon
             from gpt.run.plot import plot_run  # loads matplotlib, so not before training

@@ -70,16 +70,3 @@ def _blocks(config: ModelConfig) -> str:
         f"{config.init.regime} weights" + (" x 1/sqrt(2L)" if depth_scaled(config) else ""),
     ]
     return "; ".join(parts)
-
-
-def flops_per_token(config: Config, model: GPT) -> int:
-    """Floating-point operations of forward and backward for one token: 6 N + 12 L d T.
-
-    N leaves out the position embedding, which is only looked up, and the token embedding unless it
-    is the head too; the second term is attention's (Chowdhery et al. 2022, appendix B).
-    """
-    shape = config.model
-    numbers = model.num_parameters() - model.position_embedding.weight.numel()
-    if model.head is not None:
-        numbers -= model.token_embedding.weight.numel()
-    return 6 * numbers + 12 * shape.layers * shape.width * shape.context
