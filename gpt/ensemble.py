@@ -311,10 +311,17 @@ def train_together(
             try:
                 for step in sorted({run.progress.step for run in runs.values()}):
                     at_step = [i for i, run in runs.items() if run.progress.step == step]
-                    fit_together({i: runs.pop(i) for i in at_step}, outcomes, stopping)
+                    cells = _Cells({i: runs.pop(i) for i in at_step}, outcomes)
+                    try:
+                        fit_together(cells, stopping)
+                    finally:
+                        runs |= cells.running
             except Exception as error:
                 if not is_out_of_memory(error) or len(group) == 1:
                     outcomes |= {i: error for i in group if i not in outcomes}
+            finally:
+                for i in list(runs):
+                    runs.pop(i).close()
         release_memory(device)
         if any(i not in outcomes for i in group):  # out of memory: retry with fewer
             most = max(1, len(group) // 2)
@@ -366,72 +373,75 @@ class _Latch:
         return self._stopped
 
 
-def fit_together(
-    runs: dict[int, Run], outcomes: dict[int, RunResult | Exception], stopping: Callable[[], bool]
-) -> None:
-    """The loop of `gpt.training.fit`, for runs that have made equally many updates.
+class _Cells:
+    """The runs that still train, by number; each ends alone, with a result or an exception.
 
     Args:
-        runs: by number; a run is removed when it ends, so that nothing holds its memory.
-        outcomes: receives the result of each, or the exception that it raised.
-        stopping: returns whether all runs must stop.
+        running: a run is removed when it ends. Keep no other reference: it holds the memory of all.
+        outcomes: receives the results and exceptions.
     """
 
-    def end(i: int, outcome: RunResult | Exception) -> None:
-        outcomes[i] = outcome
-        runs.pop(i).close()
+    def __init__(self, running: dict[int, Run], outcomes: dict[int, RunResult | Exception]) -> None:
+        self.running, self.outcomes = running, outcomes
 
     @contextlib.contextmanager
-    def guarded(i: int) -> Iterator[None]:
+    def guard(self, i: int) -> Iterator[None]:
         """End run `i` if the block raises."""
         try:
             yield
         except Exception as error:
-            end(i, _outcome(runs[i], error))
+            self.end(i, _outcome(self.running[i], error))
 
-    def after(i: int, result: RunResult | None) -> None:
-        if result is not None:
-            end(i, result)
+    def end(self, i: int, outcome: RunResult | Exception | None) -> None:
+        """End run `i` with an outcome; None leaves it running."""
+        if outcome is not None:
+            self.outcomes[i] = outcome
+            self.running.pop(i).close()
 
+
+def fit_together(cells: _Cells, stopping: Callable[[], bool]) -> None:
+    """The loop of `gpt.training.fit`, for runs that have made equally many updates.
+
+    Args:
+        stopping: returns whether all runs must stop.
+    """
+    runs = cells.running
     batched: BatchedTrainer | None = None
-    cells: list[int] = []  # of `batched`, in its order; some may have ended since
+    stacked: list[int] = []  # the cells of `batched`, in its order; some may have ended since
     steps = _steps_to_make(next(iter(runs.values())))
-    try:
+    for i in list(runs):
+        with cells.guard(i):
+            cells.end(i, runs[i].begin())
+    for step in steps:
+        batches: dict[int, tuple[Tensor, Tensor]] = {}
         for i in list(runs):
-            with guarded(i):
-                after(i, runs[i].begin())
-        for step in steps:
-            batches: dict[int, tuple[Tensor, Tensor]] = {}
-            for i in list(runs):
-                with guarded(i):
-                    batches[i] = runs[i].batch(step)
-            if stopping():
-                break
-            if not runs:
-                return
-            if batched is None or len(runs) < MIN_ACTIVE_FRACTION * len(cells):
-                micro_batch = None if batched is None else batched.micro_batch
-                batched, cells = None, list(runs)  # frees its memory first
-                batched = BatchedTrainer([runs[i].trainer for i in cells], micro_batch)
-            any_batch = next(iter(batches.values()))  # stands in for those of ended cells
-            inputs, targets = zip(*(batches.get(i, any_batch) for i in cells), strict=True)
-            losses, grad_norms = batched.backward(torch.stack(inputs), torch.stack(targets))
-            layer_stats: dict[int, LayerStats | None] = {}
-            for i in list(runs):
-                with guarded(i):
-                    layer_stats[i] = runs[i].before_update(step, batches[i][0])
-            lr_scales = [runs[i].lr_scale(step) if i in runs else 0.0 for i in cells]
-            batched.update(lr_scales, losses, grad_norms)
-            for i, loss, grad_norm in zip(cells, losses, grad_norms, strict=True):
-                if i in runs:
-                    with guarded(i):
-                        after(i, runs[i].after_update(step, loss, grad_norm, False, layer_stats[i]))
+            with cells.guard(i):
+                batches[i] = runs[i].batch(step)
+        if stopping():
+            break
+        if not runs:
+            return
+        if batched is None or len(runs) < MIN_ACTIVE_FRACTION * len(stacked):
+            micro_batch = None if batched is None else batched.micro_batch
+            batched, stacked = None, list(runs)  # frees its memory first
+            batched = BatchedTrainer([runs[i].trainer for i in stacked], micro_batch)
+        any_batch = next(iter(batches.values()))  # stands in for those of ended cells
+        inputs, targets = zip(*(batches.get(i, any_batch) for i in stacked), strict=True)
+        losses, grad_norms = batched.backward(torch.stack(inputs), torch.stack(targets))
+        layer_stats: dict[int, LayerStats | None] = {}
         for i in list(runs):
-            with guarded(i):
-                end(i, runs[i].interrupt() if stopping() else runs[i].finish())
-    finally:
-        for i in list(runs):
-            runs[i].close()
+            with cells.guard(i):
+                layer_stats[i] = runs[i].before_update(step, batches[i][0])
+        lr_scales = [runs[i].lr_scale(step) if i in runs else 0.0 for i in stacked]
+        batched.update(lr_scales, losses, grad_norms)
+        for i, loss, grad_norm in zip(stacked, losses, grad_norms, strict=True):
+            if i in runs:
+                with cells.guard(i):
+                    values = (loss, grad_norm, False, layer_stats[i])
+                    cells.end(i, runs[i].after_update(step, *values))
+    for i in list(runs):
+        with cells.guard(i):
+            cells.end(i, runs[i].interrupt() if stopping() else runs[i].finish())
 
 
 def _steps_to_make(run: Run) -> range:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from test_ensemble import CELLS, losses, together
@@ -66,6 +67,25 @@ def test_a_cell_that_failed_keeps_its_weights(tiny: Make):
     ]
     assert moved == [True, False]
     assert all(value.isfinite().all() for value in trainers[1].optimizer.state_tensors().values())
+
+
+def test_an_error_of_the_batch_ends_all_cells_and_closes_their_files(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also those of cells at another step, whose turn had not come."""
+    configs = [tiny(seed=seed) for seed in range(3)]
+    together(configs[:1], tmp_path, updates=4)
+
+    def fail(*arguments: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(BatchedTrainer, "backward", fail)
+    paths = [tmp_path / str(i) for i in range(3)]
+    options: dict[str, Any] = {"stop": lambda: False, "on_update": lambda i: None}
+    ended = train_together(configs, paths, save_checkpoints=False, **options)
+    assert [type(each) for each in ended] == [ZeroDivisionError] * 3
+    opened = [file.path for file in psutil.Process().open_files()]
+    assert [path for path in opened if path.startswith(str(tmp_path))] == []
 
 
 def test_the_stack_shrinks_when_cells_have_ended(
