@@ -34,11 +34,10 @@ from gpt.hardware import memory
 from gpt.hardware.device import autocast, flush_denormals, pick_device
 from gpt.hardware.memory import is_out_of_memory, release_memory, retry_with_less_memory
 from gpt.io.console import Console
-from gpt.io.files import lock_directory
 from gpt.io.wait import raise_if
 from gpt.model import GPT
 from gpt.optim import SEPARABLE, stack
-from gpt.run.directory import RunResult
+from gpt.run.directory import RunDirectory, RunResult
 from gpt.run.resume import open_run
 from gpt.run.run import Run
 from gpt.trainer import Trainer
@@ -345,7 +344,7 @@ def _open(
     Args:
         held: receives the lock on the directory.
     """
-    held.enter_context(lock_directory(path, f"{path}: another process is training there"))
+    held.enter_context(RunDirectory(path).lock())
     plan = open_run(config, path, "auto")
     if plan.result is not None:
         return plan.result

@@ -38,7 +38,11 @@ class Trainer:
         notify: called with a sentence for the user.
 
     Attributes:
+        model: on the device.
+        loss_fn: of the model, compiled if the config says so.
+        optimizer, scaler: set by `reset` and `load`.
         micro_batch: sequences per forward pass.
+        skips_nonfinite: whether `update` leaves out updates that are not finite.
 
     Raises:
         InputError: training needs more memory than there is.

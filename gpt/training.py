@@ -23,10 +23,9 @@ from gpt.errors import NonFiniteError, OutOfMemoryError, StepInterruptedError
 from gpt.hardware.device import flush_denormals, pick_device
 from gpt.hardware.memory import check_fits, is_out_of_memory
 from gpt.io.console import Console
-from gpt.io.files import lock_directory
 from gpt.io.wait import raise_if
 from gpt.run.banner import describe
-from gpt.run.directory import RunResult
+from gpt.run.directory import RunDirectory, RunResult
 from gpt.run.recovery import advise_on_memory
 from gpt.run.resume import ended_run, open_run
 from gpt.run.run import Run
@@ -74,7 +73,7 @@ def train(
         return ended
     check_fits(config, device)
     with (
-        lock_directory(path, f"{path}: another process is training there"),
+        RunDirectory(path).lock(),
         flush_denormals(),
         contextlib.closing(Console(quiet)) as console,
     ):

@@ -128,20 +128,23 @@ def _plan(config: Config, out_dir: Path, resume: str) -> str:
 
 
 def _describe(result: RunResult, prog: str) -> str:
+    from gpt.run.directory import RunDirectory
+
+    run = RunDirectory(result.directory)
     lines = [f"{result.status}: {result.reason}"]
     if result.status == "finished":
         lines.append(
             f"  validation loss  {result.val_loss:.4f} nats per token, "
             f"{result.val_bits_per_byte:.4f} bits per byte (lowest {result.best_val_loss:.4f} nats)"
         )
-    if (result.directory / "loss.png").is_file():
-        lines.append(f"  plot             {result.directory / 'loss.png'}")
-    samples = sorted((result.directory / "samples").glob("step-*.txt"))
+    if run.plot.is_file():
+        lines.append(f"  plot             {run.plot}")
+    samples = sorted(run.samples.glob("step-*.txt"))
     if samples:
         lines.append(f"  sample           {samples[-1]}:")
         text = read_small(samples[-1]).decode("utf-8", "replace").removesuffix("\n")
         lines += ["  | " + line for line in text.split("\n")]
-    saved = (result.directory / "checkpoints" / "latest").is_file()
+    saved = (run.checkpoints / "latest").is_file()
     if result.status == "diverged" and saved:
         lines.append("  The last good checkpoint is kept.")
     if result.failure is not None:

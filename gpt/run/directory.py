@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +27,7 @@ from gpt.checkpoint.state import Loss, Natural, Time
 from gpt.config import Config
 from gpt.diagnostics.failure import Failure
 from gpt.errors import InputError
-from gpt.io.files import SMALL, open_for_update, read_json, write_text
+from gpt.io.files import SMALL, lock_directory, open_for_update, read_json, write_text
 
 Status = Literal["finished", "diverged", "interrupted"]
 
@@ -91,6 +92,14 @@ class RunDirectory:
         self.layers = path / "layers.png"
         self.samples = path / "samples"
         self.checkpoints = path / "checkpoints"
+
+    def lock(self) -> AbstractContextManager[None]:
+        """A context in which only this process trains in the directory.
+
+        Raises:
+            InputError: another process does.
+        """
+        return lock_directory(self.path, f"{self.path}: another process is training there")
 
     def check_paths(self) -> None:
         """Check that every path of the run is a folder or a regular file, as it should be.
