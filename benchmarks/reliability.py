@@ -242,7 +242,8 @@ class Fault:
     """
 
     def __init__(self, folder: Path, at: int = 0) -> None:
-        self.folder, self.at, self.count = str(folder), at, 0
+        self.folder, self.at = str(folder), at
+        self.numbers = itertools.count(1)  # `next` is atomic: two threads never get one number
         self.flushed: dict[int, int] = {}  # bytes by inode, which a rename does not change
 
     def install(self) -> None:
@@ -305,10 +306,10 @@ class Fault:
         return str(path).startswith(self.folder)
 
     def _stage(self, name: str, harm: Callable[[], None] = lambda: None) -> None:
-        self.count += 1
-        if not self.at or self.count <= self.at:
+        number = next(self.numbers)
+        if not self.at or number <= self.at:
             os.write(2, f"{STAGE}{name.replace(self.folder + '/', '')}\n".encode())
-        if self.count == self.at:
+        if number == self.at:
             harm()
             os.kill(os.getpid(), signal.SIGKILL)
 
