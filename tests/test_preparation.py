@@ -386,6 +386,18 @@ def test_a_change_is_noticed(folder: Path, change: str):
     assert (first.fingerprint == second.fingerprint) == (change == "field")
 
 
+def test_a_new_option_is_part_of_the_key_unless_it_is_listed(folder: Path):
+    class Data(DataConfig):
+        longest: int = 0
+
+    def key(**options: object) -> str:
+        tree = {"source": "text", "path": str(folder / "in"), **options}
+        return cache.plan(Data.model_validate(tree))[0].name
+
+    assert key(longest=1) != key()
+    assert key(seed=1, windows="random") == key()
+
+
 def test_the_fingerprint_is_of_the_files_not_of_their_description(folder: Path):
     config = text_config(folder, folder / "in")
     dataset = prepare(config)
