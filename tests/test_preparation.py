@@ -61,6 +61,12 @@ def interrupt(config: DataConfig) -> Path:
     return Path(config.cache_dir) / building
 
 
+def learn_nothing(patch: pytest.MonkeyPatch, sample: list[str]) -> None:
+    """Let the bpe tokenizer append the text that it would learn from to `sample`."""
+    make: Any = lambda config, texts: sample.extend(texts)  # noqa: E731
+    patch.setitem(TOKENIZERS, "bpe", replace(TOKENIZERS["bpe"], make=make))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder of 30 documents."""
@@ -229,7 +235,7 @@ def test_bpe_learns_from_a_sample_spread_evenly(tmp_path: Path, packed: bool):
     )
     sample: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(TOKENIZERS, "bpe", lambda config, texts: sample.extend(texts))
+        learn_nothing(patch, sample)
         vocabulary.train_tokenizer(config, cache.plan(config)[1])
     assert 195_000 < sum(map(len, sample)) < 205_000
     places = [int(part.split()[1][:8]) for part in sample]
@@ -238,7 +244,7 @@ def test_bpe_learns_from_a_sample_spread_evenly(tmp_path: Path, packed: bool):
     everything = config.model_copy(update={"learn_bytes": 10**9})
     with pytest.MonkeyPatch.context() as patch:
         sample.clear()
-        patch.setitem(TOKENIZERS, "bpe", lambda config, texts: sample.extend(texts))
+        learn_nothing(patch, sample)
         vocabulary.train_tokenizer(everything, cache.plan(config)[1])
     assert "".join(sample) == text
 
@@ -334,7 +340,7 @@ def test_bpe_learns_from_a_limited_amount_of_distinct_long_words(
     config = text_config(tmp_path, tmp_path / "a.txt", tokenizer="bpe", holdout="tail")
     sample: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(TOKENIZERS, "bpe", lambda config, texts: sample.extend(texts))
+        learn_nothing(patch, sample)
         vocabulary.train_tokenizer(config, cache.plan(config)[1])
     size = sum(map(len, sample))
     assert 50_000 < size < 60_000 if different else size > 200_000

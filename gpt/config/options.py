@@ -158,7 +158,8 @@ class DataConfig(SourceConfig):
         if (self.tokenizer == "file") != (self.vocabulary is not None):
             raise ValueError("tokenizer: file and vocabulary (its path) must be given together")
         everything = [*self.sources, *([self.validation] if self.validation else [])]
-        if self.tokenizer in ("bpe", "chars") and any(s.source == "tokens" for s in everything):
+        trained_on = ("gpt.data.tokenizer", "TOKENIZERS", self.tokenizer, "trained_on")
+        if any(s.source == "tokens" for s in everything) and variants.attribute(*trained_on):
             raise ValueError(
                 f"source: tokens has no text to train a {self.tokenizer} tokenizer on; "
                 "tokenizer must be the one that made the tokens: gpt2, bytes or file"

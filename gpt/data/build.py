@@ -162,7 +162,8 @@ class Build:
             meanwhile=self.progress.say_still_training,
         )
         self.console.close()
-        if self.config.tokenizer == "bpe" and encoding.n_vocab < self.config.vocab_size:
+        trained_on = tokenizer.TOKENIZERS[self.config.tokenizer].trained_on
+        if trained_on == "sample" and encoding.n_vocab < self.config.vocab_size:
             self.console.say(
                 f"the text yields only {encoding.n_vocab:,} of the {self.config.vocab_size:,} "
                 "tokens of data.vocab_size"

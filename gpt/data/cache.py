@@ -87,8 +87,8 @@ def _planned(config: DataConfig, source: SourceConfig, target: str, option: str)
     return PlannedSource(source, found, target)
 
 
-# Options that cannot change the tokens: which of them a step sees, and where the files are (a change
-# of a file is noticed by its stamp). All other options are part of the key, new ones included.
+# Options that cannot change the tokens: which of them a step sees, and where the files are (whether
+# a file has changed is seen by its stamp). All others, new ones included, are part of the key.
 WITHOUT_EFFECT = {"weight", "windows", "seed", "path", "cache_dir"}
 OF_SOURCES = set(MixedSource.model_fields)  # described for each source
 
@@ -97,7 +97,7 @@ def _key(config: DataConfig, sources: list[PlannedSource]) -> str:
     """A hash of everything that the token files depend on."""
     excluded = OF_SOURCES | WITHOUT_EFFECT | {"mix", "validation"}  # which are `sources`
     options = config.model_dump(mode="json", exclude=excluded)
-    if config.tokenizer != "bpe":
+    if tokenizer.TOKENIZERS[config.tokenizer].trained_on != "sample":
         del options["vocab_size"], options["learn_bytes"]
     if config.validation is not None:
         del options["holdout"], options["val_fraction"]

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from gpt.config import DataConfig
-from gpt.data import tokenizer
 from gpt.data.cache import PlannedSource
 from gpt.data.sources.document import OnRead
 from gpt.data.split import size_of, split_documents
-from gpt.data.tokenizer import Encoding, pieces
+from gpt.data.tokenizer import TOKENIZERS, Encoding, pieces
 from gpt.errors import StoppedError
 
 STOPPED = "stopped while preparing data; run the same command to resume"
@@ -33,6 +32,7 @@ def train_tokenizer(
     Raises:
         StoppedError: `stop()` became true.
     """
+    kind = TOKENIZERS[config.tokenizer]
     position = 0  # bytes read of all files
 
     def count_read(count: int) -> None:
@@ -44,7 +44,7 @@ def train_tokenizer(
         for target, piece, _ in split_documents(config, sources, count_read, end_of_text=-1):
             if stop():
                 raise StoppedError(STOPPED)
-            if isinstance(piece, str) and (target != "val" or config.tokenizer == "chars"):
+            if isinstance(piece, str) and (target != "val" or kind.trained_on == "everything"):
                 yield piece
 
     def sample() -> Iterator[str]:
@@ -66,5 +66,4 @@ def train_tokenizer(
                     words |= new
                     yield part
 
-    documents = sample() if config.tokenizer == "bpe" else texts()
-    return tokenizer.TOKENIZERS[config.tokenizer](config, documents)
+    return kind.make(config, sample() if kind.trained_on == "sample" else texts())
