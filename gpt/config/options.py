@@ -284,8 +284,8 @@ class ModelConfig(Section):
         least = of_placement("min_layers")
         if self.layers < least:
             refuse("layers", self.layers, f"placement {name}, which needs at least {least} layers")
-        if norm.type == "batch" and self.context == 1:
-            refuse("context", 1, "norm.type batch, which needs more than one token")
+        if norm.type in variants.names("gpt.norm", "ACROSS_TOKENS") and self.context == 1:
+            refuse("context", 1, f"norm.type {norm.type}, which needs more than one token")
         self.refuse(conflicts)
         return self
 
