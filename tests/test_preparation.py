@@ -23,7 +23,7 @@ from conftest import ROOT
 from filelock import FileLock
 
 from gpt.config import Config, DataConfig, SourceConfig
-from gpt.data import build, cache, encode, preparation, prepared, vocabulary
+from gpt.data import build, cache, encode, preparation, prepared, token_files, vocabulary
 from gpt.data.preparation import find, prepare
 from gpt.data.prepared import Dataset
 from gpt.data.sources import SOURCES
@@ -286,7 +286,7 @@ def test_large_vocabularies_take_four_bytes_per_token(tmp_path: Path):
 
 
 def test_meta_json_describes_the_files(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(prepared, "BLOCK", 50)
+    monkeypatch.setattr(token_files, "BLOCK", 50)
     config = text_config(folder, folder / "in", tokenizer="bpe", vocab_size=280)
     dataset = prepare(config)
     meta = json.loads((dataset.folder / "meta.json").read_text())
@@ -440,7 +440,7 @@ def test_a_large_file_is_hashed_again_only_if_it_was_touched(
 ):
     config = text_config(folder, folder / "in")
     path = prepare(config).folder / "train.bin"
-    monkeypatch.setattr(prepared, "REHASH", 10)
+    monkeypatch.setattr(token_files, "REHASH", 10)
     content, before = path.read_bytes(), path.stat()
     path.write_bytes(content[::-1])
     with pytest.raises(InputError, match=r"train\.bin has changed since it was written"):
@@ -510,7 +510,7 @@ def test_stopped_while_its_files_are_hashed_nothing_is_encoded_again(
         raise StoppedError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "finalize", stopped)
+        patch.setattr(build, "write_meta", stopped)
         with pytest.raises(StoppedError):
             prepare(config)
     encoded: list[int] = []
@@ -718,7 +718,7 @@ def test_progress_saved_before_the_disk_was_full_is_kept(
         patch.setattr(encode, "encode_job", fills_the_disk)
         patch.setattr(build, "write_text", fills_it_with_progress)
         if part == "finalizing":
-            patch.setattr(prepared, "_describe", full)
+            patch.setattr(prepared, "summarize", full)
         with pytest.raises(InputError, match=f"{FULL_DISK}; the work so far is kept, and the"):
             prepare(config)
     (building,) = left(config)

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gpt.config import DataConfig
-from gpt.data.build import Build
+from gpt.data.build import STOPPED, Build
 from gpt.data.cache import PlannedSource, plan
 from gpt.data.prepared import Dataset, open_dataset
 from gpt.data.tokenizer import TOKENIZERS
-from gpt.data.vocabulary import STOPPED, train_tokenizer
+from gpt.data.vocabulary import train_tokenizer
 from gpt.errors import InputError
 from gpt.io.console import Console
 from gpt.io.files import lock_file

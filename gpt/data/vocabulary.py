@@ -9,9 +9,7 @@ from gpt.data.cache import PlannedSource
 from gpt.data.sources.document import OnRead
 from gpt.data.split import size_of, split_documents
 from gpt.data.tokenizer import TOKENIZERS, Encoding, pieces
-from gpt.errors import StoppedError
 
-STOPPED = "stopped while preparing data; run the same command to resume"
 # The trainer needs about 100 bytes of memory for each byte of the distinct words that it has seen,
 # so the bytes of distinct long words, which are rarely repeated, are limited.
 MAX_DISTINCT_BYTES = 2**23
@@ -23,14 +21,14 @@ def train_tokenizer(
     config: DataConfig,
     sources: list[PlannedSource],
     on_read: OnRead = lambda count: None,
-    stop: Callable[[], bool] = lambda: False,
+    check: Callable[[], object] = lambda: None,
 ) -> Encoding:
     """The tokenizer that `config` describes.
 
     `chars` learns from all text, since every character needs a token; `bpe` from training text.
 
-    Raises:
-        StoppedError: `stop()` became true.
+    Args:
+        check: called for each piece of text; an exception that it raises ends the work.
     """
     kind = TOKENIZERS[config.tokenizer]
     position = 0  # bytes read of all files
@@ -42,8 +40,7 @@ def train_tokenizer(
 
     def texts() -> Iterator[str]:
         for target, piece, _ in split_documents(config, sources, count_read, end_of_text=-1):
-            if stop():
-                raise StoppedError(STOPPED)
+            check()
             if isinstance(piece, str) and (target != "val" or kind.trained_on == "everything"):
                 yield piece
 

@@ -18,15 +18,16 @@ import stat
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Annotated, BinaryIO, TypeVar
 
 from filelock import FileLock, Timeout
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from gpt.errors import InputError
 from gpt.io.wait import TIMEOUT, wait_for
 
 T = TypeVar("T")
+Natural = Annotated[int, Field(ge=0, le=2**53)]  # in JSON files; any program reads it exactly
 
 SMALL = 2**26  # default size limit, in bytes, of a file that is read at once
 LOCK = ".lock"  # in a directory in which one process at a time may work
@@ -137,7 +138,7 @@ def open_for_update(path: Path) -> BinaryIO:
     return path.open("r+b")
 
 
-def describe(path: Path) -> dict[str, int | str]:
+def size_and_hash(path: Path) -> dict[str, int | str]:
     """Size in bytes and SHA-256 of a file."""
     with open_regular(path) as file:
         return {
