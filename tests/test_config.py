@@ -138,6 +138,9 @@ def test_deep_nesting_and_bad_encoding_are_refused(tmp_path: Path):
     (tmp_path / "bytes.yaml").write_bytes(b"name: \xff\n")
     with pytest.raises(InputError, match=r"byte 6"):
         load(tmp_path / "bytes.yaml")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1\0")
+    with pytest.raises(InputError, match=r"is a Parquet file, not UTF-8 text$"):
+        load(tmp_path / "x.parquet")
 
 
 def test_all_errors_at_once_by_dotted_path_with_the_nearest_name():

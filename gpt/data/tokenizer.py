@@ -27,7 +27,7 @@ import tiktoken.load
 
 from gpt.config import DataConfig
 from gpt.errors import InputError, UnreachableError
-from gpt.io.files import read_small, write_bytes
+from gpt.io.files import read_small, reading, write_bytes
 from gpt.io.wait import TIMEOUT, wait_for
 
 if TYPE_CHECKING:
@@ -166,12 +166,11 @@ def _is_cached(path: Path, name: str) -> bool:
     Raises:
         InputError: there is a different file.
     """
-    try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    with reading(path):
+        try:
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+        except FileNotFoundError:
+            return False
     if found != GPT2_FILES[name]:
         raise InputError(
             f"{path}: is not GPT-2's {name}: its SHA-256 is {found},\n"
@@ -335,8 +334,10 @@ def load(path: Path) -> Encoding:
     Raises:
         InputError: the file is missing or is not a tokenizer of this format.
     """
+    with reading(path):
+        contents = read_small(path)
     try:
-        tree = json.loads(read_small(path).decode("utf-8"))
+        tree = json.loads(contents.decode("utf-8"))
         if isinstance(tree, dict) and isinstance(tree.get("model"), dict):
             raise InputError(
                 f"{path}: is a Hugging Face tokenizer, which is not supported;\n"
@@ -346,8 +347,6 @@ def load(path: Path) -> Encoding:
         return _from_tree(tree)
     except InputError:
         raise
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except KeyError as error:
         raise InputError(f"{path}: is not a tokenizer file: it has no {error}") from None
     except (ValueError, TypeError, RecursionError) as error:

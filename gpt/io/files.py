@@ -51,6 +51,15 @@ def open_regular(path: Path) -> BufferedReader:
     return open(handle, "rb")
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an error of the operating system into an `InputError`: `path` cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
 NON_BLOCKING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # absent on some platforms
 
 
@@ -85,12 +94,10 @@ def read_json(path: Path, kind: type[T], advice: str = "") -> T:
     Raises:
         InputError: it cannot be read, or contains something else.
     """
+    with reading(path):
+        contents = read_small(path)
     try:
-        return TypeAdapter(kind).validate_json(read_small(path), strict=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except InputError:
-        raise
+        return TypeAdapter(kind).validate_json(contents, strict=True)
     except ValueError:
         raise InputError(f"{path}: is damaged{advice and f'; {advice}'}") from None
 

@@ -17,7 +17,7 @@ import numpy as np
 from gpt.data.token_files import Tokens
 from gpt.errors import InputError
 from gpt.io import text
-from gpt.io.files import open_regular, read_small
+from gpt.io.files import open_regular, read_small, reading
 
 LLM_C = {20240520: "<u2", 20240801: "<u4"}  # magic number of the header -> type of the ids
 LLM_C_HEADER = 256  # int32: magic number, version, number of ids, zeros
@@ -37,15 +37,12 @@ def open_ids(path: Path, dtype: str, vocabulary: int) -> Tokens:
     Raises:
         InputError: it is not a file of token ids, or they clearly have another type.
     """
-    try:
-        with open_regular(path) as file:
-            stated = _stated_type(path, file, vocabulary)
-            kind, offset = stated or (np.dtype(dtype).newbyteorder("<"), 0)
-            size = file.seek(0, 2) - offset
-            if not offset:
-                _check_type(path, file, size, kind, vocabulary)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    with reading(path), open_regular(path) as file:
+        stated = _stated_type(path, file, vocabulary)
+        kind, offset = stated or (np.dtype(dtype).newbyteorder("<"), 0)
+        size = file.seek(0, 2) - offset
+        if not offset:
+            _check_type(path, file, size, kind, vocabulary)
     if size % kind.itemsize:
         raise InputError(f"{path}: {size:,} bytes are not a whole number of {kind.name} tokens")
     return np.memmap(path, kind, "r", offset) if size else np.empty(0, kind)
@@ -58,8 +55,8 @@ def _stated_type(path: Path, file: BinaryIO, vocabulary: int) -> tuple[np.dtype[
     if head.startswith(b"\x93NUMPY"):
         return _npy(path, file)
     found = text.recognize(head)
-    if found is not None and not found[0].startswith("UTF"):  # small ids look like UTF-16
-        raise InputError(f"{path}: is {found[0]}, not token ids")
+    if found is not None and not found.startswith("UTF"):  # small ids look like UTF-16
+        raise InputError(f"{path}: is {found}, not token ids")
     numbers = np.frombuffer(head[: len(head) // 4 * 4], "<i4")[:LLM_C_HEADER]
     if len(numbers) == LLM_C_HEADER and int(numbers[0]) in LLM_C and not numbers[3:].any():
         kind = np.dtype(LLM_C[int(numbers[0])])
