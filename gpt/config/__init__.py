@@ -10,6 +10,7 @@ from gpt.config.options import (
     Config,
     DataConfig,
     DiagnosticsConfig,
+    Differences,
     HubConfig,
     InitConfig,
     MixedSource,
@@ -19,7 +20,7 @@ from gpt.config.options import (
     Sampling,
     ScheduleConfig,
     SourceConfig,
-    changed,
+    describe_differences,
     may_change,
 )
 from gpt.config.strict_yaml import MAX_BYTES, read_yaml
@@ -51,6 +52,7 @@ __all__ = [
     "DataConfig",
     "Device",
     "DiagnosticsConfig",
+    "Differences",
     "FileName",
     "Hours",
     "HubConfig",
@@ -70,7 +72,7 @@ __all__ = [
     "Weights",
     "WorkerCount",
     "base_of",
-    "changed",
+    "describe_differences",
     "expand_user",
     "is_reserved",
     "leaves",

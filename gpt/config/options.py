@@ -6,7 +6,7 @@ The classes mirror the YAML's nesting. An option that picks a variant by name (`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Literal, Self
 
@@ -423,6 +423,9 @@ class SamplingConfig(Sampling):
     """Text to continue; empty starts a new document."""
 
 
+Differences = dict[str, tuple[object, object]]  # dotted path of an option -> before and after
+
+
 class Config(Section):
     """Everything that determines a run."""
 
@@ -491,14 +494,11 @@ class Config(Section):
         """The resolved config, every option included, as YAML that `load` reads back equal."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
-    def differences(self, other: Config) -> list[str]:
-        """The options in which two configs differ, as lines `path: mine -> theirs`."""
+    def differences(self, other: Config) -> Differences:
+        """The options in which two configs differ, and their values in this one and the other."""
         mine, theirs = dict(leaves(self.model_dump())), dict(leaves(other.model_dump()))
-        return [
-            f"{key}: {mine.get(key)} -> {theirs.get(key)}"
-            for key in dict.fromkeys([*mine, *theirs])
-            if mine.get(key) != theirs.get(key)
-        ]
+        pairs = {key: (mine.get(key), theirs.get(key)) for key in [*mine, *theirs]}
+        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 # Options that may change when a run is resumed: its length, how it is computed, what is logged and
@@ -524,12 +524,11 @@ MAY_CHANGE = (
 )
 
 
-def changed(differences: Iterable[str], option: str) -> bool:
-    """Whether `Config.differences` lists an option."""
-    return any(difference.startswith(f"{option}:") for difference in differences)
+def may_change(option: str) -> bool:
+    """Whether a run can be resumed with another value of the option."""
+    return any(option == each or option.startswith(f"{each}.") for each in MAY_CHANGE)
 
 
-def may_change(difference: str) -> bool:
-    """Whether a run can be resumed with this difference, a line of `Config.differences`."""
-    key = difference.partition(":")[0]
-    return any(key == each or key.startswith(f"{each}.") for each in MAY_CHANGE)
+def describe_differences(differences: Differences) -> list[str]:
+    """Lines `option: before -> after`."""
+    return [f"{option}: {old} -> {new}" for option, (old, new) in differences.items()]

@@ -1,7 +1,7 @@
 """A run directory: the files of a run, and reading and writing them.
 
 runs/NAME/config.yaml, environment.json, tokenizer.json, metrics.jsonl, history.jsonl,
-          result.json, loss.png, samples/, checkpoints/
+          result.json, loss.png, layers.png, samples/, checkpoints/
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from gpt import metrics
 from gpt.checkpoint import Checkpoint
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.checkpoint.state import Progress, State, read_state
-from gpt.config import Config, changed
+from gpt.config import Config
 from gpt.data import tokenizer
 from gpt.data.prepared import Dataset
 from gpt.data.sequences import TrainingSequences, ValidationSequences, prefetch
@@ -110,7 +110,7 @@ class Run:
         opening.make_folders(plan, config)
         opening.announce(plan, config, step, self.console)
         protected: list[int] = []
-        if any(changed(plan.changes, f"checkpoint.{key}") for key in ("keep", "keep_every")):
+        if any(f"checkpoint.{key}" in plan.changes for key in ("keep", "keep_every")):
             protected = list(store.steps(directory.checkpoints))  # kept under the earlier options
         self.checkpoints = CheckpointManager(
             directory.checkpoints,
