@@ -17,12 +17,12 @@ from gpt import variants
 from gpt.config.strict_yaml import parse_yaml
 from gpt.config.trees import leaves, merge
 from gpt.config.values import (
+    BelowOne,
     Channels,
     Choice,
     ContextLength,
     Count,
     CountOrZero,
-    Decay,
     Device,
     Epsilon,
     Factor,
@@ -31,6 +31,7 @@ from gpt.config.values import (
     Fraction,
     Layers,
     Multiple,
+    Positive,
     PositiveFraction,
     Rate,
     Ratio,
@@ -233,7 +234,7 @@ class ModelConfig(Section):
     """Channels of the residual stream, d."""
     context: ContextLength = 128
     """Longest sequence, T, in tokens."""
-    dropout: Decay = 0.0
+    dropout: BelowOne = 0.0
     """Dropout probability in training: embeddings, attention weights, sublayer outputs."""
     bias: bool = True
     """Biases in linear layers and norms, as in GPT-2."""
@@ -304,6 +305,11 @@ class ScheduleConfig(Section):
     decay_fraction: PositiveFraction = 0.2
     """Fraction of the steps after warm-up in which wsd (warm-up, stable, decay) decays."""
 
+    @property
+    def effective_warmup_steps(self) -> int:
+        """Updates of the warm-up; 0 if there is none, whatever `warmup_steps` is."""
+        return 0 if self.warmup == "none" else self.warmup_steps
+
 
 class OptimizerConfig(Section):
     """The update rule and its constants. All rules are torch's, except Muon."""
@@ -312,19 +318,19 @@ class OptimizerConfig(Section):
     """Update rule. muon updates the blocks' matrices, with adamw for everything else."""
     learning_rate: Rate = 1e-3
     """The full learning rate, which the schedule scales."""
-    beta1: Decay = 0.9
+    beta1: BelowOne = 0.9
     """Decay of the first moment (adamw, radam; adamw's part of muon)."""
-    beta2: Decay = 0.99
+    beta2: BelowOne = 0.99
     """Decay of the second moment (adamw, radam; adamw's part of muon)."""
     eps: Epsilon = 1e-8
     """Added to the root of the second moment (adamw, radam; adamw's part of muon)."""
-    momentum: Decay = 0.95
+    momentum: BelowOne = 0.95
     """Momentum of sgd and muon, both in Nesterov's form."""
     weight_decay: Factor = 0.1
     """Weight decay of matrices and embeddings, not of norms and biases; decoupled except in sgd."""
     independent_decay: bool = False
     """Scale the decay by the schedule alone, not by learning_rate; then 1e-4 is typical."""
-    clip: Rate | None = 1.0
+    clip: Positive | None = 1.0
     """Gradient clipping: largest global gradient norm; null: no clipping."""
 
     @model_validator(mode="after")
