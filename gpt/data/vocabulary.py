@@ -25,7 +25,8 @@ def train_tokenizer(
 ) -> Encoding:
     """The tokenizer that `config` describes.
 
-    `chars` learns from all text, since every character needs a token; `bpe` from training text.
+    Its entry in `TOKENIZERS` says which text it learns from: all of it for `chars`, since every
+    character needs a token.
 
     Args:
         check: called for each piece of text; an exception that it raises ends the work.
