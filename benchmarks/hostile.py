@@ -72,7 +72,7 @@ from gpt.config import Config, option_paths, read_yaml
 from gpt.config import load as load_config
 from gpt.data import preparation
 from gpt.errors import StoppedError
-from gpt.io.files import describe
+from gpt.io.files import size_and_hash
 
 SECONDS = 10.0
 GIB = 2**30
@@ -976,9 +976,9 @@ def _seal(folder: Path) -> None:
         with contextlib.suppress(Exception):
             tree = json.loads(path.read_bytes())
             key = "files" if path.name == "manifest.json" else "others"
-            tree[key] = {name: describe(path.parent / name) for name in tree[key]}
+            tree[key] = {name: size_and_hash(path.parent / name) for name in tree[key]}
             for file in tree["files"] if key == "others" else ():
-                file |= describe(path.parent / f"{file['name']}.bin")
+                file |= size_and_hash(path.parent / f"{file['name']}.bin")
             path.write_text(json.dumps(tree, indent=2))
 
 

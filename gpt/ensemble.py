@@ -36,6 +36,7 @@ from gpt.hardware.memory import is_out_of_memory, release_memory, retry_with_les
 from gpt.io.console import Console
 from gpt.io.wait import raise_if
 from gpt.model import GPT
+from gpt.norm import ACROSS_TOKENS
 from gpt.optim import SEPARABLE, stack
 from gpt.run.directory import RunDirectory, RunResult
 from gpt.run.resume import open_run
@@ -61,7 +62,7 @@ def unsupported_reason(config: Config) -> str | None:
     reasons = {
         f"optimizer.name: {config.optimizer.name}": config.optimizer.name not in SEPARABLE,
         f"model.dropout: {config.model.dropout:g}": config.model.dropout > 0,
-        "model.norm.type: batch": config.model.norm.type == "batch",
+        f"model.norm.type: {config.model.norm.type}": config.model.norm.type in ACROSS_TOKENS,
         f"training.loss_chunk: {config.training.loss_chunk}": config.training.loss_chunk
         is not None,
         "training.precision: fp16": config.training.precision == "fp16",

@@ -110,6 +110,8 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
                 module.bias.zero_()
         elif hasattr(module, "reset_parameters"):  # norms, and placements with weights
             module.reset_parameters()
+        elif list(module.parameters(recurse=False)):
+            raise TypeError(f"{name}: {type(module).__name__} has weights but no reset_parameters")
 
 
 @torch.no_grad()

@@ -2,10 +2,12 @@
 
 Training records contain step (from 1), tokens, loss (nats per token), learning_rate, grad_norm
 (before clipping), batches (a digest of all inputs up to this step), tokens_per_second and
-step_seconds (for cells trained in a batch: wall-clock time, including the evaluations of others).
-Evaluation records contain step (0 is before the first update), val_loss (nats per token) and
-val_bits_per_byte. Layer records contain step, layer and the measures of gpt/diagnostics/layers.py.
-A non-finite number is written as null.
+step_seconds (for cells trained in a batch: wall-clock time, including the evaluations of others);
+also skipped, which is true, if the update was skipped, and mfu, the fraction of the device's peak
+FLOP/s, on a known GPU with bf16 or fp16. Evaluation records contain step (0 is before the first
+update), val_loss (nats per token) and val_bits_per_byte. Layer records contain step, layer,
+grad_rms and the MEASURES of gpt/diagnostics/layers.py that the layer has. A non-finite number is
+written as null.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.errors import InputError
-from gpt.io.files import open_regular, write_text
+from gpt.io.files import open_regular, reading, write_text
 
 Record = dict[str, Any]
 
@@ -105,15 +107,11 @@ def read(path: Path) -> list[Record]:
     """
     records: list[Record] = []
     try:
-        with open_regular(path) as file:
+        with reading(path), contextlib.suppress(FileNotFoundError), open_regular(path) as file:
             while (line := file.readline(MAX_LINE)).endswith(b"\n"):
                 records.append(_record(line))
             if len(line) == MAX_LINE:
                 raise ValueError
-    except FileNotFoundError:
-        return records
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except InputError:
         raise
     except (ValueError, RecursionError):

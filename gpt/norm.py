@@ -118,6 +118,7 @@ NORMS: dict[str, Callable[[int, float, bool], nn.Module]] = {
     "none": lambda width, eps, bias: nn.Identity(),
 }
 BIASED: set[str] = {"layer", "batch", "dyt"}  # those that can have a bias β
+ACROSS_TOKENS: set[str] = {"batch"}  # those whose statistics are over several tokens
 
 
 def make_norm(config: ModelConfig, width: int | None = None) -> nn.Module:

@@ -75,7 +75,7 @@ BODIES: dict[str, Callable[[ScheduleConfig, float, float], float]] = {
 def lr_multiplier(config: ScheduleConfig, step: int, steps: int) -> float:
     """Factor on the full learning rate at update `step` (1 ... `steps`), in (0, 1]."""
     assert 1 <= step <= steps, f"update {step} of {steps}"
-    warmup_steps = 0 if config.warmup == "none" else config.warmup_steps
+    warmup_steps = config.effective_warmup_steps
     if step <= warmup_steps:
         return WARMUPS[config.warmup](step / warmup_steps)
     x = (step - warmup_steps - 1) / (steps - warmup_steps)

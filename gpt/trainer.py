@@ -20,7 +20,7 @@ from torch import Tensor
 from gpt.checkpoint import Checkpoint
 from gpt.checkpoint.weights import load_weights
 from gpt.config import Config
-from gpt.data.sequences import Batch, ValidationSequences
+from gpt.data.sequences import Ids, ValidationSequences
 from gpt.hardware import device as devices
 from gpt.hardware.memory import check_fits, micro_batch, release_memory, retry_with_less_memory
 from gpt.init import initialize
@@ -218,7 +218,7 @@ class Trainer:
         return devices.autocast(self.device, self.config.training.precision)
 
 
-def host_tensor(array: Batch, device: torch.device) -> Tensor:
+def host_tensor(array: Ids, device: torch.device) -> Tensor:
     """The array as a tensor on the host, in memory from which a GPU copies without waiting."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory() if device.type == "cuda" else tensor

@@ -35,7 +35,7 @@ from gpt.cli.sample import Arguments as SampleArguments
 from gpt.compare.grid import Grid
 from gpt.config import Config, SourceConfig, option_paths
 from gpt.errors import InputError, format_error, printable
-from gpt.io.files import describe
+from gpt.io.files import size_and_hash
 
 EXAMPLES = int(os.environ.get("STEADYGPT_EXAMPLES", "200"))
 
@@ -282,14 +282,14 @@ def seal_again(folder: Path) -> None:
     for path in folder.rglob("manifest.json"):
         with contextlib.suppress(Exception):
             tree = json.loads(path.read_bytes())
-            tree["files"] = {name: describe(path.parent / name) for name in tree["files"]}
+            tree["files"] = {name: size_and_hash(path.parent / name) for name in tree["files"]}
             path.write_text(checkpoints.manifest_text(tree))
     for path in folder.rglob("meta.json"):
         with contextlib.suppress(Exception):
             tree = json.loads(path.read_bytes())
-            tree["others"] = {name: describe(path.parent / name) for name in tree["others"]}
+            tree["others"] = {name: size_and_hash(path.parent / name) for name in tree["others"]}
             for file in tree["files"]:
-                file |= describe(path.parent / f"{file['name']}.bin")
+                file |= size_and_hash(path.parent / f"{file['name']}.bin")
             path.write_text(json.dumps(tree))
 
 

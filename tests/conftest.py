@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from gpt import checkpoint as checkpoints
 from gpt.config import Config, merge, validate
-from gpt.io.files import describe, write_bytes
+from gpt.io.files import size_and_hash, write_bytes
 from gpt.run import plot
 
 ROOT = Path(__file__).parents[1]
@@ -114,7 +114,7 @@ def vouch(folder: Path) -> None:
     """Rewrite a checkpoint's manifest to match its files as they are now."""
     path = folder / checkpoints.MANIFEST
     step = json.loads(path.read_text())["step"]
-    files = {name: describe(folder / name) for name in checkpoints.FILES}
+    files = {name: size_and_hash(folder / name) for name in checkpoints.FILES}
     path.write_text(checkpoints.manifest_text({"step": step, "files": files}))
 
 

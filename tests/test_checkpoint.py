@@ -261,7 +261,7 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "describe", full)
+    monkeypatch.setattr(store, "size_and_hash", full)
     with pytest.raises(OSError, match="No space"):
         checkpoints.save(tmp_path, make(2))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -90,6 +91,7 @@ def test_help_comes_without_torch(environment: dict[str, str]):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage: ") == done.stdout.count("--help") == len(cli.COMMANDS)
+    assert re.findall(r"^  (\w+) ", cli.USAGE, re.MULTILINE) == list(cli.COMMANDS)
 
 
 def test_training_starts_without_what_only_its_end_needs(environment: dict[str, str]):

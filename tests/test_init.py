@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from gpt.config import ModelConfig, NormConfig
 from gpt.init import REGIMES, fingerprints, initialize, logit_scale
@@ -144,6 +145,18 @@ def test_initialize_resets_everything():
     model(torch.arange(128)[None])
     initialize(model, model.config, seed=0)
     assert not model.final_norm.running_mean.any()
+
+
+def test_weights_that_nothing_resets_are_an_error():
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+    model = make()
+    model.final_norm = Scale()
+    with pytest.raises(TypeError, match="final_norm: Scale has weights but no reset_parameters"):
+        initialize(model, model.config, seed=0)
 
 
 def test_fingerprints_distinguish_a_rescaled_draw_from_another_draw():

@@ -23,7 +23,7 @@ from conftest import ROOT
 from filelock import FileLock
 
 from gpt.config import Config, DataConfig, SourceConfig
-from gpt.data import build, cache, encode, preparation, prepared, vocabulary
+from gpt.data import build, cache, encode, preparation, prepared, token_files, vocabulary
 from gpt.data.preparation import find, prepare
 from gpt.data.prepared import Dataset
 from gpt.data.sources import SOURCES
@@ -59,6 +59,12 @@ def interrupt(config: DataConfig) -> Path:
         prepare(config, stop=lambda: next(asked) == 10)
     (building,) = left(config)
     return Path(config.cache_dir) / building
+
+
+def learn_nothing(patch: pytest.MonkeyPatch, sample: list[str]) -> None:
+    """Let the bpe tokenizer append the text that it would learn from to `sample`."""
+    make: Any = lambda config, texts: sample.extend(texts)  # noqa: E731
+    patch.setitem(TOKENIZERS, "bpe", replace(TOKENIZERS["bpe"], make=make))
 
 
 @pytest.fixture
@@ -229,7 +235,7 @@ def test_bpe_learns_from_a_sample_spread_evenly(tmp_path: Path, packed: bool):
     )
     sample: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(TOKENIZERS, "bpe", lambda config, texts: sample.extend(texts))
+        learn_nothing(patch, sample)
         vocabulary.train_tokenizer(config, cache.plan(config)[1])
     assert 195_000 < sum(map(len, sample)) < 205_000
     places = [int(part.split()[1][:8]) for part in sample]
@@ -238,7 +244,7 @@ def test_bpe_learns_from_a_sample_spread_evenly(tmp_path: Path, packed: bool):
     everything = config.model_copy(update={"learn_bytes": 10**9})
     with pytest.MonkeyPatch.context() as patch:
         sample.clear()
-        patch.setitem(TOKENIZERS, "bpe", lambda config, texts: sample.extend(texts))
+        learn_nothing(patch, sample)
         vocabulary.train_tokenizer(everything, cache.plan(config)[1])
     assert "".join(sample) == text
 
@@ -280,7 +286,7 @@ def test_large_vocabularies_take_four_bytes_per_token(tmp_path: Path):
 
 
 def test_meta_json_describes_the_files(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(prepared, "BLOCK", 50)
+    monkeypatch.setattr(token_files, "BLOCK", 50)
     config = text_config(folder, folder / "in", tokenizer="bpe", vocab_size=280)
     dataset = prepare(config)
     meta = json.loads((dataset.folder / "meta.json").read_text())
@@ -334,7 +340,7 @@ def test_bpe_learns_from_a_limited_amount_of_distinct_long_words(
     config = text_config(tmp_path, tmp_path / "a.txt", tokenizer="bpe", holdout="tail")
     sample: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(TOKENIZERS, "bpe", lambda config, texts: sample.extend(texts))
+        learn_nothing(patch, sample)
         vocabulary.train_tokenizer(config, cache.plan(config)[1])
     size = sum(map(len, sample))
     assert 50_000 < size < 60_000 if different else size > 200_000
@@ -386,6 +392,18 @@ def test_a_change_is_noticed(folder: Path, change: str):
     assert (first.fingerprint == second.fingerprint) == (change == "field")
 
 
+def test_a_new_option_is_part_of_the_key_unless_it_is_listed(folder: Path):
+    class Data(DataConfig):
+        longest: int = 0
+
+    def key(**options: object) -> str:
+        tree = {"source": "text", "path": str(folder / "in"), **options}
+        return cache.plan(Data.model_validate(tree))[0].name
+
+    assert key(longest=1) != key()
+    assert key(seed=1, windows="random") == key()
+
+
 def test_the_fingerprint_is_of_the_files_not_of_their_description(folder: Path):
     config = text_config(folder, folder / "in")
     dataset = prepare(config)
@@ -422,7 +440,7 @@ def test_a_large_file_is_hashed_again_only_if_it_was_touched(
 ):
     config = text_config(folder, folder / "in")
     path = prepare(config).folder / "train.bin"
-    monkeypatch.setattr(prepared, "REHASH", 10)
+    monkeypatch.setattr(token_files, "REHASH", 10)
     content, before = path.read_bytes(), path.stat()
     path.write_bytes(content[::-1])
     with pytest.raises(InputError, match=r"train\.bin has changed since it was written"):
@@ -492,7 +510,7 @@ def test_stopped_while_its_files_are_hashed_nothing_is_encoded_again(
         raise StoppedError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "finalize", stopped)
+        patch.setattr(build, "write_meta", stopped)
         with pytest.raises(StoppedError):
             prepare(config)
     encoded: list[int] = []
@@ -700,7 +718,7 @@ def test_progress_saved_before_the_disk_was_full_is_kept(
         patch.setattr(encode, "encode_job", fills_the_disk)
         patch.setattr(build, "write_text", fills_it_with_progress)
         if part == "finalizing":
-            patch.setattr(prepared, "_describe", full)
+            patch.setattr(prepared, "summarize", full)
         with pytest.raises(InputError, match=f"{FULL_DISK}; the work so far is kept, and the"):
             prepare(config)
     (building,) = left(config)

@@ -60,6 +60,9 @@ def test_a_prompt_is_read_as_training_text_is(tmp_path: Path, pack: Callable[[by
     path.write_bytes(pack("The lazy".encode("utf-16")))
     with pytest.raises(InputError, match=r"--prompt-file .*: is UTF-16 text, not UTF-8 text"):
         prompt_of("--prompt-file", path)
+    path.write_bytes(pack(b"PAR1\0"))
+    with pytest.raises(InputError, match=r"is a Parquet file, not UTF-8 text$"):
+        prompt_of("--prompt-file", path)
 
 
 def test_a_prompt_file_that_is_a_named_pipe_is_refused_and_one_of_the_shell_is_read(

@@ -91,3 +91,8 @@ def test_warmup_none_ignores_its_length():
     assert multipliers(9, warmup="none", warmup_steps=5) == multipliers(
         9, warmup="linear", warmup_steps=0
     )
+
+
+def test_a_warmup_none_has_no_steps():
+    assert ScheduleConfig(warmup="none", warmup_steps=100).effective_warmup_steps == 0
+    assert ScheduleConfig(warmup="cosine", warmup_steps=100).effective_warmup_steps == 100

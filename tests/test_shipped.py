@@ -119,7 +119,7 @@ def test_a_base_may_be_a_name(tmp_path: Path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/mine.yaml").write_text("base: pre-norm\nseed: 7")
     config = load("folder/mine.yaml")
-    assert config.differences(load("pre-norm")) == ["name: mine -> pre-norm", "seed: 7 -> 0"]
+    assert config.differences(load("pre-norm")) == {"name": ("mine", "pre-norm"), "seed": (7, 0)}
     (tmp_path / "folder/pre-norm").write_text("model: {layers: 3}")  # a path wins here too
     assert load("folder/mine.yaml").model.layers == 3
     (tmp_path / "folder/mine.yaml").write_text("base: pre-nrm")

@@ -26,8 +26,9 @@ from gpt import config as configs
 from gpt.config import DataConfig, SourceConfig, validate
 from gpt.data.sources import SOURCES, jsonl, parquet
 from gpt.data.sources import tokens as token_source
+from gpt.data.sources.document import REMEDIES
 from gpt.errors import InputError
-from gpt.io.text import CHUNK
+from gpt.io.text import CHUNK, FORMATS
 
 
 def config_of(source: str, *paths: object, **options: Any) -> SourceConfig:
@@ -164,7 +165,7 @@ BAD_FILES = [
      r"you meant txt; set data.text_field to one of its fields: txt, n"),
     ("jsonl", "a.jsonl", b'{"text": 5}\n', r"a.jsonl:1: the field 'text' is a number"),
     ("jsonl", "a.jsonl", b'{"text": null}\n', r"a.jsonl:1: the field 'text' is null"),
-    ("jsonl", "a.jsonl", b'{"text": "\xff"}\n', r"a.jsonl:1: is not UTF-8 text \(byte 10"),
+    ("jsonl", "a.jsonl", b'{"text": "\xff"}\n', r"a.jsonl:1: is not UTF-8 text: byte 10 is 0xff"),
     ("jsonl", "a.jsonl", b'{"text": "a\\ud800"}\n', r"a.jsonl:1: contains an invalid "
      r"character at position 1"),
     ("jsonl", "a.jsonl", b'{"a": ' + b"[" * 99_999, r"a.jsonl:1: cannot be parsed as JSON"),
@@ -411,7 +412,7 @@ def zipped(file: io.BytesIO) -> None:
         archive.writestr("a.txt", "text")
 
 
-FORMATS = {
+FILES = {
     "UTF-16 text": "a text".encode("utf-16"),
     "UTF-16LE text": "a text without a mark\n".encode("utf-16-le"),
     "UTF-16BE text": "a text without a mark\n".encode("utf-16-be"),
@@ -428,15 +429,20 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("source", ["text", "jsonl"])
 def test_errors_name_other_formats_which_are_never_replaced(tmp_path: Path, source: str, name: str):
     path = tmp_path / "a.jsonl"
-    for content in (FORMATS[name], gzip.compress(FORMATS[name])):
+    for content in (FILES[name], gzip.compress(FILES[name])):
         path.write_bytes(content)
         for invalid_text in ("refuse", "replace"):
             with pytest.raises(InputError, match=f"is {name}.*, not UTF-8 text; "):
                 list(documents(config_of(source, path, invalid_text=invalid_text)))
+
+
+def test_each_format_has_a_remedy():
+    of_any_text = [name for name in FORMATS if name.endswith((" text", "-compressed"))]
+    assert {*FORMATS, "a tar archive", "a safetensors file"} == {*REMEDIES, *of_any_text}
 
 
 @pytest.mark.parametrize("start", ["BZh, he said", "PAR1", "%PDF- is how PDFs begin", "GIF8", "MZ"])
@@ -619,5 +625,5 @@ def test_a_mix_can_be_a_flag(tmp_path: Path):
     config = configs.load(path, flags)
     assert [source.path for source in config.data.sources] == [("a",), ("b",)]
     other = configs.load(path, {"data": {"path": "a"}})
-    assert "data.mix: " in "\n".join(config.differences(other))
-    assert "data.validation.path: ('v',) -> None" in config.differences(other)
+    assert "data.mix" in config.differences(other)
+    assert config.differences(other)["data.validation.path"] == (("v",), None)

@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt.config import DataConfig
+from gpt.config import DataConfig, validate
 from gpt.data import tokenizer
+from gpt.data.preparation import prepare
 from gpt.data.tokenizer import (
     GPT2_FILES,
     GPT2_PATTERN,
@@ -23,6 +25,7 @@ from gpt.data.tokenizer import (
     PIECE,
     TOKENIZERS,
     Encoding,
+    Tokenizer,
     copy,
     encode,
     gpt2_file,
@@ -42,7 +45,7 @@ TEXTS = [
 def make(name: str, vocab_size: int = 300, **options: str) -> Encoding:
     config = DataConfig.model_validate({"tokenizer": name, "vocab_size": vocab_size, **options})
     try:
-        return TOKENIZERS[name](config, TEXTS)
+        return TOKENIZERS[name].make(config, TEXTS)
     except InputError:
         pytest.skip("GPT-2's vocabulary is not in tiktoken's cache, and the network has none")
 
@@ -69,7 +72,7 @@ def test_any_text_makes_the_round_trip(name: str, tmp_path: Path):
     @given(st.text())
     def check(text: str) -> None:
         if name == "chars":  # it knows what it was made from
-            encoding = TOKENIZERS[name](DataConfig(tokenizer="chars"), [text, "a"])
+            encoding = TOKENIZERS[name].make(DataConfig(tokenizer="chars"), [text, "a"])
         else:
             encoding = made
         assert encoding.decode(encode(encoding, text)) == text
@@ -155,7 +158,7 @@ def test_gpt2_from_a_file_is_the_same(tmp_path: Path):
 def test_bpe_encodes_as_the_library_that_trained_it():
     corpus = [(ROOT / name).read_text("utf-8") for name in ("README.md", "gpt/config/options.py")]
     corpus += [*TEXTS, *HARD]
-    ours = TOKENIZERS["bpe"](DataConfig(vocab_size=1500), corpus)
+    ours = TOKENIZERS["bpe"].make(DataConfig(vocab_size=1500), corpus)
     library = train_bpe(corpus, 1500)
     assert ours.n_vocab == 1500
 
@@ -169,7 +172,7 @@ def test_bpe_encodes_as_the_library_that_trained_it():
 @given(st.lists(st.text(alphabet="ab", max_size=40), max_size=8), st.text(alphabet="ab"))
 def test_bpe_encodes_as_the_library_on_few_letters(texts: list[str], text: str):
     """Few letters and many merges: the same token can be reached by different merges."""
-    ours = TOKENIZERS["bpe"](DataConfig(vocab_size=400), texts)
+    ours = TOKENIZERS["bpe"].make(DataConfig(vocab_size=400), texts)
     assert encode(ours, text) == train_bpe(texts, 400).encode(text).ids
 
 
@@ -255,15 +258,15 @@ def test_an_encoding_can_be_pickled(encoding: Encoding):
 def test_training_takes_linear_time_on_text_without_white_space():
     text = "".join(random.Random(0).choices("ACGT", k=200_000))
     began = time.process_time()
-    assert TOKENIZERS["bpe"](DataConfig(vocab_size=2048), [text]).n_vocab == 2048
+    assert TOKENIZERS["bpe"].make(DataConfig(vocab_size=2048), [text]).n_vocab == 2048
     assert time.process_time() - began < 5  # 0.4 s; with one word of 200,000 letters 11 s
 
 
 def test_words_of_ordinary_text_are_not_cut(monkeypatch: pytest.MonkeyPatch):
     corpus = [path.read_text("utf-8") for path in sorted((ROOT / "gpt").glob("*.py"))]
-    cut = to_json(TOKENIZERS["bpe"](DataConfig(vocab_size=1000), corpus))
+    cut = to_json(TOKENIZERS["bpe"].make(DataConfig(vocab_size=1000), corpus))
     monkeypatch.setattr(tokenizer, "WORD", 10**6)
-    assert cut == to_json(TOKENIZERS["bpe"](DataConfig(vocab_size=1000), corpus))
+    assert cut == to_json(TOKENIZERS["bpe"].make(DataConfig(vocab_size=1000), corpus))
 
 
 def test_the_file_is_json_with_the_tokens_in_order():
@@ -311,7 +314,7 @@ def test_endless_runs_are_cut(char: str, before: str):
 def test_the_longest_piece_is_not_too_long_for_the_tokenizers(char: str):
     piece = (char * LONGEST)[: LONGEST - 1] + "x"
     for name in ("bytes", "bpe"):
-        encoding = TOKENIZERS[name](DataConfig(vocab_size=300), ["abc"])
+        encoding = TOKENIZERS[name].make(DataConfig(vocab_size=300), ["abc"])
         ids = encoding.encode_to_numpy(piece, disallowed_special=())
         assert encoding.decode(ids.tolist()) == piece
 
@@ -321,11 +324,29 @@ def test_a_million_spaces_in_a_prompt(encoding: Encoding):
     assert encoding.decode(encode(encoding, text)) == text
 
 
+def test_a_tokenizer_is_one_function_and_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def lower(config: DataConfig, documents: Iterable[str]) -> Encoding:
+        return Encoding("lower", [char.encode() for char in sorted(set("".join(documents)))])
+
+    monkeypatch.setitem(TOKENIZERS, "lower", Tokenizer(lower, "(?s:.)", "everything", True))
+    (tmp_path / "a.txt").write_text("abc" * 10)
+    tree = {
+        "source": "text",
+        "path": str(tmp_path / "a.txt"),
+        "tokenizer": "lower",
+        "holdout": "tail",
+    }
+    dataset = prepare(DataConfig.model_validate({**tree, "cache_dir": str(tmp_path / ".cache")}))
+    assert dataset.encoding.n_vocab == 4
+    with pytest.raises(InputError, match="no text to train a lower tokenizer on"):
+        validate(DataConfig, {**tree, "source": "tokens"})
+
+
 def test_a_wrong_download_is_discarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(tokenizer, "_download", lambda url: b"<html>please log in</html>")
     with pytest.raises(UnreachableError, match=r"vocab\.bpe and encoder\.json"):
-        TOKENIZERS["gpt2"](DataConfig(), ())
+        TOKENIZERS["gpt2"].make(DataConfig(), ())
     assert not (tmp_path / "cache").exists()
 
 
@@ -334,7 +355,7 @@ def test_a_download_goes_where_tiktoken_looks(tmp_path: Path, monkeypatch: pytes
     files = {GPT2_URL + name: gpt2_file(name).read_bytes() for name in GPT2_FILES}
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(tokenizer, "_download", files.__getitem__)
-    TOKENIZERS["gpt2"](DataConfig(), ())
+    TOKENIZERS["gpt2"].make(DataConfig(), ())
     for name in GPT2_FILES:
         assert gpt2_file(name).read_bytes() == files[GPT2_URL + name]
         assert gpt2_file(name).parent == tmp_path / "cache"
@@ -343,4 +364,4 @@ def test_a_download_goes_where_tiktoken_looks(tmp_path: Path, monkeypatch: pytes
 def test_the_error_names_an_empty_cache_variable(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
     with pytest.raises(InputError, match="TIKTOKEN_CACHE_DIR: is empty"):
-        TOKENIZERS["gpt2"](DataConfig(), ())
+        TOKENIZERS["gpt2"].make(DataConfig(), ())

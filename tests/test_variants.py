@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gpt import variants
-from gpt.norm import BIASED, NORMS
+from gpt.norm import ACROSS_TOKENS, BIASED, NORMS
 from gpt.placement import PLACEMENTS, Block
 
 ATTRIBUTES = (
@@ -33,7 +33,10 @@ def test_attributes_read_from_the_source_are_those_of_the_class(
     assert "gpt.placement" not in sys.modules
 
 
-@pytest.mark.parametrize(("table", "expected"), [("NORMS", NORMS), ("BIASED", BIASED)])
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [("NORMS", NORMS), ("BIASED", BIASED), ("ACROSS_TOKENS", ACROSS_TOKENS)],
+)
 def test_names_are_those_of_a_dict_or_a_set(
     table: str, expected: dict[str, object] | set[str], monkeypatch: pytest.MonkeyPatch
 ):

@@ -10,11 +10,10 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from gpt.checkpoint import Checkpoint
 from gpt.errors import InputError
+from gpt.io.files import Natural
 
 FORMAT = 5
 
-
-Natural = Annotated[int, Field(ge=0, le=2**53)]
 Time = Annotated[float, Field(ge=0, le=1e100)]
 Loss = Annotated[float, Field(ge=-1e100, le=1e100)] | None
 

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt.errors import InputError
-from gpt.io.files import PARTIAL_PREFIX, describe, fsync, open_regular, read_small, write_text
+from gpt.io.files import PARTIAL_PREFIX, fsync, open_regular, read_small, size_and_hash, write_text
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json")
 MANIFEST = "manifest.json"
@@ -137,7 +137,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     (folder / "tokenizer.json").write_text(checkpoint.tokenizer, "utf-8")
     for name in FILES:
         fsync(folder / name)
-    files = {name: describe(folder / name) for name in FILES}
+    files = {name: size_and_hash(folder / name) for name in FILES}
     write_text(folder / MANIFEST, manifest_text({"step": checkpoint.step, "files": files}))
 
 
@@ -316,7 +316,7 @@ def _verify(folder: Path, names: Collection[str]) -> None:
             else:
                 read_small(path)
         for name in names:
-            if files[name] != describe(folder / name):
+            if files[name] != size_and_hash(folder / name):
                 raise InputError(f"{folder / name}: is damaged: {ALTERED}")
     except SafetensorError as error:
         raise InputError(f"{path}: is damaged: {error}") from None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from gpt.compare.grid import Cell
+from gpt.config import describe_differences
 from gpt.errors import InputError
 from gpt.hardware.memory import is_out_of_memory
 from gpt.io.files import read_json, write_text
@@ -56,7 +57,7 @@ def has_ended(directory: Path, cell: Cell) -> bool:
     run = RunDirectory(cell_directory(directory, cell))
     if not run.config.is_file():
         return False
-    differences = run.read_config().differences(cell.config)
+    differences = describe_differences(run.read_config().differences(cell.config))
     if differences:
         raise InputError(
             f"{run.path}: contains a run with a different config ({differences[0]}); "

@@ -5,13 +5,12 @@ them. Nothing here imports torch, so that `--help`, `--print-config` and error m
 immediate. `python -m gpt.config` prints the JSON schema for editors.
 """
 
-from gpt.config.loading import base_of, load, option_paths, read, schema, validate
+from gpt.config.loading import base_of, load, option_paths, read, validate
 from gpt.config.options import (
     Config,
     DataConfig,
-    DiagnosticsConfig,
+    Differences,
     HubConfig,
-    InitConfig,
     MixedSource,
     ModelConfig,
     NormConfig,
@@ -19,14 +18,13 @@ from gpt.config.options import (
     Sampling,
     ScheduleConfig,
     SourceConfig,
-    changed,
+    describe_differences,
     may_change,
 )
 from gpt.config.strict_yaml import MAX_BYTES, read_yaml
 from gpt.config.trees import leaves, merge, nest
 from gpt.config.values import (
     Between,
-    Choice,
     Count,
     Device,
     FileName,
@@ -38,23 +36,20 @@ from gpt.config.values import (
     Seed,
     Weights,
     WorkerCount,
-    expand_user,
     is_reserved,
 )
 
 __all__ = [
     "MAX_BYTES",
     "Between",
-    "Choice",
     "Config",
     "Count",
     "DataConfig",
     "Device",
-    "DiagnosticsConfig",
+    "Differences",
     "FileName",
     "Hours",
     "HubConfig",
-    "InitConfig",
     "MixedSource",
     "ModelConfig",
     "NormConfig",
@@ -70,8 +65,7 @@ __all__ = [
     "Weights",
     "WorkerCount",
     "base_of",
-    "changed",
-    "expand_user",
+    "describe_differences",
     "is_reserved",
     "leaves",
     "load",
@@ -81,6 +75,5 @@ __all__ = [
     "option_paths",
     "read",
     "read_yaml",
-    "schema",
     "validate",
 ]

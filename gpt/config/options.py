@@ -6,7 +6,7 @@ The classes mirror the YAML's nesting. An option that picks a variant by name (`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Literal, Self
 
@@ -17,12 +17,12 @@ from gpt import variants
 from gpt.config.strict_yaml import parse_yaml
 from gpt.config.trees import leaves, merge
 from gpt.config.values import (
+    BelowOne,
     Channels,
     Choice,
     ContextLength,
     Count,
     CountOrZero,
-    Decay,
     Device,
     Epsilon,
     Factor,
@@ -31,6 +31,7 @@ from gpt.config.values import (
     Fraction,
     Layers,
     Multiple,
+    Positive,
     PositiveFraction,
     Rate,
     Ratio,
@@ -158,7 +159,8 @@ class DataConfig(SourceConfig):
         if (self.tokenizer == "file") != (self.vocabulary is not None):
             raise ValueError("tokenizer: file and vocabulary (its path) must be given together")
         everything = [*self.sources, *([self.validation] if self.validation else [])]
-        if self.tokenizer in ("bpe", "chars") and any(s.source == "tokens" for s in everything):
+        trained_on = ("gpt.data.tokenizer", "TOKENIZERS", self.tokenizer, "trained_on")
+        if any(s.source == "tokens" for s in everything) and variants.attribute(*trained_on):
             raise ValueError(
                 f"source: tokens has no text to train a {self.tokenizer} tokenizer on; "
                 "tokenizer must be the one that made the tokens: gpt2, bytes or file"
@@ -232,7 +234,7 @@ class ModelConfig(Section):
     """Channels of the residual stream, d."""
     context: ContextLength = 128
     """Longest sequence, T, in tokens."""
-    dropout: Decay = 0.0
+    dropout: BelowOne = 0.0
     """Dropout probability in training: embeddings, attention weights, sublayer outputs."""
     bias: bool = True
     """Biases in linear layers and norms, as in GPT-2."""
@@ -283,8 +285,8 @@ class ModelConfig(Section):
         least = of_placement("min_layers")
         if self.layers < least:
             refuse("layers", self.layers, f"placement {name}, which needs at least {least} layers")
-        if norm.type == "batch" and self.context == 1:
-            refuse("context", 1, "norm.type batch, which needs more than one token")
+        if norm.type in variants.names("gpt.norm", "ACROSS_TOKENS") and self.context == 1:
+            refuse("context", 1, f"norm.type {norm.type}, which needs more than one token")
         self.refuse(conflicts)
         return self
 
@@ -303,6 +305,11 @@ class ScheduleConfig(Section):
     decay_fraction: PositiveFraction = 0.2
     """Fraction of the steps after warm-up in which wsd (warm-up, stable, decay) decays."""
 
+    @property
+    def effective_warmup_steps(self) -> int:
+        """Updates of the warm-up; 0 if there is none, whatever `warmup_steps` is."""
+        return 0 if self.warmup == "none" else self.warmup_steps
+
 
 class OptimizerConfig(Section):
     """The update rule and its constants. All rules are torch's, except Muon."""
@@ -311,19 +318,19 @@ class OptimizerConfig(Section):
     """Update rule. muon updates the blocks' matrices, with adamw for everything else."""
     learning_rate: Rate = 1e-3
     """The full learning rate, which the schedule scales."""
-    beta1: Decay = 0.9
+    beta1: BelowOne = 0.9
     """Decay of the first moment (adamw, radam; adamw's part of muon)."""
-    beta2: Decay = 0.99
+    beta2: BelowOne = 0.99
     """Decay of the second moment (adamw, radam; adamw's part of muon)."""
     eps: Epsilon = 1e-8
     """Added to the root of the second moment (adamw, radam; adamw's part of muon)."""
-    momentum: Decay = 0.95
+    momentum: BelowOne = 0.95
     """Momentum of sgd and muon, both in Nesterov's form."""
     weight_decay: Factor = 0.1
     """Weight decay of matrices and embeddings, not of norms and biases; decoupled except in sgd."""
     independent_decay: bool = False
     """Scale the decay by the schedule alone, not by learning_rate; then 1e-4 is typical."""
-    clip: Rate | None = 1.0
+    clip: Positive | None = 1.0
     """Gradient clipping: largest global gradient norm; null: no clipping."""
 
     @model_validator(mode="after")
@@ -422,6 +429,9 @@ class SamplingConfig(Sampling):
     """Text to continue; empty starts a new document."""
 
 
+Differences = dict[str, tuple[object, object]]  # dotted path of an option -> before and after
+
+
 class Config(Section):
     """Everything that determines a run."""
 
@@ -490,14 +500,11 @@ class Config(Section):
         """The resolved config, every option included, as YAML that `load` reads back equal."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
-    def differences(self, other: Config) -> list[str]:
-        """The options in which two configs differ, as lines `path: mine -> theirs`."""
+    def differences(self, other: Config) -> Differences:
+        """The options in which two configs differ, and their values in this one and the other."""
         mine, theirs = dict(leaves(self.model_dump())), dict(leaves(other.model_dump()))
-        return [
-            f"{key}: {mine.get(key)} -> {theirs.get(key)}"
-            for key in dict.fromkeys([*mine, *theirs])
-            if mine.get(key) != theirs.get(key)
-        ]
+        pairs = {key: (mine.get(key), theirs.get(key)) for key in [*mine, *theirs]}
+        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 # Options that may change when a run is resumed: its length, how it is computed, what is logged and
@@ -523,12 +530,11 @@ MAY_CHANGE = (
 )
 
 
-def changed(differences: Iterable[str], option: str) -> bool:
-    """Whether `Config.differences` lists an option."""
-    return any(difference.startswith(f"{option}:") for difference in differences)
+def may_change(option: str) -> bool:
+    """Whether a run can be resumed with another value of the option."""
+    return any(option == each or option.startswith(f"{each}.") for each in MAY_CHANGE)
 
 
-def may_change(difference: str) -> bool:
-    """Whether a run can be resumed with this difference, a line of `Config.differences`."""
-    key = difference.partition(":")[0]
-    return any(key == each or key.startswith(f"{each}.") for each in MAY_CHANGE)
+def describe_differences(differences: Differences) -> list[str]:
+    """Lines `option: before -> after`."""
+    return [f"{option}: {old} -> {new}" for option, (old, new) in differences.items()]

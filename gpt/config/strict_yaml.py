@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from gpt.errors import InputError
-from gpt.io.files import read_small
+from gpt.io.files import read_small, reading
 from gpt.io.text import decode
 
 MAX_BYTES = 2**17  # of a YAML file, which PyYAML reads in two seconds at worst
@@ -101,10 +101,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read, is not valid YAML, or does not hold a mapping.
     """
-    try:
+    with reading(path):
         tree = parse_yaml(decode(read_small(path, MAX_BYTES), str(path)), str(path))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):

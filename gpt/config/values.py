@@ -171,7 +171,8 @@ VocabularySize = Annotated[int, Between(257, 1_000_000)]
 SampleCount = Annotated[int, Between(1, 10_000)]
 WorkerCount = Annotated[int, Between(1, 1000)]
 Seed = Annotated[int, Between(0, 2**63 - 1)]
-Rate = Annotated[float, Between(1e-30, 1e30)]
+Positive = Annotated[float, Between(1e-30, 1e30)]
+Rate = Positive  # a learning rate
 Epsilon = Annotated[float, Between(1e-30, 1e3)]
 Factor = Annotated[float, Between(0.0, 1e3)]  # multiplies a loss, a weight or a logit
 Ratio = Annotated[float, Between(1e-6, 1e6)]  # relative to other numbers of its kind
@@ -182,7 +183,7 @@ Hours = Annotated[float, Between(1e-6, 1e6)]
 Fraction = Annotated[float, Between(0.0, 1.0)]
 PositiveFraction = Annotated[float, Between(1e-6, 1.0)]
 SplitFraction = Annotated[float, Between(1e-6, 0.999999)]  # leaves something on both sides
-Decay = Annotated[float, Between(0.0, 0.999999)]  # kept, or lost, at each step
+BelowOne = Annotated[float, Between(0.0, 0.999999)]
 
 
 # ---------------------------------------------------------------------------------------------

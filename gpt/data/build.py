@@ -24,14 +24,23 @@ from gpt.config import DataConfig
 from gpt.data import tokenizer
 from gpt.data.cache import PlannedSource, plan
 from gpt.data.encode import encode_items
-from gpt.data.prepared import FROM_SCRATCH, Natural, finalize, train_names
+from gpt.data.prepared import train_names, write_meta
 from gpt.data.sources.hub import resolve_commit
 from gpt.data.split import split_documents
+from gpt.data.token_files import FROM_SCRATCH
 from gpt.data.tokenizer import Encoding
-from gpt.data.vocabulary import STOPPED, train_tokenizer
+from gpt.data.vocabulary import train_tokenizer
 from gpt.errors import InputError, StoppedError, UnreachableError, printable
 from gpt.io.console import Console, duration
-from gpt.io.files import fsync, open_for_update, read_json, refuse_link, refuse_links, write_text
+from gpt.io.files import (
+    Natural,
+    fsync,
+    open_for_update,
+    read_json,
+    refuse_link,
+    refuse_links,
+    write_text,
+)
 from gpt.io.wait import wait_for
 
 PROGRESS = "progress.json"  # items encoded so far, and the sizes of the token files after them
@@ -39,6 +48,7 @@ REVISIONS = "revisions.json"  # the commit of each source
 SAVE_EVERY = 5.0  # seconds between updates of PROGRESS
 PRINT_EVERY = 10.0  # seconds between progress lines, where there is no terminal
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # a full or failing disk
+STOPPED = "stopped while preparing data; run the same command to resume"
 KEPT = "; the work so far is kept, and the next run resumes from it"
 
 
@@ -113,7 +123,7 @@ class Build:
             if not self._size(name):
                 raise self._empty(name)
         revisions = [source.config.hub.revision for source in self.sources]
-        finalize(self.folder, self.names, dtype, encoding, revisions)
+        write_meta(self.folder, self.names, dtype, encoding, revisions)
         (self.folder / PROGRESS).unlink()
         (self.folder / REVISIONS).unlink()
 
@@ -158,11 +168,14 @@ class Build:
                 return tokenizer.load(path)
         self.progress.start("training the tokenizer on")
         encoding = wait_for(
-            lambda: train_tokenizer(self.config, self.sources, self.progress.on_read, self.stop),
+            lambda: train_tokenizer(
+                self.config, self.sources, self.progress.on_read, self._check_stop
+            ),
             meanwhile=self.progress.say_still_training,
         )
         self.console.close()
-        if self.config.tokenizer == "bpe" and encoding.n_vocab < self.config.vocab_size:
+        trained_on = tokenizer.TOKENIZERS[self.config.tokenizer].trained_on
+        if trained_on == "sample" and encoding.n_vocab < self.config.vocab_size:
             self.console.say(
                 f"the text yields only {encoding.n_vocab:,} of the {self.config.vocab_size:,} "
                 "tokens of data.vocab_size"
@@ -189,8 +202,7 @@ class Build:
                     for name, ids in arrays.items():
                         files[name].write(ids.data)
                     done += number
-                    if self.stop():
-                        raise StoppedError(STOPPED)
+                    self._check_stop()
                     if time.monotonic() - saved > SAVE_EVERY:
                         self._save_progress(done, files)
                         saved = time.monotonic()
@@ -204,6 +216,10 @@ class Build:
             self.console.say(
                 f"skipped {self.skipped:,} record{s} without text: {self.first_skipped}{also}"
             )
+
+    def _check_stop(self) -> None:
+        if self.stop():
+            raise StoppedError(STOPPED)
 
     def _skip(self, origin: str) -> None:
         self.skipped += 1

@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gpt.config import DataConfig, SourceConfig
+from gpt.config import DataConfig, MixedSource, SourceConfig
 from gpt.data import tokenizer
 from gpt.data.prepared import FORMAT, train_names
 from gpt.data.sources import SOURCES
@@ -87,17 +87,23 @@ def _planned(config: DataConfig, source: SourceConfig, target: str, option: str)
     return PlannedSource(source, found, target)
 
 
+# Options that cannot change the tokens: which of them a step sees, and where the files are (whether
+# a file has changed is seen by its stamp). All others, new ones included, are part of the key.
+WITHOUT_EFFECT = {"weight", "windows", "seed", "path", "cache_dir"}
+OF_SOURCES = set(MixedSource.model_fields)  # described for each source
+
+
 def _key(config: DataConfig, sources: list[PlannedSource]) -> str:
     """A hash of everything that the token files depend on."""
-    names = {"tokenizer", "vocab_size", "learn_bytes", "vocabulary", "holdout", "val_fraction"}
-    options = config.model_dump(mode="json", include=names)
-    if config.tokenizer != "bpe":
+    excluded = OF_SOURCES | WITHOUT_EFFECT | {"mix", "validation"}  # which are `sources`
+    options = config.model_dump(mode="json", exclude=excluded)
+    if tokenizer.TOKENIZERS[config.tokenizer].trained_on != "sample":
         del options["vocab_size"], options["learn_bytes"]
     if config.validation is not None:
         del options["holdout"], options["val_fraction"]
     if config.vocabulary is not None:
         options["vocabulary"] = tokenizer.to_json(tokenizer.load(Path(config.vocabulary)))
-    fields = set(SourceConfig.model_fields) - {"path"}
+    fields = OF_SOURCES - WITHOUT_EFFECT
     described = [
         [source.target, source.config.model_dump(mode="json", include=fields), source.stamps()]
         for source in sources

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gpt.config import DataConfig
-from gpt.data.build import Build
+from gpt.data.build import STOPPED, Build
 from gpt.data.cache import PlannedSource, plan
 from gpt.data.prepared import Dataset, open_dataset
-from gpt.data.vocabulary import STOPPED, train_tokenizer
+from gpt.data.tokenizer import TOKENIZERS
+from gpt.data.vocabulary import train_tokenizer
 from gpt.errors import InputError
 from gpt.io.console import Console
 from gpt.io.files import lock_file
@@ -87,7 +88,7 @@ def vocab_size(config: DataConfig) -> int:
     Raises:
         InputError: as `prepare`, where the text must be read to find out.
     """
-    if config.tokenizer == "bpe":
+    if TOKENIZERS[config.tokenizer].trained_on == "sample":
         return config.vocab_size
     _, sources = plan(config)
     return train_tokenizer(config, sources).n_vocab

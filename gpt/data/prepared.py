@@ -1,4 +1,4 @@
-"""A prepared corpus on disk: what its files contain, and whether they are unchanged.
+"""A prepared corpus: the folder, its meta.json, and opening it as a `Dataset`.
 
     CACHE_DIR/SOURCE-TOKENIZER-KEY/
       train.bin, val.bin   token ids, uint16 or uint32, each document followed by end of text; with
@@ -7,7 +7,8 @@
       tokenizer.json       the vocabulary
       meta.json            what the files contain, their sizes and SHA-256; written last
 
-Everything in meta.json is computed from the finished token files. How they are made: build.py.
+`write_meta` computes meta.json from the finished token files, which build.py makes, and
+`open_dataset` checks the folder against it.
 """
 
 from __future__ import annotations
@@ -18,59 +19,29 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from gpt.config import DataConfig
 from gpt.data import tokenizer
-from gpt.data.token_files import Tokens
+from gpt.data.token_files import TokenFile, Tokens, check_size, summarize, verify
 from gpt.data.tokenizer import Encoding
 from gpt.errors import InputError
 from gpt.io.files import (
-    describe,
+    Natural,
     fsync,
-    open_regular,
     read_json,
     read_small,
+    size_and_hash,
     write_bytes,
     write_text,
 )
 
-Natural = Annotated[int, Field(ge=0, le=2**53)]
-
 FORMAT = 3
-FROM_SCRATCH = "the next run prepares the data from scratch"  # as the damaged folder is deleted
 OTHERS = ("tokenizer.json", "counts.bin")  # files that contain no tokens
-BLOCK = 2**22  # tokens read at a time when a file is described
-REHASH = 2**30  # bytes; a larger token file is hashed again only if its modification time changed
-
-
-@dataclass(frozen=True)
-class TokenFile:
-    """What one token file contains.
-
-    Attributes:
-        name: train, train-0, ... or val; the file is `name`.bin.
-        documents: their number.
-        tokens: their number, including the end of text after each document.
-        bytes: UTF-8 bytes of the text.
-        longest: tokens of the longest document, without end of text.
-        size: of the file in bytes.
-        sha256: of the file.
-        time: modification time in nanoseconds.
-    """
-
-    name: str
-    documents: Natural
-    tokens: Natural
-    bytes: Natural
-    longest: Natural
-    size: Natural
-    sha256: str
-    time: int
 
 
 @dataclass(frozen=True)
@@ -118,7 +89,7 @@ class Dataset:
 
 
 # ---------------------------------------------------------------------------------------------
-# Describing the token files
+# Writing meta.json
 
 
 def train_names(config: DataConfig) -> list[str]:
@@ -126,7 +97,7 @@ def train_names(config: DataConfig) -> list[str]:
     return [f"train-{index}" for index in range(len(config.mix))] or ["train"]
 
 
-def finalize(
+def write_meta(
     folder: Path,
     names: Sequence[str],
     dtype: np.dtype[Any],
@@ -144,11 +115,11 @@ def finalize(
     """
     counts = np.zeros((len(names), encoding.n_vocab), np.int64)
     files = [
-        _describe(folder / f"{name}.bin", dtype, encoding, row)
+        summarize(folder / f"{name}.bin", dtype, encoding, row)
         for name, row in zip(names, counts, strict=True)
     ]
     write_bytes(folder / "counts.bin", counts.tobytes())
-    others = {name: describe(folder / name) for name in OTHERS}
+    others = {name: size_and_hash(folder / name) for name in OTHERS}
     meta = {
         "format": FORMAT,
         "dtype": dtype.name,
@@ -166,40 +137,6 @@ def finalize(
 def _fingerprint(files: Sequence[TokenFile], vocabulary: str) -> str:
     digests = [*(file.sha256 for file in files), vocabulary]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def _describe(
-    path: Path, dtype: np.dtype[Any], encoding: Encoding, counts: npt.NDArray[np.int64]
-) -> TokenFile:
-    """Describe a token file; adds the number of occurrences of each token to `counts`."""
-    digest = hashlib.sha256()
-    at = start = longest = 0  # positions of this block and of the document in which it begins
-    with path.open("rb") as file:
-        while raw := file.read(BLOCK * dtype.itemsize):
-            digest.update(raw)
-            block = np.frombuffer(raw, dtype)
-            if block.max() >= len(counts):  # altered after an interrupted run had written it
-                raise InputError(
-                    f"{path}: is damaged: it contains the id {block.max()}, outside the vocabulary "
-                    f"of {len(counts)} tokens; {FROM_SCRATCH}"
-                )
-            counts += np.bincount(block, minlength=len(counts))
-            ends = at + np.flatnonzero(block == encoding.eot_token)
-            if len(ends):
-                longest = max(longest, int(np.diff(ends, prepend=start - 1).max()) - 1)
-                start = int(ends[-1]) + 1
-            at += len(block)
-    stat = path.stat()
-    return TokenFile(
-        name=path.stem,
-        documents=int(counts[encoding.eot_token]),
-        tokens=at,
-        bytes=int(counts @ np.array(tokenizer.byte_lengths(encoding))),
-        longest=longest,
-        size=stat.st_size,
-        sha256=digest.hexdigest(),
-        time=stat.st_mtime_ns,
-    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -236,14 +173,14 @@ def open_dataset(config: DataConfig, folder: Path) -> Dataset:
         if [file.name for file in meta.files] != [*train_names(config), "val"]:
             raise ValueError("meta.json describes different files")
         for name in OTHERS:
-            _check_size(folder / name, meta.others[name].size)
-            if describe(folder / name) != meta.others[name].model_dump():
+            check_size(folder / name, meta.others[name].size)
+            if size_and_hash(folder / name) != meta.others[name].model_dump():
                 raise ValueError(f"{name} has changed since it was written")
         dtype = np.dtype(meta.dtype)
         encoding = tokenizer.load(folder / "tokenizer.json")
         counts = _read_counts(folder / "counts.bin", meta.files, encoding)
         for file in meta.files:
-            _verify(folder / f"{file.name}.bin", file, dtype, encoding.n_vocab)
+            verify(folder / f"{file.name}.bin", file, dtype, encoding.n_vocab)
         *train, val = (_map(folder / f"{file.name}.bin", dtype) for file in meta.files)
         return Dataset(
             train=tuple(train),
@@ -266,19 +203,12 @@ def _damaged(folder: Path, reason: str) -> InputError:
     return InputError(f"{folder}: is damaged ({reason}); delete the folder to prepare it again")
 
 
-def _check_size(path: Path, size: int) -> None:
-    with open_regular(path) as file:
-        found = os.fstat(file.fileno()).st_size
-    if found != size:
-        raise ValueError(f"{path.name} has {found:,} bytes instead of {size:,}")
-
-
 def _read_counts(
     path: Path, files: Sequence[TokenFile], encoding: Encoding
 ) -> npt.NDArray[np.int64]:
     """How often each token occurs in each file, checked against meta.json."""
     size = len(files) * encoding.n_vocab * 8
-    _check_size(path, size)
+    check_size(path, size)
     counts = np.frombuffer(read_small(path, size), np.int64).reshape(len(files), -1)
     lengths = np.array(tokenizer.byte_lengths(encoding))
     for file, row in zip(files, counts, strict=True):
@@ -286,25 +216,3 @@ def _read_counts(
         if row.min() < 0 or found != (file.tokens, file.documents, file.bytes):
             raise ValueError(f"meta.json and counts.bin disagree about {file.name}")
     return counts
-
-
-def _verify(path: Path, file: TokenFile, dtype: np.dtype[Any], vocabulary: int) -> None:
-    """Check a token file against its description; a large one is hashed only if its time changed.
-
-    Raises:
-        ValueError: it has changed since it was written, or contains an id outside the vocabulary.
-    """
-    _check_size(path, file.size)
-    if file.size != file.tokens * dtype.itemsize or not file.longest <= file.tokens > 0:
-        raise ValueError(f"meta.json: the sizes of {path.name} are inconsistent")
-    if file.size > REHASH and path.stat().st_mtime_ns == file.time:
-        return
-    digest, largest = hashlib.sha256(), 0
-    with open_regular(path) as opened:
-        while raw := opened.read(BLOCK * dtype.itemsize):
-            digest.update(raw)
-            largest = max(largest, int(np.frombuffer(raw, dtype).max()))
-    if digest.hexdigest() != file.sha256:
-        raise ValueError(f"{path.name} has changed since it was written")
-    if largest >= vocabulary:
-        raise ValueError(f"{path.name} contains the id {largest}, outside the vocabulary")

@@ -4,8 +4,7 @@ Sample i of a run is a pure function of (data seed, i): it does not depend on th
 what was read before. Batch n of B sequences holds samples (n - 1) B to n B - 1. Validation
 sequences never change.
 
-Batches are NumPy arrays of int64: inputs and targets, (sequences, T) each; the targets are the
-inputs shifted by one token.
+The targets of a batch are its inputs shifted by one token.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ from gpt.data.token_files import Tokens
 from gpt.errors import InputError
 from gpt.rng import derive
 
-Batch = npt.NDArray[np.int64]
+Ids = npt.NDArray[np.int64]
+Batch = tuple[Ids, Ids]  # inputs and targets, (sequences, T) each
 Item = TypeVar("Item")
 
 CHECK_EVERY = 256  # sequences between two calls of `check`
@@ -75,7 +75,7 @@ class TrainingSequences:
         step: int,
         size: int,
         check: Callable[[], object] = lambda: None,
-    ) -> tuple[Batch, Batch]:
+    ) -> Batch:
         """Inputs and targets of batch number `step` (from 1), (size, T) each.
 
         Args:
@@ -165,7 +165,7 @@ class ValidationSequences:
     def __len__(self) -> int:
         return self._count
 
-    def batches(self, size: int) -> Iterator[tuple[Batch, Batch]]:
+    def batches(self, size: int) -> Iterator[Batch]:
         """All sequences in order, `size` at a time; the last batch may be smaller."""
         for first in range(0, len(self), size):
             numbers = range(first, min(first + size, len(self)))
@@ -175,7 +175,7 @@ class ValidationSequences:
             )
 
 
-def _inputs_and_targets(windows: list[Tokens]) -> tuple[Batch, Batch]:
+def _inputs_and_targets(windows: list[Tokens]) -> Batch:
     rows = np.stack(windows).astype(np.int64)
     return rows[:, :-1], rows[:, 1:]
 

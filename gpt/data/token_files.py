@@ -1,184 +1,123 @@
-"""Token files written by other programs: the type of their ids is checked before it is trusted.
+"""Token files of a prepared corpus: the ids, what a file contains, and whether it is unchanged.
 
-Some files state their type: `.npy`, the `.bin` files of llm.c and modded-nanogpt (a header of 1,024
-bytes), and the files of a folder prepared by this program (its meta.json). For others, the config's
-dtype is used unless a sample of the ids clearly contradicts it: read as uint16, a file of uint32
-ids has a zero at every second position, which no text has.
+Files that other programs wrote are read by sources/foreign_tokens.py.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from gpt.data import tokenizer
+from gpt.data.tokenizer import Encoding
 from gpt.errors import InputError
-from gpt.io import text
-from gpt.io.files import open_regular, read_small
+from gpt.io.files import Natural, open_regular
 
-Tokens = npt.NDArray[np.integer[Any]]
+Tokens = npt.NDArray[np.integer[Any]]  # token ids
 
-LLM_C = {20240520: "<u2", 20240801: "<u4"}  # magic number of the header -> type of the ids
-LLM_C_HEADER = 256  # int32: magic number, version, number of ids, zeros
-BLOCKS, BLOCK = 64, 2**13  # a sample: the maximum number of blocks, spread evenly, and their bytes
-MIN_SAMPLE = 64  # bytes of the smallest sample from which a type can be inferred
-# Types that a file may have, the widest first: ids that fit as int64 also fit as int32.
-TYPES = ("<i8", ">i8", "<f8", "<u4", ">u4", "<f4", "<u2", ">u2")
+FROM_SCRATCH = "the next run prepares the data from scratch"  # as the damaged folder is deleted
+BLOCK = 2**22  # tokens read at a time
+REHASH = 2**30  # bytes; a larger token file is hashed again only if its modification time changed
 
 
-def open_ids(path: Path, dtype: str, vocabulary: int) -> Tokens:
-    """The token ids of a file, memory-mapped.
+@dataclass(frozen=True)
+class TokenFile:
+    """What one token file contains.
 
-    Args:
-        dtype: of the ids if the file does not state it, "uint16" or "uint32"; little-endian.
-        vocabulary: number of tokens of the tokenizer.
+    Attributes:
+        name: train, train-0, ... or val; the file is `name`.bin.
+        documents: their number.
+        tokens: their number, including the end of text after each document.
+        bytes: UTF-8 bytes of the text.
+        longest: tokens of the longest document, without end of text.
+        size: of the file in bytes.
+        sha256: of the file.
+        time: modification time in nanoseconds.
+    """
+
+    name: str
+    documents: Natural
+    tokens: Natural
+    bytes: Natural
+    longest: Natural
+    size: Natural
+    sha256: str
+    time: int
+
+
+def summarize(
+    path: Path, dtype: np.dtype[Any], encoding: Encoding, counts: npt.NDArray[np.int64]
+) -> TokenFile:
+    """What a token file contains; adds the number of occurrences of each token to `counts`."""
+    digest = hashlib.sha256()
+    at = start = longest = 0  # positions of this block and of the document in which it begins
+    with path.open("rb") as file:
+        for block in _blocks(file, dtype, digest):
+            if block.max() >= len(counts):  # altered after an interrupted run had written it
+                raise InputError(
+                    f"{path}: is damaged: it contains the id {block.max()}, outside the vocabulary "
+                    f"of {len(counts)} tokens; {FROM_SCRATCH}"
+                )
+            counts += np.bincount(block, minlength=len(counts))
+            ends = at + np.flatnonzero(block == encoding.eot_token)
+            if len(ends):
+                longest = max(longest, int(np.diff(ends, prepend=start - 1).max()) - 1)
+                start = int(ends[-1]) + 1
+            at += len(block)
+    stat = path.stat()
+    return TokenFile(
+        name=path.stem,
+        documents=int(counts[encoding.eot_token]),
+        tokens=at,
+        bytes=int(counts @ np.array(tokenizer.byte_lengths(encoding))),
+        longest=longest,
+        size=stat.st_size,
+        sha256=digest.hexdigest(),
+        time=stat.st_mtime_ns,
+    )
+
+
+def check_size(path: Path, size: int) -> None:
+    """Check the size of a file in bytes.
 
     Raises:
-        InputError: it is not a file of token ids, or they clearly have another type.
+        ValueError: it has another one.
     """
-    try:
-        with open_regular(path) as file:
-            stated = _stated_type(path, file, vocabulary)
-            kind, offset = stated or (np.dtype(dtype).newbyteorder("<"), 0)
-            size = file.seek(0, 2) - offset
-            if not offset:
-                _check_type(path, file, size, kind, vocabulary)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    if size % kind.itemsize:
-        raise InputError(f"{path}: {size:,} bytes are not a whole number of {kind.name} tokens")
-    return np.memmap(path, kind, "r", offset) if size else np.empty(0, kind)
+    with open_regular(path) as file:
+        found = os.fstat(file.fileno()).st_size
+    if found != size:
+        raise ValueError(f"{path.name} has {found:,} bytes instead of {size:,}")
 
 
-def _stated_type(path: Path, file: BinaryIO, vocabulary: int) -> tuple[np.dtype[Any], int] | None:
-    """The type of the ids and their offset, from a header or from meta.json in the same folder."""
-    head = file.read(text.HEAD)
-    file.seek(0)
-    if head.startswith(b"\x93NUMPY"):
-        return _npy(path, file)
-    found = text.recognize(head)
-    if found is not None and not found[0].startswith("UTF"):  # small ids look like UTF-16
-        raise InputError(f"{path}: is {found[0]}, not token ids")
-    numbers = np.frombuffer(head[: len(head) // 4 * 4], "<i4")[:LLM_C_HEADER]
-    if len(numbers) == LLM_C_HEADER and int(numbers[0]) in LLM_C and not numbers[3:].any():
-        kind = np.dtype(LLM_C[int(numbers[0])])
-        return _check_length(path, file, kind, 4 * LLM_C_HEADER, numbers[2])
-    return _prepared_type(path, vocabulary)
+def verify(path: Path, file: TokenFile, dtype: np.dtype[Any], vocabulary: int) -> None:
+    """Check a token file against its description; a large one is hashed only if its time changed.
 
-
-def _npy(path: Path, file: BinaryIO) -> tuple[np.dtype[Any], int]:
-    """The type and offset of a NumPy array, from its header."""
-    try:
-        version = np.lib.format.read_magic(file)
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, _, dtype = read(file)
-    except Exception as error:  # the header is a Python literal, which can fail in many ways
-        raise InputError(f"{path}: is a damaged .npy file: {error}") from None
-    if dtype.kind not in "iu" or len(shape) != 1:
-        raise InputError(
-            f"{path}: contains an array of shape {shape} and type {dtype}; token ids must be a "
-            "one-dimensional array of integers"
-        )
-    return _check_length(path, file, dtype, file.tell(), shape[0])
-
-
-def _check_length(
-    path: Path, file: BinaryIO, kind: np.dtype[Any], offset: int, count: int
-) -> tuple[np.dtype[Any], int]:
-    """The type and offset, if the header is followed by the `count` ids that it announces."""
-    size = file.seek(0, 2) - offset
-    if size != int(count) * kind.itemsize:
-        raise InputError(
-            f"{path}: is truncated or damaged: its header announces {count:,} {kind.name} tokens, "
-            f"but {size:,} bytes follow"
-        )
-    return kind, offset
-
-
-def _prepared_type(path: Path, vocabulary: int) -> tuple[np.dtype[Any], int] | None:
-    """The type and offset of a file that this program prepared."""
-    sidecar = path.parent / "meta.json"
-    try:
-        meta = json.loads(read_small(sidecar))
-        if path.stem not in [file["name"] for file in meta["files"]]:
-            return None
-        kind, original = {"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]], meta["vocabulary"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return None
-    if original != vocabulary:
-        raise InputError(
-            f"{path}: was written with a vocabulary of {original:,} tokens ({sidecar}), but the "
-            f"tokenizer has {vocabulary:,};\nset data.tokenizer: file and data.vocabulary: "
-            f"{path.parent / 'tokenizer.json'} to use the original one"
-        )
-    return np.dtype(kind), 0
-
-
-def _check_type(
-    path: Path, file: BinaryIO, size: int, claimed: np.dtype[Any], vocabulary: int
-) -> None:
-    """Reject a file whose ids clearly have another type than claimed."""
-    sample = _sample(file, size)
-    if len(sample) < MIN_SAMPLE:
+    Raises:
+        ValueError: it has changed since it was written, or contains an id outside the vocabulary.
+    """
+    check_size(path, file.size)
+    if file.size != file.tokens * dtype.itemsize or not file.longest <= file.tokens > 0:
+        raise ValueError(f"meta.json: the sizes of {path.name} are inconsistent")
+    if file.size > REHASH and path.stat().st_mtime_ns == file.time:
         return
-    if _is_text(sample):
-        raise InputError(f"{path}: is text, not token ids; set data.source: text or jsonl")
-    fits = _fits(sample, claimed, vocabulary)
-    for name in TYPES:
-        kind = np.dtype(name)
-        wider = kind.itemsize > claimed.itemsize
-        if (wider or not fits) and size % kind.itemsize == 0 and _fits(sample, kind, vocabulary):
-            raise InputError(
-                f"{path}: contains {_name(kind)} ids, not {claimed.name}: as {kind.name}, all ids "
-                f"of a sample are in the vocabulary of {vocabulary:,};\n{_remedy(kind)}"
-            )
+    digest = hashlib.sha256()
+    with open_regular(path) as opened:
+        largest = max((int(block.max()) for block in _blocks(opened, dtype, digest)), default=0)
+    if digest.hexdigest() != file.sha256:
+        raise ValueError(f"{path.name} has changed since it was written")
+    if largest >= vocabulary:
+        raise ValueError(f"{path.name} contains the id {largest}, outside the vocabulary")
 
 
-def _sample(file: BinaryIO, size: int) -> bytes:
-    """Blocks spread evenly over a file, or all of a small one; each begins at a multiple of 8."""
-    count = min(BLOCKS, -(-size // BLOCK))
-    blocks = []
-    for number in range(count):
-        file.seek(max(size - BLOCK, 0) * number // max(count - 1, 1) // 8 * 8)
-        blocks.append(file.read(BLOCK))
-    return b"".join(block[: len(block) // 8 * 8] for block in blocks)
-
-
-def _is_text(sample: bytes) -> bool:
-    """Whether all bytes are printable ASCII, which is never true of a file of ids."""
-    used = set(sample)
-    return len(used) >= 8 and all(32 <= byte < 127 or byte in b"\t\n\r" for byte in used)
-
-
-def _fits(sample: bytes, kind: np.dtype[Any], vocabulary: int) -> bool:
-    """Whether a sample consists of ids of the vocabulary, mostly nonzero, with several values.
-
-    Zeros are not evidence, since they are zeros in every type; nor is a single repeated id.
-    """
-    with np.errstate(invalid="ignore"):
-        ids = np.frombuffer(sample, kind)
-        valid = (ids >= 0) & (ids < vocabulary)
-        if kind.kind == "f":
-            valid &= ids == np.floor(ids)
-    informative = np.count_nonzero(ids) > len(ids) / 2 and len(np.unique(ids)) > 2
-    return bool(valid.all() and informative)
-
-
-def _name(kind: np.dtype[Any]) -> str:
-    order = "big-endian " if kind.newbyteorder("=") != kind else ""
-    return order + {"u4": "uint32 or int32"}.get(kind.str[1:], kind.name)
-
-
-def _remedy(kind: np.dtype[Any]) -> str:
-    if kind.str in ("<u2", "<u4"):
-        return f"set data.dtype: {kind.name}"
-    return (
-        f"convert them: np.fromfile(FILE, {kind.str!r}).astype('uint32').tofile(NEW); "
-        "then set data.dtype: uint32"
-    )
+def _blocks(file: BinaryIO, dtype: np.dtype[Any], digest: Any) -> Iterator[Tokens]:
+    """The ids of a file, a block at a time, whose bytes are added to `digest`."""
+    while raw := file.read(BLOCK * dtype.itemsize):
+        digest.update(raw)
+        yield np.frombuffer(raw, dtype)

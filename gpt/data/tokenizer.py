@@ -18,15 +18,16 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import tiktoken
 import tiktoken.load
 
 from gpt.config import DataConfig
 from gpt.errors import InputError, UnreachableError
-from gpt.io.files import read_small, write_bytes
+from gpt.io.files import read_small, reading, write_bytes
 from gpt.io.wait import TIMEOUT, wait_for
 
 if TYPE_CHECKING:
@@ -41,22 +42,17 @@ WORD = 512  # maximum bytes of a word that BPE learns from; a longer one counts 
 # GPT-2's split: contractions; words, numbers and symbols with the space before them; white space.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# The pattern of each tokenizer. gpt2's is the same split, as tiktoken spells it. Files with other
-# patterns are rejected: they could lose text, or hang or crash tiktoken, and `pieces` cuts only
-# where these patterns allow it.
-PATTERNS = {
-    "bytes": r"(?s:.{1,64})",
-    "chars": r"(?s:.)",
-    "bpe": GPT2_PATTERN,
-    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
-}
+# The same split, as tiktoken spells it.
+TIKTOKEN_PATTERN = (
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+)
 
 
 class Encoding(tiktoken.Encoding):
-    """A name in `PATTERNS`, and a vocabulary: the bytes of each token, in the order of ids."""
+    """A name in `TOKENIZERS`, and a vocabulary: the bytes of each token, in the order of ids."""
 
     def __init__(self, name: str, tokens: Iterable[bytes]) -> None:
-        self.pattern = PATTERNS[name]
+        self.pattern = TOKENIZERS[name].pattern
         self.tokens = {token: rank for rank, token in enumerate(tokens)}
         super().__init__(
             name,
@@ -170,12 +166,11 @@ def _is_cached(path: Path, name: str) -> bool:
     Raises:
         InputError: there is a different file.
     """
-    try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    with reading(path):
+        try:
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+        except FileNotFoundError:
+            return False
     if found != GPT2_FILES[name]:
         raise InputError(
             f"{path}: is not GPT-2's {name}: its SHA-256 is {found},\n"
@@ -209,13 +204,33 @@ def _unavailable(missing: list[str], error: Exception) -> InputError:
     )
 
 
-# Each builds the encoding from the options and, if it is trained, from the documents.
-TOKENIZERS: dict[str, Callable[[DataConfig, Iterable[str]], Encoding]] = {
-    "bytes": bytes_tokenizer,
-    "chars": chars_tokenizer,
-    "bpe": bpe_tokenizer,
-    "gpt2": gpt2_tokenizer,
-    "file": file_tokenizer,
+@dataclass(frozen=True)
+class Tokenizer:
+    """One way to make an encoding.
+
+    Attributes:
+        make: builds it from the options and, if it is trained, from the documents.
+        pattern: splits text before merging; empty if `make` reads another tokenizer's encoding.
+            Files with other patterns are rejected: they could lose text, or hang or crash tiktoken,
+            and `pieces` cuts only where these patterns allow it.
+        trained_on: "sample": `vocab_size` tokens from at most `learn_bytes` of the training text;
+            "everything": all text, validation included. None: it is not trained.
+        of_characters: whether each token is a character, so that one may be missing; otherwise
+            every byte is a token.
+    """
+
+    make: Callable[[DataConfig, Iterable[str]], Encoding]
+    pattern: str = ""
+    trained_on: Literal["sample", "everything"] | None = None
+    of_characters: bool = False
+
+
+TOKENIZERS: dict[str, Tokenizer] = {
+    "bytes": Tokenizer(bytes_tokenizer, r"(?s:.{1,64})"),
+    "chars": Tokenizer(chars_tokenizer, r"(?s:.)", "everything", of_characters=True),
+    "bpe": Tokenizer(bpe_tokenizer, GPT2_PATTERN, "sample"),
+    "gpt2": Tokenizer(gpt2_tokenizer, TIKTOKEN_PATTERN),
+    "file": Tokenizer(file_tokenizer),
 }
 
 
@@ -258,7 +273,7 @@ def encode(encoding: Encoding, text: str, origin: str = "the text") -> list[int]
 
     Raises:
         InputError: the text is not valid Unicode, or contains a character that is not in the
-            vocabulary (chars only; the others have every byte).
+            vocabulary, which only a tokenizer of characters may lack.
     """
     try:
         text.encode()
@@ -271,12 +286,12 @@ def encode(encoding: Encoding, text: str, origin: str = "the text") -> list[int]
 
 
 def check_characters(encoding: Encoding, text: str, origin: str) -> None:
-    """Check that the tokenizer can encode all of `text`; only `chars` may lack a character.
+    """Check that the tokenizer can encode all of `text`.
 
     Raises:
         InputError: names the first character of `text` that is not in the vocabulary.
     """
-    if encoding.name == "chars":
+    if TOKENIZERS[encoding.name].of_characters:
         known = encoding.tokens
         unknown = {char for char in set(text) if char.encode() not in known}
         if unknown:
@@ -319,8 +334,10 @@ def load(path: Path) -> Encoding:
     Raises:
         InputError: the file is missing or is not a tokenizer of this format.
     """
+    with reading(path):
+        contents = read_small(path)
     try:
-        tree = json.loads(read_small(path).decode("utf-8"))
+        tree = json.loads(contents.decode("utf-8"))
         if isinstance(tree, dict) and isinstance(tree.get("model"), dict):
             raise InputError(
                 f"{path}: is a Hugging Face tokenizer, which is not supported;\n"
@@ -330,8 +347,6 @@ def load(path: Path) -> Encoding:
         return _from_tree(tree)
     except InputError:
         raise
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except KeyError as error:
         raise InputError(f"{path}: is not a tokenizer file: it has no {error}") from None
     except (ValueError, TypeError, RecursionError) as error:
@@ -345,9 +360,10 @@ def _from_tree(tree: Any) -> Encoding:
     if tree["format"] != FORMAT:
         raise ValueError(f"its format is {tree['format']!r}, not {FORMAT}")
     name, texts = tree["name"], tree["tokens"]
-    if not isinstance(name, str) or name not in PATTERNS:
-        raise ValueError(f"its name is not one of {', '.join(PATTERNS)}")
-    if tree["pattern"] != PATTERNS[name]:
+    known = [each for each, tokenizer in TOKENIZERS.items() if tokenizer.pattern]
+    if name not in known:
+        raise ValueError(f"its name is not one of {', '.join(known)}")
+    if tree["pattern"] != TOKENIZERS[name].pattern:
         raise ValueError(f"its pattern is not that of the {name} tokenizer")
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
         raise TypeError("tokens is not a list of non-empty strings")
@@ -356,9 +372,9 @@ def _from_tree(tree: Any) -> Encoding:
     tokens = [text.encode("latin-1") for text in texts]
     if len(set(tokens)) < len(tokens):
         raise ValueError("duplicate token")
-    if name == "chars":
+    if TOKENIZERS[name].of_characters:
         if not tokens or any(len(token.decode()) != 1 for token in tokens):
-            raise ValueError("a token of the chars tokenizer is not one character")
+            raise ValueError(f"a token of the {name} tokenizer is not one character")
     elif not {bytes([byte]) for byte in range(256)} <= set(tokens):
         raise ValueError("it lacks a token for some byte")
     return Encoding(name, tokens)

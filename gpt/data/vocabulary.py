@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from gpt.config import DataConfig
-from gpt.data import tokenizer
 from gpt.data.cache import PlannedSource
 from gpt.data.sources.document import OnRead
 from gpt.data.split import size_of, split_documents
-from gpt.data.tokenizer import Encoding, pieces
-from gpt.errors import StoppedError
+from gpt.data.tokenizer import TOKENIZERS, Encoding, pieces
 
-STOPPED = "stopped while preparing data; run the same command to resume"
 # The trainer needs about 100 bytes of memory for each byte of the distinct words that it has seen,
 # so the bytes of distinct long words, which are rarely repeated, are limited.
 MAX_DISTINCT_BYTES = 2**23
@@ -24,15 +21,17 @@ def train_tokenizer(
     config: DataConfig,
     sources: list[PlannedSource],
     on_read: OnRead = lambda count: None,
-    stop: Callable[[], bool] = lambda: False,
+    check: Callable[[], object] = lambda: None,
 ) -> Encoding:
     """The tokenizer that `config` describes.
 
-    `chars` learns from all text, since every character needs a token; `bpe` from training text.
+    Its entry in `TOKENIZERS` says which text it learns from: all of it for `chars`, since every
+    character needs a token.
 
-    Raises:
-        StoppedError: `stop()` became true.
+    Args:
+        check: called for each piece of text; an exception that it raises ends the work.
     """
+    kind = TOKENIZERS[config.tokenizer]
     position = 0  # bytes read of all files
 
     def count_read(count: int) -> None:
@@ -42,9 +41,8 @@ def train_tokenizer(
 
     def texts() -> Iterator[str]:
         for target, piece, _ in split_documents(config, sources, count_read, end_of_text=-1):
-            if stop():
-                raise StoppedError(STOPPED)
-            if isinstance(piece, str) and (target != "val" or config.tokenizer == "chars"):
+            check()
+            if isinstance(piece, str) and (target != "val" or kind.trained_on == "everything"):
                 yield piece
 
     def sample() -> Iterator[str]:
@@ -66,5 +64,4 @@ def train_tokenizer(
                     words |= new
                     yield part
 
-    documents = sample() if config.tokenizer == "bpe" else texts()
-    return tokenizer.TOKENIZERS[config.tokenizer](config, documents)
+    return kind.make(config, sample() if kind.trained_on == "sample" else texts())

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from gpt.config import Config
 from gpt.diagnostics.layers import layer_of
 from gpt.init import depth_scaled
+from gpt.io.files import Natural
 from gpt.metrics import MAX_LAYERS
 from gpt.model import GPT
 from gpt.placement import PLACEMENTS, has_final_norm
@@ -48,7 +49,7 @@ class Failure:
         advice: what to try next, the most promising first.
     """
 
-    step: Annotated[int, Field(ge=0, le=2**53)]
+    step: Natural
     quantity: str
     place: FaultLocation | None
     advice: tuple[str, ...]
@@ -157,7 +158,7 @@ def advice(config: Config, place: FaultLocation | None, updates: int) -> list[st
 def _warmup_advice(config: Config, updates: int) -> Iterator[str]:
     schedule = config.schedule
     tenth = max(1, config.training.steps // 10)
-    steps = 0 if schedule.warmup == "none" else schedule.warmup_steps
+    steps = schedule.effective_warmup_steps
     if updates and steps < tenth:
         yield (
             f"--schedule.warmup linear --schedule.warmup-steps {tenth}"

@@ -18,15 +18,16 @@ import stat
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Annotated, BinaryIO, TypeVar
 
 from filelock import FileLock, Timeout
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from gpt.errors import InputError
 from gpt.io.wait import TIMEOUT, wait_for
 
 T = TypeVar("T")
+Natural = Annotated[int, Field(ge=0, le=2**53)]  # in JSON files; any program reads it exactly
 
 SMALL = 2**26  # default size limit, in bytes, of a file that is read at once
 LOCK = ".lock"  # in a directory in which one process at a time may work
@@ -48,6 +49,15 @@ def open_regular(path: Path) -> BufferedReader:
         kind = kinds.get(stat.S_IFMT(mode), "a device")
         raise InputError(f"{path}: is {kind}, not a regular file")
     return open(handle, "rb")
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an error of the operating system into an `InputError`: `path` cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 NON_BLOCKING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # absent on some platforms
@@ -84,12 +94,10 @@ def read_json(path: Path, kind: type[T], advice: str = "") -> T:
     Raises:
         InputError: it cannot be read, or contains something else.
     """
+    with reading(path):
+        contents = read_small(path)
     try:
-        return TypeAdapter(kind).validate_json(read_small(path), strict=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except InputError:
-        raise
+        return TypeAdapter(kind).validate_json(contents, strict=True)
     except ValueError:
         raise InputError(f"{path}: is damaged{advice and f'; {advice}'}") from None
 
@@ -137,7 +145,7 @@ def open_for_update(path: Path) -> BinaryIO:
     return path.open("r+b")
 
 
-def describe(path: Path) -> dict[str, int | str]:
+def size_and_hash(path: Path) -> dict[str, int | str]:
     """Size in bytes and SHA-256 of a file."""
     with open_regular(path) as file:
         return {

@@ -37,7 +37,7 @@ def describe(
     total = config.training.steps * batch_tokens
     schedule = config.schedule
     warmup = f"{schedule.warmup} warm-up of {schedule.warmup_steps:,} steps"
-    if schedule.warmup_steps >= config.training.steps:
+    if schedule.effective_warmup_steps >= config.training.steps:
         warmup += " (the whole run or longer)"
     parts = config.batch_sequences // micro_batch
     if train_tokens is None:
@@ -52,7 +52,7 @@ def describe(
         "batch": f"{batch_tokens:,} tokens per step: {config.batch_sequences} sequences of "
         f"{config.model.context}" + (f", in {parts} micro-batches" if parts > 1 else ""),
         "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}, "
-        f"{'no warm-up' if schedule.warmup == 'none' else warmup}, then {schedule.body}",
+        f"{warmup if schedule.effective_warmup_steps else 'no warm-up'}, then {schedule.body}",
         "data": f"{data}; {config.data.tokenizer} vocabulary of {model.vocab_size:,}",
         "directory": str(directory),
     }

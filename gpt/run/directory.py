@@ -1,7 +1,7 @@
 """A run directory: the files of a run, and reading and writing them.
 
 runs/NAME/config.yaml, environment.json, tokenizer.json, metrics.jsonl, history.jsonl,
-          result.json, loss.png, samples/, checkpoints/
+          result.json, loss.png, layers.png, samples/, checkpoints/
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pydantic import TypeAdapter
 
 from gpt import __version__
 from gpt import config as configs
-from gpt.checkpoint.state import Loss, Natural, Time
+from gpt.checkpoint.state import Loss, Time
 from gpt.config import Config
 from gpt.diagnostics.failure import Failure
 from gpt.errors import InputError
-from gpt.io.files import SMALL, lock_directory, open_for_update, read_json, write_text
+from gpt.io.files import SMALL, Natural, lock_directory, open_for_update, read_json, write_text
 
 Status = Literal["finished", "diverged", "interrupted"]
 

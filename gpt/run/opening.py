@@ -10,7 +10,7 @@ from torch import Tensor
 from gpt import checkpoint as store
 from gpt.checkpoint import Checkpoint
 from gpt.checkpoint.state import Progress, read_state
-from gpt.config import Config, changed
+from gpt.config import Config, describe_differences
 from gpt.data import tokenizer
 from gpt.data.prepared import Dataset
 from gpt.errors import InputError
@@ -32,10 +32,10 @@ def check_tokens(plan: ResumePlan, dataset: Dataset) -> None:
     if plan.checkpoint is None:
         return
     if read_state(plan.checkpoint).data_fingerprint != dataset.fingerprint:
-        data = [change for change in plan.changes if change.startswith("data.")]
+        data = {key: each for key, each in plan.changes.items() if key.startswith("data.")}
         raise InputError(
             f"{plan.directory.path}: the tokens differ from those that this run was trained on so "
-            f"far ({'; '.join(data) or 'the text has changed'});\n"
+            f"far ({'; '.join(describe_differences(data)) or 'the text has changed'});\n"
             "use the same text, or choose another --out-dir"
         )
 
@@ -86,7 +86,7 @@ def adopt_checkpoint(
         if trainer.micro_batch > config.batch_sequences:
             raise InputError(f"{checkpoint.name}: micro-batch is larger than the batch")
     if (
-        changed(plan.changes, "training.steps")
+        "training.steps" in plan.changes
         and progress.step == plan.directory.read_config().training.steps
     ):
         progress.start_step = progress.step  # the former last step counts as scheduled
@@ -146,7 +146,7 @@ def write_identity(
         directory.note(
             "resumed",
             step,
-            changes=plan.changes,
+            changes=describe_differences(plan.changes),
             skipped=[str(damage) for damage in plan.damaged],
             command=command_line(),
         )

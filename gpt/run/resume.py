@@ -6,12 +6,12 @@ A directory that holds a run is never overwritten. `open_run` decides before any
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gpt import checkpoint as store
 from gpt.checkpoint import Checkpoint
-from gpt.config import Config, changed, may_change
+from gpt.config import Config, Differences, describe_differences, may_change
 from gpt.errors import InputError
 from gpt.io.files import is_partial
 from gpt.run.directory import RunDirectory, RunResult
@@ -35,7 +35,7 @@ class ResumePlan:
     checkpoint: Checkpoint | None = None
     result: RunResult | None = None
     existing: bool = False
-    changes: tuple[str, ...] = ()
+    changes: Differences = field(default_factory=dict)
     damaged: tuple[InputError, ...] = ()
 
     @property
@@ -49,7 +49,10 @@ class ResumePlan:
             return []
         step = self.checkpoint.step if self.checkpoint else 0
         jump = describe_lr_change(self.directory.read_config(), config, step)
-        return ["changed: " + "; ".join(self.changes), *([] if jump is None else [jump])]
+        return [
+            "changed: " + "; ".join(describe_differences(self.changes)),
+            *([] if jump is None else [jump]),
+        ]
 
 
 def describe_lr_change(before: Config, now: Config, step: int) -> str | None:
@@ -86,13 +89,13 @@ def ended_run(config: Config, path: Path, resume: str) -> RunResult | None:
     changes, result = _same_run(directory, config, resume)
     if result is None or result.status == "interrupted":
         return None
-    if result.status == "diverged" and changed(changes, "training.nonfinite"):
+    if result.status == "diverged" and "training.nonfinite" in changes:
         raise InputError(
             f"{path}: has diverged and cannot be resumed; to start another --out-dir from its last "
             "checkpoint, pass that checkpoint to --resume"
         )
     steps = config.training.steps
-    if result.status == "finished" and changed(changes, "training.steps") and steps != result.step:
+    if result.status == "finished" and "training.steps" in changes and steps != result.step:
         if steps < result.step:
             raise InputError(
                 f"{path}: already at step {result.step}; training.steps ({steps}) must be greater"
@@ -124,19 +127,17 @@ def open_run(config: Config, path: Path, resume: str) -> ResumePlan:
     if checkpoint is None and result is not None and result.step:
         raise InputError(f"{path}: has no checkpoint to resume from; choose another --out-dir")
     steps = config.training.steps
-    most = steps - changed(changes, "training.steps")  # a new length must leave something to train
+    most = steps - ("training.steps" in changes)  # a new length must leave something to train
     if checkpoint is not None and checkpoint.step > most:
         raise InputError(
             f"{path}: already at step {checkpoint.step}; training.steps ({steps}) must be greater"
         )
-    return ResumePlan(
-        directory, checkpoint, existing=True, changes=tuple(changes), damaged=tuple(damaged)
-    )
+    return ResumePlan(directory, checkpoint, existing=True, changes=changes, damaged=tuple(damaged))
 
 
 def _same_run(
     directory: RunDirectory, config: Config, resume: str
-) -> tuple[list[str], RunResult | None]:
+) -> tuple[Differences, RunResult | None]:
     """The changed options, all of which a resumed run may change, and the run's result."""
     if resume != "auto":
         raise InputError(
@@ -144,10 +145,11 @@ def _same_run(
             "choose another --out-dir, or resume it with --resume auto"
         )
     changes = directory.read_config().differences(config)
-    refused = [change for change in changes if not may_change(change)]
+    refused = [option for option in changes if not may_change(option)]
     if refused:
-        refused += [change for change in changes if change.startswith("data.path:")]
-        shown = "; ".join(refused[:5]) + ("; ..." if len(refused) > 5 else "")
+        refused += [option for option in changes if option == "data.path"]
+        lines = describe_differences({option: changes[option] for option in refused})
+        shown = "; ".join(lines[:5]) + ("; ..." if len(lines) > 5 else "")
         raise InputError(
             f"{directory.path}: contains a run with a different config ({shown});\n"
             "choose another --out-dir or name, or give that run's config to resume it"
@@ -184,14 +186,14 @@ def _start_from(config: Config, resume: str) -> Checkpoint | None:
             "runs/NAME/checkpoints/step-00001000"
         )
     origin = RunDirectory(folder.parents[1])
-    different = [
-        line
-        for line in origin.read_config().differences(config)
-        if line.startswith(("model.", "data.", "optimizer.name"))
-        and not line.startswith("data.cache_dir")
-    ]
+    different = {
+        option: values
+        for option, values in origin.read_config().differences(config).items()
+        if option.startswith(("model.", "data.", "optimizer.name")) and option != "data.cache_dir"
+    }
     if different:
-        raise InputError(f"--resume {resume}: has another model, optimizer or data: {different[0]}")
+        first, *_ = describe_differences(different)
+        raise InputError(f"--resume {resume}: has another model, optimizer or data: {first}")
     checkpoint = store.load(folder)
     if checkpoint.step >= config.training.steps:
         raise InputError(

@@ -23,7 +23,7 @@ from gpt import metrics
 from gpt.checkpoint import Checkpoint
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.checkpoint.state import Progress, State, read_state
-from gpt.config import Config, changed
+from gpt.config import Config
 from gpt.data import tokenizer
 from gpt.data.prepared import Dataset
 from gpt.data.sequences import TrainingSequences, ValidationSequences, prefetch
@@ -129,9 +129,7 @@ class Run:
             Whether there are any.
         """
         progress = self.progress
-        if any(
-            changed(plan.changes, f"checkpoint.{key}") for key in ("every", "keep", "keep_every")
-        ):
+        if any(f"checkpoint.{key}" in plan.changes for key in ("every", "keep", "keep_every")):
             found = store.steps(self.directory.checkpoints)
             progress.protected_steps = tuple(step for step in found if step != progress.step)
             return True

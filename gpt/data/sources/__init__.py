@@ -4,6 +4,7 @@
     paths.py     which files data.path names, with folders, patterns and links
     text.py      text files, and Python's standard library
     jsonl.py, parquet.py, tokens.py    one file format each
+    foreign_tokens.py  the type of the ids in token files of other programs
     hub.py       datasets of the Hugging Face hub
 
 A source finds the files that it reads, whose sizes and times tell whether a corpus has changed, and
@@ -11,7 +12,7 @@ yields documents. A document comes in pieces of bounded size, so that a file of 
 in constant memory; pieces end where no token can cross (`gpt.data.tokenizer.pieces`).
 
 Sources report everything that can be wrong with a user's file, naming the file and the byte, line,
-row or token. Decoding bytes as text is in gpt/io/text.py, the type of token ids in token_files.py.
+row or token. Decoding bytes as text is in gpt/io/text.py.
 """
 
 from __future__ import annotations

@@ -9,11 +9,28 @@ from gpt.config import SourceConfig
 from gpt.data.token_files import Tokens
 from gpt.data.tokenizer import pieces
 from gpt.errors import InputError, nearest
-from gpt.io.text import invalid_byte
+from gpt.io.text import decode_part
 
 OnRead = Callable[[int], None]  # called with the number of bytes just read, to report progress
 
 INVALID_TEXT_HINT = ", or set data.invalid_text: replace"
+UNPACK, EXPORT = "extract the texts from it", "export its texts as JSON Lines"
+REMEDIES = {  # by format, what to do with a file that is not text
+    "a Parquet file": "use data.source: parquet",
+    "an Arrow file": "save it as Parquet and use data.source: parquet",
+    "a NumPy array": "if it contains token ids, use data.source: tokens",
+    "a zip archive (or .docx, .epub, .npz, .pt)": UNPACK,
+    "an archive": UNPACK,
+    "a tar archive": UNPACK,
+    "a PDF": "extract its text, for example with `pdftotext`",
+    "an office document": "save it as plain text",
+    "an SQLite database": EXPORT,
+    "an HDF5 file": EXPORT,
+    "a pickle": EXPORT,
+    "a picture": "leave it out",
+    "a program": "leave it out",
+    "a safetensors file": "leave it out",
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +67,7 @@ def document_from_field(value: object, origin: str, config: SourceConfig) -> Doc
         return skipped_document(origin)
     replace = config.invalid_text == "replace"
     if isinstance(value, bytes):
-        value = _decoded(value, origin, replace)
+        value = decode_part(value, origin, replace=replace, hint=INVALID_TEXT_HINT)
     if not isinstance(value, str):
         hint = "; set data.missing_text: skip to skip such records" if value is None else ""
         raise InputError(
@@ -58,14 +75,6 @@ def document_from_field(value: object, origin: str, config: SourceConfig) -> Doc
         )
     whole = _without_surrogates(value, origin, replace).removeprefix("\ufeff")
     return Document(pieces((whole,)), lambda: len(whole.encode()))
-
-
-def _decoded(value: bytes, origin: str, replace: bool) -> str:
-    try:
-        return value.decode(errors="replace" if replace else "strict")
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise invalid_byte(origin, error.start, byte, INVALID_TEXT_HINT) from None
 
 
 def _without_surrogates(value: str, origin: str, replace: bool) -> str:

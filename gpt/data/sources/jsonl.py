@@ -12,6 +12,7 @@ from typing import Any
 from gpt.config import SourceConfig
 from gpt.data.sources.document import (
     INVALID_TEXT_HINT,
+    REMEDIES,
     Document,
     OnRead,
     document_from_field,
@@ -59,7 +60,7 @@ def _checked_chunks(path: Path, on_read: OnRead) -> Iterator[bytes]:
     """A file's contents without a byte-order mark; rejects other formats by their first bytes."""
     chunks = read_chunks(path, on_read)
     head = next(chunks, b"").removeprefix(codecs.BOM_UTF8)
-    text.check(head, str(path))
+    text.check(head, str(path), REMEDIES)
     if head.lstrip().startswith(b"["):
         raise InputError(
             f"{path}: is a JSON array, not JSON Lines (one object per line); "
@@ -93,14 +94,10 @@ def _lines(chunks: Iterable[bytes], path: Path) -> Iterator[bytes]:
 
 def _parse(line: bytes, origin: str, config: SourceConfig) -> dict[str, Any]:
     """The JSON object on one line."""
+    replace = config.invalid_text == "replace"
+    decoded = text.decode_part(line, origin, replace=replace, hint=INVALID_TEXT_HINT)
     try:
-        errors = "replace" if config.invalid_text == "replace" else "strict"
-        record = json.loads(line.decode(errors=errors))
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{origin}: is not UTF-8 text (byte {error.start} of the line); if it is in another "
-            f"encoding, convert it{INVALID_TEXT_HINT}"
-        ) from None
+        record = json.loads(decoded)
     except json.JSONDecodeError as error:
         if error.pos >= len(error.doc.rstrip()) and line.lstrip().startswith(b"{"):
             raise InputError(

@@ -8,8 +8,8 @@ from typing import Any
 
 from gpt.config import SourceConfig
 from gpt.data.sources.document import Document, OnRead, document_from_field, missing_field
-from gpt.data.sources.text import open_source
 from gpt.errors import InputError
+from gpt.io.files import open_regular, reading
 from gpt.io.text import CHUNK, HEAD, recognize
 
 ROWS = 8  # rows read at a time, so that even very long rows need little memory
@@ -53,11 +53,10 @@ def documents(
 
 
 def _check_format(path: Path) -> None:
-    with open_source(path) as file:
+    with reading(path), open_regular(path) as file:
         head = file.read(HEAD)
     if not head.startswith((b"PAR1", b"PARE")):
-        found = recognize(head)
-        what = found[0] if found else "text or another format" if head else "empty"
+        what = recognize(head) or ("text or another format" if head else "empty")
         raise InputError(f"{path}: is not a Parquet file: it is {what}")
 
 

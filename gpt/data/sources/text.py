@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from gpt.config import SourceConfig
-from gpt.data.sources.document import INVALID_TEXT_HINT, Document, OnRead, document_from_field
+from gpt.data.sources.document import (
+    INVALID_TEXT_HINT,
+    REMEDIES,
+    Document,
+    OnRead,
+    document_from_field,
+)
 from gpt.data.sources.paths import SourceFiles
 from gpt.data.tokenizer import pieces
 from gpt.errors import InputError
-from gpt.io.files import open_regular
+from gpt.io.files import open_regular, reading
 from gpt.io.text import decoded, decompressed
-
-
-@contextlib.contextmanager
-def open_source(path: Path) -> Iterator[BinaryIO]:
-    """Open a regular file, and turn errors of reading it into an `InputError` that names it."""
-    try:
-        with open_regular(path) as file:
-            yield file
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def read_chunks(path: Path, on_read: OnRead = lambda count: None) -> Iterator[bytes]:
     """The contents of a file, decompressed; `on_read` counts the file's own bytes."""
-    with open_source(path) as file:
+    with reading(path), open_regular(path) as file:
         before = 0
         for chunk in decompressed(file, str(path)):
             on_read(file.tell() - before)
@@ -57,7 +51,13 @@ def _read_text(
 ) -> Iterator[str]:
     """A file's text, a chunk at a time, without a byte-order mark."""
     replace = config.invalid_text == "replace"
-    return decoded(read_chunks(path, on_read), str(path), replace=replace, hint=INVALID_TEXT_HINT)
+    return decoded(
+        read_chunks(path, on_read),
+        str(path),
+        replace=replace,
+        hint=INVALID_TEXT_HINT,
+        remedies=REMEDIES,
+    )
 
 
 def find_stdlib(config: SourceConfig) -> SourceFiles:

@@ -9,7 +9,8 @@ import numpy as np
 
 from gpt.config import SourceConfig
 from gpt.data.sources.document import Document, OnRead
-from gpt.data.token_files import Tokens, open_ids
+from gpt.data.sources.foreign_tokens import open_ids
+from gpt.data.token_files import Tokens
 from gpt.data.tokenizer import PIECE
 from gpt.errors import InputError
 

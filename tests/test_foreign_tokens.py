@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt.data.token_files import open_ids
+from gpt.data.sources.foreign_tokens import open_ids
 from gpt.errors import InputError
 
 GPT2 = 50_257
