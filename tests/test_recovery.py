@@ -584,16 +584,14 @@ def test_a_run_that_is_made_longer_survives_a_kill(
 def test_a_run_that_another_process_has_just_finished_is_reported(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from gpt import training
+    out, lock = tmp_path / "run", RunDirectory.lock
 
-    out, hold = tmp_path / "run", training.lock_directory
-
-    def late(path: Path, refusal: str) -> Any:
-        monkeypatch.setattr(training, "lock_directory", hold)
+    def late(directory: RunDirectory) -> Any:
+        monkeypatch.setattr(RunDirectory, "lock", lock)
         run(tiny(), out)
-        return hold(path, refusal)
+        return lock(directory)
 
-    monkeypatch.setattr(training, "lock_directory", late)
+    monkeypatch.setattr(RunDirectory, "lock", late)
     assert run(tiny(), out, stop=power_cut).status == "finished"  # it does not train
     assert len(records(out)) == 23
     assert (out / "result.json").is_file()
