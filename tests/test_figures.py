@@ -9,14 +9,16 @@ from __future__ import annotations
 import re
 from html import unescape
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from test_summary import ARMS, grid, outcome
 
 from gpt.compare import report
-from gpt.compare.figures.base import PlotData
+from gpt.compare.figures.base import Plot, PlotData, Section
 from gpt.compare.figures.losses import failures, loss_by_rate
 from gpt.compare.figures.thresholds import thresholds
 from gpt.compare.grid import Grid
@@ -153,3 +155,17 @@ def test_every_run_has_its_own_loss_in_the_page(data: PlotData, tables: Path):
         assert f"{run.verdict.final_val_loss:.3f}" in row
         assert f"{run.cell.arm}, {run.rate:g}" in row
         assert f"seed {run.seed}" in row
+
+
+@pytest.mark.parametrize("section", get_args(Section))
+def test_a_new_plot_reaches_the_page_in_its_section(
+    section: Section, data: PlotData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "grid.yaml").write_text(data.grid.to_yaml())
+    plot = Plot(section, "A new title", "caption", "alt", Figure(figsize=(1, 1)))
+    monkeypatch.setattr(report, "draw", lambda data: {"new": plot})
+    report.write_report(tmp_path, data.grid, data.summary, data.outcomes, [], [])
+    html = (tmp_path / "report.html").read_text("utf-8")
+    assert '<figure id="new">' in html
+    heading = html.partition('<figure id="new">')[0].rpartition('<h2 id="')[2].partition('"')[0]
+    assert heading == ("contrasts" if section == "training" else section)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -29,6 +29,7 @@ DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)
 SHAPES = "os^Dv"
 INK = "#1f1f1f"  # text and axes; the report replaces it by its text color, light or dark
 PALE = "#8a8a8a"
+Section = Literal["losses", "arms", "initialization", "training", "curves"]
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,14 @@ class Plot:
     """A figure with its text.
 
     Attributes:
+        section: of report.html, which shows it.
         title: a heading.
         caption: the quantities shown, and how to read them.
         alt: a description for readers who cannot see it.
         cells: whose curves it shows.
     """
 
+    section: Section
     title: str
     caption: str
     alt: str
@@ -71,12 +74,19 @@ class Style:
 
 @dataclass(frozen=True)
 class PlotData:
-    """What is plotted: a comparison and its results."""
+    """What is plotted: a comparison and its results.
+
+    Attributes:
+        name: of the comparison's directory.
+        beside: another comparison, to be shown next to this one.
+    """
 
     grid: Grid
     summary: Summary
     outcomes: Sequence[Outcome]
-    init_probes: Sequence[InitProbe]
+    init_probes: Sequence[InitProbe] = ()
+    name: str = ""
+    beside: PlotData | None = None
 
     @property
     def settings(self) -> list[str]:

@@ -24,6 +24,7 @@ def gradient_by_depth(data: PlotData) -> Plot | None:
     axes.set_ylabel("gradient norm of the last block's W₂")
     figure.legend(loc="outside lower center", ncols=2 if len(slopes) < 9 else 3)
     return Plot(
+        "initialization",
         "Gradient of the last block at initialization, by depth",
         "For a single token, averaged over initial weights, as in the theory of Xiong et al. 2020: "
         "with xavier weights it is flat in post-norm, and in pre-norm it falls with a slope near "
@@ -46,6 +47,7 @@ def amplification(data: PlotData) -> Plot | None:
     names = [_name(data, each) for each in data.init_probes]
     figure.legend(axes_list[0].lines, names, loc="outside lower center", ncols=min(len(names), 5))
     return Plot(
+        "initialization",
         "Amplification of a change of the weights, by depth",
         "For a single token, per channel: every matrix of the blocks changed at random by 1% of "
         "its standard deviation, and by Adam's first update at rate 1e-5. Theory (Liu et al. 2020) "
@@ -80,7 +82,7 @@ def _by_depth(
     return slopes
 
 
-def init_by_layer(data: PlotData) -> Plot | None:
+def start_by_layer(data: PlotData) -> Plot | None:
     """Gradient norm, residual dependency and residual stream by layer."""
     if not data.init_probes:
         return None
@@ -106,6 +108,7 @@ def init_by_layer(data: PlotData) -> Plot | None:
     plain_numbers(axes_list[0])
     figure.legend(loc="outside lower center", ncols=2 if len(alt) < 9 else 3)
     return Plot(
+        "initialization",
         f"Inside the networks at initialization, {depth} blocks",
         f"The arms' networks with {depth} blocks, whatever the grid's depth, on batches of the "
         "training text before any update. β = Var[f]/Var[x + f] is the sublayer's share of the "

@@ -57,6 +57,7 @@ def layers(data: PlotData) -> Plot | None:
     legend(figure, data.styles)
     step = max(record["step"] for records in snapshots.values() for record in records)
     return Plot(
+        "training",
         "Inside the networks during training",
         f"Runs at rate {rate:g}{f' ({setting})' if setting else ''} that trained, at step {step}, "
         "a line per run. β is not measured where a placement combines x and f other than as "
@@ -117,6 +118,7 @@ def _curves(data: PlotData, setting: str, rate: float, outcomes: Sequence[Outcom
     legend(figure, data.styles)
     statuses = ", ".join(f"{o.cell.arm}, seed {o.seed}: {o.status}" for o in outcomes)
     return Plot(
+        "curves",
         f"Rate {rate:g}{f', {setting}' if setting else ''}",
         f"A line per run; a ring marks a spike. The dashed line is {UNIGRAM_ENTROPY}.",
         f"Loss and gradient norm against the step. {statuses}",
