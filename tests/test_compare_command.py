@@ -113,6 +113,37 @@ def test_a_grid_that_takes_too_long_or_too_much_disk_is_refused_before_it_starts
     assert "are free" in capsys.readouterr().err.replace("\n", " ")
 
 
+def test_arms_whose_updates_take_different_times_are_timed_separately(
+    grid_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from gpt.compare import estimate
+    from gpt.compare.tasks import make_tasks
+
+    levels = {
+        "pre": {},
+        "post": {"model.norm.placement": "post"},
+        "rms": {"model.norm.type": "rms"},
+        "QK": {"model.attention.qk_norm": True},
+        "soft cap": {"model.logit_soft_cap": 30},
+        "z-loss": {"training.z_loss": 1e-4},
+        "SGD": {"optimizer.name": "sgd"},
+        "beta2": {"optimizer.beta2": 0.999},
+        "xavier": {"model.init.regime": "xavier"},
+    }
+    tree = {**yaml.safe_load(grid_file.read_text()), "arms": {"f": levels}, "pairs": []}
+    _, cells = load(write(tmp_path / "arms.yaml", {**tree, "contrasts": []}))
+    timed: list[float] = []
+
+    def measure(config: object, vocab_size: int, seconds: float) -> tuple[float, int, int]:
+        timed.append(seconds)
+        return 1.0, 1, 1
+
+    monkeypatch.setattr(estimate, "_measure", measure)
+    estimate.estimate(make_tasks(cells, "processes"), 256, 1, keep_checkpoints=False)
+    assert len(timed) == 7  # neither Adam's constants nor the initial weights change the time
+    assert sum(timed) == pytest.approx(estimate.TIMED_SECONDS)
+
+
 @pytest.mark.parametrize(
     ("path", "words"),
     [

@@ -16,7 +16,13 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 from gpt.compare.grid import Grid
 from gpt.compare.init_probes import InitProbe
@@ -29,6 +35,8 @@ DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)
 SHAPES = "os^Dv"
 INK = "#1f1f1f"  # text and axes; the report replaces it by its text color, light or dark
 PALE = "#8a8a8a"
+BETAS = ("attention's residual dependency β", "feed-forward's β")
+STREAM = "RMS of the residual stream"
 Section = Literal["losses", "arms", "initialization", "training", "curves"]
 
 
@@ -188,6 +196,19 @@ def plain_numbers(axes: Axes) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def by_block(axes_list: Sequence[Axes], titles: Sequence[str]) -> None:
+    """Label panels of measures against the block: βs from 0, all others on a logarithmic axis."""
+    for axes, title in zip(axes_list, titles, strict=True):
+        axes.set_title(title)
+        axes.set_xlabel("block")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if title in BETAS:
+            axes.set_ylim(bottom=0)
+        else:
+            axes.set_yscale("log")
+            plain_numbers(axes)
 
 
 def save(name: str, plot: Plot, folder: Path) -> str:

@@ -8,8 +8,15 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
-from gpt.compare.figures.base import Plot, PlotData, panels, plain_numbers
-from gpt.compare.figures.runs import BY_BLOCK_TITLES, by_block
+from gpt.compare.figures.base import (
+    BETAS,
+    STREAM,
+    Plot,
+    PlotData,
+    by_block,
+    panels,
+    plain_numbers,
+)
 from gpt.compare.init_probes import InitProbe
 from gpt.compare.probes import Probe
 from gpt.compare.statistics import loglog_slope
@@ -103,9 +110,7 @@ def start_by_layer(data: PlotData) -> Plot | None:
             f"{_name(data, each)}: gradient {probe.gradient_norms[0]:.2g} in block 1, "
             f"{probe.gradient_norms[-1]:.2g} in block {depth}"
         )
-    by_block(axes_list, ("gradient norm of W₂", *BY_BLOCK_TITLES))
-    axes_list[0].set_yscale("log")
-    plain_numbers(axes_list[0])
+    by_block(axes_list, ("gradient norm of W₂", *BETAS, STREAM))
     figure.legend(loc="outside lower center", ncols=2 if len(alt) < 9 else 3)
     return Plot(
         "initialization",
