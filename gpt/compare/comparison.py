@@ -141,7 +141,9 @@ def report(
     summary = summarize(grid, outcomes)
     other = None if beside is None else (beside, read_comparison(beside))
     write_text(directory / "cells.csv", csv_text(outcomes))
-    write_text(directory / "summary.json", to_json({"version": VERSION, **asdict(summary)}))
+    results = {"version": VERSION, **asdict(summary)}
+    results["verdict"] = results.pop("conclusions")  # the key that the file has always had
+    write_text(directory / "summary.json", to_json(results))
     write_report(directory, grid, summary, outcomes, init_probes, commands, other)
     return summary
 
@@ -325,8 +327,8 @@ def format_outcome(outcome: Outcome) -> str:
 
 
 def format_summary(summary: Summary, directory: Path) -> str:
-    """The verdict, cells without a result, and where the report is."""
-    lines = [*summary.verdict]
+    """The conclusions, cells without a result, and where the report is."""
+    lines = [*summary.conclusions]
     if summary.lost:
         counts = Counter(summary.lost.values())
         by_status = ", ".join(f"{count} {status}" for status, count in counts.items())
