@@ -15,8 +15,8 @@ import yaml
 from comparing import Make, TwoCells, called, write, write_grid
 from conftest import ROOT
 
-from gpt.compare import comparison
 from gpt.compare.grid import load
+from gpt.compare.messages import too_long_warmups
 from gpt.io import files
 from gpt.run.directory import RunDirectory
 
@@ -166,9 +166,9 @@ def test_what_is_not_a_grid_is_refused(
 
 def test_a_warm_up_as_long_as_the_run_is_reported(grid_file: Path):
     _, cells = load(grid_file, {"schedule": {"warmup_steps": 20}})
-    assert comparison.too_long_warmups(cells) == ["pre", "deepnorm"]
+    assert too_long_warmups(cells) == ["pre", "deepnorm"]
     _, cells = load(grid_file, {"schedule": {"warmup_steps": 19}})
-    assert comparison.too_long_warmups(cells) == []
+    assert too_long_warmups(cells) == []
 
 
 def test_two_at_once_in_one_directory_are_refused(

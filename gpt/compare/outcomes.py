@@ -15,13 +15,15 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from gpt import metrics
-from gpt.compare.cell_runs import CellError, cell_directory, has_ended, read_errors
+from gpt.compare.cell_runs import CellError, cell_directory, has_result, read_lost
 from gpt.compare.grid import Cell
 from gpt.compare.statistics import capped
 from gpt.compare.verdicts import Verdict, verdict
 from gpt.errors import InputError
 from gpt.io.files import read_json
 from gpt.run.directory import RunDirectory
+
+NO_RESULT = "no cell has a result yet"
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,10 @@ def read_outcomes(cells: Sequence[Cell], directory: Path) -> list[Outcome]:
     Raises:
         InputError: no cell has a result, or a file is damaged.
     """
-    errors = read_errors(directory)
-    outcomes = [read_outcome(cell, directory, errors.get(cell.id)) for cell in cells]
+    lost = read_lost(directory)
+    outcomes = [read_outcome(cell, directory, lost.get(cell.id)) for cell in cells]
     if not any(outcome.verdict is not None for outcome in outcomes):
-        raise InputError(f"{directory}: no cell has a result yet")
+        raise InputError(f"{directory}: {NO_RESULT}")
     return outcomes
 
 
@@ -130,7 +132,7 @@ def read_outcome(cell: Cell, directory: Path, error: CellError | None = None) ->
         InputError: the directory holds a run of another config, or a file in it is damaged.
     """
     run = RunDirectory(cell_directory(directory, cell))
-    result = run.read_result() if has_ended(directory, cell) else None
+    result = run.read_result() if has_result(directory, cell) else None
     if result is None:
         return Outcome(cell, run.path, None, error)
     environment = read_json(run.environment, Environment)
