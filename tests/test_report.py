@@ -270,9 +270,21 @@ def test_arms_can_be_switched_off_and_on(page: Any):
 @needs_browser
 def test_a_row_links_to_its_curve_which_is_highlighted(page: Any):
     link = page.locator("[data-show]").first
+    row = page.locator(f'[id="{link.get_attribute("data-show")}"]')
     link.click()
-    assert page.url.rpartition("#")[2].startswith("curves-")
-    assert page.locator(".chosen").count() >= 1
+    target = page.url.rpartition("#")[2]
+    assert target.startswith("curves-")
+    width = "line => getComputedStyle(line).strokeWidth"
+    lines = page.locator(f"#{target} .chosen > path")
+    assert lines.count() >= 2
+    assert {line.evaluate(width) for line in lines.all()} == {"3px"}
+    others = page.locator(f"#{target} .cell:not(.chosen) > path")
+    assert "3px" not in {line.evaluate(width) for line in others.all()}
+    color = "getComputedStyle(document.querySelector('tr.chosen')).backgroundColor"
+    assert row.get_attribute("class").endswith("chosen")
+    assert page.evaluate(color) == "rgb(255, 243, 196)"
+    page.locator("[data-show]").last.click()
+    assert page.locator("tr.chosen").count() == 1
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from gpt import schedule
 from gpt.compare.cell_runs import CellError
 from gpt.compare.grid import Cell, Grid
 from gpt.compare.outcomes import Outcome
-from gpt.compare.report.cells_csv import csv_row
+from gpt.compare.report.cells_csv import csv_row, csv_text
 from gpt.compare.results import Summary
 from gpt.compare.statistics import Interval, Threshold, holm, mean_interval, newcombe, wilson
 from gpt.compare.summary import summarize
@@ -240,6 +240,22 @@ def test_lost_cells_are_in_no_number_and_are_named():
     assert found.arms[0].by_rate[0].n == 5
     row = csv_row(gone)
     assert (row["status"], row["reason"]) == ("killed", "by SIGKILL")
+
+
+def test_the_columns_of_cells_csv_and_their_order():
+    """Measures of layers are at the end, and only those that some cell has."""
+    runs = [outcome("pre, cold", 0.1, seed, 2.5) for seed in range(3)]
+    runs[0] = replace(runs[0], verdict=None)
+    runs[2] = replace(runs[2], extremes={"stream_rms": 1.0, "attention_entropy": 2.0})
+    header, lost, *_, last = csv_text(runs).splitlines()
+    assert header == (
+        "id,optimizer.learning_rate,seed,arm,status,diverged_at,final_val_loss,best_val_loss,"
+        "spikes,max_grad_norm,seconds,failed,seen_at,layer,initial_val_loss,capped_loss,"
+        "final_train_loss,spike_score,grad_norm_spikes,grad_norm_spike_score,clipped,steps,reason,"
+        "min_attention_entropy,max_stream_rms"
+    )
+    assert lost.endswith('"pre, cold",missing,,,,,,,,,,,,,,,,,,not run,,')
+    assert last.endswith(",10,by hand,2.0,1.0")
 
 
 def test_pairs_are_tested_seed_by_seed_and_corrected_together():

@@ -38,7 +38,7 @@ class Outcome:
         environment: environment.json.
         batches: step -> digest of all inputs up to it.
         vocabulary: V, tokens.
-        extremes: the worst value of each measure of the layers; empty without diagnostics.
+        extremes: the worst value of each measure in EXTREMES; empty without diagnostics.
     """
 
     cell: Cell
@@ -177,21 +177,21 @@ def read_outcome(cell: Cell, directory: Path, error: CellError | None = None) ->
     )
 
 
-# Column of cells.csv -> (key of a layer's record, which value is the worst).
-EXTREMES: dict[str, tuple[str, Callable[[list[float]], float]]] = {
-    "max_attention_logit": ("attention_logit", max),
-    "min_attention_entropy": ("attention_entropy", min),
-    "max_update_ratio": ("update_ratio", max),
-    "max_grad_over_root_v": ("grad_over_root_v", max),
-    "min_grad_over_eps": ("grad_over_eps", min),
-    "max_stream_rms": ("stream_rms", max),
+# Measure of the layers -> which of its values is the worst.
+EXTREMES: dict[str, Callable[[list[float]], float]] = {
+    "attention_logit": max,
+    "attention_entropy": min,
+    "update_ratio": max,
+    "grad_over_root_v": max,
+    "grad_over_eps": min,
+    "stream_rms": max,
 }
 
 
 def _extremes(records: Sequence[metrics.Record]) -> dict[str, float]:
     found = {}
-    for column, (key, worst) in EXTREMES.items():
+    for key, worst in EXTREMES.items():
         values = [record[key] for record in records if record.get(key) is not None]
         if values:
-            found[column] = worst(values)
+            found[key] = worst(values)
     return found

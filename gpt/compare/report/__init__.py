@@ -69,7 +69,7 @@ def write_report(
         "script": Markup((TEMPLATES / "report.js").read_text("utf-8")),  # noqa: S704 - our own
         "grid_yaml": read_small(directory / "grid.yaml").decode(),
         "limits": wording.limits(grid, summary),
-        "vocabulary": math.log(next(o.vocabulary for o in outcomes if o.verdict is not None)),
+        "uniform_loss": math.log(next(o.vocabulary for o in outcomes if o.verdict is not None)),
         "other": other,
         "names": (directory.name, other.name if other else ""),
         "side_by_side": _side_by_side(summary, other.summary) if other else {},
