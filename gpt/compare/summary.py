@@ -262,7 +262,7 @@ def _contrast(
     found = measure(contrast, common)
     parts = tuple(found.values[i] - found.values[i + 1] for i in range(0, len(names), 2))
     seeds = len(common.seeds)
-    # Without a test, an answer needs as many seeds as the most extreme result of a test would.
+    # Thresholds have no test: their answers need as many seeds as a test's most extreme result.
     p = least_p(seeds) if found.p is None else found.p
     answer, reason = _answer(contrast, found.interval, p)
     return ContrastResult(
