@@ -30,7 +30,7 @@ from gpt import metrics
 from gpt.compare import grid as grids
 from gpt.compare.cell_runs import cell_directory
 from gpt.compare.grid import Cell
-from gpt.compare.runner import run_cells
+from gpt.compare.runner import run_tasks
 from gpt.compare.tasks import make_tasks
 from gpt.config import merge
 from gpt.data.preparation import prepare
@@ -109,10 +109,10 @@ def batched(cells: Sequence[Cell], directory: Path) -> float:
 
 def in_processes(cells: Sequence[Cell], directory: Path) -> float:
     """Train each in a process, all at the same time."""
-    run_cells(
+    run_tasks(
+        make_tasks(cells, "processes"),
         cells,
         directory,
-        runner="processes",
         workers=len(cells),
         keep_checkpoints=False,
         console=Console(quiet=True),

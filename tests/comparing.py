@@ -90,13 +90,13 @@ class TwoCells:
     def are_training(self) -> bool:
         return min(self.updates()) > 3
 
-    def run(self, stop: Callable[[], bool] = lambda: False) -> Summary | None:
+    def run(self, stop: Callable[[], bool] = lambda: False) -> Summary:
         """Run it by two workers, or by one if its cells are batched."""
         return comparison.compare(
             self.grid, self.cells, self.directory, workers=2, console=Console(), stop=stop
         )
 
-    def run_and_kill_a_worker(self) -> tuple[Summary | None, int]:
+    def run_and_kill_a_worker(self) -> tuple[Summary, int]:
         """Run it and kill one worker; returns the summary and how many workers there were."""
         workers: list[psutil.Process] = []
 

@@ -15,7 +15,7 @@ from comparing import Make, TwoCells, called, grid_tree, write, write_grid
 from gpt import metrics
 from gpt.compare.grid import load
 from gpt.compare.tasks import make_tasks
-from gpt.errors import InputError
+from gpt.errors import InputError, StoppedError
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_batched_cells_give_what_processes_give(
         assert inputs[0] == inputs[1]
     code, _, err = called(capsys, path, "--out-dir", directory)
     assert code == 0
-    assert "have already ended" in err
+    assert "all 8 cells have a result; reporting again" in err
 
 
 def test_a_grid_without_a_batched_form_is_refused(
@@ -115,7 +115,8 @@ def test_cells_are_divided_into_tasks_by_shape(
 def test_batched_cells_are_stopped_saved_and_resumed(
     two_batched: TwoCells, request: pytest.FixtureRequest
 ):
-    assert two_batched.run(stop=two_batched.are_training) is None
+    with pytest.raises(StoppedError):
+        two_batched.run(stop=two_batched.are_training)
     stopped = two_batched.updates()
     assert len(set(stopped)) == 1
     assert 3 < stopped[0] < 250

@@ -15,8 +15,8 @@ import yaml
 from comparing import Make, TwoCells, called, write, write_grid
 from conftest import ROOT
 
-from gpt.compare import comparison
 from gpt.compare.grid import load
+from gpt.compare.messages import too_long_warmups
 from gpt.io import files
 from gpt.run.directory import RunDirectory
 
@@ -113,6 +113,37 @@ def test_a_grid_that_takes_too_long_or_too_much_disk_is_refused_before_it_starts
     assert "are free" in capsys.readouterr().err.replace("\n", " ")
 
 
+def test_arms_whose_updates_take_different_times_are_timed_separately(
+    grid_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from gpt.compare import estimate
+    from gpt.compare.tasks import make_tasks
+
+    levels = {
+        "pre": {},
+        "post": {"model.norm.placement": "post"},
+        "rms": {"model.norm.type": "rms"},
+        "QK": {"model.attention.qk_norm": True},
+        "soft cap": {"model.logit_soft_cap": 30},
+        "z-loss": {"training.z_loss": 1e-4},
+        "SGD": {"optimizer.name": "sgd"},
+        "beta2": {"optimizer.beta2": 0.999},
+        "xavier": {"model.init.regime": "xavier"},
+    }
+    tree = {**yaml.safe_load(grid_file.read_text()), "arms": {"f": levels}, "pairs": []}
+    _, cells = load(write(tmp_path / "arms.yaml", {**tree, "contrasts": []}))
+    timed: list[float] = []
+
+    def measure(config: object, vocab_size: int, seconds: float) -> tuple[float, int, int]:
+        timed.append(seconds)
+        return 1.0, 1, 1
+
+    monkeypatch.setattr(estimate, "_measure", measure)
+    estimate.estimate(make_tasks(cells, "processes"), 256, 1, keep_checkpoints=False)
+    assert len(timed) == 7  # neither Adam's constants nor the initial weights change the time
+    assert sum(timed) == pytest.approx(estimate.TIMED_SECONDS)
+
+
 @pytest.mark.parametrize(
     ("path", "words"),
     [
@@ -135,9 +166,9 @@ def test_what_is_not_a_grid_is_refused(
 
 def test_a_warm_up_as_long_as_the_run_is_reported(grid_file: Path):
     _, cells = load(grid_file, {"schedule": {"warmup_steps": 20}})
-    assert comparison.too_long_warmups(cells) == ["pre", "deepnorm"]
+    assert too_long_warmups(cells) == ["pre", "deepnorm"]
     _, cells = load(grid_file, {"schedule": {"warmup_steps": 19}})
-    assert comparison.too_long_warmups(cells) == []
+    assert too_long_warmups(cells) == []
 
 
 def test_two_at_once_in_one_directory_are_refused(

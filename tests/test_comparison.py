@@ -8,6 +8,8 @@ import io
 import json
 import shutil
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from gpt.compare.grid import load
 from gpt.compare.matching import match
 from gpt.compare.outcomes import read_outcome
 from gpt.io.console import Console
+from gpt.io.files import lock_directory, lock_file
 from gpt.run.directory import RunDirectory
 
 
@@ -214,6 +217,47 @@ def test_two_comparisons_side_by_side(
     assert "beside" in (copy / "report.html").read_text()
     assert str(done[0]) in (copy / "report.html").read_text()
     capsys.readouterr()
+
+
+def test_a_running_comparison_can_be_reported(copy: Path, capsys: pytest.CaptureFixture[str]):
+    """While it holds the lock of its directory, and some of its cells have no result."""
+    shutil.rmtree(next(copy.glob("cells/pre_*")))
+    with lock_directory(copy, "held"):
+        code, out, err = called(capsys, copy, "--report-only")
+    assert (code, err) == (0, "")
+    assert "1 of 8 cells have no result (1 missing)" in out
+
+
+def test_one_process_at_a_time_writes_a_report(copy: Path, capsys: pytest.CaptureFixture[str]):
+    (copy / "figures/old.png").touch()
+    with lock_file(copy / comparison.REPORT_LOCK, "held"), pytest.raises(SystemExit) as end:
+        called(capsys, copy, "--report-only")
+    assert end.value.code == 2
+    assert "another process is writing its report" in capsys.readouterr().err
+    assert (copy / "figures/old.png").exists()
+    assert called(capsys, copy, "--report-only")[0] == 0
+    assert not (copy / "figures/old.png").exists()
+
+
+def test_a_comparison_that_ends_waits_for_another_report(
+    copy: Path, grid_file: Path, capsys: pytest.CaptureFixture[str]
+):
+    writing, written = threading.Event(), []
+
+    def write_slowly() -> None:
+        with lock_file(copy / comparison.REPORT_LOCK, "held"):
+            writing.set()
+            time.sleep(0.5)
+            written.append((copy / "report.html").exists())
+
+    (copy / "report.html").unlink()
+    other = threading.Thread(target=write_slowly)
+    other.start()
+    writing.wait()
+    code, _, err = called(capsys, grid_file, "--out-dir", copy)
+    other.join()
+    assert (code, written) == (0, [False]), err
+    assert (copy / "report.html").exists()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -7,17 +7,23 @@ a number in the wrong place is noticed.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from test_summary import ARMS, grid, outcome
 
+from gpt import metrics
 from gpt.compare import report
-from gpt.compare.figures.base import PlotData
+from gpt.compare.figures.base import Plot, PlotData, Section
 from gpt.compare.figures.losses import failures, loss_by_rate
+from gpt.compare.figures.runs import curves
+from gpt.compare.figures.runs import layers as draw_layers
 from gpt.compare.figures.thresholds import thresholds
 from gpt.compare.grid import Grid
 from gpt.compare.outcomes import Outcome
@@ -153,3 +159,52 @@ def test_every_run_has_its_own_loss_in_the_page(data: PlotData, tables: Path):
         assert f"{run.verdict.final_val_loss:.3f}" in row
         assert f"{run.cell.arm}, {run.rate:g}" in row
         assert f"seed {run.seed}" in row
+
+
+@pytest.mark.parametrize("section", get_args(Section))
+def test_a_new_plot_reaches_the_page_in_its_section(
+    section: Section, data: PlotData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "grid.yaml").write_text(data.grid.to_yaml())
+    plot = Plot(section, "A new title", "caption", "alt", Figure(figsize=(1, 1)))
+    monkeypatch.setattr(report, "draw", lambda data: {"new": plot})
+    report.write_report(tmp_path, data.grid, data.summary, data.outcomes, [], [])
+    html = (tmp_path / "report.html").read_text("utf-8")
+    assert '<figure id="new">' in html
+    heading = html.partition('<figure id="new">')[0].rpartition('<h2 id="')[2].partition('"')[0]
+    assert heading == ("contrasts" if section == "training" else section)
+
+
+def test_a_skipped_update_is_not_drawn_as_a_spike(data: PlotData, monkeypatch: pytest.MonkeyPatch):
+    """As it is not counted in the verdict."""
+    records = [
+        {"step": step, "loss": 2 + 0.1 * (step % 2), "grad_norm": 1.0} for step in range(1, 101)
+    ]
+    records[79]["loss"] = 90.0
+    for skipped in (False, True):
+        records[79]["skipped"] = skipped
+        monkeypatch.setattr(metrics, "read", lambda path: records)
+        plot = curves(replace(data, outcomes=data.outcomes[:1]))["curves-01"]
+        _, rings = [line for line in plot.figure.axes[0].lines if line.get_gid()]
+        assert list(rings.get_xdata()) == ([] if skipped else [80])
+
+
+def test_the_step_of_the_layers_is_that_of_the_runs_drawn(
+    data: PlotData, monkeypatch: pytest.MonkeyPatch
+):
+    """Another run, of another setting, has a later snapshot."""
+    shown, other = data.outcomes[0], next(o for o in data.outcomes if o.cell.arm == ARMS[1])
+    twin = replace(shown, cell=replace(shown.cell, id="twin", arm=ARMS[2]))
+    assert not shown.failed
+    assert not other.failed
+    other = replace(other, cell=replace(other.cell, setting={"model.layers": 4}))
+    runs = [replace(o, directory=Path(o.cell.id)) for o in (shown, twin, other)]
+    snapshot = {"layer": 1, "attention_logit": 1.0, "stream_rms": 1.0}
+    steps = {runs[0].cell.id: 20, "twin": 20, runs[2].cell.id: 90}
+    monkeypatch.setattr(
+        metrics, "read", lambda path: [{**snapshot, "step": steps[path.parent.name]}]
+    )
+    plot = draw_layers(replace(data, outcomes=runs))
+    assert plot is not None
+    assert "at step 20," in plot.caption
+    assert "at step 20," in plot.alt

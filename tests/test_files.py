@@ -299,9 +299,9 @@ def test_a_comparison_shown_alongside_may_contain_links(comparison: Path, tmp_pa
     (other / "cells").rename(tmp_path / "elsewhere")
     (other / "cells").symlink_to(tmp_path / "elsewhere")
     before = contents(tmp_path / "elsewhere"), contents(other)
-    shown = Plot("title", "caption", "alt", Figure(figsize=(1, 1)))
+    shown = Plot("losses", "title", "caption", "alt", Figure(figsize=(1, 1)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reports, "draw_beside", lambda *data: shown)
+        patch.setattr(reports, "draw", lambda data: {"beside": shown})
         report(grid, cells, comparison, beside=other)
     assert (contents(tmp_path / "elsewhere"), contents(other)) == before
 

@@ -62,7 +62,7 @@ def test_cells_are_every_arm_in_every_setting_rate_and_seed(tmp_path: Path):
     assert (config.training.steps, config.evaluation.every, config.model.width) == (7, 7, 16)
     assert config.optimizer.learning_rate == 1e-3
     assert cell.setting == {"model.layers": 2, "model.context": 16}
-    assert cell.factors == {
+    assert cell.varied == {
         "model.norm.placement": "post",
         "model.norm.final_norm": "off",
         "schedule.warmup": "linear",

@@ -14,7 +14,7 @@ from gpt import schedule
 from gpt.compare.cell_runs import CellError
 from gpt.compare.grid import Cell, Grid
 from gpt.compare.outcomes import Outcome
-from gpt.compare.report.cells_csv import csv_row
+from gpt.compare.report.cells_csv import csv_row, csv_text
 from gpt.compare.results import Summary
 from gpt.compare.statistics import Interval, Threshold, holm, mean_interval, newcombe, wilson
 from gpt.compare.summary import summarize
@@ -138,7 +138,7 @@ def test_a_contrast_the_other_way_is_contradicted():
     found = summary(turned).contrasts[0]
     assert found is not None
     assert found.answer == "contradicted"
-    assert "contradict" in summary(turned).verdict[0]
+    assert "contradict" in summary(turned).conclusions[0]
 
 
 def test_seeds_that_agree_are_still_uncertain_by_the_grids_spacing():
@@ -242,6 +242,22 @@ def test_lost_cells_are_in_no_number_and_are_named():
     assert (row["status"], row["reason"]) == ("killed", "by SIGKILL")
 
 
+def test_the_columns_of_cells_csv_and_their_order():
+    """Measures of layers are at the end, and only those that some cell has."""
+    runs = [outcome("pre, cold", 0.1, seed, 2.5) for seed in range(3)]
+    runs[0] = replace(runs[0], verdict=None)
+    runs[2] = replace(runs[2], extremes={"stream_rms": 1.0, "attention_entropy": 2.0})
+    header, lost, *_, last = csv_text(runs).splitlines()
+    assert header == (
+        "id,optimizer.learning_rate,seed,arm,status,diverged_at,final_val_loss,best_val_loss,"
+        "spikes,max_grad_norm,seconds,failed,seen_at,layer,initial_val_loss,capped_loss,"
+        "final_train_loss,spike_score,grad_norm_spikes,grad_norm_spike_score,clipped,steps,reason,"
+        "min_attention_entropy,max_stream_rms"
+    )
+    assert lost.endswith('"pre, cold",missing,,,,,,,,,,,,,,,,,,not run,,')
+    assert last.endswith(",10,by hand,2.0,1.0")
+
+
 def test_pairs_are_tested_seed_by_seed_and_corrected_together():
     runs = outcomes(MOVED)
     found = summarize(grid(pairs=[["post, cold", "pre, cold"], ["post, warm", "pre, warm"]]), runs)
@@ -274,7 +290,7 @@ def test_a_lost_cell_takes_its_rate_from_all_arms_of_a_contrast():
     assert found.contrasts[0] is not None
     assert found.contrasts[0].value == 0.0
     assert found.contrasts[0].dropped == 1
-    assert "left out" in found.verdict[0]
+    assert "left out" in found.conclusions[0]
     assert len(found.pairs[0].by_rate) == 3
 
 
@@ -285,13 +301,13 @@ def test_arms_without_a_common_rate_have_no_contrast():
     found = summarize(grid(contrasts=[contrast]), runs)
     assert found.contrasts[0] is None
     assert found.pairs == ()
-    assert "no rate in common" in found.verdict[0]
+    assert "no rate in common" in found.conclusions[0]
 
 
 def test_a_contrast_of_lost_arms_is_said_and_does_not_fail():
     runs = [run for run in outcomes(MOVED) if run.cell.arm == "pre, cold"]
     contrast = {"question": "?", "of": ["post, warm", "post, cold"]}
-    words = summarize(grid(contrasts=[contrast]), runs).verdict
+    words = summarize(grid(contrasts=[contrast]), runs).conclusions
     assert "no rate in common" in words[0]
     assert "None of the contrasts' arms has a result" in words[1]
 
@@ -365,16 +381,16 @@ def test_three_seeds_never_support_that_an_arm_does_not_fail():
     calm = summarize(grid(), outcomes(by_arm(dict.fromkeys(ARMS, math.inf)), seeds=3))
     assert calm.contrasts[0] is not None
     assert calm.contrasts[0].answer == "open"
-    assert "no interval; 3 seeds)" in calm.verdict[0]
-    assert calm.verdict[0].count("changes by an unknown factor") == 2
-    assert "ratio" not in calm.verdict[0]
-    assert calm.verdict[1] == "No run failed: no failure in 3 seeds (at most 56%) at each rate."
+    assert "no interval; 3 seeds)" in calm.conclusions[0]
+    assert calm.conclusions[0].count("changes by an unknown factor") == 2
+    assert "ratio" not in calm.conclusions[0]
+    assert calm.conclusions[1] == "No run failed: no failure in 3 seeds (at most 56%) at each rate."
 
 
 def test_the_bound_of_no_failure_is_that_of_the_fewest_seeds():
     runs = outcomes(by_arm(dict.fromkeys(ARMS, math.inf)))
     left = [r for r in runs if not (r.cell.arm == "post, warm" and r.rate == 1.0 and r.seed)]
-    assert "no failure in 1 seed (at most 79%)" in summarize(grid(), left).verdict[1]
+    assert "no failure in 1 seed (at most 79%)" in summarize(grid(), left).conclusions[1]
 
 
 @pytest.mark.parametrize("measure", ["log_lr50", "failure", "loss"])
@@ -391,10 +407,11 @@ def test_few_seeds_settle_nothing_however_clear_they_are(measure: str, seeds: in
     assert found.answer == answer
     assert ("too few to settle" in found.why) == (seeds == 5)
     assert ("needs at least 5 seeds" in found.why) == (seeds == 3)
+    assert ("(p = " in found.why) == (seeds == 5 and measure != "log_lr50")  # which has no test
 
 
-def test_the_verdict_is_two_sentences():
-    words = summary(MOVED).verdict
+def test_the_conclusions_are_two_sentences():
+    words = summary(MOVED).conclusions
     assert len(words) == 2
     assert "support the claim" in words[0]
     assert "At rate" in words[1]
@@ -408,18 +425,18 @@ def test_one_seed_gives_no_interval_and_no_answer():
     assert found.contrasts[0] is not None
     assert found.contrasts[0].interval is None
     assert found.contrasts[0].answer == "open"
-    assert "these arms share one seed" in found.verdict[0]
+    assert "these arms share one seed" in found.conclusions[0]
 
 
 def test_an_arm_without_a_result_leaves_no_contrast():
     runs = [run for run in outcomes(MOVED) if run.cell.arm != "post, warm"]
     found = summarize(grid(), runs)
     assert found.contrasts[0] is None
-    assert "cannot be computed" in found.verdict[0]
+    assert "cannot be computed" in found.conclusions[0]
 
 
 def test_arms_that_fail_equally_often_are_not_distinguished():
-    words = summary(by_arm(dict.fromkeys(ARMS, 0.0))).verdict
+    words = summary(by_arm(dict.fromkeys(ARMS, 0.0))).conclusions
     assert words[1] == (
         "At every rate tried, the same fraction of each arm's runs failed: these runs do not "
         "tell the arms apart."
@@ -444,12 +461,12 @@ def test_an_open_end_of_an_interval_of_rates_is_named(low: float, high: float, t
 
 def test_a_measures_question_is_answered_in_its_own_unit():
     contrast = {"question": "?", "measure": "loss", "of": ["post, cold", "pre, cold"]}
-    (answer, _) = summary(MOVED, contrasts=[contrast]).verdict
+    (answer, _) = summary(MOVED, contrasts=[contrast]).conclusions
     assert answer.startswith(
         "YES: the mean loss changes by +0.225 nats from 'pre, cold' to 'post, cold'"
     )
     contrast["measure"] = "failure"
-    (answer, _) = summary(MOVED, contrasts=[contrast]).verdict
+    (answer, _) = summary(MOVED, contrasts=[contrast]).conclusions
     assert answer.startswith(
         "YES: the fraction of failed runs changes by +25 percentage points from 'pre, cold'"
     )
@@ -547,7 +564,12 @@ def test_after_a_question_that_is_not_settled_answers_are_exploratory():
     results = [result for result in found.contrasts if result is not None]
     assert [r.answer for r in results] == ["supported", "contradicted", "supported"]
     assert [r.confirmatory for r in results] == [True, True, False]
-    assert ["exploratory" in sentence for sentence in found.verdict] == [False, False, True, False]
+    assert ["exploratory" in sentence for sentence in found.conclusions] == [
+        False,
+        False,
+        True,
+        False,
+    ]
 
 
 def test_a_difference_of_failures_is_uncertain_where_all_seeds_agree():
@@ -564,6 +586,6 @@ def test_a_difference_of_failures_is_uncertain_where_all_seeds_agree():
 def test_failures_are_reported_at_registered_rates_if_there_are_any():
     runs = outcomes(MOVED)
     at = {**LOSS, "at": {"optimizer.learning_rate": [0.1]}}
-    words = summarize(grid(contrasts=[at], pairs=[]), runs).verdict[-1]
+    words = summarize(grid(contrasts=[at], pairs=[]), runs).conclusions[-1]
     assert words.startswith("At rate 0.1, where the arms differ most among the rates registered")
     assert "post, cold: failure in all 6 seeds" in words

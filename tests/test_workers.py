@@ -14,10 +14,11 @@ import psutil
 import pytest
 from comparing import Make, TwoCells
 
-from gpt.compare import comparison, worker
+from gpt.compare import worker
 from gpt.compare.grid import Cell
+from gpt.compare.messages import format_summary
 from gpt.compare.tasks import Task
-from gpt.errors import OutOfMemoryError
+from gpt.errors import OutOfMemoryError, StoppedError
 
 
 @pytest.fixture
@@ -31,9 +32,8 @@ def test_a_killed_cell_is_recorded_and_the_others_continue(
 ):
     summary, workers = two_cells.run_and_kill_a_worker()
     assert workers == 2
-    assert summary is not None
     directory = two_cells.directory
-    message = comparison.format_summary(summary, directory)
+    message = format_summary(summary, directory)
     assert "1 of 2 cells have no result (1 killed)" in message
     lost = json.loads((directory / "lost.json").read_text())
     (name,) = lost
@@ -71,7 +71,8 @@ def test_a_stop_does_not_wait_for_workers_that_are_starting(
 
     began = tmp_path / "began"
     monkeypatch.setattr(worker, "begin", Touch(began))
-    assert two_cells.run(stop=stop) is None
+    with pytest.raises(StoppedError):
+        two_cells.run(stop=stop)
     assert workers
     assert not any(worker.is_running() for worker in workers)
     assert not began.exists()
@@ -89,7 +90,8 @@ def test_ctrl_c_does_not_reach_workers_that_are_starting(two_cells: TwoCells):
                 interrupted.add(child.pid)
         return two_cells.are_training()
 
-    assert two_cells.run(stop=stop) is None
+    with pytest.raises(StoppedError):
+        two_cells.run(stop=stop)
     assert len(interrupted) == 2
 
 

@@ -16,7 +16,7 @@ from gpt.compare import grid as grids
 from gpt.compare.grid import Cell, Grid
 from gpt.config import Config, FileName, Seconds, Section, WorkerCount
 from gpt.config.shipped import names
-from gpt.errors import InputError, StoppedError
+from gpt.errors import InputError
 from gpt.io.console import Console, show
 
 if TYPE_CHECKING:
@@ -117,19 +117,16 @@ def compare(arguments: Arguments, comparison: Comparison) -> Summary | None:
         show(comparisons.dry_run(grid, cells, directory, workers))
         return None
     with StopSignals(arguments.max_seconds) as stop, contextlib.closing(Console()) as console:
-        summary = comparisons.compare(
+        return comparisons.compare(
             grid, cells, directory, workers=workers, console=console, stop=stop, beside=other
         )
-    if summary is None:
-        raise StoppedError("interrupted: the cells are saved; run the same command to resume")
-    return summary
 
 
 def report(summary: Summary | None, comparison: Comparison) -> int:
     """Print the summary, and return the exit code: 1 if the status of a cell is "error"."""
     if summary is None:
         return 0
-    from gpt.compare import comparison as comparisons
+    from gpt.compare.messages import format_summary
 
-    show(comparisons.format_summary(summary, comparison.directory))
+    show(format_summary(summary, comparison.directory))
     return 1 if "error" in summary.lost.values() else 0

@@ -1,13 +1,14 @@
 """The stability comparison: grid -> runs -> verdicts -> statistics -> report.
 
 comparison.py   the straight line through all of it
+messages.py     what it prints
 
 grid.py         a YAML file -> arms, factors, seeds -> cells, each a config
 estimate.py     tokens, FLOPs, time and disk before anything runs
 tasks.py        which cells are trained together
 runner.py       tasks -> run directories: the parent of the worker processes
 worker.py       what a worker process does
-cell_runs.py    a cell on disk: its directory, whether it has ended, why it has no result
+cell_runs.py    a cell on disk: its directory, whether it has a result, why if not
 probes.py       a network at initialization, without training
 init_probes.py  the comparison's networks, probed: probes.json
 

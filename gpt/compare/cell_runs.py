@@ -1,9 +1,9 @@
 """A cell on disk: its run directory, whether it has a result, and why if it has none.
 
     DIR/cells/CELL/   an ordinary run directory
-    DIR/lost.json     the cells that ended without a result: {id: {"status", "reason"}}
+    DIR/lost.json     cells without a result, and why: {id: {"status", "reason"}}
 
-Divergence is a result. A cell has no result if its process was killed, ran out of memory or met an
+Divergence is a result. A cell is lost if its process was killed, ran out of memory or met an
 unexpected error; the next start of the comparison tries it again.
 """
 
@@ -48,7 +48,7 @@ def cell_directory(directory: Path, cell: Cell) -> Path:
     return directory / "cells" / cell.id
 
 
-def has_ended(directory: Path, cell: Cell) -> bool:
+def has_result(directory: Path, cell: Cell) -> bool:
     """Whether a cell has a result.
 
     Raises:
@@ -67,8 +67,8 @@ def has_ended(directory: Path, cell: Cell) -> bool:
     return result is not None and result.status != "interrupted"
 
 
-def read_errors(directory: Path) -> dict[str, CellError]:
-    """The errors of cells without a result, by the cells' ids.
+def read_lost(directory: Path) -> dict[str, CellError]:
+    """The errors of lost cells, by the cells' ids.
 
     Raises:
         InputError: lost.json is damaged.
@@ -79,11 +79,11 @@ def read_errors(directory: Path) -> dict[str, CellError]:
     return read_json(path, dict[str, CellError], "delete it to try its cells again")
 
 
-def write_errors(directory: Path, errors: dict[str, CellError]) -> None:
-    """Write lost.json, or remove it if there are no errors."""
+def write_lost(directory: Path, lost: dict[str, CellError]) -> None:
+    """Write lost.json, or remove it if no cell is lost."""
     path = directory / "lost.json"
-    if errors:
-        tree = {name: asdict(error) for name, error in errors.items()}
+    if lost:
+        tree = {name: asdict(error) for name, error in lost.items()}
         write_text(path, json.dumps(tree, indent=2) + "\n")
     else:
         path.unlink(missing_ok=True)

@@ -4,7 +4,7 @@
       grid.yaml       the grid with its base included: it alone reproduces the comparison
       command.json    the commands that ran it, and when
       cells/CELL/     a run directory each
-      lost.json       cells that ended without a result, and why; only if there are any
+      lost.json       cells without a result, and why; only if there are any
       probes.json     measurements of the networks at initialization
       cells.csv       one row per cell
       summary.json    arms, contrasts, pairs, verdict
@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -28,27 +27,37 @@ from typing import Any
 import yaml
 
 from gpt.compare import grid as grids
-from gpt.compare.cell_runs import has_ended
-from gpt.compare.estimate import Estimate, check_affordable, check_cells, estimate, free_bytes
+from gpt.compare.cell_runs import has_result
+from gpt.compare.estimate import check_affordable, check_cells, estimate
 from gpt.compare.grid import Cell, Grid
 from gpt.compare.init_probes import measure_init_probes, read_init_probes, write_init_probes
-from gpt.compare.outcomes import Outcome, read_outcome, read_outcomes
+from gpt.compare.messages import describe, format_outcome
+from gpt.compare.outcomes import NO_RESULT, Outcome, read_outcome, read_outcomes
 from gpt.compare.report import write_report
 from gpt.compare.report.cells_csv import csv_text
 from gpt.compare.results import VERSION, Summary
-from gpt.compare.runner import run_cells
+from gpt.compare.runner import run_tasks
 from gpt.compare.summary import summarize
-from gpt.compare.tasks import Task, make_tasks
+from gpt.compare.tasks import make_tasks
 from gpt.config import DataConfig, read_yaml
 from gpt.data import preparation
-from gpt.errors import InputError
-from gpt.io.console import Console, duration
-from gpt.io.files import is_partial, lock_directory, read_json, refuse_links, write_text
+from gpt.errors import InputError, StoppedError
+from gpt.io.console import Console
+from gpt.io.files import (
+    is_partial,
+    lock_directory,
+    lock_file,
+    read_json,
+    refuse_links,
+    write_text,
+)
 from gpt.io.wait import interruptible
 from gpt.run.directory import command_line
 
-STOPPED = "stopped; finished cells are kept; run the same command to resume"
+STOPPED = "interrupted: the cells are saved; run the same command to resume"
 CHANGEABLE = {"hours", "keep_checkpoints", "probes", "runner"}  # of a grid that has been run
+REPORT_LOCK = ".report.lock"  # in a directory whose report one process at a time may write
+REPORT_WAIT = 600.0  # seconds at most until another process has written it
 
 
 def compare(
@@ -60,20 +69,16 @@ def compare(
     console: Console,
     stop: Callable[[], bool],
     beside: Path | None = None,
-) -> Summary | None:
+) -> Summary:
     """Run the missing cells of a comparison, and write its report.
 
     Args:
         workers: number of worker processes.
         beside: see `report`.
 
-    Returns:
-        The summary; None if `stop` became true while cells or probes ran, and then there is no
-        report.
-
     Raises:
         InputError: the directory holds another comparison, or the grid cannot be run here.
-        StoppedError: `stop` became true before or after the cells ran.
+        StoppedError: `stop` became true; there is no report.
     """
     check_cells(cells, probes=grid.probes)
     check_directory(grid, directory)
@@ -84,7 +89,8 @@ def compare(
         vocabulary = [
             preparation.prepare(data, console, stop).encoding.n_vocab for data in _datas(cells)
         ]
-        tasks = make_tasks([cell for cell in cells if not has_ended(directory, cell)], grid.runner)
+        missing = [cell for cell in cells if not has_result(directory, cell)]
+        tasks = make_tasks(missing, grid.runner)
         if tasks:
             estimated = interruptible(
                 lambda stop: estimate(
@@ -96,14 +102,14 @@ def compare(
             check_affordable(estimated, directory, grid.hours)
             console.say(describe(grid, cells, directory, estimated, tasks, workers))
         else:
-            console.say(f"{directory}: all {len(cells)} cells have already ended; reporting again")
+            console.say(f"{directory}: all {len(cells)} cells have a result; reporting again")
         write_text(directory / "grid.yaml", grid.to_yaml())
         if tasks:
             append_command(directory)
-        finished = run_cells(
+        finished = run_tasks(
+            tasks,
             cells,
             directory,
-            runner=grid.runner,
             workers=workers,
             keep_checkpoints=grid.keep_checkpoints,
             console=console,
@@ -111,39 +117,56 @@ def compare(
             describe=lambda cell: format_outcome(read_outcome(cell, directory)),
         )
         if not finished:
-            return None
+            raise StoppedError(STOPPED)
         if grid.probes and not (directory / "probes.json").is_file():
             console.say("measuring the networks at initialization: half a minute or more")
             init_probes = interruptible(
                 lambda stop: measure_init_probes(cells, stop), stop, STOPPED
             )
             if init_probes is None:
-                return None
+                raise StoppedError(STOPPED)
             write_init_probes(directory, init_probes)
-        return interruptible(lambda stop: report(grid, cells, directory, beside), stop, STOPPED)
+        return interruptible(
+            lambda stop: report(grid, cells, directory, beside, wait=REPORT_WAIT), stop, STOPPED
+        )
 
 
 def report(
-    grid: Grid, cells: Sequence[Cell], directory: Path, beside: Path | None = None
+    grid: Grid,
+    cells: Sequence[Cell],
+    directory: Path,
+    beside: Path | None = None,
+    *,
+    wait: float = 0.0,
 ) -> Summary:
     """Write cells.csv, summary.json, report.html, report.md and figures/ from finished cells.
 
+    Other cells may be running.
+
     Args:
         beside: another comparison directory, to be shown next to this one.
+        wait: seconds to wait for another process that writes this report.
 
     Raises:
-        InputError: no cell has a result, a file is damaged, or there is a symbolic link.
+        InputError: no cell has a result, a file is damaged, there is a symbolic link, or another
+            process writes this report.
     """
+    if not directory.is_dir():
+        raise InputError(f"{directory}: {NO_RESULT}")
     refuse_links(directory)
-    outcomes = read_outcomes(cells, directory)
-    init_probes = read_init_probes(directory, [arm.name for arm in grid.all_arms()])
-    commands = [f"{each.began}  {shlex.join(each.argv)}" for each in read_commands(directory)]
-    summary = summarize(grid, outcomes)
-    other = None if beside is None else (beside, read_comparison(beside))
-    write_text(directory / "cells.csv", csv_text(outcomes))
-    write_text(directory / "summary.json", to_json({"version": VERSION, **asdict(summary)}))
-    write_report(directory, grid, summary, outcomes, init_probes, commands, other)
-    return summary
+    busy = f"{directory}: another process is writing its report; run this again in a minute"
+    with lock_file(directory / REPORT_LOCK, busy, wait):
+        outcomes = read_outcomes(cells, directory)
+        init_probes = read_init_probes(directory, [arm.name for arm in grid.all_arms()])
+        commands = [f"{each.began}  {shlex.join(each.argv)}" for each in read_commands(directory)]
+        summary = summarize(grid, outcomes)
+        other = None if beside is None else (beside, read_comparison(beside))
+        write_text(directory / "cells.csv", csv_text(outcomes))
+        results = {"version": VERSION, **asdict(summary)}
+        results["verdict"] = results.pop("conclusions")  # the key that the file has always had
+        write_text(directory / "summary.json", to_json(results))
+        write_report(directory, grid, summary, outcomes, init_probes, commands, other)
+        return summary
 
 
 def to_json(tree: dict[str, Any]) -> str:
@@ -209,12 +232,12 @@ def dry_run(grid: Grid, cells: Sequence[Cell], directory: Path, workers: int) ->
     check_cells(cells, probes=grid.probes)
     check_directory(grid, directory)
     vocabulary = max(preparation.vocab_size(data) for data in _datas(cells))
-    missing = [cell for cell in cells if not has_ended(directory, cell)]
+    missing = [cell for cell in cells if not has_result(directory, cell)]
     tasks = make_tasks(missing, grid.runner)
     estimated = estimate(tasks, vocabulary, workers, keep_checkpoints=grid.keep_checkpoints)
     check_affordable(estimated, directory, grid.hours)
     names = {cell.id for cell in missing}
-    lines = [f"  {cell.id}{'' if cell.id in names else '  (has ended)'}" for cell in cells]
+    lines = [f"  {cell.id}{'' if cell.id in names else '  (has a result)'}" for cell in cells]
     return "\n".join([describe(grid, cells, directory, estimated, tasks, workers), *lines])
 
 
@@ -252,88 +275,3 @@ def _datas(cells: Sequence[Cell]) -> list[DataConfig]:
         if cell.config.data not in datas:
             datas.append(cell.config.data)
     return datas
-
-
-# ---------------------------------------------------------------------------------------------
-# For the console
-
-
-def describe(
-    grid: Grid,
-    cells: Sequence[Cell],
-    directory: Path,
-    estimated: Estimate,
-    tasks: Sequence[Task],
-    workers: int,
-) -> str:
-    """The comparison that is about to run, in a few lines."""
-    arms = grid.all_arms()
-    ended = len(cells) - estimated.cells
-    every = math.prod([len(arms), len(grid.seeds), *map(len, grid.grid.values())])
-    rows = {
-        "question": " ".join(contrast.question for contrast in grid.contrasts) or "none registered",
-        "arms": "; ".join(arm.name for arm in arms),
-        "cells": f"{len(cells)}: {len(arms)} arms, {len(grid.seeds)} seeds"
-        + "".join(f", {len(values)} values of {axis}" for axis, values in grid.grid.items())
-        + (f"; {every - len(cells)} combinations are excluded" if len(cells) < every else "")
-        + (f"; {ended} have already ended" if ended else ""),
-        "tokens": f"{estimated.tokens:,} to train on, {estimated.flops:.2g} FLOPs",
-        "time": f"about {duration(estimated.seconds)} with {format_workers(tasks, workers)}, "
-        "estimated from a short benchmark on this machine; start-up"
-        + (", probes (probes: false skips them)" if grid.probes else "")
-        + " and report not included",
-        "disk": f"at most {estimated.disk / 1e6:,.0f} MB of "
-        f"{free_bytes(directory) / 1e9:,.0f} GB free",
-        "directory": str(directory),
-    }
-    slow = too_long_warmups(cells)
-    if slow:
-        rows["warm-up"] = f"lasts as long as the run, or longer, in {'; '.join(slow)}"
-    return "\n".join([grid.title, *(f"  {name:<10} {text}" for name, text in rows.items())])
-
-
-def format_workers(tasks: Sequence[Task], workers: int) -> str:
-    """`2 workers`, `batches of up to 36 cells`, or both."""
-    batches = [len(task.cells) for task in tasks if task.batched]
-    parts = []
-    if batches:
-        batch = f"{len(batches)} batches" if len(batches) > 1 else "a batch"
-        parts.append(f"{batch} of up to {max(batches)} cells")
-    if len(tasks) > len(batches):
-        parts.append(f"{workers} worker{'s' if workers > 1 else ''}")
-    return " and ".join(parts)
-
-
-def too_long_warmups(cells: Sequence[Cell]) -> list[str]:
-    """Arms whose warm-up lasts at least as long as the run."""
-    arms = {
-        cell.arm: None
-        for cell in cells
-        if cell.config.schedule.warmup != "none"
-        and cell.config.schedule.warmup_steps >= cell.config.training.steps
-    }
-    return list(arms)
-
-
-def format_outcome(outcome: Outcome) -> str:
-    """`trained, 2.345` or `diverged at step 17`."""
-    found = outcome.verdict
-    assert found is not None
-    step = f" at step {found.step}" if found.status == "diverged" else ""
-    loss = "" if found.final_val_loss is None else f", {found.final_val_loss:.3f}"
-    return f"{found.status}{step}{loss}"
-
-
-def format_summary(summary: Summary, directory: Path) -> str:
-    """The verdict, cells without a result, and where the report is."""
-    lines = [*summary.verdict]
-    if summary.lost:
-        counts = Counter(summary.lost.values())
-        by_status = ", ".join(f"{count} {status}" for status, count in counts.items())
-        lines.append(
-            f"{len(summary.lost)} of {summary.planned} cells have no result ({by_status}); "
-            "run the same command to retry them"
-        )
-    if summary.match.exceptions:
-        lines.append(f"NOT MATCHED: {summary.match.exceptions[0]}")
-    return "\n".join([*lines, f"  report  {directory / 'report.html'}"])

@@ -1,6 +1,6 @@
 """The cost of a comparison, estimated before it runs: cells, tokens, FLOPs, time and disk.
 
-The time is extrapolated from one update of each model size, timed here on one thread; for
+The time is extrapolated from one update of each kind, timed here on one thread; for
 batched cells, from an update of a few of them, whose time per cell is an upper bound. It is
 an estimate: it ignores workers that slow each other down, and runs that diverge early.
 """
@@ -29,7 +29,7 @@ from gpt.model import GPT
 from gpt.trainer import Trainer
 
 TIMED_TOGETHER = 8  # cells of a batch that are timed, at most
-TIMED_SECONDS = 0.4  # for each size of model, at least one update
+TIMED_SECONDS = 1.0  # of all kinds of updates together; each is timed at least once
 TIMED_FLOPS = {"cpu": 2e10, "mps": 2e11, "cuda": 2e13}  # of an update; a longer one is scaled up
 START_SECONDS = 2.0  # of a cell: reading the data, making the model, drawing loss.png
 METRICS_BYTES = 300  # a step
@@ -77,7 +77,7 @@ def check_cells(cells: Sequence[Cell], *, probes: bool = False) -> None:
 def estimate(
     tasks: Sequence[Task], vocab_size: int, workers: int, *, keep_checkpoints: bool
 ) -> Estimate:
-    """Time one update of each size of model, and add up.
+    """Time each kind of update, and add up.
 
     Args:
         tasks: the cells to run.
@@ -85,15 +85,16 @@ def estimate(
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as a worker
-    sizes: dict[str, tuple[float, int, int]] = {}
+    configs = {_kind_of_update(task.cells[0].config): task.cells[0].config for task in tasks}
+    measured = {
+        kind: _measure(config, vocab_size, TIMED_SECONDS / len(configs))
+        for kind, config in configs.items()
+    }
     tokens, flops, disk, largest = 0, 0.0, 0, 0
     as_one = alone = 0.0  # seconds
     for task in tasks:
         config, count = task.cells[0].config, len(task.cells)
-        size = repr(_size(config))
-        if size not in sizes:
-            sizes[size] = _measure(config, vocab_size)
-        update, per_token, parameters = sizes[size]
+        update, per_token, parameters = measured[_kind_of_update(config)]
         steps, batch = config.training.steps, config.batch_sequences
         evaluations = 2 + (steps - 1) // config.evaluation.every
         evaluated = (config.evaluation.sequences or batch) * evaluations
@@ -153,16 +154,19 @@ def free_bytes(directory: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def _size(config: Config) -> tuple[object, ...]:
-    """The options that determine how long an update takes."""
-    model, training = config.model, config.training
-    shape = (model.layers, model.width, model.heads, model.context, model.mlp, model.tied_head)
-    how = (training.precision, training.loss_chunk, training.device)
-    return (*shape, config.batch_sequences, *how)
+def _kind_of_update(config: Config) -> str:
+    """A key of the options on which the time of an update depends."""
+    model = config.model.model_dump(exclude={"init"})
+    training = config.training.model_dump(exclude={"steps"})
+    return repr((model, training, config.optimizer.name))
 
 
-def _measure(config: Config, vocab_size: int) -> tuple[float, int, int]:
-    """Seconds of an update, FLOPs of a token, and parameters."""
+def _measure(config: Config, vocab_size: int, seconds: float) -> tuple[float, int, int]:
+    """Seconds of an update, FLOPs of a token, and parameters.
+
+    Args:
+        seconds: to spend on it, with at least one update.
+    """
     device = pick_device(config.training.device)
     trainer = Trainer(config, vocab_size, device)
     trainer.reset()
@@ -175,7 +179,7 @@ def _measure(config: Config, vocab_size: int) -> tuple[float, int, int]:
     scale = config.batch_sequences * context / tokens.numel()
     computing = updating = 0.0
     count = -1  # the first update warms up
-    while count < 1 or computing + updating < TIMED_SECONDS:
+    while count < 1 or computing + updating < seconds:
         began = _now(device)
         loss, grad_norm = trainer.backward(1, tokens, tokens)
         between = _now(device)

@@ -308,13 +308,13 @@ class Cell:
 
     Attributes:
         id: the name of its directory.
-        factors: every option in which cells differ, by its dotted name, and its value here.
-        setting: the part of `factors` on the grid's axes, except the learning rate.
+        varied: every option in which cells differ, by its dotted name, and its value here.
+        setting: the part of `varied` on the grid's axes, except the learning rate.
     """
 
     id: str
     arm: str
-    factors: Options
+    varied: Options
     setting: Options
     config: Config
 
@@ -431,8 +431,8 @@ def _cells(grid: Grid, origin: str) -> list[Cell]:
         for axis, value in values.items():
             placed |= _assign(axis, value, origin)
         options = {**base, **arm.options, **placed}  # not validated: what is excluded may be wrong
-        factors = {key: options[key] for key in varied}
-        known = _texts_of({"arm": arm.name, "seed": seed, **arm.levels, **factors})
+        own = {key: options[key] for key in varied}
+        known = _texts_of({"arm": arm.name, "seed": seed, **arm.levels, **own})
         entries = {
             number
             for number, entry in enumerate(excluded)
@@ -462,9 +462,9 @@ def _cell(grid: Grid, arm: Arm, placed: Options, seed: int, varied: list[str], o
     tree = merge(grid.base, nest({**arm.options, **placed, "seed": seed, "name": name}))
     where = f"{origin}: arm {arm.name!r}"
     config = validate(Config, tree, lambda key: f"{where}: {key}".rstrip(": "))
-    factors = {key: _value(config, key) for key in varied}
-    setting = {key: factors[key] for key in placed if key != RATE}
-    return Cell(name, arm.name, factors, setting, config)
+    own = {key: _value(config, key) for key in varied}
+    setting = {key: own[key] for key in placed if key != RATE}
+    return Cell(name, arm.name, own, setting, config)
 
 
 def _assign(axis: str, value: Any, origin: str) -> Options:

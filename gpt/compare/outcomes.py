@@ -15,13 +15,15 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from gpt import metrics
-from gpt.compare.cell_runs import CellError, cell_directory, has_ended, read_errors
+from gpt.compare.cell_runs import CellError, cell_directory, has_result, read_lost
 from gpt.compare.grid import Cell
 from gpt.compare.statistics import capped
 from gpt.compare.verdicts import Verdict, verdict
 from gpt.errors import InputError
 from gpt.io.files import read_json
 from gpt.run.directory import RunDirectory
+
+NO_RESULT = "no cell has a result yet"
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Outcome:
         environment: environment.json.
         batches: step -> digest of all inputs up to it.
         vocabulary: V, tokens.
-        extremes: the worst value of each measure of the layers; empty without diagnostics.
+        extremes: the worst value of each measure in EXTREMES; empty without diagnostics.
     """
 
     cell: Cell
@@ -116,10 +118,10 @@ def read_outcomes(cells: Sequence[Cell], directory: Path) -> list[Outcome]:
     Raises:
         InputError: no cell has a result, or a file is damaged.
     """
-    errors = read_errors(directory)
-    outcomes = [read_outcome(cell, directory, errors.get(cell.id)) for cell in cells]
+    lost = read_lost(directory)
+    outcomes = [read_outcome(cell, directory, lost.get(cell.id)) for cell in cells]
     if not any(outcome.verdict is not None for outcome in outcomes):
-        raise InputError(f"{directory}: no cell has a result yet")
+        raise InputError(f"{directory}: {NO_RESULT}")
     return outcomes
 
 
@@ -130,7 +132,7 @@ def read_outcome(cell: Cell, directory: Path, error: CellError | None = None) ->
         InputError: the directory holds a run of another config, or a file in it is damaged.
     """
     run = RunDirectory(cell_directory(directory, cell))
-    result = run.read_result() if has_ended(directory, cell) else None
+    result = run.read_result() if has_result(directory, cell) else None
     if result is None:
         return Outcome(cell, run.path, None, error)
     environment = read_json(run.environment, Environment)
@@ -175,21 +177,21 @@ def read_outcome(cell: Cell, directory: Path, error: CellError | None = None) ->
     )
 
 
-# Column of cells.csv -> (key of a layer's record, which value is the worst).
-EXTREMES: dict[str, tuple[str, Callable[[list[float]], float]]] = {
-    "max_attention_logit": ("attention_logit", max),
-    "min_attention_entropy": ("attention_entropy", min),
-    "max_update_ratio": ("update_ratio", max),
-    "max_grad_over_root_v": ("grad_over_root_v", max),
-    "min_grad_over_eps": ("grad_over_eps", min),
-    "max_stream_rms": ("stream_rms", max),
+# Measure of the layers -> which of its values is the worst.
+EXTREMES: dict[str, Callable[[list[float]], float]] = {
+    "attention_logit": max,
+    "attention_entropy": min,
+    "update_ratio": max,
+    "grad_over_root_v": max,
+    "grad_over_eps": min,
+    "stream_rms": max,
 }
 
 
 def _extremes(records: Sequence[metrics.Record]) -> dict[str, float]:
     found = {}
-    for column, (key, worst) in EXTREMES.items():
+    for key, worst in EXTREMES.items():
         values = [record[key] for record in records if record.get(key) is not None]
         if values:
-            found[column] = worst(values)
+            found[key] = worst(values)
     return found

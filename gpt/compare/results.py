@@ -149,7 +149,7 @@ class Summary:
         lost: the status of each cell without a result, by its id.
         unigram_entropy: H₁, the loss of guessing by token frequency.
         contrasts: in the grid's order; None where a contrast cannot be computed.
-        verdict: a sentence for each contrast, and one about failures.
+        conclusions: a sentence for each contrast, and one about failures; "verdict" in the file.
     """
 
     title: str
@@ -161,4 +161,4 @@ class Summary:
     contrasts: tuple[ContrastResult | None, ...]
     pairs: tuple[PairResult, ...]
     match: Match
-    verdict: tuple[str, ...]
+    conclusions: tuple[str, ...]

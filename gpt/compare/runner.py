@@ -5,12 +5,12 @@ or a batch of cells of one shape that are trained together (tasks.py). A *worker
 trains one task after another (worker.py). This module is their parent: it hands out the tasks,
 shows the progress, and records in DIR/lost.json why a cell has no result.
 
-On a CPU each cell is a task and each worker has one thread: two such workers train small models
-faster than one with two threads. A single worker trains the batches first; then up to `workers` run
-in parallel on the other cells, one each. If a worker is killed, only its task's cells are affected.
+A single worker trains the batches first; then up to `workers` run in parallel on the other cells,
+one each. Each has one thread: on a CPU, two such workers train small models faster than one with
+two threads. If a worker is killed, only its task's cells are affected.
 
 Ctrl-C and SIGTERM reach the parent, which asks the workers to stop; each saves its cells after the
-update in progress. Started again, a comparison leaves cells that have ended alone, resumes those
+update in progress. Started again, a comparison leaves cells with a result alone, resumes those
 that were stopped, and tries those in lost.json again.
 """
 
@@ -31,9 +31,9 @@ from typing import Any, NamedTuple
 import pebble
 
 from gpt.compare import worker
-from gpt.compare.cell_runs import CellError, cell_directory, has_ended, read_errors, write_errors
-from gpt.compare.grid import Cell, Runner
-from gpt.compare.tasks import Task, make_tasks
+from gpt.compare.cell_runs import CellError, cell_directory, has_result, read_lost, write_lost
+from gpt.compare.grid import Cell
+from gpt.compare.tasks import Task
 from gpt.errors import OutOfMemoryError
 from gpt.io.console import Console
 from gpt.run.directory import RunDirectory
@@ -46,29 +46,30 @@ WORKERS_ENDED = (
 )
 
 
-def run_cells(
+def run_tasks(
+    tasks: Sequence[Task],
     cells: Sequence[Cell],
     directory: Path,
     *,
-    runner: Runner,
     workers: int,
     keep_checkpoints: bool,
     console: Console,
     stop: Callable[[], bool],
     describe: Callable[[Cell], str],
 ) -> bool:
-    """Train every cell that has no result yet.
+    """Train the cells of all tasks, and draw each loss.png that batched training did not.
 
     Args:
+        tasks: of the cells that have no result yet.
+        cells: all cells of the comparison.
         directory: of the comparison.
-        runner: see `make_tasks`.
         workers: number of worker processes.
         describe: the outcome of a cell that has just ended, for the console.
 
     Returns:
         Whether all cells were tried; false if `stop` became true.
     """
-    missing = [cell for cell in cells if not has_ended(directory, cell)]
+    missing = [cell for task in tasks for cell in task.cells]
     if not keep_checkpoints:
         names = {cell.id for cell in missing}
         for cell in cells:
@@ -79,7 +80,6 @@ def run_cells(
     if missing:
         steps = sum(cell.config.training.steps for cell in missing)
         console.start(steps, every=SECONDS_BETWEEN_LINES)
-    tasks = make_tasks(missing, runner)
     for batched, processes in ((True, 1), (False, workers)):
         jobs = [
             _Job(
@@ -119,31 +119,31 @@ class _Results:
     ) -> None:
         self.directory, self.pool, self.console, self.describe = directory, pool, console, describe
         self.total, self.ended = len(cells), len(cells) - len(missing)
-        before = read_errors(directory)
-        self.errors = {cell.id: before[cell.id] for cell in missing if cell.id in before}
-        write_errors(directory, self.errors)
+        before = read_lost(directory)
+        self.lost = {cell.id: before[cell.id] for cell in missing if cell.id in before}
+        write_lost(directory, self.lost)
 
     def record(self, task: Task, answer: Future[list[CellError | None]]) -> None:
         """Record a worker's answer to a task."""
         for cell, error in zip(task.cells, _errors(answer, len(task.cells)), strict=True):
-            if has_ended(self.directory, cell):
-                self.errors.pop(cell.id, None)
+            if has_result(self.directory, cell):
+                self.lost.pop(cell.id, None)
                 outcome = self.describe(cell)
             elif error is not None:
-                self.errors[cell.id] = error
+                self.lost[cell.id] = error
                 outcome = f"{error.status}: {error.reason}"
             else:
                 continue  # stopped
             self.pool.shared.steps[self.pool.index[cell.id]] = cell.config.training.steps
             self.ended += 1
             self.console.say(f"{self.ended}/{self.total}  {cell.id}: {outcome}")
-        write_errors(self.directory, self.errors)
+        write_lost(self.directory, self.lost)
 
 
 def _lacks_plot(directory: Path, cell: Cell) -> bool:
     """Whether a cell has a result but no loss.png, as batched training draws none."""
     run = RunDirectory(cell_directory(directory, cell))
-    result = run.read_result() if has_ended(directory, cell) else None
+    result = run.read_result() if has_result(directory, cell) else None
     return result is not None and result.step > 0 and not run.plot.is_file()
 
 
@@ -216,7 +216,7 @@ class _Pool:
                             futures[future].done(future)
                         elif not stopped:
                             raise OutOfMemoryError(WORKERS_ENDED)
-                    if self.index:  # some cells are being trained
+                    if self.index:  # cells were to be trained
                         self.console.progress(sum(self.shared.steps[:]))
                 # Do not wait for workers that are still starting.
                 processes.stop()  # type: ignore[no-untyped-call]

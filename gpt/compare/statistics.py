@@ -8,8 +8,8 @@ at 95%. A failed run is not left out: it counts with its own loss, capped at its
 With few seeds little can be concluded, and the results show how little: each test comes with the
 smallest p-value that its number of pairs can give, and no failure in n seeds still has an interval.
 
-This module knows nothing of runs, arms or files, and decides neither what a failure is nor which
-contrasts to make.
+This module knows no cells, configs or files: an arm is its numbers. It decides neither what a
+failure is nor which contrasts to make.
 """
 
 from __future__ import annotations
@@ -318,12 +318,11 @@ class Sensitivity:
 
     Attributes:
         value: nats, on average over the grid of rates; comparable only on the same grid.
-        best_rate: the rate with the lowest loss; among equals the lowest.
-        at_edge: whether that is the lowest or highest rate tried, so a better one may lie beyond.
+        at_edge: whether the best rate is the lowest or highest tried, so that a better one may lie
+            beyond; among equals, the lowest rate is best.
     """
 
     value: float
-    best_rate: float
     at_edge: bool
 
 
@@ -340,7 +339,7 @@ def lr_sensitivity(
     """
     curve = [capped(loss, initial) for loss in losses]
     best, best_rate = min(zip(curve, rates, strict=True))
-    return Sensitivity(fmean(curve) - best, best_rate, best_rate in (min(rates), max(rates)))
+    return Sensitivity(fmean(curve) - best, best_rate in (min(rates), max(rates)))
 
 
 def loglog_slope(xs: Sequence[float], ys: Sequence[float]) -> float:

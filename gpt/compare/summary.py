@@ -1,6 +1,6 @@
 """From the outcomes of all cells to a Summary: arms, the registered contrasts, and pairs.
 
-The numbers come from statistics.py, and the sentences of the verdict from wording.py.
+The numbers come from statistics.py, and the conclusions, which are sentences, from wording.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gpt.compare import wording
-from gpt.compare.grid import Contrast, Grid
+from gpt.compare.grid import RATE, Contrast, Grid
 from gpt.compare.matching import match
 from gpt.compare.outcomes import Outcome
 from gpt.compare.results import (
@@ -70,7 +70,9 @@ def summarize(grid: Grid, outcomes: Sequence[Outcome]) -> Summary:
         contrasts=tuple(contrasts),
         pairs=_pairs(grid.pairs, ended),
         match=match(outcomes),
-        verdict=wording.verdict(contrasts, grid.contrasts, arms),
+        conclusions=wording.conclusions(
+            contrasts, grid.contrasts, _widest_failures(arms, grid.contrasts)
+        ),
     )
 
 
@@ -150,6 +152,42 @@ def _sensitivity(outcomes: Sequence[Outcome]) -> Sensitivity:
     return lr_sensitivity([o.rate for o in outcomes], [o.loss for o in outcomes], initial)
 
 
+def _widest_failures(
+    arms: Sequence[ArmSummary], contrasts: Sequence[Contrast]
+) -> wording.Failures | None:
+    """Failures where the arms differ most; None if there is no result at the rates compared."""
+    contrasted = [name for contrast in contrasts for name in contrast.arms]
+    names = list(dict.fromkeys(contrasted or [arm.arm for arm in arms]))
+    registered = {float(rate) for contrast in contrasts for rate in contrast.at.get(RATE, ())}
+    points: dict[tuple[float, str], dict[str, AtRate]] = {}
+    for arm in arms:
+        for at in arm.by_rate:
+            if arm.arm in names and (not registered or at.rate in registered):
+                points.setdefault((at.rate, arm.setting), {})[arm.arm] = at
+    if not points:
+        return None
+    everywhere = [at for by_arm in points.values() for at in by_arm.values()]
+
+    def spread(by_arm: dict[str, AtRate], of: Sequence[str]) -> float:
+        fractions = [by_arm[name].failures / by_arm[name].n for name in of if name in by_arm]
+        return max(fractions, default=0.0) - min(fractions, default=0.0)
+
+    def difference(key: tuple[float, str]) -> tuple[float, float, int]:
+        by_arm = points[key]
+        failures = sum(at.failures for at in by_arm.values())
+        return spread(by_arm, names[:2]), spread(by_arm, names), failures
+
+    rate, setting = max(points, key=difference)
+    return wording.Failures(
+        rate=rate,
+        setting=setting,
+        by_arm=points[rate, setting],
+        differ=spread(points[rate, setting], names) > 0,
+        registered=bool(registered),
+        fewest=min(everywhere, key=lambda at: at.n),
+    )
+
+
 # ---------------------------------------------------------------------------------------------
 # Contrasts and pairs
 
@@ -224,6 +262,7 @@ def _contrast(
     found = measure(contrast, common)
     parts = tuple(found.values[i] - found.values[i + 1] for i in range(0, len(names), 2))
     seeds = len(common.seeds)
+    # Thresholds have no test: their answers need as many seeds as a test's most extreme result.
     p = least_p(seeds) if found.p is None else found.p
     answer, reason = _answer(contrast, found.interval, p)
     return ContrastResult(
@@ -237,7 +276,7 @@ def _contrast(
         p=found.p,
         least_p=least_p(seeds),
         answer=answer,
-        why=wording.reason(reason, contrast, seeds, p),
+        why=wording.reason(reason, contrast, seeds, found.p),
         confirmatory=confirmatory,
         seeds=seeds,
         dropped=common.dropped,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeGuard, get_args
+from typing import Literal, NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 
 from gpt.metrics import EPS_ALARM, LEARNED_MARGIN, Record
 
-Status = Literal["trained", "spiked", "regressed", "plateaued", "diverged"]
-STATUSES: tuple[Status, ...] = get_args(Status)  # the worst last
+Status = Literal["trained", "spiked", "regressed", "plateaued", "diverged"]  # the worst last
 FAILED: frozenset[Status] = frozenset({"regressed", "plateaued", "diverged"})
 
 # Nats by which a run's loss may end above its minimum: smaller rises are ordinary fluctuation.
@@ -44,7 +43,6 @@ class Verdict:
     """How a run ended. Losses in nats per token.
 
     Attributes:
-        status: one of STATUSES.
         step: diverged: the failing step; plateaued: the step after which the mean training loss of
             the last K updates was never again clearly under H1 - LEARNED_MARGIN (the first step: it
             never was; the last: only the validation loss shows it); regressed: the last update of

@@ -1,17 +1,17 @@
-"""Results in words: the sentences of the verdict, of the report and of the console.
+"""Results in words: the conclusions, and the sentences of the report and of the console.
 
 No sentence claims more than its interval: no failure in 3 seeds reads "at most 56%", and a claim is
-supported only where the whole interval lies on its side of the margin. Nothing is computed here;
-the numbers come from summary.py.
+supported only where the whole interval lies on its side of the margin. The numbers come from
+summary.py; here only what any runs with this number of seeds can show is computed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-from gpt.compare.grid import RATE, Contrast, Grid, Measure
+from gpt.compare.grid import Contrast, Grid, Measure
 from gpt.compare.results import Answer, ArmSummary, AtRate, ContrastResult, Summary
 from gpt.compare.statistics import MIN_SEEDS, Interval, Threshold, least_p, wilson
 
@@ -135,8 +135,8 @@ def p_text(result: ContrastResult) -> str:
     return f"{seeds}, p = {result.p:.2g}, {limit}"
 
 
-def reason(reason: Reason, contrast: Contrast, seeds: int, p: float) -> str:
-    """Why a contrast has its answer."""
+def reason(reason: Reason, contrast: Contrast, seeds: int, p: float | None) -> str:
+    """Why a contrast has its answer; `p` None: it has no test."""
     words = MEASURES[contrast.measure]
     edge, minus = words.edge(contrast.margin), words.edge(-contrast.margin)
     within = contrast.claim == "within"
@@ -148,7 +148,8 @@ def reason(reason: Reason, contrast: Contrast, seeds: int, p: float) -> str:
         ),
         "undecided": f"the interval contains {f'{minus} or {edge}' if within else edge}",
         "too few seeds": (
-            f"the interval would decide it, but {several} are too few to settle it (p = {p:.2g})"
+            f"the interval would decide it, but {several} are too few to settle it"
+            + ("" if p is None else f" (p = {p:.2g})")
         ),
         "supported": "the whole interval is "
         + (f"between {minus} and {edge}" if within else f"{side} {edge}"),
@@ -194,13 +195,31 @@ def bound_text(arm: str, setting: str, threshold: Threshold) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# The verdict
+# The conclusions
 
 
-def verdict(
+class Failures(NamedTuple):
+    """Failures of the contrasts' arms, or of all arms, where they differ most.
+
+    Attributes:
+        rate, setting: where the first two arms differ most; in a tie, all arms.
+        differ: whether the arms differ anywhere in their fraction of failed runs.
+        registered: whether only rates fixed before the runs for all arms count, as there are some.
+        fewest: the arm and rate with the fewest runs.
+    """
+
+    rate: float
+    setting: str
+    by_arm: dict[str, AtRate]
+    differ: bool
+    registered: bool
+    fewest: AtRate
+
+
+def conclusions(
     results: Sequence[ContrastResult | None],
     contrasts: Sequence[Contrast],
-    arms: Sequence[ArmSummary],
+    failures: Failures | None,
 ) -> tuple[str, ...]:
     """The answer to each registered contrast, and where arms differ most."""
     answers = [
@@ -210,9 +229,7 @@ def verdict(
         else _contrast_sentence(result, contrast)
         for result, contrast in zip(results, contrasts, strict=True)
     ]
-    names = [name for contrast in contrasts for name in contrast.arms] or [a.arm for a in arms]
-    registered = {float(rate) for contrast in contrasts for rate in contrast.at.get(RATE, ())}
-    return *answers, _failures_sentence(arms, list(dict.fromkeys(names)), registered)
+    return *answers, _failures_sentence(failures)
 
 
 def _contrast_sentence(result: ContrastResult, contrast: Contrast) -> str:
@@ -258,52 +275,28 @@ def _fold(part: float, reach: str) -> str:
     return f"{'rises' if part > 0 else 'falls'} {math.exp(abs(part)):.2g}-fold"
 
 
-def _failures_sentence(
-    arms: Sequence[ArmSummary], names: Sequence[str], registered: Set[float]
-) -> str:
-    """Failures at the rate and setting where the first two arms differ most; in a tie, all arms.
-
-    Args:
-        registered: rates fixed before the runs for all arms; if there are any, only these count.
-    """
-    points: dict[tuple[float, str], dict[str, AtRate]] = {}
-    for arm in arms:
-        for at in arm.by_rate:
-            if arm.arm in names and (not registered or at.rate in registered):
-                points.setdefault((at.rate, arm.setting), {})[arm.arm] = at
-    if not points:
+def _failures_sentence(found: Failures | None) -> str:
+    if found is None:
         return "None of the contrasts' arms has a result at the rates compared."
-    everywhere = [at for by_arm in points.values() for at in by_arm.values()]
-    if not any(at.failures for at in everywhere):
-        fewest = min(everywhere, key=lambda at: at.n)
+    if not any(at.failures for at in found.by_arm.values()):
+        fewest = found.fewest
         return f"No run failed: {failures_text(0, fewest.n, fewest.interval)} at each rate."
-
-    def spread(by_arm: dict[str, AtRate], of: Sequence[str]) -> float:
-        fractions = [by_arm[name].failures / by_arm[name].n for name in of if name in by_arm]
-        return max(fractions, default=0.0) - min(fractions, default=0.0)
-
-    def difference(key: tuple[float, str]) -> tuple[float, float, int]:
-        by_arm = points[key]
-        failures = sum(at.failures for at in by_arm.values())
-        return spread(by_arm, names[:2]), spread(by_arm, names), failures
-
-    rate, setting = max(points, key=difference)
-    if difference((rate, setting))[1] == 0:
+    if not found.differ:
         return (
-            f"At every rate {'registered' if registered else 'tried'}, the same fraction of each "
-            "arm's runs failed: these runs do not tell the arms apart."
+            f"At every rate {'registered' if found.registered else 'tried'}, the same fraction of "
+            "each arm's runs failed: these runs do not tell the arms apart."
         )
     counts = [
         f"{name}: {failures_text(at.failures, at.n, at.interval)}"
-        for name, at in points[rate, setting].items()
+        for name, at in found.by_arm.items()
     ]
-    where = f" ({setting})" if setting else ""
+    where = f" ({found.setting})" if found.setting else ""
     chosen = (
         ", where the arms differ most among the rates registered for all of them"
-        if registered
+        if found.registered
         else ", chosen after the runs because the arms differ most there"
     )
-    return f"At rate {rate:g}{where}{chosen}, {'; '.join(counts)}."
+    return f"At rate {found.rate:g}{where}{chosen}, {'; '.join(counts)}."
 
 
 # ---------------------------------------------------------------------------------------------

@@ -166,8 +166,11 @@ def fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock_file(lock: Path, refusal: str) -> Iterator[None]:
+def lock_file(lock: Path, refusal: str, wait: float = 0.0) -> Iterator[None]:
     """Hold an exclusive lock. The file is removed on exit; a killed process leaves it unlocked.
+
+    Args:
+        wait: seconds to wait for another process that holds it.
 
     Raises:
         InputError: another process holds the lock (with the text `refusal`), or the file cannot be
@@ -175,7 +178,7 @@ def lock_file(lock: Path, refusal: str) -> Iterator[None]:
     """
     held = FileLock(lock)
     try:
-        held.acquire(timeout=0)
+        held.acquire(timeout=wait)
         mine = lock.stat()
     except Timeout:
         raise InputError(refusal) from None

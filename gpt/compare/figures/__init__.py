@@ -16,19 +16,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from gpt.compare.figures.base import Plot, PlotData, plot_style
-from gpt.compare.figures.initialization import amplification, gradient_by_depth, init_by_layer
-from gpt.compare.figures.losses import failures, loss_by_rate
+from gpt.compare.figures.initialization import amplification, gradient_by_depth, start_by_layer
+from gpt.compare.figures.losses import failures, loss_beside, loss_by_rate
 from gpt.compare.figures.runs import curves, layers
 from gpt.compare.figures.thresholds import sensitivity, thresholds
 
 # Name of the files -> the function that draws them; it returns None if there is no data for it.
 PLOTS: dict[str, Callable[[PlotData], Plot | None]] = {
     "loss-by-rate": loss_by_rate,
+    "beside": loss_beside,
     "failures": failures,
     "thresholds": thresholds,
     "sensitivity": sensitivity,
     "gradient-by-depth": gradient_by_depth,
-    "start-by-layer": init_by_layer,
+    "start-by-layer": start_by_layer,
     "amplification": amplification,
     "layers": layers,
 }

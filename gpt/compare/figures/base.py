@@ -10,13 +10,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 from gpt.compare.grid import Grid
 from gpt.compare.init_probes import InitProbe
@@ -29,6 +35,9 @@ DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)
 SHAPES = "os^Dv"
 INK = "#1f1f1f"  # text and axes; the report replaces it by its text color, light or dark
 PALE = "#8a8a8a"
+BETAS = ("attention's residual dependency β", "feed-forward's β")
+STREAM = "RMS of the residual stream"
+Section = Literal["losses", "arms", "initialization", "training", "curves"]
 
 
 @dataclass(frozen=True)
@@ -36,12 +45,14 @@ class Plot:
     """A figure with its text.
 
     Attributes:
+        section: of report.html, which shows it.
         title: a heading.
         caption: the quantities shown, and how to read them.
         alt: a description for readers who cannot see it.
         cells: whose curves it shows.
     """
 
+    section: Section
     title: str
     caption: str
     alt: str
@@ -71,12 +82,19 @@ class Style:
 
 @dataclass(frozen=True)
 class PlotData:
-    """What is plotted: a comparison and its results."""
+    """What is plotted: a comparison and its results.
+
+    Attributes:
+        name: of the comparison's directory.
+        beside: another comparison, to be shown next to this one.
+    """
 
     grid: Grid
     summary: Summary
     outcomes: Sequence[Outcome]
-    init_probes: Sequence[InitProbe]
+    init_probes: Sequence[InitProbe] = ()
+    name: str = ""
+    beside: PlotData | None = None
 
     @property
     def settings(self) -> list[str]:
@@ -178,6 +196,19 @@ def plain_numbers(axes: Axes) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def by_block(axes_list: Sequence[Axes], titles: Sequence[str]) -> None:
+    """Label panels of measures against the block: βs from 0, all others on a logarithmic axis."""
+    for axes, title in zip(axes_list, titles, strict=True):
+        axes.set_title(title)
+        axes.set_xlabel("block")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if title in BETAS:
+            axes.set_ylim(bottom=0)
+        else:
+            axes.set_yscale("log")
+            plain_numbers(axes)
 
 
 def save(name: str, plot: Plot, folder: Path) -> str:

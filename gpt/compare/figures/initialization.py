@@ -8,8 +8,15 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
-from gpt.compare.figures.base import Plot, PlotData, panels, plain_numbers
-from gpt.compare.figures.runs import BY_BLOCK_TITLES, by_block
+from gpt.compare.figures.base import (
+    BETAS,
+    STREAM,
+    Plot,
+    PlotData,
+    by_block,
+    panels,
+    plain_numbers,
+)
 from gpt.compare.init_probes import InitProbe
 from gpt.compare.probes import Probe
 from gpt.compare.statistics import loglog_slope
@@ -24,6 +31,7 @@ def gradient_by_depth(data: PlotData) -> Plot | None:
     axes.set_ylabel("gradient norm of the last block's W₂")
     figure.legend(loc="outside lower center", ncols=2 if len(slopes) < 9 else 3)
     return Plot(
+        "initialization",
         "Gradient of the last block at initialization, by depth",
         "For a single token, averaged over initial weights, as in the theory of Xiong et al. 2020: "
         "with xavier weights it is flat in post-norm, and in pre-norm it falls with a slope near "
@@ -46,6 +54,7 @@ def amplification(data: PlotData) -> Plot | None:
     names = [_name(data, each) for each in data.init_probes]
     figure.legend(axes_list[0].lines, names, loc="outside lower center", ncols=min(len(names), 5))
     return Plot(
+        "initialization",
         "Amplification of a change of the weights, by depth",
         "For a single token, per channel: every matrix of the blocks changed at random by 1% of "
         "its standard deviation, and by Adam's first update at rate 1e-5. Theory (Liu et al. 2020) "
@@ -80,7 +89,7 @@ def _by_depth(
     return slopes
 
 
-def init_by_layer(data: PlotData) -> Plot | None:
+def start_by_layer(data: PlotData) -> Plot | None:
     """Gradient norm, residual dependency and residual stream by layer."""
     if not data.init_probes:
         return None
@@ -101,11 +110,10 @@ def init_by_layer(data: PlotData) -> Plot | None:
             f"{_name(data, each)}: gradient {probe.gradient_norms[0]:.2g} in block 1, "
             f"{probe.gradient_norms[-1]:.2g} in block {depth}"
         )
-    by_block(axes_list, ("gradient norm of W₂", *BY_BLOCK_TITLES))
-    axes_list[0].set_yscale("log")
-    plain_numbers(axes_list[0])
+    by_block(axes_list, ("gradient norm of W₂", *BETAS, STREAM))
     figure.legend(loc="outside lower center", ncols=2 if len(alt) < 9 else 3)
     return Plot(
+        "initialization",
         f"Inside the networks at initialization, {depth} blocks",
         f"The arms' networks with {depth} blocks, whatever the grid's depth, on batches of the "
         "training text before any update. β = Var[f]/Var[x + f] is the sublayer's share of the "

@@ -15,7 +15,6 @@ from gpt.compare.figures.base import (
     Style,
     legend,
     panels,
-    plot_style,
     rate_axis,
 )
 from gpt.compare.wording import UNIGRAM_ENTROPY
@@ -35,6 +34,7 @@ def loss_by_rate(data: PlotData) -> Plot:
     axes_list[0].set_ylabel(Y_LABEL)
     legend(figure, data.styles)
     return Plot(
+        "losses",
         "Final loss against learning rate",
         "Each point is a run, a cross a failed one; lines join the medians over seeds. The loss of "
         "a failed run is capped at its initial loss. The dashed line is "
@@ -44,9 +44,12 @@ def loss_by_rate(data: PlotData) -> Plot:
     )
 
 
-def beside(data: PlotData, other: PlotData, names: tuple[str, str]) -> Plot:
+def loss_beside(data: PlotData) -> Plot | None:
     """Final loss against learning rate in two comparisons; arms of one name share a style."""
-    names = (label(names[0], 40), label(names[1], 40))
+    other = data.beside
+    if other is None:
+        return None
+    names = label(data.name, 40), label(other.name, 40)
     only_other = {name: style for name, style in other.styles.items() if name not in data.styles}
     styles = {name: replace(style, index=None) for name, style in only_other.items()} | data.styles
     shown = [
@@ -54,17 +57,17 @@ def beside(data: PlotData, other: PlotData, names: tuple[str, str]) -> Plot:
         for each, name in zip((data, other), names, strict=True)
         for setting in each.settings
     ]
-    with plot_style():
-        figure, axes_list = panels(len(shown), width=4.2, height=4.0)
-        for axes, (each, setting, name) in zip(axes_list, shown, strict=True):
-            _draw_losses(axes, each, setting, styles, has_rows=each is data)
-            axes.set_title(f"{name}{f': {setting}' if setting else ''}")
-        low, high = zip(*(axes.get_ylim() for axes in axes_list), strict=True)
-        for axes in axes_list:
-            axes.set_ylim(min(low), max(high))
-        axes_list[0].set_ylabel(Y_LABEL)
-        legend(figure, styles)
+    figure, axes_list = panels(len(shown), width=4.2, height=4.0)
+    for axes, (each, setting, name) in zip(axes_list, shown, strict=True):
+        _draw_losses(axes, each, setting, styles, has_rows=each is data)
+        axes.set_title(f"{name}{f': {setting}' if setting else ''}")
+    low, high = zip(*(axes.get_ylim() for axes in axes_list), strict=True)
+    for axes in axes_list:
+        axes.set_ylim(min(low), max(high))
+    axes_list[0].set_ylabel(Y_LABEL)
+    legend(figure, styles)
     return Plot(
+        "losses",
         f"{names[0]} and {names[1]}",
         "Final loss against learning rate in two comparisons, on the same scale. Arms of the same "
         "name have the same style.",
@@ -147,6 +150,7 @@ def failures(data: PlotData) -> Plot:
         axes.set_yticks(range(rows), [name for name, _ in keys])
         axes.set_xlabel("learning rate")
     return Plot(
+        "losses",
         "Which runs failed",
         "Failed seeds out of all. A run failed if its loss became non-finite, did not end more "
         f"than {LEARNED_MARGIN} nats below H₁, or ended well above its own minimum.",

@@ -8,21 +8,25 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from gpt import metrics
-from gpt.compare.figures.base import PALE, Plot, PlotData, legend, panels, plain_numbers
+from gpt.compare.figures.base import (
+    BETAS,
+    PALE,
+    STREAM,
+    Plot,
+    PlotData,
+    by_block,
+    legend,
+    panels,
+    plain_numbers,
+)
 from gpt.compare.outcomes import Outcome
 from gpt.compare.verdicts import spikes
 from gpt.compare.wording import UNIGRAM_ENTROPY
 
 CURVE_POINTS = 150
 EARLY_STEPS = 200
-BY_BLOCK_TITLES = (
-    "attention's residual dependency β",
-    "feed-forward's β",
-    "RMS of the residual stream",
-)
 
 
 def layers(data: PlotData) -> Plot | None:
@@ -38,10 +42,9 @@ def layers(data: PlotData) -> Plot | None:
     for outcome in trained:
         arms.setdefault((outcome.cell.setting_text, outcome.rate), set()).add(outcome.cell.arm)
     setting, rate = max(arms, key=lambda point: len(arms[point]))
+    shown = [o for o in trained if (o.cell.setting_text, o.rate) == (setting, rate)]
     figure, axes_list = panels(3, width=3.4, height=3.2)
-    for outcome in trained:
-        if (outcome.cell.setting_text, outcome.rate) != (setting, rate):
-            continue
+    for outcome in shown:
         for axes, measure in zip(
             axes_list, ("attention_beta", "mlp_beta", "stream_rms"), strict=True
         ):
@@ -53,10 +56,11 @@ def layers(data: PlotData) -> Plot | None:
                 [r[measure] for r in blocks],
                 **data.cell_line(outcome),
             )
-    by_block(axes_list, BY_BLOCK_TITLES)
+    by_block(axes_list, (*BETAS, STREAM))
     legend(figure, data.styles)
-    step = max(record["step"] for records in snapshots.values() for record in records)
+    step = max(record["step"] for o in shown for record in snapshots[o.cell.id])
     return Plot(
+        "training",
         "Inside the networks during training",
         f"Runs at rate {rate:g}{f' ({setting})' if setting else ''} that trained, at step {step}, "
         "a line per run. β is not measured where a placement combines x and f other than as "
@@ -65,18 +69,6 @@ def layers(data: PlotData) -> Plot | None:
         "run",
         figure,
     )
-
-
-def by_block(axes_list: Sequence[Axes], titles: Sequence[str]) -> None:
-    """Label panels of measures against the block; the last three are those of BY_BLOCK_TITLES."""
-    for axes, title in zip(axes_list, titles, strict=True):
-        axes.set_title(title)
-        axes.set_xlabel("block")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in axes_list[-3:-1]:
-        axes.set_ylim(bottom=0)
-    axes_list[-1].set_yscale("log")
-    plain_numbers(axes_list[-1])
 
 
 def _last_snapshot(outcome: Outcome) -> list[metrics.Record]:
@@ -104,7 +96,11 @@ def _curves(data: PlotData, setting: str, rate: float, outcomes: Sequence[Outcom
     drawn = [("loss", "training loss", None), *early, ("grad_norm", "gradient norm", None)]
     figure, axes_list = panels(len(drawn), width=3.6, height=3.3)
     for outcome in outcomes:
-        records = [r for r in metrics.read(outcome.directory / "metrics.jsonl") if "loss" in r]
+        records = [
+            record
+            for record in metrics.read(outcome.directory / "metrics.jsonl")
+            if "loss" in record and not record.get("skipped")
+        ]
         for axes, (key, _, last) in zip(axes_list, drawn, strict=True):
             _draw_run(axes, records, key, last, data.cell_line(outcome))
     for axes, (key, title, _) in zip(axes_list, drawn, strict=True):
@@ -117,6 +113,7 @@ def _curves(data: PlotData, setting: str, rate: float, outcomes: Sequence[Outcom
     legend(figure, data.styles)
     statuses = ", ".join(f"{o.cell.arm}, seed {o.seed}: {o.status}" for o in outcomes)
     return Plot(
+        "curves",
         f"Rate {rate:g}{f', {setting}' if setting else ''}",
         f"A line per run; a ring marks a spike. The dashed line is {UNIGRAM_ENTROPY}.",
         f"Loss and gradient norm against the step. {statuses}",

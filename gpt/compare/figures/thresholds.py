@@ -41,6 +41,7 @@ def thresholds(data: PlotData) -> Plot:
         axes.set_yticks(range(len(arms)), [arm.label for arm in arms])
         axes.invert_yaxis()
     return Plot(
+        "arms",
         "The rate at which half of the runs fail, and the highest stable rate",
         "Points: the rate at which a logistic regression (Firth's) of failure on the log rate "
         "crosses 1/2; a triangle means that it lies beyond the rates tried. Lines: 95% intervals "
@@ -117,6 +118,7 @@ def sensitivity(data: PlotData) -> Plot | None:
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("learning-rate sensitivity (nats)")
     return Plot(
+        "arms",
         "Learning-rate sensitivity",
         _sensitivity_caption(arms),
         "; ".join(f"{arm.label}: {arm.lr_sensitivity:.2f} nats" for arm in arms),

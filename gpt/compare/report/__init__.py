@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from markupsafe import Markup
 
 from gpt.compare import wording
 from gpt.compare.figures import draw
-from gpt.compare.figures.base import PlotData, save
-from gpt.compare.figures.losses import beside as draw_beside
+from gpt.compare.figures.base import PlotData, Section, save
 from gpt.compare.grid import Grid
 from gpt.compare.init_probes import InitProbe
 from gpt.compare.outcomes import Outcome
@@ -45,16 +44,9 @@ def write_report(
         commands: the command lines that ran it.
         beside: the directory and the contents of another comparison, to be shown next to this one.
     """
-    data = PlotData(grid, summary, outcomes, init_probes)
+    other = None if beside is None else PlotData(*beside[1], name=beside[0].name)
+    data = PlotData(grid, summary, outcomes, init_probes, directory.name, other)
     plots = draw(data)
-    other, names = None, ("", "")
-    if beside is not None:
-        path, (other_grid, other_summary, other_outcomes) = beside
-        other = PlotData(other_grid, other_summary, other_outcomes, [])
-        names = (directory.name, path.name)
-        ordered = list(plots.items())
-        ordered.insert(1, ("beside", draw_beside(data, other, names)))  # next to loss-by-rate
-        plots = dict(ordered)
     folder = directory / "figures"
     folder.mkdir(exist_ok=True)
     for old in (*folder.glob("*.png"), *folder.glob("*.svg")):
@@ -65,7 +57,10 @@ def write_report(
         "grid": grid,
         "summary": summary,
         "outcomes": outcomes,
-        "plots": plots,
+        "sections": {
+            section: {name: plot for name, plot in plots.items() if plot.section == section}
+            for section in get_args(Section)
+        },
         "styles": data.styles,
         "svg": {name: inline(svg, name, tips) for name, svg in drawings.items()},
         "curve_of": {cell: name for name, plot in plots.items() for cell in plot.cells},
@@ -74,9 +69,9 @@ def write_report(
         "script": Markup((TEMPLATES / "report.js").read_text("utf-8")),  # noqa: S704 - our own
         "grid_yaml": read_small(directory / "grid.yaml").decode(),
         "limits": wording.limits(grid, summary),
-        "vocabulary": math.log(next(o.vocabulary for o in outcomes if o.verdict is not None)),
+        "uniform_loss": math.log(next(o.vocabulary for o in outcomes if o.verdict is not None)),
         "other": other,
-        "names": names,
+        "names": (directory.name, other.name if other else ""),
         "side_by_side": _side_by_side(summary, other.summary) if other else {},
         "difference_text": lambda interval: wording.interval_text(interval, "{:+.3f}".format),
         "loss_text": lambda interval: wording.interval_text(interval, "{:.3f}".format),

@@ -30,7 +30,8 @@ arms.addEventListener("change", show);
 
 for (const link of document.querySelectorAll("[data-show]")) {
   link.addEventListener("click", () => {
-    for (const drawn of document.querySelectorAll(".chosen")) drawn.classList.remove("chosen");
-    for (const drawn of document.querySelectorAll(`[data-cell="${link.dataset.show}"]`)) drawn.classList.add("chosen");
+    const row = link.dataset.show;
+    for (const marked of document.querySelectorAll(".chosen")) marked.classList.remove("chosen");
+    for (const marked of document.querySelectorAll(`[id="${row}"], [data-cell="${row}"]`)) marked.classList.add("chosen");
   });
 }

@@ -1,0 +1,96 @@
+"""What a comparison prints: what it is about to run, how each cell ended, what it concluded."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpt.compare.estimate import Estimate, free_bytes
+from gpt.compare.grid import Cell, Grid
+from gpt.compare.outcomes import Outcome
+from gpt.compare.results import Summary
+from gpt.compare.tasks import Task
+from gpt.io.console import duration
+
+
+def describe(
+    grid: Grid,
+    cells: Sequence[Cell],
+    directory: Path,
+    estimated: Estimate,
+    tasks: Sequence[Task],
+    workers: int,
+) -> str:
+    """The comparison that is about to run, in a few lines."""
+    arms = grid.all_arms()
+    with_result = len(cells) - estimated.cells
+    every = math.prod([len(arms), len(grid.seeds), *map(len, grid.grid.values())])
+    rows = {
+        "question": " ".join(contrast.question for contrast in grid.contrasts) or "none registered",
+        "arms": "; ".join(arm.name for arm in arms),
+        "cells": f"{len(cells)}: {len(arms)} arms, {len(grid.seeds)} seeds"
+        + "".join(f", {len(values)} values of {axis}" for axis, values in grid.grid.items())
+        + (f"; {every - len(cells)} combinations are excluded" if len(cells) < every else "")
+        + (f"; {with_result} have a result already" if with_result else ""),
+        "tokens": f"{estimated.tokens:,} to train on, {estimated.flops:.2g} FLOPs",
+        "time": f"about {duration(estimated.seconds)} with {format_workers(tasks, workers)}, "
+        "estimated from a short benchmark on this machine; start-up"
+        + (", probes (probes: false skips them)" if grid.probes else "")
+        + " and report not included",
+        "disk": f"at most {estimated.disk / 1e6:,.0f} MB of "
+        f"{free_bytes(directory) / 1e9:,.0f} GB free",
+        "directory": str(directory),
+    }
+    slow = too_long_warmups(cells)
+    if slow:
+        rows["warm-up"] = f"lasts as long as the run, or longer, in {'; '.join(slow)}"
+    return "\n".join([grid.title, *(f"  {name:<10} {text}" for name, text in rows.items())])
+
+
+def format_workers(tasks: Sequence[Task], workers: int) -> str:
+    """`2 workers`, `batches of up to 36 cells`, or both."""
+    batches = [len(task.cells) for task in tasks if task.batched]
+    parts = []
+    if batches:
+        batch = f"{len(batches)} batches" if len(batches) > 1 else "a batch"
+        parts.append(f"{batch} of up to {max(batches)} cells")
+    if len(tasks) > len(batches):
+        parts.append(f"{workers} worker{'s' if workers > 1 else ''}")
+    return " and ".join(parts)
+
+
+def too_long_warmups(cells: Sequence[Cell]) -> list[str]:
+    """Arms whose warm-up lasts at least as long as the run."""
+    arms = {
+        cell.arm: None
+        for cell in cells
+        if cell.config.schedule.warmup != "none"
+        and cell.config.schedule.warmup_steps >= cell.config.training.steps
+    }
+    return list(arms)
+
+
+def format_outcome(outcome: Outcome) -> str:
+    """`trained, 2.345` or `diverged at step 17`."""
+    found = outcome.verdict
+    assert found is not None
+    step = f" at step {found.step}" if found.status == "diverged" else ""
+    loss = "" if found.final_val_loss is None else f", {found.final_val_loss:.3f}"
+    return f"{found.status}{step}{loss}"
+
+
+def format_summary(summary: Summary, directory: Path) -> str:
+    """The conclusions, cells without a result, and where the report is."""
+    lines = [*summary.conclusions]
+    if summary.lost:
+        counts = Counter(summary.lost.values())
+        by_status = ", ".join(f"{count} {status}" for status, count in counts.items())
+        lines.append(
+            f"{len(summary.lost)} of {summary.planned} cells have no result ({by_status}); "
+            "run the same command to retry them"
+        )
+    if summary.match.exceptions:
+        lines.append(f"NOT MATCHED: {summary.match.exceptions[0]}")
+    return "\n".join([*lines, f"  report  {directory / 'report.html'}"])
