@@ -66,8 +66,7 @@ def too_long_warmups(cells: Sequence[Cell]) -> list[str]:
     arms = {
         cell.arm: None
         for cell in cells
-        if cell.config.schedule.warmup != "none"
-        and cell.config.schedule.warmup_steps >= cell.config.training.steps
+        if cell.config.schedule.effective_warmup_steps >= cell.config.training.steps
     }
     return list(arms)
 
