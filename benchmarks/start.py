@@ -44,7 +44,7 @@ COMMANDS = ("train.py", "sample.py", "compare.py")
 MARKS = ("set-up", "validation at step 0", "first update")
 IMPORTS = ("torch._dynamo", "torch", "matplotlib", "numpy", "pydantic", "yaml", "gpt")
 PARTS = {  # of a run's time, and the functions that take it
-    "logging": ("gpt.run.log.RunLog.flush",),
+    "logging": ("gpt.run.run.Run._count_updates",),
     "evaluation": ("gpt.run.run.Run._evaluate",),
     "checkpoints": ("gpt.run.run.Run._save", "gpt.run.run.Run._check_weights"),
     "samples": ("gpt.run.run.Run._sample",),

@@ -60,7 +60,7 @@ def test_it_runs_at_small_size(
     assert 0 < at[0] <= at[1] <= at[2]
     assert 0 < figures["imports"]["torch"] < at[0] * 3
     for run, steps, evaluations in zip(figures["runs"], (20, 25), (3, 4), strict=True):
-        assert run["steps"] == steps == run["calls"]["gpt.run.log.RunLog.flush"]
+        assert run["steps"] == steps == run["calls"]["gpt.run.run.Run._count_updates"]
         assert run["calls"]["gpt.run.run.Run._evaluate"] == evaluations
         parts = sum(seconds for name, seconds in run["seconds"].items() if name != start.WHOLE)
         assert 0 < parts < run["seconds"][start.WHOLE]

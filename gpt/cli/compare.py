@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from gpt.cli.common import StopSignals
-from gpt.cli.flags import parse
+from gpt.cli.flags import as_flag, parse
 from gpt.compare import grid as grids
 from gpt.compare.grid import Cell, Grid
-from gpt.config import Config, FileName, Seconds, Section, WorkerCount
+from gpt.config import Config, FileName, FileNames, Seconds, Section, WorkerCount
 from gpt.config.shipped import names
 from gpt.errors import InputError
 from gpt.io.console import Console, show
@@ -46,6 +46,13 @@ class Arguments(Section):
     """List the cells and their total tokens, FLOPs and time, and write nothing."""
     report_only: bool = False
     """Rewrite the report from the existing runs."""
+    seeds: str | None = Field(None, title="SEEDS")
+    """Other seeds than the grid's: 8 are 0 to 7, 16:24 are 16 to 23, 1,5,7 are these three."""
+    extend: bool = False
+    """Add arms, rates, seeds or contrasts to the comparison in the directory; its results stay. The
+    report says what was added when results were known."""
+    reuse: FileNames = Field((), title="DIR")
+    """Other comparisons, whose finished runs are copied if their configs are the same."""
     beside: FileName | None = Field(None, title="DIR")
     """Another comparison, to show next to this one in the report."""
     max_seconds: Seconds | None = Field(None, title="SECONDS")
@@ -75,8 +82,10 @@ def load(argv: Sequence[str], prog: str = "compare.py") -> tuple[Arguments, Comp
         InputError: either is invalid.
     """
     arguments, options = parse(Arguments, prog, argv, Config)
-    if arguments.dry_run and arguments.report_only:
-        raise InputError("give --dry-run or --report-only, not both")
+    if arguments.report_only:
+        for flag in ("dry_run", "extend", "reuse"):
+            if getattr(arguments, flag):
+                raise InputError(f"give {as_flag(flag)} or --report-only, not both")
     path = Path(arguments.grid)
     directory = Path(arguments.out_dir or f"runs/{path.stem}")
     if path.is_dir():
@@ -85,7 +94,7 @@ def load(argv: Sequence[str], prog: str = "compare.py") -> tuple[Arguments, Comp
         path, directory = path / "grid.yaml", path
         if not path.is_file():
             raise InputError(f"{directory}: is not a comparison directory (no grid.yaml)")
-    grid, cells = grids.load(path, options)
+    grid, cells = grids.load(path, options, arguments.seeds)
     if arguments.runner is not None:
         grid = grid.model_copy(update={"runner": arguments.runner})
     if not arguments.report_only:
@@ -110,15 +119,24 @@ def compare(arguments: Arguments, comparison: Comparison) -> Summary | None:
     if other is not None:
         comparisons.read_comparison(other)  # raises before any cell runs
     if arguments.report_only:
-        comparisons.check_directory(grid, directory)
+        comparisons.check_directory(grid, cells, directory)
         return comparisons.report(grid, cells, directory, other)
     workers = arguments.workers or default_workers(cells)
+    extend, reuse = arguments.extend, [Path(each) for each in arguments.reuse]
     if arguments.dry_run:
-        show(comparisons.dry_run(grid, cells, directory, workers))
+        show(comparisons.dry_run(grid, cells, directory, workers, extend=extend, reuse=reuse))
         return None
     with StopSignals(arguments.max_seconds) as stop, contextlib.closing(Console()) as console:
         return comparisons.compare(
-            grid, cells, directory, workers=workers, console=console, stop=stop, beside=other
+            grid,
+            cells,
+            directory,
+            workers=workers,
+            console=console,
+            stop=stop,
+            beside=other,
+            extend=extend,
+            reuse=reuse,
         )
 
 

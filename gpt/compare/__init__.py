@@ -2,6 +2,7 @@
 
 comparison.py   the straight line through all of it
 messages.py     what it prints
+registration.py what was registered before the first result, and added later
 
 grid.py         a YAML file -> arms, factors, seeds -> cells, each a config
 estimate.py     tokens, FLOPs, time and disk before anything runs
@@ -9,6 +10,7 @@ tasks.py        which cells are trained together
 runner.py       tasks -> run directories: the parent of the worker processes
 worker.py       what a worker process does
 cell_runs.py    a cell on disk: its directory, whether it has a result, why if not
+reuse.py        cells copied from another comparison
 probes.py       a network at initialization, without training
 init_probes.py  the comparison's networks, probed: probes.json
 

@@ -3,6 +3,7 @@
     runs/NAME/
       grid.yaml       the grid with its base included: it alone reproduces the comparison
       command.json    the commands that ran it, and when
+      registration.json  the contrasts and seeds before the first result; what was added later
       cells/CELL/     a run directory each
       lost.json       cells without a result, and why; only if there are any
       probes.json     measurements of the networks at initialization
@@ -10,7 +11,8 @@
       summary.json    arms, contrasts, pairs, verdict
       report.html, report.md, figures/
 
-A directory belongs to one grid, whose contrasts were registered before the runs.
+A directory belongs to one grid, which can grow: `extend` adds arms, rates, seeds or contrasts, and
+`reuse` copies finished runs of other comparisons. What was known by then is recorded.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import Any
 import yaml
 
 from gpt.compare import grid as grids
+from gpt.compare import registration
 from gpt.compare.cell_runs import has_result
 from gpt.compare.estimate import check_affordable, check_cells, estimate
 from gpt.compare.grid import Cell, Grid
@@ -36,6 +39,7 @@ from gpt.compare.outcomes import NO_RESULT, Outcome, read_outcome, read_outcomes
 from gpt.compare.report import write_report
 from gpt.compare.report.cells_csv import csv_text
 from gpt.compare.results import VERSION, Summary
+from gpt.compare.reuse import copy_run, find_reusable
 from gpt.compare.runner import run_tasks
 from gpt.compare.summary import summarize
 from gpt.compare.tasks import make_tasks
@@ -69,19 +73,24 @@ def compare(
     console: Console,
     stop: Callable[[], bool],
     beside: Path | None = None,
+    extend: bool = False,
+    reuse: Sequence[Path] = (),
 ) -> Summary:
     """Run the missing cells of a comparison, and write its report.
 
     Args:
         workers: number of worker processes.
         beside: see `report`.
+        extend: see `check_directory`.
+        reuse: other comparisons' directories, whose finished runs are copied where they fit.
 
     Raises:
         InputError: the directory holds another comparison, or the grid cannot be run here.
         StoppedError: `stop` became true; there is no report.
     """
     check_cells(cells, probes=grid.probes)
-    check_directory(grid, directory)
+    added = check_directory(grid, cells, directory, extend=extend)
+    copies = find_reusable(cells, directory, reuse)
     with lock_directory(directory, f"{directory}: another process runs this comparison"):
         before = directory / "grid.yaml"
         if before.is_file() and read_yaml(before).get("keep_checkpoints"):
@@ -89,7 +98,10 @@ def compare(
         vocabulary = [
             preparation.prepare(data, console, stop).encoding.n_vocab for data in _datas(cells)
         ]
+        copied = {name for names in copies.values() for name in names}
         missing = [cell for cell in cells if not has_result(directory, cell)]
+        results = len(cells) - len(missing)
+        missing = [cell for cell in missing if cell.id not in copied]
         tasks = make_tasks(missing, grid.runner)
         if tasks:
             estimated = interruptible(
@@ -103,9 +115,16 @@ def compare(
             console.say(describe(grid, cells, directory, estimated, tasks, workers))
         else:
             console.say(f"{directory}: all {len(cells)} cells have a result; reporting again")
+        registration.register(directory, grid, added, results)
         write_text(directory / "grid.yaml", grid.to_yaml())
-        if tasks:
+        if tasks or copied:
             append_command(directory)
+        for source, runs in copies.items():
+            registration.register_copies(directory, grid, list(runs), source)
+            for cell in cells:
+                if cell.id in runs:
+                    copy_run(runs[cell.id], cell, directory)
+            console.say(f"{registration.count(len(runs))} copied from {source}")
         finished = run_tasks(
             tasks,
             cells,
@@ -159,7 +178,8 @@ def report(
         outcomes = read_outcomes(cells, directory)
         init_probes = read_init_probes(directory, [arm.name for arm in grid.all_arms()])
         commands = [f"{each.began}  {shlex.join(each.argv)}" for each in read_commands(directory)]
-        summary = summarize(grid, outcomes)
+        registered = registration.registered(directory, grid, cells)
+        summary = summarize(grid, outcomes, registered)
         other = None if beside is None else (beside, read_comparison(beside))
         write_text(directory / "cells.csv", csv_text(outcomes))
         results = {"version": VERSION, **asdict(summary)}
@@ -195,8 +215,16 @@ def read_comparison(directory: Path) -> tuple[Grid, Summary, list[Outcome]]:
     return grid, summarize(grid, outcomes), outcomes
 
 
-def check_directory(grid: Grid, directory: Path) -> None:
+def check_directory(
+    grid: Grid, cells: Sequence[Cell], directory: Path, *, extend: bool = False
+) -> list[Cell]:
     """Refuse a directory that belongs to something else.
+
+    Args:
+        extend: whether the grid may have more than the directory's, to which it then adds.
+
+    Returns:
+        The cells that are added.
 
     Raises:
         InputError: it holds another grid, or something that is not a comparison.
@@ -209,35 +237,66 @@ def check_directory(grid: Grid, directory: Path) -> None:
             raise InputError(
                 f"{directory}: exists and is not a comparison; choose another --out-dir"
             )
-        return
+        return []
     mine, theirs = yaml.safe_load(grid.to_yaml()), read_yaml(path)
     different = [
         key
         for key in {**theirs, **mine}
         if key not in CHANGEABLE and mine.get(key) != theirs.get(key)
     ]
-    if different:
+    if not different:
+        return []
+    holds = f"{directory}: holds a comparison of another grid (different {', '.join(different)})"
+    before = grids.load(path)
+    try:
+        registration.check_growth(before, (grid, list(cells)))
+    except InputError as error:
         raise InputError(
-            f"{directory}: holds a comparison of another grid (different {', '.join(different)}), "
-            "and a grid cannot change after its runs;\nchoose another --out-dir"
+            f"{holds}, and a grid can only grow after its runs: {error};\nchoose another --out-dir"
+        ) from None
+    known = {cell.id for cell in before[1]}
+    added = [cell for cell in cells if cell.id not in known]
+    if not extend:
+        raise InputError(
+            f"{holds};\n--extend adds {registration.count(len(added))} to it; or choose another "
+            "--out-dir"
         )
+    return added
 
 
-def dry_run(grid: Grid, cells: Sequence[Cell], directory: Path, workers: int) -> str:
+def dry_run(
+    grid: Grid,
+    cells: Sequence[Cell],
+    directory: Path,
+    workers: int,
+    *,
+    extend: bool = False,
+    reuse: Sequence[Path] = (),
+) -> str:
     """A description of what would be run, and the list of cells.
+
+    Args:
+        extend, reuse: as for `compare`.
 
     Raises:
         InputError: as `compare`.
     """
     check_cells(cells, probes=grid.probes)
-    check_directory(grid, directory)
+    check_directory(grid, cells, directory, extend=extend)
+    copied = set().union(*find_reusable(cells, directory, reuse).values())
     vocabulary = max(preparation.vocab_size(data) for data in _datas(cells))
-    missing = [cell for cell in cells if not has_result(directory, cell)]
+    missing = [cell for cell in cells if cell.id not in copied and not has_result(directory, cell)]
     tasks = make_tasks(missing, grid.runner)
     estimated = estimate(tasks, vocabulary, workers, keep_checkpoints=grid.keep_checkpoints)
     check_affordable(estimated, directory, grid.hours)
     names = {cell.id for cell in missing}
-    lines = [f"  {cell.id}{'' if cell.id in names else '  (has a result)'}" for cell in cells]
+    lines = [
+        f"  {cell.id}"
+        + ("  (is copied)" if cell.id in copied else "" if cell.id in names else "  (has a result)")
+        for cell in cells
+    ]
+    sha256 = registration.fingerprint(grid.contrasts, grid.seeds)
+    lines.append(f"SHA-256 of the contrasts and seeds: {sha256}")
     return "\n".join([describe(grid, cells, directory, estimated, tasks, workers), *lines])
 
 

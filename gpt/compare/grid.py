@@ -343,12 +343,16 @@ def split(axis: str) -> list[str]:
     return [key.strip() for key in axis.split(",")]
 
 
-def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> tuple[Grid, list[Cell]]:
+def load(
+    path: str | Path, overrides: Mapping[str, Any] | None = None, seeds: str | None = None
+) -> tuple[Grid, list[Cell]]:
     """The grid in a YAML file, and its cells.
 
     Args:
         path: a file, or the name of a grid that comes with steadygpt, such as `quick`.
         overrides: options for all cells, a nested mapping, on top of the file's.
+        seeds: other seeds than the file's, see `parse_seeds`. An entry of `exclude` that names
+            seeds then need not match a cell.
 
     Returns:
         The grid with base and options merged, so that it needs no other file; and the cells, seed
@@ -366,6 +370,10 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> tuple[
         {"title": printable(path.stem)[:200], **tree},
         lambda key: f"{path}: {key}".rstrip(": "),
     )
+    if seeds is not None:
+        grid = grid.model_copy(update={"seeds": parse_seeds(seeds)})
+        matched = [entry for entry in grid.exclude if not _is_of_other_seeds(entry, grid.seeds)]
+        grid = grid.model_copy(update={"exclude": tuple(matched)})
     given, varied = dict(leaves(overrides or {})), _varied(grid)
     for key in given:
         if key in {*varied, "seed", "name"}:
@@ -388,6 +396,33 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> tuple[
     if len(grid.to_yaml().encode()) > MAX_BYTES:  # its comparison could not be read back
         raise InputError(f"{path}: is longer than {MAX_BYTES:,} bytes including its base")
     return grid, cells
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """The seeds that a text such as `8` (0 to 7), `16:24` (16 to 23) or `1,5,7` describes.
+
+    Raises:
+        InputError: it is something else, or a seed is duplicate or out of range.
+    """
+    first, colon, end = text.partition(":")
+    numbers = [first or "0", end] if colon else text.split(",")
+    if not all(re.fullmatch(r" *[0-9]{1,10} *", number) for number in numbers):
+        raise InputError(f"--seeds: {text!r} is neither a number, nor like 16:24 or 1,5,7")
+    values = [int(number) for number in numbers]
+    if colon or len(values) == 1:
+        values = values if colon else [0, *values]
+        if not 0 < values[1] - values[0] <= MOST_CELLS:
+            raise InputError(f"--seeds: {text!r} are not between 1 and {MOST_CELLS:,} seeds")
+        values = list(range(*values))
+    if len(set(values)) < len(values):
+        raise InputError(f"--seeds: {text!r} has a duplicate seed")
+    return tuple(values)
+
+
+def _is_of_other_seeds(entry: Options, seeds: Sequence[int]) -> bool:
+    """Whether an entry of `exclude` names seeds, none of which are among `seeds`."""
+    named = _texts_of({"seed": entry.get("seed", [])})["seed"]
+    return bool(named) and named.isdisjoint(map(_text, seeds))
 
 
 def _check_contrast(contrast: Contrast, grid: Grid, cells: Sequence[Cell], origin: str) -> None:

@@ -12,7 +12,7 @@ from typing import Literal
 from gpt.compare.matching import Match
 from gpt.compare.statistics import Interval, McNemar, PairedDifference, Threshold
 
-VERSION = 3  # of summary.json; version 2 had one `contrast`, and version 1 called `setting` `place`
+VERSION = 4  # of summary.json; raised when its keys change
 
 Answer = Literal["supported", "contradicted", "open"]
 
@@ -95,7 +95,9 @@ class ContrastResult:
         p: of a paired test that the value is the margin; None for log_lr50, which has none.
         least_p: the smallest p that this many seeds can give.
         answer, why: whether the runs support the claim, and the reason in words.
-        confirmatory: whether all contrasts before it are supported; otherwise it is exploratory.
+        confirmatory: whether it was registered before any result, and so were all contrasts before
+            it, which are supported; otherwise it is exploratory.
+        late: what was not registered before any result, in words; empty if all of it was.
         dropped: combinations of setting and rate left out because an arm or a seed has no run.
     """
 
@@ -111,6 +113,7 @@ class ContrastResult:
     answer: Answer
     why: str
     confirmatory: bool
+    late: str
     seeds: int
     dropped: int
 
@@ -149,6 +152,7 @@ class Summary:
         lost: the status of each cell without a result, by its id.
         unigram_entropy: H₁, the loss of guessing by token frequency.
         contrasts: in the grid's order; None where a contrast cannot be computed.
+        registered: when the contrasts were registered, and what was added later, in words.
         conclusions: a sentence for each contrast, and one about failures; "verdict" in the file.
     """
 
@@ -161,4 +165,5 @@ class Summary:
     contrasts: tuple[ContrastResult | None, ...]
     pairs: tuple[PairResult, ...]
     match: Match
+    registered: str
     conclusions: tuple[str, ...]

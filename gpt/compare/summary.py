@@ -17,6 +17,7 @@ from gpt.compare import wording
 from gpt.compare.grid import RATE, Contrast, Grid
 from gpt.compare.matching import match
 from gpt.compare.outcomes import Outcome
+from gpt.compare.registration import UNSAID, Registered
 from gpt.compare.results import (
     Answer,
     ArmSummary,
@@ -46,7 +47,7 @@ from gpt.compare.statistics import (
 from gpt.schedule import lr_multiplier
 
 
-def summarize(grid: Grid, outcomes: Sequence[Outcome]) -> Summary:
+def summarize(grid: Grid, outcomes: Sequence[Outcome], registered: Registered = UNSAID) -> Summary:
     """All results of a comparison; at least one cell has a result."""
     ended = [outcome for outcome in outcomes if outcome.verdict is not None]
     assert ended, "at least one cell has a result"
@@ -57,9 +58,11 @@ def summarize(grid: Grid, outcomes: Sequence[Outcome]) -> Summary:
         if any(o.verdict is not None for o in group)
     )
     contrasts: list[ContrastResult | None] = []
-    for contrast in grid.contrasts:
-        confirmatory = all(before and before.answer == "supported" for before in contrasts)
-        contrasts.append(_contrast(contrast, ended, confirmatory=confirmatory))
+    for number, contrast in enumerate(grid.contrasts):
+        late = registered.late.get(number, "")
+        first = all(b and b.confirmatory and b.answer == "supported" for b in contrasts)
+        result = _contrast(contrast, ended, confirmatory=first and not late, late=late)
+        contrasts.append(result)
     return Summary(
         title=grid.title,
         planned=len(outcomes),
@@ -70,6 +73,7 @@ def summarize(grid: Grid, outcomes: Sequence[Outcome]) -> Summary:
         contrasts=tuple(contrasts),
         pairs=_pairs(grid.pairs, ended),
         match=match(outcomes),
+        registered=registered.text,
         conclusions=wording.conclusions(
             contrasts, grid.contrasts, _widest_failures(arms, grid.contrasts)
         ),
@@ -250,7 +254,7 @@ class _Measured:
 
 
 def _contrast(
-    contrast: Contrast, outcomes: Sequence[Outcome], *, confirmatory: bool
+    contrast: Contrast, outcomes: Sequence[Outcome], *, confirmatory: bool, late: str
 ) -> ContrastResult | None:
     """A registered contrast: a mean over settings and rates, from the runs that its arms share."""
     names = contrast.arms
@@ -278,6 +282,7 @@ def _contrast(
         answer=answer,
         why=wording.reason(reason, contrast, seeds, found.p),
         confirmatory=confirmatory,
+        late=late,
         seeds=seeds,
         dropped=common.dropped,
     )

@@ -252,6 +252,8 @@ def _contrast_sentence(result: ContrastResult, contrast: Contrast) -> str:
     noted = f" ({'; '.join(notes)})" if notes else ""
     answer, meaning = ANSWERS[result.answer]
     exploratory = "" if result.confirmatory else EXPLORATORY
+    if result.late:
+        exploratory = f" This answer is exploratory: {result.late}."
     return (
         f"{answer}: {sentence} ({interval}; {p_text(result)}): {meaning}, because {result.why}"
         f"{noted}.{exploratory}"

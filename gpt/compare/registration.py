@@ -1,0 +1,205 @@
+"""What a comparison registered before its first result, and what was added to it later.
+
+    DIR/registration.json   the seeds, the number of contrasts and a hash of both; later additions
+
+An answer is confirmatory only if its contrast and its cells were fixed before any result was known.
+So the first start records the contrasts and seeds, and every later addition records how many cells
+had a result by then. The hash can be published beforehand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from gpt.compare.grid import Cell, Contrast, Grid
+from gpt.errors import InputError
+from gpt.io.files import read_json, write_text
+
+UNKNOWN = "what was registered before the runs is not recorded"
+CHANGED = "the contrasts or seeds are not those that were registered"
+
+
+@dataclass(frozen=True)
+class Addition:
+    """Cells or contrasts that were added when results were known.
+
+    Attributes:
+        time: in ISO 8601.
+        cells: ids of the cells that were added.
+        contrasts: how many contrasts there were then, with the added ones.
+        results: how many cells had a result.
+        source: the directory from which `cells` were copied; empty if they were to be trained.
+    """
+
+    time: str
+    cells: list[str]
+    contrasts: int
+    results: int
+    source: str = ""
+
+    def __str__(self) -> str:
+        number = count(len(self.cells))
+        if self.source:
+            return f"on {self.time} {number} were copied from {self.source}"
+        return f"on {self.time}, when {count(self.results)} had a result, {number} were added"
+
+
+@dataclass(frozen=True)
+class Registration:
+    """The contents of registration.json.
+
+    Attributes:
+        time: of the first start, in ISO 8601.
+        sha256: see `fingerprint`.
+        seeds, contrasts: the registered seeds, and how many contrasts there were.
+    """
+
+    time: str
+    sha256: str
+    seeds: list[int]
+    contrasts: int
+    additions: list[Addition] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What may be said about the registration of a comparison.
+
+    Attributes:
+        text: when it was registered, and what was added since; empty if that is unknown.
+        late: contrast, by its number -> why its answer is exploratory.
+    """
+
+    text: str = ""
+    late: Mapping[int, str] = field(default_factory=dict)
+
+
+UNSAID = Registered()
+
+
+def fingerprint(contrasts: Sequence[Contrast], seeds: Sequence[int]) -> str:
+    """SHA-256 of the contrasts and seeds, in hexadecimal."""
+    tree = {"contrasts": [each.model_dump(mode="json") for each in contrasts], "seeds": [*seeds]}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def register(directory: Path, grid: Grid, added: Sequence[Cell], results: int) -> None:
+    """Record the contrasts and seeds; once there are results, record only what is added.
+
+    Args:
+        added: cells that the directory's grid did not have.
+        results: how many cells have a result.
+    """
+    sha256, before = fingerprint(grid.contrasts, grid.seeds), read_registration(directory)
+    if not results:
+        if before is None or before.sha256 != sha256:
+            _write(directory, Registration(_now(), sha256, [*grid.seeds], len(grid.contrasts)))
+    else:
+        _add(directory, grid, [cell.id for cell in added], results)
+
+
+def register_copies(directory: Path, grid: Grid, names: Sequence[str], source: Path) -> None:
+    """Record that cells, by their ids, are copied with their results from another comparison."""
+    _add(directory, grid, names, 0, str(source))
+
+
+def _add(directory: Path, grid: Grid, names: Sequence[str], results: int, source: str = "") -> None:
+    """Record what is not in registration.json yet; without that file, nothing."""
+    before = read_registration(directory)
+    if before is None:
+        return
+    known = {name for addition in before.additions for name in addition.cells}
+    new = [name for name in names if name not in known]
+    last = before.additions[-1].contrasts if before.additions else before.contrasts
+    if new or len(grid.contrasts) > last:
+        addition = Addition(_now(), new, len(grid.contrasts), results, source)
+        _write(directory, replace(before, additions=[*before.additions, addition]))
+
+
+def read_registration(directory: Path) -> Registration | None:
+    """The contents of registration.json; None if there is no such file.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    path = directory / "registration.json"
+    return read_json(path, Registration) if path.is_file() else None
+
+
+def registered(directory: Path, grid: Grid, cells: Sequence[Cell]) -> Registered:
+    """What may be said about the registration of the comparison in a directory.
+
+    Raises:
+        InputError: registration.json is damaged.
+    """
+    found = read_registration(directory)
+    if found is None:
+        return Registered(late=dict.fromkeys(range(len(grid.contrasts)), UNKNOWN))
+    mine = fingerprint(grid.contrasts[: found.contrasts], found.seeds)
+    if mine != found.sha256 or not set(found.seeds) <= set(grid.seeds):
+        return Registered(late=dict.fromkeys(range(len(grid.contrasts)), CHANGED))
+    late = {
+        number: reason
+        for number, contrast in enumerate(grid.contrasts)
+        if (reason := _late(number, contrast, found, cells))
+    }
+    text = f"Registered on {found.time}, before any result (SHA-256 {found.sha256})"
+    return Registered("; ".join([text, *map(str, found.additions)]) + ".", late)
+
+
+def _late(
+    number: int, contrast: Contrast, registration: Registration, cells: Sequence[Cell]
+) -> str:
+    """Why the answer to a contrast is exploratory; empty if nothing was added to it."""
+    if number >= registration.contrasts:
+        first = next((a for a in registration.additions if number < a.contrasts), None)
+        return (
+            CHANGED
+            if first is None
+            else (f"the question was added when {count(first.results)} had a result")
+        )
+    included = {cell.id for cell in cells if contrast.includes(cell)}
+    for addition in registration.additions:
+        own = len(included.intersection(addition.cells))
+        if own and addition.source:
+            return f"{own} of its cells were copied from {addition.source}, with their results"
+        if own:
+            return f"{own} of its cells were added when {count(addition.results)} had a result"
+    return ""
+
+
+def count(cells: int) -> str:
+    """`1 cell` or `12 cells`."""
+    return f"{cells} cell{'' if cells == 1 else 's'}"
+
+
+def check_growth(old: tuple[Grid, list[Cell]], new: tuple[Grid, list[Cell]]) -> None:
+    """Check that a grid only adds to another: all its cells, contrasts and pairs remain.
+
+    Raises:
+        InputError: something would be lost or changed; the message is only what.
+    """
+    configs = {cell.id: cell.config for cell in new[1]}
+    for cell in old[1]:
+        if cell.id not in configs:
+            raise InputError(f"the new grid has no cell {cell.id}")
+        if configs[cell.id] != cell.config:
+            raise InputError(f"the new grid changes cell {cell.id}")
+    for name in ("contrasts", "pairs"):
+        before, now = getattr(old[0], name), getattr(new[0], name)
+        if now[: len(before)] != before:
+            raise InputError(f"{name}: new ones can only follow those of before")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _write(directory: Path, registration: Registration) -> None:
+    text = json.dumps(asdict(registration), indent=2) + "\n"
+    write_text(directory / "registration.json", text)
