@@ -66,6 +66,7 @@ def test_it_ends_with_a_verdict_and_a_report(done: tuple[Path, str]):
         "command.json",
         "cells",
         "probes.json",
+        "registration.json",
         "cells.csv",
         "summary.json",
         "report.html",
@@ -124,7 +125,7 @@ def test_the_worst_value_of_each_layer_measure_is_in_the_table(done: tuple[Path,
 
 def test_summary_json_agrees_with_the_cells(done: tuple[Path, str]):
     tree = json.loads((done[0] / "summary.json").read_text())
-    assert tree["version"] == 3
+    assert tree["version"] == 4
     assert [(arm["arm"], arm["failures"], arm["runs"]) for arm in tree["arms"]] == [
         ("pre", 2, 4),
         ("deepnorm", 2, 4),
@@ -276,7 +277,7 @@ def test_a_grid_cannot_change_after_its_runs(
         cli.run("compare", [str(changed), "--out-dir", str(copy)])
     assert end.value.code == 2
     error = capsys.readouterr().err
-    assert "holds a comparison of another grid (different contrasts), and a grid cannot" in error
+    assert "a comparison of another grid (different contrasts), and a grid can only grow" in error
     assert "choose another --out-dir" in error
 
 

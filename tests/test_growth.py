@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from comparing import Make, called, grid_tree, write
+from conftest import few_probes
 
 from gpt.compare import estimate, registration
 from gpt.compare.comparison import read_comparison
@@ -136,6 +137,15 @@ def test_extend_takes_nothing_away(run: Any, tmp_path: Path, changes: dict[str, 
     assert "choose another --out-dir" in error
     assert len(error.splitlines()) <= 3
     assert {p: p.read_bytes() for p in (tmp_path / "small").rglob("*") if p.is_file()} == before
+
+
+def test_new_arms_are_probed_too(run: Any, tmp_path: Path):
+    with few_probes():
+        assert run(probes=True)[0] == 0
+        arms = {"placement": {name: {"model.norm.placement": name} for name in THREE}}
+        assert run("--extend", probes=True, arms=arms)[0] == 0
+    probes = json.loads((tmp_path / "small/probes.json").read_text())
+    assert {arm for each in probes for arm in each["arms"]} == set(THREE)
 
 
 def test_before_the_first_result_a_grid_changes_its_registration_freely(run: Any, tmp_path: Path):

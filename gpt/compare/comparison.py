@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -116,15 +116,13 @@ def compare(
         else:
             console.say(f"{directory}: all {len(cells)} cells have a result; reporting again")
         registration.register(directory, grid, added, results)
+        if {cell.arm for cell in added} - {cell.arm for cell in cells if cell not in added}:
+            (directory / "probes.json").unlink(missing_ok=True)  # it lacks the new arms
         write_text(directory / "grid.yaml", grid.to_yaml())
         if tasks or copied:
             append_command(directory)
         for source, runs in copies.items():
-            registration.register_copies(directory, grid, list(runs), source)
-            for cell in cells:
-                if cell.id in runs:
-                    copy_run(runs[cell.id], cell, directory)
-            console.say(f"{registration.count(len(runs))} copied from {source}")
+            _copy(grid, cells, directory, source, runs, console)
         finished = run_tasks(
             tasks,
             cells,
@@ -138,16 +136,41 @@ def compare(
         if not finished:
             raise StoppedError(STOPPED)
         if grid.probes and not (directory / "probes.json").is_file():
-            console.say("measuring the networks at initialization: half a minute or more")
-            init_probes = interruptible(
-                lambda stop: measure_init_probes(cells, stop), stop, STOPPED
-            )
-            if init_probes is None:
-                raise StoppedError(STOPPED)
-            write_init_probes(directory, init_probes)
+            _probe(cells, directory, console, stop)
         return interruptible(
             lambda stop: report(grid, cells, directory, beside, wait=REPORT_WAIT), stop, STOPPED
         )
+
+
+def _copy(
+    grid: Grid,
+    cells: Sequence[Cell],
+    directory: Path,
+    source: Path,
+    runs: Mapping[str, Path],
+    console: Console,
+) -> None:
+    """Copy finished runs, by their cells' ids, from another comparison, `source`."""
+    registration.register_copies(directory, grid, list(runs), source)
+    for cell in cells:
+        if cell.id in runs:
+            copy_run(runs[cell.id], cell, directory)
+    console.say(f"{registration.count(len(runs))} copied from {source}")
+
+
+def _probe(
+    cells: Sequence[Cell], directory: Path, console: Console, stop: Callable[[], bool]
+) -> None:
+    """Measure the networks at initialization, and write probes.json.
+
+    Raises:
+        StoppedError: `stop` became true.
+    """
+    console.say("measuring the networks at initialization: half a minute or more")
+    init_probes = interruptible(lambda stop: measure_init_probes(cells, stop), stop, STOPPED)
+    if init_probes is None:
+        raise StoppedError(STOPPED)
+    write_init_probes(directory, init_probes)
 
 
 def report(
