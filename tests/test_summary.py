@@ -589,3 +589,27 @@ def test_failures_are_reported_at_registered_rates_if_there_are_any():
     words = summarize(grid(contrasts=[at], pairs=[]), runs).conclusions[-1]
     assert words.startswith("At rate 0.1, where the arms differ most among the rates registered")
     assert "post, cold: failure in all 6 seeds" in words
+
+
+@pytest.mark.parametrize("measure", ["loss", "failure"])
+def test_runs_that_learned_nothing_answer_nothing(measure: str):
+    """Whatever their losses say, as 0.2 nats from H₁ to above it."""
+    runs = [
+        outcome(arm, rate, seed, 3.4 + 0.2 * (arm == "post, cold"), status="plateaued")
+        for arm in ARMS
+        for rate in RATES
+        for seed in range(6)
+    ]
+    contrasts = [{**LOSS, "measure": measure}]
+    found = summarize(grid(contrasts=contrasts, pairs=[]), runs)
+    (result,) = found.contrasts
+    assert result is not None
+    assert (result.answer, result.learned) == ("open", False)
+    assert found.conclusions[0].startswith("NOT SETTLED: every run that it compares ended at H₁")
+    assert "nats" not in found.conclusions[0]
+
+    for arm, learned in (("pre, cold", False), ("post, cold", True)):  # of another arm, and its own
+        one = [outcome(arm, RATES[0], 0, 2.0), *runs[1:]]
+        (result,) = summarize(grid(contrasts=contrasts, pairs=[]), one).contrasts
+        assert result is not None
+        assert result.learned == learned

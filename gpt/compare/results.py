@@ -97,6 +97,7 @@ class ContrastResult:
         answer, why: whether the runs support the claim, and the reason in words.
         confirmatory: whether it was registered before any result, and so were all contrasts before
             it, which are supported; otherwise it is exploratory.
+        learned: whether any of its runs did not end at H₁; if none, they answer nothing.
         late: what was not registered before any result, in words; empty if all of it was.
         dropped: combinations of setting and rate left out because an arm or a seed has no run.
     """
@@ -114,6 +115,7 @@ class ContrastResult:
     why: str
     confirmatory: bool
     late: str
+    learned: bool
     seeds: int
     dropped: int
 

@@ -268,7 +268,9 @@ def _contrast(
     seeds = len(common.seeds)
     # Thresholds have no test: their answers need as many seeds as a test's most extreme result.
     p = least_p(seeds) if found.p is None else found.p
-    answer, reason = _answer(contrast, found.interval, p)
+    verdicts = [outcome.verdict for outcome in included if outcome.verdict is not None]
+    learned = any(verdict.status != "plateaued" for verdict in verdicts)
+    answer, reason = _answer(contrast, found.interval, p, learned=learned)
     return ContrastResult(
         question=contrast.question,
         measure=contrast.measure,
@@ -283,6 +285,7 @@ def _contrast(
         why=wording.reason(reason, contrast, seeds, found.p),
         confirmatory=confirmatory,
         late=late,
+        learned=learned,
         seeds=seeds,
         dropped=common.dropped,
     )
@@ -367,9 +370,15 @@ def _reach(of: Sequence[str], less: Sequence[str]) -> str:
 
 
 def _answer(
-    contrast: Contrast, interval: Interval | None, p: float
+    contrast: Contrast, interval: Interval | None, p: float, *, learned: bool
 ) -> tuple[Answer, wording.Reason]:
-    """Supported or contradicted only if the interval is on one side and p is at most ALPHA."""
+    """Supported or contradicted only if the interval is on one side and p is at most ALPHA.
+
+    Args:
+        learned: whether any run learned more than token frequencies; else nothing is compared.
+    """
+    if not learned:
+        return "open", "nothing learned"
     if interval is None:
         return "open", "too few for an interval"
     margin, low, high = contrast.margin, interval.low, interval.high

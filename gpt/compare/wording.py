@@ -26,7 +26,12 @@ ANSWERS: dict[Answer, tuple[str, str]] = {
 EXPLORATORY = " An earlier question is not answered with YES, so this answer is exploratory."
 
 Reason = Literal[
-    "too few for an interval", "undecided", "too few seeds", "supported", "contradicted"
+    "nothing learned",
+    "too few for an interval",
+    "undecided",
+    "too few seeds",
+    "supported",
+    "contradicted",
 ]
 
 
@@ -143,6 +148,10 @@ def reason(reason: Reason, contrast: Contrast, seeds: int, p: float | None) -> s
     side, other = ("below", "above") if contrast.claim == "below" else ("above", "below")
     several = f"{seeds} seeds" if seeds != 1 else "one seed"
     return {
+        "nothing learned": (
+            "every run that it compares ended at H₁, having learned only token frequencies: the "
+            "runs are too short, or their learning rates are wrong"
+        ),
         "too few for an interval": (
             f"an interval needs at least {MIN_SEEDS} seeds, and these arms share {several}"
         ),
@@ -251,6 +260,8 @@ def _contrast_sentence(result: ContrastResult, contrast: Contrast) -> str:
         notes.append(f"{dropped_text(result.dropped)} left out: an arm or a seed has no run there")
     noted = f" ({'; '.join(notes)})" if notes else ""
     answer, meaning = ANSWERS[result.answer]
+    if not result.learned:
+        return f"{answer}: {result.why}."
     exploratory = "" if result.confirmatory else EXPLORATORY
     if result.late:
         exploratory = f" This answer is exploratory: {result.late}."
