@@ -11,7 +11,7 @@ import pytest
 from comparing import Make, called, grid_tree, write
 from conftest import few_probes
 
-from gpt.compare import estimate, registration
+from gpt.compare import comparison, estimate, registration
 from gpt.compare.comparison import read_comparison
 from gpt.compare.grid import load, parse_seeds
 from gpt.errors import InputError
@@ -98,13 +98,10 @@ def test_extend_adds_cells_and_keeps_results(
     assert {name: after[name] for name in before} == before
     assert len(after) == len(before) + cells
     touched = "arms" not in changes
-    reason = f"{cells} of its cells were added when 4 cells had a result"
+    reason = f"it includes {cells} cells added when 4 cells had a result"
     assert late(directory) == [reason if touched else ""]
     assert (f"This answer is exploratory: {reason}." in out) == touched
-    assert (
-        f"when 4 cells had a result, {cells} cells were added"
-        in (directory / "report.md").read_text()
-    )
+    assert f"when 4 cells had a result: {cells} cells" in (directory / "report.md").read_text()
     assert run(**changes)[0] == 0  # it has grown: no flag is needed
     assert results(directory) == after
     assert len(registration.read_registration(directory).additions) == 1  # type: ignore[union-attr]
@@ -148,12 +145,41 @@ def test_new_arms_are_probed_too(run: Any, tmp_path: Path):
     assert {arm for each in probes for arm in each["arms"]} == set(THREE)
 
 
-def test_before_the_first_result_a_grid_changes_its_registration_freely(run: Any, tmp_path: Path):
-    assert run()[0] == 0
-    shutil.rmtree(tmp_path / "small/cells")
+def test_before_the_first_result_a_grid_changes_its_registration_freely(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, "run_tasks", lambda *arguments, **options: False)
+        assert run()[0] == 75
     assert run("--extend", seeds=3)[0] == 0
     assert late(tmp_path / "small") == [""]
     assert registration.read_registration(tmp_path / "small").seeds == [0, 1, 2]  # type: ignore[union-attr]
+
+
+def test_results_that_were_deleted_have_been_seen(run: Any, tmp_path: Path):
+    assert run()[0] == 0
+    shutil.rmtree(tmp_path / "small/cells")
+    assert run("--extend", seeds=3)[0] == 0
+    assert late(tmp_path / "small") == ["it includes 2 cells added when results were known"]
+
+
+def test_a_start_that_was_killed_after_it_registered_is_repeated(run: Any, tmp_path: Path):
+    assert run(out="other")[0] == 0
+    (tmp_path / "small").mkdir()
+    shutil.copy(tmp_path / "other/registration.json", tmp_path / "small")
+    assert run()[0] == 0
+    assert late(tmp_path / "small") == [""]
+
+
+def test_an_exploratory_answer_is_called_so_in_the_tables_too(run: Any, tmp_path: Path):
+    assert run()[0] == 0
+    assert "(exploratory)" not in (tmp_path / "small/report.md").read_text()
+    assert run("--extend", seeds=3)[0] == 0
+    for name in ("report.html", "report.md"):
+        assert "NOT SETTLED (exploratory)" in (tmp_path / "small" / name).read_text()
+    (result,) = read_comparison(tmp_path / "small")[1].contrasts
+    assert result is not None
+    assert not result.confirmatory
 
 
 @pytest.mark.parametrize(
@@ -196,7 +222,7 @@ def test_runs_of_other_comparisons_are_copied_and_the_report_says_so(run: Any, t
     assert f"4 cells copied from {sources[1]}" in error + out
     directory = tmp_path / "all"
     assert len(results(directory)) == 10
-    assert late(directory) == [f"4 of its cells were copied from {sources[0]}, with their results"]
+    assert late(directory) == [f"it includes 4 cells copied with results from {sources[0]}"]
     for source in sources:
         for theirs in (source / "cells").iterdir():
             mine = directory / "cells" / theirs.name
@@ -226,7 +252,47 @@ def test_a_link_among_reused_runs_is_refused(run: Any, tmp_path: Path):
     (cell / "tokenizer.json").symlink_to(tmp_path / "grid.yaml")
     code, _, error = run("--reuse", tmp_path / "one", out="two")
     assert code == 2
-    assert "is a symbolic link" in error
+    assert f"--reuse: {cell / 'tokenizer.json'}: is a symbolic link" in error
+    assert not (tmp_path / "two/registration.json").exists()
+
+
+def test_a_damaged_run_is_named_before_anything_is_copied(run: Any, tmp_path: Path):
+    assert run(out="one")[0] == 0
+    cell = next((tmp_path / "one/cells").iterdir())
+    (cell / "environment.json").write_text("{}")
+    code, _, error = run("--reuse", tmp_path / "one", out="two")
+    assert code == 2
+    assert str(cell / "environment.json") in error
+    assert not (tmp_path / "two/cells").exists()
+
+
+def test_a_copy_can_be_written_even_if_its_source_cannot(run: Any, tmp_path: Path):
+    assert run(out="one")[0] == 0
+    for path in (tmp_path / "one").rglob("*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    assert run("--reuse", tmp_path / "one", out="two")[0] == 0
+    for path in (tmp_path / "two/cells").rglob("*"):
+        assert path.stat().st_mode & 0o200, path
+
+
+def test_growing_by_copies_says_so(run: Any, tmp_path: Path):
+    assert run()[0] == 0
+    assert run("--seeds", "2:4", out="two")[0] == 0
+    assert run("--seeds", "4", "--extend", "--reuse", tmp_path / "two")[0] == 0
+    assert late(tmp_path / "small") == [
+        f"it includes 4 cells copied with results from {tmp_path / 'two'}"
+    ]
+
+
+def test_seeds_of_another_version_are_noticed(run: Any, tmp_path: Path):
+    assert run(out="one")[0] == 0
+    for path in (tmp_path / "one/cells").glob("*/environment.json"):
+        tree = json.loads(path.read_text())
+        tree["versions"]["torch"] = "1.0.0"
+        path.write_text(json.dumps(tree))
+    assert run("--seeds", "3", "--reuse", tmp_path / "one", out="two")[0] == 0
+    exceptions = read_comparison(tmp_path / "two")[1].match.exceptions
+    assert any("differ in torch" in each and "1.0.0" in each for each in exceptions)
 
 
 def test_a_copy_that_was_killed_is_made_again(
@@ -247,7 +313,7 @@ def test_a_copy_that_was_killed_is_made_again(
     names = [path.name for path in (tmp_path / "two/cells").iterdir()]
     assert len(names) == 4
     assert not any(name.startswith(".") for name in names)
-    assert late(tmp_path / "two")[0].startswith("4 of its cells were copied")
+    assert late(tmp_path / "two")[0].startswith("it includes 4 cells copied")
 
 
 @pytest.mark.parametrize(

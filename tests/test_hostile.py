@@ -151,6 +151,7 @@ def test_a_few_inputs_of_each_kind(environment: dict[str, str]):
         text=True,
     )
     assert done.returncode in (0, 1), done.stderr[-3000:]
+    assert done.stdout, done.stderr[-3000:]
     last = done.stdout.splitlines()[-1].split()
     assert last[:2] == ["all", str(number)], done.stdout[-3000:]
     assert not done.stderr

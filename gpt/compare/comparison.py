@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -89,9 +89,10 @@ def compare(
         StoppedError: `stop` became true; there is no report.
     """
     check_cells(cells, probes=grid.probes)
-    added = check_directory(grid, cells, directory, extend=extend)
-    copies = find_reusable(cells, directory, reuse)
+    check_directory(grid, cells, directory, extend=extend)  # before anything is made
     with lock_directory(directory, f"{directory}: another process runs this comparison"):
+        added = check_directory(grid, cells, directory, extend=extend)
+        copies = find_reusable(cells, directory, reuse)
         before = directory / "grid.yaml"
         if before.is_file() and read_yaml(before).get("keep_checkpoints"):
             grid = grid.model_copy(update={"keep_checkpoints": True})  # do not delete kept ones
@@ -113,16 +114,22 @@ def compare(
             )
             check_affordable(estimated, directory, grid.hours)
             console.say(describe(grid, cells, directory, estimated, tasks, workers))
-        else:
+        elif not copied:
             console.say(f"{directory}: all {len(cells)} cells have a result; reporting again")
-        registration.register(directory, grid, added, results)
-        if {cell.arm for cell in added} - {cell.arm for cell in cells if cell not in added}:
+        trained = [cell for cell in added if cell.id not in copied]
+        registration.register(directory, grid, trained, results)
+        new_arms = {cell.arm for cell in added} - {cell.arm for cell in cells if cell not in added}
+        if grid.probes and new_arms:
             (directory / "probes.json").unlink(missing_ok=True)  # it lacks the new arms
         write_text(directory / "grid.yaml", grid.to_yaml())
         if tasks or copied:
             append_command(directory)
         for source, runs in copies.items():
-            _copy(grid, cells, directory, source, runs, console)
+            registration.register_copies(directory, grid, list(runs), source, results)
+            for cell in cells:
+                if cell.id in runs and not stop():
+                    copy_run(runs[cell.id], cell, directory)
+            console.say(f"{registration.count(len(runs))} copied from {source}")
         finished = run_tasks(
             tasks,
             cells,
@@ -140,22 +147,6 @@ def compare(
         return interruptible(
             lambda stop: report(grid, cells, directory, beside, wait=REPORT_WAIT), stop, STOPPED
         )
-
-
-def _copy(
-    grid: Grid,
-    cells: Sequence[Cell],
-    directory: Path,
-    source: Path,
-    runs: Mapping[str, Path],
-    console: Console,
-) -> None:
-    """Copy finished runs, by their cells' ids, from another comparison, `source`."""
-    registration.register_copies(directory, grid, list(runs), source)
-    for cell in cells:
-        if cell.id in runs:
-            copy_run(runs[cell.id], cell, directory)
-    console.say(f"{registration.count(len(runs))} copied from {source}")
 
 
 def _probe(
@@ -235,7 +226,8 @@ def read_comparison(directory: Path) -> tuple[Grid, Summary, list[Outcome]]:
         raise InputError(f"{directory}: is not a comparison directory (no grid.yaml)")
     grid, cells = grids.load(directory / "grid.yaml")
     outcomes = read_outcomes(cells, directory)
-    return grid, summarize(grid, outcomes), outcomes
+    registered = registration.registered(directory, grid, cells)
+    return grid, summarize(grid, outcomes, registered), outcomes
 
 
 def check_directory(
@@ -255,7 +247,8 @@ def check_directory(
     path = directory / "grid.yaml"
     if not path.is_file():
         if directory.exists() and (
-            not directory.is_dir() or not all(map(is_partial, directory.iterdir()))
+            not directory.is_dir()
+            or not all(p.name == "registration.json" or is_partial(p) for p in directory.iterdir())
         ):
             raise InputError(
                 f"{directory}: exists and is not a comparison; choose another --out-dir"
@@ -280,10 +273,9 @@ def check_directory(
     known = {cell.id for cell in before[1]}
     added = [cell for cell in cells if cell.id not in known]
     if not extend:
-        raise InputError(
-            f"{holds};\n--extend adds {registration.count(len(added))} to it; or choose another "
-            "--out-dir"
-        )
+        questions = len(grid.contrasts) - len(before[0].contrasts)
+        more = registration.added_text(len(added), questions) or "the changes"
+        raise InputError(f"{holds};\n--extend adds {more} to it; or choose another --out-dir")
     return added
 
 
@@ -318,8 +310,12 @@ def dry_run(
         + ("  (is copied)" if cell.id in copied else "" if cell.id in names else "  (has a result)")
         for cell in cells
     ]
-    sha256 = registration.fingerprint(grid.contrasts, grid.seeds)
-    lines.append(f"SHA-256 of the contrasts and seeds: {sha256}")
+    before = registration.read_registration(directory)
+    if before is None:
+        sha256 = registration.fingerprint(grid.contrasts, grid.seeds)
+        lines.append(f"SHA-256 of the contrasts and seeds: {sha256}")
+    else:
+        lines.append(f"registered on {before.time}: SHA-256 {before.sha256}")
     return "\n".join([describe(grid, cells, directory, estimated, tasks, workers), *lines])
 
 

@@ -169,7 +169,8 @@ class Contrast(Section):
             return False
         wanted = {**self.at, **({RATE: [self.rates[cell.arm]]} if self.rates else {})}
         return all(
-            _text(_value(cell.config, key)) in map(_text, values) for key, values in wanted.items()
+            as_text(_value(cell.config, key)) in map(as_text, values)
+            for key, values in wanted.items()
         )
 
 
@@ -422,7 +423,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 def _is_of_other_seeds(entry: Options, seeds: Sequence[int]) -> bool:
     """Whether an entry of `exclude` names seeds, none of which are among `seeds`."""
     named = _texts_of({"seed": entry.get("seed", [])})["seed"]
-    return bool(named) and named.isdisjoint(map(_text, seeds))
+    return bool(named) and named.isdisjoint(map(as_text, seeds))
 
 
 def _check_contrast(contrast: Contrast, grid: Grid, cells: Sequence[Cell], origin: str) -> None:
@@ -440,8 +441,8 @@ def _check_contrast(contrast: Contrast, grid: Grid, cells: Sequence[Cell], origi
         wanted = [(key, value) for key, values in contrast.at.items() for value in values]
         wanted += [(RATE, contrast.rates[arm])] if contrast.rates else []
         for key, value in wanted:
-            if _text(value) not in {_text(_value(cell.config, key)) for cell in own}:
-                raise InputError(f"{origin}: arm {arm!r} has no cell with {key} {_text(value)}")
+            if as_text(value) not in {as_text(_value(cell.config, key)) for cell in own}:
+                raise InputError(f"{origin}: arm {arm!r} has no cell with {key} {as_text(value)}")
 
 
 def _varied(grid: Grid) -> list[str]:
@@ -516,7 +517,7 @@ def _texts_of(options: Options) -> dict[str, set[str]]:
     """The texts of each option's value or values; a switch matches both of its spellings."""
     switch = {"on": {"on", "True"}, "off": {"off", "False"}}
     return {
-        key: set().union(*(switch.get(_text(v), {_text(v)}) for v in values))
+        key: set().union(*(switch.get(as_text(v), {as_text(v)}) for v in values))
         for key, value in options.items()
         for values in [value if isinstance(value, list) else [value]]
     }
@@ -532,7 +533,7 @@ def _matches(entry: dict[str, set[str]], known: dict[str, set[str]], origin: str
     return True
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
     """A value as written in names: `1e-3`, `0.001` and 0.001 are the same."""
     try:
         return f"{float(value):g}" if not isinstance(value, bool) else str(value)
@@ -542,7 +543,7 @@ def _text(value: Any) -> str:
 
 def _id(arm: Arm, options: Options, seed: int) -> str:
     """`post_cold_learning-rate-0.003_seed-0`, with a hash if characters had to be replaced."""
-    options_text = [f"{key.rpartition('.')[2]}-{_text(value)}" for key, value in options.items()]
+    options_text = [f"{key.rpartition('.')[2]}-{as_text(value)}" for key, value in options.items()]
     parts = [*arm.levels.values(), *options_text]
     slugs = [re.sub(r"[^A-Za-z0-9.-]+", "-", part).strip("-.") for part in parts]
     name = "_".join(slugs)

@@ -41,10 +41,12 @@ def match(outcomes: Sequence[Outcome]) -> Match:
     """Compare every cell with the first one of its seed and setting."""
     first: dict[str, Outcome] = {}
     cells = same = parameters = equal = rescaled = 0
-    exceptions = []
+    exceptions: list[str] = []
+    everywhere: dict[str, Outcome] = {}
     for outcome in outcomes:
         if outcome.verdict is None or not outcome.batches:  # diverged before its first update
             continue
+        exceptions += _other_facts(outcome, everywhere)
         key = repr((outcome.seed, outcome.cell.setting))
         other = first.setdefault(key, outcome)
         if other is outcome:
@@ -56,10 +58,6 @@ def match(outcomes: Sequence[Outcome]) -> Match:
         same += mine[step] == theirs[step]
         if mine[step] != theirs[step]:
             exceptions.append(f"{names} saw different batches")
-        for fact in SAME_FACTS:
-            one, two = (_fact(each, fact) for each in (outcome, other))
-            if one != two:
-                exceptions.append(f"{names} differ in {fact}: {one} and {two}")
         ours, others = (_fact(each, "initial_weights") for each in (outcome, other))
         for name in ours.keys() & others.keys():
             a, b = ours[name], others[name]
@@ -71,6 +69,22 @@ def match(outcomes: Sequence[Outcome]) -> Match:
             if a["signs"] != b["signs"]:
                 exceptions.append(f"{names} start with different values of {name}")
     return Match(cells, same, parameters, equal, rescaled, tuple(exceptions))
+
+
+def _other_facts(outcome: Outcome, first: dict[str, Outcome]) -> list[str]:
+    """In what a run differs from the first of all; its data, only from the first with its config.
+
+    Args:
+        first: the first run of each kind, to which this one may be added.
+    """
+    found = []
+    for fact in SAME_FACTS:
+        data = outcome.cell.config.data if fact == "data_fingerprint" else ""
+        other = first.setdefault(f"{fact} {data}", outcome)
+        one, two = _fact(outcome, fact), _fact(other, fact)
+        if one != two:
+            found.append(f"{outcome.cell.id} and {other.cell.id} differ in {fact}: {one} and {two}")
+    return found
 
 
 def _fact(outcome: Outcome, name: str) -> Any:

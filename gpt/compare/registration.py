@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from gpt.compare.grid import Cell, Contrast, Grid
-from gpt.errors import InputError
+from gpt.compare.grid import Cell, Contrast, Grid, as_text
+from gpt.errors import InputError, printable
 from gpt.io.files import read_json, write_text
 
 UNKNOWN = "what was registered before the runs is not recorded"
@@ -31,7 +31,7 @@ class Addition:
     Attributes:
         time: in ISO 8601.
         cells: ids of the cells that were added.
-        contrasts: how many contrasts there were then, with the added ones.
+        contrasts: how many contrasts were added.
         results: how many cells had a result.
         source: the directory from which `cells` were copied; empty if they were to be trained.
     """
@@ -43,10 +43,16 @@ class Addition:
     source: str = ""
 
     def __str__(self) -> str:
-        number = count(len(self.cells))
         if self.source:
-            return f"on {self.time} {number} were copied from {self.source}"
-        return f"on {self.time}, when {count(self.results)} had a result, {number} were added"
+            return f"copied from {self.source} on {self.time}: {count(len(self.cells))}"
+        added = added_text(len(self.cells), self.contrasts)
+        return f"added on {self.time}, {self.when}: {added}"
+
+    @property
+    def when(self) -> str:
+        """`when 12 cells had a result`; their number is unknown if they have been deleted."""
+        number = f"{count(self.results)} had a result" if self.results else "results were known"
+        return f"when {number}"
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,11 @@ UNSAID = Registered()
 
 
 def fingerprint(contrasts: Sequence[Contrast], seeds: Sequence[int]) -> str:
-    """SHA-256 of the contrasts and seeds, in hexadecimal."""
-    tree = {"contrasts": [each.model_dump(mode="json") for each in contrasts], "seeds": [*seeds]}
+    """SHA-256 of the contrasts and seeds, in hexadecimal; 1 and 1.0 are the same."""
+    dumped = [each.model_dump(mode="json") for each in contrasts]
+    for each in dumped:
+        each["at"] = {key: list(map(as_text, values)) for key, values in each["at"].items()}
+    tree = {"contrasts": dumped, "seeds": [*seeds]}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
@@ -96,16 +105,18 @@ def register(directory: Path, grid: Grid, added: Sequence[Cell], results: int) -
         results: how many cells have a result.
     """
     sha256, before = fingerprint(grid.contrasts, grid.seeds), read_registration(directory)
-    if not results:
-        if before is None or before.sha256 != sha256:
-            _write(directory, Registration(_now(), sha256, [*grid.seeds], len(grid.contrasts)))
-    else:
+    seen = results or (directory / "summary.json").exists() or (before and before.additions)
+    if seen:
         _add(directory, grid, [cell.id for cell in added], results)
+    elif before is None or before.sha256 != sha256:
+        _write(directory, Registration(_now(), sha256, [*grid.seeds], len(grid.contrasts)))
 
 
-def register_copies(directory: Path, grid: Grid, names: Sequence[str], source: Path) -> None:
+def register_copies(
+    directory: Path, grid: Grid, names: Sequence[str], source: Path, results: int
+) -> None:
     """Record that cells, by their ids, are copied with their results from another comparison."""
-    _add(directory, grid, names, 0, str(source))
+    _add(directory, grid, names, results, printable(str(source)))
 
 
 def _add(directory: Path, grid: Grid, names: Sequence[str], results: int, source: str = "") -> None:
@@ -115,9 +126,9 @@ def _add(directory: Path, grid: Grid, names: Sequence[str], results: int, source
         return
     known = {name for addition in before.additions for name in addition.cells}
     new = [name for name in names if name not in known]
-    last = before.additions[-1].contrasts if before.additions else before.contrasts
-    if new or len(grid.contrasts) > last:
-        addition = Addition(_now(), new, len(grid.contrasts), results, source)
+    contrasts = len(grid.contrasts) - before.contrasts - sum(a.contrasts for a in before.additions)
+    if new or contrasts:
+        addition = Addition(_now(), new, contrasts, results, source)
         _write(directory, replace(before, additions=[*before.additions, addition]))
 
 
@@ -156,26 +167,32 @@ def _late(
     number: int, contrast: Contrast, registration: Registration, cells: Sequence[Cell]
 ) -> str:
     """Why the answer to a contrast is exploratory; empty if nothing was added to it."""
-    if number >= registration.contrasts:
-        first = next((a for a in registration.additions if number < a.contrasts), None)
-        return (
-            CHANGED
-            if first is None
-            else (f"the question was added when {count(first.results)} had a result")
-        )
+    known = registration.contrasts
+    for addition in registration.additions:
+        if known <= number < known + addition.contrasts:
+            return f"the question was added {addition.when}"
+        known += addition.contrasts
+    if number >= known:
+        return CHANGED
     included = {cell.id for cell in cells if contrast.includes(cell)}
     for addition in registration.additions:
         own = len(included.intersection(addition.cells))
         if own and addition.source:
-            return f"{own} of its cells were copied from {addition.source}, with their results"
+            return f"it includes {count(own)} copied with results from {addition.source}"
         if own:
-            return f"{own} of its cells were added when {count(addition.results)} had a result"
+            return f"it includes {count(own)} added {addition.when}"
     return ""
 
 
 def count(cells: int) -> str:
     """`1 cell` or `12 cells`."""
     return f"{cells} cell{'' if cells == 1 else 's'}"
+
+
+def added_text(cells: int, contrasts: int) -> str:
+    """`12 cells, 1 question`, without what is 0."""
+    questions = f"{contrasts} question{'' if contrasts == 1 else 's'}"
+    return ", ".join([count(cells)] * bool(cells) + [questions] * bool(contrasts))
 
 
 def check_growth(old: tuple[Grid, list[Cell]], new: tuple[Grid, list[Cell]]) -> None:

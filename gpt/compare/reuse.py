@@ -10,8 +10,9 @@ from pathlib import Path
 from gpt.compare import grid as grids
 from gpt.compare.cell_runs import cell_directory, has_result
 from gpt.compare.grid import Cell
-from gpt.errors import InputError
-from gpt.io.files import PARTIAL_PREFIX, refuse_links, remove_partial, write_text
+from gpt.compare.outcomes import read_outcome
+from gpt.errors import InputError, printable
+from gpt.io.files import PARTIAL_PREFIX, remove_partial, write_text
 from gpt.run.directory import RunDirectory
 
 
@@ -31,7 +32,7 @@ def find_reusable(
         Source -> id of a cell -> its run directory there.
 
     Raises:
-        InputError: a source is not a comparison, or is damaged.
+        InputError: a source is not a comparison, or a run that fits is damaged or has links in it.
     """
     wanted = {_key(cell): cell for cell in cells if not cell_directory(directory, cell).exists()}
     found: dict[Path, dict[str, Path]] = {}
@@ -42,31 +43,47 @@ def find_reusable(
         for theirs in grids.load(path)[1]:
             cell = wanted.get(_key(theirs))
             if cell is not None and has_result(source, theirs):
+                read_outcome(theirs, source)  # raises if a report could not be made from it
+                check_links(cell_directory(source, theirs))
                 found.setdefault(source, {})[cell.id] = cell_directory(source, theirs)
                 del wanted[_key(theirs)]
     return found
+
+
+def check_links(run: Path) -> None:
+    """Refuse a run that contains a symbolic link, which a copy would follow.
+
+    Raises:
+        InputError: naming the link.
+    """
+    for path in run.rglob("*"):
+        if path.is_symlink():
+            raise InputError(f"--reuse: {path}: is a symbolic link; replace it with its target")
 
 
 def copy_run(run: Path, cell: Cell, directory: Path) -> None:
     """Copy a finished run, without its checkpoints, as a cell of the comparison in `directory`.
 
     Raises:
-        InputError: there is a symbolic link in `run`.
         OSError: it cannot be read, or the copy cannot be written.
     """
-    refuse_links(run)
     target = cell_directory(directory, cell)
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_partial(target.parent)
     partial = Path(tempfile.mkdtemp(prefix=PARTIAL_PREFIX, dir=target.parent))
     ignored = shutil.ignore_patterns("checkpoints", ".lock", f"{PARTIAL_PREFIX}*")
-    shutil.copytree(run, partial, dirs_exist_ok=True, ignore=ignored)
-    copy = RunDirectory(partial)
+    shutil.copytree(  # without modes: the source may be read-only
+        run, partial / "run", ignore=ignored, copy_function=shutil.copyfile
+    )
+    for folder in (partial / "run", *(p for p in (partial / "run").rglob("*") if p.is_dir())):
+        folder.chmod(0o755)
+    copy = RunDirectory(partial / "run")
     result = copy.read_result()
     assert result is not None
     write_text(copy.config, cell.config.to_yaml())
-    copy.note("copied", result.step, source=str(run))
-    partial.rename(target)
+    copy.note("copied", result.step, source=printable(str(run)))
+    copy.path.rename(target)
+    partial.rmdir()
 
 
 def _key(cell: Cell) -> str:

@@ -75,7 +75,11 @@ def summarize(grid: Grid, outcomes: Sequence[Outcome], registered: Registered = 
         match=match(outcomes),
         registered=registered.text,
         conclusions=wording.conclusions(
-            contrasts, grid.contrasts, _widest_failures(arms, grid.contrasts)
+            contrasts,
+            grid.contrasts,
+            _widest_failures(
+                arms, [c for n, c in enumerate(grid.contrasts) if n not in registered.late]
+            ),
         ),
     )
 

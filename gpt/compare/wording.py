@@ -23,7 +23,7 @@ ANSWERS: dict[Answer, tuple[str, str]] = {
     "open": ("NOT SETTLED", "these runs leave the question open"),
 }
 
-EXPLORATORY = " An earlier question is not answered with YES, so this answer is exploratory."
+EXPLORATORY = " An earlier question has no confirmatory YES, so this answer is exploratory."
 
 Reason = Literal[
     "nothing learned",
@@ -168,8 +168,9 @@ def reason(reason: Reason, contrast: Contrast, seeds: int, p: float | None) -> s
 
 
 def answer(result: ContrastResult | None) -> str:
-    """YES, NO or NOT SETTLED."""
-    return ANSWERS["open" if result is None else result.answer][0]
+    """YES, NO or NOT SETTLED, and whether it is only exploratory."""
+    found = ANSWERS["open" if result is None else result.answer][0]
+    return found if result is None or result.confirmatory else f"{found} (exploratory)"
 
 
 def difference(contrast: Contrast) -> str:
@@ -260,11 +261,11 @@ def _contrast_sentence(result: ContrastResult, contrast: Contrast) -> str:
         notes.append(f"{dropped_text(result.dropped)} left out: an arm or a seed has no run there")
     noted = f" ({'; '.join(notes)})" if notes else ""
     answer, meaning = ANSWERS[result.answer]
-    if not result.learned:
-        return f"{answer}: {result.why}."
     exploratory = "" if result.confirmatory else EXPLORATORY
     if result.late:
         exploratory = f" This answer is exploratory: {result.late}."
+    if not result.learned:
+        return f"{answer}: {result.why}.{exploratory}"
     return (
         f"{answer}: {sentence} ({interval}; {p_text(result)}): {meaning}, because {result.why}"
         f"{noted}.{exploratory}"
