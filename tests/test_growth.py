@@ -29,11 +29,18 @@ def small(tiny: Make) -> dict[str, Any]:
     return grid_tree(base, grid=axis, seeds=2, probes=False, contrasts=[LOSS], pairs=[])
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `run` keeps a copy of the plain comparison, which many tests begin with."""
+    return tmp_path_factory.mktemp("finished") / "small"
+
+
 @pytest.fixture
 def run(
     small: dict[str, Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    finished: Path,
     in_this_process: None,
     no_pictures: None,
     monkeypatch: pytest.MonkeyPatch,
@@ -44,10 +51,17 @@ def run(
 
     def start(*flags: object, out: str = "small", **changes: Any) -> tuple[int, str, str]:
         path = write(tmp_path / "grid.yaml", {**small, **changes})
+        plain, directory = not flags and not changes, tmp_path / out
+        if plain and not directory.exists() and finished.exists():
+            shutil.copytree(finished, directory)
+            return 0, "", ""
         try:
-            return called(capsys, path, "--out-dir", tmp_path / out, *flags)
+            ended = called(capsys, path, "--out-dir", directory, *flags)
         except SystemExit as end:
             return int(end.code or 0), "", capsys.readouterr().err
+        if plain and ended[0] == 0 and not finished.exists():
+            shutil.copytree(directory, finished)
+        return ended
 
     return start
 
@@ -136,6 +150,7 @@ def test_extend_takes_nothing_away(run: Any, tmp_path: Path, changes: dict[str, 
     assert {p: p.read_bytes() for p in (tmp_path / "small").rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 def test_new_arms_are_probed_too(run: Any, tmp_path: Path):
     with few_probes():
         assert run(probes=True)[0] == 0
@@ -150,7 +165,7 @@ def test_before_the_first_result_a_grid_changes_its_registration_freely(
 ):
     with monkeypatch.context() as patch:
         patch.setattr(comparison, "run_tasks", lambda *arguments, **options: False)
-        assert run()[0] == 75
+        assert run("--workers", "1")[0] == 75
     assert run("--extend", seeds=3)[0] == 0
     assert late(tmp_path / "small") == [""]
     assert registration.read_registration(tmp_path / "small").seeds == [0, 1, 2]  # type: ignore[union-attr]
