@@ -15,7 +15,7 @@ on what else the machine does and can be compared with the FLOPs of `GPT.flops_p
 
 Then the sizes are fitted: power laws for a token's operations, FLOPs and memory (straight lines
 through logarithms, with standard errors) and, for the context, a + b T, whose terms are equal at
-T* = a/b, where attention's quadratic term takes over. By FLOPs, that is where 12 L d T = 6 N. These
+T* = a/b, where attention's quadratic term takes over. By FLOPs, that is where 12 L d T = 6 N. FLOPs
 include the scores of future tokens; an equally efficient kernel that skips them would double T*.
 """
 
@@ -56,7 +56,7 @@ class Size:
     context: int = 256
 
 
-FACTORS = {  # the sizes of each, which vary while the others stay at the base's
+FACTORS = {  # each factor's values, tried while the others keep the base's
     "width": (64, 128, 192, 256, 384, 512, 768),
     "layers": (2, 4, 8, 16, 24, 48),
     "context": (64, 128, 256, 512, 1024, 2048, 4096),
@@ -170,7 +170,7 @@ def _reset_peak(device: Any) -> None:
 
 
 def _peak_bytes(device: Any) -> int:
-    """The most memory that was held so far."""
+    """The most memory that has been held so far."""
     import torch
 
     if device.type == "cuda":
@@ -332,7 +332,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
             fit = found[factor]["operations"]
             scale = np.exp(np.mean(np.log(operations) - fit["exponent"] * np.log(sizes)))
             fitted = scale * sizes ** fit["exponent"]
-            label = f"a power of {_with_error(fit)}"
+            label = f"power law, exponent {_with_error(fit)}"
             time_axes.plot(sizes, fitted, color=MEASURED, lw=1, label=label)
         memory = [row["peak_bytes"] / 1e6 for row in each]
         state = [16 * row["parameters"] / 1e6 for row in each]

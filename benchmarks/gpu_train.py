@@ -14,7 +14,7 @@ Every row runs in its own process, so an error or a lack of memory costs only th
 a wave start and compile at the same time; then each is timed alone, while the others wait. Rows run
 in order of importance, and those that come too late are "not measured: out of time". --only selects
 rows by words in their groups and names, and --micro-batch skips the search, so that several
-commands can measure together what one cannot. "Of the matrix rate" is the model's FLOP/s (6 N + 12
+commands can share what takes one too long. "Of the matrix rate" is the model's FLOP/s (6 N + 12
 L d T per token) relative to a bf16 product of two matrices of 8,192 rows, measured first. The loss
 is that of an early update, which a switch may change only by rounding. The table is printed last;
 --out writes it as JSON. --small runs everything at toy size on a CPU, without compilation: it shows
@@ -164,7 +164,7 @@ class Work:
         prepare(config.data)
 
     def real_tokens(self) -> tuple[dict[str, Any], str]:
-        """Options that train on real tokens with a vocabulary of that size, and a description."""
+        """Options that train on real tokens with a vocabulary of the model's size, and a note."""
         if self.file is not None:
             return self.token_file(self.file), self.file
         size = self.size.vocabulary
@@ -550,7 +550,7 @@ def verdict(report: dict[str, Any]) -> list[str]:
 
 
 def run(flags: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """Measure all rows that --only selects."""
+    """Measure the micro-batches, then all other rows that --only selects."""
     work = Work(flags.small, folder, flags.data)
     budget = Budget(work, flags.together, 60 * flags.minutes)
     work.prepare_random_tokens()
@@ -602,7 +602,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="toy size on a CPU")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="groups or rows, by their names")
     parser.add_argument("--micro-batch", type=int, help="in place of the search for the best")
-    parser.add_argument("--data", metavar="FILE", help="real tokens: uint16 ids, as nanoGPT's")
+    parser.add_argument("--data", metavar="FILE", help="real tokens: uint16 ids, like nanoGPT's")
     parser.add_argument("--minutes", type=float, default=8, help="time limit for everything")
     parser.add_argument("--together", type=int, default=4, help="rows that compile side by side")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu-train.json"))

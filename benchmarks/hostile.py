@@ -348,7 +348,7 @@ def forked(
             _limit(resource.RLIMIT_AS, size + ADDRESSES)
             _limit(resource.RLIMIT_FSIZE, LONGEST_FILE)
             code = _called(action, given)
-            threading._shutdown()  # type: ignore[attr-defined] # wait as an interpreter's end does
+            threading._shutdown()  # type: ignore[attr-defined] # joins threads, as at exit
         except BaseException:
             traceback.print_exc()
         finally:

@@ -166,7 +166,7 @@ def _without(record: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 
 def torn(run: Path) -> list[str]:
-    """What is incomplete in a killed run, although its name says otherwise."""
+    """Files and folders of a killed run that are incomplete although their names say otherwise."""
     found = []
     for pointer in ("latest", "best"):
         path = run / "checkpoints" / pointer
@@ -243,7 +243,7 @@ class Fault:
 
     def __init__(self, folder: Path, at: int = 0) -> None:
         self.folder, self.at = str(folder), at
-        self.numbers = itertools.count(1)  # `next` is atomic: two threads never get one number
+        self.numbers = itertools.count(1)  # `next` is atomic: no two threads get the same
         self.flushed: dict[int, int] = {}  # bytes by inode, which a rename does not change
 
     def install(self) -> None:

@@ -14,8 +14,8 @@ machine affects all alike; each one's fastest round counts. A contestant that fa
 The limit is memory bandwidth: a step reads every weight once, except the position embeddings. The
 bytes of these weights divided by the speed of plain reads (summing as many numbers, timed in the
 same rounds) are roughly the minimum time of a step in fp32. "Of the limit" is a contestant's speed
-relative to it, and may exceed 100% with fewer bits. On a CPU, two more rows time a step's matrix
-products alone, in torch's layout and in steadygpt's.
+relative to that limit, and may exceed 100% with fewer bits. On a CPU, two more rows time a step's
+matrix products alone, in torch's layout and in steadygpt's.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Task:
 
 
 def steadygpt(task: Task, weights: Weights, compiled: bool = False) -> Run:
-    """`generate`, with a Decoder that is used again, as within one long text."""
+    """`generate`, with a Decoder that all calls share, as the windows of one long text do."""
     model = plain(task)
     optimize_for_inference(model, weights, task.batch)
     size = len(task.prompt) + task.tokens
@@ -104,7 +104,7 @@ def steadygpt(task: Task, weights: Weights, compiled: bool = False) -> Run:
 
 
 def plain(task: Task) -> GPT:
-    """The model as it was trained."""
+    """The model before `optimize_for_inference`, with random weights."""
     model = GPT(task.shape, task.vocab_size)
     initialize(model, task.shape, seed=0)
     return model.to(task.device).eval().requires_grad_(False)

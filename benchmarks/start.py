@@ -180,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, default=ROOT / "configs/quickstart.yaml")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, nargs="*", help="run lengths; the config's, and 2000")
+    parser.add_argument("--steps", type=int, nargs="*", help="default: the config's, and 2000")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     flags = parser.parse_args()

@@ -4,7 +4,7 @@ A clear error is exit code 2 and one to three lines on stderr that begin with th
 name a key, a flag or a file, and no byte on disk has changed. It is never a traceback.
 
 The ordinary run makes a few hundred examples, always the same ones. STEADYGPT_EXAMPLES sets how
-many; `.ci/run` makes thousands. The tests are in `test_bad_*.py`.
+many; `.ci/run` makes a thousand. The tests are in `test_bad_*.py`.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ EXAMPLES = int(os.environ.get("STEADYGPT_EXAMPLES", "200"))
 
 
 def tries(share: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator of a test that makes this fraction of the examples."""
+    """A decorator that gives a test this fraction of all examples."""
     made = settings(
         max_examples=max(1, round(EXAMPLES * share)),
         derandomize=True,
         deadline=None,
         database=None,
-        phases=[Phase.generate],  # what fails is small, and making it smaller takes minutes
+        phases=[Phase.generate],  # failing examples are small, and shrinking takes minutes
         suppress_health_check=list(HealthCheck),
     )
     return lambda test: pytest.mark.fuzz(made(test))
@@ -113,7 +113,7 @@ def is_clear(answer: Answer) -> bool:
     }
     named = set(re.findall(r"\w+", text)) & KEYS or any(word in text for word in words)
     assert named or "--" in text or re.search(r"[\w-]+\.\w+", text), f"names nothing: {answer}"
-    encoded = answer.err.encode()  # what a terminal can show
+    encoded = answer.err.encode()  # fails on what no terminal can show: lone surrogates
     assert encoded
     return False
 
@@ -190,7 +190,7 @@ odd_yaml = st.sampled_from(ODD_YAML) | trees.map(json.dumps)
 
 
 def places(tree: Any) -> Iterator[tuple[Any, Any]]:
-    """Everything in a tree, as the mapping or list that holds it, and where in it."""
+    """Each place in a tree: the mapping or list that contains it, and its key or index."""
     if isinstance(tree, dict | list):
         for key, below in list(tree.items() if isinstance(tree, dict) else enumerate(tree)):
             yield tree, key
@@ -199,7 +199,7 @@ def places(tree: Any) -> Iterator[tuple[Any, Any]]:
 
 @st.composite
 def corrupted_yaml(draw: st.DrawFn, tree: dict[str, Any]) -> bytes:
-    """A YAML file with one to three places of it replaced by junk."""
+    """A YAML file in which one to three places are replaced by junk."""
     tree, marks = copy.deepcopy(tree), {}
     for number in range(draw(st.integers(1, 3))):
         holder, key = draw(st.sampled_from(list(places(tree))))
@@ -216,7 +216,7 @@ def corrupted_yaml(draw: st.DrawFn, tree: dict[str, Any]) -> bytes:
     text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=draw(st.booleans()), width=9999)
     for mark, junk in marks.items():
         text = text.replace(mark, junk)
-    if draw(st.integers(0, 9)) == 0:  # a key twice, where the first is at the margin
+    if draw(st.integers(0, 9)) == 0:  # a duplicate of the first key, in block style
         text += f"\n{next(iter(tree))}: {draw(odd_yaml)}\n"
     raw = text.encode("utf-8", "surrogatepass")
     if draw(st.integers(0, 9)) == 0:
@@ -254,7 +254,7 @@ odd_json = trees | st.sampled_from(
 
 
 def tampered(draw: st.DrawFn, raw: bytes) -> bytes:
-    """JSON, or lines of it, with one value replaced; anything else with its middle replaced."""
+    """JSON or JSON Lines with one value replaced or removed; anything else, with a new middle."""
     lines = raw.decode("utf-8", "replace").splitlines()
     number = draw(st.integers(0, max(0, len(lines) - 1)))
     whole = not raw.startswith(b'{"step"')

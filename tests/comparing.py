@@ -58,7 +58,7 @@ def called(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int,
 
 
 def write_grid(tiny: Make, folder: Path) -> Path:
-    """The grid of these tests: two placements at a tame and a wild rate, with two seeds."""
+    """Two placements at a moderate and an extreme learning rate, with two seeds."""
     base = tiny(
         diagnostics={"every": 10},
         training={"steps": 20, "batch_sequences": 8},
@@ -91,7 +91,7 @@ class TwoCells:
         return min(self.updates()) > 3
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> Summary:
-        """Run it by two workers, or by one if its cells are batched."""
+        """Run it with two workers, or with one if its cells are batched."""
         return comparison.compare(
             self.grid, self.cells, self.directory, workers=2, console=Console(), stop=stop
         )

@@ -185,7 +185,7 @@ def smallest_runs(smallest: Config, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def smallest_comparison(smallest: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A comparison of two arms at two rates, with one cell lost."""
+    """A comparison of two arms at two learning rates, with one cell lost."""
     from gpt import training
     from gpt.compare.grid import load
     from gpt.compare.init_probes import measure_init_probes, write_init_probes

@@ -23,8 +23,8 @@ from gpt.config.trees import leaves, merge
 from gpt.config.values import Section, expand_user
 from gpt.errors import InputError, nearest
 
-MAX_BASES = 16  # files in a chain
-MAX_ERRORS = 100  # that are described
+MAX_BASES = 16  # base files in a chain
+MAX_ERRORS = 100  # errors described in one message
 SectionType = TypeVar("SectionType", bound=Section)
 
 

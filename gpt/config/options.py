@@ -202,7 +202,7 @@ class InitConfig(Section):
     regime: Annotated[str, Choice("gpt.init", "REGIMES")] = "gpt2"
     """Standard deviations: GPT-2's 0.02, Xavier's (Glorot and Bengio 2010), or SmallInit's."""
     depth_scaled: Switch = "auto"
-    """Scale each sublayer's last matrix by 1/sqrt(2L); auto: if regime and placement ask for it."""
+    """Scale each sublayer's last matrix by 1/sqrt(2L); auto: as regime and placement define."""
 
 
 class AttentionConfig(Section):

@@ -134,7 +134,7 @@ class Build:
     def _fix_revisions(self) -> None:
         """Read datasets of the hub at the same commit in all runs of a build."""
         path = self.folder / REVISIONS
-        revisions = [resolve_commit(source.config) for source in self.sources]  # or raises
+        revisions = [resolve_commit(source.config) for source in self.sources]  # checks access too
         if path.exists():
             with _left_by_an_interrupted_run():
                 revisions = read_json(path, list[str | None])

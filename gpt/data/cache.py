@@ -87,15 +87,15 @@ def _planned(config: DataConfig, source: SourceConfig, target: str, option: str)
     return PlannedSource(source, found, target)
 
 
-# Options that cannot change the tokens: which of them a step sees, and where the files are (whether
-# a file has changed is seen by its stamp). All others, new ones included, are part of the key.
+# Options that cannot change the tokens: they decide which tokens a step sees, or where files are (a
+# changed file is noticed by its stamp). All others, new ones included, are part of the key.
 WITHOUT_EFFECT = {"weight", "windows", "seed", "path", "cache_dir"}
 OF_SOURCES = set(MixedSource.model_fields)  # described for each source
 
 
 def _key(config: DataConfig, sources: list[PlannedSource]) -> str:
     """A hash of everything that the token files depend on."""
-    excluded = OF_SOURCES | WITHOUT_EFFECT | {"mix", "validation"}  # which are `sources`
+    excluded = OF_SOURCES | WITHOUT_EFFECT | {"mix", "validation"}  # both are in `sources`
     options = config.model_dump(mode="json", exclude=excluded)
     if tokenizer.TOKENIZERS[config.tokenizer].trained_on != "sample":
         del options["vocab_size"], options["learn_bytes"]

@@ -85,8 +85,10 @@ def _is_prepared(folder: Path) -> bool:
 def vocab_size(config: DataConfig) -> int:
     """The number of tokens that the tokenizer will have once the corpus is prepared.
 
+    With bpe this is the maximum: a small corpus may yield fewer.
+
     Raises:
-        InputError: as `prepare`, where the text must be read to find out.
+        InputError: as `prepare`; never for bpe, whose size is an option.
     """
     if TOKENIZERS[config.tokenizer].trained_on == "sample":
         return config.vocab_size

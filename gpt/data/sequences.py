@@ -25,16 +25,16 @@ Batch = tuple[Ids, Ids]  # inputs and targets, (sequences, T) each
 Item = TypeVar("Item")
 
 CHECK_EVERY = 256  # sequences between two calls of `check`
-CYCLE = 1000  # samples in which each of several sources occurs in exact proportion
+CYCLE = 1000  # samples; every cycle divides them among several sources in the same proportion
 
 
 class TrainingSequences:
     """The training tokens as an endless, seeded stream of windows of `context` tokens.
 
     With windows "epochs", each epoch of a source is a new permutation of its non-overlapping
-    windows, from a random offset. The last window continues with the first tokens, so every token
-    is an input once per epoch, except for fewer than T at the end. With "random", each window
-    starts anywhere, as in nanoGPT.
+    windows, from a random offset. The window that reaches the end continues with the first tokens,
+    so every token is an input once per epoch, except for fewer than T before the offset. With
+    "random", each window starts at a random token, as in nanoGPT.
 
     Args:
         train: token ids of each source.

@@ -57,7 +57,7 @@ def split_documents(
 
 
 def _to_one(target: str, pieces: Iterable[Piece]) -> Iterator[Item]:
-    """All pieces to one token file."""
+    """Assign all pieces to one token file."""
     before: Piece | None = None
     for piece in pieces:
         if before is not None:
@@ -83,7 +83,7 @@ def _by_hash(target: str, document: Document, fraction: float) -> Iterator[Item]
 
 
 def _by_tail(target: str, document: Document, fraction: float) -> Iterator[Item]:
-    """The last `fraction` of a document to validation, in UTF-8 bytes or in tokens."""
+    """Assign the last `fraction` of a document, in UTF-8 bytes or in tokens, to validation."""
     left = int(document.size() * (1 - fraction))
     pieces: Iterator[Piece] = iter(document.pieces)
     remainder: list[Piece] = []  # of the piece that is cut in two

@@ -88,7 +88,7 @@ def check_size(path: Path, size: int) -> None:
     """Check the size of a file in bytes.
 
     Raises:
-        ValueError: it has another one.
+        ValueError: the size differs from `size`.
     """
     with open_regular(path) as file:
         found = os.fstat(file.fileno()).st_size
@@ -117,7 +117,7 @@ def verify(path: Path, file: TokenFile, dtype: np.dtype[Any], vocabulary: int) -
 
 
 def _blocks(file: BinaryIO, dtype: np.dtype[Any], digest: Any) -> Iterator[Tokens]:
-    """The ids of a file, a block at a time, whose bytes are added to `digest`."""
+    """The ids of a file, a block at a time; adds the bytes of each block to `digest`."""
     while raw := file.read(BLOCK * dtype.itemsize):
         digest.update(raw)
         yield np.frombuffer(raw, dtype)

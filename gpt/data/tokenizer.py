@@ -273,7 +273,7 @@ def encode(encoding: Encoding, text: str, origin: str = "the text") -> list[int]
 
     Raises:
         InputError: the text is not valid Unicode, or contains a character that is not in the
-            vocabulary, which only a tokenizer of characters may lack.
+            vocabulary (possible only with a tokenizer of characters).
     """
     try:
         text.encode()

@@ -143,7 +143,7 @@ def advice(config: Config, place: FaultLocation | None, updates: int) -> list[st
 
     Args:
         place: where the first non-finite value arose, if known.
-        updates: made before the failure; before the first one, learning rate and warm-up are
+        updates: number of updates before the failure; if 0, learning rate and warm-up are
             irrelevant.
     """
     return [

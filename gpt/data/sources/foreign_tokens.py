@@ -23,7 +23,7 @@ LLM_C = {20240520: "<u2", 20240801: "<u4"}  # magic number of the header -> type
 LLM_C_HEADER = 256  # int32: magic number, version, number of ids, zeros
 BLOCKS, BLOCK = 64, 2**13  # a sample: the maximum number of blocks, spread evenly, and their bytes
 MIN_SAMPLE = 64  # bytes of the smallest sample from which a type can be inferred
-# Types that a file may have, the widest first: ids that fit as int64 also fit as int32.
+# Types that a file may have, the widest first.
 TYPES = ("<i8", ">i8", "<f8", "<u4", ">u4", "<f4", "<u2", ">u2")
 
 

@@ -73,7 +73,7 @@ def _lines(chunks: Iterable[bytes], path: Path) -> Iterator[bytes]:
     """The lines of a file, without line terminators.
 
     Raises:
-        InputError: a line is longer than `MAX_LINE` bytes; it may never end.
+        InputError: a line is longer than `MAX_LINE` bytes, as in a file without line breaks.
     """
     rest: list[bytes] = []
     size, number = 0, 1
