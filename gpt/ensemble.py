@@ -91,7 +91,7 @@ class BatchedTrainer:
     Args:
         trainers: on one device, after the same number of updates. Their configs differ only in
             options that may differ between cells (see `shape`).
-        micro_batch: sequences of each cell per forward pass; by default, what fits the memory.
+        micro_batch: sequences of each cell per forward pass; by default, what fits in memory.
     """
 
     def __init__(self, trainers: Sequence[Trainer], micro_batch: int | None = None) -> None:
@@ -262,12 +262,12 @@ def train_together(
     on_update: Callable[[int], object],
     save_checkpoints: bool,
 ) -> list[RunResult | Exception]:
-    """Train runs of one shape in batches, as many at once as the memory holds.
+    """Train runs of one shape in batches, as many at once as fit in memory.
 
     Args:
         paths: their run directories.
-        stop: polled often; once it returns true, all runs are saved after the same update and end
-            as interrupted.
+        stop: polled often; once it returns true, the runs being trained are saved after the same
+            update, and every run that has not ended ends as interrupted.
         on_update: called with the index of each run that has made an update.
         save_checkpoints: whether checkpoints are saved as scheduled, or only for a stop.
 
@@ -377,7 +377,8 @@ class _Cells:
     """The runs that still train, by number; each ends alone, with a result or an exception.
 
     Args:
-        running: a run is removed when it ends. Keep no other reference: it holds the memory of all.
+        running: a run is removed when it ends. Keep no other reference to a run, because it
+            would keep the memory of all runs allocated.
         outcomes: receives the results and exceptions.
     """
 

@@ -100,4 +100,4 @@ class NonFiniteError(Exception):
 
 
 class StepInterruptedError(Exception):
-    """A stop was requested in the middle of a step; a resumed run repeats that part."""
+    """A stop was requested in the middle of a step; a resumed run repeats the interrupted part."""

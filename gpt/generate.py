@@ -187,7 +187,7 @@ def generate(
         model: on any device; its training mode is restored at the end.
         prompt: at least one token id.
         seed: sample i draws from (seed, i), independently of the number of samples.
-        stop: the token that ends a sample, end of text.
+        stop: the end-of-text token, which ends a sample.
         decoder: one to reuse, of this model and number of samples; its size is the window.
     """
     assert prompt, "a prompt has at least one token; end of text starts a new document"

@@ -19,8 +19,8 @@ from gpt.model import GPT
 
 MIN_SIZE = 2**19  # numbers in a matrix; for smaller ones torch's own layer is faster
 
-# Only this module calls private operators of torch. They hardly check their arguments, so these two
-# functions do; where they return False, public operators compute the same product.
+# Only this module calls private operators of torch. They hardly check their arguments, so the two
+# functions below decide whether they can be used; if not, public operators compute the product.
 
 
 def can_pack() -> bool:
@@ -93,7 +93,7 @@ class PackedLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """x Wᵀ + b with 8-bit integers W times a scale per output channel; x and x Wᵀ are bf16.
+    """x Wᵀ + b, W stored as 8-bit integers and a scale per output channel; x and x Wᵀ are bf16.
 
     The scale s is a bf16 number, rounded up, with |W| <= 127 s (absmax quantization, Dettmers et
     al. 2022).

@@ -68,7 +68,7 @@ REGIMES: dict[str, Regime] = {
 
 
 def logit_scale(config: ModelConfig) -> float:
-    """1/sqrt(d) for a tied head whose rows have norms near sqrt(d), so that logits are near 1."""
+    """1/sqrt(d) for a tied head with row norms of order sqrt(d), so that logits are of order 1."""
     unit = config.tied_head and REGIMES[config.init.regime].unit_stream
     return config.width**-0.5 if unit else 1.0
 

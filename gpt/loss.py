@@ -20,8 +20,8 @@ def next_token_loss(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Ten
     """(total loss, cross-entropy), means in nats per token: (N, V), (N,) integers -> two scalars.
 
     The total is cross-entropy + z_loss * mean(log² Z), where Z is the denominator of the softmax.
-    The z-loss keeps logits in a range where the softmax is exact (Chowdhery et al. 2022, Wortsman
-    et al. 2023: 1e-4). Computed in float32, or in float64 for float64 logits.
+    The z-loss keeps logits in a range where the softmax is accurate (Chowdhery et al. 2022,
+    Wortsman et al. 2023: 1e-4). Computed in float32, or in float64 for float64 logits.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     cross_entropy = F.cross_entropy(logits, targets)

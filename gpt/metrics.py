@@ -3,7 +3,7 @@
 Training records contain step (from 1), tokens, loss (nats per token), learning_rate, grad_norm
 (before clipping), batches (a digest of all inputs up to this step), tokens_per_second and
 step_seconds (for cells trained in a batch: wall-clock time, including the evaluations of others);
-also skipped, which is true, if the update was skipped, and mfu, the fraction of the device's peak
+also `"skipped": true` if the update was skipped, and mfu, the fraction of the device's peak
 FLOP/s, on a known GPU with bf16 or fp16. Evaluation records contain step (0 is before the first
 update), val_loss (nats per token) and val_bits_per_byte. Layer records contain step, layer,
 grad_rms and the MEASURES of gpt/diagnostics/layers.py that the layer has. A non-finite number is
@@ -100,10 +100,10 @@ def read_up_to(path: Path, step: int) -> list[Record]:
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl, without an incomplete last line; none if it is missing.
+    """The records of a metrics.jsonl, without an incomplete last line; none if the file is missing.
 
     Raises:
-        InputError: another line is not a record, or it is not a regular file.
+        InputError: any other line is not a record, or `path` is not a regular file.
     """
     records: list[Record] = []
     try:

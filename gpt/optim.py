@@ -74,8 +74,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-# Resuming relies on this: at learning rate 0 and without gradients, a step leaves the weights as
-# they are (see `Optimizer.reset_state`).
+# Resuming relies on this: at learning rate 0 and with zero gradients, a step leaves the weights
+# as they are (see `Optimizer.reset_state`).
 OPTIMIZERS: dict[str, Callable[[ParamGroups, OptimizerConfig], torch.optim.Optimizer]] = {
     # Kingma and Ba 2015; decoupled weight decay, Loshchilov and Hutter 2019
     "adamw": lambda groups, c: torch.optim.AdamW(

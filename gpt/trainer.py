@@ -3,7 +3,7 @@
     loss, grad_norm = trainer.backward(step, inputs, targets)
     skipped = trainer.update(lr_scale, loss, grad_norm)
 
-A batch is split into micro-batches that fit the memory. Their gradients are averaged, clipped by
+A batch is split into micro-batches that fit in memory. Their gradients are averaged, clipped by
 their global norm, and handed to the optimizer. Files, the schedule and the console belong to `Run`
 (gpt/run/run.py). `backward` never waits for a GPU; `update` waits with fp16 or `nonfinite: skip`.
 """

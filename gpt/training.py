@@ -63,7 +63,7 @@ def train(
     Raises:
         InputError: the config cannot run here; the directory holds another run, or another process
             trains in it, or it cannot be written (then the state is saved elsewhere if possible).
-        OutOfMemoryError: not even one sequence fits the memory, or not as many as configured.
+        OutOfMemoryError: not even one sequence fits in memory, or not as many as configured.
         StoppedError: `stop` returned true during data preparation; the next start continues there.
     """
     path = Path(out_dir) if out_dir is not None else Path("runs") / config.name

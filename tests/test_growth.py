@@ -134,8 +134,8 @@ def test_a_question_that_is_added_is_exploratory_and_those_before_are_not(run: A
     [
         ({"seeds": 1}, "the new grid has no cell"),
         ({"grid": {"optimizer.learning_rate": [0.03]}}, "the new grid has no cell"),
-        ({"contrasts": []}, "contrasts: new ones can only follow"),
-        ({"contrasts": [{**LOSS, "measure": "failure"}]}, "contrasts: new ones can only follow"),
+        ({"contrasts": []}, "contrasts: new ones must come after"),
+        ({"contrasts": [{**LOSS, "measure": "failure"}]}, "contrasts: new ones must come after"),
         ({"options": {"training.steps": 8}}, "the new grid changes cell"),
     ],
 )

@@ -438,7 +438,7 @@ def test_an_arm_without_a_result_leaves_no_contrast():
 def test_arms_that_fail_equally_often_are_not_distinguished():
     words = summary(by_arm(dict.fromkeys(ARMS, 0.0))).conclusions
     assert words[1] == (
-        "At every rate tried, the same fraction of each arm's runs failed: these runs do not "
+        "At every rate tried, the same fraction of each arm's runs failed: their failures do not "
         "tell the arms apart."
     )
 
@@ -605,7 +605,9 @@ def test_runs_that_learned_nothing_answer_nothing(measure: str):
     (result,) = found.contrasts
     assert result is not None
     assert (result.answer, result.learned) == ("open", False)
-    assert found.conclusions[0].startswith("NOT SETTLED: every run that it compares ended at H₁")
+    assert found.conclusions[0].startswith(
+        "NOT SETTLED: no run that it compares ended clearly below H₁"
+    )
     assert "nats" not in found.conclusions[0]
 
     for arm, learned in (("pre, cold", False), ("post, cold", True)):  # of another arm, and its own

@@ -423,6 +423,9 @@ def test_flops_and_peak():
     assert model.flops_per_token() == pytest.approx(0.855e9, rel=0.01)
     assert peak_flops("NVIDIA H200", "bf16") == 989e12
     assert peak_flops("NVIDIA H200", "fp32") is None
+    assert peak_flops("NVIDIA A100-SXM4-40GB", "bf16") == 312e12
+    for other in ("NVIDIA L40", "NVIDIA RTX A1000", "NVIDIA T400"):  # not L4, A100 and T4
+        assert peak_flops(other, "bf16") is None
     assert peak_flops("cpu", "bf16") is None
 
 

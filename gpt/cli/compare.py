@@ -47,10 +47,10 @@ class Arguments(Section):
     report_only: bool = False
     """Rewrite the report from the existing runs."""
     seeds: str | None = Field(None, title="SEEDS")
-    """Other seeds than the grid's: 8 are 0 to 7, 16:24 are 16 to 23, 1,5,7 are these three."""
+    """Seeds instead of the grid's: 8 means 0 to 7, 16:24 means 16 to 23, 1,5,7 means these."""
     extend: bool = False
     """Add arms, rates, seeds or contrasts to the comparison in the directory; its results stay. The
-    report says what was added when results were known."""
+    report says what was added after results were known."""
     reuse: FileNames = Field((), title="DIR")
     """Other comparisons, whose finished runs are copied if their configs are the same."""
     beside: FileName | None = Field(None, title="DIR")

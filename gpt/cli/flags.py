@@ -195,7 +195,7 @@ def _add_section(
 
 
 def _settings(field: FieldInfo, schema: Schema) -> dict[str, Any]:
-    """The settings of a flag for `add_argument`; it takes several values for a list of strings."""
+    """A flag's settings for `add_argument`; one for a list of strings takes several values."""
     several = {"type": "string"} in [b.get("items") for b in schema.get("anyOf", ())]
     nullable = _is_nullable(field)
     described = field.default is None or "(default: " in str(field.description)

@@ -12,7 +12,7 @@
       report.html, report.md, figures/
 
 A directory belongs to one grid, which can grow: `extend` adds arms, rates, seeds or contrasts, and
-`reuse` copies finished runs of other comparisons. What was known by then is recorded.
+`reuse` copies finished runs of other comparisons. How many results were known then is recorded.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from gpt.run.directory import command_line
 
 STOPPED = "interrupted: the cells are saved; run the same command to resume"
 CHANGEABLE = {"hours", "keep_checkpoints", "probes", "runner"}  # of a grid that has been run
-REPORT_LOCK = ".report.lock"  # in a directory whose report one process at a time may write
+REPORT_LOCK = ".report.lock"  # locked while a process writes the report
 REPORT_WAIT = 600.0  # seconds at most until another process has written it
 
 
@@ -236,7 +236,7 @@ def check_directory(
     """Refuse a directory that belongs to something else.
 
     Args:
-        extend: whether the grid may have more than the directory's, to which it then adds.
+        extend: whether the grid may add to the directory's grid.
 
     Returns:
         The cells that are added.
@@ -268,7 +268,7 @@ def check_directory(
         registration.check_growth(before, (grid, list(cells)))
     except InputError as error:
         raise InputError(
-            f"{holds}, and a grid can only grow after its runs: {error};\nchoose another --out-dir"
+            f"{holds}, and after its runs a grid can only grow: {error};\nchoose another --out-dir"
         ) from None
     known = {cell.id for cell in before[1]}
     added = [cell for cell in cells if cell.id not in known]

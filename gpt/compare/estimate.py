@@ -1,8 +1,8 @@
 """The cost of a comparison, estimated before it runs: cells, tokens, FLOPs, time and disk.
 
-The time is extrapolated from one update of each kind, timed here on one thread; for
-batched cells, from an update of a few of them, whose time per cell is an upper bound. It is
-an estimate: it ignores workers that slow each other down, and runs that diverge early.
+The time is extrapolated from updates of each kind, timed here on one thread; for batched cells,
+from an update of a few of them, whose time per cell is an upper bound. The estimate ignores that
+workers slow each other down, and that runs may diverge early.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def _measure(config: Config, vocab_size: int, seconds: float) -> tuple[float, in
 
 
 def _measure_together(config: Config, vocab_size: int, cells: int) -> float:
-    """Seconds of an update of `cells` runs in one batch, for each of them."""
+    """Seconds per run of an update of `cells` runs in one batch."""
     device = pick_device(config.training.device)
     with torch.device("meta"):
         flops = GPT(config.model, vocab_size).flops_per_token()

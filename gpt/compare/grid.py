@@ -195,7 +195,7 @@ class Grid(Section):
     exclude: Annotated[tuple[dict[str, Any], ...], Field(max_length=200)] = ()
     """Cells to leave out: those that match all of an entry's `arm`, factors, options and `seed`."""
     contrasts: Annotated[tuple[Contrast, ...], Field(max_length=20)] = ()
-    """Contrasts registered before the runs, tested in this order until one is not supported."""
+    """Contrasts, registered before the runs; the rest are exploratory once one is not supported."""
     pairs: Annotated[tuple[tuple[str, str], ...], Field(max_length=1000)] = ()
     """Further pairs of arms to compare, corrected together by Holm's method."""
     probes: bool = True
@@ -352,8 +352,8 @@ def load(
     Args:
         path: a file, or the name of a grid that comes with steadygpt, such as `quick`.
         overrides: options for all cells, a nested mapping, on top of the file's.
-        seeds: other seeds than the file's, see `parse_seeds`. An entry of `exclude` that names
-            seeds then need not match a cell.
+        seeds: replace the file's, see `parse_seeds`. An entry of `exclude` that names seeds, but
+            none of these, is then ignored.
 
     Returns:
         The grid with base and options merged, so that it needs no other file; and the cells, seed
@@ -413,7 +413,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     if colon or len(values) == 1:
         values = values if colon else [0, *values]
         if not 0 < values[1] - values[0] <= MOST_CELLS:
-            raise InputError(f"--seeds: {text!r} are not between 1 and {MOST_CELLS:,} seeds")
+            raise InputError(f"--seeds: {text!r} does not give 1 to {MOST_CELLS:,} seeds")
         values = list(range(*values))
     if len(set(values)) < len(values):
         raise InputError(f"--seeds: {text!r} has a duplicate seed")
@@ -542,7 +542,7 @@ def as_text(value: Any) -> str:
 
 
 def _id(arm: Arm, options: Options, seed: int) -> str:
-    """`post_cold_learning-rate-0.003_seed-0`, with a hash if characters had to be replaced."""
+    """`post_cold_learning-rate-0.003_seed-0`; with a hash if characters are replaced or cut."""
     options_text = [f"{key.rpartition('.')[2]}-{as_text(value)}" for key, value in options.items()]
     parts = [*arm.levels.values(), *options_text]
     slugs = [re.sub(r"[^A-Za-z0-9.-]+", "-", part).strip("-.") for part in parts]

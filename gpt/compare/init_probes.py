@@ -22,7 +22,7 @@ from gpt.io.files import read_json, write_text
 
 SEEDS = (0, 1)
 BATCHES, SEQUENCES = 2, 8  # of the training text
-TOKEN_SEEDS = tuple(range(16))  # with one token each, as in the theory
+TOKEN_SEEDS = tuple(range(16))  # for a single token, as in the theory
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class InitProbe:
         arms: the arms that share it.
         regime: of its initial weights.
         text: probes on batches of the training text, by depth.
-        token: the same on single tokens, one per seed.
+        token: the same on a single token, with the weights of more seeds.
     """
 
     arms: tuple[str, ...]

@@ -1,8 +1,8 @@
 """Whether the arms were matched: the same batches, the same initial weights, the same software.
 
-A comparison is fair only if cells of one seed and setting differ in their arm alone. Each of them
-is compared with the first, by the digests that training wrote into metrics.jsonl and
-environment.json.
+A comparison is fair only if cells of one seed and setting differ in nothing but their arm and
+learning rate. Each of them is compared with the first, by the digests that training wrote into
+metrics.jsonl and environment.json.
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ def match(outcomes: Sequence[Outcome]) -> Match:
 
 
 def _other_facts(outcome: Outcome, first: dict[str, Outcome]) -> list[str]:
-    """In what a run differs from the first of all; its data, only from the first with its config.
+    """How a run differs from the first run; for its data, from the first with its data config.
 
     Args:
-        first: the first run of each kind, to which this one may be added.
+        first: fact and data config -> the first run; this run is added where there is none.
     """
     found = []
     for fact in SAME_FACTS:

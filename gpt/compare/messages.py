@@ -36,7 +36,7 @@ def describe(
         + (f"; {with_result} have a result already" if with_result else ""),
         "tokens": f"{estimated.tokens:,} to train on, {estimated.flops:.2g} FLOPs",
         "time": f"about {duration(estimated.seconds)} with {format_workers(tasks, workers)}, "
-        "estimated from a short benchmark on this machine; start-up"
+        "estimated from a short benchmark on this machine; process start-up"
         + (", probes (probes: false skips them)" if grid.probes else "")
         + " and report not included",
         "disk": f"at most {estimated.disk / 1e6:,.0f} MB of "

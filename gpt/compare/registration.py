@@ -1,6 +1,7 @@
 """What a comparison registered before its first result, and what was added to it later.
 
-    DIR/registration.json   the seeds, the number of contrasts and a hash of both; later additions
+    DIR/registration.json   the seeds, the number of contrasts, a hash of seeds and contrasts;
+                            later additions
 
 An answer is confirmatory only if its contrast and its cells were fixed before any result was known.
 So the first start records the contrasts and seeds, and every later addition records how many cells
@@ -190,7 +191,7 @@ def count(cells: int) -> str:
 
 
 def added_text(cells: int, contrasts: int) -> str:
-    """`12 cells, 1 question`, without what is 0."""
+    """`12 cells, 1 question`; a count of 0 is left out."""
     questions = f"{contrasts} question{'' if contrasts == 1 else 's'}"
     return ", ".join([count(cells)] * bool(cells) + [questions] * bool(contrasts))
 
@@ -199,7 +200,7 @@ def check_growth(old: tuple[Grid, list[Cell]], new: tuple[Grid, list[Cell]]) -> 
     """Check that a grid only adds to another: all its cells, contrasts and pairs remain.
 
     Raises:
-        InputError: something would be lost or changed; the message is only what.
+        InputError: something would be lost or changed; the message says only what.
     """
     configs = {cell.id: cell.config for cell in new[1]}
     for cell in old[1]:
@@ -210,7 +211,7 @@ def check_growth(old: tuple[Grid, list[Cell]], new: tuple[Grid, list[Cell]]) -> 
     for name in ("contrasts", "pairs"):
         before, now = getattr(old[0], name), getattr(new[0], name)
         if now[: len(before)] != before:
-            raise InputError(f"{name}: new ones can only follow those of before")
+            raise InputError(f"{name}: new ones must come after the existing ones")
 
 
 def _now() -> str:

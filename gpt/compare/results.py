@@ -92,13 +92,13 @@ class ContrastResult:
         bounds: which thresholds could only be bounded, in words.
         reach: for each part, "at least", "at most" or "unknown" if only bounds are known; else "".
         value, interval: log_lr50 in natural logarithms; failure as a fraction; others in nats.
-        p: of a paired test that the value is the margin; None for log_lr50, which has none.
+        p: of a paired test that the value equals the margin; None for log_lr50, which has none.
         least_p: the smallest p that this many seeds can give.
         answer, why: whether the runs support the claim, and the reason in words.
-        confirmatory: whether it was registered before any result, and so were all contrasts before
-            it, which are supported; otherwise it is exploratory.
-        learned: whether any of its runs did not end at H₁; if none, they answer nothing.
-        late: what was not registered before any result, in words; empty if all of it was.
+        confirmatory: whether it was registered before any result, and all contrasts before it are
+            confirmatory and supported; otherwise it is exploratory.
+        learned: whether any of its runs is not plateaued; if all are, the answer is open.
+        late: what was not registered before any result, in words; empty if everything was.
         dropped: combinations of setting and rate left out because an arm or a seed has no run.
     """
 

@@ -412,5 +412,5 @@ def _log_span(
 
 @lru_cache(maxsize=10_000)
 def _lr50(runs: Runs) -> Threshold:
-    """`lr50`, kept: resamples of seeds that agree have the same runs."""
+    """`lr50`, cached: resamples of seeds that agree have the same runs."""
     return lr50(*zip(*runs, strict=True))

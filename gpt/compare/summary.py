@@ -246,7 +246,7 @@ class _Measured:
     """A contrast's measure: the value of each arm, and the uncertainty of their signed sum.
 
     Attributes:
-        p: of a paired test that the sum is the margin; None for thresholds, which have none.
+        p: of a paired test that the sum equals the margin; None for thresholds, which have none.
         bounds, reach: as in `ContrastResult`.
     """
 
@@ -379,7 +379,7 @@ def _answer(
     """Supported or contradicted only if the interval is on one side and p is at most ALPHA.
 
     Args:
-        learned: whether any run learned more than token frequencies; else nothing is compared.
+        learned: whether any run is not plateaued; if all are, the answer is open.
     """
     if not learned:
         return "open", "nothing learned"

@@ -59,7 +59,7 @@ class Verdict:
         loss_spike_score, grad_spike_score: fraction of the scored steps that are spikes.
         max_grad_norm: the largest finite one, before clipping; None if there is none.
         clipped: fraction of the finite gradient norms above the clip; None without clipping.
-        steps: number of updates.
+        steps: number of updates that were not skipped.
     """
 
     status: Status

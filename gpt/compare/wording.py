@@ -2,7 +2,7 @@
 
 No sentence claims more than its interval: no failure in 3 seeds reads "at most 56%", and a claim is
 supported only where the whole interval lies on its side of the margin. The numbers come from
-summary.py; here only what any runs with this number of seeds can show is computed.
+summary.py; this module computes only the limits that follow from the number of seeds.
 """
 
 from __future__ import annotations
@@ -149,8 +149,8 @@ def reason(reason: Reason, contrast: Contrast, seeds: int, p: float | None) -> s
     several = f"{seeds} seeds" if seeds != 1 else "one seed"
     return {
         "nothing learned": (
-            "every run that it compares ended at H₁, having learned only token frequencies: the "
-            "runs are too short, or their learning rates are wrong"
+            "no run that it compares ended clearly below H₁, the loss of guessing by token "
+            "frequency: the runs are too short, or their learning rates are wrong"
         ),
         "too few for an interval": (
             f"an interval needs at least {MIN_SEEDS} seeds, and these arms share {several}"
@@ -199,7 +199,7 @@ def bound_text(arm: str, setting: str, threshold: Threshold) -> str:
     words = {
         "above": f"its threshold is above {threshold.rate:g}, the highest rate tried",
         "below": f"its threshold is below {threshold.rate:g}, the lowest rate tried",
-        "unclear": "its failures do not increase with the rate, so it has no single threshold",
+        "unclear": "its failures do not rise steadily with the rate: it has no single threshold",
     }
     return f"{arm}{f' ({setting})' if setting else ''}: {words[threshold.bound]}"
 
@@ -214,7 +214,7 @@ class Failures(NamedTuple):
     Attributes:
         rate, setting: where the first two arms differ most; in a tie, all arms.
         differ: whether the arms differ anywhere in their fraction of failed runs.
-        registered: whether only rates fixed before the runs for all arms count, as there are some.
+        registered: whether contrasts register rates for all their arms; if so, only those count.
         fewest: the arm and rate with the fewest runs.
     """
 
@@ -298,7 +298,7 @@ def _failures_sentence(found: Failures | None) -> str:
     if not found.differ:
         return (
             f"At every rate {'registered' if found.registered else 'tried'}, the same fraction of "
-            "each arm's runs failed: these runs do not tell the arms apart."
+            "each arm's runs failed: their failures do not tell the arms apart."
         )
     counts = [
         f"{name}: {failures_text(at.failures, at.n, at.interval)}"

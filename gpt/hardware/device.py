@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
 
@@ -58,7 +59,8 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     """Matrix FLOP/s of a GPU at 16 bits; None for an unknown device, or for fp32."""
     if precision == "fp32":
         return None
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
+    known = (name for name in PEAK_FLOPS if re.search(rf"\b{name}\b", device_name))
+    return PEAK_FLOPS.get(next(known, ""))
 
 
 @contextlib.contextmanager

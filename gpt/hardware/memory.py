@@ -18,7 +18,7 @@ MODEL_BYTES = 24  # per parameter: weight, gradient, step, two moments, a copy w
 
 
 def micro_batch(config: Config, vocab_size: int, device: torch.device, *, models: int = 1) -> int:
-    """Sequences per forward pass: the largest divisor of the batch that fits the memory.
+    """Sequences per forward pass: the largest divisor of the batch that fits in memory.
 
     A token needs 17 d L numbers for activations (the 34 bytes of Korthikanti et al. 2022 at 16
     bits) and 3 V fp32 numbers for logits, the latter for at most `training.loss_chunk` tokens at a

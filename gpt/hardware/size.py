@@ -64,7 +64,7 @@ def check_training(
 
 
 def check_cpu_training(config: Config) -> None:
-    """`check_training`, if it is certain without torch that the device is the CPU.
+    """`check_training`, if it is certain without torch that training uses the main memory.
 
     Raises:
         InputError: as `check_training`.

@@ -37,7 +37,7 @@ class RunResult:
     """How a run ended. Losses are in nats per token; None if there is none, or it is not finite.
 
     Attributes:
-        status: finished, diverged (a non-finite loss or weight), or interrupted (saved; resumable).
+        status: finished, diverged (a number became non-finite), or interrupted (saved; resumable).
         step: updates made; for a diverged run, the update at which the failure was seen.
         tokens: training tokens seen.
         train_loss: of the last update.

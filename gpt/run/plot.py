@@ -26,7 +26,7 @@ from gpt.metrics import Record
 SMALLEST = 1e-100  # a logarithmic scale shows only larger values; fp32's smallest is 1e-45
 TRAIN, VALIDATION, OTHER = "#9ecae1", "#08519c", "#d95f02"  # distinguishable with color blindness
 
-# If installed, these fonts have the characters that matplotlib's own font lacks.
+# These fonts, if installed, supply the characters that matplotlib's own font lacks.
 FONTS = (
     *(
         "Noto Sans CJK SC",

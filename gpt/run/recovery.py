@@ -28,12 +28,12 @@ def roll_back(
     fault: Fault,
     first_inputs: Callable[[], Tensor],
 ) -> Progress | None:
-    """Return to the last scheduled checkpoint, and skip the batches trained on since.
+    """Return to the last scheduled checkpoint or to step 0, and skip the batches trained on since.
 
     Chowdhery et al. 2022 (PaLM, section 5.1) did so by hand, and the spikes did not recur.
 
     Returns:
-        The new progress; None, with nothing changed, if no intact checkpoint is left.
+        The new progress; None, with nothing changed, if nothing intact is left to return to.
     """
     try:
         checkpoint = manager.newest(lambda step: manager.is_scheduled(step, progress))
@@ -124,7 +124,7 @@ def _first_nonfinite(
 
 
 def advise_on_memory(trainer: Trainer, step: int, make_batch: MakeBatch, shortage: str) -> str:
-    """A message that names the largest micro-batch whose forward and backward pass fits.
+    """A message that names a smaller micro-batch whose forward and backward pass fits.
 
     Args:
         step: of the next update.
@@ -142,7 +142,7 @@ def advise_on_memory(trainer: Trainer, step: int, make_batch: MakeBatch, shortag
     return (
         f"training.micro_batch: out of memory with {tried} sequences at a time; {fitting} "
         f"would fit;\n--training.micro-batch {fitting}"
-        + ("" if automatic else ", or auto, which finds the largest that fits,")
+        + ("" if automatic else ", or auto, which finds one that fits,")
         + " resumes from the last checkpoint"
     )
 

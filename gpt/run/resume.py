@@ -91,8 +91,8 @@ def ended_run(config: Config, path: Path, resume: str) -> RunResult | None:
         return None
     if result.status == "diverged" and "training.nonfinite" in changes:
         raise InputError(
-            f"{path}: has diverged and cannot be resumed; to start another --out-dir from its last "
-            "checkpoint, pass that checkpoint to --resume"
+            f"{path}: has diverged and cannot be resumed; to continue from its last checkpoint in "
+            "another --out-dir, pass that checkpoint to --resume"
         )
     steps = config.training.steps
     if result.status == "finished" and "training.steps" in changes and steps != result.step:
@@ -105,7 +105,7 @@ def ended_run(config: Config, path: Path, resume: str) -> RunResult | None:
 
 
 def open_run(config: Config, path: Path, resume: str) -> ResumePlan:
-    """Decide how training `config` in the directory `path` starts. Writes nothing.
+    """Decide how a run of `config` in the directory `path` starts. Writes nothing.
 
     Args:
         resume: "auto" resumes an unfinished run of the same config; "never" requires a fresh

@@ -112,7 +112,7 @@ class Run:
         self.checkpoints = CheckpointManager(directory.checkpoints, config, saved_step=saved_step)
         if plan.checkpoint is not None and plan.resuming:  # finish what was left undone by a kill
             name, best = plan.checkpoint.name, bool(plan.checkpoint.state["best"])
-            if self._keeps_more(plan):  # state.json must say so before config.yaml is new
+            if self._keeps_more(plan):  # state.json must say so before config.yaml changes
                 store.save(directory.checkpoints, self._checkpoint(best), best=best, replaces=True)
             store.write_pointers(directory.checkpoints, name, best=best)
             self.checkpoints.prune(self.progress)
@@ -123,7 +123,7 @@ class Run:
         self.log = RunLog(directory.metrics, config, self.trainer.model, self.console, kept)
 
     def _keeps_more(self, plan: ResumePlan) -> bool:
-        """Note in the progress which checkpoints stay only because of options that have changed.
+        """Note in the progress which checkpoints are kept only because of the earlier options.
 
         Returns:
             Whether there are any.
@@ -139,7 +139,7 @@ class Run:
     # -- What the loop calls ---------------------------------------------------------------------
 
     def begin(self) -> RunResult | None:
-        """Prepare for the next update; returns the result if there is nothing to train.
+        """Prepare for the next update; returns the result if the run ends before it.
 
         Raises:
             NonFiniteError: the validation loss is not finite.
@@ -500,7 +500,7 @@ class Run:
 
         Returns:
             False, with nothing done, if `training.nonfinite` is not rollback, the limit is reached,
-            or no checkpoint is intact.
+            or nothing intact is left to return to.
         """
         training, before = self.config.training, self.progress
         self._wait_for_checkpoint()

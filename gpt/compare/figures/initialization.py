@@ -56,8 +56,8 @@ def amplification(data: PlotData) -> Plot | None:
     return Plot(
         "initialization",
         "Amplification of a change of the weights, by depth",
-        "For a single token, per channel: every matrix of the blocks changed at random by 1% of "
-        "its standard deviation, and by Adam's first update at rate 1e-5. Theory (Liu et al. 2020) "
+        "For a single token, per channel: each matrix of the blocks is changed at random by δ = 1% "
+        "of its standard deviation, or by one Adam update at rate 1e-5. Theory (Liu et al. 2020) "
         "of the random change with xavier weights: in post-norm it grows as the number of "
         "sublayers, a slope of 1, and in pre-norm as its logarithm. Slopes: random change "
         f"{'; '.join(random)}; Adam {'; '.join(adam)}.",

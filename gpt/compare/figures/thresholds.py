@@ -130,7 +130,7 @@ def _sensitivity_caption(arms: Sequence[ArmSummary]) -> str:
     tried = {tuple(at.rate for at in arm.by_rate) for arm in arms}
     rates = ", ".join(f"{rate:g}" for rate in max(tried, key=len))
     caption = (
-        "Mean over the rates tried of the loss, capped at the initial loss, minus the arm's best "
+        "Mean over seeds and rates of the loss, capped at the initial loss, minus the seed's best "
         f"(Wortsman et al. 2023), with 95% intervals over seeds. Rates: {rates}; on another grid "
         "the values differ. An arm that learns at no rate has a sensitivity near 0: read it "
         "together with its loss."

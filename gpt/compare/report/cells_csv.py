@@ -36,7 +36,7 @@ WORST = {f"{worst.__name__}_{measure}": measure for measure, worst in EXTREMES.i
 
 
 def csv_text(outcomes: Sequence[Outcome]) -> str:
-    """The file: the columns of a cell with a result, empty where a cell has none."""
+    """The text of cells.csv; the columns of a result are empty for a cell that has none."""
     rows = [csv_row(outcome) for outcome in outcomes]
     columns = [
         column

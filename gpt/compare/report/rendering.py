@@ -56,5 +56,5 @@ def _markdown(value: Any) -> Any:
 
 
 def _list_marker(found: re.Match[str]) -> str:
-    """The beginning of a list or heading, escaped; after a number, its full stop is escaped."""
+    """The beginning of a list or heading, escaped; after a number, the period or parenthesis is."""
     return f"{found[1]}{found[2]}\\" if found[2].isdecimal() else f"{found[1]}\\{found[2]}"
