@@ -11,9 +11,11 @@ import pytest
 from comparing import Make, called, grid_tree, write
 from conftest import few_probes
 
+from gpt.cli.common import StopSignals
 from gpt.compare import comparison, estimate, registration
 from gpt.compare.comparison import read_comparison
 from gpt.compare.grid import load, parse_seeds
+from gpt.compare.reuse import copy_run
 from gpt.errors import InputError
 from gpt.run.directory import RunDirectory
 
@@ -288,6 +290,23 @@ def test_a_copy_can_be_written_even_if_its_source_cannot(run: Any, tmp_path: Pat
     assert run("--reuse", tmp_path / "one", out="two")[0] == 0
     for path in (tmp_path / "two/cells").rglob("*"):
         assert path.stat().st_mode & 0o200, path
+
+
+def test_a_stop_while_copying_makes_no_report(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert run(out="one")[0] == 0
+    copied: list[str] = []
+
+    def noted(source: Path, cell: Any, directory: Path) -> None:
+        copied.append(cell.id)
+        copy_run(source, cell, directory)
+
+    monkeypatch.setattr(comparison, "copy_run", noted)
+    monkeypatch.setattr(StopSignals, "__call__", lambda self: len(copied) >= 2)
+    assert run("--reuse", tmp_path / "one", out="two")[0] == 75
+    assert len(copied) == 2
+    assert not (tmp_path / "two/summary.json").exists()
 
 
 def test_growing_by_copies_says_so(run: Any, tmp_path: Path):

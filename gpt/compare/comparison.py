@@ -127,7 +127,9 @@ def compare(
         for source, runs in copies.items():
             registration.register_copies(directory, grid, list(runs), source, results)
             for cell in cells:
-                if cell.id in runs and not stop():
+                if stop():
+                    raise StoppedError(STOPPED)
+                if cell.id in runs:
                     copy_run(runs[cell.id], cell, directory)
             console.say(f"{registration.count(len(runs))} copied from {source}")
         finished = run_tasks(
