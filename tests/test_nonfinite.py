@@ -224,3 +224,15 @@ def test_a_diverged_run_cannot_be_resumed(tiny: Make, tmp_path: Path, corrupt: A
     assert run(tiny(), tmp_path / "run").status == "diverged"
     with pytest.raises(InputError, match="has diverged and cannot be resumed;"):
         run(tiny(training={"nonfinite": "rollback"}), tmp_path / "run")
+
+
+def test_a_rollback_keeps_what_earlier_options_kept(tiny: Make, tmp_path: Path, corrupt: Any):
+    """It returns to a checkpoint that was saved before the options changed."""
+    common: dict[str, Any] = {"evaluation": {"every": 30}, "training": {"nonfinite": "rollback"}}
+    before = tiny(checkpoint={"every": 2, "keep": 1, "keep_every": 4}, **common)
+    run(before, tmp_path / "run", **stop_after(11))
+    bad = batch(before, 12)
+    corrupt(lambda x: torch.equal(x, bad))
+    after = tiny(checkpoint={"every": 2, "keep": 1}, **common)
+    assert run(after, tmp_path / "run").rollbacks == 1
+    assert set(checkpoints.steps(tmp_path / "run/checkpoints")) >= {4, 8, 20}

@@ -14,6 +14,7 @@ from gpt import schedule
 from gpt.compare.cell_runs import CellError
 from gpt.compare.grid import Cell, Grid
 from gpt.compare.outcomes import Outcome
+from gpt.compare.registration import Registered
 from gpt.compare.report.cells_csv import csv_row, csv_text
 from gpt.compare.results import Summary
 from gpt.compare.statistics import Interval, Threshold, holm, mean_interval, newcombe, wilson
@@ -615,3 +616,10 @@ def test_runs_that_learned_nothing_answer_nothing(measure: str):
         (result,) = summarize(grid(contrasts=contrasts, pairs=[]), one).contrasts
         assert result is not None
         assert result.learned == learned
+
+
+def test_rates_of_a_question_that_was_added_later_are_not_called_registered():
+    at = {**LOSS, "at": {"optimizer.learning_rate": [0.1]}}
+    late = Registered(late={0: "the question was added when results were known"})
+    words = summarize(grid(contrasts=[at], pairs=[]), outcomes(MOVED), late).conclusions[-1]
+    assert "registered" not in words
