@@ -28,10 +28,10 @@ import torch
 
 from gpt import metrics
 from gpt.compare import grid as grids
-from gpt.compare.cell_runs import cell_directory
+from gpt.compare.execution.cell_runs import cell_directory
+from gpt.compare.execution.runner import run_tasks
+from gpt.compare.execution.tasks import make_tasks
 from gpt.compare.grid import Cell
-from gpt.compare.runner import run_tasks
-from gpt.compare.tasks import make_tasks
 from gpt.config import merge
 from gpt.data.preparation import prepare
 from gpt.ensemble import train_together

@@ -67,7 +67,7 @@ import gpt.run.plot
 import gpt.training
 from gpt import cli
 from gpt.compare import report as reports
-from gpt.compare import runner, worker
+from gpt.compare.execution import runner, worker
 from gpt.config import Config, option_paths, read_yaml
 from gpt.config import load as load_config
 from gpt.data import preparation

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt.compare.statistics import (
+from gpt.compare.analysis.statistics import (
     ALPHA,
     Interval,
     fraction_interval,

@@ -12,8 +12,8 @@ import yaml
 
 from gpt import cli
 from gpt.compare import comparison
+from gpt.compare.analysis.results import Summary
 from gpt.compare.grid import load
-from gpt.compare.results import Summary
 from gpt.config import Config
 from gpt.io.console import Console
 

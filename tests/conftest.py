@@ -91,7 +91,7 @@ def few_probes() -> Iterator[None]:
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Comparisons train their cells in this process: workers take seconds to start."""
-    from gpt.compare import runner, worker
+    from gpt.compare.execution import runner, worker
 
     def run(self: runner._Pool, jobs: Sequence[runner._Job], workers: int) -> bool:
         shared = worker.Shared(self.shared.stop, self.shared.steps, os.getppid())

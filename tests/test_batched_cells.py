@@ -13,8 +13,8 @@ import yaml
 from comparing import Make, TwoCells, called, grid_tree, write, write_grid
 
 from gpt import metrics
+from gpt.compare.execution.tasks import make_tasks
 from gpt.compare.grid import load
-from gpt.compare.tasks import make_tasks
 from gpt.errors import InputError, StoppedError
 
 
@@ -97,7 +97,9 @@ def test_cells_are_divided_into_tasks_by_shape(
     _, cells = load(write(tmp_path / "grid.yaml", tree))
     on_cpu = make_tasks(cells, "auto")
     assert [task.batched for task in on_cpu] == [False] * len(cells)
-    monkeypatch.setattr("gpt.compare.tasks.pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(
+        "gpt.compare.execution.tasks.pick_device", lambda name: torch.device("cuda")
+    )
     on_gpu = make_tasks(cells, "auto")
     groups = [task for task in on_gpu if task.batched]
     assert [{cell.arm for cell in task.cells} for task in groups] == [

@@ -117,7 +117,7 @@ def test_arms_whose_updates_take_different_times_are_timed_separately(
     grid_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     from gpt.compare import estimate
-    from gpt.compare.tasks import make_tasks
+    from gpt.compare.execution.tasks import make_tasks
 
     levels = {
         "pre": {},

@@ -19,9 +19,9 @@ from conftest import few_probes, rendering
 
 from gpt import metrics
 from gpt.compare import comparison
+from gpt.compare.analysis.matching import match
+from gpt.compare.analysis.outcomes import read_outcome
 from gpt.compare.grid import load
-from gpt.compare.matching import match
-from gpt.compare.outcomes import read_outcome
 from gpt.io.console import Console
 from gpt.io.files import lock_directory, lock_file
 from gpt.run.directory import RunDirectory

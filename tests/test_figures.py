@@ -20,15 +20,15 @@ from test_summary import ARMS, grid, outcome
 
 from gpt import metrics
 from gpt.compare import report
+from gpt.compare.analysis.outcomes import Outcome
+from gpt.compare.analysis.results import ArmSummary
+from gpt.compare.analysis.summary import summarize
 from gpt.compare.figures.base import Plot, PlotData, Section
 from gpt.compare.figures.losses import failures, loss_by_rate
 from gpt.compare.figures.runs import curves
 from gpt.compare.figures.runs import layers as draw_layers
 from gpt.compare.figures.thresholds import thresholds
 from gpt.compare.grid import Grid
-from gpt.compare.outcomes import Outcome
-from gpt.compare.results import ArmSummary
-from gpt.compare.summary import summarize
 
 RATES, SEEDS, DEPTHS = (1e-3, 1e-2, 1e-1), 3, (2, 4)
 

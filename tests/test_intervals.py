@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from benchmarks import intervals
-from gpt.compare.statistics import Interval
+from gpt.compare.analysis.statistics import Interval
 
 
 def test_the_share_is_of_true_trials_each_with_its_own_seed():

@@ -13,8 +13,8 @@ from test_recovery import history, later, power_cut
 from test_training import assert_same_run, records, run, stop_after, tensors
 
 from gpt import checkpoint as checkpoints
+from gpt.compare.analysis.outcomes import read_outcome
 from gpt.compare.grid import Cell
-from gpt.compare.outcomes import read_outcome
 from gpt.config import Config
 from gpt.data.preparation import prepare
 from gpt.data.sequences import TrainingSequences

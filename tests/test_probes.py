@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpt.compare.analysis.statistics import loglog_slope
 from gpt.compare.init_probes import InitProbe, read_init_probes, write_init_probes
 from gpt.compare.probes import (
     ADAM_RATE,
@@ -19,7 +20,6 @@ from gpt.compare.probes import (
     probe,
     probe_depths,
 )
-from gpt.compare.statistics import loglog_slope
 from gpt.config import ModelConfig
 from gpt.init import initialize
 from gpt.model import GPT

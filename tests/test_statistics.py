@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from gpt.compare.statistics import (
+from gpt.compare.analysis.statistics import (
     Interval,
     Threshold,
     capped,

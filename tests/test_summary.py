@@ -11,16 +11,23 @@ from typing import Any
 import pytest
 
 from gpt import schedule
-from gpt.compare.cell_runs import CellError
+from gpt.compare.analysis.outcomes import Outcome
+from gpt.compare.analysis.results import Summary
+from gpt.compare.analysis.statistics import (
+    Interval,
+    Threshold,
+    holm,
+    mean_interval,
+    newcombe,
+    wilson,
+)
+from gpt.compare.analysis.summary import summarize
+from gpt.compare.analysis.verdicts import Verdict
+from gpt.compare.analysis.wording import failures_text, rates_text, threshold_text
+from gpt.compare.execution.cell_runs import CellError
 from gpt.compare.grid import Cell, Grid
-from gpt.compare.outcomes import Outcome
 from gpt.compare.registration import Registered
 from gpt.compare.report.cells_csv import csv_row, csv_text
-from gpt.compare.results import Summary
-from gpt.compare.statistics import Interval, Threshold, holm, mean_interval, newcombe, wilson
-from gpt.compare.summary import summarize
-from gpt.compare.verdicts import Verdict
-from gpt.compare.wording import failures_text, rates_text, threshold_text
 from gpt.config import Config, validate
 
 RATES = (1e-3, 1e-2, 1e-1, 1.0)

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from gpt.compare.verdicts import FAILED, Status, Verdict, spike_score, spikes, verdict
+from gpt.compare.analysis.verdicts import FAILED, Status, Verdict, spike_score, spikes, verdict
 from gpt.metrics import Record
 
 H1 = 3.341
@@ -374,5 +374,5 @@ def test_two_updates_are_not_a_regression():
 
 
 def test_verdicts_need_no_torch():
-    code = "import sys, gpt.compare.verdicts; sys.exit('torch' in sys.modules)"
+    code = "import sys, gpt.compare.analysis.verdicts; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -14,10 +14,10 @@ import psutil
 import pytest
 from comparing import Make, TwoCells
 
-from gpt.compare import worker
+from gpt.compare.execution import worker
+from gpt.compare.execution.tasks import Task
 from gpt.compare.grid import Cell
 from gpt.compare.messages import format_summary
-from gpt.compare.tasks import Task
 from gpt.errors import OutOfMemoryError, StoppedError
 
 

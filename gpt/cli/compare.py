@@ -20,7 +20,7 @@ from gpt.errors import InputError
 from gpt.io.console import Console, show
 
 if TYPE_CHECKING:
-    from gpt.compare.results import Summary
+    from gpt.compare.analysis.results import Summary
 
 
 class Arguments(Section):
@@ -112,7 +112,7 @@ def compare(arguments: Arguments, comparison: Comparison) -> Summary | None:
         StoppedError: it was interrupted.
     """
     from gpt.compare import comparison as comparisons
-    from gpt.compare.tasks import default_workers
+    from gpt.compare.execution.tasks import default_workers
 
     grid, cells, directory = comparison.grid, comparison.cells, comparison.directory
     other = Path(arguments.beside) if arguments.beside is not None else None

@@ -30,19 +30,19 @@ import yaml
 
 from gpt.compare import grid as grids
 from gpt.compare import registration
-from gpt.compare.cell_runs import has_result
+from gpt.compare.analysis.outcomes import NO_RESULT, Outcome, read_outcome, read_outcomes
+from gpt.compare.analysis.results import VERSION, Summary
+from gpt.compare.analysis.summary import summarize
 from gpt.compare.estimate import check_affordable, check_cells, estimate
+from gpt.compare.execution.cell_runs import has_result
+from gpt.compare.execution.runner import run_tasks
+from gpt.compare.execution.tasks import make_tasks
 from gpt.compare.grid import Cell, Grid
 from gpt.compare.init_probes import measure_init_probes, read_init_probes, write_init_probes
 from gpt.compare.messages import describe, format_outcome
-from gpt.compare.outcomes import NO_RESULT, Outcome, read_outcome, read_outcomes
 from gpt.compare.report import write_report
 from gpt.compare.report.cells_csv import csv_text
-from gpt.compare.results import VERSION, Summary
 from gpt.compare.reuse import copy_run, find_reusable
-from gpt.compare.runner import run_tasks
-from gpt.compare.summary import summarize
-from gpt.compare.tasks import make_tasks
 from gpt.config import DataConfig, read_yaml
 from gpt.data import preparation
 from gpt.errors import InputError, StoppedError

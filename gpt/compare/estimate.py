@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
+from gpt.compare.execution.tasks import Task
 from gpt.compare.grid import Cell
 from gpt.compare.probes import DEPTHS
-from gpt.compare.tasks import Task
 from gpt.config import Config
 from gpt.ensemble import BatchedTrainer
 from gpt.errors import InputError

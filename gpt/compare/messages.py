@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from gpt.compare.analysis.outcomes import Outcome
+from gpt.compare.analysis.results import Summary
 from gpt.compare.estimate import Estimate, free_bytes
+from gpt.compare.execution.tasks import Task
 from gpt.compare.grid import Cell, Grid
-from gpt.compare.outcomes import Outcome
-from gpt.compare.results import Summary
-from gpt.compare.tasks import Task
 from gpt.io.console import duration
 
 

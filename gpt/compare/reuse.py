@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpt.compare import grid as grids
-from gpt.compare.cell_runs import cell_directory, has_result
+from gpt.compare.analysis.outcomes import read_outcome
+from gpt.compare.execution.cell_runs import cell_directory, has_result
 from gpt.compare.grid import Cell
-from gpt.compare.outcomes import read_outcome
 from gpt.errors import InputError, printable
 from gpt.io.files import PARTIAL_PREFIX, remove_partial, write_text
 from gpt.run.directory import RunDirectory

@@ -24,10 +24,10 @@ from matplotlib.ticker import (
     NullLocator,
 )
 
+from gpt.compare.analysis.outcomes import Outcome
+from gpt.compare.analysis.results import Summary
 from gpt.compare.grid import Grid
 from gpt.compare.init_probes import InitProbe
-from gpt.compare.outcomes import Outcome
-from gpt.compare.results import Summary
 from gpt.run.plot import literal_text
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")

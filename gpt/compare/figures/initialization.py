@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
+from gpt.compare.analysis.statistics import loglog_slope
 from gpt.compare.figures.base import (
     BETAS,
     STREAM,
@@ -19,7 +20,6 @@ from gpt.compare.figures.base import (
 )
 from gpt.compare.init_probes import InitProbe
 from gpt.compare.probes import Probe
-from gpt.compare.statistics import loglog_slope
 
 
 def gradient_by_depth(data: PlotData) -> Plot | None:

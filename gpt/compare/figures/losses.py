@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 from matplotlib.axes import Axes
 
+from gpt.compare.analysis.wording import UNIGRAM_ENTROPY
 from gpt.compare.figures.base import (
     PALE,
     Plot,
@@ -17,7 +18,6 @@ from gpt.compare.figures.base import (
     panels,
     rate_axis,
 )
-from gpt.compare.wording import UNIGRAM_ENTROPY
 from gpt.metrics import LEARNED_MARGIN
 from gpt.run.plot import label
 

@@ -10,6 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gpt import metrics
+from gpt.compare.analysis.outcomes import Outcome
+from gpt.compare.analysis.verdicts import spikes
+from gpt.compare.analysis.wording import UNIGRAM_ENTROPY
 from gpt.compare.figures.base import (
     BETAS,
     PALE,
@@ -21,9 +24,6 @@ from gpt.compare.figures.base import (
     panels,
     plain_numbers,
 )
-from gpt.compare.outcomes import Outcome
-from gpt.compare.verdicts import spikes
-from gpt.compare.wording import UNIGRAM_ENTROPY
 
 CURVE_POINTS = 150
 EARLY_STEPS = 200

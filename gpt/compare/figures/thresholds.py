@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
+from gpt.compare.analysis.results import ArmSummary
+from gpt.compare.analysis.wording import threshold_text
 from gpt.compare.figures.base import INK, Plot, PlotData, Style, legend, panels, rate_axis
-from gpt.compare.results import ArmSummary
-from gpt.compare.wording import threshold_text
 
 # Threshold.bound -> marker along x, and along y.
 BOUND_MARKS: dict[str, tuple[str, str]] = {"": ("", ""), "above": (">", "^"), "below": ("<", "v")}

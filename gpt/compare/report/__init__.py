@@ -14,15 +14,15 @@ from typing import Any, get_args
 
 from markupsafe import Markup
 
-from gpt.compare import wording
+from gpt.compare.analysis import wording
+from gpt.compare.analysis.outcomes import Outcome
+from gpt.compare.analysis.results import ArmSummary, Summary
 from gpt.compare.figures import draw
 from gpt.compare.figures.base import PlotData, Section, save
 from gpt.compare.grid import Grid
 from gpt.compare.init_probes import InitProbe
-from gpt.compare.outcomes import Outcome
 from gpt.compare.report.rendering import TEMPLATES, render
 from gpt.compare.report.svg import inline
-from gpt.compare.results import ArmSummary, Summary
 from gpt.io.files import read_small, write_text
 
 Comparison = tuple[Grid, Summary, list[Outcome]]

@@ -7,8 +7,8 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gpt.compare.outcomes import EXTREMES, Outcome
-from gpt.compare.verdicts import Verdict
+from gpt.compare.analysis.outcomes import EXTREMES, Outcome
+from gpt.compare.analysis.verdicts import Verdict
 from gpt.errors import printable
 
 # Columns of a cell with a result, in order, between those of every cell.

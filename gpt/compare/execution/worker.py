@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from gpt import metrics
-from gpt.compare.cell_runs import CellError, cell_directory
-from gpt.compare.tasks import Task
+from gpt.compare.execution.cell_runs import CellError, cell_directory
+from gpt.compare.execution.tasks import Task
 from gpt.ensemble import train_together
 from gpt.run.directory import RunDirectory, RunResult
 from gpt.training import train

@@ -30,10 +30,16 @@ from typing import Any, NamedTuple
 
 import pebble
 
-from gpt.compare import worker
-from gpt.compare.cell_runs import CellError, cell_directory, has_result, read_lost, write_lost
+from gpt.compare.execution import worker
+from gpt.compare.execution.cell_runs import (
+    CellError,
+    cell_directory,
+    has_result,
+    read_lost,
+    write_lost,
+)
+from gpt.compare.execution.tasks import Task
 from gpt.compare.grid import Cell
-from gpt.compare.tasks import Task
 from gpt.errors import OutOfMemoryError
 from gpt.io.console import Console
 from gpt.run.directory import RunDirectory

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from gpt.compare.matching import Match
-from gpt.compare.statistics import Interval, McNemar, PairedDifference, Threshold
+from gpt.compare.analysis.matching import Match
+from gpt.compare.analysis.statistics import Interval, McNemar, PairedDifference, Threshold
 
 VERSION = 4  # of summary.json; raised when its keys change
 

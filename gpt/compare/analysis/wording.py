@@ -11,9 +11,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
+from gpt.compare.analysis.results import Answer, ArmSummary, AtRate, ContrastResult, Summary
+from gpt.compare.analysis.statistics import MIN_SEEDS, Interval, Threshold, least_p, wilson
 from gpt.compare.grid import Contrast, Grid, Measure
-from gpt.compare.results import Answer, ArmSummary, AtRate, ContrastResult, Summary
-from gpt.compare.statistics import MIN_SEEDS, Interval, Threshold, least_p, wilson
 
 UNIGRAM_ENTROPY = "H₁, the unigram entropy: the loss of guessing by token frequency"
 

@@ -13,12 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from gpt.compare import wording
-from gpt.compare.grid import RATE, Contrast, Grid
-from gpt.compare.matching import match
-from gpt.compare.outcomes import Outcome
-from gpt.compare.registration import UNSAID, Registered
-from gpt.compare.results import (
+from gpt.compare.analysis import wording
+from gpt.compare.analysis.matching import match
+from gpt.compare.analysis.outcomes import Outcome
+from gpt.compare.analysis.results import (
     Answer,
     ArmSummary,
     AtRate,
@@ -27,7 +25,7 @@ from gpt.compare.results import (
     PairResult,
     Summary,
 )
-from gpt.compare.statistics import (
+from gpt.compare.analysis.statistics import (
     ALPHA,
     Interval,
     Sensitivity,
@@ -44,6 +42,8 @@ from gpt.compare.statistics import (
     threshold_interval,
     wilson,
 )
+from gpt.compare.grid import RATE, Contrast, Grid
+from gpt.compare.registration import UNSAID, Registered
 from gpt.schedule import lr_multiplier
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gpt.compare.outcomes import Outcome
+from gpt.compare.analysis.outcomes import Outcome
 
 SAME_FACTS = ("data_fingerprint", "device", "torch", "git_commit")  # of environment.json
 

@@ -15,10 +15,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from gpt import metrics
-from gpt.compare.cell_runs import CellError, cell_directory, has_result, read_lost
+from gpt.compare.analysis.statistics import capped
+from gpt.compare.analysis.verdicts import Verdict, verdict
+from gpt.compare.execution.cell_runs import CellError, cell_directory, has_result, read_lost
 from gpt.compare.grid import Cell
-from gpt.compare.statistics import capped
-from gpt.compare.verdicts import Verdict, verdict
 from gpt.errors import InputError
 from gpt.io.files import read_json
 from gpt.run.directory import RunDirectory

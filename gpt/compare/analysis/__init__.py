@@ -1,0 +1,10 @@
+"""What the runs say: verdicts -> statistics -> sentences.
+
+verdicts.py   a run's metrics -> how it ended
+outcomes.py   each cell's verdict, from its run directory
+matching.py   whether the arms saw the same batches and started from the same weights
+statistics.py intervals, tests, thresholds: pure functions on numbers
+results.py    the results as data: what summary.json holds
+summary.py    outcomes -> results
+wording.py    results -> sentences
+"""
