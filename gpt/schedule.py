@@ -73,13 +73,13 @@ BODIES: dict[str, Callable[[ScheduleConfig, float, float], float]] = {
 
 
 def lr_multiplier(config: ScheduleConfig, step: int, steps: int) -> float:
-    """Factor on the full learning rate at update `step` (1 ... `steps`), in (0, 1]."""
+    """Factor on the full learning rate at update `step` (1 ... `steps`), in (0, `config.scale`]."""
     assert 1 <= step <= steps, f"update {step} of {steps}"
     warmup_steps = config.effective_warmup_steps
     if step <= warmup_steps:
-        return WARMUPS[config.warmup](step / warmup_steps)
+        return config.scale * WARMUPS[config.warmup](step / warmup_steps)
     x = (step - warmup_steps - 1) / (steps - warmup_steps)
-    return BODIES[config.body](config, x, step / max(warmup_steps, 1))
+    return config.scale * BODIES[config.body](config, x, step / max(warmup_steps, 1))
 
 
 def _interpolate(start: float, end: float, x: float) -> float:

@@ -69,7 +69,23 @@ MOST_CELLS = 10_000  # and arms
 SEED_COUNT = Between(1, MOST_CELLS)
 LONGEST_VALUE = 100  # characters
 Options = dict[str, Any]  # dotted option -> value
-Measure = Literal["loss", "failure", "sensitivity", "log_lr50"]
+Measure = Literal["loss", "failure", "sensitivity", "log_lr50", "column", "log_column"]
+# The columns of cells.csv that a contrast can compare.
+Column = Literal[
+    "best_val_loss",
+    "spikes",
+    "max_grad_norm",
+    "final_train_loss",
+    "spike_score",
+    "grad_norm_spikes",
+    "grad_norm_spike_score",
+    "max_attention_logit",
+    "min_attention_entropy",
+    "max_update_ratio",
+    "max_grad_over_root_v",
+    "min_grad_over_eps",
+    "max_stream_rms",
+]
 Claim = Literal["above", "below", "within"]
 Runner = Literal["auto", "processes", "batched"]
 
@@ -133,7 +149,12 @@ class Contrast(Section):
     against: tuple[str, str] | None = None
     """Two arms whose difference is subtracted, such as pre-norm with warm-up and without."""
     measure: Measure = "loss"
-    """Mean loss, failed fraction, rate sensitivity, or log of the rate at which half fail."""
+    """Mean loss, failed fraction, rate sensitivity, log of the rate at which half of the runs fail,
+    or the mean of a column or of its logarithm."""
+    column: Column | None = None
+    """The column of cells.csv that `measure: column` and `measure: log_column` compare."""
+    slope: str = ""
+    """An axis option, such as model.layers: compare the slopes of the measure over its log."""
     at: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
     """Axis option -> the values at which the arms are compared; by default all."""
     rates: dict[str, Rate] = Field(default_factory=dict)
@@ -141,7 +162,8 @@ class Contrast(Section):
     claim: Claim = "above"
     """The contrast is above the margin, below it (non-inferiority), or within it (equivalence)."""
     margin: Annotated[float, Between(-1e3, 1e3)] = 0.0
-    """In nats for loss and sensitivity, a fraction for failure, a natural log for log_lr50."""
+    """In nats for loss and sensitivity, a fraction for failure, a natural log for log_lr50 and
+    log_column; of slopes, per unit of the natural log of the axis's value."""
 
     @property
     def arms(self) -> list[str]:
@@ -154,6 +176,12 @@ class Contrast(Section):
             raise ValueError("claim: within needs a margin above 0")
         if len(set(self.arms)) < len(self.arms):
             raise ValueError("of, against: an arm is compared with itself")
+        if self.measure in ("column", "log_column") and self.column is None:
+            raise ValueError(f"measure: {self.measure} needs the name of a column")
+        if self.column is not None and self.measure not in ("column", "log_column"):
+            raise ValueError("column: needs measure: column or log_column")
+        if self.slope == RATE:
+            raise ValueError(f"slope: {RATE} cannot be the axis; use sensitivity or log_lr50")
         if self.rates:
             if set(self.rates) != set(self.arms):
                 raise ValueError(f"rates: needs a rate for each of {'; '.join(self.arms)}")
@@ -192,6 +220,8 @@ class Grid(Section):
     """Axis -> values. An axis is one dotted option, or several with commas and tuples of values."""
     seeds: Annotated[tuple[Seed, ...], BeforeValidator(_seeds), Field(min_length=1)] = (0, 1, 2)
     """Seeds of weights and data order, or their number."""
+    context_seeds: Annotated[int, Field(ge=1)] | None = None
+    """How many of the seeds the cells have that no contrast includes; by default all."""
     exclude: Annotated[tuple[dict[str, Any], ...], Field(max_length=200)] = ()
     """Cells to leave out: those that match all of an entry's `arm`, factors, options and `seed`."""
     contrasts: Annotated[tuple[Contrast, ...], Field(max_length=20)] = ()
@@ -436,6 +466,8 @@ def _check_contrast(contrast: Contrast, grid: Grid, cells: Sequence[Cell], origi
     for key in contrast.at:
         if key not in axes:
             raise InputError(f"{origin}.at: {key}: is not on an axis{nearest(key, axes)}")
+    if contrast.slope:
+        _check_slope(contrast, axes, cells, f"{origin}.slope: {contrast.slope}")
     for arm in contrast.arms:
         own = [cell for cell in cells if cell.arm == arm]
         wanted = [(key, value) for key, values in contrast.at.items() for value in values]
@@ -443,6 +475,23 @@ def _check_contrast(contrast: Contrast, grid: Grid, cells: Sequence[Cell], origi
         for key, value in wanted:
             if as_text(value) not in {as_text(_value(cell.config, key)) for cell in own}:
                 raise InputError(f"{origin}: arm {arm!r} has no cell with {key} {as_text(value)}")
+
+
+def _check_slope(
+    contrast: Contrast, axes: Sequence[str], cells: Sequence[Cell], origin: str
+) -> None:
+    """Refuse a slope over an axis that does not have two or more positive numbers as values.
+
+    Raises:
+        InputError: there is no such axis, or its values, or those of the contrast, do not fit.
+    """
+    if contrast.slope not in axes:
+        raise InputError(f"{origin}: is not on an axis{nearest(contrast.slope, axes)}")
+    included = [cell for cell in cells if contrast.includes(cell)]
+    values = {cell.varied[contrast.slope] for cell in included}
+    numbers = {v for v in values if isinstance(v, int | float) and not isinstance(v, bool)}
+    if len(values) < 2 or numbers != values or min(numbers) <= 0:
+        raise InputError(f"{origin}: needs two or more positive numbers on the axis")
 
 
 def _varied(grid: Grid) -> list[str]:
@@ -478,6 +527,10 @@ def _cells(grid: Grid, origin: str) -> list[Cell]:
         if entries:
             continue
         cell = _cell(grid, arm, placed, seed, varied, origin)
+        if seed not in grid.seeds[: grid.context_seeds] and not any(
+            contrast.includes(cell) for contrast in grid.contrasts
+        ):
+            continue
         twin = cells.setdefault(cell.id.lower(), cell)  # some file systems ignore case
         if twin is not cell:
             why = f"rename {twin.arm!r} or {arm.name!r}, which give the same directory"

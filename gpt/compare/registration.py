@@ -22,6 +22,7 @@ from gpt.errors import InputError, printable
 from gpt.io.files import read_json, write_text
 
 UNKNOWN = "what was registered before the runs is not recorded"
+NEWER = {"column", "slope"}  # of a contrast: hashed only if set, so that older hashes hold
 CHANGED = "the contrasts or seeds are not those that were registered"
 
 
@@ -91,7 +92,9 @@ UNSAID = Registered()
 
 def fingerprint(contrasts: Sequence[Contrast], seeds: Sequence[int]) -> str:
     """SHA-256 of the contrasts and seeds, in hexadecimal; 1 and 1.0 are the same."""
-    dumped = [each.model_dump(mode="json") for each in contrasts]
+    dumped = [
+        each.model_dump(mode="json", exclude=NEWER - each.model_fields_set) for each in contrasts
+    ]
     for each in dumped:
         each["at"] = {key: list(map(as_text, values)) for key, values in each["at"].items()}
     tree = {"contrasts": dumped, "seeds": [*seeds]}

@@ -304,6 +304,8 @@ class ScheduleConfig(Section):
     """Final rate of cosine, linear and wsd, as a fraction of the full rate."""
     decay_fraction: PositiveFraction = 0.2
     """Fraction of the steps after warm-up in which wsd (warm-up, stable, decay) decays."""
+    scale: Multiple = 1.0
+    """Factor on the rate of every update, such as one that gives two arms equal summed rates."""
 
     @property
     def effective_warmup_steps(self) -> int:

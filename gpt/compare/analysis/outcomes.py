@@ -195,3 +195,36 @@ def _extremes(records: Sequence[metrics.Record]) -> dict[str, float]:
         if values:
             found[key] = worst(values)
     return found
+
+
+# Columns of cells.csv of a cell with a result, in order.
+RESULT_COLUMNS: dict[str, Callable[[Outcome, Verdict], Any]] = {
+    "diverged_at": lambda _, v: v.step if v.status == "diverged" else None,
+    "final_val_loss": lambda _, v: v.final_val_loss,
+    "best_val_loss": lambda _, v: v.best_val_loss,
+    "spikes": lambda _, v: v.loss_spikes,
+    "max_grad_norm": lambda _, v: v.max_grad_norm,
+    "seconds": lambda o, _: round(o.seconds, 2),
+    "failed": lambda _, v: v.failed,
+    "seen_at": lambda _, v: v.step,
+    "layer": lambda _, v: v.layer,
+    "initial_val_loss": lambda _, v: v.initial_loss,
+    "capped_loss": lambda o, _: o.loss,
+    "final_train_loss": lambda _, v: v.final_train_loss,
+    "spike_score": lambda _, v: v.loss_spike_score,
+    "grad_norm_spikes": lambda _, v: v.grad_spikes,
+    "grad_norm_spike_score": lambda _, v: v.grad_spike_score,
+    "clipped": lambda _, v: v.clipped,
+    "steps": lambda _, v: v.steps,
+}
+# Column -> measure of the layers; a column is left out if no cell has it.
+WORST_COLUMNS = {f"{worst.__name__}_{measure}": measure for measure, worst in EXTREMES.items()}
+
+
+def column_value(outcome: Outcome, column: str) -> float | None:
+    """A number in a column of cells.csv; None where the field is empty."""
+    if column in WORST_COLUMNS:
+        return outcome.extremes.get(WORST_COLUMNS[column])
+    assert outcome.verdict is not None
+    value = RESULT_COLUMNS[column](outcome, outcome.verdict)
+    return None if value is None else float(value)

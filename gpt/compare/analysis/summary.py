@@ -15,7 +15,7 @@ import numpy as np
 
 from gpt.compare.analysis import wording
 from gpt.compare.analysis.matching import match
-from gpt.compare.analysis.outcomes import Outcome
+from gpt.compare.analysis.outcomes import Outcome, column_value
 from gpt.compare.analysis.results import (
     Answer,
     ArmSummary,
@@ -266,6 +266,10 @@ def _contrast(
     common = _common_runs(names, included, own_rates=bool(contrast.rates))
     if common is None:
         return None
+    if contrast.column is not None and any(
+        column_value(outcome, contrast.column) is None for outcome in common.runs.values()
+    ):
+        return None
     measure = _log_lr50 if contrast.measure == "log_lr50" else _mean_difference
     found = measure(contrast, common)
     parts = tuple(found.values[i] - found.values[i + 1] for i in range(0, len(names), 2))
@@ -295,29 +299,62 @@ def _contrast(
     )
 
 
-# The measures that are computed from one arm's runs with one seed.
-OF_RUNS: dict[str, Callable[[Sequence[Outcome]], float]] = {
-    "failure": lambda runs: float(np.mean([run.failed for run in runs])),
-    "loss": lambda runs: float(np.mean([run.loss for run in runs])),
-    "sensitivity": lambda runs: float(
-        np.mean([_sensitivity(some).value for some in _by_setting(runs).values()])
-    ),
+Measured = Callable[[Sequence[Outcome]], float]
+
+
+def _mean_of(number: Callable[[Outcome], float]) -> Measured:
+    return lambda runs: float(np.mean([number(run) for run in runs]))
+
+
+# The measures of one arm's runs with one seed in one setting, given the contrast's column.
+OF_RUNS: dict[str, Callable[[str], Measured]] = {
+    "failure": lambda _: _mean_of(lambda run: run.failed),
+    "loss": lambda _: _mean_of(lambda run: run.loss),
+    "sensitivity": lambda _: lambda runs: _sensitivity(runs).value,
+    "column": lambda column: _mean_of(lambda run: _number(run, column)),
+    "log_column": lambda column: _mean_of(lambda run: _log(_number(run, column))),
 }
 
 
-def _by_setting(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    return _grouped(outcomes, lambda outcome: outcome.cell.setting_text)
+def _number(run: Outcome, column: str) -> float:
+    value = column_value(run, column)
+    assert value is not None, "contrasts with an empty field are not computed"
+    return value
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf
+
+
+def _weights(contrast: Contrast, common: _CommonRuns) -> dict[str, float]:
+    """Setting -> its weight: in the mean, or in the least-squares slope over the log of an axis."""
+    settings = {
+        setting: next(o.cell.varied for (_, _, p), o in common.runs.items() if p[0] == setting)
+        for setting, _ in common.points
+    }
+    if not contrast.slope:
+        return dict.fromkeys(settings, 1 / len(settings))
+    x = np.log([float(varied[contrast.slope]) for varied in settings.values()])
+    x -= x.mean()
+    return dict(zip(settings, (x / (x @ x)).tolist(), strict=True))
 
 
 def _mean_difference(contrast: Contrast, common: _CommonRuns) -> _Measured:
-    of = OF_RUNS[contrast.measure]
-    by_arm = [[of(common.of(name, seed)) for seed in common.seeds] for name in contrast.arms]
+    of = OF_RUNS[contrast.measure](contrast.column or "")
+    weights = _weights(contrast, common)
+    by_arm = [
+        [
+            sum(weight * of(common.of(name, seed, at)) for at, weight in weights.items())
+            for seed in common.seeds
+        ]
+        for name in contrast.arms
+    ]
     differences = [
         sum(sign * value for sign, value in zip(SIGNS, by_seed, strict=False))
         for by_seed in zip(*by_arm, strict=True)
     ]
     values = [float(np.mean(by_seed)) for by_seed in by_arm]
-    if contrast.measure == "failure":
+    if contrast.measure == "failure" and not contrast.slope:
         interval = fraction_interval(
             differences, runs=len(common.points), limit=len(contrast.arms) / 2
         )
@@ -329,25 +366,26 @@ def _mean_difference(contrast: Contrast, common: _CommonRuns) -> _Measured:
 
 
 def _log_lr50(contrast: Contrast, common: _CommonRuns) -> _Measured:
-    names = contrast.arms
-    settings = list(dict.fromkeys(setting for setting, _ in common.points))
+    weights = _weights(contrast, common)
     runs = {
         (name, setting): [
             [(o.rate, o.failed) for o in common.of(name, seed, setting)] for seed in common.seeds
         ]
-        for name in names
-        for setting in settings
+        for name in contrast.arms
+        for setting in weights
     }
     found = {
         key: lr50(*zip(*itertools.chain(*by_seed), strict=True)) for key, by_seed in runs.items()
     }
-    weights = [SIGNS[names.index(name)] / len(settings) for name, _ in runs]
+    signs = dict(zip(contrast.arms, SIGNS, strict=False))
     return _Measured(
         values=[
-            float(np.mean([math.log(found[name, setting].rate) for setting in settings]))
-            for name in names
+            sum(w * math.log(found[name, setting].rate) for setting, w in weights.items())
+            for name in contrast.arms
         ],
-        interval=threshold_interval(list(runs.values()), weights),
+        interval=threshold_interval(
+            list(runs.values()), [signs[name] * weights[setting] for name, setting in runs]
+        ),
         p=None,
         bounds=tuple(
             wording.bound_text(*key, threshold)
@@ -356,16 +394,23 @@ def _log_lr50(contrast: Contrast, common: _CommonRuns) -> _Measured:
         ),
         reach=tuple(
             _reach(
-                [found[a, setting].bound for setting in settings],
-                [found[b, setting].bound for setting in settings],
+                [found[a, setting].bound for setting in weights],
+                [found[b, setting].bound for setting in weights],
+                slope=bool(contrast.slope),
             )
-            for a, b in zip(names[::2], names[1::2], strict=True)
+            for a, b in (contrast.of, *([contrast.against] if contrast.against else []))
         ),
     )
 
 
-def _reach(of: Sequence[str], less: Sequence[str]) -> str:
-    """The bound on the difference of two arms' thresholds that their own bounds imply."""
+def _reach(of: Sequence[str], less: Sequence[str], *, slope: bool) -> str:
+    """The bound on the difference of two arms' thresholds that their own bounds imply.
+
+    Args:
+        slope: whether it is a difference of slopes, which no bound of one threshold bounds.
+    """
+    if slope:
+        return "unknown" if any((*of, *less)) else ""
     more = "above" in of or "below" in less
     fewer = "below" in of or "above" in less
     if "unclear" in (*of, *less) or (more and fewer):

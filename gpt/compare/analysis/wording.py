@@ -36,12 +36,16 @@ Reason = Literal[
 
 
 class Words(NamedTuple):
-    """How a measure is put into words: a change, a difference of two changes, and its numbers."""
+    """How a contrast's measure is put into words: what it is, and its numbers with their unit.
 
-    change: str
-    difference: str
+    Attributes:
+        log: whether a difference is of logarithms, and read as a factor.
+    """
+
+    subject: str
     form: Callable[[float], str]
-    unit: str
+    unit: str = ""
+    log: bool = False
 
     def number(self, value: float) -> str:
         """A value with its unit."""
@@ -53,34 +57,41 @@ class Words(NamedTuple):
 
     def edge(self, value: float) -> str:
         """A margin with its unit; no margin is 0, or 1 for a ratio."""
-        return self.number(value).lstrip("+") if value or self.form(0.0) == "1" else "0"
+        return self.number(value).lstrip("+") if value or self.log else "0"
 
 
-def _nats(value: float) -> str:
+def _signed(value: float) -> str:
     return f"{value:+.3f}"
 
 
+def _percent(value: float) -> str:
+    return f"{100 * value:+.0f}"
+
+
+def _factor(value: float) -> str:
+    return f"{math.exp(value):.2g}"
+
+
 MEASURES: dict[Measure, Words] = {
-    "loss": Words("the mean loss changes", "the difference of the two is", _nats, " nats"),
-    "sensitivity": Words(
-        "the sensitivity to the learning rate changes",
-        "the difference of the two is",
-        _nats,
-        " nats",
-    ),
-    "failure": Words(
-        "the fraction of failed runs changes",
-        "the difference of the two is",
-        lambda value: f"{100 * value:+.0f}",
-        " percentage points",
-    ),
-    "log_lr50": Words(
-        "the rate at which half of the runs fail",
-        "the ratio of the two is",
-        lambda value: f"{math.exp(value):.2g}",
-        "",
-    ),
+    "loss": Words("the mean loss", _signed, " nats"),
+    "sensitivity": Words("the sensitivity to the learning rate", _signed, " nats"),
+    "failure": Words("the fraction of failed runs", _percent, " percentage points"),
+    "log_lr50": Words("the rate at which half of the runs fail", _factor, log=True),
+    "column": Words("the mean of {column}", lambda value: f"{value:+.3g}"),
+    "log_column": Words("the geometric mean of {column}", _factor, log=True),
 }
+
+
+def words_for(contrast: Contrast) -> Words:
+    """The words for a contrast's measure, or for its slope."""
+    words = MEASURES[contrast.measure]
+    subject = words.subject.format(column=contrast.column)
+    if not contrast.slope:
+        return words._replace(subject=subject)
+    axis = contrast.slope.rpartition(".")[2]
+    if words.log:  # the slope of one logarithm over another
+        return Words(f"the exponent of {subject} as a power of {axis}", _signed)
+    return words._replace(subject=f"the slope of {subject} over the log of {axis}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -142,7 +153,7 @@ def p_text(result: ContrastResult) -> str:
 
 def reason(reason: Reason, contrast: Contrast, seeds: int, p: float | None) -> str:
     """Why a contrast has its answer; `p` None: it has no test."""
-    words = MEASURES[contrast.measure]
+    words = words_for(contrast)
     edge, minus = words.edge(contrast.margin), words.edge(-contrast.margin)
     within = contrast.claim == "within"
     side, other = ("below", "above") if contrast.claim == "below" else ("above", "below")
@@ -181,13 +192,19 @@ def difference(contrast: Contrast) -> str:
         f"{key.rpartition('.')[2]} {' and '.join(f'{value}' for value in values)}"
         for key, values in contrast.at.items()
     ]
-    where += [f"rate {rate:g} of {arm}" for arm, rate in contrast.rates.items()]
+    where += [f"rate {rate:g} of {arm!r}" for arm, rate in contrast.rates.items()]
     return f"{text} at {', '.join(where)}" if where else text
+
+
+def measure_text(contrast: Contrast) -> str:
+    """`loss`, `column spikes` or `log_lr50, slope over layers`."""
+    text = " ".join(filter(None, (contrast.measure, contrast.column)))
+    return f"{text}, slope over {contrast.slope.rpartition('.')[2]}" if contrast.slope else text
 
 
 def claim_text(contrast: Contrast) -> str:
     """`above 0`, or `below 0.050 nats`: where the claim says that the contrast lies."""
-    words = MEASURES[contrast.measure]
+    words = words_for(contrast)
     edge = words.edge(contrast.margin)
     if contrast.claim == "within":
         return f"between {words.edge(-contrast.margin)} and {edge}"
@@ -233,8 +250,7 @@ def conclusions(
 ) -> tuple[str, ...]:
     """The answer to each registered contrast, and where arms differ most."""
     answers = [
-        f"{ANSWERS['open'][0]}: this contrast cannot be computed yet: its arms have no rate in "
-        "common at which every seed has a result."
+        f"{ANSWERS['open'][0]}: this contrast cannot be computed: {_missing(contrast)}."
         if result is None
         else _contrast_sentence(result, contrast)
         for result, contrast in zip(results, contrasts, strict=True)
@@ -242,17 +258,23 @@ def conclusions(
     return *answers, _failures_sentence(failures)
 
 
+def _missing(contrast: Contrast) -> str:
+    column = "" if contrast.column is None else f" and a value of {contrast.column}"
+    return f"its arms have no rate in common at which every seed has a result{column}"
+
+
 def _contrast_sentence(result: ContrastResult, contrast: Contrast) -> str:
     pairs = [contrast.of, *([contrast.against] if contrast.against else [])]
-    words = MEASURES[contrast.measure]
+    words = words_for(contrast)
     changes = [
-        f"{_fold(part, reach) if result.measure == 'log_lr50' else f'by {words.number(part)}'} "
+        f"{_fold(part, reach) if words.log else _change(words.number(part), reach)} "
         f"from {b!r} to {a!r}"
         for (a, b), part, reach in zip(pairs, result.parts, result.reach, strict=True)
     ]
-    sentence = f"{words.change} {', and '.join(changes)}"
+    sentence = f"{words.subject} {', and '.join(changes)}"
     if len(pairs) > 1 and not any(result.reach):
-        sentence += f"; {words.difference} {words.number(result.value)}"
+        combined = "the ratio of the two" if words.log else "the difference of the two"
+        sentence += f"; {combined} is {words.number(result.value)}"
     interval = "no interval"
     if result.interval is not None:
         interval = f"95% interval {words.interval(result.interval)}"
@@ -276,6 +298,11 @@ def dropped_text(count: int) -> str:
     """`1 combination of setting and rate is`."""
     one = count == 1
     return f"{count} combination{'' if one else 's'} of setting and rate {'is' if one else 'are'}"
+
+
+def _change(number: str, reach: str) -> str:
+    """A difference in words."""
+    return "changes by an unknown amount" if reach else f"changes by {number}"
 
 
 def _fold(part: float, reach: str) -> str:
