@@ -194,7 +194,7 @@ def _matrix_rate(device: Any) -> float:
 
 
 def measured(size: Size, device: str, tokens: int | None, seconds: float) -> dict[str, Any]:
-    """`measure` in a fresh process. This one stays small, as the new one inherits its peak."""
+    """`measure` in a child process. The parent stays small: a child inherits its peak memory."""
     given = json.dumps([asdict(size), device, tokens, seconds])
     command = [sys.executable, __file__, "--child", given]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -266,7 +266,7 @@ def table(figures: dict[str, Any]) -> str:
         f"threads; torch {first['torch']}; {first['tokens']:,} tokens an update",
         "",
         "| | parameters | MFLOP/token | sequences at a time | tokens/s | GFLOP/s "
-        "| share of matrix rate | peak MB | 16 N, MB |",
+        "| share of matrix rate | peak MB | 16 bytes a parameter, MB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for factor, rows in figures["rows"].items():

@@ -7,7 +7,7 @@ The setting is 4 layers, 4 heads, 128 channels, a context of 64 characters, batc
 tiny Shakespeare (1,115,394 bytes). `step` times the steps of steadygpt
 (configs/tiny-shakespeare-char.yaml, from its metrics.jsonl), of `transformers` in a plain loop, and
 of nanoGPT's model in a loop that does what its train.py does. They take turns, `--rounds` times;
-medians are compared with the rate of matrix products of a step's size. All compute the exact GELU,
+medians are compared with the time of a step's matrix products alone. All compute the exact GELU,
 as nanoGPT does; `transformers` is also timed with its own tanh form. `loss` times whole commands,
 including start-up: train.py until it ends, which should reach a loss of at most 1.88 on its
 validation sequences, and nanoGPT's train.py, with its README's options for a CPU, until it prints
@@ -293,7 +293,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=60, help="timed in each round")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--config", type=Path, default=ROOT / "configs/tiny-shakespeare-fast.yaml", help="of `loss`"
+        "--config",
+        type=Path,
+        default=ROOT / "configs/tiny-shakespeare-fast.yaml",
+        help="for `loss`",
     )
     parser.add_argument("--json", type=Path)
     flags = parser.parse_args(argv)

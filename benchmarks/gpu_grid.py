@@ -5,7 +5,7 @@
 The cells are those of a grid file, cut down to `--steps` updates. Cells of the grid's first shape
 run one after another (`gpt.train`), in processes that share the GPU, and batched (`gpt.ensemble`)
 in growing numbers; cells of every other shape only run batched. This measures the seconds of one
-update of all cells (the median, without the first reading) and the peak memory. The last lines
+update of all cells (the median, without the first quarter) and the peak memory. The last lines
 extrapolate to the whole grid, which compare.py runs. `--small` does the same at a size for a CPU
 and proves nothing about a GPU. The table is printed last; `--json` also writes the measurements.
 """
@@ -79,7 +79,7 @@ def cut(path: Path, steps: int, small: bool) -> list[Cell]:
 
 
 def update_seconds(directory: Path, cells: Sequence[Cell]) -> list[float]:
-    """The median seconds of each cell's steps, without the first reading."""
+    """The median seconds of each cell's steps, without the first quarter of them."""
     medians = []
     for cell in cells:
         records = metrics.read(cell_directory(directory, cell) / "metrics.jsonl")
@@ -244,7 +244,7 @@ def report(
     for line in missing:
         print(line)
     for way, seconds in projected.items():
-        print(f"{cells} cells of {steps:,} updates {way}: {seconds / 60:,.1f} minutes, projected")
+        print(f"{cells} cells of {steps:,} updates, {way}: {seconds / 60:,.1f} minutes, projected")
 
 
 if __name__ == "__main__":

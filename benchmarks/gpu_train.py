@@ -191,7 +191,7 @@ class Clock:
 
     Attributes:
         seconds: of the timed updates.
-        start: seconds from the process's start to the end of its first update.
+        start: seconds from the end of this module's imports to the end of the first update.
         peak: peak memory in bytes: torch's during the timed updates on a GPU, otherwise the
             process's.
     """

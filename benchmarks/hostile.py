@@ -9,7 +9,7 @@ command runs in its own process, forked from a server that has imported torch. A
     time       it took more than 10 s (`--seconds`)
     memory     it needed over 1 GiB more than its program's `PLAIN` command on the intact fixture
     outside    a file beside the working directory changed: its name, bytes, mode or target
-    lost       after a refusal (exit code 2) the working directory changed, except for new caches
+    lost       a refusal (exit code 2) changed the working directory beyond new or unfinished caches
     unclear    a refusal is not one to three printable lines that name a key, a flag or a file
     output     raw control characters, markup or a formula in what it wrote, or a missing report
 

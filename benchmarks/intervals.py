@@ -105,7 +105,9 @@ def fraction_coverage(repetitions: int) -> Rows:
         return contains(fraction_interval(differences.tolist(), runs, limit), true)
 
     trials: dict[str, Trial] = {
-        f"{', '.join(map(str, probabilities))}; {runs} a seed": partial(trial, probabilities, runs)
+        f"{', '.join(map(str, probabilities))}; runs per seed: {runs}": partial(
+            trial, probabilities, runs
+        )
         for probabilities in PROBABILITIES
         for runs in (1, 2, 4)
     }

@@ -2,7 +2,7 @@
 
 A tiny model neither fills a GPU nor hides the overhead of launching kernels from Python. N models
 of one shape, stacked, are one model whose matrix products are batched; `torch.func.vmap` makes it
-from the plain one. `BatchedTrainer` has `backward` and `update`, as `Trainer` (gpt/trainer.py);
+from the plain one. `BatchedTrainer` has `backward` and `update`, like `Trainer` (gpt/trainer.py);
 everything else (data, learning rate, evaluation, log, directory, result) belongs to each cell's own
 `Run`, as in gpt/training.py.
 

@@ -61,8 +61,8 @@ def _can_be_shown(character: str) -> bool:
 def nearest(name: str, names: Iterable[str]) -> str:
     """`"; perhaps you meant X"` for the valid name closest to `name`, or an empty string.
 
-    The same last part wins, so that `learning_rate` finds `optimizer.learning_rate`; next comes a
-    similar name, and then one with which `name` begins, so that `prenorm` finds `pre`.
+    A name with the same last part wins, so that `learning_rate` finds `optimizer.learning_rate`;
+    next comes a similar name, and then one with which `name` begins, so that `prenorm` finds `pre`.
     """
     name = _plain(name)
     known = {_plain(valid): valid for valid in reversed(list(names))}

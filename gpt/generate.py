@@ -48,8 +48,8 @@ def logits_to_probs(logits: Tensor, sampling: Sampling) -> Tensor:
 def sample_tokens(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
     """One token for each row: (N, V) logits and N generators -> (N,) integers.
 
-    For exponential E_v, argmax of p_v / E_v is distributed as p (the exponential race). Rounding,
-    which varies with the number of samples, changes the drawn token only if two nearly tie.
+    For exponential E_v, argmax of p_v / E_v is distributed as p (the exponential race). Rounding of
+    the logits varies with the number of samples; it changes the token only if two nearly tie.
     E = -log(1 - uniform) is in fp64, since fp32 is too coarse for the rarest tokens.
     """
     if sampling.temperature == 0:

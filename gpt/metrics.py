@@ -127,7 +127,7 @@ def _record(line: bytes) -> Record:
 
 
 def _is_record(record: Any) -> bool:
-    """Whether a record is one that training writes: a step, numbers, and all keys of an update."""
+    """Whether a record is one that training writes: a step, numbers, and an update's main keys."""
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         return False
     numbers = (value for key, value in record.items() if key != "batches")

@@ -353,7 +353,7 @@ class LayerNormScaling(Block):
 class SubLN(PreNorm):
     """Pre-norm with a second norm in each sublayer, before its last matrix; Wang et al. 2022b.
 
-    From Magneto. All matrices except q and k start larger, by a factor of sqrt(ln 2L).
+    From Magneto. All matrices except q and k start scaled by sqrt(ln 2L).
     """
 
     needs_norms = "its second norms are all that distinguishes it"

@@ -1,6 +1,6 @@
 """Randomness as a function of (seed, purpose, ...), without hidden state to save or disturb.
 
-Every random number in the program comes from a seed derived here. So evaluation cannot change what
+Every random number of a run comes from a seed derived here. So evaluation cannot change what
 training draws, a resumed run draws the same numbers as an uninterrupted one, and two runs that
 differ in one option draw the same numbers for everything that the option does not affect.
 """

@@ -370,7 +370,7 @@ def resumed(config: Config, run: Path) -> str:
 
 
 def put(kind: str, path: Path) -> None:
-    """Replace a file by something that is not a file, is endless, or has ten gigabytes."""
+    """Replace a file with something that is not a file, is endless, or is ten gigabytes long."""
     path.unlink(missing_ok=True)
     if kind == "pipe":
         os.mkfifo(path)

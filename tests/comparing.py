@@ -69,7 +69,7 @@ def write_grid(tiny: Make, folder: Path) -> Path:
 
 
 class TwoCells:
-    """A comparison of two cells that train for some seconds, long enough to be interrupted."""
+    """A comparison of two cells that train for a few seconds, long enough to be interrupted."""
 
     def __init__(self, tiny: Make, folder: Path, steps: int = 400, **changes: Any) -> None:
         training, evaluation = {"steps": steps}, {"every": steps}

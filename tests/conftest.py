@@ -79,7 +79,7 @@ def environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def few_probes() -> Iterator[None]:
-    """Within, networks are probed at initialization with one seed instead of two or sixteen."""
+    """A context in which initialization is probed with one seed instead of two or sixteen."""
     from gpt.compare import init_probes
 
     with pytest.MonkeyPatch.context() as patch:
@@ -172,7 +172,7 @@ def smallest(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture(scope="session")
 def smallest_runs(smallest: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A finished run, and the same run stopped half-way."""
+    """A finished run, and the same run stopped halfway."""
     from gpt import training
 
     folder = tmp_path_factory.mktemp("runs")
@@ -246,7 +246,7 @@ def tiny_run(tiny: Callable[..., Config], tmp_path_factory: pytest.TempPathFacto
 
 @contextlib.contextmanager
 def rendering() -> Iterator[None]:
-    """Plots are drawn within, for tests of their content."""
+    """A context in which plots are drawn, for tests of their content."""
     with pytest.MonkeyPatch.context() as patch:
         for original in ORIGINALS:
             patch.setattr(*original)

@@ -206,5 +206,5 @@ def test_the_step_of_the_layers_is_that_of_the_runs_drawn(
     )
     plot = draw_layers(replace(data, outcomes=runs))
     assert plot is not None
-    assert "at step 20," in plot.caption
+    assert "at step 20." in plot.caption
     assert "at step 20," in plot.alt

@@ -175,7 +175,7 @@ def test_markdown_links_to_its_figures_and_breaks_no_table(directory: Path):
 def test_command_lines_in_markdown_are_code_not_part_of_a_list(directory: Path):
     blocks = (directory / "report.md").read_text("utf-8").split("\n\n")
     code = next(number for number, block in enumerate(blocks) if block.startswith("    "))
-    assert blocks[code - 1] == "Run by:"
+    assert blocks[code - 1] == "Run with:"
 
 
 @pytest.mark.parametrize(

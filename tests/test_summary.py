@@ -423,7 +423,7 @@ def test_the_conclusions_are_two_sentences():
     assert len(words) == 2
     assert "support the claim" in words[0]
     assert "At rate" in words[1]
-    assert "post, cold: failure in all 6 seeds (at least 61%)" in words[1]
+    assert "'post, cold': failure in all 6 seeds (at least 61%)" in words[1]
     assert "chosen after the runs" in words[1]
 
 
@@ -596,7 +596,7 @@ def test_failures_are_reported_at_registered_rates_if_there_are_any():
     at = {**LOSS, "at": {"optimizer.learning_rate": [0.1]}}
     words = summarize(grid(contrasts=[at], pairs=[]), runs).conclusions[-1]
     assert words.startswith("At rate 0.1, where the arms differ most among the rates registered")
-    assert "post, cold: failure in all 6 seeds" in words
+    assert "'post, cold': failure in all 6 seeds" in words
 
 
 @pytest.mark.parametrize("measure", ["loss", "failure"])

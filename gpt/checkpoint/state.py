@@ -20,7 +20,7 @@ Loss = Annotated[float, Field(ge=-1e100, le=1e100)] | None
 
 @dataclass
 class Progress:
-    """How far a run is, and what has happened on the way."""
+    """How far a run has come, and what has happened on the way."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 

@@ -215,7 +215,7 @@ class BackgroundWriter:
 
 
 class PrunedError(InputError):
-    """A checkpoint was deleted or replaced while being read, as a run in progress may do."""
+    """A checkpoint was deleted or replaced while being read, as can happen during training."""
 
 
 @contextlib.contextmanager

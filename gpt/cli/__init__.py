@@ -16,7 +16,7 @@ from gpt.cli.common import command
 from gpt.errors import nearest
 from gpt.io.console import show
 
-# Each command, and what its messages call it when it is not run as `steadygpt COMMAND`.
+# Command -> its name in its messages when it is not run as `steadygpt COMMAND`.
 COMMANDS = {
     "train": "train.py",
     "sample": "sample.py",

@@ -40,8 +40,8 @@ class Arguments(Section):
     runner: Literal["auto", "processes", "batched"] | None = Field(
         None, title="auto|processes|batched"
     )
-    """batched: train all cells of one shape together; processes: train each cell in its own
-    process; auto: batched on a GPU, else processes (default: the grid's)."""
+    """batched: train all cells of one shape together; processes: train each cell alone, in one
+    of the worker processes; auto: batched on a GPU, else processes (default: the grid's)."""
     dry_run: bool = False
     """List the cells and their total tokens, FLOPs and time, and write nothing."""
     report_only: bool = False

@@ -14,7 +14,7 @@ from gpt.io.console import show
 
 
 class Arguments(Section):
-    """Plot the statistics of a run's layers, which diagnostics.every recorded."""
+    """Plot the statistics of a run's layers, recorded every diagnostics.every steps."""
 
     run_dir: FileName = Field(title="RUN_DIR")
     """A run directory, such as runs/pre-norm."""

@@ -3,7 +3,7 @@
     runs/NAME/
       grid.yaml       the grid with its base included: it alone reproduces the comparison
       command.json    the commands that ran it, and when
-      registration.json  the contrasts and seeds before the first result; what was added later
+      registration.json  seeds, hash of seeds and contrasts, before first result; later additions
       cells/CELL/     a run directory each
       lost.json       cells without a result, and why; only if there are any
       probes.json     measurements of the networks at initialization
@@ -61,7 +61,7 @@ from gpt.run.directory import command_line
 STOPPED = "interrupted: the cells are saved; run the same command to resume"
 CHANGEABLE = {"hours", "keep_checkpoints", "probes", "runner"}  # of a grid that has been run
 REPORT_LOCK = ".report.lock"  # locked while a process writes the report
-REPORT_WAIT = 600.0  # seconds at most until another process has written it
+REPORT_WAIT = 600.0  # seconds to wait for another process that writes the report
 
 
 def compare(

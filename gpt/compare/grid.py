@@ -14,7 +14,7 @@
       model.layers, model.width: [[6, 96], [12, 48]]
     seeds: 3
 
-has 2 x 2 arms, 2 learning rates, 2 settings (the values on all other axes) and 3 seeds, so 48
+It has 2 x 2 arms, 2 learning rates, 2 settings (the values on all other axes) and 3 seeds, so 48
 cells. Cells of one setting, rate and seed differ in their arm alone: a cell's seed is that of its
 weights and of its data order. An arm that lists its own values of an axis has those instead of the
 grid's: Adafactor's rates are not AdamW's.
@@ -65,7 +65,7 @@ from gpt.hardware.size import check_cpu_training
 from gpt.io.console import set_encoding
 
 RATE = "optimizer.learning_rate"
-MOST_CELLS = 10_000  # and arms
+MOST_CELLS = 10_000  # also the largest number of arms
 SEED_COUNT = Between(1, MOST_CELLS)
 LONGEST_VALUE = 100  # characters
 Options = dict[str, Any]  # dotted option -> value

@@ -50,7 +50,7 @@ def describe(
 
 
 def format_workers(tasks: Sequence[Task], workers: int) -> str:
-    """`2 workers`, `batches of up to 36 cells`, or both."""
+    """`2 workers`, `3 batches of up to 36 cells`, or both."""
     batches = [len(task.cells) for task in tasks if task.batched]
     parts = []
     if batches:

@@ -32,7 +32,7 @@ Batch = tuple[Tensor, Tensor]  # inputs and targets, both (B, T) integers
 
 DEPTHS = (2, 4, 6, 12, 24)  # numbers of blocks, L
 NOISE = 0.01  # standard deviation of the random change of a matrix, relative to the matrix's own
-ADAM_RATE = 1e-5  # of the single update: small, so that outputs change in proportion at any depth
+ADAM_RATE = 1e-5  # of the single update: so small that outputs change linearly at any depth
 ADAM_EPS = 1e-8
 
 

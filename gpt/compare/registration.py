@@ -124,7 +124,7 @@ def register_copies(
 
 
 def _add(directory: Path, grid: Grid, names: Sequence[str], results: int, source: str = "") -> None:
-    """Record what is not in registration.json yet; without that file, nothing."""
+    """Record what is not in registration.json yet; do nothing if there is no such file."""
     before = read_registration(directory)
     if before is None:
         return

@@ -87,5 +87,5 @@ def copy_run(run: Path, cell: Cell, directory: Path) -> None:
 
 
 def _key(cell: Cell) -> str:
-    """A config as text, without what does not matter to its run."""
+    """A config as text, without the options that do not affect its run."""
     return cell.config.model_dump_json(exclude={"name": True, "data": {"cache_dir": True}})

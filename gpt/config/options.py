@@ -187,7 +187,7 @@ class NormConfig(Section):
     type: Annotated[str, Choice("gpt.norm", "NORMS")] | None = None
     """Type of norm. Unset: layer norm (none, if the placement has no norms)."""
     eps: Epsilon = 1e-5
-    """Added to the variance under the root (layer, rms, batch); for scale, the minimum length."""
+    """Added to the variance under the root (layer, rms, batch); for scale, the minimum of ||x||."""
     bias: bool | None = None
     """Whether layer, batch and dyt have a shift, beta. Unset: as model.bias."""
     final_norm: Switch = "auto"
@@ -295,13 +295,13 @@ class ScheduleConfig(Section):
     """Learning rate at each step, as a multiple of optimizer.learning_rate: warm-up, then body."""
 
     warmup: Annotated[str, Choice("gpt.schedule", "WARMUPS")] = "linear"
-    """Shape of the warm-up; none: start at the full rate and ignore warmup_steps."""
+    """Shape of the warm-up; none: start at the full learning rate and ignore warmup_steps."""
     warmup_steps: CountOrZero = 100
     """Updates until the full rate is reached; the first update is never at rate 0."""
     body: Annotated[str, Choice("gpt.schedule", "BODIES")] = "cosine"
     """Shape of the decay after the warm-up."""
     final_ratio: Fraction = 0.1
-    """Final rate of cosine, linear and wsd, as a fraction of the full rate."""
+    """Final learning rate of cosine, linear and wsd, as a fraction of the full one."""
     decay_fraction: PositiveFraction = 0.2
     """Fraction of the steps after warm-up in which wsd (warm-up, stable, decay) decays."""
     scale: Multiple = 1.0
@@ -402,7 +402,7 @@ class CheckpointConfig(Section):
     keep: Count = 2
     """Number of newest checkpoints to keep, in addition to the best."""
     keep_every: Count | None = None
-    """Also keep checkpoints at multiples of this step. Unset: only the newest and the best."""
+    """Also keep checkpoints at multiples of this many steps. Unset: only newest and best."""
     spare_dir: FileName | None = None
     """Where to save when the run directory is not writable. Unset: the temporary folder."""
 

@@ -23,8 +23,8 @@ MAX_DIGITS = 100  # of a number
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses duplicate keys, and aliases (a few lines of them can fill memory).
 
-    As in YAML 1.2, `1:30` and dates are text, `010` is 10, and `<<` is an ordinary key. A number of
-    more than `MAX_DIGITS` digits is text too: the option's own check knows its range.
+    As in YAML 1.2, `1:30` and dates are text, and `<<` is an ordinary key. `010` is text that
+    a numeric option reads as 10; more than `MAX_DIGITS` digits are text that it rejects.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:

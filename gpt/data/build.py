@@ -43,7 +43,7 @@ from gpt.io.files import (
 )
 from gpt.io.wait import wait_for
 
-PROGRESS = "progress.json"  # items encoded so far, and the sizes of the token files after them
+PROGRESS = "progress.json"  # items encoded so far, and the token files' sizes at that point
 REVISIONS = "revisions.json"  # the commit of each source
 SAVE_EVERY = 5.0  # seconds between updates of PROGRESS
 PRINT_EVERY = 10.0  # seconds between progress lines, where there is no terminal
@@ -244,7 +244,7 @@ class Build:
         return done["items"], files
 
     def _read_progress(self, path: Path, dtype: np.dtype[Any]) -> dict[str, int]:
-        """The number of items written, and the sizes of the token files after them."""
+        """The number of items written, and the sizes of the token files at that point."""
         done = read_json(path, dict[str, Natural])
         if done.keys() != {"items", *self.names} or any(
             done[name] > self._size(name) or done[name] % dtype.itemsize for name in self.names

@@ -79,7 +79,7 @@ class TrainingSequences:
         """Inputs and targets of batch number `step` (from 1), (size, T) each.
 
         Args:
-            size: sequences of the update.
+            size: number of sequences.
             check: called every `CHECK_EVERY` sequences; an exception that it raises ends the work.
         """
         first = (step - 1) * size
@@ -130,7 +130,7 @@ class TrainingSequences:
 
 
 def _slots(weights: Sequence[float]) -> npt.NDArray[np.int64]:
-    """The source of each of `CYCLE` slots, in proportion to the weights; at least one each."""
+    """The source of each slot of a cycle, in proportion to the weights; at least one per source."""
     exact = np.array(weights) * CYCLE
     counts = np.maximum(1, np.floor(exact).astype(np.int64))
     while counts.sum() < CYCLE:

@@ -57,7 +57,7 @@ def summarize(
 ) -> TokenFile:
     """What a token file contains; adds the number of occurrences of each token to `counts`."""
     digest = hashlib.sha256()
-    at = start = longest = 0  # positions of this block and of the document in which it begins
+    at = start = longest = 0  # where this block begins, and where the document there begins
     with path.open("rb") as file:
         for block in _blocks(file, dtype, digest):
             if block.max() >= len(counts):  # altered after an interrupted run had written it

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 FORMAT = 1
 PIECE = 2**14  # maximum characters of a piece, unless it cannot be cut
-LONGEST = 2**18  # maximum characters of any piece; tiktoken fails on runs of over a million
+LONGEST = 2**18  # maximum characters of any piece; tiktoken fails on a match of over a million
 WORD = 512  # maximum bytes of a word that BPE learns from; a longer one counts as several
 
 # GPT-2's split: contractions; words, numbers and symbols with the space before them; white space.
@@ -161,7 +161,7 @@ def gpt2_file(name: str) -> Path:
 
 
 def _is_cached(path: Path, name: str) -> bool:
-    """Whether the file `name` is at `path`. Checked first, since tiktoken deletes a wrong file.
+    """Whether the file `name` is at `path`. Checked here because tiktoken deletes a wrong file.
 
     Raises:
         InputError: there is a different file.
@@ -196,8 +196,8 @@ def _unavailable(missing: list[str], error: Exception) -> InputError:
         f"{name} as {gpt2_file(name).name} (SHA-256 {GPT2_FILES[name]})" for name in missing
     )
     return UnreachableError(
-        f"data.tokenizer: gpt2 needs {' and '.join(missing)}, found neither in {folder} nor at "
-        f"{GPT2_URL} ({type(error).__name__}).\n"
+        f"data.tokenizer: gpt2 needs {' and '.join(missing)}, which could not be found in {folder} "
+        f"or downloaded from {GPT2_URL} ({type(error).__name__}).\n"
         f"Save in that folder, or in one that TIKTOKEN_CACHE_DIR names: {files}.\n"
         "Or train a BPE on your own text (data.tokenizer: bpe); or use a corpus that every "
         "machine has (data.source: stdlib, with data.tokenizer: bpe or bytes)"

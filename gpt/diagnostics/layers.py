@@ -66,7 +66,7 @@ class LayerStats:
         model: not compiled; holds the gradients of this update, unscaled and not yet clipped.
         eps: Adam's epsilon, by the name of each parameter that Adam updates.
         second_moments: Adam's v before this update, bias-corrected, for the same parameters. A
-            gradient much larger than its root means that v is stale (Wortsman et al. 2023).
+            gradient much larger than the root of v means that v is stale (Wortsman et al. 2023).
     """
 
     def __init__(

@@ -45,8 +45,8 @@ def micro_batch(config: Config, vocab_size: int, device: torch.device, *, models
 def _activation_memory(device: torch.device) -> int:
     """Bytes that activations may take.
 
-    On a GPU, most of what is free. On a CPU, little: training is about a tenth faster with
-    memory that stays near the caches and is reused than with memory allocated anew every time.
+    On a GPU, most of what is free. On a CPU, little: training is about a tenth faster if it reuses
+    memory that mostly stays in the caches than if it allocates memory anew every time.
     """
     if device.type == "cuda":
         return int(0.7 * torch.cuda.mem_get_info(device)[0])

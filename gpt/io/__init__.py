@@ -2,6 +2,6 @@
 
 console.py  printing and progress
 files.py    atomic writes, locks, checksums; reads regular files only
-text.py     text in any format, compression and encoding
+text.py     decodes UTF-8 text, plain or compressed, and recognizes other formats
 wait.py     calls with a timeout, during which Ctrl-C works
 """

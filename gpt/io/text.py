@@ -213,8 +213,8 @@ def decoded(
 
     Args:
         origin: what a message calls the text, such as the file's name.
-        replace: whether invalid bytes become U+FFFD. Other formats, and text of which a large part
-            of the beginning is invalid, are rejected all the same.
+        replace: whether invalid bytes become U+FFFD. Other formats, and text whose beginning is
+            largely invalid, are rejected all the same.
         hint: a remedy appended to the message about an invalid byte, if few are invalid.
         remedies: see `check`.
 
@@ -256,7 +256,7 @@ def decode(raw: bytes, origin: str) -> str:
 
 
 def decode_part(raw: bytes, origin: str, *, replace: bool, hint: str) -> str:
-    """Decode a line or a field of a file whose beginning was checked; arguments as of `decoded`.
+    """Decode a line or a field of a file whose beginning was checked; arguments as in `decoded`.
 
     Raises:
         InputError: names the first invalid byte.

@@ -25,7 +25,7 @@ Stop = Callable[[], bool]
 TIMEOUT = 8.0  # seconds after which a server that has not responded counts as unreachable
 POLL = 0.1  # seconds between two checks of a working thread
 STOP_CHECK = 0.5  # if the work has not called `stop` for this many seconds, the waiting thread does
-GRACE = 0.8  # seconds that the work has to finish cleanly once it should stop
+GRACE = 0.8  # seconds allowed for the work to finish cleanly once it should stop
 THREAD = "gpt.io.wait"
 
 

@@ -102,10 +102,10 @@ class RunDirectory:
         return lock_directory(self.path, f"{self.path}: another process is training there")
 
     def check_paths(self) -> None:
-        """Check that every path of the run is a folder or a regular file, as it should be.
+        """Check that the run's paths are folders or files, as they should be, and not too large.
 
         Raises:
-            InputError: naming the first that is not.
+            InputError: names the first that is not.
         """
         for folder in (self.samples, self.checkpoints):
             if folder.exists() and not folder.is_dir():

@@ -45,7 +45,7 @@ def save_to_fallback(
     if not own.config.is_file():
         reason = f"{own.path}: was deleted or moved during training"
     saved = store.read_pointer(own.checkpoints, "latest")
-    before = f"{saved} is untouched" if saved else "no checkpoint is left there"
+    before = f"{saved} is untouched" if saved else f"{own.checkpoints} holds no checkpoint"
     again = "resumes from there" if saved else "starts from step 0"
     parent = fallback_parent(config)
     made: Path | None = None

@@ -20,7 +20,7 @@ from gpt.io.console import Console
 from gpt.metrics import EPS_ALARM, MetricsLog, Record, read_up_to
 from gpt.model import GPT
 
-READ_EVERY = {"cpu": 1}  # steps between reads, where a read does not wait for a device
+READ_EVERY = {"cpu": 1}  # steps between reads, by device type; otherwise training.log_every
 
 
 @dataclass(frozen=True)

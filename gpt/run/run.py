@@ -496,7 +496,7 @@ class Run:
     # -- Failure ---------------------------------------------------------------------------------
 
     def roll_back(self, fault: Fault) -> bool:
-        """Return to the last scheduled checkpoint, and skip the batches trained on since.
+        """Return to the last scheduled checkpoint or to step 0; skip the batches trained on since.
 
         Returns:
             False, with nothing done, if `training.nonfinite` is not rollback, the limit is reached,

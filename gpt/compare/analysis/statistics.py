@@ -8,7 +8,7 @@ at 95%. A failed run is not left out: it counts with its own loss, capped at its
 With few seeds little can be concluded, and the results show how little: each test comes with the
 smallest p-value that its number of pairs can give, and no failure in n seeds still has an interval.
 
-This module knows no cells, configs or files: an arm is its numbers. It decides neither what a
+This module knows nothing of cells, configs or files, only numbers. It decides neither what a
 failure is nor which contrasts to make.
 """
 
@@ -264,8 +264,8 @@ class Threshold:
         bound: "above" if LR50 is above `rate`, the highest tried; "below" if it is below the
             lowest; "unclear" if the failed fraction crosses 1/2 more than once, or does not rise
             with the rate, and `rate` is only the geometric mean of the range; else "".
-        low: the highest rate tried such that at it and at every lower one at most half failed.
-        high: the lowest rate tried such that at it and at every higher one more than half failed.
+        low: the highest rate tried up to which at most half of the runs failed at each rate.
+        high: the lowest rate tried from which on more than half of the runs failed at each rate.
     """
 
     rate: float
@@ -308,7 +308,7 @@ def lr50(rates: Sequence[float], failed: Sequence[bool]) -> Threshold:
 
 
 def capped(loss: float | None, initial: float) -> float:
-    """The loss, but `initial` (nats, at step 0) where it is higher, not finite or missing."""
+    """`loss`, or `initial` (nats, at step 0) if the loss is higher, not finite or missing."""
     return initial if loss is None or not math.isfinite(loss) else min(loss, initial)
 
 

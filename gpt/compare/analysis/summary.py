@@ -274,7 +274,7 @@ def _contrast(
     found = measure(contrast, common)
     parts = tuple(found.values[i] - found.values[i + 1] for i in range(0, len(names), 2))
     seeds = len(common.seeds)
-    # Thresholds have no test: their answers need as many seeds as a test's most extreme result.
+    # Thresholds have no test: an answer needs enough seeds for a test's smallest p to reach ALPHA.
     p = least_p(seeds) if found.p is None else found.p
     verdicts = [outcome.verdict for outcome in included if outcome.verdict is not None]
     learned = any(verdict.status != "plateaued" for verdict in verdicts)

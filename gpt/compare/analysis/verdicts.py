@@ -43,8 +43,8 @@ class Verdict:
     """How a run ended. Losses in nats per token.
 
     Attributes:
-        step: diverged: the failing step; plateaued: the step after which the mean training loss of
-            the last K updates was never again clearly under H1 - LEARNED_MARGIN (the first step: it
+        step: diverged: the failing step; plateaued: the step from which on the mean training loss
+            of the last K updates was never clearly under H1 - LEARNED_MARGIN (the first step: it
             never was; the last: only the validation loss shows it); regressed: the last update of
             the lowest window; spiked: the first spike; trained: None.
         layer: diverged: where, if the caller knows; plateaued: the lowest block whose gradients

@@ -147,7 +147,7 @@ def p_text(result: ContrastResult) -> str:
     if result.p is None:
         return seeds
     least = result.least_p
-    limit = "the smallest possible" if result.p <= least else f"at least {least:.2g} possible"
+    limit = "the smallest possible" if result.p <= least else f"smallest possible: {least:.2g}"
     return f"{seeds}, p = {result.p:.2g}, {limit}"
 
 
@@ -328,7 +328,7 @@ def _failures_sentence(found: Failures | None) -> str:
             "each arm's runs failed: their failures do not tell the arms apart."
         )
     counts = [
-        f"{name}: {failures_text(at.failures, at.n, at.interval)}"
+        f"{name!r}: {failures_text(at.failures, at.n, at.interval)}"
         for name, at in found.by_arm.items()
     ]
     where = f" ({found.setting})" if found.setting else ""

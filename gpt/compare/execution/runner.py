@@ -10,7 +10,7 @@ one each. Each has one thread: on a CPU, two such workers train small models fas
 two threads. If a worker is killed, only its task's cells are affected.
 
 Ctrl-C and SIGTERM reach the parent, which asks the workers to stop; each saves its cells after the
-update in progress. Started again, a comparison leaves cells with a result alone, resumes those
+update in progress. Started again, a comparison skips cells with a result, resumes those
 that were stopped, and tries those in lost.json again.
 """
 

@@ -54,7 +54,7 @@ def make_tasks(cells: Sequence[Cell], runner: Runner) -> list[Task]:
 
 
 def default_workers(cells: Sequence[Cell]) -> int:
-    """One for each core that this process may use; on a GPU at most eight."""
+    """One for each core that this process may use; at most one per cell, and eight on a GPU."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )

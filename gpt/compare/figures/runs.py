@@ -62,9 +62,9 @@ def layers(data: PlotData) -> Plot | None:
     return Plot(
         "training",
         "Inside the networks during training",
-        f"Runs at rate {rate:g}{f' ({setting})' if setting else ''} that trained, at step {step}, "
-        "a line per run. β is not measured where a placement combines x and f other than as "
-        "x + f.",
+        f"A line per run at rate {rate:g}{f' ({setting})' if setting else ''} that did not fail, "
+        f"at step {step}. β = Var[f]/Var[x + f], with x as the placement weights "
+        "it; a placement that adds without its `add` module has none.",
         f"Residual dependency and RMS of the residual stream by block at step {step}, a line per "
         "run",
         figure,
@@ -92,7 +92,7 @@ def curves(data: PlotData) -> dict[str, Plot]:
 
 def _curves(data: PlotData, setting: str, rate: float, outcomes: Sequence[Outcome]) -> Plot:
     long = any(o.cell.config.training.steps > EARLY_STEPS for o in outcomes)
-    early = [("loss", f"its first {EARLY_STEPS} steps", EARLY_STEPS)] if long else []
+    early = [("loss", f"training loss, first {EARLY_STEPS} steps", EARLY_STEPS)] if long else []
     drawn = [("loss", "training loss", None), *early, ("grad_norm", "gradient norm", None)]
     figure, axes_list = panels(len(drawn), width=3.6, height=3.3)
     for outcome in outcomes:

@@ -127,17 +127,17 @@ def sensitivity(data: PlotData) -> Plot | None:
 
 
 def _sensitivity_caption(arms: Sequence[ArmSummary]) -> str:
-    tried = {tuple(at.rate for at in arm.by_rate) for arm in arms}
-    rates = ", ".join(f"{rate:g}" for rate in max(tried, key=len))
+    tried = dict.fromkeys(tuple(at.rate for at in arm.by_rate) for arm in arms)
+    rates = "; or ".join(", ".join(f"{rate:g}" for rate in each) for each in tried)
     caption = (
-        "Mean over seeds and rates of the loss, capped at the initial loss, minus the seed's best "
-        f"(Wortsman et al. 2023), with 95% intervals over seeds. Rates: {rates}; on another grid "
-        "the values differ. An arm that learns at no rate has a sensitivity near 0: read it "
-        "together with its loss."
+        "Mean over rates, and over the seeds run at all of them, of the loss, capped at the "
+        "initial loss, minus the seed's best (Wortsman et al. 2023). Lines: 95% intervals, where "
+        f"there are enough such seeds. Rates: {rates}; on another grid the values differ. An arm "
+        "that learns at no rate has a sensitivity near 0: read it together with its loss."
     )
     if len(tried) > 1:
         caption += " Arms with rates of their own cannot be compared with the others."
-    edge = ", ".join(arm.label for arm in arms if arm.best_at_edge)
+    edge = "; ".join(arm.label for arm in arms if arm.best_at_edge)
     if edge:
         caption += f" Best rate at the edge of the grid in some seed: {edge}."
     return caption

@@ -1,8 +1,8 @@
 """The report of a comparison: report.html, report.md and figures/.
 
 report.html is one file that opens offline and reads like a short paper; its figures are SVG, in the
-page's own colors, light or dark. A few lines of script let a reader hover over a run, follow it to
-its row, and switch arms off; without the script, only this is missing.
+page's own colors, light or dark. A reader can hover over a run, and follow a link
+to its row; switching arms off and marking the curve of a chosen row need a few lines of script.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def render(name: str, context: dict[str, Any]) -> str:
 
 
 def anchor(cell: str) -> str:
-    """The HTML id of a cell's row; ids of cells hold letters, digits, dots and dashes."""
+    """The HTML id of a cell's row; cells' ids hold letters, digits and any of `.`, `-` and `_`."""
     return f"row-{cell}"
 
 

@@ -16,7 +16,7 @@ XLINK = "http://www.w3.org/1999/xlink"
 
 
 def inline(svg: str, name: str, tips: dict[str, str]) -> Markup:
-    """An SVG of matplotlib's as a part of the page.
+    """An SVG from matplotlib, as a part of the page.
 
     Ids get the figure's name as a prefix. The artists of an arm get a class, by which the page
     switches them off; those of a cell also a title to hover over and a link to the cell's row. Text

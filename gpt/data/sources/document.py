@@ -39,7 +39,7 @@ class Document:
 
     Attributes:
         pieces: its text or its token ids, in order; can be iterated once. No piece is empty.
-        size: returns the UTF-8 bytes of all pieces, or the number of token ids; may read the file.
+        size: returns the number of UTF-8 bytes, or of token ids, in all pieces; may read the file.
         skipped: where the record is, if it has no text and is left out; otherwise None.
     """
 

@@ -28,7 +28,7 @@ def find(config: SourceConfig) -> SourceFiles:
 
 
 def resolve_commit(config: SourceConfig) -> str | None:
-    """The current commit of a dataset on the hub; for other sources, the revision in the config.
+    """The current commit of a hub dataset; offline or for other sources, the config's revision.
 
     Raises:
         InputError: there is no such dataset, or the hub does not respond within `TIMEOUT` seconds.

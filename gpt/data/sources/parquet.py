@@ -74,7 +74,7 @@ def _check_decompressed_size(path: Path, name: str, metadata: Any) -> None:
 
 
 def _value(scalar: Any) -> object:
-    """A value of a column; the bytes of a string that is not valid UTF-8."""
+    """A value of a column; its bytes if it is a string that is not valid UTF-8."""
     try:
         return scalar.as_py()
     except UnicodeDecodeError:

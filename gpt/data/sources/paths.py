@@ -68,7 +68,7 @@ def find_files(config: SourceConfig, *suffixes: str) -> SourceFiles:
         kind = _kind(path)
         if kind == "folder":
             files = []
-            searched = SourceFiles([], left_out=found.left_out)  # paths may overlap
+            searched = SourceFiles([], left_out=found.left_out)  # separate, as paths may overlap
             for below in walk(path, searched):
                 if not suffixes or below.name.lower().endswith(suffixes):
                     files.append(below)
@@ -134,7 +134,7 @@ def walk(folder: Path, found: SourceFiles, *, follow: bool = True) -> Iterator[P
         follow: whether to follow links to folders.
     """
     folders, links = deque([folder]), deque[Path]()
-    while folders or links:  # links come last, so that a file gets its own name
+    while folders or links:  # links come last, so that a file is listed under its real path
         folder = (folders or links).popleft()
         try:
             status = folder.stat()
@@ -173,7 +173,7 @@ def _matches(pattern: str, found: SourceFiles) -> Iterator[Path]:
     folders, links = deque[tuple[Path, tuple[str, ...]]](), deque[tuple[Path, tuple[str, ...]]]()
 
     def search(path: Path, patterns: tuple[str, ...]) -> None:
-        if patterns and path.is_dir():  # links come last, so that a file gets its own name
+        if patterns and path.is_dir():  # links come last: a file is listed under its real path
             (links if path.is_symlink() else folders).append((path, patterns))
 
     for root in glob.glob(str(Path(*parts[:at]))) if at else ["."]:
