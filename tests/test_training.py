@@ -157,7 +157,7 @@ def test_changed_data_is_noticed_on_resume(tiny: Make, tmp_path: Path):
     config = tiny(data={"path": [str(source)], "holdout": "tail"})
     run(config, tmp_path / "run", **stop_after(3))
     source.write_text("other text " * 100)
-    with pytest.raises(InputError, match="was trained on other tokens than this config has"):
+    with pytest.raises(InputError, match="was trained on tokens other than the config's"):
         run(config, tmp_path / "run")
 
 
