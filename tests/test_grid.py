@@ -232,6 +232,31 @@ CONTRAST = {"question": "?", "of": ["pre, warm", "pre, cold"]}
         ),
         ({"contrasts": [{**CONTRAST, "claim": "within"}]}, ["needs a margin above 0"]),
         ({"contrasts": [{**CONTRAST, "margin": float("inf")}]}, ["contrasts.0.margin"]),
+        (
+            {"contrasts": [{**CONTRAST, "measure": "column"}]},
+            ["measure: column needs the name of a column"],
+        ),
+        (
+            {"contrasts": [{**CONTRAST, "column": "spikes"}]},
+            ["column: needs measure: column or log_column"],
+        ),
+        (
+            {"contrasts": [{**CONTRAST, "measure": "column", "column": "spike"}]},
+            ["contrasts.0.column: must be", "found 'spike'"],
+        ),
+        (
+            {"contrasts": [{**CONTRAST, "slope": "model.width"}]},
+            ["contrasts.0.slope: model.width: is not on an axis"],
+        ),
+        (
+            {"contrasts": [{**CONTRAST, "slope": "model.layers", "at": {"model.layers": [2]}}]},
+            ["contrasts.0.slope: model.layers: needs two or more positive numbers"],
+        ),
+        (
+            {"contrasts": [{**CONTRAST, "slope": "optimizer.learning_rate"}]},
+            ["slope: optimizer.learning_rate cannot be the axis"],
+        ),
+        ({"context_seeds": 0}, ["context_seeds"]),
         ({"contrast": CONTRAST}, ["contrast: ", "contrasts"]),
         ({"pairs": [["a", "b"]]}, ["'a' is not one of the arms"]),
         ({"pairs": [["pre, warm", "pre, warm"]]}, ["'pre, warm' is compared with itself"]),
@@ -251,6 +276,19 @@ def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], words: list
     assert "mine.yaml" in text
     for word in words:
         assert word in text
+
+
+def test_cells_outside_every_contrast_have_the_first_seeds_only(tmp_path: Path):
+    contrast = {**CONTRAST, "at": {"optimizer.learning_rate": [0.01]}}
+    found = cells(tmp_path, seeds=[5, 6, 7], context_seeds=2, contrasts=[contrast])
+    seeds: dict[tuple[str, float], set[int]] = {}
+    for cell in found:
+        key = (cell.arm, cell.config.optimizer.learning_rate)
+        seeds.setdefault(key, set()).add(cell.config.seed)
+    for (arm, rate), own in seeds.items():
+        compared = rate == 0.01 and arm in CONTRAST["of"]
+        assert own == ({5, 6, 7} if compared else {5, 6})
+    assert len(found) == 2 * 2 * 3 * 2 * 2 + 2 * 2
 
 
 @pytest.mark.parametrize("key", ["seed", "optimizer.learning_rate", "model.norm.placement"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from comparing import Make, called, grid_tree, write
-from conftest import few_probes
+from conftest import ROOT, few_probes
 
 from gpt.cli.common import StopSignals
 from gpt.compare import comparison, estimate, registration
@@ -89,6 +89,21 @@ def test_what_is_registered_is_said_with_its_hash(run: Any, tmp_path: Path):
         assert f"before any result (SHA-256 {sha256})" in text
     assert late(tmp_path / "small") == [""]
     assert sha256 in run("--dry-run")[1]
+
+
+def test_the_hash_of_a_published_report_holds(tmp_path: Path):
+    """Keys that contrasts gained later are hashed only where they are set."""
+    published = ROOT / "docs/quick"
+    grid, _ = load(published / "grid.yaml")
+    written = json.loads((published / "registration.json").read_text())
+    assert registration.fingerprint(grid.contrasts, grid.seeds) == written["sha256"]
+    (tmp_path / "grid.yaml").write_text(grid.to_yaml())  # which spells out every key
+    again, _ = load(tmp_path / "grid.yaml")
+    assert registration.fingerprint(again.contrasts, again.seeds) == written["sha256"]
+    sloped = [grid.contrasts[0].model_copy(update={"slope": "model.layers"})]
+    assert registration.fingerprint(sloped, grid.seeds) != registration.fingerprint(
+        grid.contrasts[:1], grid.seeds
+    )
 
 
 @pytest.mark.parametrize(

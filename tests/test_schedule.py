@@ -96,3 +96,9 @@ def test_warmup_none_ignores_its_length():
 def test_a_warmup_none_has_no_steps():
     assert ScheduleConfig(warmup="none", warmup_steps=100).effective_warmup_steps == 0
     assert ScheduleConfig(warmup="cosine", warmup_steps=100).effective_warmup_steps == 100
+
+
+def test_the_scale_multiplies_every_rate():
+    options = {"warmup": "linear", "warmup_steps": 4, "body": "cosine"}
+    plain = multipliers(9, **options)
+    assert multipliers(9, **options, scale=1.5) == [1.5 * each for each in plain]

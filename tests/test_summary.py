@@ -6,17 +6,25 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 
 from gpt import schedule
-from gpt.compare.analysis.outcomes import Outcome
+from gpt.compare.analysis.outcomes import (
+    EXTREMES,
+    RESULT_COLUMNS,
+    WORST_COLUMNS,
+    Outcome,
+    column_value,
+)
 from gpt.compare.analysis.results import Summary
 from gpt.compare.analysis.statistics import (
     Interval,
     Threshold,
     holm,
+    lr50,
     mean_interval,
     newcombe,
     wilson,
@@ -25,7 +33,7 @@ from gpt.compare.analysis.summary import summarize
 from gpt.compare.analysis.verdicts import Verdict
 from gpt.compare.analysis.wording import failures_text, rates_text, threshold_text
 from gpt.compare.execution.cell_runs import CellError
-from gpt.compare.grid import Cell, Grid
+from gpt.compare.grid import Cell, Column, Grid
 from gpt.compare.registration import Registered
 from gpt.compare.report.cells_csv import csv_row, csv_text
 from gpt.config import Config, validate
@@ -563,6 +571,92 @@ def test_sensitivity_is_contrasted_seed_by_seed():
     found = summarize(grid(contrasts=[contrast], pairs=[]), runs).contrasts[0]
     assert found is not None
     assert found.value == pytest.approx(0.3)
+
+
+def test_a_column_is_contrasted_seed_by_seed_and_its_log_as_a_factor():
+    runs = losses({("post, cold", 1e-2): 2.5, ("post, warm", 1e-2): 2.5})
+    runs = [
+        replace(run, extremes={"stream_rms": (3 if run.cell.arm == "post, cold" else 1) + run.seed})
+        for run in runs
+    ]
+    contrast = {**LOSS, "measure": "column", "column": "max_stream_rms"}
+    found = summarize(grid(contrasts=[contrast], pairs=[]), runs)
+    assert found.contrasts[0] is not None
+    assert found.contrasts[0].value == pytest.approx(2)
+    assert "the mean of max_stream_rms changes by +2 from" in found.conclusions[0]
+    logs = summarize(grid(contrasts=[{**contrast, "measure": "log_column"}], pairs=[]), runs)
+    assert logs.contrasts[0] is not None
+    seeds = {run.seed for run in runs}
+    mean = sum(math.log((3 + seed) / (1 + seed)) for seed in seeds) / len(seeds)
+    assert logs.contrasts[0].value == pytest.approx(mean)
+    assert f"max_stream_rms rises {math.exp(mean):.2g}-fold" in logs.conclusions[0]
+
+
+def test_a_column_that_a_run_lacks_leaves_the_question_open():
+    runs = losses({("post, cold", 1e-2): 2.5, ("post, warm", 1e-2): 2.5})
+    contrast = {**LOSS, "measure": "column", "column": "max_stream_rms"}
+    found = summarize(grid(contrasts=[contrast], pairs=[]), runs)
+    assert found.contrasts == (None,)
+    assert "a value of max_stream_rms" in found.conclusions[0]
+
+
+def test_every_column_of_a_contrast_is_a_number_of_cells_csv():
+    columns = get_args(Column)
+    assert set(columns) <= {*RESULT_COLUMNS, *WORST_COLUMNS}
+    assert set(WORST_COLUMNS) <= set(columns)
+    run = replace(outcome(ARMS[0], 1e-2, 0, 2.5), extremes=dict.fromkeys(EXTREMES, 1.0))
+    assert all(isinstance(column_value(run, column), float) for column in columns)
+
+
+@pytest.mark.parametrize("measure", ["loss", "failure", "log_lr50", "sensitivity"])
+def test_a_slope_is_that_of_the_measure_over_the_log_of_the_axis(measure: str):
+    """Per unit of log depth, one arm's loss falls by 0.3 and its threshold by a factor."""
+    runs = []
+    for layers in (2, 4, 8):
+        for seed in range(6):
+            for rate in (1e-3, 1e-2, 1e-1, 1.0):
+                for arm in ("post, cold", "post, warm"):
+                    limit = 10.0 ** (1.5 - math.log2(layers)) if arm == "post, cold" else 2.0
+                    loss = (
+                        3.4
+                        if rate > limit
+                        else 2.0 - 0.3 * math.log(layers) * (arm == "post, cold")
+                    )
+                    status = "plateaued" if rate > limit else "trained"
+                    run = outcome(arm, rate, seed, loss, status=status, layers=layers)
+                    varied = {**run.cell.varied, "model.layers": layers}
+                    runs.append(replace(run, cell=replace(run.cell, varied=varied)))
+    contrast = {**LOSS, "measure": measure, "at": {}, "slope": "model.layers", "claim": "below"}
+    if measure == "loss":
+        contrast["at"] = {"optimizer.learning_rate": [1e-3]}
+    found = summarize(grid(contrasts=[contrast], pairs=[]), runs)
+    result = found.contrasts[0]
+    assert result is not None
+
+    def of(arm: str, layers: int) -> float:
+        some = [r for r in runs if (r.cell.arm, r.cell.setting["model.layers"]) == (arm, layers)]
+        if measure == "loss":
+            return sum(r.loss for r in some if r.rate == 1e-3) / 6
+        if measure == "failure":
+            return sum(r.failed for r in some) / len(some)
+        if measure == "log_lr50":
+            return math.log(lr50([r.rate for r in some], [r.failed for r in some]).rate)
+        losses = {r.rate: r.loss for r in some}
+        return sum(losses.values()) / len(losses) - min(losses.values())
+
+    depths = (2, 4, 8)
+    slopes = [
+        float(np.polyfit(np.log(depths), [of(arm, layers) for layers in depths], 1)[0])
+        for arm in contrast["of"]
+    ]
+    assert result.parts[0] == pytest.approx(slopes[0] - slopes[1])
+    words = {
+        "loss": "the slope of the mean loss over the log of layers changes by -0.300 nats",
+        "failure": "the slope of the fraction of failed runs over the log of layers",
+        "log_lr50": "the exponent of the rate at which half of the runs fail as a power of layers",
+        "sensitivity": "the slope of the sensitivity to the learning rate over the log of layers",
+    }
+    assert words[measure] in found.conclusions[0]
 
 
 def test_after_a_question_that_is_not_settled_answers_are_exploratory():

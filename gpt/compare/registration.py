@@ -93,7 +93,12 @@ UNSAID = Registered()
 def fingerprint(contrasts: Sequence[Contrast], seeds: Sequence[int]) -> str:
     """SHA-256 of the contrasts and seeds, in hexadecimal; 1 and 1.0 are the same."""
     dumped = [
-        each.model_dump(mode="json", exclude=NEWER - each.model_fields_set) for each in contrasts
+        {
+            key: value
+            for key, value in each.model_dump(mode="json").items()
+            if key not in NEWER or value
+        }
+        for each in contrasts
     ]
     for each in dumped:
         each["at"] = {key: list(map(as_text, values)) for key, values in each["at"].items()}
