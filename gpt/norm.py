@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from gpt.config import ModelConfig
+from gpt.config import ModelConfig, NormConfig
 
 
 def layer_norm(x: Tensor, gamma: Tensor | float, beta: Tensor | float, eps: float) -> Tensor:
@@ -60,18 +60,18 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class DynamicTanh(nn.Module):
-    """γ tanh(α x) + β, without any statistics; α starts at 0.5. Zhu et al. 2025."""
+    """γ tanh(α x) + β, without any statistics; α is trained from α₀. Zhu et al. 2025."""
 
-    def __init__(self, width: int, bias: bool) -> None:
+    def __init__(self, width: int, alpha0: float, bias: bool) -> None:
         super().__init__()
-        self.alpha = nn.Parameter(torch.empty(1))
+        self.alpha0, self.alpha = alpha0, nn.Parameter(torch.empty(1))
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """α = 0.5, γ = 1, β = 0."""
-        nn.init.constant_(self.alpha, 0.5)
+        """α = α₀, γ = 1, β = 0."""
+        nn.init.constant_(self.alpha, self.alpha0)
         nn.init.ones_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -108,14 +108,14 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x.to(self.weight.dtype))
 
 
-# Each takes the channels to normalize over, ε, and whether to have a bias β.
-NORMS: dict[str, Callable[[int, float, bool], nn.Module]] = {
-    "layer": lambda width, eps, bias: nn.LayerNorm(width, eps=eps, bias=bias),  # GPT-2's
-    "rms": lambda width, eps, bias: RMSNorm(width, eps=eps),
-    "batch": BatchNorm,
-    "dyt": lambda width, eps, bias: DynamicTanh(width, bias),
-    "scale": lambda width, eps, bias: ScaleNorm(width, eps),
-    "none": lambda width, eps, bias: nn.Identity(),
+# Each takes the channels to normalize over, the constants, and whether to have a bias β.
+NORMS: dict[str, Callable[[int, NormConfig, bool], nn.Module]] = {
+    "layer": lambda width, norm, bias: nn.LayerNorm(width, eps=norm.eps, bias=bias),  # GPT-2's
+    "rms": lambda width, norm, bias: RMSNorm(width, eps=norm.eps),
+    "batch": lambda width, norm, bias: BatchNorm(width, norm.eps, bias),
+    "dyt": lambda width, norm, bias: DynamicTanh(width, norm.alpha0, bias),
+    "scale": lambda width, norm, bias: ScaleNorm(width, norm.eps),
+    "none": lambda width, norm, bias: nn.Identity(),
 }
 BIASED: set[str] = {"layer", "batch", "dyt"}  # those that can have a bias β
 ACROSS_TOKENS: set[str] = {"batch"}  # those whose statistics are over several tokens
@@ -129,4 +129,4 @@ def make_norm(config: ModelConfig, width: int | None = None) -> nn.Module:
     """
     norm = config.norm
     bias = config.bias if norm.bias is None else norm.bias
-    return NORMS[norm.type or "layer"](width or config.width, norm.eps, bias)
+    return NORMS[norm.type or "layer"](width or config.width, norm, bias)

@@ -16,7 +16,9 @@ from gpt.config import Config
 from gpt.errors import InputError
 from gpt.placement import PLACEMENTS
 
-SHIPPED = sorted((ROOT / "configs/compare").glob("*.yaml"))
+GRIDS = ROOT / "configs/compare"
+LITERATURE = sorted((GRIDS / "literature").glob("*.yaml"))
+SHIPPED = [*sorted(GRIDS.glob("*.yaml")), *LITERATURE]
 
 TREE: dict[str, Any] = {
     "base": {"model": {"width": 16, "heads": 2}, "data": {"tokenizer": "bytes"}},
@@ -339,7 +341,7 @@ def test_rates_of_an_arms_own_count_towards_the_limit(tmp_path: Path):
 
 
 def test_the_documented_grids_are_shipped():
-    assert {path.stem for path in SHIPPED} == {
+    assert {path.stem for path in GRIDS.glob("*.yaml")} == {
         "quick",
         "placements",
         "depth",
@@ -348,6 +350,9 @@ def test_the_documented_grids_are_shipped():
         "single-gpu",
         "gpu-day",
     }
+    documented = (ROOT / "docs/literature.md").read_text("utf-8")
+    for path in LITERATURE:
+        assert f"(../configs/compare/literature/{path.name})" in documented
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -361,7 +366,20 @@ def test_every_shipped_grid_is_fair(path: Path):
         assert decay.weight_decay == 0 or decay.independent_decay
         assert cell.config.evaluation.give_up_after is None
         assert cell.config.sampling.tokens == 0
-    assert path.read_text("utf-8").startswith("# yaml-language-server: $schema=schema.json\n")
+    schema = "schema.json" if path.parent == GRIDS else "../schema.json"
+    assert path.read_text("utf-8").startswith(f"# yaml-language-server: $schema={schema}\n")
+
+
+@pytest.mark.parametrize("path", LITERATURE, ids=lambda path: path.stem)
+def test_the_literature_is_tested_on_eight_seeds_that_no_other_grid_has(path: Path):
+    grid, found = load(path)
+    for contrast in grid.contrasts:
+        cells = [cell for cell in found if contrast.includes(cell)]
+        for arm in contrast.arms:
+            assert {cell.config.seed for cell in cells if cell.arm == arm} == set(grid.seeds)
+    assert len(grid.seeds) == 8
+    for other in set(SHIPPED) - {path}:
+        assert not set(grid.seeds) & set(load(other)[0].seeds), other.stem
 
 
 def test_quick_registers_four_questions_that_eight_seeds_can_settle():

@@ -65,6 +65,12 @@ def test_dynamic_tanh_by_hand():
     torch.testing.assert_close(norm(x), 3 * torch.tanh(2 * x) + 1)
 
 
+def test_dynamic_tanh_starts_at_its_alpha0():
+    norm = make_norm(ModelConfig.model_validate({"norm": {"type": "dyt", "alpha0": 1.5}}), WIDTH)
+    x = numbers(2, WIDTH)
+    torch.testing.assert_close(norm(x), torch.tanh(1.5 * x))
+
+
 def test_norm_none_is_the_identity():
     x = numbers(2, 3, WIDTH)
     assert torch.equal(make("none")(x), x)

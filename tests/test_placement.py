@@ -496,6 +496,8 @@ REFUSED = [
         ["norm.bias: true", "norm.type rms, which has no bias"],
     ),
     ({"norm": {"type": "none", "bias": True}}, ["norm.bias: true", "norm.type none, which has no"]),
+    ({"norm": {"type": "rms", "alpha0": 1.0}}, ["norm.alpha0: 1.0", "any norm.type but dyt"]),
+    ({"norm": {"alpha0": 1.0}}, ["norm.alpha0: 1.0", "any norm.type but dyt"]),
 ]
 
 
@@ -504,7 +506,7 @@ def test_a_config_that_makes_no_sense_is_refused_with_the_reason(
     options: dict[str, Any], parts: list[str]
 ):
     tree = {"layers": 4, "heads": 2, "width": 8, **options}
-    with pytest.raises(InputError, match=r"^model\.[a-z_.]+: ") as caught:
+    with pytest.raises(InputError, match=r"^model\.[a-z0-9_.]+: ") as caught:
         validate(Config, {"model": tree})
     for part in parts:
         assert part in str(caught.value)

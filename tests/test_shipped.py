@@ -26,7 +26,10 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_names_are_those_of_the_files():
     assert names("config") == sorted(path.stem for path in ROOT.glob("configs/*.yaml"))
-    assert names("grid") == sorted(path.stem for path in ROOT.glob("configs/compare/*.yaml"))
+    top = {path.stem for path in ROOT.glob("configs/compare/*.yaml")}
+    literature = {path.stem for path in ROOT.glob("configs/compare/literature/*.yaml")}
+    assert literature
+    assert names("grid") == sorted(top | {f"literature/{name}" for name in literature})
 
 
 @pytest.mark.parametrize("name", names("config"))
@@ -49,7 +52,7 @@ def test_the_commands_take_a_name(capsys: pytest.CaptureFixture[str]):
 def test_help_lists_the_names(command: str, kind, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         cli.run(command, ["--help"])
-    words = re.findall(r"[\w-]+", capsys.readouterr().out)
+    words = re.findall(r"[\w/-]+", capsys.readouterr().out)
     assert set(names(kind)) <= set(words)
 
 

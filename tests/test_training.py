@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import rendering
@@ -659,7 +660,12 @@ def test_first_weights_and_h1_are_on_record(tiny: Make, tmp_path: Path):
     model = GPT(tiny().model, prepare(tiny().data).encoding.n_vocab)
     initialize(model, tiny().model, tiny().seed)
     assert environment["initial_weights"] == fingerprints(model)
-    assert environment["unigram_entropy"] == prepare(tiny().data).unigram_entropy()
+    dataset = prepare(tiny().data)
+    evaluated = ValidationSequences(dataset.val, tiny().model.context, tiny().evaluation.sequences)
+    guess = (dataset.counts[0] + 1) / (dataset.counts[0].sum() + dataset.encoding.n_vocab)
+    targets = np.concatenate([targets for _, targets in evaluated.batches(3)])
+    assert environment["unigram_entropy"] == pytest.approx(-np.log(guess[targets]).mean())
+    assert environment["unigram_entropy"] != dataset.unigram_entropy()  # of all validation tokens
 
 
 def test_a_run_that_learns_nothing_may_be_given_up(tiny: Make, tmp_path: Path):

@@ -188,6 +188,8 @@ class NormConfig(Section):
     """Type of norm. Unset: layer norm (none, if the placement has no norms)."""
     eps: Epsilon = 1e-5
     """Added to the variance under the root (layer, rms, batch); for scale, the minimum of ||x||."""
+    alpha0: Positive = 0.5
+    """Initial alpha of dyt, the scale of its input (Zhu et al. 2025)."""
     bias: bool | None = None
     """Whether layer, batch and dyt have a shift, beta. Unset: as model.bias."""
     final_norm: Switch = "auto"
@@ -282,6 +284,8 @@ class ModelConfig(Section):
             refuse("norm.type", "none", f"placement {name}: {of_placement('needs_norms')}")
         if norm.bias and (norm.type or "layer") not in variants.names("gpt.norm", "BIASED"):
             refuse("norm.bias", "true", f"norm.type {norm.type}, which has no bias; leave it null")
+        if norm.alpha0 != NormConfig.model_fields["alpha0"].default and norm.type != "dyt":
+            refuse("norm.alpha0", norm.alpha0, "any norm.type but dyt; leave it at its default")
         least = of_placement("min_layers")
         if self.layers < least:
             refuse("layers", self.layers, f"placement {name}, which needs at least {least} layers")

@@ -1,8 +1,9 @@
 """The configs and grids that come with steadygpt, found by name from any folder.
 
 `steadygpt train quickstart`, `load("quickstart")` and `base: quickstart` all mean
-`configs/quickstart.yaml`; `steadygpt compare quick` means `configs/compare/quick.yaml`. There is
-one set of files: `configs/` at the top of the repository, which the wheel holds as `gpt/configs/`.
+`configs/quickstart.yaml`; `steadygpt compare quick` means `configs/compare/quick.yaml`. Grids
+from the literature are `literature/xiong2020` and so on. There is one set of files: `configs/` at
+the top of the repository, which the wheel holds as `gpt/configs/`.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ def _configs() -> Path:
 
 
 FOLDERS = {"config": _configs(), "grid": _configs() / "compare"}
+PATTERNS = {"config": "*.yaml", "grid": "**/*.yaml"}
 Kind = Literal["config", "grid"]
 
 
 def names(kind: Kind) -> list[str]:
     """The names of all configs or grids that come with steadygpt, sorted."""
-    return sorted(path.stem for path in FOLDERS[kind].glob("*.yaml"))
+    folder = FOLDERS[kind]
+    paths = folder.glob(PATTERNS[kind])
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in paths)
 
 
 def find(name: str | Path, kind: Kind, start: Path = Path()) -> Path:
@@ -59,7 +63,7 @@ def find(name: str | Path, kind: Kind, start: Path = Path()) -> Path:
     if local.exists() and not local.samefile(shipped):
         raise InputError(
             f"{name}: is a shipped {kind}, and {local} exists too;\n"
-            f"specify {local.name} to use that file, or rename it to use the shipped {kind}"
+            f"specify {name}.yaml to use that file, or rename it to use the shipped {kind}"
         )
     return shipped
 

@@ -87,7 +87,8 @@ class Run:
             windows=config.data.windows,
         )
         self.validation = ValidationSequences(dataset.val, context, config.evaluation.sequences)
-        self.unigram_entropy = dataset.unigram_entropy()
+        evaluated = (targets for _, targets in self.validation.batches(64))
+        self.unigram_entropy = dataset.unigram_entropy(evaluated)
         opening.check_tokens(plan, dataset)
         self.progress = opening.restore(trainer, plan.checkpoint, self._first_inputs)
         opening.adopt_checkpoint(plan, config, trainer, self.progress)
