@@ -689,7 +689,7 @@ def test_a_run_that_has_learned_is_not_given_up(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Any loss is well below a unigram entropy of 100 nats."""
-    monkeypatch.setattr(Dataset, "unigram_entropy", lambda self: 100.0)
+    monkeypatch.setattr(Dataset, "unigram_entropy", lambda self, targets: 100.0)
     config = tiny(optimizer={"learning_rate": 1e-9}, evaluation={"every": 4, "give_up_after": 2})
     assert run(config, tmp_path / "run").step == 20
 
