@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import rendering
+from conftest import ROOT, rendering
 from pydantic import ValidationError
 
 from gpt import cli, coordinates
+from gpt.compare import grid as grids
 from gpt.config import Config, ModelConfig, OptimizerConfig
 from gpt.data.preparation import prepare
 from gpt.ensemble import BatchedTrainer
@@ -341,3 +342,18 @@ def test_a_change_of_zero_has_no_slope(narrow: Make):
     config = narrow()
     with pytest.raises(InputError, match=r"change of embeddings is 0 at width 32 .* no slope"):
         coordinates.check(config, prepare(config.data), [32, 64], steps=0, seeds=1)
+
+
+# -- The shipped grid --------------------------------------------------------------------------
+
+
+def test_the_grid_asks_both_questions_of_eight_seeds_at_the_largest_width():
+    grid, found = grids.load(ROOT / "configs/compare/literature/mup.yaml")
+    assert {cell.config.model.width for cell in found} == {32, 64, 128, 256}
+    assert {cell.config.model.mup_base_width for cell in found} == {None, 32}
+    assert [contrast.at["model.width"] for contrast in grid.contrasts] == [[256], [256]]
+    for contrast in grid.contrasts:
+        for arm in contrast.arms:
+            own = [cell for cell in found if contrast.includes(cell) and cell.arm == arm]
+            assert {cell.config.seed for cell in own} == set(grid.seeds)
+            assert len(own) == len(grid.seeds) == 8
