@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -25,8 +26,7 @@ from gpt.errors import InputError
 from gpt.hardware.device import pick_device
 from gpt.model import GPT, CausalSelfAttention, causal_mask
 from gpt.placement import Block
-from gpt.run.plot import label as plot_label
-from gpt.run.plot import literal_text, save
+from gpt.run.plot import label, literal_text, save
 from gpt.trainer import Trainer, host_tensor
 
 FLAT = 0.5  # log-log slopes up to this are nearer to muP's 0 than to the 1 of Adam's standard rates
@@ -160,19 +160,24 @@ def activations(model: GPT, tokens: Tensor) -> dict[str, Tensor]:
 
 @literal_text()
 def plot(changes: Sequence[Change], widths: Sequence[int], path: Path, title: str) -> None:
-    """Plot the changes against the width, as a PNG."""
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    axes = figure.subplots()
-    for change in changes:
-        style = {"output": "-", "attention": ":"}.get(change.name.split()[0], "--")
-        label = f"{change.name} (slope {change.slope:+.2f})"
-        axes.plot(widths, change.rms, style, marker="o", ms=4, label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(widths, [str(width) for width in widths])
-    axes.set_xlabel("width")
-    axes.set_ylabel("RMS of the change")
-    axes.set_title(plot_label(title))
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=7, frameon=False)
+    """Plot the changes against the width, with their slopes, as a PNG."""
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    figure.suptitle(label(title))
+    attention = [change for change in changes if change.name.startswith("attention")]
+    others = [change for change in changes if change not in attention]
+    for axes, panel in zip(figure.subplots(1, 2), (others, attention), strict=True):
+        colors = colormaps["viridis"](np.linspace(0, 0.9, len(panel)))
+        for change, color in zip(panel, colors, strict=True):
+            text = f"{change.name}: slope {change.slope:+.2f}"
+            axes.plot(widths, change.rms, color=color, marker="o", ms=4, label=text)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xticks(widths, [str(width) for width in widths], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+        axes.set_xlabel("width")
+        axes.set_ylabel("RMS of the change")
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     save(figure, path)

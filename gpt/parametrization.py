@@ -20,6 +20,7 @@ from gpt.config import ModelConfig
 # Exponents of m in the learning rate of hidden matrices, by optimizer; muP excludes all others.
 # Adam's update has entries of size 1, and a spectral norm that grows as m. Muon's, with its factor
 # sqrt(max(rows, columns)), grows as sqrt(m) (see Yang, Simon and Bernstein 2023).
+# RAdam's first few updates are those of SGD, which these exponents make smaller than needed.
 HIDDEN_RATES = {"adamw": -1.0, "radam": -1.0, "muon": -0.5}
 
 
