@@ -109,8 +109,9 @@ class BatchedTrainer:
             self.steps[name].grad = stacked.grad
         optimizers = [trainer.optimizer for trainer in trainers]
         self.optimizer = stack(optimizers, self.steps, self.config.optimizer)
-        decays = [optimizer.weight_decays() for optimizer in optimizers]
+        decays = [optimizer.by_parameter("weight_decay") for optimizer in optimizers]
         self.decays = {name: self._numbers([own[name] for own in decays]) for name in self.weights}
+        self.lr_factors = first.optimizer.by_parameter("lr_factor")  # follow from the shape
         options = [trainer.config.optimizer for trainer in trainers]
         self.rates = self._numbers([each.learning_rate for each in options])
         self.clips = self._numbers(
@@ -182,8 +183,9 @@ class BatchedTrainer:
         self.optimizer.step()
         for name, weight in self.weights.items():
             values = weight.detach()
-            values.mul_(_per_cell(1 - rates * self.decays[name], values))
-            values.addcmul_(self.steps[name], _per_cell(rates, values))
+            own_rates = rates * self.lr_factors[name]
+            values.mul_(_per_cell(1 - own_rates * self.decays[name], values))
+            values.addcmul_(self.steps[name], _per_cell(own_rates, values))
 
     def set_micro_batch(self, micro_batch: int) -> None:
         """Use smaller micro-batches from now on."""

@@ -21,23 +21,24 @@ import torch
 from torch import Tensor, nn
 
 from gpt.config import ModelConfig
+from gpt.parametrization import base_width, initial_sigma, logit_factor
 from gpt.placement import PLACEMENTS
 from gpt.rng import generator
 
-Sigma = Callable[[int, int], float]  # (n_in, n_out) of a matrix -> its standard deviation
+Sigma = Callable[[float, float], float]  # (n_in, n_out) of a matrix -> its standard deviation
 
 
-def constant(n_in: int, n_out: int) -> float:
+def constant(n_in: float, n_out: float) -> float:
     """0.02 for every shape; GPT-2, Radford et al. 2019."""
     return 0.02
 
 
-def xavier(n_in: int, n_out: int) -> float:
+def xavier(n_in: float, n_out: float) -> float:
     """sqrt(2 / (n_in + n_out)); Glorot and Bengio 2010."""
     return math.sqrt(2 / (n_in + n_out))
 
 
-def small(n_in: int, n_out: int) -> float:
+def small(n_in: float, n_out: float) -> float:
     """sqrt(2 / 5d), Xavier's for a matrix of d x 4d; SmallInit, Nguyen and Salazar 2019."""
     return math.sqrt(2 / (5 * n_in))
 
@@ -70,7 +71,7 @@ REGIMES: dict[str, Regime] = {
 def logit_scale(config: ModelConfig) -> float:
     """1/sqrt(d) for a tied head with row norms of order sqrt(d), so that logits are of order 1."""
     unit = config.tied_head and REGIMES[config.init.regime].unit_stream
-    return config.width**-0.5 if unit else 1.0
+    return (base_width(config) ** -0.5 if unit else 1.0) * logit_factor(config, "output")
 
 
 def depth_scaled(config: ModelConfig) -> bool:
@@ -92,15 +93,15 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
     depth = 1 / math.sqrt(2 * config.layers) if depth_scaled(config) else 1.0
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
-            values = _draw(module.weight, seed, name) * regime.embedding
-            module.weight.copy_(values)
+            sigma = initial_sigma(config, name, lambda *_: regime.embedding, *module.weight.shape)
+            module.weight.copy_(_draw(module.weight, seed, name) * sigma)
         elif isinstance(module, nn.Linear):
             path = name.split(".")  # blocks, 0, attention, qkv
             parts = getattr(module, "parts", path[-1:])
-            sigma = regime.attention if "attention" in path else regime.other
+            base_sigma = regime.attention if "attention" in path else regime.other
             values = _draw(module.weight, seed, name)
             for matrix, part in zip(values.chunk(len(parts)), parts, strict=True):
-                matrix *= sigma(matrix.shape[1], matrix.shape[0])
+                matrix *= initial_sigma(config, name, base_sigma, *matrix.shape)
                 if "blocks" in path:
                     matrix *= placement.gain(config.layers, part)
                 if part == "out":

@@ -25,6 +25,7 @@ from gpt.init import logit_scale
 from gpt.kv_cache import KVCache
 from gpt.loss import chunked_next_token_loss, next_token_loss
 from gpt.norm import make_norm
+from gpt.parametrization import logit_factor, width_ratio
 from gpt.placement import PLACEMENTS, Block, Sublayer, has_final_norm
 
 # ---------------------------------------------------------------------------------------------
@@ -58,6 +59,7 @@ class CausalSelfAttention(Sublayer):
         self.heads = config.heads
         self.dropout = config.dropout
         self.cap = config.attention.soft_cap
+        self.q_scale = logit_factor(config, "attention")
         self.qkv = FusedLinear(config.width, config.width, ("q", "k", "v"), config.bias)
         qk_norm, width = config.attention.qk_norm, config.width // config.heads
         self.q_norm = make_norm(config, width) if qk_norm else nn.Identity()
@@ -80,11 +82,11 @@ class CausalSelfAttention(Sublayer):
         return self.out_dropout(self.out(self.inner_norm(y)))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values: (B, T, d) -> three times (B, h, T, d/h)."""
-        B, T, d = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.heads, d // self.heads)  # (B, T, 3, h, d/h)
+        """Queries (in muP scaled), keys and values: (B, T, d) -> three times (B, h, T, d/h)."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, h, d/h)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        return self.q_norm(q), self.k_norm(k), v
+        q, k = self.q_norm(q), self.k_norm(k)
+        return q if self.q_scale == 1 else q * self.q_scale, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Weighted sums of v: q (B, h, T, d/h), k and v (B, h, S, d/h) -> (B, h, T, d/h).
@@ -209,6 +211,7 @@ class GPT(nn.Module):
         self.final_norm = make_norm(config) if has_final_norm(config) else nn.Identity()
         self.head = None if config.tied_head else nn.Linear(config.width, vocab_size, bias=False)
         self.logit_scale = logit_scale(config)
+        self.m = width_ratio(config)
         self.loss_chunk: int | None = None
         self.cache: KVCache | None = None
 

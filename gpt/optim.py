@@ -3,7 +3,7 @@
 Weight decay acts on matrices and embeddings, never on biases, norms or a placement's own weights.
 It is decoupled from the gradient (Loshchilov and Hutter 2019) except in SGD, where torch adds it to
 the gradient. It is multiplied by the learning rate unless `independent_decay` is set (Wortsman et
-al. 2023).
+al. 2023). Learning rates of single groups follow from gpt/parametrization.py.
 
 The learning rate schedule is in gpt/schedule.py; gradients are clipped in the training step.
 """
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.config import OptimizerConfig
+from gpt.parametrization import kind_of, lr_factor
 
 ParamGroups = list[dict[str, Any]]  # as torch.optim's classes accept them
 
@@ -102,27 +103,28 @@ SEPARABLE = {"adamw", "radam"}
 
 
 class Optimizer:
-    """Updates all parameters of a model. Its state is tensors named `parameter|quantity`.
+    """Updates a model of width ratio m (for muP). Its state is tensors named `parameter|quantity`.
 
     Attributes:
         torch_optimizers: one, or for "muon" two: Muon and AdamW. A GradScaler unscales each.
     """
 
     def __init__(
-        self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig
+        self, named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, m: float = 1.0
     ) -> None:
         self.config = config
-        decay = config.weight_decay  # torch multiplies it by the learning rate
-        decay = decay / config.learning_rate if config.independent_decay else decay
-        by_kind: dict[tuple[str, float], list[tuple[str, nn.Parameter]]] = defaultdict(list)
-        for name, parameter in named_parameters:
-            in_blocks = name.startswith("blocks.") and parameter.ndim == 2
-            kind = "adamw" if config.name == "muon" and not in_blocks else config.name
-            by_kind[kind, decay if parameter.ndim >= 2 else 0.0].append((name, parameter))
+        decay = config.weight_decay / (config.learning_rate if config.independent_decay else 1.0)
+        by_rule: dict[tuple[str, float, float], list[tuple[str, nn.Parameter]]] = defaultdict(list)
+        for name, parameter in named:
+            kind = kind_of(name, parameter.ndim)
+            rule = "adamw" if config.name == "muon" and kind != "hidden" else config.name
+            factor = lr_factor(kind, rule, m)
+            own_decay = decay / factor if parameter.ndim >= 2 else 0.0  # torch multiplies by lr
+            by_rule[rule, factor, own_decay].append((name, parameter))
         groups: dict[str, ParamGroups] = defaultdict(list)
-        for (kind, weight_decay), named in by_kind.items():
-            groups[kind].append({"params": named, "weight_decay": weight_decay})
-        self.torch_optimizers = [OPTIMIZERS[kind](groups[kind], config) for kind in groups]
+        for (rule, factor, decay), params in by_rule.items():
+            groups[rule].append({"params": params, "lr_factor": factor, "weight_decay": decay})
+        self.torch_optimizers = [OPTIMIZERS[rule](groups[rule], config) for rule in groups]
 
     @property
     def param_groups(self) -> ParamGroups:
@@ -132,7 +134,7 @@ class Optimizer:
     def step(self, lr_scale: float = 1.0) -> None:
         """Update every parameter that has a gradient, at `lr_scale` times the learning rate."""
         for group in self.param_groups:
-            group["lr"] = lr_scale * self.config.learning_rate
+            group["lr"] = lr_scale * self.config.learning_rate * group["lr_factor"]
         for optimizer in self.torch_optimizers:
             optimizer.step()
 
@@ -141,9 +143,9 @@ class Optimizer:
         for optimizer in self.torch_optimizers:
             optimizer.zero_grad()
 
-    def weight_decays(self) -> dict[str, float]:
-        """Each parameter's weight decay, which its update multiplies by the learning rate."""
-        return {name: g["weight_decay"] for g in self.param_groups for name in g["param_names"]}
+    def by_parameter(self, option: str) -> dict[str, float]:
+        """An option of each parameter's group, such as "lr_factor" or "weight_decay", by name."""
+        return {name: g[option] for g in self.param_groups for name in g["param_names"]}
 
     def adam_eps(self) -> dict[str, float]:
         """Adam's epsilon, for each parameter that AdamW or RAdam updates."""

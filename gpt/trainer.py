@@ -76,7 +76,7 @@ class Trainer:
         """Reset to the initial weights, with a new optimizer and loss scaler."""
         config = self.config
         initialize(self.model, config.model, config.seed)
-        self.optimizer = Optimizer(self.model.named_parameters(), config.optimizer)
+        self.optimizer = Optimizer(self.model.named_parameters(), config.optimizer, self.model.m)
         fp16 = config.training.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
 

@@ -44,7 +44,7 @@ def test_every_parameter_is_in_exactly_one_group(name: str):
 def test_only_matrices_and_embeddings_decay(name: str):
     model, optimizer = make(name, weight_decay=0.3)
     expected = {n: 0.3 if p.ndim == 2 else 0.0 for n, p in model.named_parameters()}
-    assert optimizer.weight_decays() == expected
+    assert optimizer.by_parameter("weight_decay") == expected
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "sgd"])

@@ -24,6 +24,7 @@ COMMANDS = {
     "prepare": "python -m gpt.data",
     "checkpoint": "python -m gpt.checkpoint",
     "diagnose": "python -m gpt.diagnostics",
+    "coordcheck": "steadygpt coordcheck",
 }
 USAGE = """\
 usage: steadygpt COMMAND ...   (COMMAND --help for details)
@@ -34,6 +35,7 @@ usage: steadygpt COMMAND ...   (COMMAND --help for details)
   prepare CONFIG.yaml      prepare a config's data without training
   checkpoint verify DIR    check that checkpoints are intact
   diagnose RUN_DIR         plot the statistics of a run's layers
+  coordcheck CONFIG.yaml   check that updates do not depend on the width, as in muP
 
   --version                print the version"""
 

@@ -60,7 +60,8 @@ def parse(
     given = vars(namespace)
     own = {name: given.pop(name) for name in fields if name in given}
 
-    def origin(name: str) -> str:
+    def origin(path: str) -> str:
+        name = path.split(".")[0]  # `widths` of `widths.1`, an element of a list
         return as_flag(name) if name in names else str(fields[name].title)
 
     return validate(arguments, own, origin), nest(given)

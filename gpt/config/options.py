@@ -245,6 +245,10 @@ class ModelConfig(Section):
     logit_soft_cap: SoftCap | None = None
     """Bound the logits of the next token by c tanh(z/c); null: no bound."""
     norm: NormConfig = NormConfig()
+    parametrization: Literal["standard", "mup"] = "standard"
+    """Whether initial weights, learning rates and logits scale with the width; mup: they do."""
+    mup_base_width: Channels | None = None
+    """The width, with as many heads, at which mup is the standard parametrization."""
     init: InitConfig = InitConfig()
     attention: AttentionConfig = AttentionConfig()
     mlp: MLPConfig = MLPConfig()
@@ -292,6 +296,30 @@ class ModelConfig(Section):
         if norm.type in variants.names("gpt.norm", "ACROSS_TOKENS") and self.context == 1:
             refuse("context", 1, f"norm.type {norm.type}, which needs more than one token")
         self.refuse(conflicts)
+        return self
+
+    @model_validator(mode="after")
+    def _parametrization_fits(self) -> Self:
+        base = self.mup_base_width
+        if self.parametrization == "standard":
+            if base is not None:
+                raise ValueError(
+                    f"mup_base_width ({base}) has no effect in parametrization standard; "
+                    "set parametrization: mup"
+                )
+            return self
+        if base is None:
+            raise ValueError("parametrization: mup needs mup_base_width, where rates are tuned")
+        if base % self.heads:
+            raise ValueError(
+                f"heads ({self.heads}) must divide mup_base_width ({base}): "
+                "the network of the base width has as many heads"
+            )
+        if self.norm.type == "scale":
+            raise ValueError(
+                "norm.type scale conflicts with parametrization mup, which has no rule for its "
+                "one weight, sqrt(width) at first"
+            )
         return self
 
 
@@ -472,6 +500,16 @@ class Config(Section):
             raise ValueError(
                 f"training.micro_batch ({training.micro_batch}) must divide the batch of "
                 f"{self.batch_sequences} sequences"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_has_mup_rates(self) -> Self:
+        known = variants.names("gpt.parametrization", "HIDDEN_RATES")
+        if self.model.parametrization == "mup" and self.optimizer.name not in known:
+            raise ValueError(
+                f"optimizer.name {self.optimizer.name} conflicts with model.parametrization mup, "
+                f"which has learning rates for {', '.join(known)}"
             )
         return self
 

@@ -68,5 +68,6 @@ def _blocks(config: ModelConfig) -> str:
         "no norms" if kind == "none" else f"{kind} norm, {final} a final one",
         config.mlp.activation,
         f"{config.init.regime} weights" + (" x 1/sqrt(2L)" if depth_scaled(config) else ""),
+        *([f"muP from width {config.mup_base_width}"] if config.mup_base_width else []),
     ]
     return "; ".join(parts)

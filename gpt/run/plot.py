@@ -93,7 +93,7 @@ def plot_run(records: list[Record], path: Path, title: str) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.align_ylabels()
-    _save(figure, path)
+    save(figure, path)
 
 
 def _plot_losses(axes: Axes, training: list[Record], evaluations: list[Record]) -> None:
@@ -145,7 +145,7 @@ def plot_layers(records: list[Record], path: Path, title: str) -> None:
         _plot_measure(axes, own, key, MEASURES[key])
     for axes in figure.axes[len(shown) : 2 * rows]:
         axes.set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _plot_measure(axes: Axes, records: list[Record], key: str, measure: Measure) -> None:
@@ -181,7 +181,8 @@ def _plot_measure(axes: Axes, records: list[Record], key: str, measure: Measure)
     axes.figure.colorbar(drawn, ax=axes)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG."""
     png = io.BytesIO()
     figure.savefig(png, dpi=120, format="png")
     write_bytes(path, png.getvalue())
