@@ -384,12 +384,14 @@ class EvaluationConfig(Section):
 
 
 class DiagnosticsConfig(Section):
-    """Statistics of every layer; measuring them never disturbs training."""
+    """Statistics of the layers and of the whole model; measuring never disturbs training."""
 
     every: Count | None = None
     """Steps between measurements, starting at the first step. Unset: none, at no cost."""
     sequences: Count = 8
     """Sequences of the batch to measure activations on, at most a micro-batch."""
+    sharpness: CountOrZero = 0
+    """Sequences for the Hessian's largest eigenvalue, at most a micro-batch; 0: not measured."""
 
 
 class CheckpointConfig(Section):

@@ -27,6 +27,7 @@ from gpt.config import Config
 from gpt.data import tokenizer
 from gpt.data.prepared import Dataset
 from gpt.data.sequences import TrainingSequences, ValidationSequences, prefetch
+from gpt.diagnostics.curvature import measure_sharpness, stability_thresholds
 from gpt.diagnostics.failure import Failure, FaultLocation, advice, describe_location
 from gpt.diagnostics.layers import LayerStats
 from gpt.errors import Fault, InputError, NonFiniteError, StepInterruptedError
@@ -193,8 +194,12 @@ class Run:
         """The learning rate of update `step`, as a multiple of `optimizer.learning_rate`."""
         return lr_multiplier(self.config.schedule, step, self.config.training.steps)
 
-    def before_update(self, step: int, inputs: Tensor) -> LayerStats | None:
-        """Add the inputs to the digest, and measure the layers if `diagnostics` asks for it."""
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of update `step`."""
+        return self.lr_scale(step) * self.config.optimizer.learning_rate
+
+    def before_update(self, step: int, inputs: Tensor, targets: Tensor) -> LayerStats | None:
+        """Add the inputs to the digest, and measure what `diagnostics` asks for."""
         inputs_so_far = self.progress.inputs_digest.encode() + inputs.numpy().tobytes()
         self.progress.inputs_digest = hashlib.sha256(inputs_so_far).hexdigest()
         every, trainer = self.config.diagnostics.every, self.trainer
@@ -206,7 +211,20 @@ class Run:
         few = min(self.config.diagnostics.sequences, trainer.micro_batch)
         with trainer.autocast():
             layer_stats.measure_activations(trainer.to_device(inputs[:few]))
+        layer_stats.of_model = self._measure_model(step, inputs, targets)
         return layer_stats
+
+    def _measure_model(self, step: int, inputs: Tensor, targets: Tensor) -> metrics.Record:
+        """The values of the whole model that `diagnostics` asks for, before update `step`."""
+        config, trainer = self.config, self.trainer
+        measured: metrics.Record = {}
+        if config.diagnostics.sharpness:
+            few = min(config.diagnostics.sharpness, trainer.micro_batch)
+            x, y = (trainer.to_device(part[:few]) for part in (inputs, targets))
+            z_loss = config.training.z_loss
+            measured |= measure_sharpness(trainer.model, x, y, z_loss, trainer.optimizer)
+            measured |= stability_thresholds(config.optimizer, self.learning_rate(step))
+        return measured
 
     def after_update(
         self,
@@ -226,9 +244,8 @@ class Run:
         """
         if layer_stats is not None:
             layer_stats.measure_update()
-        learning_rate = self.lr_scale(step) * self.config.optimizer.learning_rate
-        digest = self.progress.inputs_digest[:16]
-        self.log.add(Update(step, loss, grad_norm, learning_rate, digest, skipped, layer_stats))
+        rate, digest = self.learning_rate(step), self.progress.inputs_digest[:16]
+        self.log.add(Update(step, loss, grad_norm, rate, digest, skipped, layer_stats))
         self.on_update()
         stopping = self.stop()
         if not (stopping or any(self._due(step)) or step % self.log.read_every == 0):
