@@ -124,8 +124,8 @@ class DataConfig(SourceConfig):
     """Validation text: whole documents, chosen by a hash of their text, or the tail of each."""
     val_fraction: SplitFraction = 0.03
     """Fraction of the text that is held out for validation."""
-    windows: Literal["epochs", "random"] = "epochs"
-    """Training sequences: each window once per epoch, or at random offsets as in nanoGPT."""
+    windows: Literal["epochs", "random", "fixed"] = "epochs"
+    """Each window once per epoch, at random offsets as in nanoGPT, or the first batch every time."""
     seed: Seed | None = None
     """Seed of the order of training sequences. Unset: the run's seed."""
     cache_dir: FileName = "cache"
