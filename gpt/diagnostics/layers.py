@@ -56,7 +56,7 @@ MEASURES: dict[str, Measure] = {
     "attention_entropy": Measure("entropy of the attention weights (nats)", log=False),
     "log_z": Measure("mean log Z of the output softmax", log=False),
 }
-# Of the whole model, in records without a layer; see curvature.py.
+# Of the whole model, in records without a layer; see curvature.py and noise_scale.py.
 MODEL_MEASURES: dict[str, Measure] = {
     "sharpness": Measure(
         "sharpness, the Hessian's largest eigenvalue (dashed: 2/η of gradient descent)",
@@ -66,6 +66,7 @@ MODEL_MEASURES: dict[str, Measure] = {
         "sharpness, preconditioned by Adam (dashed: (2 + 2 β1)/((1 - β1) η))",
         threshold="preconditioned_threshold",
     ),
+    "noise_scale": Measure("gradient noise scale tr Σ / |G|² (sequences)"),
 }
 
 

@@ -30,6 +30,7 @@ from gpt.data.sequences import TrainingSequences, ValidationSequences, prefetch
 from gpt.diagnostics.curvature import measure_sharpness, stability_thresholds
 from gpt.diagnostics.failure import Failure, FaultLocation, advice, describe_location
 from gpt.diagnostics.layers import LayerStats
+from gpt.diagnostics.noise_scale import measure_noise_scale, part_size
 from gpt.errors import Fault, InputError, NonFiniteError, StepInterruptedError
 from gpt.generate import continue_text
 from gpt.io.console import Console
@@ -217,13 +218,16 @@ class Run:
     def _measure_model(self, step: int, inputs: Tensor, targets: Tensor) -> metrics.Record:
         """The values of the whole model that `diagnostics` asks for, before update `step`."""
         config, trainer = self.config, self.trainer
+        model, z_loss = trainer.model, config.training.z_loss
+        x, y = trainer.to_device(inputs), trainer.to_device(targets)
         measured: metrics.Record = {}
         if config.diagnostics.sharpness:
             few = min(config.diagnostics.sharpness, trainer.micro_batch)
-            x, y = (trainer.to_device(part[:few]) for part in (inputs, targets))
-            z_loss = config.training.z_loss
-            measured |= measure_sharpness(trainer.model, x, y, z_loss, trainer.optimizer)
+            measured |= measure_sharpness(model, x[:few], y[:few], z_loss, trainer.optimizer)
             measured |= stability_thresholds(config.optimizer, self.learning_rate(step))
+        if config.diagnostics.noise_scale:
+            part = part_size(len(x), trainer.micro_batch)
+            measured |= measure_noise_scale(model, x, y, z_loss, part)
         return measured
 
     def after_update(
