@@ -100,34 +100,56 @@ def largest_eigenvalue(
     return math.nan
 
 
-def measure_sharpness(
-    model: GPT, inputs: Tensor, targets: Tensor, z_loss: float, optimizer: Optimizer
-) -> dict[str, float | None]:
-    """`sharpness` and `preconditioned_sharpness` of the training loss, in evaluation mode.
+def sharpness(
+    model: GPT,
+    inputs: Tensor,
+    targets: Tensor,
+    z_loss: float = 0.0,
+    preconditioner: Tensor | None = None,
+) -> float:
+    """The largest eigenvalue of the Hessian of the training loss, in evaluation mode.
 
-    The latter is None if Adam does not update all parameters, or has made no update yet. Uses the
-    weights' precision. Leaves weights, gradients and random generators as they are.
+    Uses the weights' precision. Leaves weights, gradients and random generators as they are.
 
     Args:
         model: not compiled.
         inputs, targets: (B, T) integers, on the model's device.
         z_loss: weight of the z-loss in the training loss.
-        optimizer: of the model.
+        preconditioner: the diagonal of P for P^-1/2 H P^-1/2, (n,).
+
+    Returns:
+        NaN if it was not found.
     """
-    names, parameters = zip(*model.named_parameters(), strict=True)
+    parameters = list(model.parameters())
     with _twice_differentiable(model):
         product = hessian_product(model.loss_fn(inputs, targets, z_loss)[0], parameters)
-    size = sum(parameter.numel() for parameter in parameters)
-    start = torch.randn(size, generator=generator("curvature")).to(parameters[0])
+    start = torch.randn(model.num_parameters(), generator=generator("curvature"))
+    if preconditioner is not None:
+        product = preconditioned(product, preconditioner)
+    return largest_eigenvalue(product, start.to(parameters[0]))
+
+
+def measure_sharpness(
+    model: GPT, inputs: Tensor, targets: Tensor, z_loss: float, optimizer: Optimizer
+) -> dict[str, float | None]:
+    """`sharpness`, and `preconditioned_sharpness` by Adam.
+
+    The latter is None if Adam does not update all parameters, or has made no update yet.
+
+    Args:
+        model, inputs, targets, z_loss: as for `sharpness`.
+        optimizer: of the model.
+    """
     moments, eps = optimizer.second_moments(), optimizer.adam_eps()
+    names = [name for name, _ in model.named_parameters()]
     of_adam = None
     if moments.keys() >= set(names):
         # Adam's denominator, as in Cohen et al.'s code (init2winit): v corrected for its bias. The
         # correction of the first moment, which matters in the first steps, is left out.
         adam = _flat(moments[name].sqrt() + eps[name] for name in names)
-        of_adam = largest_eigenvalue(preconditioned(product, adam), start)
-    sharpness = largest_eigenvalue(product, start)
-    return {"sharpness": sharpness, "preconditioned_sharpness": of_adam}
+        of_adam = sharpness(model, inputs, targets, z_loss, adam)
+    plain = sharpness(model, inputs, targets, z_loss)
+    return {"sharpness": plain, "preconditioned_sharpness": of_adam}
 
 
 def stability_thresholds(config: OptimizerConfig, learning_rate: float) -> dict[str, float]:
