@@ -434,7 +434,7 @@ def fit_together(cells: _Cells, stopping: Callable[[], bool]) -> None:
         layer_stats: dict[int, LayerStats | None] = {}
         for i in list(runs):
             with cells.guard(i):
-                layer_stats[i] = runs[i].before_update(step, batches[i][0])
+                layer_stats[i] = runs[i].before_update(step, *batches[i])
         lr_scales = [runs[i].lr_scale(step) if i in runs else 0.0 for i in stacked]
         batched.update(lr_scales, losses, grad_norms)
         for i, loss, grad_norm in zip(stacked, losses, grad_norms, strict=True):

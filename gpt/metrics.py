@@ -6,8 +6,10 @@ step_seconds (for cells trained in a batch: wall-clock time, including the evalu
 also `"skipped": true` if the update was skipped, and mfu, the fraction of the device's peak
 FLOP/s, on a known GPU with bf16 or fp16. Evaluation records contain step (0 is before the first
 update), val_loss (nats per token) and val_bits_per_byte. Layer records contain step, layer,
-grad_rms and the MEASURES of gpt/diagnostics/layers.py that the layer has. A non-finite number is
-written as null.
+grad_rms and the MEASURES of gpt/diagnostics/layers.py that the layer has. Records of the whole
+model contain step and those of its MODEL_MEASURES that were measured before the update, with the
+sharpness's thresholds, and the noise scale's numerator and denominator, gradient_noise and
+gradient_signal. A non-finite number is written as null.
 """
 
 from __future__ import annotations

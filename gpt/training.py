@@ -133,7 +133,7 @@ def fit(run: Run, trainer: Trainer) -> RunResult:
         with contextlib.closing(run.batches()) as batches:
             for step, inputs, targets in batches:
                 loss, grad_norm = trainer.backward(step, inputs, targets)
-                layer_stats = run.before_update(step, inputs)
+                layer_stats = run.before_update(step, inputs, targets)
                 skipped = trainer.update(run.lr_scale(step), loss, grad_norm)
                 result = run.after_update(step, loss, grad_norm, skipped, layer_stats)
                 if result is not None:

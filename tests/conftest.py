@@ -79,7 +79,7 @@ def environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def few_probes() -> Iterator[None]:
-    """A context in which initialization is probed with one seed instead of two or sixteen."""
+    """A context in which initialization is probed with one seed instead of five or sixteen."""
     from gpt.compare import init_probes
 
     with pytest.MonkeyPatch.context() as patch:

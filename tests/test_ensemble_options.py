@@ -28,6 +28,7 @@ Make = Callable[..., Config]
         {"optimizer": {"name": "adamw", "beta2": 0.95, "eps": 1e-6}},
         {"training": {"micro_batch": 1, "z_loss": 1e-3}},
         {"training": {"precision": "bf16"}},
+        {"data": {"windows": "fixed"}},
         {"model": {"attention": {"soft_cap": 5.0, "qk_norm": True}, "logit_soft_cap": 10.0}},
         {"model": {"tied_head": False, "bias": False, "mlp": {"activation": "swiglu"}}},
         {"model": {"norm": {"embedding": True}, "init": {"regime": "xavier"}}},

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import astuple
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
 
 from gpt.compare.analysis.statistics import loglog_slope
 from gpt.compare.init_probes import InitProbe, read_init_probes, write_init_probes
@@ -51,7 +54,14 @@ def initialized(config: ModelConfig, seed: int) -> GPT:
 
 def numbers(found: Probe) -> list[float]:
     """All of them in one list, the number of layers first."""
-    return torch.cat([torch.tensor(value).flatten() for value in astuple(found)]).tolist()
+    values = [value for value in astuple(found) if value is not None]
+    return torch.cat([torch.tensor(value).flatten() for value in values]).tolist()
+
+
+def means(found: Probe) -> list[float]:
+    """Those that are means over seeds, in one list."""
+    values = (found.initial_loss, found.gradient_norms, found.betas, found.stream_rms)
+    return torch.cat([torch.tensor(value).flatten() for value in values]).tolist()
 
 
 def one_block(
@@ -89,7 +99,7 @@ def one_block(
 def test_one_block_by_hand(placement: str):
     config = shaped(placement, tied_head=False, mlp={"activation": "relu"})
     inputs, targets = batch(0)
-    found = probe(config, VOCAB, [(inputs, targets)], [7])
+    found = probe(config, VOCAB, {7: [(inputs, targets)]})
 
     named = initialized(config, 7).named_parameters()
     w = {
@@ -105,7 +115,7 @@ def test_one_block_by_hand(placement: str):
     assert found.layers == 1
     assert found.initial_loss == pytest.approx(loss.item(), rel=1e-5)
     assert found.gradient_norms == pytest.approx([gradients[-1].square().sum().sqrt().item()])
-    assert found.last_gradient == found.gradient_norms[0]
+    assert found.last_gradients == found.gradient_norms
     assert found.betas is not None
     assert found.betas[0] == pytest.approx([beta.item() for beta in betas], rel=1e-5)
     assert found.stream_rms == pytest.approx([stream.square().mean().sqrt().item()])
@@ -114,7 +124,7 @@ def test_one_block_by_hand(placement: str):
     for name, gradient in zip(MATRICES, gradients, strict=True):
         w[name] = w[name] - ADAM_RATE * gradient.sign()
     moved = (one_block(placement, w, inputs)[0] - out).square().mean().item()
-    assert found.adam_amplification == pytest.approx(moved, rel=0.01)
+    assert found.adam_amplifications == pytest.approx([moved], rel=0.01)
 
 
 def expected_amplification(model: GPT, inputs: Tensor) -> float:
@@ -141,8 +151,8 @@ def test_amplification_agrees_with_the_jacobian():
     """In DeepNorm v starts smaller than q and k: each is perturbed in proportion to itself."""
     config, (inputs, targets), seeds = shaped("deepnorm", 2), batch(0, 1, 3), range(20)
     expected = sum(expected_amplification(initialized(config, seed), inputs) for seed in seeds) / 20
-    found = probe(config, VOCAB, [(inputs, targets)], seeds).amplification
-    assert found == pytest.approx(expected, rel=0.1)
+    found = probe(config, VOCAB, {seed: [(inputs, targets)] for seed in seeds})
+    assert fmean(found.amplifications) == pytest.approx(expected, rel=0.1)
 
 
 def test_gradients_are_averaged_over_batches_before_the_norm():
@@ -152,22 +162,53 @@ def test_gradients_are_averaged_over_batches_before_the_norm():
     first, second = (torch.autograd.grad(model.loss(*pair), w2) for pair in batches)
     of_mean = [((a + b) / 2).norm().item() for a, b in zip(first, second, strict=True)]
     mean_of = [(a.norm() + b.norm()).item() / 2 for a, b in zip(first, second, strict=True)]
-    assert probe(config, VOCAB, batches, [0]).gradient_norms == pytest.approx(of_mean, rel=1e-4)
+    assert probe(config, VOCAB, {0: batches}).gradient_norms == pytest.approx(of_mean, rel=1e-4)
     assert all(b > 1.1 * a for a, b in zip(of_mean, mean_of, strict=True))
 
 
 def test_batches_of_one_size_count_as_one_large_batch():
     config, ((x1, y1), (x2, y2)) = shaped(layers=2), (batch(1), batch(2))
-    two = probe(config, VOCAB, [(x1, y1), (x2, y2)], [0])
-    one = probe(config, VOCAB, [(torch.cat([x1, x2]), torch.cat([y1, y2]))], [0])
+    two = probe(config, VOCAB, {0: [(x1, y1), (x2, y2)]})
+    one = probe(config, VOCAB, {0: [(torch.cat([x1, x2]), torch.cat([y1, y2]))]})
     assert numbers(two) == pytest.approx(numbers(one), rel=1e-3)
 
 
-def test_every_number_is_a_mean_over_seeds():
-    config, batches = shaped(layers=2), [batch(1)]
-    a, b, both = (numbers(probe(config, VOCAB, batches, seeds)) for seeds in ([3], [4], [3, 4]))
-    assert all(x != y for x, y in zip(a[1:], b[1:], strict=True))
-    assert both == pytest.approx([(x + y) / 2 for x, y in zip(a, b, strict=True)])
+def test_numbers_are_means_over_seeds_or_one_for_each_seed():
+    """Each seed with its own weights and its own tokens."""
+    config, own = shaped(layers=2), {3: [batch(1)], 4: [batch(2)]}
+    a, b = (probe(config, VOCAB, {seed: own[seed]}, with_sharpness=True) for seed in own)
+    both = probe(config, VOCAB, own, with_sharpness=True)
+    assert both.last_gradients == a.last_gradients + b.last_gradients
+    assert both.amplifications == a.amplifications + b.amplifications
+    assert both.adam_amplifications == a.adam_amplifications + b.adam_amplifications
+    assert a.sharpness is not None
+    assert b.sharpness is not None
+    assert both.sharpness == a.sharpness + b.sharpness
+    for x, y, mean in zip(*map(means, (a, b, both)), strict=True):
+        assert x != y
+        assert mean == pytest.approx((x + y) / 2)
+    assert a != probe(config, VOCAB, {3: own[4]}, with_sharpness=True)
+
+
+def test_the_sharpness_is_that_of_the_first_sequences_up_to_a_depth():
+    config, (x, y) = shaped(layers=1, mlp={"multiple": 1}), batch(1)
+    model = initialized(config, 3)
+    sizes = [p.numel() for p in model.parameters()]
+
+    def loss(flat: Tensor) -> Tensor:
+        pairs = zip(model.named_parameters(), flat.split(sizes), strict=True)
+        named = {name: part.view_as(p) for (name, p), part in pairs}
+        with sdpa_kernel(SDPBackend.MATH):
+            logits = torch.func.functional_call(model, named, (x[:2],))
+            return cross_entropy(logits.flatten(0, 1), y[:2].flatten())
+
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    hessian = torch.autograd.functional.hessian(loss, flat)
+    found = probe(config, VOCAB, {3: [(x, y)]}, with_sharpness=True).sharpness
+    assert found == pytest.approx([torch.linalg.eigvalsh(hessian)[-1].item()], rel=2e-3)
+    assert probe(config, VOCAB, {3: [(x, y)]}).sharpness is None
+    deep = probe_depths(config, VOCAB, {3: [(x, y)]}, (6, 7), with_sharpness=True)
+    assert [each.sharpness is None for each in deep] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -183,60 +224,60 @@ def test_amplification_grows_with_depth_as_in_theory(placement: str, least: floa
     """Sequences of one token, ReLU, one head, as wide inside as outside; Liu et al. 2020."""
     mlp = {"activation": "relu", "multiple": 1}
     config = shaped(placement, width=64, context=1, tied_head=False, mlp=mlp)
-    found = probe_depths(config, VOCAB, [batch(0, 16, 1)], range(4), (2, 12))
+    found = probe_depths(config, VOCAB, {seed: [batch(0, 16, 1)] for seed in range(4)}, (2, 12))
     sublayers = [2 * each.layers for each in found]
-    assert least < loglog_slope(sublayers, [each.amplification for each in found]) < most
+    assert least < loglog_slope(sublayers, [fmean(each.amplifications) for each in found]) < most
 
 
 def test_closed_branches_have_no_gradient_and_amplify_nothing():
     """ReZero's start: a = 0."""
-    for each in probe_depths(shaped("rezero"), VOCAB, [batch(0)], [0], (2, 4)):
+    for each in probe_depths(shaped("rezero"), VOCAB, {0: [batch(0)]}, (2, 4)):
         assert set(each.gradient_norms) == {0.0}
-        assert each.amplification == each.adam_amplification == 0.0
+        assert each.amplifications == each.adam_amplifications == (0.0,)
 
 
 def test_depths_that_a_placement_does_not_allow_are_left_out():
-    found = probe_depths(shaped("mix", 4), VOCAB, [batch(0)], [0], (2, 3, 4, 6))
+    found = probe_depths(shaped("mix", 4), VOCAB, {0: [batch(0)]}, (2, 3, 4, 6))
     assert [p.layers for p in found] == [4, 6]
     assert [len(p.gradient_norms) for p in found] == [4, 6]
 
 
 def test_probes_of_a_placement_without_small_depths_can_be_read_again(tmp_path: Path):
-    probes = tuple(probe_depths(shaped("mix", 4), VOCAB, [batch(0, 1, 1)], [0]))
+    probes = tuple(probe_depths(shaped("mix", 4), VOCAB, {0: [batch(0, 1, 1)]}))
     write_init_probes(tmp_path, [InitProbe(("mix",), "gpt2", probes, probes)])
     (found,) = read_init_probes(tmp_path, ["mix"])
     assert [p.layers for p in found.text] == [4, 6, 12, 24]
 
 
 def test_by_default_the_depths_are_2_to_24():
-    found = probe_depths(shaped(), VOCAB, [batch(0, 1, 1)], [0])
+    found = probe_depths(shaped(), VOCAB, {0: [batch(0, 1, 1)]})
     assert [p.layers for p in found] == list(DEPTHS) == [2, 4, 6, 12, 24]
 
 
 def test_a_probe_is_deterministic_and_leaves_the_global_generator_alone():
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first = probe(shaped("admin"), VOCAB, [batch(0)], [0])
+    first = probe(shaped("admin"), VOCAB, {0: [batch(0)]})
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(3)
-    assert probe(shaped("admin"), VOCAB, [batch(0)], [0]) == first
+    assert probe(shaped("admin"), VOCAB, {0: [batch(0)]}) == first
 
 
 def test_dropout_is_off():
     plain, dropping = (shaped("admin", 2, dropout=p) for p in (0.0, 0.5))
-    assert probe(dropping, VOCAB, [batch(0)], [0]) == probe(plain, VOCAB, [batch(0)], [0])
+    assert probe(dropping, VOCAB, {0: [batch(0)]}) == probe(plain, VOCAB, {0: [batch(0)]})
 
 
 def test_batch_norm_uses_the_batch():
     """Its running averages, 0 and 1, would leave the stream of post-norm unnormalized."""
-    found = probe(shaped("post", 3, norm={"type": "batch"}), VOCAB, [batch(0)], [0])
+    found = probe(shaped("post", 3, norm={"type": "batch"}), VOCAB, {0: [batch(0)]})
     assert found.stream_rms == pytest.approx([1, 1, 1], rel=1e-3)
 
 
 @pytest.mark.parametrize("placement", [name for name in PLACEMENTS if name != "rezero"])
 def test_every_branch_contributes_to_its_sum(placement: str):
     """Not in ReZero, whose branches are closed at the start."""
-    found = probe(shaped(placement, 4), VOCAB, [batch(0)], [0])
+    found = probe(shaped(placement, 4), VOCAB, {0: [batch(0)]})
     assert found.betas is not None
     assert len(found.betas) == 4
     assert all(0 < beta < 1 for block in found.betas for beta in block)
@@ -248,4 +289,4 @@ def test_a_placement_that_adds_in_another_way_has_no_betas(monkeypatch: pytest.M
             return self.add(x, self.attention(x) + self.mlp(x))
 
     monkeypatch.setitem(PLACEMENTS, "plain", Plain)
-    assert probe(shaped("plain"), VOCAB, [batch(0)], [0]).betas is None
+    assert probe(shaped("plain"), VOCAB, {0: [batch(0)]}).betas is None

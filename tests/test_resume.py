@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 from test_training import assert_same_run, power_cut_after, records, run, stop_after, tensors
 
 from gpt.config import Config
+from gpt.data.preparation import prepare
+from gpt.data.sequences import TrainingSequences
 from gpt.errors import InputError
 from gpt.hardware import memory
 from gpt.optim import OPTIMIZERS
@@ -32,6 +35,27 @@ def test_20_steps_are_10_and_10_more(tiny: Make, tmp_path: Path, optimizer: str)
     assert (second.status, second.step) == ("finished", 20)
     assert second.val_loss == whole.val_loss
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_on_a_fixed_batch_resumes_on_it(tiny: Make, tmp_path: Path):
+    """In micro-batches, by the digest of all inputs so far and the loss, which only falls."""
+    config = tiny(
+        data={"windows": "fixed"}, training={"micro_batch": 2}, schedule={"warmup": "none"}
+    )
+    run(config, tmp_path / "whole")
+    run(config, tmp_path / "parts", **stop_after(7))
+    run(config, tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    train = prepare(config.data).train
+    first = TrainingSequences(train, 16, config.data_seed).batch(1, 4)[0].tobytes()
+    digest, losses = "", []
+    for record in records(tmp_path / "whole"):
+        if "loss" in record:
+            digest = hashlib.sha256(digest.encode() + first).hexdigest()
+            assert record["batches"] == digest[:16]
+            losses.append(record["loss"])
+    assert len(losses) == 20
+    assert losses == sorted(losses, reverse=True)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

@@ -71,6 +71,15 @@ def test_windows_of_small_corpora_stay_inside(count: int, context: int, seed: in
         assert ((x[:, 1:] - x[:, :-1]) % count == 1 % count).all()
 
 
+def test_a_fixed_batch_is_the_first_one_at_every_step():
+    train = [TOKENS[:500], TOKENS[500:700]]
+    options = {"context": 10, "seed": 1, "weights": (0.7, 0.3)}
+    fixed, epochs = (TrainingSequences(train, windows=w, **options) for w in ("fixed", "epochs"))
+    for step in (1, 2, 700):
+        for one, another in zip(fixed.batch(step, 8), epochs.batch(1, 8), strict=True):
+            assert (one == another).all()
+
+
 def test_random_windows_start_anywhere():
     sequences = TrainingSequences([TOKENS], 16, seed=0, windows="random")
     found = starts(sequences, range(1, 2001), 4)

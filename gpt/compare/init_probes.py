@@ -20,9 +20,9 @@ from gpt.data.sequences import TrainingSequences
 from gpt.errors import InputError
 from gpt.io.files import read_json, write_text
 
-SEEDS = (0, 1)
-BATCHES, SEQUENCES = 2, 8  # of the training text
-TOKEN_SEEDS = tuple(range(16))  # for a single token, as in the theory
+SEEDS = tuple(range(5))  # each has initial weights and batches of its own
+BATCHES, SEQUENCES = 2, 8  # of the training text, for each seed
+TOKEN_SEEDS = tuple(range(16))  # for a single token each, as in the theory
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class InitProbe:
         arms: the arms that share it.
         regime: of its initial weights.
         text: probes on batches of the training text, by depth.
-        token: the same on a single token, with the weights of more seeds.
+        token: the same on single tokens, one for each of more seeds.
     """
 
     arms: tuple[str, ...]
@@ -57,21 +57,22 @@ def measure_init_probes(
         config = same[0].config
         dataset = preparation.prepare(config.data)
         vocabulary = dataset.encoding.n_vocab
-        text = _batches(dataset, config.model.context, SEQUENCES, BATCHES)
-        token = _batches(dataset, 1, 1, 1)
+        context = config.model.context
+        text = {seed: _batches(dataset, context, SEQUENCES, BATCHES, seed) for seed in SEEDS}
+        token = {seed: _batches(dataset, 1, 1, 1, seed) for seed in TOKEN_SEEDS}
         init_probes.append(
             InitProbe(
                 arms=tuple(dict.fromkeys(cell.arm for cell in same)),
                 regime=config.model.init.regime,
-                text=tuple(probe_depths(config.model, vocabulary, text, SEEDS)),
-                token=tuple(probe_depths(config.model, vocabulary, token, TOKEN_SEEDS)),
+                text=tuple(probe_depths(config.model, vocabulary, text, with_sharpness=True)),
+                token=tuple(probe_depths(config.model, vocabulary, token)),
             )
         )
     return init_probes
 
 
-def _batches(dataset: Dataset, context: int, size: int, count: int) -> list[Batch]:
-    sequences = TrainingSequences(dataset.train, context, seed=0, weights=dataset.weights)
+def _batches(dataset: Dataset, context: int, size: int, count: int, seed: int) -> list[Batch]:
+    sequences = TrainingSequences(dataset.train, context, seed, weights=dataset.weights)
     arrays = (sequences.batch(step, size) for step in range(1, count + 1))
     return [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in arrays]
 
@@ -102,7 +103,7 @@ def read_init_probes(directory: Path, arms: Collection[str]) -> list[InitProbe]:
 
 
 def _is_valid(init_probe: InitProbe, arms: Collection[str]) -> bool:
-    """Whether the probe belongs to arms of the comparison, with a value for each block.
+    """Whether the probe belongs to arms of the comparison, with a value for each block and seed.
 
     Some placements leave out small depths, see `probe_depths`.
     """
@@ -119,4 +120,21 @@ def _is_valid(init_probe: InitProbe, arms: Collection[str]) -> bool:
             for values in (probe.gradient_norms, probe.stream_rms, probe.betas)
             if values is not None
         )
+        and all(_same_seeds(probes) for probes in (init_probe.text, init_probe.token))
+    )
+
+
+def _same_seeds(probes: Sequence[Probe]) -> bool:
+    """Whether every measure of every depth has a value for each of equally many seeds."""
+    seeds = len(probes[0].last_gradients)
+    return seeds > 0 and all(
+        len(values) == seeds
+        for probe in probes
+        for values in (
+            probe.last_gradients,
+            probe.amplifications,
+            probe.adam_amplifications,
+            probe.sharpness,
+        )
+        if values is not None
     )

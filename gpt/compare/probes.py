@@ -1,8 +1,9 @@
 """Networks at initialization, measured without training: the quantities of the theory.
 
 Gradient norms by layer and depth (Xiong et al. 2020), residual dependency and amplification (Liu et
-al. 2020), and the residual stream, from a few forward and backward passes on the CPU. Dropout is
-off. Batch norm uses the statistics of the current batch, as in the first update, because its
+al. 2020), the residual stream, and the sharpness (Gilmer et al. 2021), from a few forward and
+backward passes on the CPU. Each seed has weights, and may have tokens, of its own. Dropout is off.
+Batch norm uses the statistics of the current batch, as in the first update, because its
 running averages are still empty.
 
 The theory of the gradients is about a single token. Mean gradients over many tokens of real text
@@ -14,7 +15,8 @@ Measures of a training run are in gpt/diagnostics/layers.py, whose `LayerStats` 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.config import ModelConfig
+from gpt.diagnostics.curvature import sharpness
 from gpt.diagnostics.layers import LayerStats
 from gpt.init import initialize
 from gpt.model import GPT, FusedLinear
@@ -34,11 +37,14 @@ DEPTHS = (2, 4, 6, 12, 24)  # numbers of blocks, L
 NOISE = 0.01  # standard deviation of the random change of a matrix, relative to the matrix's own
 ADAM_RATE = 1e-5  # of the single update: so small that outputs change linearly at any depth
 ADAM_EPS = 1e-8
+SHARPNESS_DEPTH, SHARPNESS_SEQUENCES = 6, 2  # at most: a Hessian's eigenvalue is expensive
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One model at initialization; means over seeds. Tuples hold one value per block, in order.
+    """One model at initialization.
+
+    Means over seeds, in tuples with one value per block, in order:
 
     Attributes:
         layers: L.
@@ -48,11 +54,18 @@ class Probe:
         betas: residual dependency Var[f] / Var[x + f] of attention and of the feed-forward, with x
             as the placement weights it; None if the placement adds without its `add` module.
         stream_rms: RMS of the residual stream after the block.
-        amplification: E|out(W) - out(W + δ)|² per channel, divided by NOISE². `out`
+
+    Values of each seed, in the same order at every depth:
+
+    Attributes:
+        last_gradients: the gradient norm of the last block.
+        amplifications: E|out(W) - out(W + δ)|² per channel, divided by NOISE². `out`
             is the stream after the final norm; δ is normal with a standard deviation of NOISE times
             that of the matrix, for each of a block's matrices (q, k and v count as three).
-        adam_amplification: E|out(W) - out(W')|² per channel, W' after Adam's first update of the
+        adam_amplifications: E|out(W) - out(W')|² per channel, W' after Adam's first update of the
             blocks' matrices on the batches, at ADAM_RATE.
+        sharpness: largest eigenvalue of the Hessian of the loss on the first SHARPNESS_SEQUENCES
+            sequences; None if it was not measured at this depth, or not found for a seed.
     """
 
     layers: int
@@ -60,63 +73,85 @@ class Probe:
     gradient_norms: tuple[float, ...]
     betas: tuple[tuple[float, float], ...] | None
     stream_rms: tuple[float, ...]
-    amplification: float
-    adam_amplification: float
-
-    @property
-    def last_gradient(self) -> float:
-        """The gradient norm of the last block."""
-        return self.gradient_norms[-1]
+    last_gradients: tuple[float, ...]
+    amplifications: tuple[float, ...]
+    adam_amplifications: tuple[float, ...]
+    sharpness: tuple[float, ...] | None
 
 
 def probe(
-    config: ModelConfig, vocab_size: int, batches: Sequence[Batch], seeds: Sequence[int]
+    config: ModelConfig,
+    vocab_size: int,
+    batches: Mapping[int, Sequence[Batch]],
+    *,
+    with_sharpness: bool = False,
 ) -> Probe:
     """Measure a model at initialization; deterministic.
 
     Args:
         vocab_size: V, from the tokenizer.
-        batches: at least one; all of the same T. Gradients are averaged over them with equal
-            weights, activations are measured on all at once, and the first calibrates placements
-            that need a batch (Admin's ω).
-        seeds: of initial weights; at least one.
+        batches: by the seed of the initial weights; at least one each, all of the same T. Gradients
+            are averaged over them with equal weights, activations are measured on all at once, and
+            the first calibrates placements that need a batch (Admin's ω).
+        with_sharpness: whether to measure the sharpness, up to SHARPNESS_DEPTH blocks.
     """
-    measured = [_measure(config, vocab_size, batches, seed) for seed in seeds]
+    with_sharpness = with_sharpness and config.layers <= SHARPNESS_DEPTH
+    measured = [
+        _measure(config, vocab_size, own, seed, with_sharpness=with_sharpness)
+        for seed, own in batches.items()
+    ]
+
+    def of_seeds(key: str) -> tuple[float, ...]:
+        return tuple(each[key] for each in measured)
 
     def mean(key: str) -> Any:
-        return torch.tensor([each[key] for each in measured], dtype=torch.float64).mean(0).tolist()
+        return torch.tensor(of_seeds(key), dtype=torch.float64).mean(0).tolist()
 
+    found = with_sharpness and all(map(math.isfinite, of_seeds("sharpness")))
     return Probe(
         layers=config.layers,
         initial_loss=mean("initial_loss"),
         gradient_norms=tuple(mean("gradient_norms")),
         betas=tuple(map(tuple, mean("betas"))) if "betas" in measured[0] else None,
         stream_rms=tuple(mean("stream_rms")),
-        amplification=mean("amplification"),
-        adam_amplification=mean("adam_amplification"),
+        last_gradients=tuple(norms[-1] for norms in (each["gradient_norms"] for each in measured)),
+        amplifications=of_seeds("amplification"),
+        adam_amplifications=of_seeds("adam_amplification"),
+        sharpness=of_seeds("sharpness") if found else None,
     )
 
 
 def probe_depths(
     config: ModelConfig,
     vocab_size: int,
-    batches: Sequence[Batch],
-    seeds: Sequence[int],
+    batches: Mapping[int, Sequence[Batch]],
     depths: Sequence[int] = DEPTHS,
+    *,
+    with_sharpness: bool = False,
 ) -> list[Probe]:
     """`probe` at each of `depths` that the placement allows."""
     least = PLACEMENTS[config.norm.placement].min_layers
     return [
-        probe(config.model_copy(update={"layers": layers}), vocab_size, batches, seeds)
+        probe(
+            config.model_copy(update={"layers": layers}),
+            vocab_size,
+            batches,
+            with_sharpness=with_sharpness,
+        )
         for layers in depths
         if layers >= least
     ]
 
 
 def _measure(
-    config: ModelConfig, vocab_size: int, batches: Sequence[Batch], seed: int
+    config: ModelConfig,
+    vocab_size: int,
+    batches: Sequence[Batch],
+    seed: int,
+    *,
+    with_sharpness: bool,
 ) -> dict[str, Any]:
-    """The fields of `Probe`, by name, for one seed."""
+    """What `Probe` is made of, for one seed."""
     tokens = torch.cat([inputs for inputs, _ in batches])
     model = _initialized(config, vocab_size, batches[0][0], seed)
     losses = torch.stack([model.loss(inputs, targets) for inputs, targets in batches])
@@ -131,6 +166,10 @@ def _measure(
     }
     if all("mlp_beta" in block for block in blocks):
         measures["betas"] = [(block["attention_beta"], block["mlp_beta"]) for block in blocks]
+    if with_sharpness:
+        inputs, targets = batches[0]
+        few = slice(SHARPNESS_SEQUENCES)
+        measures["sharpness"] = sharpness(model, inputs[few], targets[few])
 
     with torch.no_grad():
         before = model.hidden(tokens)

@@ -124,8 +124,8 @@ class DataConfig(SourceConfig):
     """Validation text: whole documents, chosen by a hash of their text, or the tail of each."""
     val_fraction: SplitFraction = 0.03
     """Fraction of the text that is held out for validation."""
-    windows: Literal["epochs", "random"] = "epochs"
-    """Training sequences: each window once per epoch, or at random offsets as in nanoGPT."""
+    windows: Literal["epochs", "random", "fixed"] = "epochs"
+    """Each window once per epoch, at random offsets as in nanoGPT, or always the first batch."""
     seed: Seed | None = None
     """Seed of the order of training sequences. Unset: the run's seed."""
     cache_dir: FileName = "cache"
@@ -418,12 +418,16 @@ class EvaluationConfig(Section):
 
 
 class DiagnosticsConfig(Section):
-    """Statistics of every layer; measuring them never disturbs training."""
+    """Statistics of the layers and of the whole model; measuring never disturbs training."""
 
     every: Count | None = None
     """Steps between measurements, starting at the first step. Unset: none, at no cost."""
     sequences: Count = 8
     """Sequences of the batch to measure activations on, at most a micro-batch."""
+    sharpness: CountOrZero = 0
+    """Sequences for the Hessian's largest eigenvalue, at most a micro-batch; 0: not measured."""
+    noise_scale: bool = False
+    """The gradient noise scale (McCandlish et al. 2018), from gradients of parts of the batch."""
 
 
 class CheckpointConfig(Section):
@@ -501,6 +505,8 @@ class Config(Section):
                 f"training.micro_batch ({training.micro_batch}) must divide the batch of "
                 f"{self.batch_sequences} sequences"
             )
+        if self.diagnostics.noise_scale and self.batch_sequences == 1:
+            raise ValueError("diagnostics.noise_scale: needs a batch of at least 2 sequences")
         return self
 
     @model_validator(mode="after")

@@ -1,10 +1,8 @@
 """Sequences: token files -> batches.
 
 Sample i of a run is a pure function of (data seed, i): it does not depend on the batch size or on
-what was read before. Batch n of B sequences holds samples (n - 1) B to n B - 1. Validation
-sequences never change.
-
-The targets of a batch are its inputs shifted by one token.
+what was read before. Batch n of B sequences holds samples (n - 1) B to n B - 1. Its targets are its
+inputs shifted by one token. Validation sequences never change.
 """
 
 from __future__ import annotations
@@ -34,14 +32,15 @@ class TrainingSequences:
     With windows "epochs", each epoch of a source is a new permutation of its non-overlapping
     windows, from a random offset. The window that reaches the end continues with the first tokens,
     so every token is an input once per epoch, except for fewer than T before the offset. With
-    "random", each window starts at a random token, as in nanoGPT.
+    "random", each window starts at a random token, as in nanoGPT. With "fixed", every batch is the
+    first of "epochs": training on it is full-batch training, as in studies of sharpness.
 
     Args:
         train: token ids of each source.
         weights: fraction of the samples from each source; they add up to 1.
         context: T, the number of inputs in a sequence.
         seed: of the order.
-        windows: "epochs" or "random".
+        windows: "epochs", "random" or "fixed".
 
     Raises:
         InputError: a source has fewer tokens than a window needs, or there are too many sources.
@@ -54,7 +53,7 @@ class TrainingSequences:
         seed: int,
         *,
         weights: Sequence[float] = (1.0,),
-        windows: Literal["epochs", "random"] = "epochs",
+        windows: Literal["epochs", "random", "fixed"] = "epochs",
     ) -> None:
         for number, tokens in enumerate(train):
             if len(tokens) <= context:
@@ -82,7 +81,7 @@ class TrainingSequences:
             size: number of sequences.
             check: called every `CHECK_EVERY` sequences; an exception that it raises ends the work.
         """
-        first = (step - 1) * size
+        first = 0 if self.windows == "fixed" else (step - 1) * size
         rows: list[Tokens] = []
         for index in range(first, first + size):
             if len(rows) % CHECK_EVERY == 0:

@@ -1,4 +1,4 @@
-"""Statistics of one update, one record per layer.
+"""Statistics of one update: one record per layer, and perhaps one of the whole model.
 
 Layer 0 is the embeddings, 1 ... L are the blocks, L + 1 is the final norm and the head.
 
@@ -26,17 +26,19 @@ from gpt.placement import Block
 
 @dataclass(frozen=True)
 class Measure:
-    """How to plot one statistic of a layer.
+    """How to plot one statistic.
 
     Attributes:
         title: of its plot.
         log: whether it spans orders of magnitude.
         alarm: values below it are marked.
+        threshold: key of the values, in the same records, that are drawn dashed.
     """
 
     title: str
     log: bool = True
     alarm: float | None = None
+    threshold: str | None = None
 
 
 MEASURES: dict[str, Measure] = {
@@ -54,6 +56,18 @@ MEASURES: dict[str, Measure] = {
     "attention_entropy": Measure("entropy of the attention weights (nats)", log=False),
     "log_z": Measure("mean log Z of the output softmax", log=False),
 }
+# Of the whole model, in records without a layer; see curvature.py and noise_scale.py.
+MODEL_MEASURES: dict[str, Measure] = {
+    "sharpness": Measure(
+        "sharpness, the Hessian's largest eigenvalue (dashed: 2/η of gradient descent)",
+        threshold="sharpness_threshold",
+    ),
+    "preconditioned_sharpness": Measure(
+        "sharpness, preconditioned by Adam (dashed: (2 + 2 β1)/((1 - β1) η))",
+        threshold="preconditioned_threshold",
+    ),
+    "noise_scale": Measure("gradient noise scale tr Σ / |G|² (sequences)"),
+}
 
 
 class LayerStats:
@@ -67,6 +81,9 @@ class LayerStats:
         eps: Adam's epsilon, by the name of each parameter that Adam updates.
         second_moments: Adam's v before this update, bias-corrected, for the same parameters. A
             gradient much larger than the root of v means that v is stale (Wortsman et al. 2023).
+
+    Attributes:
+        of_model: values of the whole model, to be recorded with the layers'.
     """
 
     def __init__(
@@ -75,6 +92,7 @@ class LayerStats:
         self.model, self.eps, self.second_moments = model, eps, second_moments
         self.blocks = [block for block in model.blocks if isinstance(block, Block)]
         self.layers: list[dict[str, Tensor]] = [{} for _ in range(model.config.layers + 2)]
+        self.of_model: Record = {}
         self.before = {name: p.detach().clone() for name, p in self._matrices()}
         self._measure_gradients()
 
@@ -171,14 +189,15 @@ class LayerStats:
         self.before.clear()
 
     def to_records(self, step: int) -> list[Record]:
-        """One record per layer, with plain numbers."""
+        """One record per layer, with plain numbers; then one of the whole model, if measured."""
         tensors = [value for measures in self.layers for value in measures.values()]
         numbers = iter(torch.stack([t.float().reshape(()) for t in tensors]).tolist())
-        return [
+        records: list[Record] = [
             {"step": step, "layer": layer, **{key: next(numbers) for key in measures}}
             for layer, measures in enumerate(self.layers)
             if measures
         ]
+        return records + ([{"step": step, **self.of_model}] if self.of_model else [])
 
 
 def layer_of(name: str, model: GPT) -> int:

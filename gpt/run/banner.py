@@ -43,7 +43,9 @@ def describe(
     if train_tokens is None:
         data = "not prepared yet"
     else:
-        data = f"{train_tokens:,} training tokens, {total / train_tokens:.2f} epochs"
+        passes = f"{total / train_tokens:.2f} epochs"
+        passes = "one batch of them" if config.data.windows == "fixed" else passes
+        data = f"{train_tokens:,} training tokens, {passes}"
     rows = {
         "steps": f"{config.training.steps:,}" + (f", of which {done:,} are done" if done else ""),
         "device": f"{device.type}, {config.training.precision}",

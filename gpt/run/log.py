@@ -113,12 +113,12 @@ class RunLog:
             **({"skipped": True} if update.skipped else {}),
             **speed,
         }
-        layers = (
+        snapshot = (
             update.layer_stats.to_records(update.step) if update.layer_stats is not None else []
         )
-        for layer in layers:
-            self._warn(layer)
-        return [record, *layers]
+        for measures in snapshot:
+            self._warn(measures)
+        return [record, *snapshot]
 
     def _warn(self, layer: Record) -> None:
         """Warn once that gradients are near Adam's epsilon, which then makes updates smaller."""

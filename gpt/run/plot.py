@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.ticker import MaxNLocator
 
-from gpt.diagnostics.layers import MEASURES, Measure
+from gpt.diagnostics.layers import MEASURES, MODEL_MEASURES, Measure
 from gpt.errors import printable
 from gpt.io.files import write_bytes
 from gpt.metrics import Record
@@ -133,19 +133,43 @@ def _layers(records: list[Record]) -> list[Record]:
 
 @literal_text()
 def plot_layers(records: list[Record], path: Path, title: str) -> None:
-    """Plot the statistics of layers in a metrics.jsonl, layer against step, as a PNG."""
+    """Plot the statistics of layers in a metrics.jsonl, layer against step, as a PNG.
+
+    Below them are those of the whole model, if any were measured.
+    """
     layers = _layers(records)
     shown = [key for key in MEASURES if any(record.get(key) is not None for record in layers)]
-    rows = -(-len(shown) // 2)
+    of_model = [key for key in MODEL_MEASURES if any(r.get(key) is not None for r in records)]
+    count = len(shown) + len(of_model)
+    rows = -(-count // 2)
     figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
     last = max(record["layer"] for record in layers)
     figure.suptitle(f"{label(title)} (layer 0: embeddings; layer {last}: final norm and head)")
-    for axes, key in zip(figure.subplots(rows, 2, squeeze=False).flat, shown, strict=False):
+    panels = list(figure.subplots(rows, 2, squeeze=False).flat)
+    for axes, key in zip(panels, shown, strict=False):
         own = [record for record in layers if record.get(key) is not None]
         _plot_measure(axes, own, key, MEASURES[key])
-    for axes in figure.axes[len(shown) : 2 * rows]:
+    for axes, key in zip(panels[len(shown) :], of_model, strict=False):
+        _plot_model_measure(axes, [record for record in records if key in record], key)
+    for axes in panels[count:]:
         axes.set_visible(False)
     save(figure, path)
+
+
+def _plot_model_measure(axes: Axes, records: list[Record], key: str) -> None:
+    """One statistic of the whole model, against its threshold if it has one."""
+    measure = MODEL_MEASURES[key]
+    axes.set_title(measure.title, fontsize=9)
+    axes.set_xlabel("step")
+    styles: dict[str, Any] = {key: {"color": OTHER, "marker": "o", "ms": 3}}
+    if measure.threshold is not None:
+        styles[measure.threshold] = {"color": VALIDATION, "linestyle": "--"}
+    for each, style in styles.items():
+        values = [np.nan if record[each] is None else record[each] for record in records]
+        axes.plot([record["step"] for record in records], values, **style)
+    if measure.log:
+        axes.set_yscale("log", nonpositive="mask")
+    axes.grid(alpha=0.25)
 
 
 def _plot_measure(axes: Axes, records: list[Record], key: str, measure: Measure) -> None:

@@ -27,8 +27,10 @@ from gpt.config import Config
 from gpt.data import tokenizer
 from gpt.data.prepared import Dataset
 from gpt.data.sequences import TrainingSequences, ValidationSequences, prefetch
+from gpt.diagnostics.curvature import measure_sharpness, stability_thresholds
 from gpt.diagnostics.failure import Failure, FaultLocation, advice, describe_location
 from gpt.diagnostics.layers import LayerStats
+from gpt.diagnostics.noise_scale import measure_noise_scale, part_size
 from gpt.errors import Fault, InputError, NonFiniteError, StepInterruptedError
 from gpt.generate import continue_text
 from gpt.io.console import Console
@@ -194,8 +196,12 @@ class Run:
         """The learning rate of update `step`, as a multiple of `optimizer.learning_rate`."""
         return lr_multiplier(self.config.schedule, step, self.config.training.steps)
 
-    def before_update(self, step: int, inputs: Tensor) -> LayerStats | None:
-        """Add the inputs to the digest, and measure the layers if `diagnostics` asks for it."""
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of update `step`."""
+        return self.lr_scale(step) * self.config.optimizer.learning_rate
+
+    def before_update(self, step: int, inputs: Tensor, targets: Tensor) -> LayerStats | None:
+        """Add the inputs to the digest, and measure what `diagnostics` asks for."""
         inputs_so_far = self.progress.inputs_digest.encode() + inputs.numpy().tobytes()
         self.progress.inputs_digest = hashlib.sha256(inputs_so_far).hexdigest()
         every, trainer = self.config.diagnostics.every, self.trainer
@@ -207,7 +213,23 @@ class Run:
         few = min(self.config.diagnostics.sequences, trainer.micro_batch)
         with trainer.autocast():
             layer_stats.measure_activations(trainer.to_device(inputs[:few]))
+        layer_stats.of_model = self._measure_model(step, inputs, targets)
         return layer_stats
+
+    def _measure_model(self, step: int, inputs: Tensor, targets: Tensor) -> metrics.Record:
+        """The values of the whole model that `diagnostics` asks for, before update `step`."""
+        config, trainer = self.config, self.trainer
+        model, z_loss = trainer.model, config.training.z_loss
+        x, y = trainer.to_device(inputs), trainer.to_device(targets)
+        measured: metrics.Record = {}
+        if config.diagnostics.sharpness:
+            few = min(config.diagnostics.sharpness, trainer.micro_batch)
+            measured |= measure_sharpness(model, x[:few], y[:few], z_loss, trainer.optimizer)
+            measured |= stability_thresholds(config.optimizer, self.learning_rate(step))
+        if config.diagnostics.noise_scale:
+            part = part_size(len(x), trainer.micro_batch)
+            measured |= measure_noise_scale(model, x, y, z_loss, part)
+        return measured
 
     def after_update(
         self,
@@ -227,9 +249,8 @@ class Run:
         """
         if layer_stats is not None:
             layer_stats.measure_update()
-        learning_rate = self.lr_scale(step) * self.config.optimizer.learning_rate
-        digest = self.progress.inputs_digest[:16]
-        self.log.add(Update(step, loss, grad_norm, learning_rate, digest, skipped, layer_stats))
+        rate, digest = self.learning_rate(step), self.progress.inputs_digest[:16]
+        self.log.add(Update(step, loss, grad_norm, rate, digest, skipped, layer_stats))
         self.on_update()
         stopping = self.stop()
         if not (stopping or any(self._due(step)) or step % self.log.read_every == 0):

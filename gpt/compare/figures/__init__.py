@@ -16,7 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from gpt.compare.figures.base import Plot, PlotData, plot_style
-from gpt.compare.figures.initialization import amplification, gradient_by_depth, start_by_layer
+from gpt.compare.figures.initialization import (
+    amplification,
+    gradient_by_depth,
+    sharpness_by_depth,
+    start_by_layer,
+)
 from gpt.compare.figures.losses import failures, loss_beside, loss_by_rate
 from gpt.compare.figures.runs import curves, layers
 from gpt.compare.figures.thresholds import sensitivity, thresholds
@@ -31,6 +36,7 @@ PLOTS: dict[str, Callable[[PlotData], Plot | None]] = {
     "gradient-by-depth": gradient_by_depth,
     "start-by-layer": start_by_layer,
     "amplification": amplification,
+    "sharpness-by-depth": sharpness_by_depth,
     "layers": layers,
 }
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
-from gpt.compare.analysis.statistics import loglog_slope
+from gpt.compare.analysis.statistics import MIN_SEEDS, loglog_slope, mean_interval
 from gpt.compare.figures.base import (
     BETAS,
     STREAM,
@@ -19,7 +20,12 @@ from gpt.compare.figures.base import (
     plain_numbers,
 )
 from gpt.compare.init_probes import InitProbe
-from gpt.compare.probes import Probe
+from gpt.compare.probes import SHARPNESS_SEQUENCES, Probe
+
+WHISKERS = (
+    f"From {MIN_SEEDS} seeds on, whiskers and brackets are 95% t intervals; a whisker that "
+    "reaches 0 is not drawn."
+)
 
 
 def gradient_by_depth(data: PlotData) -> Plot | None:
@@ -27,16 +33,16 @@ def gradient_by_depth(data: PlotData) -> Plot | None:
     if not data.init_probes:
         return None
     figure, (axes,) = panels(1, width=6.0, height=3.6)
-    slopes = _by_depth(axes, data, lambda probe: probe.last_gradient)
+    slopes = _by_depth(axes, data, lambda probe: probe.last_gradients)
     axes.set_ylabel("gradient norm of the last block's W₂")
     figure.legend(loc="outside lower center", ncols=2 if len(slopes) < 9 else 3)
     return Plot(
         "initialization",
         "Gradient of the last block at initialization, by depth",
-        "For a single token, averaged over initial weights, as in the theory of Xiong et al. 2020: "
-        "with xavier weights it is flat in post-norm, and in pre-norm it falls with a slope near "
-        f"-0.45. In the gpt2 regime at small widths both slopes are near 0. Slopes: "
-        f"{'; '.join(slopes)}.",
+        f"For a single token, as in the theory of Xiong et al. 2020. {_seeds(data, 'token')} "
+        f"{WHISKERS} In theory, with xavier weights, the norm is flat in post-norm, and in "
+        "pre-norm it falls with a slope near -0.45. In the gpt2 regime at small widths both slopes "
+        f"are near 0. Slopes: {'; '.join(slopes)}.",
         "; ".join(slopes),
         figure,
     )
@@ -47,8 +53,8 @@ def amplification(data: PlotData) -> Plot | None:
     if not data.init_probes:
         return None
     figure, axes_list = panels(2, width=4.6, height=3.6)
-    random = _by_depth(axes_list[0], data, lambda probe: probe.amplification, sublayers=True)
-    adam = _by_depth(axes_list[1], data, lambda probe: probe.adam_amplification, sublayers=True)
+    random = _by_depth(axes_list[0], data, lambda probe: probe.amplifications, sublayers=True)
+    adam = _by_depth(axes_list[1], data, lambda probe: probe.adam_amplifications, sublayers=True)
     axes_list[0].set_title("random change of the weights: E|Δout|² / δ²")
     axes_list[1].set_title("one Adam update: E|Δout|²")
     names = [_name(data, each) for each in data.init_probes]
@@ -59,27 +65,67 @@ def amplification(data: PlotData) -> Plot | None:
         "For a single token, per channel: each matrix of the blocks is changed at random by δ = 1% "
         "of its standard deviation, or by one Adam update at rate 1e-5. Theory (Liu et al. 2020) "
         "of the random change with xavier weights: in post-norm it grows as the number of "
-        "sublayers, a slope of 1, and in pre-norm as its logarithm. Slopes: random change "
+        "sublayers, a slope of 1, and in pre-norm as its logarithm. "
+        f"{_seeds(data, 'token')} {WHISKERS} Slopes: random change "
         f"{'; '.join(random)}; Adam {'; '.join(adam)}.",
         f"Random change: {'; '.join(random)}. Adam: {'; '.join(adam)}",
         figure,
     )
 
 
+def sharpness_by_depth(data: PlotData) -> Plot | None:
+    """Largest eigenvalue of the Hessian against the number of blocks, log-log."""
+    if not any(probe.sharpness for each in data.init_probes for probe in each.text):
+        return None
+    figure, (axes,) = panels(1, width=6.0, height=3.6)
+    slopes = _by_depth(axes, data, lambda probe: probe.sharpness, of="text")
+    axes.set_ylabel("sharpness")
+    figure.legend(loc="outside lower center", ncols=2 if len(slopes) < 9 else 3)
+    return Plot(
+        "initialization",
+        "Sharpness at initialization, by depth",
+        "The largest eigenvalue of the Hessian of the loss, on "
+        f"{SHARPNESS_SEQUENCES} sequences of the training text. Gradient descent is unstable where "
+        "it exceeds 2/η: at the start, warm-up keeps η small until training has reached flatter "
+        f"weights (Gilmer et al. 2021). {_seeds(data, 'text')} {WHISKERS} Slopes: "
+        f"{'; '.join(slopes)}.",
+        "; ".join(slopes),
+        figure,
+    )
+
+
+def _seeds(data: PlotData, of: Literal["text", "token"]) -> str:
+    """How many seeds the probes have."""
+    count = len(getattr(data.init_probes[0], of)[0].last_gradients)
+    return f"Means over {count} seeds, each with initial weights and tokens of its own."
+
+
 def _by_depth(
-    axes: Axes, data: PlotData, value: Callable[[Probe], float], *, sublayers: bool = False
+    axes: Axes,
+    data: PlotData,
+    values: Callable[[Probe], Sequence[float] | None],
+    *,
+    of: Literal["text", "token"] = "token",
+    sublayers: bool = False,
 ) -> list[str]:
-    """Draw a measure of single tokens against depth; returns each network's slope in words."""
+    """Draw a measure, in values of each seed, against depth; returns the networks' slopes in words.
+
+    A slope is the mean of the seeds' slopes.
+    """
     factor, slopes = 2 if sublayers else 1, []
     depths: set[int] = set()
     for each in data.init_probes:
-        xs = [factor * probe.layers for probe in each.token]
-        ys = [value(probe) for probe in each.token]
-        zero = not all(ys)  # ReZero's branches are 0 at initialization
-        slope = "0 throughout" if zero else f"{loglog_slope(xs, ys):+.2f}"
-        slopes.append(f"{_name(data, each)} {slope}")
-        axes.plot(xs, ys, marker="o", ms=4, label=slopes[-1], **_line(data, each))
-        depths |= set(xs)
+        found = {factor * probe.layers: values(probe) for probe in getattr(each, of)}
+        measured = {x: ys for x, ys in found.items() if ys is not None}
+        slopes.append(f"{_name(data, each)} {_slope(measured)}")
+        means = [fmean(ys) for ys in measured.values()]
+        style = {"marker": "o", "ms": 4, "label": slopes[-1], **_line(data, each)}
+        axes.plot(list(measured), means, **style)
+        for x, ys in measured.items():
+            interval = mean_interval(ys)
+            if interval is not None and interval.low > 0:
+                axes.vlines(x, interval.low, interval.high, color=style["color"], lw=1)
+        depths |= set(measured)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xticks(sorted(depths), [str(depth) for depth in sorted(depths)])
@@ -87,6 +133,18 @@ def _by_depth(
     axes.set_xlabel("sublayers, 2L" if sublayers else "blocks, L")
     plain_numbers(axes)
     return slopes
+
+
+def _slope(measured: dict[int, Sequence[float]]) -> str:
+    """The mean over seeds of the slope of log y on log x, and its interval."""
+    if not all(map(all, measured.values())):  # ReZero's branches are 0 at initialization
+        return "0 throughout"
+    if len(measured) < 2:
+        return "at one depth"
+    of_seeds = [loglog_slope(list(measured), ys) for ys in zip(*measured.values(), strict=True)]
+    interval = mean_interval(of_seeds)
+    around = f" ({interval.low:+.2f} to {interval.high:+.2f})" if interval is not None else ""
+    return f"{fmean(of_seeds):+.2f}{around}"
 
 
 def start_by_layer(data: PlotData) -> Plot | None:
@@ -116,9 +174,9 @@ def start_by_layer(data: PlotData) -> Plot | None:
         "initialization",
         f"Inside the networks at initialization, {depth} blocks",
         f"The arms' networks with {depth} blocks, whatever the grid's depth, on batches of the "
-        "training text before any update. β = Var[f]/Var[x + f] is the sublayer's share of the "
-        "variance: it falls with depth where the stream grows, as in pre-norm, and is flat where "
-        "every sum is normalized, as in post-norm.",
+        f"training text before any update. {_seeds(data, 'text')} β = Var[f]/Var[x + f] is the "
+        "sublayer's share of the variance: it falls with depth where the stream grows, as in "
+        "pre-norm, and is flat where every sum is normalized, as in post-norm.",
         "; ".join(alt),
         figure,
     )
