@@ -20,8 +20,6 @@ from gpt.compare.analysis.statistics import wilson
 from gpt.compare.grid import Contrast, Grid, as_text
 from gpt.config import Config, DataConfig
 
-NOTHING_LEARNED = "Too short, or the learning rates are wrong"
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -97,8 +95,6 @@ def _answer(contrast: Contrast, result: ContrastResult | None, sentence: str) ->
     if result is None:
         return Answer(contrast.question, badge, "open", sentence.partition(": ")[2], "")
     found = wording.finding(result, contrast)
-    if not result.learned:
-        found = f"{NOTHING_LEARNED}: {found}"
     why = " ".join(filter(None, (wording.because(result), result.outlook)))
     return Answer(contrast.question, badge, result.answer, found[0].upper() + found[1:], why)
 
@@ -108,7 +104,7 @@ def _without_question(summary: Summary) -> Answer:
     statuses = {status for arm in summary.arms for at in arm.by_rate for status in at.statuses}
     found = summary.conclusions[-1]
     if statuses == {"plateaued"}:
-        found = f"{NOTHING_LEARNED}: no run ended clearly below H₁. {found}"
+        found = f"{wording.NOTHING_LEARNED.capitalize()}: none ended clearly below H₁."
     return Answer("No question was registered", "", "open", found, "")
 
 
@@ -171,7 +167,7 @@ def _runs_of(arm: str, contrast: Contrast | None, outcomes: Sequence[Outcome]) -
 def _outcome(runs: Sequence[Outcome]) -> tuple[str, str]:
     """`8 of 8 trained` and the mean loss."""
     if not runs:
-        return "not compared", "–"
+        return "no run", "–"
     trained = sum(not run.failed for run in runs)
     return f"{trained} of {len(runs)} trained", f"{fmean(run.loss for run in runs):.3f}"
 

@@ -23,6 +23,8 @@ ANSWERS: dict[Answer, tuple[str, str]] = {
     "open": ("NOT SETTLED", "these runs leave the question open"),
 }
 
+NOTHING_LEARNED = "the runs are too short, or their learning rates are wrong"
+
 EXPLORATORY = "An earlier question has no confirmatory YES, so this answer is exploratory."
 
 Reason = Literal[
@@ -160,8 +162,8 @@ def reason(reason: Reason, contrast: Contrast, seeds: int, p: float | None) -> s
     several = f"{seeds} seeds" if seeds != 1 else "one seed"
     return {
         "nothing learned": (
-            "no run that it compares ended clearly below H₁, the loss of guessing by token "
-            "frequency: the runs are too short, or their learning rates are wrong"
+            f"{NOTHING_LEARNED}: none that it compares ended clearly below H₁, the loss of "
+            "guessing by token frequency"
         ),
         "too few for an interval": (
             f"an interval needs at least {MIN_SEEDS} seeds, and these arms share {several}"
