@@ -275,7 +275,7 @@ OWN = {arm: RATES[n % 2] for n, arm in enumerate(ARMS)}
 CASES: dict[str, tuple[Grid, list[Outcome]]] = {
     "YES": (asked(COST), runs()),
     "NO": (asked({**COST, "claim": "below"}), runs()),
-    "NOT SETTLED": (asked(COST), runs(lambda arm, rate, seed: 2.5 + math.sin(seed * len(arm)))),
+    "NOT SETTLED": (asked(COST), runs(noisy_loss)),
     "nothing learned": (asked(COST), runs(lambda *_: 3.31, status="plateaued")),
     "one pair": (asked({"question": "?", "of": COST["of"]}), runs()),
     "own rates": (asked({**COST, "rates": OWN}), runs()),

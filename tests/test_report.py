@@ -326,6 +326,8 @@ def test_it_can_be_printed(page: Any, tmp_path: Path):
     assert not page.locator(".arms").is_visible()
     page.pdf(path=tmp_path / "report.pdf")
     assert (tmp_path / "report.pdf").stat().st_size > 10_000
+    assert page.locator("details").count() > 3
+    assert page.locator("details:not([open])").count() == 0
 
 
 @pytest.mark.slow

@@ -130,6 +130,8 @@ def mean_table(summary: Summary) -> list[tuple[str, str, str, str]]:
 def _table(grid: Grid, contrast: Contrast | None, outcomes: Sequence[Outcome]) -> Table:
     """A 2 x 2 table of two factors with two levels each, or one of the contrast's arms."""
     where = (contrast and wording.where(contrast)) or "all rates and settings"
+    if contrast is not None and contrast.rates:
+        where = "each arm's own rate"
     runs = {arm.name: _runs_of(arm.name, contrast, outcomes) for arm in grid.all_arms()}
     if [len(levels) for levels in grid.arms.values()] == [2, 2]:
         (corner, rows), (of, columns) = grid.arms.items()

@@ -177,8 +177,9 @@ def legend(figure: Figure, styles: dict[str, Style]) -> None:
         for name, style in styles.items()
     ]
     each = 0.55 + 0.075 * max(map(len, styles))  # inches
-    columns = max(1, min(4, len(handles), int(WIDTH / each)))
-    figure.set_figheight(figure.get_figheight() + 0.18 * math.ceil(len(handles) / columns))
+    rows = math.ceil(len(handles) / max(1, min(4, int(WIDTH / each))))
+    columns = math.ceil(len(handles) / rows)
+    figure.set_figheight(figure.get_figheight() + 0.18 * rows)
     drawn = figure.legend(handles=handles, loc="outside lower left", ncols=columns)
     for handle, text, style in zip(
         drawn.legend_handles, drawn.get_texts(), styles.values(), strict=True

@@ -42,4 +42,7 @@ function reveal() {
   if (target) target.scrollIntoView();
 }
 addEventListener("hashchange", reveal);
+addEventListener("beforeprint", () => {
+  for (const fold of document.querySelectorAll("details")) fold.open = true;
+});
 reveal();
