@@ -29,7 +29,7 @@ from gpt.compare.analysis.outcomes import Outcome
 from gpt.compare.analysis.results import Summary
 from gpt.compare.grid import Grid
 from gpt.compare.init_probes import InitProbe
-from gpt.run.plot import literal_text
+from gpt.run.plot import label, literal_text
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
@@ -172,11 +172,12 @@ def panels(count: int, *, width: float, height: float, most: int = 4) -> tuple[F
 
 def legend(figure: Figure, styles: dict[str, Style]) -> None:
     """Name all arms under the panels; the figure grows by the legend, of at most WIDTH."""
+    names = [label(name, 56) for name in styles]
     handles = [
         Line2D([], [], **style.line, marker=style.shape, ms=4, label=name)
-        for name, style in styles.items()
+        for name, style in zip(names, styles.values(), strict=True)
     ]
-    each = 0.55 + 0.075 * max(map(len, styles))  # inches
+    each = 0.55 + 0.075 * max(map(len, names))  # inches
     rows = math.ceil(len(handles) / max(1, min(4, int(WIDTH / each))))
     columns = math.ceil(len(handles) / rows)
     figure.set_figheight(figure.get_figheight() + 0.18 * rows)
