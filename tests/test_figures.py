@@ -145,7 +145,8 @@ def test_the_pages_table_has_each_arms_own_numbers(data: PlotData, tables: Path)
 def test_the_markdown_table_has_each_arms_own_numbers(data: PlotData, tables: Path):
     lines = (tables / "report.md").read_text("utf-8").splitlines()
     for arm in data.summary.arms:
-        (row,) = [line for line in lines if line.startswith(f"| {arm.arm} ({arm.setting}) |")]
+        start = f"| {arm.arm} ({arm.setting}) | {arm.failures} of "
+        (row,) = [line for line in lines if line.startswith(start)]
         for text in numbers(arm):
             assert text in row
 
@@ -172,7 +173,7 @@ def test_a_new_plot_reaches_the_page_in_its_section(
     html = (tmp_path / "report.html").read_text("utf-8")
     assert '<figure id="new">' in html
     heading = html.partition('<figure id="new">')[0].rpartition('<h2 id="')[2].partition('"')[0]
-    assert heading == ("contrasts" if section == "training" else section)
+    assert heading == ("curves" if section == "training" else section)
 
 
 def test_a_skipped_update_is_not_drawn_as_a_spike(data: PlotData, monkeypatch: pytest.MonkeyPatch):

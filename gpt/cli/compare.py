@@ -118,10 +118,10 @@ def compare(arguments: Arguments, comparison: Comparison) -> Summary | None:
     other = Path(arguments.beside) if arguments.beside is not None else None
     if other is not None:
         comparisons.read_comparison(other)  # raises before any cell runs
+    workers = arguments.workers or default_workers(cells)
     if arguments.report_only:
         comparisons.check_directory(grid, cells, directory)
-        return comparisons.report(grid, cells, directory, other)
-    workers = arguments.workers or default_workers(cells)
+        return comparisons.report(grid, cells, directory, other, workers=workers)
     extend, reuse = arguments.extend, [Path(each) for each in arguments.reuse]
     if arguments.dry_run:
         show(comparisons.dry_run(grid, cells, directory, workers, extend=extend, reuse=reuse))

@@ -147,7 +147,9 @@ def compare(
         if grid.probes and not (directory / "probes.json").is_file():
             _probe(cells, directory, console, stop)
         return interruptible(
-            lambda stop: report(grid, cells, directory, beside, wait=REPORT_WAIT), stop, STOPPED
+            lambda stop: report(grid, cells, directory, beside, workers=workers, wait=REPORT_WAIT),
+            stop,
+            STOPPED,
         )
 
 
@@ -172,6 +174,7 @@ def report(
     directory: Path,
     beside: Path | None = None,
     *,
+    workers: int = 1,
     wait: float = 0.0,
 ) -> Summary:
     """Write cells.csv, summary.json, report.html, report.md and figures/ from finished cells.
@@ -180,6 +183,7 @@ def report(
 
     Args:
         beside: another comparison directory, to be shown next to this one.
+        workers: that would train further seeds.
         wait: seconds to wait for another process that writes this report.
 
     Raises:
@@ -195,7 +199,7 @@ def report(
         init_probes = read_init_probes(directory, [arm.name for arm in grid.all_arms()])
         commands = [f"{each.began}  {shlex.join(each.argv)}" for each in read_commands(directory)]
         registered = registration.registered(directory, grid, cells)
-        summary = summarize(grid, outcomes, registered)
+        summary = summarize(grid, outcomes, registered, workers)
         other = None if beside is None else (beside, read_comparison(beside))
         write_text(directory / "cells.csv", csv_text(outcomes))
         results = {"version": VERSION, **asdict(summary)}

@@ -7,12 +7,15 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from gpt.compare.analysis.headline import matching_text, mean_table
 from gpt.compare.analysis.outcomes import Outcome
 from gpt.compare.analysis.results import Summary
 from gpt.compare.estimate import Estimate, free_bytes
 from gpt.compare.execution.tasks import Task
 from gpt.compare.grid import Cell, Grid
 from gpt.io.console import duration
+
+MOST_ROWS = 50  # of a table in the terminal
 
 
 def describe(
@@ -81,8 +84,14 @@ def format_outcome(outcome: Outcome) -> str:
 
 
 def format_summary(summary: Summary, directory: Path) -> str:
-    """The conclusions, cells without a result, and where the report is."""
-    lines = [*summary.conclusions]
+    """Each question with its answer, the mean losses, what is missing, and where the report is."""
+    lines = []
+    for number, sentence in enumerate(summary.conclusions):
+        result = summary.contrasts[number] if number < len(summary.contrasts) else None
+        if result is not None:
+            lines.append(result.question)
+        lines.append(f"  {sentence}" if result is not None else sentence)
+    lines += ["", *format_means(summary), ""]
     if summary.lost:
         counts = Counter(summary.lost.values())
         by_status = ", ".join(f"{count} {status}" for status, count in counts.items())
@@ -90,6 +99,17 @@ def format_summary(summary: Summary, directory: Path) -> str:
             f"{len(summary.lost)} of {summary.planned} cells have no result ({by_status}); "
             "run the same command to retry them"
         )
-    if summary.match.exceptions:
-        lines.append(f"NOT MATCHED: {summary.match.exceptions[0]}")
+    lines.append(matching_text(summary.match))
     return "\n".join([*lines, f"  report  {directory / 'report.html'}"])
+
+
+def format_means(summary: Summary) -> list[str]:
+    """A table of mean and standard deviation of the final loss by arm and rate."""
+    rows = [("arm", "rate", "mean ± sd", "failed"), *mean_table(summary)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+    left_out = len(lines) - MOST_ROWS
+    more = [f"... {left_out} more rows in report.md"] if left_out > 0 else []
+    return [*lines[:MOST_ROWS], *more]

@@ -6,5 +6,7 @@ matching.py   whether the arms saw the same batches and started from the same we
 statistics.py intervals, tests, thresholds: pure functions on numbers
 results.py    the results as data: what summary.json holds
 summary.py    outcomes -> results
+outlook.py    how many seeds would settle an open question
 wording.py    results -> sentences
+headline.py   results -> the first screen of the report
 """

@@ -6,6 +6,7 @@ Losses are in nats per token. Cells without a result count as lost and are in no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,14 @@ from gpt.compare.analysis.statistics import Interval, McNemar, PairedDifference,
 
 VERSION = 4  # of summary.json; raised when its keys change
 
+SIGNS = (1, -1, -1, 1)  # of the arms in (a - b) - (c - d)
+
 Answer = Literal["supported", "contradicted", "open"]
+
+
+def signed_sum(values: Sequence[float]) -> float:
+    """(a - b) - (c - d), or a - b, of the values of a contrast's arms."""
+    return sum(sign * value for sign, value in zip(SIGNS, values, strict=False))
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,8 @@ class ContrastResult:
         learned: whether any of its runs is not plateaued; if all are, the answer is open.
         late: what was not registered before any result, in words; empty if everything was.
         dropped: combinations of setting and rate left out because an arm or a seed has no run.
+        by_seed: seed -> the measure of each of its arms; empty for log_lr50.
+        outlook: if the answer is open, how many seeds would settle it, in words; else empty.
     """
 
     question: str
@@ -118,6 +128,13 @@ class ContrastResult:
     learned: bool
     seeds: int
     dropped: int
+    by_seed: dict[int, tuple[float, ...]]
+    outlook: str
+
+    @property
+    def differences(self) -> dict[int, float]:
+        """Seed -> its value of the contrast."""
+        return {seed: signed_sum(values) for seed, values in self.by_seed.items()}
 
 
 @dataclass(frozen=True)

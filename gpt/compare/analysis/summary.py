@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,9 @@ import numpy as np
 from gpt.compare.analysis import wording
 from gpt.compare.analysis.matching import match
 from gpt.compare.analysis.outcomes import Outcome, column_value
+from gpt.compare.analysis.outlook import NO_SEEDS, outlook
 from gpt.compare.analysis.results import (
+    SIGNS,
     Answer,
     ArmSummary,
     AtRate,
@@ -24,6 +26,7 @@ from gpt.compare.analysis.results import (
     PairAtRate,
     PairResult,
     Summary,
+    signed_sum,
 )
 from gpt.compare.analysis.statistics import (
     ALPHA,
@@ -47,8 +50,17 @@ from gpt.compare.registration import UNSAID, Registered
 from gpt.schedule import lr_multiplier
 
 
-def summarize(grid: Grid, outcomes: Sequence[Outcome], registered: Registered = UNSAID) -> Summary:
-    """All results of a comparison; at least one cell has a result."""
+def summarize(
+    grid: Grid,
+    outcomes: Sequence[Outcome],
+    registered: Registered = UNSAID,
+    workers: int = 1,
+) -> Summary:
+    """All results of a comparison; at least one cell has a result.
+
+    Args:
+        workers: that would train further seeds.
+    """
     ended = [outcome for outcome in outcomes if outcome.verdict is not None]
     assert ended, "at least one cell has a result"
     groups = _grouped(outcomes, lambda o: (o.cell.arm, o.cell.setting_text))
@@ -62,6 +74,8 @@ def summarize(grid: Grid, outcomes: Sequence[Outcome], registered: Registered = 
         late = registered.late.get(number, "")
         first = all(b and b.confirmatory and b.answer == "supported" for b in contrasts)
         result = _contrast(contrast, ended, confirmatory=first and not late, late=late)
+        if result is not None and result.answer == "open" and result.learned:
+            result = replace(result, outlook=_outlook(contrast, result, grid, ended, workers))
         contrasts.append(result)
     return Summary(
         title=grid.title,
@@ -201,7 +215,6 @@ def _widest_failures(
 
 
 Point = tuple[str, float | None]  # setting, learning rate; None if each arm has its own
-SIGNS = (1, -1, -1, 1)  # of the arms in (a - b) - (c - d)
 
 
 @dataclass(frozen=True)
@@ -247,7 +260,7 @@ class _Measured:
 
     Attributes:
         p: of a paired test that the sum equals the margin; None for thresholds, which have none.
-        bounds, reach: as in `ContrastResult`.
+        bounds, reach, by_seed: as in `ContrastResult`.
     """
 
     values: list[float]
@@ -255,6 +268,7 @@ class _Measured:
     p: float | None
     bounds: tuple[str, ...] = ()
     reach: tuple[str, ...] = ("", "")
+    by_seed: dict[int, tuple[float, ...]] = field(default_factory=dict)
 
 
 def _contrast(
@@ -296,6 +310,32 @@ def _contrast(
         learned=learned,
         seeds=seeds,
         dropped=common.dropped,
+        by_seed=found.by_seed,
+        outlook="",
+    )
+
+
+def _outlook(
+    contrast: Contrast,
+    result: ContrastResult,
+    grid: Grid,
+    outcomes: Sequence[Outcome],
+    workers: int,
+) -> str:
+    """How many seeds would settle a contrast, and how long they would take."""
+    if not result.by_seed:
+        return NO_SEEDS
+    runs = [outcome for outcome in outcomes if contrast.includes(outcome.cell)]
+    # A batched cell's time is that of its batch, which does not add up.
+    batched = grid.runner == "batched" or any(
+        (run.environment or {}).get("device", "cpu") != "cpu" for run in runs
+    )
+    return outlook(
+        list(result.differences.values()),
+        contrast.claim,
+        contrast.margin,
+        None if batched else sum(run.seconds for run in runs) / len({run.seed for run in runs}),
+        workers,
     )
 
 
@@ -349,10 +389,7 @@ def _mean_difference(contrast: Contrast, common: _CommonRuns) -> _Measured:
         ]
         for name in contrast.arms
     ]
-    differences = [
-        sum(sign * value for sign, value in zip(SIGNS, by_seed, strict=False))
-        for by_seed in zip(*by_arm, strict=True)
-    ]
+    differences = [signed_sum(values) for values in zip(*by_arm, strict=True)]
     values = [float(np.mean(by_seed)) for by_seed in by_arm]
     if contrast.measure == "failure" and not contrast.slope:
         interval = fraction_interval(
@@ -362,7 +399,8 @@ def _mean_difference(contrast: Contrast, common: _CommonRuns) -> _Measured:
         interval = mean_interval(differences)
     margins = (contrast.margin, -contrast.margin)[: 2 if contrast.claim == "within" else 1]
     p = max(sign_flip_p([value - margin for value in differences]) for margin in margins)
-    return _Measured(values, interval, p)
+    by_seed = dict(zip(common.seeds, zip(*by_arm, strict=True), strict=True))
+    return _Measured(values, interval, p, by_seed=by_seed)
 
 
 def _log_lr50(contrast: Contrast, common: _CommonRuns) -> _Measured:

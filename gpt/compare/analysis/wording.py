@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from gpt.compare.analysis.results import Answer, ArmSummary, AtRate, ContrastResult, Summary
 from gpt.compare.analysis.statistics import MIN_SEEDS, Interval, Threshold, least_p, wilson
-from gpt.compare.grid import Contrast, Grid, Measure
+from gpt.compare.grid import Contrast, Grid, Measure, as_text
 
 UNIGRAM_ENTROPY = "H₁, the unigram entropy: the loss of guessing by token frequency"
 
@@ -23,7 +23,9 @@ ANSWERS: dict[Answer, tuple[str, str]] = {
     "open": ("NOT SETTLED", "these runs leave the question open"),
 }
 
-EXPLORATORY = " An earlier question has no confirmatory YES, so this answer is exploratory."
+NOTHING_LEARNED = "the runs are too short, or their learning rates are wrong"
+
+EXPLORATORY = "An earlier question has no confirmatory YES, so this answer is exploratory."
 
 Reason = Literal[
     "nothing learned",
@@ -160,8 +162,8 @@ def reason(reason: Reason, contrast: Contrast, seeds: int, p: float | None) -> s
     several = f"{seeds} seeds" if seeds != 1 else "one seed"
     return {
         "nothing learned": (
-            "no run that it compares ended clearly below H₁, the loss of guessing by token "
-            "frequency: the runs are too short, or their learning rates are wrong"
+            f"{NOTHING_LEARNED}: none that it compares ended clearly below H₁, the loss of "
+            "guessing by token frequency"
         ),
         "too few for an interval": (
             f"an interval needs at least {MIN_SEEDS} seeds, and these arms share {several}"
@@ -185,15 +187,21 @@ def answer(result: ContrastResult | None) -> str:
 
 
 def difference(contrast: Contrast) -> str:
-    """`(a − b) − (c − d) at learning_rate 0.003`: what a contrast compares, and where."""
+    """`(a − b) − (c − d) at learning rate 0.003`: what a contrast compares, and where."""
     (a, b), against = contrast.of, contrast.against
     text = f"{a} − {b}" if against is None else f"({a} − {b}) − ({against[0]} − {against[1]})"
-    where = [
-        f"{key.rpartition('.')[2]} {' and '.join(f'{value}' for value in values)}"
+    points = where(contrast)
+    return f"{text} at {points}" if points else text
+
+
+def where(contrast: Contrast) -> str:
+    """`learning rate 0.003 and 0.004`: the values at which a contrast compares; empty if at all."""
+    found = [
+        f"{key.rpartition('.')[2].replace('_', ' ')} {' and '.join(map(as_text, values))}"
         for key, values in contrast.at.items()
     ]
-    where += [f"rate {rate:g} of {arm!r}" for arm, rate in contrast.rates.items()]
-    return f"{text} at {', '.join(where)}" if where else text
+    found += [f"rate {rate:g} of {arm!r}" for arm, rate in contrast.rates.items()]
+    return ", ".join(found)
 
 
 def measure_text(contrast: Contrast) -> str:
@@ -264,6 +272,14 @@ def _missing(contrast: Contrast) -> str:
 
 
 def _contrast_sentence(result: ContrastResult, contrast: Contrast) -> str:
+    sentences = (f"{ANSWERS[result.answer][0]}: {finding(result, contrast)}", because(result))
+    return " ".join(filter(None, (*sentences, result.outlook)))
+
+
+def finding(result: ContrastResult, contrast: Contrast) -> str:
+    """The changes that a contrast compares, their difference, its interval, p and n: a sentence."""
+    if not result.learned:
+        return f"{result.why}."
     pairs = [contrast.of, *([contrast.against] if contrast.against else [])]
     words = words_for(contrast)
     changes = [
@@ -278,20 +294,20 @@ def _contrast_sentence(result: ContrastResult, contrast: Contrast) -> str:
     interval = "no interval"
     if result.interval is not None:
         interval = f"95% interval {words.interval(result.interval)}"
+    return f"{sentence} ({interval}; {p_text(result)})."
+
+
+def because(result: ContrastResult) -> str:
+    """Why a contrast has its answer, what limits it, and whether it is exploratory."""
     notes = [*result.bounds]
     if result.dropped:
         notes.append(f"{dropped_text(result.dropped)} left out: an arm or a seed has no run there")
     noted = f" ({'; '.join(notes)})" if notes else ""
-    answer, meaning = ANSWERS[result.answer]
+    meaning = f"{ANSWERS[result.answer][1].capitalize()}, because {result.why}{noted}."
     exploratory = "" if result.confirmatory else EXPLORATORY
     if result.late:
-        exploratory = f" This answer is exploratory: {result.late}."
-    if not result.learned:
-        return f"{answer}: {result.why}.{exploratory}"
-    return (
-        f"{answer}: {sentence} ({interval}; {p_text(result)}): {meaning}, because {result.why}"
-        f"{noted}.{exploratory}"
-    )
+        exploratory = f"This answer is exploratory: {result.late}."
+    return " ".join(filter(None, (meaning if result.learned else "", exploratory)))
 
 
 def dropped_text(count: int) -> str:

@@ -1,6 +1,7 @@
 """The figures of a comparison.
 
 base.py            what all figures share: data, styles, panels, legends, saving
+seeds.py           the first question, seed by seed
 losses.py          loss against learning rate, failed runs
 thresholds.py      LR50 and highest stable rate, learning-rate sensitivity
 initialization.py  the networks before training
@@ -24,10 +25,12 @@ from gpt.compare.figures.initialization import (
 )
 from gpt.compare.figures.losses import failures, loss_beside, loss_by_rate
 from gpt.compare.figures.runs import curves, layers
+from gpt.compare.figures.seeds import by_seed
 from gpt.compare.figures.thresholds import sensitivity, thresholds
 
 # Name of the files -> the function that draws them; it returns None if there is no data for it.
 PLOTS: dict[str, Callable[[PlotData], Plot | None]] = {
+    "by-seed": by_seed,
     "loss-by-rate": loss_by_rate,
     "beside": loss_beside,
     "failures": failures,

@@ -6,6 +6,7 @@ of the first factor; dashes and point shapes stand for the levels of the others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,16 +29,18 @@ from gpt.compare.analysis.outcomes import Outcome
 from gpt.compare.analysis.results import Summary
 from gpt.compare.grid import Grid
 from gpt.compare.init_probes import InitProbe
-from gpt.run.plot import literal_text
+from gpt.run.plot import label, literal_text
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 SHAPES = "os^Dv"
+SYMBOLS = dict(zip(SHAPES, "●■▲◆▼", strict=True))
 INK = "#1f1f1f"  # text and axes; the report replaces it by its text color, light or dark
 PALE = "#8a8a8a"
 BETAS = ("attention's residual dependency β", "feed-forward's β")
 STREAM = "RMS of the residual stream"
-Section = Literal["losses", "arms", "initialization", "training", "curves"]
+WIDTH = 4.9  # inches of a figure that a phone shows in full; also of legends
+Section = Literal["answer", "losses", "arms", "initialization", "training", "curves"]
 
 
 @dataclass(frozen=True)
@@ -156,9 +159,9 @@ def plot_style() -> Iterator[None]:
         yield
 
 
-def panels(count: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels of one size (inches), at most four in a row."""
-    columns = min(count, 4)
+def panels(count: int, *, width: float, height: float, most: int = 4) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels of one size (inches), at most `most` in a row."""
+    columns = min(count, most)
     rows = -(-count // columns)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
@@ -168,12 +171,17 @@ def panels(count: int, *, width: float, height: float) -> tuple[Figure, list[Axe
 
 
 def legend(figure: Figure, styles: dict[str, Style]) -> None:
-    """Name all arms under the panels."""
+    """Name all arms under the panels; the figure grows by the legend, of at most WIDTH."""
+    names = [label(name, 56) for name in styles]
     handles = [
         Line2D([], [], **style.line, marker=style.shape, ms=4, label=name)
-        for name, style in styles.items()
+        for name, style in zip(names, styles.values(), strict=True)
     ]
-    drawn = figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
+    each = 0.55 + 0.075 * max(map(len, names))  # inches
+    rows = math.ceil(len(handles) / max(1, min(4, int(WIDTH / each))))
+    columns = math.ceil(len(handles) / rows)
+    figure.set_figheight(figure.get_figheight() + 0.18 * rows)
+    drawn = figure.legend(handles=handles, loc="outside lower left", ncols=columns)
     for handle, text, style in zip(
         drawn.legend_handles, drawn.get_texts(), styles.values(), strict=True
     ):

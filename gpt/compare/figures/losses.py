@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from matplotlib.axes import Axes
 from gpt.compare.analysis.wording import UNIGRAM_ENTROPY
 from gpt.compare.figures.base import (
     PALE,
+    WIDTH,
     Plot,
     PlotData,
     Style,
@@ -18,30 +20,65 @@ from gpt.compare.figures.base import (
     panels,
     rate_axis,
 )
+from gpt.compare.grid import RATE
 from gpt.metrics import LEARNED_MARGIN
 from gpt.run.plot import label
 
-Y_LABEL = "final validation loss (nats per token)"
+COLUMNS, HEIGHT = 3, 2.7  # of the first screen: panels in a row, and inches of all rows
+Y_LABEL = "final loss (nats per token)"
 
 
 def loss_by_rate(data: PlotData) -> Plot:
     """Final loss against learning rate, a line per arm, a panel per setting."""
     settings = data.settings
-    figure, axes_list = panels(len(settings), width=7.2 if len(settings) == 1 else 4.2, height=4.0)
+    rows, columns = math.ceil(len(settings) / COLUMNS), min(COLUMNS, len(settings))
+    figure, axes_list = panels(
+        len(settings), width=WIDTH / columns, height=max(HEIGHT / rows, 1.7), most=COLUMNS
+    )
     for axes, setting in zip(axes_list, settings, strict=True):
         _draw_losses(axes, data, setting, data.styles)
+        _mark_registered(axes, data, setting)
         axes.set_title(setting)
     axes_list[0].set_ylabel(Y_LABEL)
     legend(figure, data.styles)
     return Plot(
-        "losses",
+        "answer",
         "Final loss against learning rate",
         "Each point is a run, a cross a failed one; lines join the medians over seeds. The loss of "
         "a failed run is capped at its initial loss. The dashed line is "
-        f"{UNIGRAM_ENTROPY}.",
+        f"{UNIGRAM_ENTROPY}.{_marks_text(data)}",
         _median_losses(data),
         figure,
     )
+
+
+def _mark_registered(axes: Axes, data: PlotData, setting: str) -> None:
+    """Mark the rates of the first contrast: a band, or a ring around an arm's median."""
+    for contrast in data.grid.contrasts[:1]:
+        for rate in map(float, contrast.at.get(RATE, ())):
+            axes.axvspan(rate / 1.06, rate * 1.06, color=PALE, alpha=0.25, lw=0)
+        for arm in data.summary.arms:
+            for at in arm.by_rate:
+                if arm.setting == setting and contrast.rates.get(arm.arm) == at.rate:
+                    style = data.styles[arm.arm]
+                    axes.plot(
+                        [at.rate],
+                        [at.median_loss],
+                        marker="o",
+                        ms=14,
+                        mfc="none",
+                        mew=1.5,
+                        color=style.color,
+                        gid=style.gid,
+                    )
+
+
+def _marks_text(data: PlotData) -> str:
+    for contrast in data.grid.contrasts[:1]:
+        if contrast.rates or RATE in contrast.at:
+            mark = "Rings" if contrast.rates else "Bands"
+            return f" {mark} mark the rates registered for the first question."
+    return ""
 
 
 def loss_beside(data: PlotData) -> Plot | None:
@@ -106,16 +143,24 @@ def _draw_losses(
             linestyle="none",
             gid=f"{style.gid} cell-{outcome.cell.id}" if has_rows else style.gid,
         )
-    axes.axhline(data.summary.unigram_entropy, color=PALE, lw=1, linestyle="--")
-    axes.annotate(
-        "H₁",
-        (1, data.summary.unigram_entropy),
-        xycoords=("axes fraction", "data"),
-        ha="right",
-        va="bottom",
-        color=PALE,
-    )
+    _mark_unigram_entropy(axes, data.summary.unigram_entropy)
     rate_axis(axes, data.rates)
+
+
+def _mark_unigram_entropy(axes: Axes, level: float) -> None:
+    """A line at H₁ with its meaning above it, and room for that."""
+    axes.axhline(level, color=PALE, lw=1, linestyle="--")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, max(high, level + 0.16 * (level - low)))
+    axes.annotate(
+        "H₁: has learned nothing",
+        (0, level),
+        xycoords=("axes fraction", "data"),
+        xytext=(2, 5),
+        textcoords="offset points",
+        va="bottom",
+        fontsize=8,
+    )
 
 
 def _median_losses(data: PlotData) -> str:

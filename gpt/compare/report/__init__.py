@@ -15,6 +15,7 @@ from typing import Any, get_args
 from markupsafe import Markup
 
 from gpt.compare.analysis import wording
+from gpt.compare.analysis.headline import headline, mean_table
 from gpt.compare.analysis.outcomes import Outcome
 from gpt.compare.analysis.results import ArmSummary, Summary
 from gpt.compare.figures import draw
@@ -56,6 +57,8 @@ def write_report(
     context: dict[str, Any] = {
         "grid": grid,
         "summary": summary,
+        "headline": headline(grid, summary, outcomes),
+        "means": mean_table(summary),
         "outcomes": outcomes,
         "sections": {
             section: {name: plot for name, plot in plots.items() if plot.section == section}

@@ -37,7 +37,7 @@ def inline(svg: str, name: str, tips: dict[str, str]) -> Markup:
     _mark(root, tips)
     _prefix_ids(root, name)
     width, height = (float(root.attrib.pop(key).removesuffix("pt")) for key in ("width", "height"))
-    root.set("style", f"max-width:{width * 1.35:.0f}px;min-width:min({width:.0f}px,34rem)")
+    root.set("style", f"max-width:{width * 1.35:.0f}px;min-width:min({width * 0.9:.0f}px,34rem)")
     root.set("viewBox", f"0 0 {width:g} {height:g}")
     root.set("role", "img")
     root.set("aria-labelledby", f"{name}-alt")

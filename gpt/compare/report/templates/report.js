@@ -35,3 +35,14 @@ for (const link of document.querySelectorAll("[data-show]")) {
     for (const marked of document.querySelectorAll(`[id="${row}"], [data-cell="${row}"]`)) marked.classList.add("chosen");
   });
 }
+
+function reveal() {
+  const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  for (let fold = target && target.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
+  if (target) target.scrollIntoView();
+}
+addEventListener("hashchange", reveal);
+addEventListener("beforeprint", () => {
+  for (const fold of document.querySelectorAll("details")) fold.open = true;
+});
+reveal();
