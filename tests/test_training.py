@@ -659,7 +659,28 @@ def test_first_weights_and_h1_are_on_record(tiny: Make, tmp_path: Path):
     model = GPT(tiny().model, prepare(tiny().data).encoding.n_vocab)
     initialize(model, tiny().model, tiny().seed)
     assert environment["initial_weights"] == fingerprints(model)
-    assert environment["unigram_entropy"] == prepare(tiny().data).unigram_entropy()
+
+
+def test_h1_is_the_loss_of_a_guesser_on_the_sequences_that_are_evaluated(
+    tiny: Make, tmp_path: Path
+):
+    """The guesser is a GPT whose output is b, whatever its input, and whose logits are log p."""
+    config = tiny(evaluation={"sequences": 3})
+    run(config, tmp_path / "run")
+    h1 = json.loads((tmp_path / "run/environment.json").read_text())["unigram_entropy"]
+    dataset = prepare(config.data)
+    trainer = Trainer(config, dataset.encoding.n_vocab, torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.zero_()
+        norm = trainer.model.final_norm
+        assert isinstance(norm.bias, torch.nn.Parameter)
+        norm.bias[0] = 1.0
+        distribution = torch.from_numpy(dataset.unigram_distribution())
+        trainer.model.token_embedding.weight[:, 0] = distribution.log()
+    loss = trainer.evaluate(ValidationSequences(dataset.val, config.model.context, 3))
+    assert loss == pytest.approx(h1, rel=1e-6)
+    assert abs(h1 - dataset.unigram_entropy()) > 1e-3  # of the whole validation text
 
 
 def test_a_run_that_learns_nothing_may_be_given_up(tiny: Make, tmp_path: Path):
@@ -683,7 +704,7 @@ def test_a_run_that_has_learned_is_not_given_up(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Any loss is well below a unigram entropy of 100 nats."""
-    monkeypatch.setattr(Dataset, "unigram_entropy", lambda self: 100.0)
+    monkeypatch.setattr(Dataset, "unigram_entropy", lambda self, targets: 100.0)
     config = tiny(optimizer={"learning_rate": 1e-9}, evaluation={"every": 4, "give_up_after": 2})
     assert run(config, tmp_path / "run").step == 20
 

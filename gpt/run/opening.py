@@ -34,8 +34,8 @@ def check_tokens(plan: ResumePlan, dataset: Dataset) -> None:
     if read_state(plan.checkpoint).data_fingerprint != dataset.fingerprint:
         data = {key: each for key, each in plan.changes.items() if key.startswith("data.")}
         raise InputError(
-            f"{plan.directory.path}: the checkpoint was trained on other tokens than this config has "
-            f"({'; '.join(describe_differences(data)) or 'the text has changed'});\n"
+            f"{plan.directory.path}: the checkpoint was trained on other tokens than this config "
+            f"has ({'; '.join(describe_differences(data)) or 'the text has changed'});\n"
             "use the same text, or start a new run in another --out-dir without --resume"
         )
 

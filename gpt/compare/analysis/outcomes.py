@@ -159,6 +159,7 @@ def read_outcome(cell: Cell, directory: Path, error: CellError | None = None) ->
     found = verdict(
         records,
         unigram_entropy=environment.unigram_entropy,
+        planned=cell.config.training.steps,
         diverged_at=result.step if result.status == "diverged" else None,
         diverged_layer=place.layer if place is not None else None,
         reason=result.reason if result.status == "diverged" else "",
@@ -216,6 +217,8 @@ RESULT_COLUMNS: dict[str, Callable[[Outcome, Verdict], Any]] = {
     "grad_norm_spike_score": lambda _, v: v.grad_spike_score,
     "clipped": lambda _, v: v.clipped,
     "steps": lambda _, v: v.steps,
+    "still_falling": lambda _, v: v.still_falling,
+    "early_rise": lambda _, v: v.early_rise,
 }
 # Column -> measure of the layers; a column is left out if no cell has it.
 WORST_COLUMNS = {f"{worst.__name__}_{measure}": measure for measure, worst in EXTREMES.items()}
