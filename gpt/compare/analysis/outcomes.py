@@ -71,6 +71,13 @@ class Outcome:
         """Whether training failed; false for a cell without a result."""
         return self.verdict is not None and self.verdict.failed
 
+    def failed_at(self, margin: float) -> bool:
+        """Whether it would have failed if learning were to end more than `margin` nats below H₁."""
+        found = self.verdict
+        if found is None or found.final_val_loss is None:
+            return self.failed
+        return found.fell_back or found.final_val_loss >= self.unigram_entropy - margin
+
     @property
     def rate(self) -> float:
         """The full learning rate."""
@@ -83,16 +90,21 @@ class Outcome:
 
     @property
     def loss(self) -> float:
-        """Final validation loss, capped at the initial loss; if diverged, the initial loss."""
+        """Final validation loss, at most `uniform_loss`, which a diverged run has."""
         assert self.verdict is not None
-        return capped(self.verdict.final_val_loss, self.initial_loss)
+        return capped(self.verdict.final_val_loss, self.uniform_loss)
+
+    @property
+    def uniform_loss(self) -> float:
+        """Ln V, the loss of a uniform guess."""
+        return math.log(self.vocabulary)
 
     @property
     def initial_loss(self) -> float:
-        """Validation loss before the first update; ln V, that of a uniform guess, if not finite."""
+        """Validation loss before the first update; ln V if it was not finite."""
         assert self.verdict is not None
         initial = self.verdict.initial_loss
-        return math.log(self.vocabulary) if initial is None else initial
+        return self.uniform_loss if initial is None else initial
 
 
 class Weight(BaseModel):

@@ -42,7 +42,9 @@ SIGMA_FLOOR = 1e-6
 # level. With fewer parts they are longer, and so less correlated with each other.
 TREND_PARTS = 5
 TREND_LEVEL = 0.01
-SMOOTHING = 5  # updates whose mean loss is compared in `early_rise`
+# Nats below H1 at which failures are also counted, to show whether LEARNED_MARGIN matters.
+MARGINS = (0.02, LEARNED_MARGIN, 0.1, 0.2)
+SMOOTHING = 10  # updates whose mean loss is compared in `early_rise`
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ def still_falling(losses: Sequence[float | None]) -> bool:
     means by least squares must fall by a one-sided t test at TREND_LEVEL. Losses near each other
     may be correlated; the means of parts hardly are (Schmeiser 1982, on batch means).
     benchmarks/intervals.py shows how often a loss without a trend seems to fall, and how often one
-    with a trend does.
+    with a trend does: with small batches, most of whose noise is that of their text, only a fall of
+    several standard deviations is certain to be seen. Runs with the same batches share that noise.
 
     Returns:
         False if the quarter has fewer than TREND_PARTS losses.
@@ -304,9 +307,10 @@ def _plateau(
         if mean < bar and mean + STANDARD_ERRORS * _standard_error(window) < bar:
             onset = steps[min(index + windows.shape[1], len(steps) - 1)]
             break
+    trend = "slow: the loss was still falling" if falling else "stuck: no clear fall of the loss"
     words = (
         f"final loss {final_val_loss:.3f} is not more than {LEARNED_MARGIN} below "
-        f"H1 = {unigram_entropy:.3f}; {'slow: the loss was still falling' if falling else 'stuck'}"
+        f"H1 = {unigram_entropy:.3f}; {trend}"
     )
     return _Finding("plateaued", onset, _starved_block(records), words)
 
