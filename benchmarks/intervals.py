@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.signal import lfilter
 
 from gpt.compare.analysis.statistics import (
     ALPHA,
@@ -176,15 +177,14 @@ def trends(repetitions: int) -> Rows:
     """
 
     def trial(correlation: float, fall: float, n: int, random: np.random.Generator) -> bool:
-        noise = random.normal(size=n)
-        for i in range(1, n):
-            noise[i] = correlation * noise[i - 1] + np.sqrt(1 - correlation**2) * noise[i]
+        noise = lfilter([np.sqrt(1 - correlation**2)], [1, -correlation], random.normal(size=2 * n))
+        noise = noise[n:]  # without the start from 0
         trend = fall * np.maximum(np.arange(n) / n - 0.75, 0) * 4
         return still_falling((noise - trend).tolist())
 
     return {
         f"fall {fall}, correlation {correlation}": {
-            str(n): share(max(1, repetitions // 4), partial(trial, correlation, fall, n))
+            str(n): share(repetitions, partial(trial, correlation, fall, n))
             for n in (200, 300, 1000)
         }
         for fall in (0.0, 1.0, 2.0, 4.0)

@@ -740,10 +740,20 @@ def test_a_difference_of_failures_is_uncertain_where_all_seeds_agree():
 
 def test_failures_are_reported_at_registered_rates_if_there_are_any():
     runs = outcomes(MOVED)
-    at = {**LOSS, "at": {"optimizer.learning_rate": [0.1]}}
+    at = {**LOSS, "at": {"optimizer.learning_rate": [0.1, 1.0]}}
     words = summarize(grid(contrasts=[at], pairs=[]), runs).conclusions[-1]
     assert words.startswith("At rate 0.1, where the arms differ most among the rates registered")
     assert "'post, cold': failure in all 6 seeds" in words
+
+
+def test_a_rate_that_was_the_only_one_was_not_chosen_after_the_runs():
+    runs = outcomes(MOVED)
+    at = {**LOSS, "at": {"optimizer.learning_rate": [0.1]}}
+    words = summarize(grid(contrasts=[at], pairs=[]), runs).conclusions[-1]
+    assert words.startswith("At rate 0.1, the only rate registered, 'post, cold': failure in all")
+    one = [run for run in runs if run.rate == 0.1]
+    words = summarize(grid(contrasts=[LOSS], pairs=[]), one).conclusions[-1]
+    assert words.startswith("At rate 0.1, the only rate tried, 'post, cold': failure in all")
 
 
 @pytest.mark.parametrize("measure", ["loss", "failure"])

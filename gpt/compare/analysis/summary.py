@@ -220,6 +220,7 @@ def _widest_failures(
         by_arm=points[rate, setting],
         differ=spread(points[rate, setting], names) > 0,
         registered=bool(registered),
+        only=len(points) == 1,
         fewest=min(everywhere, key=lambda at: at.n),
     )
 

@@ -276,6 +276,7 @@ class Failures(NamedTuple):
         rate, setting: where the first two arms differ most; in a tie, all arms.
         differ: whether the arms differ anywhere in their fraction of failed runs.
         registered: whether contrasts register rates for all their arms; if so, only those count.
+        only: whether there was no other rate and setting to choose.
         fewest: the arm and rate with the fewest runs.
     """
 
@@ -284,6 +285,7 @@ class Failures(NamedTuple):
     by_arm: dict[str, AtRate]
     differ: bool
     registered: bool
+    only: bool
     fewest: AtRate
 
 
@@ -382,11 +384,12 @@ def _failures_sentence(found: Failures | None) -> str:
         )
     counts = [f"{name!r}: {failures_text(at)}" for name, at in found.by_arm.items()]
     where = f" ({found.setting})" if found.setting else ""
-    chosen = (
-        ", where the arms differ most among the rates registered for all of them"
-        if found.registered
-        else ", chosen after the runs because the arms differ most there"
-    )
+    if found.only:
+        chosen = f", the only rate {'registered' if found.registered else 'tried'}"
+    elif found.registered:
+        chosen = ", where the arms differ most among the rates registered for all of them"
+    else:
+        chosen = ", chosen after the runs because the arms differ most there"
     return f"At rate {found.rate:g}{where}{chosen}, {'; '.join(counts)}."
 
 
