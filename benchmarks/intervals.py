@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.signal import lfilter
 
 from gpt.compare.analysis.statistics import (
     ALPHA,
@@ -28,6 +29,7 @@ from gpt.compare.analysis.statistics import (
     threshold_interval,
     wilson,
 )
+from gpt.compare.analysis.verdicts import still_falling
 
 SEEDS = (5, 6, 8, 10, 16)
 Values = NDArray[np.float64]
@@ -167,6 +169,29 @@ def power(repetitions: int) -> Rows:
     return by_seeds(max(1, repetitions // 4), {f"effect {e}": partial(trial, e) for e in EFFECTS})
 
 
+def trends(repetitions: int) -> Rows:
+    """How often `still_falling` finds a trend in the loss of a run, by its number of updates.
+
+    The noise is an autoregressive process of order 1 with standard deviation 1; the trend is a
+    straight line through the last quarter of the updates. Without a trend, each is an error.
+    """
+
+    def trial(correlation: float, fall: float, n: int, random: np.random.Generator) -> bool:
+        noise = lfilter([np.sqrt(1 - correlation**2)], [1, -correlation], random.normal(size=2 * n))
+        noise = noise[n:]  # without the start from 0
+        trend = fall * np.maximum(np.arange(n) / n - 0.75, 0) * 4
+        return still_falling((noise - trend).tolist())
+
+    return {
+        f"fall {fall}, correlation {correlation}": {
+            str(n): share(repetitions, partial(trial, correlation, fall, n))
+            for n in (200, 300, 1000)
+        }
+        for fall in (0.0, 1.0, 2.0, 4.0)
+        for correlation in (0.0, 0.5, 0.9)
+    }
+
+
 def two_stages(repetitions: int) -> Rows:
     """A rule that no comparison uses: test after 6 seeds and, if they do not suffice, after 10."""
 
@@ -192,6 +217,7 @@ TABLES: dict[str, Callable[[int], Rows]] = {
     "coverage of Wilson's interval": wilson_coverage,
     "coverage of the interval of a log threshold": threshold_coverage,
     "frequency of YES, by number of seeds": power,
+    "frequency of a falling trend, by number of updates": trends,
     "two stages (6, then 10 seeds)": two_stages,
 }
 

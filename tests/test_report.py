@@ -170,7 +170,7 @@ def test_markdown_links_to_its_figures_and_breaks_no_table(directory: Path):
     for name in re.findall(r"\]\((figures/[^)]+)\)", text):
         assert (directory / name).is_file()
     widths = {line.count("|") for line in text.splitlines() if line.startswith("| ")}
-    assert widths == {8, 7, 6, 5, 4}
+    assert widths == {10, 7, 6, 5, 4}
     assert re.search(r"H₁ is \d+\.\d+\.", text)
 
 

@@ -18,11 +18,13 @@ from gpt.compare.analysis.statistics import (
     holm,
     loglog_slope,
     lr50,
+    lr50_of_seeds,
     lr_sensitivity,
     mcnemar,
     mean_interval,
     newcombe,
     paired_difference,
+    regret,
     sign_flip_p,
     threshold_interval,
     wilson,
@@ -330,36 +332,49 @@ def test_the_highest_stable_rate_has_no_failure_at_or_below_it(
 
 
 @pytest.mark.parametrize("loss", [None, math.nan, math.inf, -math.inf, 5.0])
-def test_a_failure_counts_as_the_initial_loss(loss: float | None):
+def test_a_failure_counts_as_the_cap(loss: float | None):
     assert capped(loss, 4.0) == 4
 
 
-def test_a_loss_under_the_initial_one_is_kept():
+def test_a_loss_under_the_cap_is_kept():
     assert capped(3.0, 4.0) == 3
 
 
 def test_the_sensitivity_is_the_mean_excess_over_the_best_rate():
-    """Losses 3, 2, 4, 4 after capping at 4: excesses 1, 0, 2, 2."""
-    sensitivity = lr_sensitivity(RATES, [3.0, 2.0, 9.0, None], 4.0)
+    """Excesses 1, 0, 2, 2."""
+    sensitivity = lr_sensitivity(RATES, [3.0, 2.0, 4.0, 4.0])
     assert sensitivity.value == 1.25
     assert not sensitivity.at_edge
 
 
 @pytest.mark.parametrize("losses", [[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]])
 def test_a_best_rate_at_either_edge_of_the_grid_is_marked(losses: list[float]):
-    assert lr_sensitivity(RATES, losses, 4.0).at_edge
+    assert lr_sensitivity(RATES, losses).at_edge
 
 
 def test_the_edges_of_a_grid_are_its_extremes_in_any_order():
-    sensitivity = lr_sensitivity([1e-2, 1e-4, 1e-3], [2.0, 3.0, 3.0], 4.0)
+    sensitivity = lr_sensitivity([1e-2, 1e-4, 1e-3], [2.0, 3.0, 3.0])
     assert sensitivity.at_edge
-    assert not lr_sensitivity([1e-3, 1e-4, 1e-2], [2.0, 3.0, 3.0], 4.0).at_edge
+    assert not lr_sensitivity([1e-3, 1e-4, 1e-2], [2.0, 3.0, 3.0]).at_edge
 
 
 def test_a_seed_that_learns_nowhere_has_sensitivity_0():
-    sensitivity = lr_sensitivity(RATES, [None, 5.0, math.nan, 6.0], 4.0)
+    sensitivity = lr_sensitivity(RATES, [4.0] * 4)
     assert sensitivity.value == 0
     assert sensitivity.at_edge  # the lowest rate, among equals
+
+
+def test_the_regret_is_the_mean_excess_over_the_best_of_all_arms():
+    assert regret([3.0, 2.0, 4.0, 4.0], 1.5) == 1.75
+
+
+def test_an_lr50_needs_seeds_with_the_same_rates():
+    seed = [(rate, rate > 1e-2) for rate in RATES]
+    assert lr50_of_seeds([seed] * 2) == lr50(*zip(*seed * 2, strict=True))
+    assert lr50_of_seeds([seed, seed[::-1]]).bound == ""
+    found = lr50_of_seeds([seed, seed[1:]])
+    assert (found.bound, found.unequal) == ("unclear", True)
+    assert found.rate == pytest.approx(10**-2.5)
 
 
 def test_the_slope_of_a_power_law_is_its_exponent():

@@ -27,11 +27,16 @@ from gpt.compare.analysis.statistics import (
     lr50,
     mean_interval,
     newcombe,
-    wilson,
 )
 from gpt.compare.analysis.summary import summarize
 from gpt.compare.analysis.verdicts import Verdict
-from gpt.compare.analysis.wording import failures_text, rates_text, threshold_text
+from gpt.compare.analysis.wording import (
+    failures_text,
+    lr50_text,
+    margins_text,
+    rates_text,
+    threshold_text,
+)
 from gpt.compare.execution.cell_runs import CellError
 from gpt.compare.grid import Cell, Column, Grid
 from gpt.compare.registration import Registered
@@ -39,6 +44,8 @@ from gpt.compare.report.cells_csv import csv_row, csv_text
 from gpt.config import Config, validate
 
 RATES = (1e-3, 1e-2, 1e-1, 1.0)
+VOCABULARY = 256
+CAP = math.log(VOCABULARY)
 ARMS = ("pre, cold", "pre, warm", "post, cold", "post, warm")
 
 
@@ -73,6 +80,7 @@ def outcome(
     *,
     status: str = "trained",
     layers: int = 0,
+    falling: bool = False,
 ) -> Outcome:
     config = validate(Config, {"seed": seed, "optimizer": {"learning_rate": rate}})
     setting = {"model.layers": layers} if layers else {}
@@ -81,6 +89,8 @@ def outcome(
         step=7 if status == "diverged" else None,
         layer=None,
         reason="by hand",
+        still_falling=falling,
+        fell_back=status == "regressed",
         initial_loss=5.0,
         final_val_loss=loss,
         best_val_loss=loss,
@@ -89,6 +99,7 @@ def outcome(
         grad_spikes=0,
         loss_spike_score=0.0,
         grad_spike_score=0.0,
+        early_rise=0.125,
         max_grad_norm=1.0,
         clipped=None,
         steps=10,
@@ -96,7 +107,7 @@ def outcome(
     cell = Cell(
         f"{arm}-{rate}-{seed}-{layers}", arm, {"optimizer.learning_rate": rate}, setting, config
     )
-    return Outcome(cell, Path("nowhere"), found, unigram_entropy=3.3)
+    return Outcome(cell, Path("nowhere"), found, unigram_entropy=3.3, vocabulary=VOCABULARY)
 
 
 def outcomes(
@@ -234,16 +245,18 @@ def test_a_contrasts_differences_are_taken_seed_by_seed():
     assert found.interval.high == pytest.approx(expected.high)
 
 
-def test_a_diverged_run_counts_as_its_first_loss():
+def test_a_diverged_run_counts_as_a_uniform_guess_whatever_its_first_loss():
     runs = [outcome("post, cold", 1e-3, seed, None, status="diverged") for seed in range(3)]
-    assert [run.loss for run in runs] == [5.0] * 3
+    runs[0] = replace(runs[0], verdict=replace(runs[0].verdict, initial_loss=7.0))
+    assert [run.loss for run in runs] == [CAP] * 3
     arm = summarize(grid(contrasts=[], pairs=[]), runs).arms[0]
-    assert arm.median_loss == 5.0
+    assert arm.median_loss == CAP
     assert arm.failures == 3
 
 
-def test_a_loss_above_the_first_one_counts_as_the_first():
-    assert outcome("pre, cold", 1.0, 0, 9.0).loss == 5.0
+def test_no_loss_is_above_that_of_a_uniform_guess():
+    assert outcome("pre, cold", 1.0, 0, 9.0).loss == CAP
+    assert outcome("pre, cold", 1.0, 0, 5.5).loss == 5.5
 
 
 def test_lost_cells_are_in_no_number_and_are_named():
@@ -267,11 +280,12 @@ def test_the_columns_of_cells_csv_and_their_order():
     assert header == (
         "id,optimizer.learning_rate,seed,arm,status,diverged_at,final_val_loss,best_val_loss,"
         "spikes,max_grad_norm,seconds,failed,seen_at,layer,initial_val_loss,capped_loss,"
-        "final_train_loss,spike_score,grad_norm_spikes,grad_norm_spike_score,clipped,steps,reason,"
+        "final_train_loss,spike_score,grad_norm_spikes,grad_norm_spike_score,clipped,steps,"
+        "still_falling,early_rise,reason,"
         "min_attention_entropy,max_stream_rms"
     )
-    assert lost.endswith('"pre, cold",missing,,,,,,,,,,,,,,,,,,not run,,')
-    assert last.endswith(",10,by hand,2.0,1.0")
+    assert lost.endswith('"pre, cold",missing,,,,,,,,,,,,,,,,,,,,not run,,')
+    assert last.endswith(",10,False,0.125,by hand,2.0,1.0")
 
 
 def test_pairs_are_tested_seed_by_seed_and_corrected_together():
@@ -297,7 +311,7 @@ def test_pairs_with_rates_of_their_own_use_the_common_ones():
     assert pair.dropped == 2
 
 
-def test_a_lost_cell_takes_its_rate_from_all_arms_of_a_contrast():
+def test_a_cell_that_was_not_run_takes_its_rate_from_all_arms_of_a_contrast():
     """Or else arms that are alike would differ by what is missing."""
     alike = outcomes(by_arm(dict.fromkeys(ARMS, 1.0)))
     left = [r for r in alike if not (r.cell.arm == "pre, cold" and r.rate == 1.0 and r.seed == 2)]
@@ -308,6 +322,132 @@ def test_a_lost_cell_takes_its_rate_from_all_arms_of_a_contrast():
     assert found.contrasts[0].dropped == 1
     assert "left out" in found.conclusions[0]
     assert len(found.pairs[0].by_rate) == 3
+
+
+@pytest.mark.parametrize(("cost", "answer"), [(0.05, "open"), (1.5, "supported")])
+def test_a_lost_run_counts_at_its_best_and_at_its_worst(cost: float, answer: str):
+    """Its arm has the loss 2.5 + cost with all other seeds; a uniform guess has 5.5."""
+    runs = losses({("post, cold", 1e-2): 2.5 + cost, ("post, warm", 1e-2): 2.5})
+    gone = [
+        replace(o, verdict=None, error=CellError("killed", "by SIGKILL"), vocabulary=2)
+        if (o.cell.arm, o.seed) == ("post, cold", 3)
+        else o
+        for o in runs
+    ]
+    contrast = grid(contrasts=[LOSS], pairs=[])
+    (found,) = summarize(contrast, gone).contrasts
+    assert found is not None
+    assert (found.answer, found.seeds, found.dropped) == (answer, 8, 0)
+    ends = []
+    for loss in (2.5 + cost, CAP):
+        (there,) = summarize(
+            contrast,
+            [outcome(o.cell.arm, o.rate, o.seed, loss) if o.verdict is None else o for o in gone],
+        ).contrasts
+        assert there is not None
+        assert there.interval is not None
+        ends.append(there)
+    low, high = ends
+    assert found.interval == Interval(
+        min(e.interval.low for e in ends if e.interval),
+        max(e.interval.high for e in ends if e.interval),
+    )
+    assert found.value == pytest.approx((low.value + high.value) / 2)
+    assert found.p == max(low.p or 0, high.p or 0)
+    assert found.bounds == (
+        "1 run without a result counts at its best and at its worst: "
+        f"{low.value:+.3f} to {high.value:+.3f} nats",
+    )
+
+
+def test_a_lost_run_of_the_arm_that_is_subtracted_turns_the_bounds():
+    runs = outcomes(by_arm(dict.fromkeys(ARMS, 0.0)), seeds=8)
+    contrast = {**LOSS, "measure": "failure"}
+    gone = [
+        replace(o, verdict=None, error=CellError("out of memory", "5 GB"))
+        if (o.cell.arm, o.seed, o.rate) == ("post, warm", 3, 1.0)
+        else o
+        for o in runs
+    ]
+    (found,) = summarize(grid(contrasts=[contrast], pairs=[]), gone).contrasts
+    assert found is not None
+    assert found.value == pytest.approx(1 / 4 / 8 / 2)  # at its worst it failed, like all others
+    assert found.answer == "open"
+    assert found.bounds[0].endswith("at its worst: +0 to +3 percentage points")
+
+
+def test_a_cell_that_was_not_run_and_one_of_another_measure_are_left_out():
+    runs = outcomes(MOVED)
+    first = runs[0]
+    for error, measure in ((None, "loss"), (CellError("killed", "by hand"), "sensitivity")):
+        gone = [replace(first, verdict=None, error=error), *runs[1:]]
+        contrast = {"question": "?", "measure": measure, "of": ["post, cold", "pre, cold"]}
+        (found,) = summarize(grid(contrasts=[contrast], pairs=[]), gone).contrasts
+        assert found is not None
+        assert (found.dropped, found.bounds) == (1, ())
+
+
+def test_regret_is_to_the_best_of_all_arms_with_the_same_seed():
+    """And a difference of regrets is one of losses."""
+    runs = losses(
+        {
+            ("post, cold", 1e-3): 3.4,
+            ("post, cold", 1e-2): 3.4,
+            ("post, warm", 1e-3): 2.0,
+            ("post, warm", 1e-2): 2.4,
+        }
+    )
+    found = summarize(grid(contrasts=[LOSS], pairs=[]), runs)
+    cold, warm = found.arms
+    assert (cold.lr_sensitivity, warm.lr_sensitivity) == (0.0, pytest.approx(0.2))
+    assert cold.regret == pytest.approx(1.4)
+    assert warm.regret == pytest.approx(0.2)
+    best = [2.0 + 0.01 * (-1) ** seed for seed in range(8)]
+    expected = mean_interval([3.4 - loss for loss in best])
+    assert cold.regret_interval is not None
+    assert expected is not None
+    assert cold.regret_interval.low == pytest.approx(expected.low)
+    assert found.contrasts[0] is not None
+    assert cold.regret - warm.regret == pytest.approx(found.contrasts[0].value)
+
+
+def test_regret_is_within_a_setting():
+    runs = [
+        outcome("pre, cold", 0.1, 0, 2.0, layers=6),
+        outcome("pre, cold", 0.1, 0, 3.0, layers=9),
+    ]
+    assert [a.regret for a in summarize(grid(contrasts=[], pairs=[]), runs).arms] == [0.0, 0.0]
+
+
+def test_failures_are_counted_at_other_margins():
+    """H₁ is 3.3."""
+    ends = [(3.29, "plateaued"), (3.26, "plateaued"), (3.22, "trained"), (2.0, "regressed")]
+    runs = [outcome("pre, cold", 0.1, s, loss, status=t) for s, (loss, t) in enumerate(ends)]
+    runs.append(outcome("pre, cold", 0.1, 4, None, status="diverged"))
+    runs += [outcome("pre, warm", 0.1, seed, 2.0) for seed in range(5)]
+    found = summarize(grid(contrasts=[], pairs=[]), runs)
+    assert found.arms[0].failures_at == {0.02: 3, 0.05: 4, 0.1: 5, 0.2: 5}
+    assert found.arms[0].failures == 4
+    assert margins_text(found) == (
+        "Failed runs if the margin is 0.02, 0.05, 0.1 and 0.2 nats below H₁: 'pre, cold': "
+        "3, 4, 5, 5. In all other arms, the number is the same at each margin."
+    )
+    same = summarize(grid(contrasts=[], pairs=[]), runs[5:])
+    assert "does not matter here" in margins_text(same)
+
+
+def test_an_lr50_of_seeds_with_different_rates_is_unclear():
+    runs = [run for run in outcomes(MOVED) if run.seed < 2 or run.rate == 1e-2]
+    arm = summarize(grid(contrasts=[], pairs=[]), runs).arms[2]
+    assert (arm.lr50.bound, arm.lr50.unequal, arm.lr50_interval) == ("unclear", True, None)
+    assert lr50_text(arm) == "unclear: seeds ran at different rates"
+
+
+def test_the_early_rise_of_an_arm_is_a_mean_over_its_runs():
+    runs = [outcome("pre, cold", 0.1, seed, 2.5) for seed in range(3)]
+    runs[0] = replace(runs[0], verdict=replace(runs[0].verdict, early_rise=0.375))
+    runs[1] = replace(runs[1], verdict=replace(runs[1].verdict, early_rise=None))
+    assert summarize(grid(contrasts=[], pairs=[]), runs).arms[0].early_rise == 0.25
 
 
 def test_arms_without_a_common_rate_have_no_contrast():
@@ -338,8 +478,8 @@ def test_a_seed_that_one_setting_lacks_is_not_an_error():
 def test_a_run_not_finite_at_its_start_counts_as_knowing_nothing():
     run = outcome("pre, cold", 1.0, 0, None, status="diverged")
     assert run.verdict is not None
-    lost = replace(run, verdict=replace(run.verdict, initial_loss=None), vocabulary=256)
-    assert lost.loss == pytest.approx(math.log(256))
+    lost = replace(run, verdict=replace(run.verdict, initial_loss=None))
+    assert (lost.loss, lost.initial_loss) == (CAP, CAP)
 
 
 def test_arms_are_described_by_medians_means_and_shares():
@@ -380,17 +520,24 @@ def test_settings_are_summarized_separately_and_their_contrasts_averaged():
 
 
 @pytest.mark.parametrize(
-    ("failures", "n", "words"),
+    ("failures", "n", "slow", "words"),
     [
-        (0, 3, "no failure in 3 seeds (at most 56%)"),
-        (3, 3, "failure in all 3 seeds (at least 44%)"),
-        (1, 1, "failure in 1 seed (at least 21%)"),
-        (1, 3, "1 failure in 3 seeds (6% to 79%)"),
-        (2, 3, "2 failures in 3 seeds (21% to 94%)"),
+        (0, 3, 0, "no failure in 3 seeds (at most 56%)"),
+        (3, 3, 0, "failure in all 3 seeds (at least 44%)"),
+        (3, 3, 2, "failure in all 3 seeds (at least 44%), 2 of which were still falling"),
+        (1, 1, 0, "failure in 1 seed (at least 21%)"),
+        (1, 3, 1, "1 failure in 3 seeds (6% to 79%), 1 of which was still falling"),
+        (2, 3, 0, "2 failures in 3 seeds (21% to 94%)"),
     ],
 )
-def test_words_are_bounded_by_the_interval(failures: int, n: int, words: str):
-    assert failures_text(failures, n, wilson(failures, n)) == words
+def test_words_are_bounded_by_the_interval(failures: int, n: int, slow: int, words: str):
+    runs = [
+        outcome("pre, cold", 0.1, seed, 3.4, status=status, falling=seed < slow)
+        for seed, status in enumerate(["plateaued"] * failures + ["trained"] * (n - failures))
+    ]
+    (at,) = summarize(grid(contrasts=[], pairs=[]), runs).arms[0].by_rate
+    assert failures_text(at) == words
+    assert (at.stuck, at.slow) == (failures - slow, slow)
 
 
 def test_three_seeds_never_support_that_an_arm_does_not_fail():
@@ -687,10 +834,20 @@ def test_a_difference_of_failures_is_uncertain_where_all_seeds_agree():
 
 def test_failures_are_reported_at_registered_rates_if_there_are_any():
     runs = outcomes(MOVED)
-    at = {**LOSS, "at": {"optimizer.learning_rate": [0.1]}}
+    at = {**LOSS, "at": {"optimizer.learning_rate": [0.1, 1.0]}}
     words = summarize(grid(contrasts=[at], pairs=[]), runs).conclusions[-1]
     assert words.startswith("At rate 0.1, where the arms differ most among the rates registered")
     assert "'post, cold': failure in all 6 seeds" in words
+
+
+def test_a_rate_that_was_the_only_one_was_not_chosen_after_the_runs():
+    runs = outcomes(MOVED)
+    at = {**LOSS, "at": {"optimizer.learning_rate": [0.1]}}
+    words = summarize(grid(contrasts=[at], pairs=[]), runs).conclusions[-1]
+    assert words.startswith("At rate 0.1, the only rate registered, 'post, cold': failure in all")
+    one = [run for run in runs if run.rate == 0.1]
+    words = summarize(grid(contrasts=[LOSS], pairs=[]), one).conclusions[-1]
+    assert words.startswith("At rate 0.1, the only rate tried, 'post, cold': failure in all")
 
 
 @pytest.mark.parametrize("measure", ["loss", "failure"])

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import rendering
@@ -660,12 +659,28 @@ def test_first_weights_and_h1_are_on_record(tiny: Make, tmp_path: Path):
     model = GPT(tiny().model, prepare(tiny().data).encoding.n_vocab)
     initialize(model, tiny().model, tiny().seed)
     assert environment["initial_weights"] == fingerprints(model)
-    dataset = prepare(tiny().data)
-    evaluated = ValidationSequences(dataset.val, tiny().model.context, tiny().evaluation.sequences)
-    guess = (dataset.counts[0] + 1) / (dataset.counts[0].sum() + dataset.encoding.n_vocab)
-    targets = np.concatenate([targets for _, targets in evaluated.batches(3)])
-    assert environment["unigram_entropy"] == pytest.approx(-np.log(guess[targets]).mean())
-    assert environment["unigram_entropy"] != dataset.unigram_entropy()  # of all validation tokens
+
+
+def test_h1_is_the_loss_of_a_guesser_on_the_sequences_that_are_evaluated(
+    tiny: Make, tmp_path: Path
+):
+    """The guesser is a GPT whose output is b, whatever its input, and whose logits are log p."""
+    config = tiny(evaluation={"sequences": 3})
+    run(config, tmp_path / "run")
+    h1 = json.loads((tmp_path / "run/environment.json").read_text())["unigram_entropy"]
+    dataset = prepare(config.data)
+    trainer = Trainer(config, dataset.encoding.n_vocab, torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.zero_()
+        norm = trainer.model.final_norm
+        assert isinstance(norm.bias, torch.nn.Parameter)
+        norm.bias[0] = 1.0
+        distribution = torch.from_numpy(dataset.unigram_distribution())
+        trainer.model.token_embedding.weight[:, 0] = distribution.log()
+    loss = trainer.evaluate(ValidationSequences(dataset.val, config.model.context, 3))
+    assert loss == pytest.approx(h1, rel=1e-6)
+    assert abs(h1 - dataset.unigram_entropy()) > 1e-3  # of the whole validation text
 
 
 def test_a_run_that_learns_nothing_may_be_given_up(tiny: Make, tmp_path: Path):

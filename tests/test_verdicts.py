@@ -16,7 +16,16 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from gpt.compare.analysis.verdicts import FAILED, Status, Verdict, spike_score, spikes, verdict
+from gpt.compare.analysis.verdicts import (
+    FAILED,
+    Status,
+    Verdict,
+    early_rise,
+    spike_score,
+    spikes,
+    still_falling,
+    verdict,
+)
 from gpt.metrics import Record
 
 H1 = 3.341
@@ -173,7 +182,97 @@ def test_a_final_loss_at_exactly_the_margin_is_a_plateau():
     assert judge(losses, val=math.nextafter(H1 - 0.05, 0)).status == "trained"
     result = judge(losses, val=3.349)
     assert result.failed
-    assert result.reason == "final loss 3.349 is not more than 0.05 below H1 = 3.341"
+    assert result.reason == (
+        "final loss 3.349 is not more than 0.05 below H1 = 3.341; stuck: no clear fall of the loss"
+    )
+
+
+def falling(fall: float, noise: float = 0.05) -> list[float]:
+    """A loss that is level for 300 updates, and then falls in a straight line."""
+    line = [3.4] * 300 + [3.4 - fall * i / 100 for i in range(100)]
+    return [a + b for a, b in zip(line, alternating(0, 400, noise), strict=True)]
+
+
+def test_a_plateau_is_stuck_or_slow():
+    stuck, slow = judge(falling(0.0), val=3.35), judge(falling(0.1), val=3.35)
+    assert (stuck.status, stuck.still_falling, stuck.slow) == ("plateaued", False, False)
+    assert (slow.status, slow.still_falling, slow.slow) == ("plateaued", True, True)
+    assert slow.reason.endswith("H1 = 3.341; slow: the loss was still falling")
+
+
+def test_a_run_that_trained_may_still_fall_but_is_not_slow():
+    found = judge(falling(0.1), val=2.5)
+    assert (found.status, found.still_falling, found.slow) == ("trained", True, False)
+    assert not judge(falling(0.1), val=2.5, diverged_at=400).still_falling
+
+
+def test_a_rise_or_a_loss_that_is_too_short_is_not_a_fall():
+    assert not still_falling(falling(-0.1))
+    assert still_falling([5 - 0.1 * i for i in range(20)])
+    assert not still_falling([5 - 0.1 * i for i in range(19)])  # a quarter of four updates
+    assert not still_falling([3.4] * 400)
+
+
+def test_the_trend_is_a_t_test_of_the_slope_of_five_means():
+    """By the formula; near the critical value of t with 3 degrees of freedom, 4.541."""
+    noise = np.random.default_rng(0).normal(0, 0.1, size=100)
+    found = []
+    for fall in np.linspace(0.0, 0.3, 61):
+        losses = [9.0] * 300 + (3.4 - fall * np.arange(100) / 100 + noise).tolist()
+        means = np.array(losses[300:]).reshape(5, 20).mean(axis=1)
+        x = np.arange(5) - 2.0
+        slope = (x @ means) / (x @ x)
+        rest = means - means.mean() - slope * x
+        t = slope / math.sqrt((rest @ rest) / 3 / (x @ x))
+        found.append(t < -4.5407)
+        assert still_falling(losses) == found[-1]
+    assert {True, False} == set(found)
+
+
+@pytest.mark.parametrize(("correlation", "most"), [(0.0, 0.015), (0.5, 0.02), (0.9, 0.05)])
+def test_a_loss_without_a_trend_rarely_seems_to_fall(correlation: float, most: float):
+    """The last 50 of 200 updates, with noise of an autoregressive process of order 1."""
+    random = np.random.default_rng(1)
+    found = 0
+    for _ in range(1000):
+        noise = random.normal(size=200)
+        for i in range(1, 200):
+            noise[i] += correlation * noise[i - 1]
+        found += still_falling(noise.tolist())
+    assert found / 1000 <= most
+
+
+# The early rise
+
+
+def test_the_early_rise_is_above_the_lowest_smoothed_loss_before():
+    """Means of ten: 5, 4, then 4.8, then 3: a rise of 0.8, and not the 1.8 above the later 3."""
+    losses = [5.0] * 10 + [4.0] * 10 + [4.8] * 10 + [3.0] * 10
+    assert early_rise(losses) == pytest.approx(0.8)
+    assert early_rise([None, *losses, math.nan]) == pytest.approx(0.8)
+
+
+def test_a_loss_that_only_falls_has_no_early_rise_and_a_single_jump_is_smoothed():
+    assert early_rise([5.0 - 0.1 * i for i in range(30)]) == 0.0
+    assert early_rise([3.0] * 20 + [4.0] + [3.0] * 20) == pytest.approx(0.1)
+
+
+def test_the_early_rise_needs_ten_finite_losses():
+    assert early_rise([1.0] * 9) is None
+    assert early_rise([*[1.0] * 9, None]) is None
+    assert early_rise([1.0] * 10) == 0.0
+
+
+def test_the_early_rise_is_that_of_the_first_quarter_of_the_planned_updates():
+    losses = [*[5.0] * 90, *[6.0] * 10, *[9.0] * 300]
+    assert judge(losses).early_rise == 1.0
+    assert judge(losses, planned=400).early_rise == 1.0
+    assert judge(losses[:200], planned=800).early_rise == 4.0
+    assert judge(losses[:200], planned=396).early_rise == pytest.approx(0.9)
+
+
+def test_a_run_that_fell_back_is_known_as_such_even_if_it_plateaued():
+    assert [judge(risen(rise, 0.05), val=3.4).fell_back for rise in (0.1, 0.5)] == [False, True]
 
 
 def test_a_plateau_that_never_learned_starts_at_the_first_step():

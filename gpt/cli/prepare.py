@@ -63,9 +63,9 @@ def _describe(dataset: Dataset) -> str:
     encoding = dataset.encoding
     lines += [
         f"  vocabulary        {encoding.n_vocab:,} tokens ({encoding.name}), {dataset.val.dtype}",
-        f"  unigram entropy   {nats:.4f} nats per token, {bits:.4f} bits per byte: the validation "
-        "loss of guessing",
-        "                    by the token frequencies of the training text",
+        f"  unigram entropy   {nats:.4f} nats per token, {bits:.4f} bits per byte: the loss of "
+        "guessing the",
+        "                    whole validation text by the token frequencies of the training text",
         f"  fingerprint       {dataset.fingerprint}",
     ]
     return "\n".join(lines)

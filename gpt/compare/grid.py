@@ -79,6 +79,7 @@ Column = Literal[
     "spike_score",
     "grad_norm_spikes",
     "grad_norm_spike_score",
+    "early_rise",
     "max_attention_logit",
     "min_attention_entropy",
     "max_update_ratio",

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -73,24 +73,28 @@ class Dataset:
         """Number of training tokens of all sources."""
         return sum(len(tokens) for tokens in self.train)
 
-    def unigram_entropy(self, targets: Iterable[npt.NDArray[np.int64]] | None = None) -> float:
-        """H₁, nats per token: the loss of guessing tokens by their frequency.
+    def unigram_entropy(self, targets: npt.NDArray[np.int64] | None = None) -> float:
+        """H₁, nats per token: the loss of guessing validation tokens by their frequency.
 
-        It is the cross-entropy of the tokens under the unigram distribution of the
-        training text: the relative frequency of each token, averaged over several sources by their
-        weights. One is added to every count (Laplace smoothing), so that a token that never occurs
-        in training has a probability. A model that has learned only token frequencies has this
-        loss; one that has learned more is below it.
+        It is the cross-entropy of the targets under `unigram_distribution`. A model that has
+        learned only token frequencies has this loss; one that has learned more is below it.
 
         Args:
-            targets: arrays of the tokens to guess; by default all validation tokens.
+            targets: how often each token is to be guessed, (vocabulary,): those that are evaluated,
+                which may be easier or harder than the rest; None: the whole validation text.
         """
-        *train, val = self.counts
-        if targets is not None:
-            val = sum(np.bincount(each.ravel(), minlength=len(val)) for each in targets)
-        smoothed = [(row + 1) / (row.sum() + len(row)) for row in train]
-        guess = sum(w * p for w, p in zip(self.weights, smoothed, strict=True))
-        return float(-(val / val.sum()) @ np.log(guess))
+        counts = self.counts[-1] if targets is None else targets
+        return float(-(counts / counts.sum()) @ np.log(self.unigram_distribution()))
+
+    def unigram_distribution(self) -> npt.NDArray[np.float64]:
+        """Each token's relative frequency in the training text, (vocabulary,).
+
+        With several sources it is their average by their weights. One is added to every count
+        (Laplace smoothing), so that a token that never occurs in training has a probability.
+        """
+        train = self.counts[:-1]
+        smoothed = (train + 1) / (train.sum(1, keepdims=True) + train.shape[1])
+        return np.asarray(self.weights) @ smoothed
 
 
 # ---------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -89,8 +90,7 @@ class Run:
             windows=config.data.windows,
         )
         self.validation = ValidationSequences(dataset.val, context, config.evaluation.sequences)
-        evaluated = (targets for _, targets in self.validation.batches(64))
-        self.unigram_entropy = dataset.unigram_entropy(evaluated)
+        self.unigram_entropy = dataset.unigram_entropy(self._target_counts)
         opening.check_tokens(plan, dataset)
         self.progress = opening.restore(trainer, plan.checkpoint, self._first_inputs)
         opening.adopt_checkpoint(plan, config, trainer, self.progress)
@@ -384,13 +384,19 @@ class Run:
             raise NonFiniteError(step, "weight", f"a weight became non-finite at step {step}")
 
     @functools.cached_property
+    def _target_counts(self) -> npt.NDArray[np.int64]:
+        """How often each token is a target of the validation sequences, (vocabulary,)."""
+        vocabulary = self.dataset.encoding.n_vocab
+        counts = np.zeros(vocabulary, np.int64)
+        for _, targets in self.validation.batches(64):
+            counts += np.bincount(targets.ravel(), minlength=vocabulary)
+        return counts
+
+    @functools.cached_property
     def _validation_size(self) -> tuple[int, int]:
         """Tokens of the validation targets, and the bytes of text that they stand for."""
         byte_lengths = np.array(tokenizer.byte_lengths(self.dataset.encoding))
-        batches = self.validation.batches(64)
-        sizes = [(targets.size, int(byte_lengths[targets].sum())) for _, targets in batches]
-        tokens, text_bytes = map(sum, zip(*sizes, strict=True))
-        return tokens, text_bytes
+        return int(self._target_counts.sum()), int(self._target_counts @ byte_lengths)
 
     def _evaluate(self) -> None:
         """Measure and log the validation loss on the fixed sequences.

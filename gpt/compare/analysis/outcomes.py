@@ -71,6 +71,13 @@ class Outcome:
         """Whether training failed; false for a cell without a result."""
         return self.verdict is not None and self.verdict.failed
 
+    def failed_at(self, margin: float) -> bool:
+        """Whether it would have failed if learning were to end more than `margin` nats below H₁."""
+        found = self.verdict
+        if found is None or found.final_val_loss is None:
+            return self.failed
+        return found.fell_back or found.final_val_loss >= self.unigram_entropy - margin
+
     @property
     def rate(self) -> float:
         """The full learning rate."""
@@ -83,16 +90,21 @@ class Outcome:
 
     @property
     def loss(self) -> float:
-        """Final validation loss, capped at the initial loss; if diverged, the initial loss."""
+        """Final validation loss, at most `uniform_loss`, which a diverged run has."""
         assert self.verdict is not None
-        return capped(self.verdict.final_val_loss, self.initial_loss)
+        return capped(self.verdict.final_val_loss, self.uniform_loss)
+
+    @property
+    def uniform_loss(self) -> float:
+        """Ln V, the loss of a uniform guess."""
+        return math.log(self.vocabulary)
 
     @property
     def initial_loss(self) -> float:
-        """Validation loss before the first update; ln V, that of a uniform guess, if not finite."""
+        """Validation loss before the first update; ln V if it was not finite."""
         assert self.verdict is not None
         initial = self.verdict.initial_loss
-        return math.log(self.vocabulary) if initial is None else initial
+        return self.uniform_loss if initial is None else initial
 
 
 class Weight(BaseModel):
@@ -159,6 +171,7 @@ def read_outcome(cell: Cell, directory: Path, error: CellError | None = None) ->
     found = verdict(
         records,
         unigram_entropy=environment.unigram_entropy,
+        planned=cell.config.training.steps,
         diverged_at=result.step if result.status == "diverged" else None,
         diverged_layer=place.layer if place is not None else None,
         reason=result.reason if result.status == "diverged" else "",
@@ -216,6 +229,8 @@ RESULT_COLUMNS: dict[str, Callable[[Outcome, Verdict], Any]] = {
     "grad_norm_spike_score": lambda _, v: v.grad_spike_score,
     "clipped": lambda _, v: v.clipped,
     "steps": lambda _, v: v.steps,
+    "still_falling": lambda _, v: v.still_falling,
+    "early_rise": lambda _, v: v.early_rise,
 }
 # Column -> measure of the layers; a column is left out if no cell has it.
 WORST_COLUMNS = {f"{worst.__name__}_{measure}": measure for measure, worst in EXTREMES.items()}

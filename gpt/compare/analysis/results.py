@@ -1,7 +1,9 @@
 """The results of a comparison as data: what summary.json holds.
 
 summary.py computes them, wording.py puts them into words, and the figures and the report show them.
-Losses are in nats per token. Cells without a result count as lost and are in no other number.
+Losses are in nats per token, and at most ln V, that of a uniform guess. Cells without a result are
+in no number but that of lost cells, and contrasts of losses and failures, where they count at their
+best and at their worst.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Literal
 from gpt.compare.analysis.matching import Match
 from gpt.compare.analysis.statistics import Interval, McNemar, PairedDifference, Threshold
 
-VERSION = 4  # of summary.json; raised when its keys change
+VERSION = 5  # of summary.json; raised when its keys change
 
 SIGNS = (1, -1, -1, 1)  # of the arms in (a - b) - (c - d)
 
@@ -27,9 +29,10 @@ def signed_sum(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class AtRate:
-    """One arm at one learning rate, over seeds. A failed run's loss is capped at its initial loss.
+    """One arm at one learning rate, over seeds.
 
     Attributes:
+        stuck, slow: the failures that are plateaus; a slow one's loss was still falling.
         interval: of the failure rate.
         loss_interval: of the mean loss.
     """
@@ -37,6 +40,8 @@ class AtRate:
     rate: float
     n: int
     failures: int
+    stuck: int
+    slow: int
     interval: Interval
     losses: tuple[float, ...]
     mean_loss: float
@@ -52,15 +57,19 @@ class ArmSummary:
     Attributes:
         setting: values on the axes other than the learning rate, as text; empty if there are none.
         runs, failures: cells with a result, and those of them that failed.
+        stuck, slow: as in `AtRate`.
+        failures_at: how many would have failed by another margin below H₁, in nats.
         lost: cells without a result.
         lr50, lr50_interval: the rate at which half of the runs fail, and its interval over seeds.
         highest_stable_rate: the largest rate up to which no seed failed; None if the lowest failed.
         lr_sensitivity, lr_sensitivity_interval: mean over seeds.
+        regret, regret_interval: mean over seeds; against the best of all arms in the setting.
         best_at_edge: seeds whose best rate is the lowest or highest rate tried.
         best_rate, best_loss: where the median loss is lowest, chosen on these same seeds.
         initial_loss: mean validation loss before the first update.
         summed_rate: sum over all updates of the schedule's multiplier of the learning rate.
         spiked: runs with a spike in the loss.
+        early_rise: mean of the runs' early rises of the loss; None if no run has one.
         clipped: mean fraction of updates whose gradients were clipped; None without clipping.
     """
 
@@ -68,6 +77,9 @@ class ArmSummary:
     setting: str
     runs: int
     failures: int
+    stuck: int
+    slow: int
+    failures_at: dict[float, int]
     lost: int
     seeds: int
     by_rate: tuple[AtRate, ...]
@@ -77,12 +89,15 @@ class ArmSummary:
     median_loss: float
     lr_sensitivity: float
     lr_sensitivity_interval: Interval | None
+    regret: float
+    regret_interval: Interval | None
     best_at_edge: int
     best_rate: float
     best_loss: float
     initial_loss: float
     summed_rate: float
     spiked: int
+    early_rise: float | None
     clipped: float | None
 
     @property
@@ -97,7 +112,9 @@ class ContrastResult:
 
     Attributes:
         parts: a - b, and c - d.
-        bounds: which thresholds could only be bounded, in words.
+        bounds: which thresholds and lost runs could only be bounded, in words. With lost runs,
+            `parts` and `value` are halfway between those with each at its best and at its worst,
+            `interval` covers both intervals, and `p` is the larger.
         reach: for each part, "at least", "at most" or "unknown" if only bounds are known; else "".
         value, interval: log_lr50 in natural logarithms; failure as a fraction; others in nats.
         p: of a paired test that the value equals the margin; None for log_lr50, which has none.

@@ -2,7 +2,7 @@
 
 The unit is the seed. Arms with the same seed share data order and common weights, so differences
 are taken seed by seed, and intervals are over seeds, never steps, tokens or rates. Intervals are
-at 95%. A failed run is not left out: it counts with its own loss, capped at its initial loss
+at 95%. A failed run is not left out: it counts with its own loss, capped at that of a uniform guess
 (`capped`), so that no average is over survivors alone.
 
 With few seeds little can be concluded, and the results show how little: each test comes with the
@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from statistics import fmean, stdev
 from typing import Literal
@@ -263,15 +263,18 @@ class Threshold:
     Attributes:
         bound: "above" if LR50 is above `rate`, the highest tried; "below" if it is below the
             lowest; "unclear" if the failed fraction crosses 1/2 more than once, or does not rise
-            with the rate, and `rate` is only the geometric mean of the range; else "".
+            with the rate, or if seeds ran at different rates, and `rate` is only the geometric mean
+            of the range; else "".
         low: the highest rate tried up to which at most half of the runs failed at each rate.
         high: the lowest rate tried from which on more than half of the runs failed at each rate.
+        unequal: whether it is unclear because seeds ran at different rates.
     """
 
     rate: float
     bound: Literal["", "above", "below", "unclear"]
     low: float | None
     high: float | None
+    unequal: bool = False
 
 
 def lr50(rates: Sequence[float], failed: Sequence[bool]) -> Threshold:
@@ -307,9 +310,13 @@ def lr50(rates: Sequence[float], failed: Sequence[bool]) -> Threshold:
     return threshold(math.exp(crossing), "")
 
 
-def capped(loss: float | None, initial: float) -> float:
-    """`loss`, or `initial` (nats, at step 0) if the loss is higher, not finite or missing."""
-    return initial if loss is None or not math.isfinite(loss) else min(loss, initial)
+def capped(loss: float | None, cap: float) -> float:
+    """`loss`, or `cap` (nats) if the loss is higher, not finite or missing.
+
+    The cap is ln V, the loss of a uniform guess over V tokens: it is known before any run, and the
+    same for all arms. Their losses at step 0, at which Wortsman et al. (2023) cap, differ.
+    """
+    return cap if loss is None or not math.isfinite(loss) else min(loss, cap)
 
 
 @dataclass(frozen=True)
@@ -326,20 +333,30 @@ class Sensitivity:
     at_edge: bool
 
 
-def lr_sensitivity(
-    rates: Sequence[float], losses: Sequence[float | None], initial: float
-) -> Sensitivity:
-    """Mean over rates of min(loss, initial) - best (Wortsman et al. 2023), of one seed.
+def lr_sensitivity(rates: Sequence[float], losses: Sequence[float]) -> Sensitivity:
+    """Mean over rates of loss - best (Wortsman et al. 2023), of one arm and seed.
 
-    A seed that learns at no rate has sensitivity 0, so read it together with the loss.
+    An arm that is bad at every rate has a sensitivity near 0, the best one: see `regret`.
 
     Args:
         rates, losses: one entry per run, in any order; losses are `capped`.
-        initial: loss at step 0.
     """
-    curve = [capped(loss, initial) for loss in losses]
-    best, best_rate = min(zip(curve, rates, strict=True))
-    return Sensitivity(fmean(curve) - best, best_rate in (min(rates), max(rates)))
+    best, best_rate = min(zip(losses, rates, strict=True))
+    return Sensitivity(fmean(losses) - best, best_rate in (min(rates), max(rates)))
+
+
+def regret(losses: Sequence[float], best: float) -> float:
+    """Mean over rates of loss - best, of one arm and seed, in nats.
+
+    Unlike in `lr_sensitivity`, `best` is the lowest loss of any arm at any rate with this seed. The
+    sensitivity compares an arm with itself, so that an arm that is bad everywhere looks best. As
+    arms share `best`, a difference of their regrets is one of their mean losses; so contrasts have
+    the measure `loss` alone.
+
+    Args:
+        losses: `capped`, one entry per rate.
+    """
+    return fmean(losses) - best
 
 
 def loglog_slope(xs: Sequence[float], ys: Sequence[float]) -> float:
@@ -348,6 +365,20 @@ def loglog_slope(xs: Sequence[float], ys: Sequence[float]) -> float:
 
 
 Runs = Sequence[tuple[float, bool]]  # of one arm and seed: (rate, failed)
+
+
+def lr50_of_seeds(seeds: Sequence[Runs]) -> Threshold:
+    """`lr50` of the runs of several seeds; unclear unless all seeds ran at the same rates.
+
+    Otherwise the threshold would depend on which seeds ran at which rates.
+    """
+    threshold = lr50(*zip(*(run for runs in seeds for run in runs), strict=True))
+    rates = [{rate for rate, _ in runs} for runs in seeds]
+    if all(each == rates[0] for each in rates):
+        return threshold
+    every = set.union(*rates)
+    middle = math.sqrt(min(every) * max(every))
+    return replace(threshold, rate=middle, bound="unclear", unequal=True)
 
 
 def threshold_interval(

@@ -31,20 +31,24 @@ from gpt.compare.analysis.results import (
 from gpt.compare.analysis.statistics import (
     ALPHA,
     Interval,
+    Runs,
     Sensitivity,
     fraction_interval,
     highest_stable_rate,
     holm,
     least_p,
     lr50,
+    lr50_of_seeds,
     lr_sensitivity,
     mcnemar,
     mean_interval,
     paired_difference,
+    regret,
     sign_flip_p,
     threshold_interval,
     wilson,
 )
+from gpt.compare.analysis.verdicts import MARGINS
 from gpt.compare.grid import RATE, Contrast, Grid
 from gpt.compare.registration import UNSAID, Registered
 from gpt.schedule import lr_multiplier
@@ -64,8 +68,12 @@ def summarize(
     ended = [outcome for outcome in outcomes if outcome.verdict is not None]
     assert ended, "at least one cell has a result"
     groups = _grouped(outcomes, lambda o: (o.cell.arm, o.cell.setting_text))
+    best = {
+        key: min(o.loss for o in some)
+        for key, some in _grouped(ended, lambda o: (o.cell.setting_text, o.seed)).items()
+    }
     arms = tuple(
-        _arm(arm, setting, group)
+        _arm(arm, setting, group, {s: loss for (at, s), loss in best.items() if at == setting})
         for (arm, setting), group in groups.items()
         if any(o.verdict is not None for o in group)
     )
@@ -73,7 +81,7 @@ def summarize(
     for number, contrast in enumerate(grid.contrasts):
         late = registered.late.get(number, "")
         first = all(b and b.confirmatory and b.answer == "supported" for b in contrasts)
-        result = _contrast(contrast, ended, confirmatory=first and not late, late=late)
+        result = _contrast(contrast, outcomes, confirmatory=first and not late, late=late)
         if result is not None and result.answer == "open" and result.learned:
             result = replace(result, outlook=_outlook(contrast, result, grid, ended, workers))
         contrasts.append(result)
@@ -109,15 +117,20 @@ def _grouped(items: Iterable[Outcome], key: Callable[[Outcome], Any]) -> dict[An
 # Arms
 
 
-def _arm(arm: str, setting: str, group: Sequence[Outcome]) -> ArmSummary:
+def _arm(
+    arm: str, setting: str, group: Sequence[Outcome], best_losses: dict[int, float]
+) -> ArmSummary:
+    """One arm in one setting; `best_losses`: each seed's lowest loss of any arm there."""
     ended = [o for o in group if o.verdict is not None]
-    rates, failed = [o.rate for o in ended], [o.failed for o in ended]
     by_rate = tuple(
         _at_rate(rate, some) for rate, some in sorted(_grouped(ended, lambda o: o.rate).items())
     )
     seeds = _grouped(ended, lambda o: o.seed)
-    complete = [some for some in seeds.values() if len(some) == len(by_rate)]
-    curves = [_sensitivity(some) for some in complete or seeds.values()]
+    complete = [some for some in seeds.values() if len(some) == len(by_rate)] or seeds.values()
+    curves = [_sensitivity(some) for some in complete]
+    regrets = [regret([o.loss for o in some], best_losses[some[0].seed]) for some in complete]
+    threshold = lr50_of_seeds(_runs(seeds.values()))
+    rises = [o.verdict.early_rise for o in ended if o.verdict and o.verdict.early_rise is not None]
     best = min(by_rate, key=lambda at: at.median_loss)
     config = ended[0].cell.config
     clipped = [o.verdict.clipped for o in ended if o.verdict and o.verdict.clipped is not None]
@@ -125,16 +138,20 @@ def _arm(arm: str, setting: str, group: Sequence[Outcome]) -> ArmSummary:
         arm=arm,
         setting=setting,
         runs=len(ended),
-        failures=sum(failed),
+        **_plateaus(ended),
+        failures=sum(o.failed for o in ended),
+        failures_at={margin: sum(o.failed_at(margin) for o in ended) for margin in MARGINS},
         lost=len(group) - len(ended),
         seeds=len(seeds),
         by_rate=by_rate,
-        lr50=lr50(rates, failed),
-        lr50_interval=_lr50_interval(list(seeds.values())),
-        highest_stable_rate=highest_stable_rate(rates, failed),
+        lr50=threshold,
+        lr50_interval=None if threshold.unequal else _lr50_interval(_runs(seeds.values())),
+        highest_stable_rate=highest_stable_rate([o.rate for o in ended], [o.failed for o in ended]),
         median_loss=float(np.median([o.loss for o in ended])),
         lr_sensitivity=float(np.mean([curve.value for curve in curves])),
         lr_sensitivity_interval=mean_interval([curve.value for curve in curves]),
+        regret=float(np.mean(regrets)),
+        regret_interval=mean_interval(regrets),
         best_at_edge=sum(curve.at_edge for curve in curves),
         best_rate=best.rate,
         best_loss=best.median_loss,
@@ -144,12 +161,23 @@ def _arm(arm: str, setting: str, group: Sequence[Outcome]) -> ArmSummary:
             for step in range(1, config.training.steps + 1)
         ),
         spiked=sum(o.verdict is not None and o.verdict.loss_spikes > 0 for o in ended),
+        early_rise=float(np.mean(rises)) if rises else None,
         clipped=float(np.mean(clipped)) if clipped else None,
     )
 
 
-def _lr50_interval(seeds: Sequence[Sequence[Outcome]]) -> Interval | None:
-    logs = threshold_interval([[[(o.rate, o.failed) for o in some] for some in seeds]])
+def _runs(seeds: Iterable[Sequence[Outcome]]) -> list[list[tuple[float, bool]]]:
+    return [[(o.rate, o.failed) for o in some] for some in seeds]
+
+
+def _plateaus(outcomes: Sequence[Outcome]) -> dict[str, int]:
+    """How many of the plateaus are stuck, and how many slow."""
+    slow = [o.verdict.slow for o in outcomes if o.verdict and o.verdict.status == "plateaued"]
+    return {"stuck": slow.count(False), "slow": slow.count(True)}
+
+
+def _lr50_interval(seeds: Sequence[Runs]) -> Interval | None:
+    logs = threshold_interval([seeds])
     return None if logs is None else Interval(math.exp(logs.low), math.exp(logs.high))
 
 
@@ -160,6 +188,7 @@ def _at_rate(rate: float, outcomes: Sequence[Outcome]) -> AtRate:
         rate=rate,
         n=len(outcomes),
         failures=failures,
+        **_plateaus(outcomes),
         interval=wilson(failures, len(outcomes)),
         losses=tuple(losses),
         mean_loss=float(np.mean(losses)),
@@ -170,8 +199,7 @@ def _at_rate(rate: float, outcomes: Sequence[Outcome]) -> AtRate:
 
 
 def _sensitivity(outcomes: Sequence[Outcome]) -> Sensitivity:
-    initial = float(np.mean([o.initial_loss for o in outcomes]))
-    return lr_sensitivity([o.rate for o in outcomes], [o.loss for o in outcomes], initial)
+    return lr_sensitivity([o.rate for o in outcomes], [o.loss for o in outcomes])
 
 
 def _widest_failures(
@@ -206,6 +234,7 @@ def _widest_failures(
         by_arm=points[rate, setting],
         differ=spread(points[rate, setting], names) > 0,
         registered=bool(registered),
+        only=len(points) == 1,
         fewest=min(everywhere, key=lambda at: at.n),
     )
 
@@ -276,16 +305,18 @@ def _contrast(
 ) -> ContrastResult | None:
     """A registered contrast: a mean over settings and rates, from the runs that its arms share."""
     names = contrast.arms
-    included = [outcome for outcome in outcomes if contrast.includes(outcome.cell)]
-    common = _common_runs(names, included, own_rates=bool(contrast.rates))
+    included = [o for o in outcomes if o.verdict is not None and contrast.includes(o.cell)]
+    lost = _lost_runs(contrast, outcomes) if contrast.measure in BOUNDED else []
+    common = _common_runs(
+        names, [*included, *(worst for _, worst in lost)], own_rates=bool(contrast.rates)
+    )
     if common is None:
         return None
     if contrast.column is not None and any(
         column_value(outcome, contrast.column) is None for outcome in common.runs.values()
     ):
         return None
-    measure = _log_lr50 if contrast.measure == "log_lr50" else _mean_difference
-    found = measure(contrast, common)
+    found = _measured(contrast, common, lost)
     parts = tuple(found.values[i] - found.values[i + 1] for i in range(0, len(names), 2))
     seeds = len(common.seeds)
     # Thresholds have no test: an answer needs enough seeds for a test's smallest p to reach ALPHA.
@@ -354,6 +385,71 @@ OF_RUNS: dict[str, Callable[[str], Measured]] = {
     "column": lambda column: _mean_of(lambda run: _number(run, column)),
     "log_column": lambda column: _mean_of(lambda run: _log(_number(run, column))),
 }
+
+
+# The measures that have a worst and a best value. A lost run has no column, its neighbors may not
+# bound it, and a threshold is a fit; so of other measures its rate and setting are left out.
+BOUNDED = ("loss", "failure")
+LostRun = tuple[Outcome, Outcome]  # as if it had ended at its best, and at its worst
+
+
+def _lost_runs(contrast: Contrast, outcomes: Sequence[Outcome]) -> list[LostRun]:
+    """The contrast's lost runs.
+
+    At best, such a run did not fail and has the lowest loss of any run of its arm in its setting;
+    at worst, it diverged. One without any such run is left out, as are those that were not started.
+    """
+    found = []
+    for lost in outcomes:
+        if lost.error is None or lost.verdict is not None or not contrast.includes(lost.cell):
+            continue
+        where = lost.cell.arm, lost.cell.setting
+        like = [o for o in outcomes if o.verdict and (o.cell.arm, o.cell.setting) == where]
+        if like:
+            lowest = min(like, key=lambda run: run.loss)
+            assert lowest.verdict is not None
+            trained = replace(lowest.verdict, status="trained")
+            diverged = replace(lowest.verdict, status="diverged", final_val_loss=None)
+            best = replace(lost, verdict=trained, vocabulary=lowest.vocabulary)
+            found.append((best, replace(best, verdict=diverged)))
+    return found
+
+
+def _measured(contrast: Contrast, common: _CommonRuns, lost: Sequence[LostRun]) -> _Measured:
+    """The contrast's measure; with lost runs, whatever they would have added to it.
+
+    The interval covers those of the lowest and of the highest possible value. With one lost run, no
+    value in between has an interval outside it: an interval's width is convex in each value.
+    """
+    if contrast.measure == "log_lr50":
+        return _log_lr50(contrast, common)
+    here = {
+        (arm, seed, point): pair
+        for (arm, seed, point), run in common.runs.items()
+        for pair in lost
+        if run is pair[1] and seed in common.seeds and point in common.points
+    }
+    if not here:
+        return _mean_difference(contrast, common)
+    weights = _weights(contrast, common)
+    signs = dict(zip(contrast.arms, SIGNS, strict=False))
+
+    def at(end: int) -> _Measured:
+        runs = {
+            (arm, seed, point): pair[end * signs[arm] * weights[point[0]] > 0]
+            for (arm, seed, point), pair in here.items()
+        }
+        return _mean_difference(contrast, replace(common, runs={**common.runs, **runs}))
+
+    low, high = at(-1), at(1)
+    values = [sum(s * v for s, v in zip(SIGNS, m.values, strict=False)) for m in (low, high)]
+    both = [m.interval for m in (low, high) if m.interval is not None]
+    return _Measured(
+        values=[(a + b) / 2 for a, b in zip(low.values, high.values, strict=True)],
+        interval=Interval(min(i.low for i in both), max(i.high for i in both)) if both else None,
+        p=max(m.p for m in (low, high) if m.p is not None),
+        bounds=(wording.lost_text(contrast, len(here), *values),),
+    )
 
 
 def _number(run: Outcome, column: str) -> float:

@@ -2,9 +2,10 @@
 
 The final loss alone does not distinguish a run that learned only token frequencies from one that
 learned and fell back, nor a smooth run from one that a spike nearly ended. So a run gets a status,
-the step where it was detected, and two spike scores. They come from metrics.jsonl and from one
-number of the data, the unigram entropy H1: the cross-entropy of the validation tokens under the
-training text's unigram distribution, which is the loss of guessing by token frequency.
+the step where it was detected, two spike scores, the early rise of its loss, and whether its loss
+was still falling. They come from metrics.jsonl and from one number of the data, the unigram entropy
+H1: the cross-entropy of the evaluated tokens under the training text's unigram distribution, which
+is the loss of guessing by token frequency.
 
 A verdict is about one run. Whether arms differ takes many runs, and statistics.py.
 """
@@ -19,6 +20,7 @@ from typing import Literal, NamedTuple, TypeGuard
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
+from scipy import stats
 
 from gpt.metrics import EPS_ALARM, LEARNED_MARGIN, Record
 
@@ -36,6 +38,13 @@ WINDOW = 128
 # Smallest sigma, as a fraction of the mean. After a constant window, whose sigma is 0, float32's
 # rounding error, 1e-7 of a number, would otherwise be a spike.
 SIGMA_FLOOR = 1e-6
+# The trend of the last quarter of the losses is that of the means of so many parts, tested at this
+# level. With fewer parts they are longer, and so less correlated with each other.
+TREND_PARTS = 5
+TREND_LEVEL = 0.01
+# Nats below H1 at which failures are also counted, to show whether LEARNED_MARGIN matters.
+MARGINS = (0.02, LEARNED_MARGIN, 0.1, 0.2)
+SMOOTHING = 10  # updates whose mean loss is compared in `early_rise`
 
 
 @dataclass(frozen=True)
@@ -50,13 +59,20 @@ class Verdict:
         layer: diverged: where, if the caller knows; plateaued: the lowest block whose gradients
             were under EPS_ALARM * eps at the first snapshot that shows one, None without such a
             snapshot; otherwise None.
-        reason: the finding in words.
+        reason: the finding in words; of a plateau whether it is stuck, or slow and still falling.
+        still_falling: whether the training loss was; see `still_falling`. A plateau whose loss was
+            still falling may be too slow for its number of updates rather than stuck.
+        fell_back: whether the training loss ended above its minimum, as in `verdict`'s rule 3. That
+            and the final loss tell whether it would have failed by another margin than
+            LEARNED_MARGIN.
         initial_loss: validation loss before the first update; None if it is unknown or not finite.
         final_val_loss: of the last evaluation; None for a diverged run.
         best_val_loss: the lowest finite one; None if there is none.
         final_train_loss: mean of the last K updates; None for a diverged run.
         loss_spikes, grad_spikes: numbers of spikes in the training loss and in the gradient norm.
         loss_spike_score, grad_spike_score: fraction of the scored steps that are spikes.
+        early_rise: of the training loss in the first quarter of the planned updates, nats; None if
+            there are too few of them.
         max_grad_norm: the largest finite one, before clipping; None if there is none.
         clipped: fraction of the finite gradient norms above the clip; None without clipping.
         steps: number of updates that were not skipped.
@@ -66,6 +82,8 @@ class Verdict:
     step: int | None
     layer: int | None
     reason: str
+    still_falling: bool
+    fell_back: bool
     initial_loss: float | None
     final_val_loss: float | None
     best_val_loss: float | None
@@ -74,6 +92,7 @@ class Verdict:
     grad_spikes: int
     loss_spike_score: float
     grad_spike_score: float
+    early_rise: float | None
     max_grad_norm: float | None
     clipped: float | None
     steps: int
@@ -82,6 +101,11 @@ class Verdict:
     def failed(self) -> bool:
         """Whether the status is one of FAILED."""
         return self.status in FAILED
+
+    @property
+    def slow(self) -> bool:
+        """Whether it is a plateau that was still falling; any other plateau is stuck."""
+        return self.status == "plateaued" and self.still_falling
 
 
 def spikes(values: Sequence[float | None]) -> list[int]:
@@ -106,10 +130,54 @@ def spike_score(values: Sequence[float | None]) -> float:
     return float(is_spike.mean()) if len(is_spike) else 0.0
 
 
+def early_rise(losses: Sequence[float | None]) -> float | None:
+    """The largest rise of the smoothed losses above their lowest value before, in nats.
+
+    `spikes` scores nothing before a full window of losses, which is where warm-up acts, and hardly
+    finds any spike in a falling loss, whose windows have a large sigma. This measure is defined
+    from the first update on, and is 0 for a loss that only falls. Li et al. (2022,
+    arXiv:2108.06084) likewise compare the loss with the lowest one before, as a ratio. Noise alone
+    rises too, which the mean of SMOOTHING updates reduces.
+
+    Args:
+        losses: from the first update on. Values that are not finite are left out.
+
+    Returns:
+        None if there are fewer than SMOOTHING finite losses.
+    """
+    finite = [loss for loss in losses if _is_finite(loss)]
+    if len(finite) < SMOOTHING:
+        return None
+    smooth = sliding_window_view(np.array(finite), SMOOTHING).mean(axis=1)
+    return float((smooth - np.minimum.accumulate(smooth)).max())
+
+
+def still_falling(losses: Sequence[float | None]) -> bool:
+    """Whether the last quarter of the losses falls by more than its noise explains.
+
+    It is cut into TREND_PARTS parts of equal length, give or take one. The line fitted to their
+    means by least squares must fall by a one-sided t test at TREND_LEVEL. Losses near each other
+    may be correlated; the means of parts hardly are (Schmeiser 1982, on batch means).
+    benchmarks/intervals.py shows how often a loss without a trend seems to fall, and how often one
+    with a trend does: with small batches, most of whose noise is that of their text, only a fall of
+    several standard deviations is certain to be seen. Runs with the same batches share that noise.
+
+    Returns:
+        False if the quarter has fewer than TREND_PARTS losses.
+    """
+    quarter = losses[len(losses) - len(losses) // 4 :]
+    if len(quarter) < TREND_PARTS:
+        return False
+    means = [part.mean() for part in np.array_split(np.array(quarter, np.float64), TREND_PARTS)]
+    fit = stats.linregress(range(TREND_PARTS), means, alternative="less")
+    return bool(fit.pvalue < TREND_LEVEL)
+
+
 def verdict(
     records: Sequence[Record],
     *,
     unigram_entropy: float,
+    planned: int | None = None,
     diverged_at: int | None = None,
     diverged_layer: int | None = None,
     reason: str = "",
@@ -123,7 +191,8 @@ def verdict(
        other rules ignore skipped updates.
     2. plateaued: the final validation loss is not more than LEARNED_MARGIN under
        `unigram_entropy`. A model that only counts tokens ends within a few hundredths of H1, on
-       either side; one that uses a single preceding token gains several tenths.
+       either side; one that uses a single preceding token gains several tenths. It is slow if its
+       training loss was `still_falling`, and stuck otherwise.
     3. regressed: the mean training loss of the last K updates is above the lowest such mean of K
        updates before them by more than max(REGRESSION, STANDARD_ERRORS * e), where
        e = sqrt(s1^2 + s2^2) / sqrt(K), s1 and s2 the standard deviations of the two windows. That
@@ -138,6 +207,7 @@ def verdict(
         records: of a run that has ended: a run that did not diverge was evaluated after its last
             update.
         unigram_entropy: H1, nats per token.
+        planned: updates of the whole run; None: as many as were made.
         diverged_at: the step at which the run ended with a non-finite value.
         diverged_layer: where that was: 0 the embeddings, 1 ... L the blocks, L + 1 the head.
         reason: of the divergence, in words.
@@ -152,7 +222,8 @@ def verdict(
     finite_norms = [norm for norm in norms if _is_finite(norm)]
     loss_spikes = spikes(losses)
 
-    final_val_loss = final_train_loss = None
+    final_val_loss = final_train_loss = regression = None
+    falling = False
     finding = _divergence(records, diverged_at, diverged_layer, reason)
     if finding is None and made and not updates:
         finding = _Finding("diverged", made[0]["step"], None, "all updates were skipped")
@@ -162,10 +233,12 @@ def verdict(
         final_val_loss = val_losses[made[-1]["step"]]
         windows = _windows(losses)
         final_train_loss = float(windows[-1].mean())
+        falling = still_falling(losses)
+        regression = _regression(windows, steps)
         below = f"{unigram_entropy - final_val_loss:.3f} below H1 = {unigram_entropy:.3f}"
         finding = (
-            _plateau(final_val_loss, unigram_entropy, windows, steps, records)
-            or _regression(windows, steps)
+            _plateau(final_val_loss, unigram_entropy, windows, steps, records, falling=falling)
+            or regression
             or _spike(loss_spikes, steps)
             or _Finding("trained", None, None, f"final loss {final_val_loss:.3f} is {below}")
         )
@@ -174,6 +247,8 @@ def verdict(
         clipped = sum(norm > clip for norm in finite_norms) / len(finite_norms)
     return Verdict(
         **finding._asdict(),
+        still_falling=falling,
+        fell_back=regression is not None,
         initial_loss=val_losses.get(0),
         final_val_loss=final_val_loss,
         best_val_loss=min(val_losses.values(), default=None),
@@ -182,6 +257,9 @@ def verdict(
         grad_spikes=len(spikes(norms)),
         loss_spike_score=spike_score(losses),
         grad_spike_score=spike_score(norms),
+        early_rise=early_rise(
+            [r["loss"] for r in updates if r["step"] <= (planned or len(made)) // 4]
+        ),
         max_grad_norm=max(finite_norms, default=None),
         clipped=clipped,
         steps=len(updates),
@@ -214,6 +292,8 @@ def _plateau(
     windows: NDArray[np.float64],
     steps: list[int],
     records: Sequence[Record],
+    *,
+    falling: bool,
 ) -> _Finding | None:
     bar = unigram_entropy - LEARNED_MARGIN
     if final_val_loss < bar:
@@ -227,9 +307,10 @@ def _plateau(
         if mean < bar and mean + STANDARD_ERRORS * _standard_error(window) < bar:
             onset = steps[min(index + windows.shape[1], len(steps) - 1)]
             break
+    trend = "slow: the loss was still falling" if falling else "stuck: no clear fall of the loss"
     words = (
         f"final loss {final_val_loss:.3f} is not more than {LEARNED_MARGIN} below "
-        f"H1 = {unigram_entropy:.3f}"
+        f"H1 = {unigram_entropy:.3f}; {trend}"
     )
     return _Finding("plateaued", onset, _starved_block(records), words)
 

@@ -14,8 +14,20 @@ from typing import Literal, NamedTuple
 from gpt.compare.analysis.results import Answer, ArmSummary, AtRate, ContrastResult, Summary
 from gpt.compare.analysis.statistics import MIN_SEEDS, Interval, Threshold, least_p, wilson
 from gpt.compare.grid import Contrast, Grid, Measure, as_text
+from gpt.metrics import LEARNED_MARGIN
 
 UNIGRAM_ENTROPY = "H₁, the unigram entropy: the loss of guessing by token frequency"
+
+LOSSES = (
+    "Losses are in nats per token. A failed run counts with its own loss, at most ln V, that of a "
+    "uniform guess, which a diverged run has."
+)
+ARM_COLUMNS = (
+    "The sensitivity is the mean loss over the rates minus the arm's own best, so it is low for an "
+    "arm that is bad at every rate; the regret is the mean loss minus the best of all arms. The "
+    "early rise is the largest rise of the smoothed training loss above its lowest value before, "
+    "in the first quarter of the updates, on average over runs."
+)
 
 ANSWERS: dict[Answer, tuple[str, str]] = {
     "supported": ("YES", "these runs support the claim"),
@@ -100,15 +112,45 @@ def words_for(contrast: Contrast) -> Words:
 # Numbers
 
 
-def failures_text(failures: int, n: int, interval: Interval) -> str:
-    """`no failure in 3 seeds (at most 56%)`, bounded by the interval."""
+def failures_text(at: AtRate) -> str:
+    """`no failure in 3 seeds (at most 56%)`, bounded by the interval; how many were slow."""
+    failures, n, interval = at.failures, at.n, at.interval
+    slow = f", {at.slow} of which {'was' if at.slow == 1 else 'were'} still falling"
     seeds = f"{n} seed{'s' if n != 1 else ''}"
     if failures == 0:
         return f"no failure in {seeds} (at most {interval.high:.0%})"
     if failures == n:
-        return f"failure in {'all ' if n > 1 else ''}{seeds} (at least {interval.low:.0%})"
-    several = "s" if failures > 1 else ""
-    return f"{failures} failure{several} in {seeds} ({interval.low:.0%} to {interval.high:.0%})"
+        words = f"failure in {'all ' if n > 1 else ''}{seeds} (at least {interval.low:.0%})"
+    else:
+        words = (
+            f"{failures} failure{'s' if failures > 1 else ''} in {seeds} "
+            f"({interval.low:.0%} to {interval.high:.0%})"
+        )
+    return words + (slow if at.slow else "")
+
+
+def failed_text(arm: ArmSummary) -> str:
+    """`5 of 16`, or `5 of 16, 2 of which were still falling`."""
+    slow = f", {arm.slow} of which {'was' if arm.slow == 1 else 'were'} still falling"
+    return f"{arm.failures} of {arm.runs}" + (slow if arm.slow else "")
+
+
+def margins_text(summary: Summary) -> str:
+    """How many runs would have failed by another margin below H₁ than LEARNED_MARGIN."""
+    margins = [f"{margin:g}" for margin in summary.arms[0].failures_at]
+    listed = f"{', '.join(margins[:-1])} and {margins[-1]} nats below H₁"
+    changed = [arm for arm in summary.arms if len(set(arm.failures_at.values())) > 1]
+    if not changed:
+        return (
+            f"The margin below H₁ that counts as having learned, {LEARNED_MARGIN:g} nats, does not "
+            f"matter here: at margins of {listed}, the same number of each arm's runs fail."
+        )
+    counts = "; ".join(
+        f"{arm.label!r}: {', '.join(map(str, arm.failures_at.values()))}" for arm in changed
+    )
+    others = len(changed) < len(summary.arms)
+    rest = " In all other arms, the number is the same at each margin." if others else ""
+    return f"Failed runs if the margin is {listed}: {counts}.{rest}"
 
 
 def interval_text(interval: Interval, form: Callable[[float], str]) -> str:
@@ -130,7 +172,9 @@ def rates_text(interval: Interval) -> str:
 
 
 def threshold_text(threshold: Threshold) -> str:
-    """`0.05`, `above 0.1`, `below 0.001` or `unclear`."""
+    """`0.05`, `above 0.1`, `below 0.001` or `unclear`, and why if rates are unequal."""
+    if threshold.unequal:
+        return "unclear: seeds ran at different rates"
     rate = f"{threshold.rate:.2g}"
     return {"": rate, "above": f"above {rate}", "below": f"below {rate}", "unclear": "unclear"}[
         threshold.bound
@@ -240,6 +284,7 @@ class Failures(NamedTuple):
         rate, setting: where the first two arms differ most; in a tie, all arms.
         differ: whether the arms differ anywhere in their fraction of failed runs.
         registered: whether contrasts register rates for all their arms; if so, only those count.
+        only: whether there was no other rate and setting to choose.
         fewest: the arm and rate with the fewest runs.
     """
 
@@ -248,6 +293,7 @@ class Failures(NamedTuple):
     by_arm: dict[str, AtRate]
     differ: bool
     registered: bool
+    only: bool
     fewest: AtRate
 
 
@@ -310,6 +356,15 @@ def because(result: ContrastResult) -> str:
     return " ".join(filter(None, (meaning if result.learned else "", exploratory)))
 
 
+def lost_text(contrast: Contrast, count: int, low: float, high: float) -> str:
+    """`2 runs without a result count at their best and at their worst: +0.1 to +0.3 nats`."""
+    one = count == 1
+    counted = f"counts at {'its best and at its' if one else 'their best and at their'} worst"
+    counted = counted if one else counted.replace("counts", "count", 1)
+    values = words_for(contrast).interval(Interval(low, high))
+    return f"{count} run{'' if one else 's'} without a result {counted}: {values}"
+
+
 def dropped_text(count: int) -> str:
     """`1 combination of setting and rate is`."""
     one = count == 1
@@ -337,22 +392,20 @@ def _failures_sentence(found: Failures | None) -> str:
         return "None of the contrasts' arms has a result at the rates compared."
     if not any(at.failures for at in found.by_arm.values()):
         fewest = found.fewest
-        return f"No run failed: {failures_text(0, fewest.n, fewest.interval)} at each rate."
+        return f"No run failed: {failures_text(fewest)} at each rate."
     if not found.differ:
         return (
             f"At every rate {'registered' if found.registered else 'tried'}, the same fraction of "
             "each arm's runs failed: their failures do not tell the arms apart."
         )
-    counts = [
-        f"{name!r}: {failures_text(at.failures, at.n, at.interval)}"
-        for name, at in found.by_arm.items()
-    ]
+    counts = [f"{name!r}: {failures_text(at)}" for name, at in found.by_arm.items()]
     where = f" ({found.setting})" if found.setting else ""
-    chosen = (
-        ", where the arms differ most among the rates registered for all of them"
-        if found.registered
-        else ", chosen after the runs because the arms differ most there"
-    )
+    if found.only:
+        chosen = f", the only rate {'registered' if found.registered else 'tried'}"
+    elif found.registered:
+        chosen = ", where the arms differ most among the rates registered for all of them"
+    else:
+        chosen = ", chosen after the runs because the arms differ most there"
     return f"At rate {found.rate:g}{where}{chosen}, {'; '.join(counts)}."
 
 
@@ -370,7 +423,7 @@ def limits(grid: Grid, summary: Summary) -> list[str]:
         + (f" Intervals of means need {MIN_SEEDS} or more seeds." if seeds < MIN_SEEDS else ""),
         "Short runs measure the onset of instability, not the quality of a finished model. A run "
         "that is merely slow, because of its learning rate or its optimizer, also counts as "
-        "plateaued.",
+        "plateaued; where its training loss was clearly still falling, it is called slow.",
         "Sensitivities and thresholds depend on the rates tried; another grid gives other values.",
         "An arm's best rate is chosen on the same seeds, so its best loss is optimistic.",
         "Results on this corpus, at this size and in this precision may not carry over to others.",

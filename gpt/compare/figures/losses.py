@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 from matplotlib.axes import Axes
 
-from gpt.compare.analysis.wording import UNIGRAM_ENTROPY
+from gpt.compare.analysis.wording import UNIGRAM_ENTROPY, failed_text
 from gpt.compare.figures.base import (
     PALE,
     WIDTH,
@@ -44,8 +44,8 @@ def loss_by_rate(data: PlotData) -> Plot:
     return Plot(
         "answer",
         "Final loss against learning rate",
-        "Each point is a run, a cross a failed one; lines join the medians over seeds. The loss of "
-        "a failed run is capped at its initial loss. The dashed line is "
+        "Each point is a run, a cross a failed one; lines join the medians over seeds. Losses "
+        "are at most ln V, that of a uniform guess. The dashed line is "
         f"{UNIGRAM_ENTROPY}.{_marks_text(data)}",
         _median_losses(data),
         figure,
@@ -199,9 +199,7 @@ def failures(data: PlotData) -> Plot:
         "Which runs failed",
         "Failed seeds out of all. A run failed if its loss became non-finite, did not end more "
         f"than {LEARNED_MARGIN} nats below H₁, or ended well above its own minimum.",
-        "; ".join(
-            f"{arm.label}: {arm.failures} of {arm.runs} runs failed" for arm in data.summary.arms
-        ),
+        "; ".join(f"{arm.label}: failed runs: {failed_text(arm)}" for arm in data.summary.arms),
         figure,
     )
 

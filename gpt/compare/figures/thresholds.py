@@ -95,7 +95,7 @@ def _depths(data: PlotData) -> dict[str, int]:
 
 
 def sensitivity(data: PlotData) -> Plot | None:
-    """The cost of a wrong learning rate, a bar per arm."""
+    """The cost of a wrong learning rate, a bar per arm, and its regret."""
     arms = data.summary.arms
     if all(len(arm.by_rate) < 2 for arm in arms):
         return None
@@ -110,18 +110,22 @@ def sensitivity(data: PlotData) -> Plot | None:
             gid=style.gid,
             alpha=1.0 if style.dashes == "-" else 0.55,
         )
-        interval = arm.lr_sensitivity_interval
-        if interval is not None:
-            axes.plot([interval.low, interval.high], [row, row], color=INK, lw=1.4, gid=style.gid)
+        below = row + 0.2  # the regret, apart from the sensitivity's interval
+        for interval, at in ((arm.lr_sensitivity_interval, row), (arm.regret_interval, below)):
+            if interval is not None:
+                axes.plot([interval.low, interval.high], [at, at], color=INK, lw=1.4, gid=style.gid)
+        axes.plot([arm.regret], [below], "D", ms=5, mfc="white", mec=INK, gid=style.gid)
     axes.set_yticks(range(len(arms)), [arm.label for arm in arms])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("learning-rate sensitivity (nats)")
+    axes.set_xlabel("learning-rate sensitivity, and regret (nats)")
     return Plot(
         "arms",
-        "Learning-rate sensitivity",
+        "Learning-rate sensitivity and regret",
         _sensitivity_caption(arms),
-        "; ".join(f"{arm.label}: {arm.lr_sensitivity:.2f} nats" for arm in arms),
+        "; ".join(
+            f"{arm.label}: {arm.lr_sensitivity:.2f} nats, regret {arm.regret:.2f}" for arm in arms
+        ),
         figure,
     )
 
@@ -130,10 +134,11 @@ def _sensitivity_caption(arms: Sequence[ArmSummary]) -> str:
     tried = dict.fromkeys(tuple(at.rate for at in arm.by_rate) for arm in arms)
     rates = "; or ".join(", ".join(f"{rate:g}" for rate in each) for each in tried)
     caption = (
-        "Mean over rates, and over the seeds run at all of them, of the loss, capped at the "
-        "initial loss, minus the seed's best (Wortsman et al. 2023). Lines: 95% intervals, where "
-        f"there are enough such seeds. Rates: {rates}; on another grid the values differ. An arm "
-        "that learns at no rate has a sensitivity near 0: read it together with its loss."
+        "Mean over rates, and over the seeds run at all of them, of the loss minus a lowest one of "
+        "the seed, with losses of at most ln V. Bars: the sensitivity, minus the arm's own lowest "
+        "(Wortsman et al. 2023), so an arm that learns at no rate has one near 0. Diamonds: the "
+        "regret, minus the lowest of all arms. Lines: 95% intervals, where there are enough such "
+        f"seeds. Rates: {rates}; on another grid the values differ."
     )
     if len(tried) > 1:
         caption += " Arms with rates of their own cannot be compared with the others."
