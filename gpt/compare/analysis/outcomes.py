@@ -12,12 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from gpt import metrics
 from gpt.compare.analysis.statistics import capped
-from gpt.compare.analysis.verdicts import Verdict, verdict
-from gpt.compare.execution.cell_runs import CellError, cell_directory, has_result, read_lost
+from gpt.compare.analysis.verdicts import STANDARD_ERRORS, Verdict, verdict
+from gpt.compare.execution.cell_runs import CellError, cell_directory, has_result
 from gpt.compare.grid import Cell
 from gpt.errors import InputError
 from gpt.io.files import read_json
@@ -39,6 +40,7 @@ class Outcome:
         batches: step -> digest of all inputs up to it.
         vocabulary: V, tokens.
         extremes: the worst value of each measure in EXTREMES; empty without diagnostics.
+        slow: whether it plateaued while its training loss was still falling.
     """
 
     cell: Cell
@@ -51,6 +53,7 @@ class Outcome:
     batches: dict[int, str] | None = None
     vocabulary: int = 2
     extremes: dict[str, float] = field(default_factory=dict)
+    slow: bool = False
 
     @property
     def status(self) -> str:
@@ -112,19 +115,6 @@ class Environment(BaseModel):
     initial_weights: dict[str, Weight]
 
 
-def read_outcomes(cells: Sequence[Cell], directory: Path) -> list[Outcome]:
-    """All cells' outcomes, at least one of which has a result.
-
-    Raises:
-        InputError: no cell has a result, or a file is damaged.
-    """
-    lost = read_lost(directory)
-    outcomes = [read_outcome(cell, directory, lost.get(cell.id)) for cell in cells]
-    if not any(outcome.verdict is not None for outcome in outcomes):
-        raise InputError(f"{directory}: {NO_RESULT}")
-    return outcomes
-
-
 def read_outcome(cell: Cell, directory: Path, error: CellError | None = None) -> Outcome:
     """The outcome of a cell, from its run directory.
 
@@ -174,7 +164,20 @@ def read_outcome(cell: Cell, directory: Path, error: CellError | None = None) ->
         batches={r["step"]: r["batches"] for r in records if "batches" in r},
         vocabulary=vocabulary,
         extremes=_extremes(records),
+        slow=found.status == "plateaued" and still_falls(records),
     )
+
+
+def still_falls(records: Sequence[metrics.Record]) -> bool:
+    """Whether the mean training loss of the last quarter is clearly below that of the quarter
+    before: by more than STANDARD_ERRORS of the difference, with batches as independent draws."""
+    losses = np.array([r["loss"] for r in records if "loss" in r and not r.get("skipped")])
+    quarter = len(losses) // 4
+    if quarter < 2:
+        return False
+    before, last = losses[-2 * quarter : -quarter], losses[-quarter:]
+    error = math.sqrt((before.var(ddof=1) + last.var(ddof=1)) / quarter)
+    return bool(before.mean() - last.mean() > STANDARD_ERRORS * error)
 
 
 # Measure of the layers -> which of its values is the worst.

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,10 @@ from gpt.compare.analysis.results import (
     ContrastResult,
     PairAtRate,
     PairResult,
+    SearchResult,
     Summary,
 )
+from gpt.compare.analysis.searches import search_results
 from gpt.compare.analysis.statistics import (
     ALPHA,
     Interval,
@@ -57,11 +59,12 @@ def summarize(grid: Grid, outcomes: Sequence[Outcome], registered: Registered = 
         for (arm, setting), group in groups.items()
         if any(o.verdict is not None for o in group)
     )
+    searches = search_results(grid, outcomes)
     contrasts: list[ContrastResult | None] = []
     for number, contrast in enumerate(grid.contrasts):
         late = registered.late.get(number, "")
         first = all(b and b.confirmatory and b.answer == "supported" for b in contrasts)
-        result = _contrast(contrast, ended, confirmatory=first and not late, late=late)
+        result = _contrast(contrast, ended, searches, confirmatory=first and not late, late=late)
         contrasts.append(result)
     return Summary(
         title=grid.title,
@@ -70,6 +73,7 @@ def summarize(grid: Grid, outcomes: Sequence[Outcome], registered: Registered = 
         lost={o.cell.id: o.status for o in outcomes if o.verdict is None},
         unigram_entropy=ended[0].unigram_entropy,
         arms=arms,
+        searches=searches,
         contrasts=tuple(contrasts),
         pairs=_pairs(grid.pairs, ended),
         match=match(outcomes),
@@ -80,6 +84,7 @@ def summarize(grid: Grid, outcomes: Sequence[Outcome], registered: Registered = 
             _widest_failures(
                 arms, [c for n, c in enumerate(grid.contrasts) if n not in registered.late]
             ),
+            searches,
         ),
     )
 
@@ -258,20 +263,30 @@ class _Measured:
 
 
 def _contrast(
-    contrast: Contrast, outcomes: Sequence[Outcome], *, confirmatory: bool, late: str
+    contrast: Contrast,
+    outcomes: Sequence[Outcome],
+    searches: Sequence[SearchResult],
+    *,
+    confirmatory: bool,
+    late: str,
 ) -> ContrastResult | None:
     """A registered contrast: a mean over settings and rates, from the runs that its arms share."""
     names = contrast.arms
     included = [outcome for outcome in outcomes if contrast.includes(outcome.cell)]
-    common = _common_runs(names, included, own_rates=bool(contrast.rates))
+    searching = contrast.measure == "log_threshold"
+    common = _common_runs(names, included, own_rates=bool(contrast.rates) or searching)
     if common is None:
         return None
     if contrast.column is not None and any(
         column_value(outcome, contrast.column) is None for outcome in common.runs.values()
     ):
         return None
-    measure = _log_lr50 if contrast.measure == "log_lr50" else _mean_difference
-    found = measure(contrast, common)
+    if searching:
+        found = _log_threshold(contrast, common, searches)
+    elif contrast.measure == "log_lr50":
+        found = _log_lr50(contrast, common)
+    else:
+        found = _mean_difference(contrast, common, OF_RUNS[contrast.measure](contrast.column or ""))
     parts = tuple(found.values[i] - found.values[i + 1] for i in range(0, len(names), 2))
     seeds = len(common.seeds)
     # Thresholds have no test: an answer needs enough seeds for a test's smallest p to reach ALPHA.
@@ -339,8 +354,7 @@ def _weights(contrast: Contrast, common: _CommonRuns) -> dict[str, float]:
     return dict(zip(settings, (x / (x @ x)).tolist(), strict=True))
 
 
-def _mean_difference(contrast: Contrast, common: _CommonRuns) -> _Measured:
-    of = OF_RUNS[contrast.measure](contrast.column or "")
+def _mean_difference(contrast: Contrast, common: _CommonRuns, of: Measured) -> _Measured:
     weights = _weights(contrast, common)
     by_arm = [
         [
@@ -392,14 +406,61 @@ def _log_lr50(contrast: Contrast, common: _CommonRuns) -> _Measured:
             for key, threshold in found.items()
             if threshold.bound
         ),
-        reach=tuple(
-            _reach(
-                [found[a, setting].bound for setting in weights],
-                [found[b, setting].bound for setting in weights],
-                slope=bool(contrast.slope),
-            )
-            for a, b in (contrast.of, *([contrast.against] if contrast.against else []))
-        ),
+        reach=_reaches(contrast, {n: [found[n, s].bound for s in weights] for n in contrast.arms}),
+    )
+
+
+def _log_threshold(
+    contrast: Contrast, common: _CommonRuns, searches: Sequence[SearchResult]
+) -> _Measured:
+    """The mean of the logs of thresholds, or of their bounds, which open the interval."""
+    of_arms = {
+        (each.arm, each.seed, each.setting): each for each in searches if each.arm in contrast.arms
+    }
+
+    def of(runs: Sequence[Outcome]) -> float:
+        (run,) = runs  # one of those of a search
+        rate = of_arms[run.cell.arm, run.seed, run.cell.setting_text].rate
+        assert rate is not None, "a search with a result has a bound"
+        return math.log(rate)
+
+    settings = {setting for setting, _ in common.points}
+    bounds = {
+        name: [
+            found.bound
+            for (arm, seed, setting), found in of_arms.items()
+            if arm == name and seed in common.seeds and setting in settings
+        ]
+        for name in contrast.arms
+    }
+    measured = _mean_difference(contrast, common, of)
+    signed = list(zip(contrast.arms, SIGNS, strict=False))
+    reach = _reach(
+        [bound for name, sign in signed if sign > 0 for bound in bounds[name]],
+        [bound for name, sign in signed if sign < 0 for bound in bounds[name]],
+        slope=bool(contrast.slope),
+    )
+    return replace(
+        measured,
+        interval=measured.interval and _opened(measured.interval, reach),
+        bounds=wording.search_notes([*of_arms.values()]),
+        reach=_reaches(contrast, bounds),
+    )
+
+
+def _opened(interval: Interval, reach: str) -> Interval:
+    """An interval of bounds, open where the quantity itself may lie beyond it."""
+    return Interval(
+        -math.inf if reach in ("at most", "unknown") else interval.low,
+        math.inf if reach in ("at least", "unknown") else interval.high,
+    )
+
+
+def _reaches(contrast: Contrast, bounds: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """The bound on each part of a contrast that the bounds of its arms' thresholds imply."""
+    return tuple(
+        _reach(bounds[a], bounds[b], slope=bool(contrast.slope))
+        for a, b in (contrast.of, *([contrast.against] if contrast.against else []))
     )
 
 

@@ -126,7 +126,11 @@ class _Results:
         self.directory, self.pool, self.console, self.describe = directory, pool, console, describe
         self.total, self.ended = len(cells), len(cells) - len(missing)
         before = read_lost(directory)
-        self.lost = {cell.id: before[cell.id] for cell in missing if cell.id in before}
+        self.lost = {
+            cell.id: before[cell.id]
+            for cell in cells
+            if cell.id in before and not has_result(directory, cell)
+        }
         write_lost(directory, self.lost)
 
     def record(self, task: Task, answer: Future[list[CellError | None]]) -> None:
