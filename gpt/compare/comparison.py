@@ -37,10 +37,10 @@ from gpt.compare import grid as grids
 from gpt.compare import registration
 from gpt.compare.analysis.outcomes import NO_RESULT, Outcome, read_outcome
 from gpt.compare.analysis.results import VERSION, Summary
-from gpt.compare.analysis.searches import chosen_cells, read_outcomes, write_log
+from gpt.compare.analysis.searches import choose, read_outcomes, write_log
 from gpt.compare.analysis.summary import summarize
 from gpt.compare.estimate import check_affordable, check_cells, estimate
-from gpt.compare.execution.cell_runs import has_result, read_lost
+from gpt.compare.execution.cell_runs import read_lost
 from gpt.compare.execution.runner import run_tasks
 from gpt.compare.execution.tasks import Task, make_tasks
 from gpt.compare.grid import Cell, Grid
@@ -108,8 +108,8 @@ def compare(
             preparation.prepare(data, console, stop).encoding.n_vocab for data in _datas(cells)
         ]
         copied = {name for names in copies.values() for name in names}
-        chosen = chosen_cells(grid, cells, directory, lost={})  # lost ones are tried again
-        missing = [cell for cell in chosen if not has_result(directory, cell)]
+        known: dict[str, Outcome] = {}
+        chosen, missing = choose(grid, cells, directory, {}, known)  # lost ones are tried again
         results = len(chosen) - len(missing)
         missing = [cell for cell in missing if cell.id not in copied]
         tasks = make_tasks(missing, grid.runner)
@@ -143,7 +143,12 @@ def compare(
                 if cell.id in runs:
                     copy_run(runs[cell.id], cell, directory)
             console.say(f"{registration.count(len(runs))} copied from {source}")
-        for _ in range(grid.rounds):  # a search chooses at most one cell in each
+        for number in range(grid.rounds):
+            if number > 0:
+                chosen, missing = choose(grid, cells, directory, read_lost(directory), known)
+                tasks = make_tasks(missing, grid.runner)
+                if not tasks:
+                    break
             done = run_tasks(
                 tasks,
                 chosen,
@@ -156,12 +161,6 @@ def compare(
             )
             if not done:
                 raise StoppedError(STOPPED)
-            lost = read_lost(directory)
-            chosen = chosen_cells(grid, cells, directory, lost)
-            missing = [c for c in chosen if c.id not in lost and not has_result(directory, c)]
-            tasks = make_tasks(missing, grid.runner)
-            if not tasks:
-                break
         if grid.probes and not (directory / "probes.json").is_file():
             _probe(cells, directory, console, stop)
         return interruptible(
@@ -352,8 +351,8 @@ def dry_run(
     check_directory(grid, cells, directory, extend=extend)
     copied = set().union(*find_reusable(cells, directory, reuse).values())
     vocabulary = max(preparation.vocab_size(data) for data in _datas(cells))
-    chosen = chosen_cells(grid, cells, directory, lost={})
-    missing = [c for c in chosen if c.id not in copied and not has_result(directory, c)]
+    chosen, missing = choose(grid, cells, directory, {}, {})
+    missing = [cell for cell in missing if cell.id not in copied]
     tasks = make_tasks(missing, grid.runner)
     possible = possible_tasks(grid, chosen, missing)
     estimated = estimate(possible, vocabulary, workers, keep_checkpoints=grid.keep_checkpoints)

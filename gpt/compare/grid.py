@@ -64,7 +64,7 @@ from gpt.errors import InputError, nearest, printable
 from gpt.hardware.size import check_cpu_training
 from gpt.io.console import set_encoding
 
-RATE: Literal["optimizer.learning_rate"] = "optimizer.learning_rate"
+RATE = "optimizer.learning_rate"
 MOST_CELLS = 10_000  # also the largest number of arms
 SEED_COUNT = Between(1, MOST_CELLS)
 LONGEST_VALUE = 100  # characters
@@ -212,7 +212,7 @@ class Search(Section):
     Its rates are anchor * ratio^k for whole numbers k, its steps. See gpt/compare/search.py.
     """
 
-    option: Literal["optimizer.learning_rate"] = RATE
+    option: Literal["optimizer.learning_rate"] = "optimizer.learning_rate"
     """What is searched."""
     start: StartRate | dict[str, StartRate]
     """The first rate of every search, or arm -> its first rate; known from other seeds."""

@@ -109,6 +109,11 @@ class SearchResult:
     runs: int
     ended: str
 
+    @property
+    def label(self) -> str:
+        """As of an `ArmSummary`."""
+        return f"{self.arm} ({self.setting})" if self.setting else self.arm
+
 
 @dataclass(frozen=True)
 class ContrastResult:

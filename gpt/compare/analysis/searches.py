@@ -11,11 +11,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpt.compare.analysis.outcomes import NO_RESULT, Outcome, read_outcome
 from gpt.compare.analysis.results import SearchResult
-from gpt.compare.execution.cell_runs import CellError, read_lost
+from gpt.compare.execution.cell_runs import CellError, has_result, read_lost
 from gpt.compare.grid import Cell, Grid, Search
 from gpt.compare.search import Bracket, Ending, bracket, next_step
 from gpt.errors import InputError
@@ -35,43 +35,66 @@ def read_outcomes(grid: Grid, cells: Sequence[Cell], directory: Path) -> list[Ou
     if grid.search is None:
         outcomes = [read_outcome(cell, directory, lost.get(cell.id)) for cell in cells]
     else:
-        outcomes = [o for cell in cells for o in follow(grid, cell, directory, lost)]
+        outcomes = [o for cell in cells for o in follow(grid, cell, directory, lost, {})]
     if not any(outcome.verdict is not None for outcome in outcomes):
         raise InputError(f"{directory}: {NO_RESULT}")
     return outcomes
 
 
-def chosen_cells(
-    grid: Grid, cells: Sequence[Cell], directory: Path, lost: Mapping[str, CellError]
-) -> list[Cell]:
-    """All cells of a grid; where it searches, those tried, and the next one of each search.
+class Chosen(NamedTuple):
+    """The cells of a comparison so far: all of them, and those that are to be trained."""
+
+    cells: list[Cell]
+    missing: list[Cell]
+
+
+def choose(
+    grid: Grid,
+    cells: Sequence[Cell],
+    directory: Path,
+    lost: Mapping[str, CellError],
+    known: dict[str, Outcome],
+) -> Chosen:
+    """The cells of a grid; where it searches, those tried, and the next one of each search.
 
     Args:
-        cells, lost: as for `read_outcomes` and `follow`.
+        cells: see `read_outcomes`.
+        lost: the errors of the cells that are not to be tried again, by their ids.
+        known: outcomes that have been read, by the ids of their cells; those read now are added.
+
+    Raises:
+        InputError: a file is damaged.
     """
     if grid.search is None:
-        return [*cells]
-    return [o.cell for cell in cells for o in follow(grid, cell, directory, lost)]
+        return Chosen([*cells], [c for c in cells if not has_result(directory, c)])
+    outcomes = [o for cell in cells for o in follow(grid, cell, directory, lost, known)]
+    return Chosen([o.cell for o in outcomes], [o.cell for o in outcomes if o.status == "missing"])
 
 
 def follow(
-    grid: Grid, start: Cell, directory: Path, lost: Mapping[str, CellError]
+    grid: Grid,
+    start: Cell,
+    directory: Path,
+    lost: Mapping[str, CellError],
+    known: dict[str, Outcome],
 ) -> list[Outcome]:
     """The outcomes of a search's runs in their order; the last is "missing" if it has not ended.
 
     Args:
         start: its first cell.
-        lost: the errors of the cells that are not to be tried again, by their ids.
+        lost, known: see `choose`.
     """
     assert grid.search is not None
     outcomes: list[Outcome] = []
     endings: dict[int, Ending] = {}
     cell: Cell | None = start
     while cell is not None:
-        outcome = read_outcome(cell, directory, lost.get(cell.id))
+        outcome = known.get(cell.id) or read_outcome(cell, directory, lost.get(cell.id))
         outcomes.append(outcome)
         if outcome.status == "missing":
             break
+        if outcome.verdict is not None:
+            known[cell.id] = outcome
         endings[grid.search.step(outcome.rate)] = ending(outcome)
         step, _ = next_step(endings, grid.search.most_runs)
         cell = None if step is None else grid.at_rate(start, grid.search.rate(step))

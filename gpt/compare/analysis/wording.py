@@ -251,9 +251,8 @@ def search_notes(searches: Sequence[SearchResult]) -> tuple[str, ...]:
     notes = []
     for each in searches:
         if each.bound or not each.ended:
-            where = ", ".join(filter(None, (each.arm, each.setting)))
             why = each.ended or "it has not ended"
-            notes.append(f"{where}, seed {each.seed}: {search_text(each)}, because {why}")
+            notes.append(f"{each.label}, seed {each.seed}: {search_text(each)}, because {why}")
     checked = [each for each in searches if each.monotone is not None]
     odd = sum(not each.monotone for each in checked)
     if odd:
@@ -361,8 +360,7 @@ def _searches_sentence(searches: Sequence[SearchResult]) -> str:
     by_arm: dict[str, list[float]] = {}
     for each in searches:
         if each.rate is not None:
-            where = f"{each.arm} ({each.setting})" if each.setting else each.arm
-            by_arm.setdefault(where, []).append(each.rate)
+            by_arm.setdefault(each.label, []).append(each.rate)
     found = [
         f"{where!r}: {_rate(geometric_mean(rates))} ({_rate(min(rates))} to {_rate(max(rates))})"
         for where, rates in by_arm.items()
