@@ -17,14 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt import metrics
-from gpt.compare import comparison, estimate
+from gpt.compare import comparison, estimate, registration
 from gpt.compare.analysis.results import Summary
 from gpt.compare.analysis.statistics import mean_interval
 from gpt.compare.execution import worker
 from gpt.compare.execution.tasks import Task
 from gpt.compare.grid import Cell, Search, load
 from gpt.compare.search import Ending, Next, bracket, next_step
-from gpt.errors import StoppedError
+from gpt.errors import InputError, StoppedError
 from gpt.io.console import Console
 from gpt.run.directory import RunDirectory
 
@@ -293,7 +293,7 @@ def test_a_lost_run_leaves_a_bound_and_is_tried_again(tiny: Make, tmp_path: Path
 
 
 def test_bounds_open_the_interval_on_their_side(tiny: Make, tmp_path: Path, trainer: Trainer):
-    """Post-norm never fails, so pre-norm's threshold may be lower: no claim above 0 is supported."""
+    """Post-norm never fails, so the difference may be lower than 0: the question stays open."""
     trainer.edges = {**EDGES, "post": (1e9,) * 5}
     path = write(tmp_path / "grid.yaml", tree(tiny))
     found = compare(path, tmp_path / "run")
@@ -311,3 +311,66 @@ def test_a_start_that_is_too_slow_sends_it_upwards(tiny: Make, tmp_path: Path, t
     found = compare(write(tmp_path / "grid.yaml", tree(tiny)), tmp_path / "run")
     bounds = {each.seed: each.bound for each in found.searches if each.arm == "post"}
     assert bounds == {0: "below", 1: "below", 2: "", 3: "", 4: ""}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"search": {}}, "search.start: is missing"),
+        ({"search": {"start": 0}}, "search.start: 0 is not between 1e-09 and 1000"),
+        ({"search": {"start": {"pre": 0.01}}}, "search.start: needs a rate for each of pre; post"),
+        ({"search": {"start": 1, "ratio": 1}}, "search.ratio: 1 is not between 1.01 and 4"),
+        ({"search": {"start": 1, "option": "seed"}}, "search.option: "),
+        ({"grid": {"optimizer.learning_rate": [1]}}, "is on an axis, and is to be searched"),
+        ({"pairs": [["pre", "post"]]}, "pairs: cannot be compared at the rates that searches"),
+        ({"search": None}, "contrasts.0.measure: log_threshold: log_threshold needs a search"),
+        ({"contrasts": [{"question": "?", "of": ARMS}]}, "contrasts.0.measure: loss: log_thr"),
+        ({"arms": {"x": {"pre": {}, "post": {"optimizer.learning_rate": 1}}}}, "and by the grid"),
+    ],
+)  # fmt: skip
+def test_a_wrong_search_is_refused(tiny: Make, tmp_path: Path, changes: Any, words: str):
+    with pytest.raises(InputError) as caught:
+        load(write(tmp_path / "grid.yaml", {**tree(tiny), **changes}))
+    assert words in str(caught.value)
+
+
+def test_contrasts_of_searches_have_no_rates(tiny: Make, tmp_path: Path):
+    for where in ({"at": {"optimizer.learning_rate": [0.01]}}, {"rates": {"pre": 1, "post": 1}}):
+        question = {"question": "?", "of": ARMS, "measure": "log_threshold", **where}
+        with pytest.raises(InputError, match="log_threshold has no rates"):
+            load(write(tmp_path / "grid.yaml", {**tree(tiny), "contrasts": [question]}))
+
+
+def test_the_search_is_registered_and_others_keep_their_hashes(tiny: Make, tmp_path: Path):
+    def sha256(**changes: Any) -> str:
+        grid, _ = load(write(tmp_path / "grid.yaml", {**tree(tiny), **changes}))
+        return registration.fingerprint(grid.contrasts, grid.seeds, grid.search)
+
+    start = {"pre": 0.01, "post": 0.003}
+    assert sha256() == sha256(search={"start": {**start, "post": 0.0031}})  # on the lattice, equal
+    assert sha256() != sha256(search={"start": {**start, "post": 0.004}})
+    assert sha256() != sha256(search={"start": start, "most_runs": 9})
+    more = {arm: {"model.norm.placement": arm} for arm in (*ARMS, "peri")}
+    grown = sha256(arms={"placement": more}, search={"start": {**start, "peri": 0.01}})
+    assert grown == sha256()
+
+
+def test_a_search_grows_by_arms_and_seeds_only(tiny: Make, tmp_path: Path, trainer: Trainer):
+    path = write(tmp_path / "grid.yaml", {**tree(tiny), "seeds": 1})
+    compare(path, tmp_path / "run")
+    before = list(trainer.seen)
+    more = load(write(tmp_path / "more.yaml", {**tree(tiny), "seeds": 2}))
+    rules = {"start": {"pre": 0.01, "post": 0.003}, "most_runs": 9}
+    other = load(write(tmp_path / "other.yaml", {**tree(tiny), "seeds": 2, "search": rules}))
+    with pytest.raises(InputError, match="only the first rates of new arms can be added"):
+        comparison.check_directory(*other, tmp_path / "run", extend=True)
+    added = comparison.check_directory(*more, tmp_path / "run", extend=True)
+    assert {cell.config.seed for cell in added} == {1}
+    assert trainer.seen == before
+    with pytest.raises(InputError, match="--reuse: a search chooses its cells"):
+        comparison.dry_run(*more, tmp_path / "new", 1, reuse=[tmp_path / "run"])
+    described = comparison.dry_run(*load(path), tmp_path / "run", 1)
+    assert f"{len(before)} have a result already" in described
+    fresh = comparison.dry_run(*load(path), tmp_path / "new", 1)
+    assert "up to 16: 2 arms, 1 seeds, up to 8 rates of each" in fresh
+    assert "and up to 14 more, which searches choose" in fresh

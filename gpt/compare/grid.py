@@ -186,6 +186,8 @@ class Contrast(Section):
             raise ValueError("column: needs measure: column or log_column")
         if self.slope == RATE:
             raise ValueError(f"slope: {RATE} cannot be the axis; use sensitivity or log_lr50")
+        if self.measure == "log_threshold" and (self.rates or RATE in self.at):
+            raise ValueError("measure: log_threshold has no rates: a search chooses them")
         if self.rates:
             if set(self.rates) != set(self.arms):
                 raise ValueError(f"rates: needs a rate for each of {'; '.join(self.arms)}")
