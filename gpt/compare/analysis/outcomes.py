@@ -17,11 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from gpt import metrics
 from gpt.compare.analysis.statistics import capped
-from gpt.compare.analysis.verdicts import STANDARD_ERRORS, Verdict, verdict
+from gpt.compare.analysis.verdicts import Verdict, verdict
 from gpt.compare.execution.cell_runs import CellError, cell_directory, has_result
 from gpt.compare.grid import Cell
 from gpt.errors import InputError
 from gpt.io.files import read_json
+from gpt.metrics import LEARNED_MARGIN
 from gpt.run.directory import RunDirectory
 
 NO_RESULT = "no cell has a result yet"
@@ -40,7 +41,7 @@ class Outcome:
         batches: step -> digest of all inputs up to it.
         vocabulary: V, tokens.
         extremes: the worst value of each measure in EXTREMES; empty without diagnostics.
-        slow: whether it plateaued while its training loss was still falling.
+        slow: see `is_slow`.
     """
 
     cell: Cell
@@ -164,20 +165,25 @@ def read_outcome(cell: Cell, directory: Path, error: CellError | None = None) ->
         batches={r["step"]: r["batches"] for r in records if "batches" in r},
         vocabulary=vocabulary,
         extremes=_extremes(records),
-        slow=found.status == "plateaued" and still_falls(records),
+        slow=is_slow(found, environment.unigram_entropy, records),
     )
 
 
-def still_falls(records: Sequence[metrics.Record]) -> bool:
-    """Whether the mean training loss of the last quarter is clearly below that of the quarter
-    before: by more than STANDARD_ERRORS of the difference, with batches as independent draws."""
+def is_slow(found: Verdict, unigram_entropy: float, records: Sequence[metrics.Record]) -> bool:
+    """Whether a run plateaued only because its steps were too few for its rate.
+
+    One that is stuck has learned token frequencies, and stays at H1. A slow one is still clearly
+    above it, and its training loss falls throughout: the mean of the last quarter is below that of
+    the second by more than a standard error, with batches as independent draws.
+    """
     losses = np.array([r["loss"] for r in records if "loss" in r and not r.get("skipped")])
     quarter = len(losses) // 4
-    if quarter < 2:
+    if found.status != "plateaued" or found.final_val_loss is None or quarter < 2:
         return False
-    before, last = losses[-2 * quarter : -quarter], losses[-quarter:]
+    before, last = losses[quarter : 2 * quarter], losses[-quarter:]
     error = math.sqrt((before.var(ddof=1) + last.var(ddof=1)) / quarter)
-    return bool(before.mean() - last.mean() > STANDARD_ERRORS * error)
+    falls = bool(before.mean() - last.mean() > error)
+    return falls and found.final_val_loss > unigram_entropy + LEARNED_MARGIN
 
 
 # Measure of the layers -> which of its values is the worst.
