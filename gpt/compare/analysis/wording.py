@@ -231,7 +231,7 @@ def bound_text(arm: str, setting: str, threshold: Threshold) -> str:
 
 
 def search_text(search: SearchResult) -> str:
-    """`0.0034 (0.003 to 0.0038)`, `above 0.0038`, `unclear`, and `*` if it is not monotone."""
+    """`0.003354 (0.003 to 0.00375)`, `above 0.00375`, `unclear`, and `*` if it is not monotone."""
     ends = f"{_rate(search.low)} to {_rate(search.high)}"
     text = {
         "": f"{_rate(search.rate)} ({ends})",
@@ -243,7 +243,7 @@ def search_text(search: SearchResult) -> str:
 
 
 def _rate(rate: float | None) -> str:
-    return "none" if rate is None else f"{rate:.3g}"
+    return "none" if rate is None else f"{rate:.4g}"
 
 
 def search_notes(searches: Sequence[SearchResult]) -> tuple[str, ...]:
