@@ -347,6 +347,7 @@ def test_the_documented_grids_are_shipped():
         "depth",
         "norms",
         "remedies",
+        "thresholds",
         "single-gpu",
         "gpu-day",
     }

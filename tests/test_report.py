@@ -30,7 +30,7 @@ CHROMIUM = next(
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None and "CI" not in os.environ, reason="no Chromium on this machine"
 )
-ABSENT = {"beside", "by-seed"}  # without another comparison, or values for each seed
+ABSENT = {"beside", "by-seed", "searched"}  # another comparison, values per seed, searches
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",

@@ -6,6 +6,7 @@
       registration.json  seeds, hash of seeds and contrasts, before first result; later additions
       cells/CELL/     a run directory each
       lost.json       cells without a result, and why; only if there are any
+      search.json     the runs of each search, and what was decided after each; only of searches
       probes.json     measurements of the networks at initialization
       cells.csv       one row per cell
       summary.json    arms, contrasts, pairs, verdict
@@ -13,6 +14,9 @@
 
 A directory belongs to one grid, which can grow: `extend` adds arms, rates, seeds or contrasts, and
 `reuse` copies finished runs of other comparisons. How many results were known then is recorded.
+
+A grid that searches for thresholds has only the first cell of each search. The rest are chosen in
+rounds: every search proposes its next cell, all of these run, and so on until none proposes any.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -30,13 +35,14 @@ import yaml
 
 from gpt.compare import grid as grids
 from gpt.compare import registration
-from gpt.compare.analysis.outcomes import NO_RESULT, Outcome, read_outcome, read_outcomes
+from gpt.compare.analysis.outcomes import NO_RESULT, Outcome, read_outcome
 from gpt.compare.analysis.results import VERSION, Summary
+from gpt.compare.analysis.searches import choose, read_outcomes, write_log
 from gpt.compare.analysis.summary import summarize
 from gpt.compare.estimate import check_affordable, check_cells, estimate
-from gpt.compare.execution.cell_runs import has_result
+from gpt.compare.execution.cell_runs import read_lost
 from gpt.compare.execution.runner import run_tasks
-from gpt.compare.execution.tasks import make_tasks
+from gpt.compare.execution.tasks import Task, make_tasks
 from gpt.compare.grid import Cell, Grid
 from gpt.compare.init_probes import measure_init_probes, read_init_probes, write_init_probes
 from gpt.compare.messages import describe, format_outcome
@@ -79,6 +85,7 @@ def compare(
     """Run the missing cells of a comparison, and write its report.
 
     Args:
+        cells: of the grid; where it searches, the first cell of each search.
         workers: number of worker processes.
         beside: see `report`.
         extend: see `check_directory`.
@@ -89,6 +96,7 @@ def compare(
         StoppedError: `stop` became true; there is no report.
     """
     check_cells(cells, probes=grid.probes)
+    check_reuse(grid, reuse)
     check_directory(grid, cells, directory, extend=extend)  # before anything is made
     with lock_directory(directory, f"{directory}: another process runs this comparison"):
         added = check_directory(grid, cells, directory, extend=extend)
@@ -100,22 +108,25 @@ def compare(
             preparation.prepare(data, console, stop).encoding.n_vocab for data in _datas(cells)
         ]
         copied = {name for names in copies.values() for name in names}
-        missing = [cell for cell in cells if not has_result(directory, cell)]
-        results = len(cells) - len(missing)
+        known: dict[str, Outcome] = {}
+        chosen, missing = choose(grid, cells, directory, {}, known)  # lost ones are tried again
+        results = len(chosen) - len(missing)
         missing = [cell for cell in missing if cell.id not in copied]
         tasks = make_tasks(missing, grid.runner)
         if tasks:
+            possible = possible_tasks(grid, chosen, missing)
             estimated = interruptible(
                 lambda stop: estimate(
-                    tasks, max(vocabulary), workers, keep_checkpoints=grid.keep_checkpoints
+                    possible, max(vocabulary), workers, keep_checkpoints=grid.keep_checkpoints
                 ),
                 stop,
                 STOPPED,
             )
             check_affordable(estimated, directory, grid.hours)
-            console.say(describe(grid, cells, directory, estimated, tasks, workers))
+            finished = len(chosen) - len(missing)
+            console.say(describe(grid, cells, directory, estimated, tasks, workers, finished))
         elif not copied:
-            console.say(f"{directory}: all {len(cells)} cells have a result; reporting again")
+            console.say(f"{directory}: all {len(chosen)} cells have a result; reporting again")
         trained = [cell for cell in added if cell.id not in copied]
         registration.register(directory, grid, trained, results)
         new_arms = {cell.arm for cell in added} - {cell.arm for cell in cells if cell not in added}
@@ -132,18 +143,24 @@ def compare(
                 if cell.id in runs:
                     copy_run(runs[cell.id], cell, directory)
             console.say(f"{registration.count(len(runs))} copied from {source}")
-        finished = run_tasks(
-            tasks,
-            cells,
-            directory,
-            workers=workers,
-            keep_checkpoints=grid.keep_checkpoints,
-            console=console,
-            stop=stop,
-            describe=lambda cell: format_outcome(read_outcome(cell, directory)),
-        )
-        if not finished:
-            raise StoppedError(STOPPED)
+        for number in range(grid.rounds):
+            if number > 0:
+                chosen, missing = choose(grid, cells, directory, read_lost(directory), known)
+                tasks = make_tasks(missing, grid.runner)
+                if not tasks:
+                    break
+            done = run_tasks(
+                tasks,
+                chosen,
+                directory,
+                workers=workers,
+                keep_checkpoints=grid.keep_checkpoints,
+                console=console,
+                stop=stop,
+                describe=lambda cell: format_outcome(read_outcome(cell, directory)),
+            )
+            if not done:
+                raise StoppedError(STOPPED)
         if grid.probes and not (directory / "probes.json").is_file():
             _probe(cells, directory, console, stop)
         return interruptible(
@@ -151,6 +168,36 @@ def compare(
             stop,
             STOPPED,
         )
+
+
+def possible_tasks(grid: Grid, chosen: Sequence[Cell], missing: Sequence[Cell]) -> list[Task]:
+    """The tasks of the missing cells; where the grid searches, as often as searches may run.
+
+    Args:
+        chosen: all cells so far.
+    """
+    if grid.search is None:
+        return make_tasks(missing, grid.runner)
+    tried = Counter(map(_search_of, chosen))
+    rounds = [
+        [cell for cell in missing if tried[_search_of(cell)] + number <= grid.rounds]
+        for number in range(grid.rounds)
+    ]
+    return [task for cells in rounds for task in make_tasks(cells, grid.runner)]
+
+
+def _search_of(cell: Cell) -> tuple[str, str, int]:
+    return cell.arm, cell.setting_text, cell.config.seed
+
+
+def check_reuse(grid: Grid, sources: Sequence[Path]) -> None:
+    """Refuse to copy runs into searches, whose cells are not known beforehand.
+
+    Raises:
+        InputError: there are both.
+    """
+    if grid.search is not None and sources:
+        raise InputError("--reuse: a search chooses its cells as it runs, and cannot take others'")
 
 
 def _probe(
@@ -195,13 +242,14 @@ def report(
     refuse_links(directory)
     busy = f"{directory}: another process is writing its report; run this again in a minute"
     with lock_file(directory / REPORT_LOCK, busy, wait):
-        outcomes = read_outcomes(cells, directory)
+        outcomes = read_outcomes(grid, cells, directory)
         init_probes = read_init_probes(directory, [arm.name for arm in grid.all_arms()])
         commands = [f"{each.began}  {shlex.join(each.argv)}" for each in read_commands(directory)]
         registered = registration.registered(directory, grid, cells)
         summary = summarize(grid, outcomes, registered, workers)
         other = None if beside is None else (beside, read_comparison(beside))
         write_text(directory / "cells.csv", csv_text(outcomes))
+        write_log(directory, grid, outcomes)
         results = {"version": VERSION, **asdict(summary)}
         results["verdict"] = results.pop("conclusions")  # the key that the file has always had
         write_text(directory / "summary.json", to_json(results))
@@ -231,7 +279,7 @@ def read_comparison(directory: Path) -> tuple[Grid, Summary, list[Outcome]]:
     if not (directory / "grid.yaml").is_file():
         raise InputError(f"{directory}: is not a comparison directory (no grid.yaml)")
     grid, cells = grids.load(directory / "grid.yaml")
-    outcomes = read_outcomes(cells, directory)
+    outcomes = read_outcomes(grid, cells, directory)
     registered = registration.registered(directory, grid, cells)
     return grid, summarize(grid, outcomes, registered), outcomes
 
@@ -303,26 +351,34 @@ def dry_run(
         InputError: as `compare`.
     """
     check_cells(cells, probes=grid.probes)
+    check_reuse(grid, reuse)
     check_directory(grid, cells, directory, extend=extend)
     copied = set().union(*find_reusable(cells, directory, reuse).values())
     vocabulary = max(preparation.vocab_size(data) for data in _datas(cells))
-    missing = [cell for cell in cells if cell.id not in copied and not has_result(directory, cell)]
+    chosen, missing = choose(grid, cells, directory, {}, {})
+    missing = [cell for cell in missing if cell.id not in copied]
     tasks = make_tasks(missing, grid.runner)
-    estimated = estimate(tasks, vocabulary, workers, keep_checkpoints=grid.keep_checkpoints)
+    possible = possible_tasks(grid, chosen, missing)
+    estimated = estimate(possible, vocabulary, workers, keep_checkpoints=grid.keep_checkpoints)
     check_affordable(estimated, directory, grid.hours)
     names = {cell.id for cell in missing}
     lines = [
         f"  {cell.id}"
         + ("  (is copied)" if cell.id in copied else "" if cell.id in names else "  (has a result)")
-        for cell in cells
+        for cell in chosen
     ]
+    if grid.search is not None and missing:
+        lines.append(f"  and up to {estimated.cells - len(missing)} more, which searches choose")
     before = registration.read_registration(directory)
     if before is None:
-        sha256 = registration.fingerprint(grid.contrasts, grid.seeds)
-        lines.append(f"SHA-256 of the contrasts and seeds: {sha256}")
+        sha256 = registration.fingerprint(grid.contrasts, grid.seeds, grid.search)
+        also = ", and of the search" if grid.search is not None else ""
+        lines.append(f"SHA-256 of the contrasts and seeds{also}: {sha256}")
     else:
         lines.append(f"registered on {before.time}: SHA-256 {before.sha256}")
-    return "\n".join([describe(grid, cells, directory, estimated, tasks, workers), *lines])
+    finished = len(chosen) - len(missing)
+    described = describe(grid, cells, directory, estimated, tasks, workers, finished)
+    return "\n".join([described, *lines])
 
 
 @dataclass(frozen=True)

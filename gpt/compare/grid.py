@@ -69,7 +69,10 @@ MOST_CELLS = 10_000  # also the largest number of arms
 SEED_COUNT = Between(1, MOST_CELLS)
 LONGEST_VALUE = 100  # characters
 Options = dict[str, Any]  # dotted option -> value
-Measure = Literal["loss", "failure", "sensitivity", "log_lr50", "column", "log_column"]
+StartRate = Annotated[float, Between(1e-9, 1e3)]  # so that a search stays within `Rate`
+Measure = Literal[
+    "loss", "failure", "sensitivity", "log_lr50", "log_threshold", "column", "log_column"
+]
 # The columns of cells.csv that a contrast can compare.
 Column = Literal[
     "best_val_loss",
@@ -151,7 +154,8 @@ class Contrast(Section):
     """Two arms whose difference is subtracted, such as pre-norm with warm-up and without."""
     measure: Measure = "loss"
     """Mean loss, failed fraction, rate sensitivity, log of the rate at which half of the runs fail,
-    or the mean of a column or of its logarithm."""
+    mean log of the highest trainable rate (with `search`), or the mean of a column or of its log.
+    """
     column: Column | None = None
     """The column of cells.csv that `measure: column` and `measure: log_column` compare."""
     slope: str = ""
@@ -163,8 +167,8 @@ class Contrast(Section):
     claim: Claim = "above"
     """The contrast is above the margin, below it (non-inferiority), or within it (equivalence)."""
     margin: Annotated[float, Between(-1e3, 1e3)] = 0.0
-    """In nats for loss and sensitivity, a fraction for failure, a natural log for log_lr50 and
-    log_column; of slopes, per unit of the natural log of the axis's value."""
+    """In nats for loss and sensitivity, a fraction for failure, a natural log for log_lr50,
+    log_threshold and log_column; of slopes, per unit of the natural log of the axis's value."""
 
     @property
     def arms(self) -> list[str]:
@@ -183,6 +187,8 @@ class Contrast(Section):
             raise ValueError("column: needs measure: column or log_column")
         if self.slope == RATE:
             raise ValueError(f"slope: {RATE} cannot be the axis; use sensitivity or log_lr50")
+        if self.measure == "log_threshold" and (self.rates or RATE in self.at):
+            raise ValueError("measure: log_threshold has no rates: a search chooses them")
         if self.rates:
             if set(self.rates) != set(self.arms):
                 raise ValueError(f"rates: needs a rate for each of {'; '.join(self.arms)}")
@@ -201,6 +207,37 @@ class Contrast(Section):
             as_text(_value(cell.config, key)) in map(as_text, values)
             for key, values in wanted.items()
         )
+
+
+class Search(Section):
+    """A search for the highest trainable rate of each arm, with each seed, in each setting.
+
+    Its rates are anchor * ratio^k for whole numbers k, its steps. See gpt/compare/search.py.
+    """
+
+    option: Literal["optimizer.learning_rate"] = "optimizer.learning_rate"
+    """What is searched."""
+    start: StartRate | dict[str, StartRate]
+    """The first rate of every search, or arm -> its first rate; known from other seeds."""
+    ratio: Annotated[float, Between(1.01, 4.0)] = 1.25
+    """Between neighboring rates: the resolution of a threshold."""
+    anchor: StartRate = 0.003
+    """A rate to which all others are multiples of the ratio."""
+    most_runs: Annotated[int, Between(4, 12)] = 8
+    """A search that has had this many runs ends, if need be with a bound."""
+
+    def rate(self, step: float) -> float:
+        """The rate at a step, rounded to four digits so that names of cells are short."""
+        return float(f"{self.anchor * self.ratio**step:.4g}")
+
+    def step(self, rate: float) -> int:
+        """The step whose rate is nearest to `rate`, in ratio."""
+        return round(math.log(rate / self.anchor) / math.log(self.ratio))
+
+    def start_of(self, arm: str) -> float:
+        """The first rate of an arm's searches, on the lattice."""
+        start = self.start[arm] if isinstance(self.start, dict) else self.start
+        return self.rate(self.step(start))
 
 
 class Grid(Section):
@@ -223,6 +260,8 @@ class Grid(Section):
     """Seeds of weights and data order, or their number."""
     context_seeds: Annotated[int, Field(ge=1)] | None = None
     """How many of the seeds the cells have that no contrast includes; by default all."""
+    search: Search | None = None
+    """Search the highest trainable learning rate instead of running an axis of rates."""
     exclude: Annotated[tuple[dict[str, Any], ...], Field(max_length=200)] = ()
     """Cells to leave out: those that match all of an entry's `arm`, factors, options and `seed`."""
     contrasts: Annotated[tuple[Contrast, ...], Field(max_length=20)] = ()
@@ -246,6 +285,7 @@ class Grid(Section):
                 f"arms: {count:,} combinations of levels; at most {MOST_CELLS:,} are allowed"
             )
         arms = self.all_arms()
+        self._check_search([arm.name for arm in arms])
         self._check_options(arms)
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds: duplicate seed")
@@ -262,10 +302,29 @@ class Grid(Section):
         self._check_questions([arm.name for arm in arms])
         return self
 
+    def _check_search(self, arms: Sequence[str]) -> None:
+        """Searches have a start for every arm, and only contrasts of what they find."""
+        for number, contrast in enumerate(self.contrasts):
+            if (contrast.measure == "log_threshold") != (self.search is not None):
+                raise ValueError(
+                    f"contrasts.{number}.measure: {contrast.measure}: log_threshold needs a "
+                    "search, and a search has no other measure"
+                )
+        if self.search is None:
+            return
+        if any(self.search.option in split(axis) for axis in self.grid):
+            raise ValueError(f"grid: {self.search.option} is on an axis, and is to be searched")
+        if self.pairs:
+            raise ValueError("pairs: cannot be compared at the rates that searches choose")
+        start = self.search.start
+        if isinstance(start, dict) and set(start) != set(arms):
+            raise ValueError(f"search.start: needs a rate for each of {'; '.join(arms)}")
+
     def _check_options(self, arms: Sequence[Arm]) -> None:
         """Every option exists and is set in one place."""
         known = set(option_paths(Config)) - {"name", "seed"}
         on_axes = [key for axis in self.grid for key in split(axis)]
+        on_axes += [self.search.option] if self.search else []
         used = [("options", key) for key in self.options] + [("grid", key) for key in on_axes]
         for factor, levels in self.arms.items():
             for name, level in levels.items():
@@ -311,6 +370,24 @@ class Grid(Section):
             options = {key: value for key, value in options.items() if key not in own}
             arms.append(Arm(", ".join(levels.values()), levels, options, own))
         return arms
+
+    def axes(self, arm: Arm) -> dict[str, list[Any]]:
+        """The axes of an arm's cells, with its first rate if its highest is searched."""
+        axes = {**self.grid, **arm.axes}
+        if self.search is not None:
+            axes[self.search.option] = [self.search.start_of(arm.name)]
+        return axes
+
+    @property
+    def rounds(self) -> int:
+        """How often cells are chosen: once, or for each of the runs of a search."""
+        return self.search.most_runs if self.search else 1
+
+    def at_rate(self, cell: Cell, rate: float) -> Cell:
+        """The cell that differs from `cell` only in its learning rate."""
+        arm = next(arm for arm in self.all_arms() if arm.name == cell.arm)
+        options = {**cell.setting, RATE: rate}
+        return _cell(self, arm, options, cell.config.seed, list(cell.varied), cell.id)
 
     def to_yaml(self) -> str:
         """The grid as YAML that `load` reads back equal."""
@@ -414,9 +491,10 @@ def load(
     if isinstance(base, str):
         base = read(base_of(path, base))
     base = {key: value for key, value in base.items() if key not in ("name", "seed")}
-    count = len(grid.seeds) * sum(
-        math.prod(len(values) for values in {**grid.grid, **arm.axes}.values())
-        for arm in grid.all_arms()
+    count = (
+        grid.rounds
+        * len(grid.seeds)
+        * sum(math.prod(map(len, grid.axes(arm).values())) for arm in grid.all_arms())
     )
     if count > MOST_CELLS:
         raise InputError(f"{path}: describes {count:,} cells; at most {MOST_CELLS:,} are allowed")
@@ -498,14 +576,15 @@ def _check_slope(
 def _varied(grid: Grid) -> list[str]:
     """Every option in which cells may differ."""
     of_arms = [key for arm in grid.all_arms() for key in arm.options]
-    return list(dict.fromkeys([*of_arms, *(key for axis in grid.grid for key in split(axis))]))
+    on_axes = [key for arm in grid.all_arms() for axis in grid.axes(arm) for key in split(axis)]
+    return list(dict.fromkeys([*of_arms, *on_axes]))
 
 
 def _cells(grid: Grid, origin: str) -> list[Cell]:
     combinations = [
-        (seed, arm, dict(zip({**grid.grid, **arm.axes}, values, strict=True)))
+        (seed, arm, dict(zip(grid.axes(arm), values, strict=True)))
         for seed, arm in itertools.product(grid.seeds, grid.all_arms())
-        for values in itertools.product(*{**grid.grid, **arm.axes}.values())
+        for values in itertools.product(*grid.axes(arm).values())
     ]
     cells: dict[str, Cell] = {}
     varied, excluded = _varied(grid), [_texts_of(entry) for entry in grid.exclude]
@@ -532,7 +611,9 @@ def _cells(grid: Grid, origin: str) -> list[Cell]:
             contrast.includes(cell) for contrast in grid.contrasts
         ):
             continue
-        twin = cells.setdefault(cell.id.lower(), cell)  # some file systems ignore case
+        fixed = {key: v for key, v in placed.items() if not (grid.search and key == RATE)}
+        name = _id(arm, fixed, seed).lower()  # some file systems ignore case
+        twin = cells.setdefault(name, cell)
         if twin is not cell:
             why = f"rename {twin.arm!r} or {arm.name!r}, which give the same directory"
             if twin.arm == arm.name:

@@ -25,20 +25,30 @@ def describe(
     estimated: Estimate,
     tasks: Sequence[Task],
     workers: int,
+    with_result: int,
 ) -> str:
-    """The comparison that is about to run, in a few lines."""
-    arms = grid.all_arms()
-    with_result = len(cells) - estimated.cells
+    """The comparison that is about to run, in a few lines.
+
+    Args:
+        cells: of the grid; where it searches, the first cell of each search.
+        tasks: the first ones to run.
+        with_result: how many cells have a result.
+    """
+    arms, search = grid.all_arms(), grid.search
+    most = "up to " if search else ""
     every = math.prod([len(arms), len(grid.seeds), *map(len, grid.grid.values())])
     rows = {
         "question": " ".join(contrast.question for contrast in grid.contrasts) or "none registered",
         "arms": "; ".join(arm.name for arm in arms),
-        "cells": f"{len(cells)}: {len(arms)} arms, {len(grid.seeds)} seeds"
+        "cells": f"{most}{with_result + estimated.cells}: "
+        f"{len(arms)} arms, {len(grid.seeds)} seeds"
         + "".join(f", {len(values)} values of {axis}" for axis, values in grid.grid.items())
+        + (f", up to {search.most_runs} rates of each, chosen by a search" if search else "")
         + (f"; {every - len(cells)} combinations are excluded" if len(cells) < every else "")
         + (f"; {with_result} have a result already" if with_result else ""),
-        "tokens": f"{estimated.tokens:,} to train on, {estimated.flops:.2g} FLOPs",
-        "time": f"about {duration(estimated.seconds)} with {format_workers(tasks, workers)}, "
+        "tokens": f"{most}{estimated.tokens:,} to train on, {estimated.flops:.2g} FLOPs",
+        "time": (most or "about ")
+        + f"{duration(estimated.seconds)} with {format_workers(tasks, workers)}, "
         "estimated from a short benchmark on this machine; process start-up"
         + (", probes (probes: false skips them)" if grid.probes else "")
         + " and report not included",

@@ -1,6 +1,6 @@
 """What a comparison registered before its first result, and what was added to it later.
 
-    DIR/registration.json   the seeds, the number of contrasts, a hash of seeds and contrasts;
+    DIR/registration.json   the seeds, the number of contrasts, a hash of both and of the search;
                             later additions
 
 An answer is confirmatory only if its contrast and its cells were fixed before any result was known.
@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from gpt.compare.grid import Cell, Contrast, Grid, as_text
+from gpt.compare.grid import Cell, Contrast, Grid, Search, as_text
 from gpt.errors import InputError, printable
 from gpt.io.files import read_json, write_text
 
@@ -90,8 +91,11 @@ class Registered:
 UNSAID = Registered()
 
 
-def fingerprint(contrasts: Sequence[Contrast], seeds: Sequence[int]) -> str:
-    """SHA-256 of the contrasts and seeds, in hexadecimal; 1 and 1.0 are the same."""
+def fingerprint(contrasts: Sequence[Contrast], seeds: Sequence[int], search: Search | None) -> str:
+    """SHA-256 of contrasts, seeds and search, in hexadecimal; 1 and 1.0 are the same.
+
+    Of the search, it covers the rule, and the first rates of the arms that are contrasted.
+    """
     dumped = [
         {
             key: value
@@ -102,7 +106,11 @@ def fingerprint(contrasts: Sequence[Contrast], seeds: Sequence[int]) -> str:
     ]
     for each in dumped:
         each["at"] = {key: list(map(as_text, values)) for key, values in each["at"].items()}
-    tree = {"contrasts": dumped, "seeds": [*seeds]}
+    tree: dict[str, Any] = {"contrasts": dumped, "seeds": [*seeds]}
+    if search is not None:
+        arms = {arm for each in contrasts for arm in each.arms}
+        start = {arm: search.start_of(arm) for arm in arms}
+        tree["search"] = {**search.model_dump(mode="json"), "start": start}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
@@ -113,7 +121,8 @@ def register(directory: Path, grid: Grid, added: Sequence[Cell], results: int) -
         added: cells that the directory's grid did not have.
         results: how many cells have a result.
     """
-    sha256, before = fingerprint(grid.contrasts, grid.seeds), read_registration(directory)
+    sha256 = fingerprint(grid.contrasts, grid.seeds, grid.search)
+    before = read_registration(directory)
     seen = results or (directory / "summary.json").exists() or (before and before.additions)
     if seen:
         _add(directory, grid, [cell.id for cell in added], results)
@@ -160,7 +169,7 @@ def registered(directory: Path, grid: Grid, cells: Sequence[Cell]) -> Registered
     found = read_registration(directory)
     if found is None:
         return Registered(late=dict.fromkeys(range(len(grid.contrasts)), UNKNOWN))
-    mine = fingerprint(grid.contrasts[: found.contrasts], found.seeds)
+    mine = fingerprint(grid.contrasts[: found.contrasts], found.seeds, grid.search)
     if mine != found.sha256 or not set(found.seeds) <= set(grid.seeds):
         return Registered(late=dict.fromkeys(range(len(grid.contrasts)), CHANGED))
     late = {
@@ -216,10 +225,17 @@ def check_growth(old: tuple[Grid, list[Cell]], new: tuple[Grid, list[Cell]]) -> 
             raise InputError(f"the new grid has no cell {cell.id}")
         if configs[cell.id] != cell.config:
             raise InputError(f"the new grid changes cell {cell.id}")
+    if _rule(old[0]) != _rule(new[0]):
+        raise InputError("search: only the first rates of new arms can be added")
     for name in ("contrasts", "pairs"):
         before, now = getattr(old[0], name), getattr(new[0], name)
         if now[: len(before)] != before:
             raise InputError(f"{name}: new ones must come after the existing ones")
+
+
+def _rule(grid: Grid) -> dict[str, Any] | None:
+    """The search without first rates, which the cells show."""
+    return None if grid.search is None else grid.search.model_dump(exclude={"start"})
 
 
 def _now() -> str:

@@ -17,10 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from gpt import metrics
 from gpt.compare.analysis.statistics import capped
 from gpt.compare.analysis.verdicts import Verdict, verdict
-from gpt.compare.execution.cell_runs import CellError, cell_directory, has_result, read_lost
+from gpt.compare.execution.cell_runs import CellError, cell_directory, has_result
 from gpt.compare.grid import Cell
 from gpt.errors import InputError
 from gpt.io.files import read_json
+from gpt.metrics import LEARNED_MARGIN
 from gpt.run.directory import RunDirectory
 
 NO_RESULT = "no cell has a result yet"
@@ -79,6 +80,18 @@ class Outcome:
         return found.fell_back or found.final_val_loss >= self.unigram_entropy - margin
 
     @property
+    def too_slow(self) -> bool:
+        """Whether the run needed more steps: it is slow, and has not come down to H₁ yet.
+
+        One that is stuck has learned token frequencies, and stays at H₁.
+        """
+        if self.verdict is None or self.verdict.final_val_loss is None:
+            return False
+        return self.verdict.slow and (
+            self.verdict.final_val_loss > self.unigram_entropy + LEARNED_MARGIN
+        )
+
+    @property
     def rate(self) -> float:
         """The full learning rate."""
         return float(self.cell.config.optimizer.learning_rate)
@@ -122,19 +135,6 @@ class Environment(BaseModel):
     versions: dict[str, str]
     unigram_entropy: Annotated[float, Field(ge=0, le=1000)]
     initial_weights: dict[str, Weight]
-
-
-def read_outcomes(cells: Sequence[Cell], directory: Path) -> list[Outcome]:
-    """All cells' outcomes, at least one of which has a result.
-
-    Raises:
-        InputError: no cell has a result, or a file is damaged.
-    """
-    lost = read_lost(directory)
-    outcomes = [read_outcome(cell, directory, lost.get(cell.id)) for cell in cells]
-    if not any(outcome.verdict is not None for outcome in outcomes):
-        raise InputError(f"{directory}: {NO_RESULT}")
-    return outcomes
 
 
 def read_outcome(cell: Cell, directory: Path, error: CellError | None = None) -> Outcome:

@@ -14,6 +14,7 @@ from typing import Literal
 
 from gpt.compare.analysis.matching import Match
 from gpt.compare.analysis.statistics import Interval, McNemar, PairedDifference, Threshold
+from gpt.compare.search import Bound
 
 VERSION = 5  # of summary.json; raised when its keys change
 
@@ -107,14 +108,45 @@ class ArmSummary:
 
 
 @dataclass(frozen=True)
+class SearchResult:
+    """The highest trainable learning rate of one arm, with one seed, in one setting.
+
+    Attributes:
+        setting: as in `ArmSummary`.
+        rate: the geometric middle of `low` and `high`, or the one that is known; None if neither.
+        low: the highest rate tried under `high` whose run trained, or would in more steps.
+        high: the lowest rate tried whose run failed.
+        bound, monotone: as in `gpt.compare.search.Bracket`.
+        runs: that were tried.
+        ended: why it has ended; empty if it has not.
+    """
+
+    arm: str
+    setting: str
+    seed: int
+    rate: float | None
+    low: float | None
+    high: float | None
+    bound: Bound
+    monotone: bool | None
+    runs: int
+    ended: str
+
+    @property
+    def label(self) -> str:
+        """As of an `ArmSummary`."""
+        return f"{self.arm} ({self.setting})" if self.setting else self.arm
+
+
+@dataclass(frozen=True)
 class ContrastResult:
     """A registered contrast: (a - b) - (c - d), or a - b.
 
     Attributes:
         parts: a - b, and c - d.
-        bounds: which thresholds and lost runs could only be bounded, in words. With lost runs,
-            `parts` and `value` are halfway between those with each at its best and at its worst,
-            `interval` covers both intervals, and `p` is the larger.
+        bounds: which thresholds and lost runs are only bounded or in doubt, in words. With lost
+            runs, `parts` and `value` are halfway between those with each at its best and at its
+            worst, `interval` covers both intervals, and `p` is the larger.
         reach: for each part, "at least", "at most" or "unknown" if only bounds are known; else "".
         value, interval: log_lr50 in natural logarithms; failure as a fraction; others in nats.
         p: of a paired test that the value equals the margin; None for log_lr50, which has none.
@@ -187,6 +219,7 @@ class Summary:
     Attributes:
         lost: the status of each cell without a result, by its id.
         unigram_entropy: H₁, the loss of guessing by token frequency.
+        searches: what each search found; empty without searches.
         contrasts: in the grid's order; None where a contrast cannot be computed.
         registered: when the contrasts were registered, and what was added later, in words.
         conclusions: a sentence for each contrast, and one about failures; "verdict" in the file.
@@ -198,6 +231,7 @@ class Summary:
     lost: dict[str, str]
     unigram_entropy: float
     arms: tuple[ArmSummary, ...]
+    searches: tuple[SearchResult, ...]
     contrasts: tuple[ContrastResult | None, ...]
     pairs: tuple[PairResult, ...]
     match: Match

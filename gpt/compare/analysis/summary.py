@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,9 +25,11 @@ from gpt.compare.analysis.results import (
     ContrastResult,
     PairAtRate,
     PairResult,
+    SearchResult,
     Summary,
     signed_sum,
 )
+from gpt.compare.analysis.searches import search_results
 from gpt.compare.analysis.statistics import (
     ALPHA,
     Interval,
@@ -77,11 +79,12 @@ def summarize(
         for (arm, setting), group in groups.items()
         if any(o.verdict is not None for o in group)
     )
+    searches = search_results(grid, outcomes)
     contrasts: list[ContrastResult | None] = []
     for number, contrast in enumerate(grid.contrasts):
         late = registered.late.get(number, "")
         first = all(b and b.confirmatory and b.answer == "supported" for b in contrasts)
-        result = _contrast(contrast, outcomes, confirmatory=first and not late, late=late)
+        result = _contrast(contrast, outcomes, searches, confirmatory=first and not late, late=late)
         if result is not None and result.answer == "open" and result.learned:
             result = replace(result, outlook=_outlook(contrast, result, grid, ended, workers))
         contrasts.append(result)
@@ -92,6 +95,7 @@ def summarize(
         lost={o.cell.id: o.status for o in outcomes if o.verdict is None},
         unigram_entropy=ended[0].unigram_entropy,
         arms=arms,
+        searches=searches,
         contrasts=tuple(contrasts),
         pairs=_pairs(grid.pairs, ended),
         match=match(outcomes),
@@ -102,6 +106,7 @@ def summarize(
             _widest_failures(
                 arms, [c for n, c in enumerate(grid.contrasts) if n not in registered.late]
             ),
+            searches,
         ),
     )
 
@@ -301,14 +306,21 @@ class _Measured:
 
 
 def _contrast(
-    contrast: Contrast, outcomes: Sequence[Outcome], *, confirmatory: bool, late: str
+    contrast: Contrast,
+    outcomes: Sequence[Outcome],
+    searches: Sequence[SearchResult],
+    *,
+    confirmatory: bool,
+    late: str,
 ) -> ContrastResult | None:
     """A registered contrast: a mean over settings and rates, from the runs that its arms share."""
     names = contrast.arms
     included = [o for o in outcomes if o.verdict is not None and contrast.includes(o.cell)]
     lost = _lost_runs(contrast, outcomes) if contrast.measure in BOUNDED else []
     common = _common_runs(
-        names, [*included, *(worst for _, worst in lost)], own_rates=bool(contrast.rates)
+        names,
+        [*included, *(worst for _, worst in lost)],
+        own_rates=bool(contrast.rates) or contrast.measure == "log_threshold",
     )
     if common is None:
         return None
@@ -316,7 +328,7 @@ def _contrast(
         column_value(outcome, contrast.column) is None for outcome in common.runs.values()
     ):
         return None
-    found = _measured(contrast, common, lost)
+    found = _measured(contrast, common, lost, searches)
     parts = tuple(found.values[i] - found.values[i + 1] for i in range(0, len(names), 2))
     seeds = len(common.seeds)
     # Thresholds have no test: an answer needs enough seeds for a test's smallest p to reach ALPHA.
@@ -415,14 +427,22 @@ def _lost_runs(contrast: Contrast, outcomes: Sequence[Outcome]) -> list[LostRun]
     return found
 
 
-def _measured(contrast: Contrast, common: _CommonRuns, lost: Sequence[LostRun]) -> _Measured:
+def _measured(
+    contrast: Contrast,
+    common: _CommonRuns,
+    lost: Sequence[LostRun],
+    searches: Sequence[SearchResult],
+) -> _Measured:
     """The contrast's measure; with lost runs, whatever they would have added to it.
 
     The interval covers those of the lowest and of the highest possible value. With one lost run, no
     value in between has an interval outside it: an interval's width is convex in each value.
     """
+    if contrast.measure == "log_threshold":
+        return _log_threshold(contrast, common, searches)
     if contrast.measure == "log_lr50":
         return _log_lr50(contrast, common)
+    of = OF_RUNS[contrast.measure](contrast.column or "")
     here = {
         (arm, seed, point): pair
         for (arm, seed, point), run in common.runs.items()
@@ -430,7 +450,7 @@ def _measured(contrast: Contrast, common: _CommonRuns, lost: Sequence[LostRun]) 
         if run is pair[1] and seed in common.seeds and point in common.points
     }
     if not here:
-        return _mean_difference(contrast, common)
+        return _mean_difference(contrast, common, of)
     weights = _weights(contrast, common)
     signs = dict(zip(contrast.arms, SIGNS, strict=False))
 
@@ -439,10 +459,10 @@ def _measured(contrast: Contrast, common: _CommonRuns, lost: Sequence[LostRun]) 
             (arm, seed, point): pair[end * signs[arm] * weights[point[0]] > 0]
             for (arm, seed, point), pair in here.items()
         }
-        return _mean_difference(contrast, replace(common, runs={**common.runs, **runs}))
+        return _mean_difference(contrast, replace(common, runs={**common.runs, **runs}), of)
 
     low, high = at(-1), at(1)
-    values = [sum(s * v for s, v in zip(SIGNS, m.values, strict=False)) for m in (low, high)]
+    values = [signed_sum(each.values) for each in (low, high)]
     both = [m.interval for m in (low, high) if m.interval is not None]
     return _Measured(
         values=[(a + b) / 2 for a, b in zip(low.values, high.values, strict=True)],
@@ -475,8 +495,7 @@ def _weights(contrast: Contrast, common: _CommonRuns) -> dict[str, float]:
     return dict(zip(settings, (x / (x @ x)).tolist(), strict=True))
 
 
-def _mean_difference(contrast: Contrast, common: _CommonRuns) -> _Measured:
-    of = OF_RUNS[contrast.measure](contrast.column or "")
+def _mean_difference(contrast: Contrast, common: _CommonRuns, of: Measured) -> _Measured:
     weights = _weights(contrast, common)
     by_arm = [
         [
@@ -526,14 +545,61 @@ def _log_lr50(contrast: Contrast, common: _CommonRuns) -> _Measured:
             for key, threshold in found.items()
             if threshold.bound
         ),
-        reach=tuple(
-            _reach(
-                [found[a, setting].bound for setting in weights],
-                [found[b, setting].bound for setting in weights],
-                slope=bool(contrast.slope),
-            )
-            for a, b in (contrast.of, *([contrast.against] if contrast.against else []))
-        ),
+        reach=_reaches(contrast, {n: [found[n, s].bound for s in weights] for n in contrast.arms}),
+    )
+
+
+def _log_threshold(
+    contrast: Contrast, common: _CommonRuns, searches: Sequence[SearchResult]
+) -> _Measured:
+    """The mean of the logs of thresholds, or of their bounds, which open the interval."""
+    of_arms = {
+        (each.arm, each.seed, each.setting): each for each in searches if each.arm in contrast.arms
+    }
+
+    def of(runs: Sequence[Outcome]) -> float:
+        (run,) = runs  # one of those of a search
+        rate = of_arms[run.cell.arm, run.seed, run.cell.setting_text].rate
+        assert rate is not None, "a search with a result has a bound"
+        return math.log(rate)
+
+    settings = {setting for setting, _ in common.points}
+    bounds = {
+        name: [
+            found.bound
+            for (arm, seed, setting), found in of_arms.items()
+            if arm == name and seed in common.seeds and setting in settings
+        ]
+        for name in contrast.arms
+    }
+    measured = _mean_difference(contrast, common, of)
+    signed = list(zip(contrast.arms, SIGNS, strict=False))
+    reach = _reach(
+        [bound for name, sign in signed if sign > 0 for bound in bounds[name]],
+        [bound for name, sign in signed if sign < 0 for bound in bounds[name]],
+        slope=bool(contrast.slope),
+    )
+    return replace(
+        measured,
+        interval=measured.interval and _opened(measured.interval, reach),
+        bounds=wording.search_notes([*of_arms.values()]),
+        reach=_reaches(contrast, bounds),
+    )
+
+
+def _opened(interval: Interval, reach: str) -> Interval:
+    """An interval of bounds, open where the quantity itself may lie beyond it."""
+    return Interval(
+        -math.inf if reach in ("at most", "unknown") else interval.low,
+        math.inf if reach in ("at least", "unknown") else interval.high,
+    )
+
+
+def _reaches(contrast: Contrast, bounds: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """The bound on each part of a contrast that the bounds of its arms' thresholds imply."""
+    return tuple(
+        _reach(bounds[a], bounds[b], slope=bool(contrast.slope))
+        for a, b in (contrast.of, *([contrast.against] if contrast.against else []))
     )
 
 

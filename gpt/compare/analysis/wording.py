@@ -9,11 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from statistics import geometric_mean
 from typing import Literal, NamedTuple
 
-from gpt.compare.analysis.results import Answer, ArmSummary, AtRate, ContrastResult, Summary
+from gpt.compare.analysis.results import (
+    Answer,
+    ArmSummary,
+    AtRate,
+    ContrastResult,
+    SearchResult,
+    Summary,
+)
 from gpt.compare.analysis.statistics import MIN_SEEDS, Interval, Threshold, least_p, wilson
-from gpt.compare.grid import Contrast, Grid, Measure, as_text
+from gpt.compare.grid import Contrast, Grid, Measure, Search, as_text
 from gpt.metrics import LEARNED_MARGIN
 
 UNIGRAM_ENTROPY = "H₁, the unigram entropy: the loss of guessing by token frequency"
@@ -91,6 +99,7 @@ MEASURES: dict[Measure, Words] = {
     "sensitivity": Words("the sensitivity to the learning rate", _signed, " nats"),
     "failure": Words("the fraction of failed runs", _percent, " percentage points"),
     "log_lr50": Words("the rate at which half of the runs fail", _factor, log=True),
+    "log_threshold": Words("the highest trainable rate", _factor, log=True),
     "column": Words("the mean of {column}", lambda value: f"{value:+.3g}"),
     "log_column": Words("the geometric mean of {column}", _factor, log=True),
 }
@@ -273,6 +282,36 @@ def bound_text(arm: str, setting: str, threshold: Threshold) -> str:
     return f"{arm}{f' ({setting})' if setting else ''}: {words[threshold.bound]}"
 
 
+def search_text(search: SearchResult) -> str:
+    """`0.003354 (0.003 to 0.00375)`, `above 0.00375`, `unclear`, and `*` if it is not monotone."""
+    ends = f"{_rate(search.low)} to {_rate(search.high)}"
+    text = {
+        "": f"{_rate(search.rate)} ({ends})",
+        "above": f"above {_rate(search.low)}",
+        "below": f"below {_rate(search.high)}",
+        "unclear": "unclear",
+    }[search.bound]
+    return f"{text} *" if search.monotone is False else text
+
+
+def _rate(rate: float | None) -> str:
+    return "none" if rate is None else f"{rate:.4g}"
+
+
+def search_notes(searches: Sequence[SearchResult]) -> tuple[str, ...]:
+    """Which searches found only a bound, and in how many a run above the threshold trained."""
+    notes = []
+    for each in searches:
+        if each.bound or not each.ended:
+            why = each.ended or "it has not ended"
+            notes.append(f"{each.label}, seed {each.seed}: {search_text(each)}, because {why}")
+    checked = [each for each in searches if each.monotone is not None]
+    odd = sum(not each.monotone for each in checked)
+    if odd:
+        notes.append(f"in {odd} of {len(checked)} searches a run trained above the threshold")
+    return tuple(notes)
+
+
 # ---------------------------------------------------------------------------------------------
 # The conclusions
 
@@ -301,15 +340,16 @@ def conclusions(
     results: Sequence[ContrastResult | None],
     contrasts: Sequence[Contrast],
     failures: Failures | None,
+    searches: Sequence[SearchResult] = (),
 ) -> tuple[str, ...]:
-    """The answer to each registered contrast, and where arms differ most."""
+    """The answer to each registered contrast, and where arms differ most or what searches found."""
     answers = [
         f"{ANSWERS['open'][0]}: this contrast cannot be computed: {_missing(contrast)}."
         if result is None
         else _contrast_sentence(result, contrast)
         for result, contrast in zip(results, contrasts, strict=True)
     ]
-    return *answers, _failures_sentence(failures)
+    return *answers, _searches_sentence(searches) if searches else _failures_sentence(failures)
 
 
 def _missing(contrast: Contrast) -> str:
@@ -387,6 +427,21 @@ def _fold(part: float, reach: str) -> str:
     return f"{'rises' if part > 0 else 'falls'} {math.exp(abs(part)):.2g}-fold"
 
 
+def _searches_sentence(searches: Sequence[SearchResult]) -> str:
+    by_arm: dict[str, list[float]] = {}
+    for each in searches:
+        if each.rate is not None:
+            by_arm.setdefault(each.label, []).append(each.rate)
+    found = [
+        f"{where!r}: {_rate(geometric_mean(rates))} ({_rate(min(rates))} to {_rate(max(rates))})"
+        for where, rates in by_arm.items()
+    ]
+    bounded = sum(bool(each.bound) for each in searches)
+    notes = f"; {bounded} of {len(searches)} are only bounds" if bounded else ""
+    means = "; ".join(found)
+    return f"Highest trainable rates, geometric means over seeds and ranges{notes}: {means}."
+
+
 def _failures_sentence(found: Failures | None) -> str:
     if found is None:
         return "None of the contrasts' arms has a result at the rates compared."
@@ -424,8 +479,7 @@ def limits(grid: Grid, summary: Summary) -> list[str]:
         "Short runs measure the onset of instability, not the quality of a finished model. A run "
         "that is merely slow, because of its learning rate or its optimizer, also counts as "
         "plateaued; where its training loss was clearly still falling, it is called slow.",
-        "Sensitivities and thresholds depend on the rates tried; another grid gives other values.",
-        "An arm's best rate is chosen on the same seeds, so its best loss is optimistic.",
+        *(_search_limits(grid.search, summary) if grid.search else _axis_limits()),
         "Results on this corpus, at this size and in this precision may not carry over to others.",
     ]
     for setting in dict.fromkeys(arm.setting for arm in summary.arms):
@@ -441,3 +495,21 @@ def limits(grid: Grid, summary: Summary) -> list[str]:
             "Some arms clip their gradients, which hides instability; see the fraction clipped."
         )
     return found
+
+
+def _axis_limits() -> list[str]:
+    return [
+        "Sensitivities and thresholds depend on the rates tried; another grid gives other values.",
+        "An arm's best rate is chosen on the same seeds, so its best loss is optimistic.",
+    ]
+
+
+def _search_limits(search: Search, summary: Summary) -> list[str]:
+    checked = [each.monotone for each in summary.searches if each.monotone is not None]
+    return [
+        "A search assumes that runs train at all rates below its threshold and at none above. One "
+        f"run above each threshold checks this: {checked.count(False)} of {len(checked)} trained.",
+        f"A threshold is known to within a factor of {search.ratio:g}, the ratio of its lattice. "
+        "Failed fractions and losses are those of the rates that the searches chose, which differ "
+        "between arms and seeds.",
+    ]

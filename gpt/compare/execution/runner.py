@@ -126,7 +126,11 @@ class _Results:
         self.directory, self.pool, self.console, self.describe = directory, pool, console, describe
         self.total, self.ended = len(cells), len(cells) - len(missing)
         before = read_lost(directory)
-        self.lost = {cell.id: before[cell.id] for cell in missing if cell.id in before}
+        self.lost = {
+            cell.id: before[cell.id]
+            for cell in cells
+            if cell.id in before and not has_result(directory, cell)
+        }
         write_lost(directory, self.lost)
 
     def record(self, task: Task, answer: Future[list[CellError | None]]) -> None:
@@ -149,8 +153,10 @@ class _Results:
 def _lacks_plot(directory: Path, cell: Cell) -> bool:
     """Whether a cell has a result but no loss.png, as batched training draws none."""
     run = RunDirectory(cell_directory(directory, cell))
-    result = run.read_result() if has_result(directory, cell) else None
-    return result is not None and result.step > 0 and not run.plot.is_file()
+    if run.plot.is_file() or not has_result(directory, cell):
+        return False
+    result = run.read_result()
+    return result is not None and result.step > 0
 
 
 def _errors(answer: Future[list[CellError | None]], cells: int) -> list[CellError | None]:

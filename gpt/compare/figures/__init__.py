@@ -3,7 +3,7 @@
 base.py            what all figures share: data, styles, panels, legends, saving
 seeds.py           the first question, seed by seed
 losses.py          loss against learning rate, failed runs
-thresholds.py      LR50 and highest stable rate, learning-rate sensitivity
+thresholds.py      LR50 and highest stable rate, learning-rate sensitivity, searched thresholds
 initialization.py  the networks before training
 runs.py            the runs while they train: layers, loss curves
 
@@ -26,7 +26,7 @@ from gpt.compare.figures.initialization import (
 from gpt.compare.figures.losses import failures, loss_beside, loss_by_rate
 from gpt.compare.figures.runs import curves, layers
 from gpt.compare.figures.seeds import by_seed
-from gpt.compare.figures.thresholds import sensitivity, thresholds
+from gpt.compare.figures.thresholds import searched, sensitivity, thresholds
 
 # Name of the files -> the function that draws them; it returns None if there is no data for it.
 PLOTS: dict[str, Callable[[PlotData], Plot | None]] = {
@@ -35,6 +35,7 @@ PLOTS: dict[str, Callable[[PlotData], Plot | None]] = {
     "beside": loss_beside,
     "failures": failures,
     "thresholds": thresholds,
+    "searched": searched,
     "sensitivity": sensitivity,
     "gradient-by-depth": gradient_by_depth,
     "start-by-layer": start_by_layer,

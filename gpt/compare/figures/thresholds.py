@@ -1,8 +1,8 @@
-"""Where arms become unstable: LR50, the highest stable rate, and learning-rate sensitivity."""
+"""Where arms become unstable: LR50, the highest stable rate, sensitivity, searched thresholds."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,15 +10,26 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
 from gpt.compare.analysis.results import ArmSummary
-from gpt.compare.analysis.wording import threshold_text
-from gpt.compare.figures.base import INK, Plot, PlotData, Style, legend, panels, rate_axis
+from gpt.compare.analysis.wording import search_text, threshold_text
+from gpt.compare.figures.base import (
+    INK,
+    Plot,
+    PlotData,
+    Style,
+    legend,
+    panels,
+    plain_numbers,
+    rate_axis,
+)
 
 # Threshold.bound -> marker along x, and along y.
 BOUND_MARKS: dict[str, tuple[str, str]] = {"": ("", ""), "above": (">", "^"), "below": ("<", "v")}
 
 
-def thresholds(data: PlotData) -> Plot:
+def thresholds(data: PlotData) -> Plot | None:
     """LR50 with its interval and the highest stable rate: against depth, or a row per arm."""
+    if data.summary.searches:
+        return None
     depths = _depths(data)
     arms = data.summary.arms
     figure, (axes,) = panels(1, width=7.2, height=4.0 if depths else 1.2 + 0.32 * len(arms))
@@ -28,13 +39,7 @@ def thresholds(data: PlotData) -> Plot:
         at = depths[arm.setting] * shift if depths else float(row)
         _draw_threshold(axes, arm, data.styles[arm.arm], at, data.rates, upright=bool(depths))
     if depths:
-        ticks = sorted(set(depths.values()))
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xticks(ticks, [str(depth) for depth in ticks])
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("blocks, L")
-        axes.set_ylabel("learning rate")
+        _rates_by(axes, "blocks, L", depths.values())
         legend(figure, data.styles)
     else:
         rate_axis(axes, data.rates)
@@ -86,18 +91,82 @@ def _draw_threshold(
         )
 
 
+def _rates_by(axes: Axes, name: str, values: Collection[float]) -> None:
+    """Label x as the logarithmic axis `name` with a tick at each value, and y as rates."""
+    ticks = sorted(set(values))
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(name)
+    axes.set_ylabel("learning rate")
+
+
+def searched(data: PlotData) -> Plot | None:
+    """Each seed's highest trainable rate: against a numeric axis, or a row per arm and setting."""
+    found = [(each, each.rate) for each in data.summary.searches if each.rate is not None]
+    if not found:
+        return None
+    name, at = _numeric_axis(data)
+    rows = list(dict.fromkeys(each.label for each, _ in found))
+    figure, (axes,) = panels(1, width=7.2, height=4.0 if at else 1.2 + 0.4 * len(rows))
+    names, seeds = list(data.styles), data.grid.seeds
+    for each, rate in found:
+        style = data.styles[each.arm]
+        spread = seeds.index(each.seed) / len(seeds) - 0.5  # so that equal ones do not coincide
+        beside = 0.04 * (names.index(each.arm) - len(names) / 2) + 0.03 * spread
+        x, y = (
+            (at[each.setting] * (1 + beside), rate)
+            if at
+            else (rate, rows.index(each.label) + 0.5 * spread)
+        )
+        marker = BOUND_MARKS.get(each.bound, ("x", "x"))[bool(at)] or style.shape
+        axes.plot(x, y, marker=marker, ms=5, color=style.color, alpha=0.75, gid=style.gid)
+    if at:
+        _rates_by(axes, name, at.values())
+        plain_numbers(axes)
+        legend(figure, data.styles)
+    else:
+        rate_axis(axes, data.rates)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.invert_yaxis()
+    return Plot(
+        "arms",
+        "The highest trainable rate of each seed",
+        "The geometric middle of the highest rate at which a run trained and the lowest at which "
+        "one failed, found by a search for each seed. A triangle is only a bound, and the "
+        "threshold lies in its direction; a cross is unclear.",
+        "; ".join(f"{each.arm}, seed {each.seed}: {search_text(each)}" for each, _ in found),
+        figure,
+    )
+
+
+def _numeric_axis(data: PlotData) -> tuple[str, dict[str, float]]:
+    """The one option in which settings differ, if its values are positive numbers, and these.
+
+    Returns:
+        The option's name, and setting as text -> its value; empty if there is no such option.
+    """
+    settings = {o.cell.setting_text: o.cell.setting for o in data.outcomes}
+    options = {tuple(setting) for setting in settings.values()}
+    if len(settings) > 1 and all(len(keys) == 1 for keys in options) and len(options) == 1:
+        ((option,),) = options
+        values = {text: setting[option] for text, setting in settings.items()}
+        if all(type(v) in (int, float) and v > 0 for v in values.values()):
+            return option.rpartition(".")[2], values
+    return "", {}
+
+
 def _depths(data: PlotData) -> dict[str, int]:
     """The number of blocks in each setting, if settings differ in nothing else."""
-    settings = {o.cell.setting_text: o.cell.setting for o in data.outcomes}
-    if len(settings) > 1 and all(list(each) == ["model.layers"] for each in settings.values()):
-        return {text: int(each["model.layers"]) for text, each in settings.items()}
-    return {}
+    name, values = _numeric_axis(data)
+    return {text: int(value) for text, value in values.items()} if name == "layers" else {}
 
 
 def sensitivity(data: PlotData) -> Plot | None:
     """The cost of a wrong learning rate, a bar per arm, and its regret."""
     arms = data.summary.arms
-    if all(len(arm.by_rate) < 2 for arm in arms):
+    if data.summary.searches or all(len(arm.by_rate) < 2 for arm in arms):
         return None
     figure, (axes,) = panels(1, width=7.2, height=1.2 + 0.32 * len(arms))
     for row, arm in enumerate(arms):

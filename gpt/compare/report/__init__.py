@@ -17,7 +17,7 @@ from markupsafe import Markup
 from gpt.compare.analysis import wording
 from gpt.compare.analysis.headline import headline, mean_table
 from gpt.compare.analysis.outcomes import Outcome
-from gpt.compare.analysis.results import ArmSummary, Summary
+from gpt.compare.analysis.results import ArmSummary, SearchResult, Summary
 from gpt.compare.figures import draw
 from gpt.compare.figures.base import PlotData, Section, save
 from gpt.compare.grid import Grid
@@ -75,6 +75,7 @@ def write_report(
         "uniform_loss": math.log(next(o.vocabulary for o in outcomes if o.verdict is not None)),
         "other": other,
         "names": (directory.name, other.name if other else ""),
+        "searches": _by_arm_and_seed(summary.searches),
         "side_by_side": _side_by_side(summary, other.summary) if other else {},
         "difference_text": lambda interval: wording.interval_text(interval, "{:+.3f}".format),
         "loss_text": lambda interval: wording.interval_text(interval, "{:.3f}".format),
@@ -82,6 +83,13 @@ def write_report(
     }
     for name in ("report.html", "report.md"):
         write_text(directory / name, render(name, context))
+
+
+def _by_arm_and_seed(searches: Sequence[SearchResult]) -> dict[str, dict[int, SearchResult]]:
+    found: dict[str, dict[int, SearchResult]] = {}
+    for each in searches:
+        found.setdefault(each.label, {})[each.seed] = each
+    return found
 
 
 def _side_by_side(

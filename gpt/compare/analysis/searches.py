@@ -1,0 +1,186 @@
+"""Searches, replayed from the outcomes of their runs: their cells, their thresholds and their log.
+
+    DIR/search.json   for each search its runs in their order, and what was decided after each
+
+The decisions are in gpt/compare/search.py; nothing but the outcomes is needed to repeat them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gpt.compare.analysis.outcomes import NO_RESULT, Outcome, read_outcome
+from gpt.compare.analysis.results import SearchResult
+from gpt.compare.execution.cell_runs import CellError, has_result, read_lost
+from gpt.compare.grid import Cell, Grid, Search
+from gpt.compare.search import Bracket, Ending, bracket, next_step
+from gpt.errors import InputError
+from gpt.io.files import write_text
+
+
+def read_outcomes(grid: Grid, cells: Sequence[Cell], directory: Path) -> list[Outcome]:
+    """All outcomes of a comparison, at least one of which is a result.
+
+    Args:
+        cells: of the grid; where it searches, the first cell of each search.
+
+    Raises:
+        InputError: no cell has a result, or a file is damaged.
+    """
+    lost = read_lost(directory)
+    if grid.search is None:
+        outcomes = [read_outcome(cell, directory, lost.get(cell.id)) for cell in cells]
+    else:
+        outcomes = [o for cell in cells for o in follow(grid, cell, directory, lost, {})]
+    if not any(outcome.verdict is not None for outcome in outcomes):
+        raise InputError(f"{directory}: {NO_RESULT}")
+    return outcomes
+
+
+class Chosen(NamedTuple):
+    """The cells of a comparison so far: all of them, and those that are to be trained."""
+
+    cells: list[Cell]
+    missing: list[Cell]
+
+
+def choose(
+    grid: Grid,
+    cells: Sequence[Cell],
+    directory: Path,
+    lost: Mapping[str, CellError],
+    known: dict[str, Outcome],
+) -> Chosen:
+    """The cells of a grid; where it searches, those tried, and the next one of each search.
+
+    Args:
+        cells: see `read_outcomes`.
+        lost: the errors of the cells that are not to be tried again, by their ids.
+        known: outcomes that have been read, by the ids of their cells; those read now are added.
+
+    Raises:
+        InputError: a file is damaged.
+    """
+    if grid.search is None:
+        return Chosen([*cells], [c for c in cells if not has_result(directory, c)])
+    outcomes = [o for cell in cells for o in follow(grid, cell, directory, lost, known)]
+    return Chosen([o.cell for o in outcomes], [o.cell for o in outcomes if o.status == "missing"])
+
+
+def follow(
+    grid: Grid,
+    start: Cell,
+    directory: Path,
+    lost: Mapping[str, CellError],
+    known: dict[str, Outcome],
+) -> list[Outcome]:
+    """The outcomes of a search's runs in their order; the last is "missing" if it has not ended.
+
+    Args:
+        start: its first cell.
+        lost, known: see `choose`.
+    """
+    assert grid.search is not None
+    outcomes: list[Outcome] = []
+    endings: dict[int, Ending] = {}
+    cell: Cell | None = start
+    while cell is not None:
+        outcome = known.get(cell.id) or read_outcome(cell, directory, lost.get(cell.id))
+        outcomes.append(outcome)
+        if outcome.status == "missing":
+            break
+        if outcome.verdict is not None:
+            known[cell.id] = outcome
+        endings[grid.search.step(outcome.rate)] = ending(outcome)
+        step, _ = next_step(endings, grid.search.most_runs)
+        cell = None if step is None else grid.at_rate(start, grid.search.rate(step))
+    return outcomes
+
+
+def ending(outcome: Outcome) -> Ending:
+    """How a run that was tried ended, for its search."""
+    if outcome.verdict is None:
+        return "lost"
+    if not outcome.failed:
+        return "trained"
+    return "slow" if outcome.too_slow else "failed"
+
+
+def search_results(grid: Grid, outcomes: Sequence[Outcome]) -> tuple[SearchResult, ...]:
+    """What each search has found; empty if the grid has none."""
+    if grid.search is None:
+        return ()
+    return tuple(_result(grid.search, runs) for runs in _searches(outcomes))
+
+
+def _searches(outcomes: Sequence[Outcome]) -> list[list[Outcome]]:
+    """The outcomes of each search, in the order of its runs."""
+    found: dict[tuple[str, str, int], list[Outcome]] = {}
+    for outcome in outcomes:
+        key = outcome.cell.arm, outcome.cell.setting_text, outcome.seed
+        found.setdefault(key, []).append(outcome)
+    return list(found.values())
+
+
+def _result(search: Search, outcomes: Sequence[Outcome]) -> SearchResult:
+    endings = _endings(search, outcomes)
+    found, first = bracket(endings), outcomes[0]
+    low, high = _ends(search, found)
+    known = [math.log(end) for end in (low, high) if end is not None]
+    return SearchResult(
+        arm=first.cell.arm,
+        setting=first.cell.setting_text,
+        seed=first.seed,
+        rate=math.exp(math.fsum(known) / len(known)) if known else None,
+        low=low,
+        high=high,
+        bound=found.bound,
+        monotone=found.monotone,
+        runs=len(endings),
+        ended=next_step(endings, search.most_runs).why if len(endings) == len(outcomes) else "",
+    )
+
+
+def _endings(search: Search, outcomes: Sequence[Outcome]) -> dict[int, Ending]:
+    """How the runs ended, by their steps, in their order."""
+    return {search.step(o.rate): ending(o) for o in outcomes if o.status != "missing"}
+
+
+def _ends(search: Search, found: Bracket) -> tuple[float | None, float | None]:
+    """The rates of a bracket's ends."""
+    low, high = (None if end is None else search.rate(end) for end in (found.low, found.high))
+    return low, high
+
+
+def write_log(directory: Path, grid: Grid, outcomes: Sequence[Outcome]) -> None:
+    """Write search.json, if the grid searches."""
+    if grid.search is not None:
+        logs = [_log(grid.search, runs) for runs in _searches(outcomes)]
+        write_text(directory / "search.json", json.dumps(logs, indent=2) + "\n")
+
+
+def _log(search: Search, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    endings: dict[int, Ending] = {}
+    runs = []
+    for outcome, (step, how) in zip(outcomes, _endings(search, outcomes).items(), strict=False):
+        endings[step] = how
+        low, high = _ends(search, bracket(endings))
+        following, why = next_step(endings, search.most_runs)
+        runs.append(
+            {
+                "cell": outcome.cell.id,
+                "rate": outcome.rate,
+                "status": outcome.status,
+                "counts_as": how,
+                "low": low,
+                "high": high,
+                "next": None if following is None else search.rate(following),
+                "why": why,
+            }
+        )
+    cell = outcomes[0].cell
+    return {"arm": cell.arm, "setting": cell.setting_text, "seed": cell.config.seed, "runs": runs}

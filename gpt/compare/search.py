@@ -1,0 +1,96 @@
+"""A search for the highest trainable learning rate of one arm, with one seed, in one setting.
+
+Its rates are on a lattice (`gpt.compare.grid.Search`) and named by their step on it. A search
+gallops by two steps, upwards after a run that trained and downwards after one that failed, until it
+has seen both; bisects until the highest rate that trained and the lowest that failed are neighbors;
+and then tries the rate above those two. A run that trains there is counted and moves nothing.
+
+A run that is merely slow has not learned enough either, but because its rate is too low, so it
+sends the search upwards. Every decision is a pure function of the runs so far, so that a search can
+be replayed from their results alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+GALLOP = 2  # steps
+
+Ending = Literal["trained", "slow", "failed", "lost"]  # lost: without a result
+Bound = Literal["", "above", "below", "unclear"]
+
+
+@dataclass(frozen=True)
+class Bracket:
+    """Where the highest trainable rate is, as far as the runs of a search show.
+
+    Attributes:
+        low: the highest step under `high` whose run trained or was slow; None if there is none.
+        high: the lowest step whose run failed; None if there is none.
+        bound: "above" if there is only `low`; "below" if there is only `high`; "unclear" if there
+            is neither, or if all runs below `high` were slow; "" if the threshold is between the
+            two, or would be if failures rose steadily with the rate.
+        monotone: whether the run at the step above `high` did not train either; None: no such run.
+    """
+
+    low: int | None
+    high: int | None
+    bound: Bound
+    monotone: bool | None
+
+
+def bracket(endings: Mapping[int, Ending]) -> Bracket:
+    """The bracket that runs give, by their steps."""
+    failed = [step for step, ending in endings.items() if ending == "failed"]
+    high = min(failed, default=None)
+    below = {s: e for s, e in endings.items() if e != "failed" and (high is None or s < high)}
+    learning = [step for step, ending in below.items() if ending != "lost"]
+    low = max(learning, default=None)
+    bound: Bound = ""
+    if high is not None and low is None:
+        bound = "below"
+    elif "trained" not in below.values():
+        bound = "unclear"
+    elif high is None:
+        bound = "above"
+    above = "lost" if high is None else endings.get(high + 1, "lost")
+    return Bracket(low, high, bound, None if above == "lost" else above != "trained")
+
+
+class Next(NamedTuple):
+    """What a search does next, and why.
+
+    Attributes:
+        step: to try; None if the search has ended.
+    """
+
+    step: int | None
+    why: str
+
+
+def next_step(endings: Mapping[int, Ending], most_runs: int) -> Next:
+    """What a search does after its runs so far.
+
+    Args:
+        endings: of the runs, by their steps; at least one.
+        most_runs: how many runs it may have.
+    """
+    found = bracket(endings)
+    low, high = found.low, found.high
+    if "lost" in endings.values():
+        return Next(None, "a run has no result")
+    closed = low is not None and high is not None and high - low == 1
+    if closed and found.monotone is not None:
+        return Next(None, "the rates next to the threshold and the one above them are known")
+    if len(endings) >= most_runs:
+        return Next(None, f"{most_runs} runs are the most")
+    if high is None:
+        assert low is not None
+        return Next(low + GALLOP, "no rate failed: gallop upwards")
+    if low is None:
+        return Next(high - GALLOP, "no rate trained: gallop downwards")
+    if not closed:
+        return Next((low + high) // 2, "bisect")
+    return Next(high + 1, "check that the rate above fails too")
