@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from gpt import metrics
@@ -40,6 +41,7 @@ class Outcome:
         batches: step -> digest of all inputs up to it.
         vocabulary: V, tokens.
         extremes: the worst value of each measure in EXTREMES; empty without diagnostics.
+        too_slow: see `is_too_slow`.
     """
 
     cell: Cell
@@ -52,6 +54,7 @@ class Outcome:
     batches: dict[int, str] | None = None
     vocabulary: int = 2
     extremes: dict[str, float] = field(default_factory=dict)
+    too_slow: bool = False
 
     @property
     def status(self) -> str:
@@ -78,18 +81,6 @@ class Outcome:
         if found is None or found.final_val_loss is None:
             return self.failed
         return found.fell_back or found.final_val_loss >= self.unigram_entropy - margin
-
-    @property
-    def too_slow(self) -> bool:
-        """Whether the run needed more steps: it is slow, and has not come down to H₁ yet.
-
-        One that is stuck has learned token frequencies, and stays at H₁.
-        """
-        if self.verdict is None or self.verdict.final_val_loss is None:
-            return False
-        return self.verdict.slow and (
-            self.verdict.final_val_loss > self.unigram_entropy + LEARNED_MARGIN
-        )
 
     @property
     def rate(self) -> float:
@@ -187,7 +178,26 @@ def read_outcome(cell: Cell, directory: Path, error: CellError | None = None) ->
         batches={r["step"]: r["batches"] for r in records if "batches" in r},
         vocabulary=vocabulary,
         extremes=_extremes(records),
+        too_slow=is_too_slow(found, environment.unigram_entropy, records),
     )
+
+
+def is_too_slow(found: Verdict, unigram_entropy: float, records: Sequence[metrics.Record]) -> bool:
+    """Whether a run plateaued only because its rate was too low for its number of steps.
+
+    One that is stuck has learned token frequencies, and stays at H₁. One that is too slow has not
+    come down to H₁ yet, and its training loss falls throughout: the mean of the last quarter is
+    below that of the second by more than a standard error, with batches as independent draws. That
+    asks for less than `Verdict.slow` does, which has no such bound to go by.
+    """
+    losses = np.array([r["loss"] for r in records if "loss" in r and not r.get("skipped")])
+    quarter = len(losses) // 4
+    if found.status != "plateaued" or found.final_val_loss is None or quarter < 2:
+        return False
+    before, last = losses[quarter : 2 * quarter], losses[-quarter:]
+    error = math.sqrt((before.var(ddof=1) + last.var(ddof=1)) / quarter)
+    falls = bool(before.mean() - last.mean() > error)
+    return falls and found.final_val_loss > unigram_entropy + LEARNED_MARGIN
 
 
 # Measure of the layers -> which of its values is the worst.

@@ -135,9 +135,8 @@ def early_rise(losses: Sequence[float | None]) -> float | None:
 
     `spikes` scores nothing before a full window of losses, which is where warm-up acts, and hardly
     finds any spike in a falling loss, whose windows have a large sigma. This measure is defined
-    from the first update on, and is 0 for a loss that only falls. Li et al. (2022,
-    arXiv:2108.06084) likewise compare the loss with the lowest one before, as a ratio. Noise alone
-    rises too, which the mean of SMOOTHING updates reduces.
+    from the first update on, and is 0 for a loss that only falls. Noise alone rises too, which the
+    mean of SMOOTHING updates reduces; arms with the same batches share most of it.
 
     Args:
         losses: from the first update on. Values that are not finite are left out.
