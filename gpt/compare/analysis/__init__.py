@@ -5,7 +5,10 @@ outcomes.py   each cell's verdict, from its run directory
 matching.py   whether the arms saw the same batches and started from the same weights
 statistics.py intervals, tests, thresholds: pure functions on numbers
 results.py    the results as data: what summary.json holds
-summary.py    outcomes -> results
+searches.py   the outcomes of a search for a threshold -> its bracket
+measures.py   the runs that arms share -> the value of a contrast
+contrasts.py  values -> answers; pairs
+summary.py    outcomes -> results: arms, searches, contrasts and pairs
 outlook.py    how many seeds would settle an open question
 wording.py    results -> sentences
 headline.py   results -> the first screen of the report

@@ -1,0 +1,199 @@
+"""The answers to the registered contrasts, and further pairs of arms.
+
+The values come from measures.py, the tests from statistics.py, and the sentences from wording.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from gpt.compare.analysis import wording
+from gpt.compare.analysis.measures import BOUNDED, common_runs, lost_runs, measure
+from gpt.compare.analysis.outcomes import Outcome, column_value
+from gpt.compare.analysis.outlook import NO_SEEDS, outlook
+from gpt.compare.analysis.results import (
+    Answer,
+    ContrastResult,
+    PairAtRate,
+    PairResult,
+    SearchResult,
+)
+from gpt.compare.analysis.statistics import (
+    ALPHA,
+    Interval,
+    holm,
+    least_p,
+    mcnemar,
+    paired_difference,
+)
+from gpt.compare.grid import Contrast, Grid
+from gpt.compare.registration import Registered
+
+
+def contrast_results(
+    grid: Grid,
+    outcomes: Sequence[Outcome],
+    searches: Sequence[SearchResult],
+    registered: Registered,
+    workers: int,
+) -> tuple[ContrastResult | None, ...]:
+    """The result of each contrast, in the grid's order; None where it cannot be computed.
+
+    Args:
+        workers: that would train further seeds.
+    """
+    ended = [outcome for outcome in outcomes if outcome.verdict is not None]
+    contrasts: list[ContrastResult | None] = []
+    for number, contrast in enumerate(grid.contrasts):
+        late = registered.late.get(number, "")
+        first = all(b and b.confirmatory and b.answer == "supported" for b in contrasts)
+        result = _contrast(contrast, outcomes, searches, confirmatory=first and not late, late=late)
+        if result is not None and result.answer == "open" and result.learned:
+            result = replace(result, outlook=_outlook(contrast, result, grid, ended, workers))
+        contrasts.append(result)
+    return tuple(contrasts)
+
+
+def _contrast(
+    contrast: Contrast,
+    outcomes: Sequence[Outcome],
+    searches: Sequence[SearchResult],
+    *,
+    confirmatory: bool,
+    late: str,
+) -> ContrastResult | None:
+    """A registered contrast: a mean over settings and rates, from the runs that its arms share."""
+    names = contrast.arms
+    included = [o for o in outcomes if o.verdict is not None and contrast.includes(o.cell)]
+    lost = lost_runs(contrast, outcomes) if contrast.measure in BOUNDED else []
+    common = common_runs(
+        names,
+        [*included, *(worst for _, worst in lost)],
+        own_rates=bool(contrast.rates) or contrast.measure == "log_threshold",
+    )
+    if common is None:
+        return None
+    if contrast.column is not None and any(
+        column_value(outcome, contrast.column) is None for outcome in common.runs.values()
+    ):
+        return None
+    found = measure(contrast, common, lost, searches)
+    parts = tuple(found.values[i] - found.values[i + 1] for i in range(0, len(names), 2))
+    seeds = len(common.seeds)
+    # Thresholds have no test: an answer needs enough seeds for a test's smallest p to reach ALPHA.
+    p = least_p(seeds) if found.p is None else found.p
+    verdicts = [outcome.verdict for outcome in included if outcome.verdict is not None]
+    learned = any(verdict.status != "plateaued" for verdict in verdicts)
+    answer, reason = _answer(contrast, found.interval, p, learned=learned)
+    return ContrastResult(
+        question=contrast.question,
+        measure=contrast.measure,
+        parts=parts,
+        bounds=found.bounds,
+        reach=found.reach[: len(parts)],
+        value=parts[0] - (parts[1] if len(parts) > 1 else 0.0),
+        interval=found.interval,
+        p=found.p,
+        least_p=least_p(seeds),
+        answer=answer,
+        why=wording.reason(reason, contrast, seeds, found.p),
+        confirmatory=confirmatory,
+        late=late,
+        learned=learned,
+        seeds=seeds,
+        dropped=common.dropped,
+        by_seed=found.by_seed,
+        outlook="",
+    )
+
+
+def _outlook(
+    contrast: Contrast,
+    result: ContrastResult,
+    grid: Grid,
+    outcomes: Sequence[Outcome],
+    workers: int,
+) -> str:
+    """How many seeds would settle a contrast, and how long they would take."""
+    if not result.by_seed:
+        return NO_SEEDS
+    runs = [outcome for outcome in outcomes if contrast.includes(outcome.cell)]
+    # A batched cell's time is that of its batch, which does not add up.
+    batched = grid.runner == "batched" or any(
+        (run.environment or {}).get("device", "cpu") != "cpu" for run in runs
+    )
+    return outlook(
+        list(result.differences.values()),
+        contrast.claim,
+        contrast.margin,
+        None if batched else sum(run.seconds for run in runs) / len({run.seed for run in runs}),
+        workers,
+    )
+
+
+def _answer(
+    contrast: Contrast, interval: Interval | None, p: float, *, learned: bool
+) -> tuple[Answer, wording.Reason]:
+    """Supported or contradicted only if the interval is on one side and p is at most ALPHA.
+
+    Args:
+        learned: whether any run is not plateaued; if all are, the answer is open.
+    """
+    if not learned:
+        return "open", "nothing learned"
+    if interval is None:
+        return "open", "too few for an interval"
+    margin, low, high = contrast.margin, interval.low, interval.high
+    supported, contradicted = {
+        "above": (low > margin, high < margin),
+        "below": (high < margin, low > margin),
+        "within": (-margin < low and high < margin, high < -margin or low > margin),
+    }[contrast.claim]
+    if not supported and not contradicted:
+        return "open", "undecided"
+    if p > ALPHA:
+        return "open", "too few seeds"
+    return ("supported", "supported") if supported else ("contradicted", "contradicted")
+
+
+def pair_results(
+    pairs: Sequence[tuple[str, str]], outcomes: Sequence[Outcome]
+) -> tuple[PairResult, ...]:
+    """All pairs that have runs in common, with Holm's correction over their tests of the loss."""
+    found = [
+        (a, b, common) for a, b in pairs if (common := common_runs((a, b), outcomes)) is not None
+    ]
+    losses = [
+        paired_difference(
+            *(
+                [float(np.mean([o.loss for o in common.of(arm, seed)])) for seed in common.seeds]
+                for arm in (a, b)
+            )
+        )
+        for a, b, common in found
+    ]
+    tests = [
+        [
+            mcnemar(*([common.runs[arm, s, point].failed for s in common.seeds] for arm in (a, b)))
+            for point in common.points
+        ]
+        for a, b, common in found
+    ]
+    adjusted = holm([loss.p for loss in losses])
+    return tuple(
+        PairResult(
+            a,
+            b,
+            loss,
+            holm_p,
+            common.dropped,
+            tuple(
+                PairAtRate(common.runs[a, common.seeds[0], point].rate, point[0], test)
+                for point, test in zip(common.points, each, strict=True)
+            ),
+        )
+        for (a, b, common), loss, each, holm_p in zip(found, losses, tests, adjusted, strict=True)
+    )
