@@ -83,7 +83,7 @@ def late(directory: Path) -> list[str]:
 def test_what_is_registered_is_said_with_its_hash(run: Any, tmp_path: Path):
     assert run()[0] == 0
     grid, _ = load(tmp_path / "grid.yaml")
-    sha256 = registration.fingerprint(grid.contrasts, grid.seeds)
+    sha256 = registration.fingerprint(grid.contrasts, grid.seeds, grid.search)
     for name in ("report.html", "report.md"):
         text = (tmp_path / "small" / name).read_text()
         assert f"before any result (SHA-256 {sha256})" in text
