@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from gpt.diagnostics.layers import MEASURES, MODEL_MEASURES, Measure
 from gpt.errors import printable
@@ -169,6 +169,7 @@ def _plot_model_measure(axes: Axes, records: list[Record], key: str) -> None:
         axes.plot([record["step"] for record in records], values, **style)
     if measure.log:
         axes.set_yscale("log", nonpositive="mask")
+        _label_plainly(axes)
     axes.grid(alpha=0.25)
 
 
@@ -202,7 +203,15 @@ def _plot_measure(axes: Axes, records: list[Record], key: str, measure: Measure)
     axes.set_xticks(marked, [str(steps[i]) for i in marked])
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("layer")
-    axes.figure.colorbar(drawn, ax=axes)
+    bar = axes.figure.colorbar(drawn, ax=axes)
+    if isinstance(norm, LogNorm):
+        _label_plainly(bar.ax)
+
+
+def _label_plainly(axes: Axes) -> None:
+    """Label a logarithmic y-axis with numbers, as matplotlib would write TeX."""
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter())
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import exp, log
 from statistics import fmean
 from typing import Any, Literal
 
@@ -22,11 +23,6 @@ from gpt.compare.figures.base import (
 from gpt.compare.init_probes import InitProbe
 from gpt.compare.probes import SHARPNESS_SEQUENCES, Probe
 
-WHISKERS = (
-    f"From {MIN_SEEDS} seeds on, whiskers and brackets are 95% t intervals; a whisker that "
-    "reaches 0 is not drawn."
-)
-
 
 def gradient_by_depth(data: PlotData) -> Plot | None:
     """Gradient norm of the last block against the number of blocks, log-log."""
@@ -39,8 +35,8 @@ def gradient_by_depth(data: PlotData) -> Plot | None:
     return Plot(
         "initialization",
         "Gradient of the last block at initialization, by depth",
-        f"For a single token, as in the theory of Xiong et al. 2020. {_seeds(data, 'token')} "
-        f"{WHISKERS} In theory, with xavier weights, the norm is flat in post-norm, and in "
+        f"For a single token, as in the theory of Xiong et al. 2020. {_means(data, 'token')} "
+        "In theory, with xavier weights, the norm is flat in post-norm, and in "
         "pre-norm it falls with a slope near -0.45. In the gpt2 regime at small widths both slopes "
         f"are near 0. Slopes: {'; '.join(slopes)}.",
         "; ".join(slopes),
@@ -66,7 +62,7 @@ def amplification(data: PlotData) -> Plot | None:
         "of its standard deviation, or by one Adam update at rate 1e-5. Theory (Liu et al. 2020) "
         "of the random change with xavier weights: in post-norm it grows as the number of "
         "sublayers, a slope of 1, and in pre-norm as its logarithm. "
-        f"{_seeds(data, 'token')} {WHISKERS} Slopes: random change "
+        f"{_means(data, 'token')} Slopes: random change "
         f"{'; '.join(random)}; Adam {'; '.join(adam)}.",
         f"Random change: {'; '.join(random)}. Adam: {'; '.join(adam)}",
         figure,
@@ -87,7 +83,7 @@ def sharpness_by_depth(data: PlotData) -> Plot | None:
         "The largest eigenvalue of the Hessian of the loss, on "
         f"{SHARPNESS_SEQUENCES} sequences of the training text. Gradient descent is unstable where "
         "it exceeds 2/η: at the start, warm-up keeps η small until training has reached flatter "
-        f"weights (Gilmer et al. 2021). {_seeds(data, 'text')} {WHISKERS} Slopes: "
+        f"weights (Gilmer et al. 2021). {_means(data, 'text')} Slopes: "
         f"{'; '.join(slopes)}.",
         "; ".join(slopes),
         figure,
@@ -97,7 +93,13 @@ def sharpness_by_depth(data: PlotData) -> Plot | None:
 def _seeds(data: PlotData, of: Literal["text", "token"]) -> str:
     """How many seeds the probes have."""
     count = len(getattr(data.init_probes[0], of)[0].last_gradients)
-    return f"Means over {count} seeds, each with initial weights and tokens of its own."
+    return f"{count} seeds, each with initial weights and tokens of its own"
+
+
+def _means(data: PlotData, of: Literal["text", "token"]) -> str:
+    """What `_by_depth` draws."""
+    intervals = f"with 95% t intervals from {MIN_SEEDS} seeds on"
+    return f"Geometric means over {_seeds(data, of)}, {intervals}."
 
 
 def _by_depth(
@@ -110,7 +112,7 @@ def _by_depth(
 ) -> list[str]:
     """Draw a measure, in values of each seed, against depth; returns the networks' slopes in words.
 
-    A slope is the mean of the seeds' slopes.
+    Means and intervals are of logarithms, as slopes are, so that no interval reaches 0.
     """
     factor, slopes = 2 if sublayers else 1, []
     depths: set[int] = set()
@@ -118,13 +120,13 @@ def _by_depth(
         found = {factor * probe.layers: values(probe) for probe in getattr(each, of)}
         measured = {x: ys for x, ys in found.items() if ys is not None}
         slopes.append(f"{_name(data, each)} {_slope(measured)}")
-        means = [fmean(ys) for ys in measured.values()]
         style = {"marker": "o", "ms": 4, "label": slopes[-1], **_line(data, each)}
-        axes.plot(list(measured), means, **style)
-        for x, ys in measured.items():
+        logs = {x: [log(y) for y in ys] for x, ys in measured.items() if all(ys)}
+        axes.plot(list(logs), [exp(fmean(ys)) for ys in logs.values()], **style)
+        for x, ys in logs.items():
             interval = mean_interval(ys)
-            if interval is not None and interval.low > 0:
-                axes.vlines(x, interval.low, interval.high, color=style["color"], lw=1)
+            if interval is not None:
+                axes.vlines(x, exp(interval.low), exp(interval.high), color=style["color"], lw=1)
         depths |= set(measured)
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -174,9 +176,10 @@ def start_by_layer(data: PlotData) -> Plot | None:
         "initialization",
         f"Inside the networks at initialization, {depth} blocks",
         f"The arms' networks with {depth} blocks, whatever the grid's depth, on batches of the "
-        f"training text before any update. {_seeds(data, 'text')} β = Var[f]/Var[x + f] is the "
-        "sublayer's share of the variance: it falls with depth where the stream grows, as in "
-        "pre-norm, and is flat where every sum is normalized, as in post-norm.",
+        f"training text before any update. Means over {_seeds(data, 'text')}. "
+        "β = Var[f]/Var[x + f] is the sublayer's share of the variance: it falls with depth where "
+        "the stream grows, as in pre-norm, and is flat where every sum is normalized, as in "
+        "post-norm.",
         "; ".join(alt),
         figure,
     )
