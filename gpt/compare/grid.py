@@ -89,6 +89,8 @@ Column = Literal[
     "max_grad_over_root_v",
     "min_grad_over_eps",
     "max_stream_rms",
+    "max_sharpness",
+    "max_preconditioned_sharpness",
 ]
 Claim = Literal["above", "below", "within"]
 Runner = Literal["auto", "processes", "batched"]

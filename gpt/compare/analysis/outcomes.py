@@ -208,6 +208,8 @@ EXTREMES: dict[str, Callable[[list[float]], float]] = {
     "grad_over_root_v": max,
     "grad_over_eps": min,
     "stream_rms": max,
+    "sharpness": max,
+    "preconditioned_sharpness": max,
 }
 
 
