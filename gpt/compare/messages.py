@@ -36,15 +36,19 @@ def describe(
     """
     arms, search = grid.all_arms(), grid.search
     most = "up to " if search else ""
-    every = math.prod([len(arms), len(grid.seeds), *map(len, grid.grid.values())])
+    every = len(grid.seeds) * sum(
+        math.prod(map(len, {**grid.grid, **arm.axes}.values())) for arm in arms
+    )
     rows = {
         "question": " ".join(contrast.question for contrast in grid.contrasts) or "none registered",
         "arms": "; ".join(arm.name for arm in arms),
         "cells": f"{most}{with_result + estimated.cells}: "
-        f"{len(arms)} arms, {len(grid.seeds)} seeds"
-        + "".join(f", {len(values)} values of {axis}" for axis, values in grid.grid.items())
+        f"{_count(len(arms), 'arm')}, {_count(len(grid.seeds), 'seed')}"
+        + "".join(
+            f", {_count(len(values), 'value')} of {axis}" for axis, values in grid.grid.items()
+        )
         + (f", up to {search.most_runs} rates of each, chosen by a search" if search else "")
-        + (f"; {every - len(cells)} combinations are excluded" if len(cells) < every else "")
+        + (f"; {_count(every - len(cells), 'combination')} left out" if len(cells) < every else "")
         + (f"; {with_result} have a result already" if with_result else ""),
         "tokens": f"{most}{estimated.tokens:,} to train on, {estimated.flops:.2g} FLOPs",
         "time": (most or "about ")
@@ -60,6 +64,10 @@ def describe(
     if slow:
         rows["warm-up"] = f"lasts as long as the run, or longer, in {'; '.join(slow)}"
     return "\n".join([grid.title, *(f"  {name:<10} {text}" for name, text in rows.items())])
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def format_workers(tasks: Sequence[Task], workers: int) -> str:
