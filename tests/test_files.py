@@ -88,7 +88,7 @@ def put(link: Link, path: Path, outside: Path) -> None:
 def quick() -> Iterator[None]:
     """Pictures take most of the time: here they are files, but empty."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plot, "_save", lambda figure, path: plot.write_bytes(path, b"picture"))
+        patch.setattr(plot, "save", lambda figure, path: plot.write_bytes(path, b"picture"))
         patch.setattr(reports, "draw", lambda data: {})
         yield
 

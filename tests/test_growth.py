@@ -96,13 +96,13 @@ def test_the_hash_of_a_published_report_holds(tmp_path: Path):
     published = ROOT / "docs/quick"
     grid, _ = load(published / "grid.yaml")
     written = json.loads((published / "registration.json").read_text())
-    assert registration.fingerprint(grid.contrasts, grid.seeds) == written["sha256"]
+    assert registration.fingerprint(grid.contrasts, grid.seeds, grid.search) == written["sha256"]
     (tmp_path / "grid.yaml").write_text(grid.to_yaml())  # which spells out every key
     again, _ = load(tmp_path / "grid.yaml")
-    assert registration.fingerprint(again.contrasts, again.seeds) == written["sha256"]
+    assert registration.fingerprint(again.contrasts, again.seeds, None) == written["sha256"]
     sloped = [grid.contrasts[0].model_copy(update={"slope": "model.layers"})]
-    assert registration.fingerprint(sloped, grid.seeds) != registration.fingerprint(
-        grid.contrasts[:1], grid.seeds
+    assert registration.fingerprint(sloped, grid.seeds, None) != registration.fingerprint(
+        grid.contrasts[:1], grid.seeds, None
     )
 
 

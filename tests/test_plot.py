@@ -38,7 +38,7 @@ def test_all_text_is_inside_the_plot(
     rate: float, norm: float, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     drawn: list[Figure] = []
-    monkeypatch.setattr(plot, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.append(figure))
     shares = [i / 20 for i in range(1, 21)]
     records = [
         {
@@ -65,8 +65,8 @@ def test_all_text_is_inside_the_plot(
 )
 def test_a_title_is_shown_literally(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     drawn: list[Figure] = []
-    save = plot._save
-    monkeypatch.setattr(plot, "_save", lambda *args: (drawn.append(args[0]), save(*args)))
+    save = plot.save
+    monkeypatch.setattr(plot, "save", lambda *args: (drawn.append(args[0]), save(*args)))
     records = [{"step": 1, "loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0}]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
