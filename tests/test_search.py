@@ -387,5 +387,5 @@ def test_a_search_grows_by_arms_and_seeds_only(tiny: Make, tmp_path: Path, train
     described = comparison.dry_run(*load(path), tmp_path / "run", 1)
     assert f"{len(before)} have a result already" in described
     fresh = comparison.dry_run(*load(path), tmp_path / "new", 1)
-    assert "up to 16: 2 arms, 1 seeds, up to 8 rates of each" in fresh
+    assert "up to 16: 2 arms, 1 seed, up to 8 rates of each" in fresh
     assert "and up to 14 more, which searches choose" in fresh
