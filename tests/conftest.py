@@ -222,7 +222,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the pictures, which take most of the time."""
     nothing = lambda *args, **options: None  # noqa: E731
     monkeypatch.setattr(plot, "plot_run", nothing)
-    monkeypatch.setattr("gpt.run.plot._save", nothing)
+    monkeypatch.setattr("gpt.run.plot.save", nothing)
     monkeypatch.setattr("gpt.compare.report.draw", lambda data: {})
 
 
