@@ -35,13 +35,14 @@ def describe(
         with_result: how many cells have a result.
     """
     arms, search = grid.all_arms(), grid.search
-    most = "up to " if search else ""
+    most = "up to " if estimated.cells > sum(len(task.cells) for task in tasks) else ""
     every = math.prod([len(arms), len(grid.seeds), *map(len, grid.grid.values())])
     rows = {
         "question": " ".join(contrast.question for contrast in grid.contrasts) or "none registered",
         "arms": "; ".join(arm.name for arm in arms),
         "cells": f"{most}{with_result + estimated.cells}: "
         f"{len(arms)} arms, {len(grid.seeds)} seeds"
+        + (f" (stops after {grid.first_stage} if they agree)" if grid.first_stage else "")
         + "".join(f", {len(values)} values of {axis}" for axis, values in grid.grid.items())
         + (f", up to {search.most_runs} rates of each, chosen by a search" if search else "")
         + (f"; {every - len(cells)} combinations are excluded" if len(cells) < every else "")
@@ -109,7 +110,7 @@ def format_summary(summary: Summary, directory: Path) -> str:
             f"{len(summary.lost)} of {summary.planned} cells have no result ({by_status}); "
             "run the same command to retry them"
         )
-    lines.append(matching_text(summary.match))
+    lines += filter(None, [summary.stages, matching_text(summary.match)])
     return "\n".join([*lines, f"  report  {directory / 'report.html'}"])
 
 
