@@ -5,31 +5,24 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
-from comparing import Make, grid_tree, write
+from comparing import Make, Trainer, compare, grid_tree, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt import metrics
 from gpt.compare import comparison, estimate, registration
-from gpt.compare.analysis.results import Summary
 from gpt.compare.analysis.searches import read_outcomes
 from gpt.compare.analysis.statistics import mean_interval
 from gpt.compare.execution import worker
-from gpt.compare.execution.tasks import Task
 from gpt.compare.figures.base import PlotData
 from gpt.compare.figures.thresholds import searched, sensitivity, thresholds
-from gpt.compare.grid import Cell, Search, load
+from gpt.compare.grid import Search, load
 from gpt.compare.search import Ending, Next, bracket, next_step
 from gpt.errors import InputError, StoppedError
-from gpt.io.console import Console
-from gpt.run.directory import RunDirectory
 
 MOST = 8
 
@@ -165,52 +158,14 @@ def tree(tiny: Make, **changes: Any) -> dict[str, Any]:
     )
 
 
-class Trainer:
-    """Writes runs that end as a table says, instead of training; `seen` are their ids."""
-
-    def __init__(self, template: Path) -> None:
-        self.template, self.seen = template, list[str]()
-        self.lost: set[str] = set()  # the ids of cells whose runs fail with an error
-        self.edges: dict[str, tuple[float, ...]] = EDGES
-        self.slow_below = 0.0
-
-    def __call__(self, task: Task, paths: Sequence[Path], *_: object) -> list[Any]:
-        return [self.train(cell, path) for cell, path in zip(task.cells, paths, strict=True)]
-
-    def train(self, cell: Cell, path: Path) -> Any:
-        self.seen.append(cell.id)
-        if cell.id in self.lost:
-            return MemoryError("too little")
-        shutil.copytree(self.template, path, dirs_exist_ok=True)
-        shutil.rmtree(path / "checkpoints")
-        run = RunDirectory(path)
-        run.config.write_text(cell.config.to_yaml())
-        rate = cell.config.optimizer.learning_rate
-        slow = rate < self.slow_below
-        trained = not slow and rate <= self.edges[cell.arm][cell.config.seed]
-        records = metrics.read(run.metrics)
-        for number, record in enumerate(records):
-            if "loss" in record:
-                record["loss"] = 5 - 0.01 * number if slow else 3.0
-            if "val_loss" in record:
-                record["val_loss"] = 1.0 if trained else 5.0
-        run.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
-        return run.read_result()
-
-
 @pytest.fixture
 def trainer(
     tiny_run: Path, in_this_process: None, no_pictures: None, monkeypatch: pytest.MonkeyPatch
 ) -> Trainer:
-    stub = Trainer(tiny_run)
+    stub = Trainer(tiny_run, EDGES)
     monkeypatch.setattr(worker, "_train", stub)
     monkeypatch.setattr(estimate, "TIMED_SECONDS", 0.01)
     return stub
-
-
-def compare(path: Path, directory: Path, stop: Callable[[], bool] = lambda: False) -> Summary:
-    grid, cells = load(path)
-    return comparison.compare(grid, cells, directory, workers=1, console=Console(), stop=stop)
 
 
 def contents(directory: Path) -> dict[str, str]:

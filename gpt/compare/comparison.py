@@ -16,7 +16,8 @@ A directory belongs to one grid, which can grow: `extend` adds arms, rates, seed
 `reuse` copies finished runs of other comparisons. How many results were known then is recorded.
 
 A grid that searches for thresholds has only the first cell of each search. The rest are chosen in
-rounds: every search proposes its next cell, all of these run, and so on until none proposes any.
+rounds: every search proposes its next cell, all of these run, and so on until none proposes any. A
+grid with a first stage has two rounds; its first contrast decides whether there is a second.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def compare(
         missing = [cell for cell in missing if cell.id not in copied]
         tasks = make_tasks(missing, grid.runner)
         if tasks:
-            possible = possible_tasks(grid, chosen, missing)
+            possible = possible_tasks(grid, cells, chosen, missing)
             estimated = interruptible(
                 lambda stop: estimate(
                     possible, max(vocabulary), workers, keep_checkpoints=grid.keep_checkpoints
@@ -170,14 +171,19 @@ def compare(
         )
 
 
-def possible_tasks(grid: Grid, chosen: Sequence[Cell], missing: Sequence[Cell]) -> list[Task]:
-    """The tasks of the missing cells; where the grid searches, as often as searches may run.
+def possible_tasks(
+    grid: Grid, cells: Sequence[Cell], chosen: Sequence[Cell], missing: Sequence[Cell]
+) -> list[Task]:
+    """The tasks of the missing cells, and of all that may follow: a second stage, or searches.
 
     Args:
-        chosen: all cells so far.
+        cells: of the grid.
+        chosen: those so far.
     """
     if grid.search is None:
-        return make_tasks(missing, grid.runner)
+        known = {cell.id for cell in chosen}
+        later = [cell for cell in cells if missing and cell.id not in known]
+        return make_tasks([*missing, *later], grid.runner)
     tried = Counter(map(_search_of, chosen))
     rounds = [
         [cell for cell in missing if tried[_search_of(cell)] + number <= grid.rounds]
@@ -191,13 +197,14 @@ def _search_of(cell: Cell) -> tuple[str, str, int]:
 
 
 def check_reuse(grid: Grid, sources: Sequence[Path]) -> None:
-    """Refuse to copy runs into searches, whose cells are not known beforehand.
+    """Refuse to copy runs into searches and stages, whose cells are not known beforehand.
 
     Raises:
         InputError: there are both.
     """
-    if grid.search is not None and sources:
-        raise InputError("--reuse: a search chooses its cells as it runs, and cannot take others'")
+    if grid.rounds > 1 and sources:
+        what = "a search" if grid.search else "a comparison with a first stage"
+        raise InputError(f"--reuse: {what} chooses its cells as it runs, and cannot take others'")
 
 
 def _probe(
@@ -245,7 +252,7 @@ def report(
         outcomes = read_outcomes(grid, cells, directory)
         init_probes = read_init_probes(directory, [arm.name for arm in grid.all_arms()])
         commands = [f"{each.began}  {shlex.join(each.argv)}" for each in read_commands(directory)]
-        registered = registration.registered(directory, grid, cells)
+        registered = registration.registered(directory, grid, [o.cell for o in outcomes])
         summary = summarize(grid, outcomes, registered, workers)
         other = None if beside is None else (beside, read_comparison(beside))
         write_text(directory / "cells.csv", csv_text(outcomes))
@@ -280,7 +287,7 @@ def read_comparison(directory: Path) -> tuple[Grid, Summary, list[Outcome]]:
         raise InputError(f"{directory}: is not a comparison directory (no grid.yaml)")
     grid, cells = grids.load(directory / "grid.yaml")
     outcomes = read_outcomes(grid, cells, directory)
-    registered = registration.registered(directory, grid, cells)
+    registered = registration.registered(directory, grid, [o.cell for o in outcomes])
     return grid, summarize(grid, outcomes, registered), outcomes
 
 
@@ -358,7 +365,7 @@ def dry_run(
     chosen, missing = choose(grid, cells, directory, {}, {})
     missing = [cell for cell in missing if cell.id not in copied]
     tasks = make_tasks(missing, grid.runner)
-    possible = possible_tasks(grid, chosen, missing)
+    possible = possible_tasks(grid, cells, chosen, missing)
     estimated = estimate(possible, vocabulary, workers, keep_checkpoints=grid.keep_checkpoints)
     check_affordable(estimated, directory, grid.hours)
     names = {cell.id for cell in missing}
@@ -367,12 +374,14 @@ def dry_run(
         + ("  (is copied)" if cell.id in copied else "" if cell.id in names else "  (has a result)")
         for cell in chosen
     ]
-    if grid.search is not None and missing:
-        lines.append(f"  and up to {estimated.cells - len(missing)} more, which searches choose")
+    if grid.rounds > 1 and estimated.cells > len(missing):
+        who = "searches choose" if grid.search else "run unless the first stage ends the comparison"
+        lines.append(f"  and up to {estimated.cells - len(missing)} more, which {who}")
     before = registration.read_registration(directory)
     if before is None:
-        sha256 = registration.fingerprint(grid.contrasts, grid.seeds, grid.search)
-        also = ", and of the search" if grid.search is not None else ""
+        sha256 = registration.fingerprint(grid.contrasts, grid.seeds, grid.search, grid.first_stage)
+        also = ", and of the search" if grid.search else ""
+        also += ", and of the first stage" if grid.first_stage else ""
         lines.append(f"SHA-256 of the contrasts and seeds{also}: {sha256}")
     else:
         lines.append(f"registered on {before.time}: SHA-256 {before.sha256}")

@@ -260,6 +260,9 @@ class Grid(Section):
     """Axis -> values. An axis is one dotted option, or several with commas and tuples of values."""
     seeds: Annotated[tuple[Seed, ...], BeforeValidator(_seeds), Field(min_length=1)] = (0, 1, 2)
     """Seeds of weights and data order, or their number."""
+    first_stage: Annotated[int, Between(6, 16)] | None = None
+    """Number of the first seeds, after which the comparison stops if the first contrast's
+    differences all lie on one side of its margin. Each stage has its own level of the tests."""
     context_seeds: Annotated[int, Field(ge=1)] | None = None
     """How many of the seeds the cells have that no contrast includes; by default all."""
     search: Search | None = None
@@ -382,8 +385,13 @@ class Grid(Section):
 
     @property
     def rounds(self) -> int:
-        """How often cells are chosen: once, or for each of the runs of a search."""
-        return self.search.most_runs if self.search else 1
+        """How often cells are chosen: once, for each stage, or for each of the runs of a search."""
+        return self.search.most_runs if self.search else 2 if self.first_stage else 1
+
+    @property
+    def first_seeds(self) -> tuple[int, ...]:
+        """The seeds of the first stage; all without stages."""
+        return self.seeds[: self.first_stage]
 
     def at_rate(self, cell: Cell, rate: float) -> Cell:
         """The cell that differs from `cell` only in its learning rate."""
@@ -494,7 +502,7 @@ def load(
         base = read(base_of(path, base))
     base = {key: value for key, value in base.items() if key not in ("name", "seed")}
     count = (
-        grid.rounds
+        (grid.search.most_runs if grid.search else 1)
         * len(grid.seeds)
         * sum(math.prod(map(len, grid.axes(arm).values())) for arm in grid.all_arms())
     )
@@ -503,6 +511,8 @@ def load(
     base = merge(merge(base, nest(grid.options)), overrides or {})
     grid = grid.model_copy(update={"base": base, "options": {}})
     cells = _cells(grid, str(path))
+    if grid.first_stage is not None:
+        _check_stages(grid.first_stage, grid, f"{path}: first_stage")
     for number, contrast in enumerate(grid.contrasts):
         _check_contrast(contrast, grid, cells, f"{path}: contrasts.{number}")
     if len(grid.to_yaml().encode()) > MAX_BYTES:  # its comparison could not be read back
@@ -535,6 +545,27 @@ def _is_of_other_seeds(entry: Options, seeds: Sequence[int]) -> bool:
     """Whether an entry of `exclude` names seeds, none of which are among `seeds`."""
     named = _texts_of({"seed": entry.get("seed", [])})["seed"]
     return bool(named) and named.isdisjoint(map(as_text, seeds))
+
+
+def _check_stages(first_stage: int, grid: Grid, origin: str) -> None:
+    """Refuse two stages without a first contrast whose differences can decide, or a second stage.
+
+    Raises:
+        InputError: there is none.
+    """
+    if grid.search is not None:
+        raise InputError(f"{origin}: cannot be combined with a search")
+    if not grid.contrasts:
+        raise InputError(f"{origin}: needs a contrast, whose differences decide whether to stop")
+    if grid.contrasts[0].claim == "within" or grid.contrasts[0].measure == "log_lr50":
+        raise InputError(
+            f"{origin}: needs a first contrast with a value for each seed (not log_lr50), "
+            "and the claim above or below"
+        )
+    if first_stage >= len(grid.seeds):
+        raise InputError(
+            f"{origin}: {first_stage} is not below the number of seeds, {len(grid.seeds)}"
+        )
 
 
 def _check_contrast(contrast: Contrast, grid: Grid, cells: Sequence[Cell], origin: str) -> None:

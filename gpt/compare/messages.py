@@ -35,7 +35,7 @@ def describe(
         with_result: how many cells have a result.
     """
     arms, search = grid.all_arms(), grid.search
-    most = "up to " if search else ""
+    most = "up to " if estimated.cells > sum(len(task.cells) for task in tasks) else ""
     every = len(grid.seeds) * sum(
         math.prod(map(len, {**grid.grid, **arm.axes}.values())) for arm in arms
     )
@@ -44,6 +44,7 @@ def describe(
         "arms": "; ".join(arm.name for arm in arms),
         "cells": f"{most}{with_result + estimated.cells}: "
         f"{_count(len(arms), 'arm')}, {_count(len(grid.seeds), 'seed')}"
+        + (f" (stops after {grid.first_stage} if they agree)" if grid.first_stage else "")
         + "".join(
             f", {_count(len(values), 'value')} of {axis}" for axis, values in grid.grid.items()
         )
@@ -117,7 +118,7 @@ def format_summary(summary: Summary, directory: Path) -> str:
             f"{len(summary.lost)} of {summary.planned} cells have no result ({by_status}); "
             "run the same command to retry them"
         )
-    lines.append(matching_text(summary.match))
+    lines += filter(None, [summary.stages, matching_text(summary.match)])
     return "\n".join([*lines, f"  report  {directory / 'report.html'}"])
 
 

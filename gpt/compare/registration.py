@@ -1,7 +1,7 @@
 """What a comparison registered before its first result, and what was added to it later.
 
-    DIR/registration.json   the seeds, the number of contrasts, a hash of both and of the search;
-                            later additions
+    DIR/registration.json   the seeds, the number of contrasts, a hash of both, of the search and
+                            of the first stage; later additions
 
 An answer is confirmatory only if its contrast and its cells were fixed before any result was known.
 So the first start records the contrasts and seeds, and every later addition records how many cells
@@ -91,8 +91,13 @@ class Registered:
 UNSAID = Registered()
 
 
-def fingerprint(contrasts: Sequence[Contrast], seeds: Sequence[int], search: Search | None) -> str:
-    """SHA-256 of contrasts, seeds and search, in hexadecimal; 1 and 1.0 are the same.
+def fingerprint(
+    contrasts: Sequence[Contrast],
+    seeds: Sequence[int],
+    search: Search | None = None,
+    first_stage: int | None = None,
+) -> str:
+    """SHA-256 of contrasts, seeds, search and stages, in hexadecimal; 1 and 1.0 are the same.
 
     Of the search, it covers the rule, and the first rates of the arms that are contrasted.
     """
@@ -111,6 +116,8 @@ def fingerprint(contrasts: Sequence[Contrast], seeds: Sequence[int], search: Sea
         arms = {arm for each in contrasts for arm in each.arms}
         start = {arm: search.start_of(arm) for arm in arms}
         tree["search"] = {**search.model_dump(mode="json"), "start": start}
+    if first_stage is not None:
+        tree["first_stage"] = first_stage
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
@@ -121,7 +128,7 @@ def register(directory: Path, grid: Grid, added: Sequence[Cell], results: int) -
         added: cells that the directory's grid did not have.
         results: how many cells have a result.
     """
-    sha256 = fingerprint(grid.contrasts, grid.seeds, grid.search)
+    sha256 = fingerprint(grid.contrasts, grid.seeds, grid.search, grid.first_stage)
     before = read_registration(directory)
     seen = results or (directory / "summary.json").exists() or (before and before.additions)
     if seen:
@@ -169,7 +176,9 @@ def registered(directory: Path, grid: Grid, cells: Sequence[Cell]) -> Registered
     found = read_registration(directory)
     if found is None:
         return Registered(late=dict.fromkeys(range(len(grid.contrasts)), UNKNOWN))
-    mine = fingerprint(grid.contrasts[: found.contrasts], found.seeds, grid.search)
+    mine = fingerprint(
+        grid.contrasts[: found.contrasts], found.seeds, grid.search, grid.first_stage
+    )
     if mine != found.sha256 or not set(found.seeds) <= set(grid.seeds):
         return Registered(late=dict.fromkeys(range(len(grid.contrasts)), CHANGED))
     late = {
@@ -227,6 +236,8 @@ def check_growth(old: tuple[Grid, list[Cell]], new: tuple[Grid, list[Cell]]) -> 
             raise InputError(f"the new grid changes cell {cell.id}")
     if _rule(old[0]) != _rule(new[0]):
         raise InputError("search: only the first rates of new arms can be added")
+    if _first_stage(old[0]) != _first_stage(new[0]):
+        raise InputError("first_stage: it must stay, with its seeds")
     for name in ("contrasts", "pairs"):
         before, now = getattr(old[0], name), getattr(new[0], name)
         if now[: len(before)] != before:
@@ -236,6 +247,11 @@ def check_growth(old: tuple[Grid, list[Cell]], new: tuple[Grid, list[Cell]]) -> 
 def _rule(grid: Grid) -> dict[str, Any] | None:
     """The search without first rates, which the cells show."""
     return None if grid.search is None else grid.search.model_dump(exclude={"start"})
+
+
+def _first_stage(grid: Grid) -> tuple[int, ...] | None:
+    """The seeds that decide whether to stop, in any order; None without stages."""
+    return None if grid.first_stage is None else tuple(sorted(grid.first_seeds))
 
 
 def _now() -> str:

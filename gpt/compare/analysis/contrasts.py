@@ -11,8 +11,8 @@ from dataclasses import replace
 import numpy as np
 
 from gpt.compare.analysis import wording
-from gpt.compare.analysis.measures import BOUNDED, common_runs, lost_runs, measure
-from gpt.compare.analysis.outcomes import Outcome, column_value
+from gpt.compare.analysis.measures import common_runs, measured
+from gpt.compare.analysis.outcomes import Outcome
 from gpt.compare.analysis.outlook import NO_SEEDS, outlook
 from gpt.compare.analysis.results import (
     Answer,
@@ -22,7 +22,6 @@ from gpt.compare.analysis.results import (
     SearchResult,
 )
 from gpt.compare.analysis.statistics import (
-    ALPHA,
     Interval,
     holm,
     least_p,
@@ -38,11 +37,13 @@ def contrast_results(
     outcomes: Sequence[Outcome],
     searches: Sequence[SearchResult],
     registered: Registered,
+    alpha: float,
     workers: int,
 ) -> tuple[ContrastResult | None, ...]:
     """The result of each contrast, in the grid's order; None where it cannot be computed.
 
     Args:
+        alpha: the level of the tests.
         workers: that would train further seeds.
     """
     ended = [outcome for outcome in outcomes if outcome.verdict is not None]
@@ -50,7 +51,9 @@ def contrast_results(
     for number, contrast in enumerate(grid.contrasts):
         late = registered.late.get(number, "")
         first = all(b and b.confirmatory and b.answer == "supported" for b in contrasts)
-        result = _contrast(contrast, outcomes, searches, confirmatory=first and not late, late=late)
+        result = _contrast(
+            contrast, outcomes, searches, alpha, confirmatory=first and not late, late=late
+        )
         if result is not None and result.answer == "open" and result.learned:
             result = replace(result, outlook=_outlook(contrast, result, grid, ended, workers))
         contrasts.append(result)
@@ -61,33 +64,23 @@ def _contrast(
     contrast: Contrast,
     outcomes: Sequence[Outcome],
     searches: Sequence[SearchResult],
+    alpha: float,
     *,
     confirmatory: bool,
     late: str,
 ) -> ContrastResult | None:
     """A registered contrast: a mean over settings and rates, from the runs that its arms share."""
-    names = contrast.arms
-    included = [o for o in outcomes if o.verdict is not None and contrast.includes(o.cell)]
-    lost = lost_runs(contrast, outcomes) if contrast.measure in BOUNDED else []
-    common = common_runs(
-        names,
-        [*included, *(worst for _, worst in lost)],
-        own_rates=bool(contrast.rates) or contrast.measure == "log_threshold",
-    )
-    if common is None:
+    known = measured(contrast, outcomes, searches, alpha)
+    if known is None:
         return None
-    if contrast.column is not None and any(
-        column_value(outcome, contrast.column) is None for outcome in common.runs.values()
-    ):
-        return None
-    found = measure(contrast, common, lost, searches)
-    parts = tuple(found.values[i] - found.values[i + 1] for i in range(0, len(names), 2))
+    common, found = known
+    parts = tuple(a - b for a, b in zip(found.values[::2], found.values[1::2], strict=True))
     seeds = len(common.seeds)
-    # Thresholds have no test: an answer needs enough seeds for a test's smallest p to reach ALPHA.
+    # Thresholds have no test: an answer needs enough seeds for a test's smallest p to reach it.
     p = least_p(seeds) if found.p is None else found.p
-    verdicts = [outcome.verdict for outcome in included if outcome.verdict is not None]
+    verdicts = [o.verdict for o in outcomes if o.verdict and contrast.includes(o.cell)]
     learned = any(verdict.status != "plateaued" for verdict in verdicts)
-    answer, reason = _answer(contrast, found.interval, p, learned=learned)
+    answer, reason = _answer(contrast, found.interval, p, alpha, learned=learned)
     return ContrastResult(
         question=contrast.question,
         measure=contrast.measure,
@@ -96,10 +89,11 @@ def _contrast(
         reach=found.reach[: len(parts)],
         value=parts[0] - (parts[1] if len(parts) > 1 else 0.0),
         interval=found.interval,
+        alpha=alpha,
         p=found.p,
         least_p=least_p(seeds),
         answer=answer,
-        why=wording.reason(reason, contrast, seeds, found.p),
+        why=wording.reason(reason, contrast, seeds, found.p, alpha),
         confirmatory=confirmatory,
         late=late,
         learned=learned,
@@ -131,13 +125,14 @@ def _outlook(
         contrast.margin,
         None if batched else sum(run.seconds for run in runs) / len({run.seed for run in runs}),
         workers,
+        result.alpha,
     )
 
 
 def _answer(
-    contrast: Contrast, interval: Interval | None, p: float, *, learned: bool
+    contrast: Contrast, interval: Interval | None, p: float, alpha: float, *, learned: bool
 ) -> tuple[Answer, wording.Reason]:
-    """Supported or contradicted only if the interval is on one side and p is at most ALPHA.
+    """Supported or contradicted only if the interval is on one side and p is at most alpha.
 
     Args:
         learned: whether any run is not plateaued; if all are, the answer is open.
@@ -154,7 +149,7 @@ def _answer(
     }[contrast.claim]
     if not supported and not contradicted:
         return "open", "undecided"
-    if p > ALPHA:
+    if p > alpha:
         return "open", "too few seeds"
     return ("supported", "supported") if supported else ("contradicted", "contradicted")
 

@@ -4,6 +4,7 @@ common_runs   the runs that arms share: every arm has every seed at every point
 lost_runs     runs without a result, as if they had ended at their best and at their worst
 OF_RUNS       a measure of one arm's runs with one seed
 measure       values and differences by seed -> interval and p
+measured      all of these, for a contrast
 """
 
 from __future__ import annotations
@@ -146,21 +147,52 @@ def lost_runs(contrast: Contrast, outcomes: Sequence[Outcome]) -> list[LostRun]:
     return found
 
 
+def measured(
+    contrast: Contrast,
+    outcomes: Sequence[Outcome],
+    searches: Sequence[SearchResult],
+    alpha: float,
+) -> tuple[CommonRuns, Measured] | None:
+    """A contrast's measure and the runs that it is from; None where it cannot be computed.
+
+    Args:
+        alpha: the interval is at 1 - alpha.
+    """
+    included = [o for o in outcomes if o.verdict is not None and contrast.includes(o.cell)]
+    lost = lost_runs(contrast, outcomes) if contrast.measure in BOUNDED else []
+    common = common_runs(
+        contrast.arms,
+        [*included, *(worst for _, worst in lost)],
+        own_rates=bool(contrast.rates) or contrast.measure == "log_threshold",
+    )
+    if common is None:
+        return None
+    if contrast.column is not None and any(
+        column_value(outcome, contrast.column) is None for outcome in common.runs.values()
+    ):
+        return None
+    return common, measure(contrast, common, lost, searches, alpha)
+
+
 def measure(
     contrast: Contrast,
     common: CommonRuns,
     lost: Sequence[LostRun],
     searches: Sequence[SearchResult],
+    alpha: float,
 ) -> Measured:
     """The contrast's measure; with lost runs, whatever they would have added to it.
 
     The interval covers those of the lowest and of the highest possible value. With one lost run, no
     value in between has an interval outside it: an interval's width is convex in each value.
+
+    Args:
+        alpha: the interval is at 1 - alpha.
     """
     if contrast.measure == "log_threshold":
-        return _log_threshold(contrast, common, searches)
+        return _log_threshold(contrast, common, searches, alpha)
     if contrast.measure == "log_lr50":
-        return _log_lr50(contrast, common)
+        return _log_lr50(contrast, common, alpha)
     of = OF_RUNS[contrast.measure](contrast.column or "")
     here = {
         (arm, seed, point): pair
@@ -169,7 +201,7 @@ def measure(
         if run is pair[1] and seed in common.seeds and point in common.points
     }
     if not here:
-        return _mean_difference(contrast, common, of)
+        return _mean_difference(contrast, common, of, alpha)
     weights = _weights(contrast, common)
     signs = dict(zip(contrast.arms, SIGNS, strict=False))
 
@@ -178,7 +210,7 @@ def measure(
             (arm, seed, point): pair[end * signs[arm] * weights[point[0]] > 0]
             for (arm, seed, point), pair in here.items()
         }
-        return _mean_difference(contrast, replace(common, runs={**common.runs, **runs}), of)
+        return _mean_difference(contrast, replace(common, runs={**common.runs, **runs}), of, alpha)
 
     low, high = at(-1), at(1)
     values = [signed_sum(each.values) for each in (low, high)]
@@ -214,7 +246,7 @@ def _weights(contrast: Contrast, common: CommonRuns) -> dict[str, float]:
     return dict(zip(settings, (x / (x @ x)).tolist(), strict=True))
 
 
-def _mean_difference(contrast: Contrast, common: CommonRuns, of: OfRuns) -> Measured:
+def _mean_difference(contrast: Contrast, common: CommonRuns, of: OfRuns, alpha: float) -> Measured:
     weights = _weights(contrast, common)
     by_arm = [
         [
@@ -226,18 +258,16 @@ def _mean_difference(contrast: Contrast, common: CommonRuns, of: OfRuns) -> Meas
     differences = [signed_sum(values) for values in zip(*by_arm, strict=True)]
     values = [float(np.mean(by_seed)) for by_seed in by_arm]
     if contrast.measure == "failure" and not contrast.slope:
-        interval = fraction_interval(
-            differences, runs=len(common.points), limit=len(contrast.arms) / 2
-        )
+        interval = fraction_interval(differences, len(common.points), len(contrast.arms) / 2, alpha)
     else:
-        interval = mean_interval(differences)
+        interval = mean_interval(differences, alpha)
     margins = (contrast.margin, -contrast.margin)[: 2 if contrast.claim == "within" else 1]
     p = max(sign_flip_p([value - margin for value in differences]) for margin in margins)
     by_seed = dict(zip(common.seeds, zip(*by_arm, strict=True), strict=True))
     return Measured(values, interval, p, by_seed=by_seed)
 
 
-def _log_lr50(contrast: Contrast, common: CommonRuns) -> Measured:
+def _log_lr50(contrast: Contrast, common: CommonRuns, alpha: float) -> Measured:
     weights = _weights(contrast, common)
     runs = {
         (name, setting): [
@@ -256,7 +286,7 @@ def _log_lr50(contrast: Contrast, common: CommonRuns) -> Measured:
             for name in contrast.arms
         ],
         interval=threshold_interval(
-            list(runs.values()), [signs[name] * weights[setting] for name, setting in runs]
+            list(runs.values()), [signs[name] * weights[setting] for name, setting in runs], alpha
         ),
         p=None,
         bounds=tuple(
@@ -269,7 +299,7 @@ def _log_lr50(contrast: Contrast, common: CommonRuns) -> Measured:
 
 
 def _log_threshold(
-    contrast: Contrast, common: CommonRuns, searches: Sequence[SearchResult]
+    contrast: Contrast, common: CommonRuns, searches: Sequence[SearchResult], alpha: float
 ) -> Measured:
     """The mean of the logs of thresholds, or of their bounds, which open the interval."""
     of_arms = {
@@ -291,7 +321,7 @@ def _log_threshold(
         ]
         for name in contrast.arms
     }
-    measured = _mean_difference(contrast, common, of)
+    found = _mean_difference(contrast, common, of, alpha)
     signed = list(zip(contrast.arms, SIGNS, strict=False))
     reach = _reach(
         [bound for name, sign in signed if sign > 0 for bound in bounds[name]],
@@ -299,8 +329,8 @@ def _log_threshold(
         slope=bool(contrast.slope),
     )
     return replace(
-        measured,
-        interval=measured.interval and _opened(measured.interval, reach),
+        found,
+        interval=found.interval and _opened(found.interval, reach),
         bounds=wording.search_notes([*of_arms.values()]),
         reach=_reaches(contrast, bounds),
     )

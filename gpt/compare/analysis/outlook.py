@@ -12,25 +12,29 @@ from gpt.compare.analysis.statistics import ALPHA, MIN_SEEDS, least_p
 from gpt.compare.grid import Claim
 
 MOST_SEEDS = 1_000
-FEWEST_SEEDS = next(n for n in range(MIN_SEEDS, MOST_SEEDS) if least_p(n) <= ALPHA)
 NO_SEEDS = (
     "How many seeds would settle it cannot be estimated, because the measure has no value for each "
     "seed. More rates near the thresholds may help more than seeds."
 )
 
 
-def seeds_needed(distance: float, spread: float) -> int | None:
+def fewest_seeds(alpha: float) -> int:
+    """The smallest number of seeds whose paired test can reach the level alpha."""
+    return next(n for n in range(MIN_SEEDS, MOST_SEEDS) if least_p(n) <= alpha)
+
+
+def seeds_needed(distance: float, spread: float, alpha: float = ALPHA) -> int | None:
     """The smallest number of seeds that settles a question; None above MOST_SEEDS.
 
-    Their paired test can reach ALPHA, and Student's t interval is narrower than the distance:
-    t(1 - ALPHA / 2; n - 1) spread / sqrt(n) < distance.
+    Their paired test can reach alpha, and Student's t interval is narrower than the distance:
+    t(1 - alpha / 2; n - 1) spread / sqrt(n) < distance.
 
     Args:
         distance: of the mean difference from the nearest margin.
         spread: standard deviation of the seeds' differences.
     """
-    n = np.arange(FEWEST_SEEDS, MOST_SEEDS + 1)
-    half = stats.t.ppf(1 - ALPHA / 2, n - 1) * spread / np.sqrt(n)
+    n = np.arange(fewest_seeds(alpha), MOST_SEEDS + 1)
+    half = stats.t.ppf(1 - alpha / 2, n - 1) * spread / np.sqrt(n)
     settled = n[half < distance]
     return int(settled[0]) if len(settled) else None
 
@@ -41,6 +45,7 @@ def outlook(
     margin: float,
     seconds: float | None = None,
     workers: int = 1,
+    alpha: float = ALPHA,
 ) -> str:
     """How many seeds would settle an open question, if their mean and spread stay, in words.
 
@@ -48,15 +53,17 @@ def outlook(
         differences: one per seed, at least one.
         seconds: that one more seed takes, summed over its cells; None if that is unknown.
         workers: that share them.
+        alpha: the level of the test.
     """
     seeds, mean = len(differences), fmean(differences)
     if seeds == 1:
         return (
-            f"At least {FEWEST_SEEDS} seeds are needed; one seed does not show how much they vary."
+            f"At least {fewest_seeds(alpha)} seeds are needed; one seed does not show how much "
+            "they vary."
         )
     margins = (margin, -margin) if claim == "within" else (margin,)
     supports = {"above": mean > margin, "below": mean < margin, "within": abs(mean) < margin}[claim]
-    needed = seeds_needed(min(abs(mean - each) for each in margins), stdev(differences))
+    needed = seeds_needed(min(abs(mean - each) for each in margins), stdev(differences), alpha)
     against = (
         "" if supports else "The mean lies on the wrong side of the margin, within the noise. "
     )

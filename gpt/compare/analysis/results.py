@@ -148,7 +148,9 @@ class ContrastResult:
             runs, `parts` and `value` are halfway between those with each at its best and at its
             worst, `interval` covers both intervals, and `p` is the larger.
         reach: for each part, "at least", "at most" or "unknown" if only bounds are known; else "".
-        value, interval: log_lr50 in natural logarithms; failure as a fraction; others in nats.
+        value, interval: log_lr50 in natural logarithms; failure as a fraction; others in nats. The
+            interval is at 1 - alpha.
+        alpha: the level of the test, 0.05 unless the comparison has two stages.
         p: of a paired test that the value equals the margin; None for log_lr50, which has none.
         least_p: the smallest p that this many seeds can give.
         answer, why: whether the runs support the claim, and the reason in words.
@@ -168,6 +170,7 @@ class ContrastResult:
     reach: tuple[str, ...]
     value: float
     interval: Interval | None
+    alpha: float
     p: float | None
     least_p: float
     answer: Answer
@@ -222,6 +225,7 @@ class Summary:
         searches: what each search found; empty without searches.
         contrasts: in the grid's order; None where a contrast cannot be computed.
         registered: when the contrasts were registered, and what was added later, in words.
+        stages: whether it stopped after its first stage, in words; empty without stages.
         conclusions: a sentence for each contrast, and one about failures; "verdict" in the file.
     """
 
@@ -236,4 +240,5 @@ class Summary:
     pairs: tuple[PairResult, ...]
     match: Match
     registered: str
+    stages: str
     conclusions: tuple[str, ...]

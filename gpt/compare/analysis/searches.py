@@ -1,8 +1,9 @@
-"""Searches, replayed from the outcomes of their runs: their cells, their thresholds and their log.
+"""The cells of a comparison so far, and searches: their thresholds and their log.
 
     DIR/search.json   for each search its runs in their order, and what was decided after each
 
-The decisions are in gpt/compare/search.py; nothing but the outcomes is needed to repeat them.
+Searches (gpt/compare/search.py) and stages (stages.py) decide what to run next from nothing but the
+outcomes so far, so every decision can be repeated.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 from gpt.compare.analysis.outcomes import NO_RESULT, Outcome, read_outcome
 from gpt.compare.analysis.results import SearchResult
+from gpt.compare.analysis.stages import begun
 from gpt.compare.execution.cell_runs import CellError, has_result, read_lost
 from gpt.compare.grid import Cell, Grid, Search
 from gpt.compare.search import Bracket, Ending, bracket, next_step
@@ -23,7 +25,7 @@ from gpt.io.files import write_text
 
 
 def read_outcomes(grid: Grid, cells: Sequence[Cell], directory: Path) -> list[Outcome]:
-    """All outcomes of a comparison, at least one of which is a result.
+    """All outcomes of a comparison so far, at least one of which is a result.
 
     Args:
         cells: of the grid; where it searches, the first cell of each search.
@@ -31,11 +33,7 @@ def read_outcomes(grid: Grid, cells: Sequence[Cell], directory: Path) -> list[Ou
     Raises:
         InputError: no cell has a result, or a file is damaged.
     """
-    lost = read_lost(directory)
-    if grid.search is None:
-        outcomes = [read_outcome(cell, directory, lost.get(cell.id)) for cell in cells]
-    else:
-        outcomes = [o for cell in cells for o in follow(grid, cell, directory, lost, {})]
+    outcomes = _so_far(grid, cells, directory, read_lost(directory), {})
     if not any(outcome.verdict is not None for outcome in outcomes):
         raise InputError(f"{directory}: {NO_RESULT}")
     return outcomes
@@ -55,7 +53,8 @@ def choose(
     lost: Mapping[str, CellError],
     known: dict[str, Outcome],
 ) -> Chosen:
-    """The cells of a grid; where it searches, those tried, and the next one of each search.
+    """The cells of a grid: with two stages, of those that have begun; where it searches, those
+    tried, and the next one of each search.
 
     Args:
         cells: see `read_outcomes`.
@@ -65,10 +64,31 @@ def choose(
     Raises:
         InputError: a file is damaged.
     """
-    if grid.search is None:
+    if grid.rounds == 1:
         return Chosen([*cells], [c for c in cells if not has_result(directory, c)])
-    outcomes = [o for cell in cells for o in follow(grid, cell, directory, lost, known)]
+    outcomes = _so_far(grid, cells, directory, lost, known)
     return Chosen([o.cell for o in outcomes], [o.cell for o in outcomes if o.status == "missing"])
+
+
+def _so_far(
+    grid: Grid,
+    cells: Sequence[Cell],
+    directory: Path,
+    lost: Mapping[str, CellError],
+    known: dict[str, Outcome],
+) -> list[Outcome]:
+    if grid.search is None:
+        return begun(grid, [_read(cell, directory, lost, known) for cell in cells])
+    return [o for cell in cells for o in follow(grid, cell, directory, lost, known)]
+
+
+def _read(
+    cell: Cell, directory: Path, lost: Mapping[str, CellError], known: dict[str, Outcome]
+) -> Outcome:
+    outcome = known.get(cell.id) or read_outcome(cell, directory, lost.get(cell.id))
+    if outcome.verdict is not None:
+        known[cell.id] = outcome
+    return outcome
 
 
 def follow(
@@ -89,12 +109,10 @@ def follow(
     endings: dict[int, Ending] = {}
     cell: Cell | None = start
     while cell is not None:
-        outcome = known.get(cell.id) or read_outcome(cell, directory, lost.get(cell.id))
+        outcome = _read(cell, directory, lost, known)
         outcomes.append(outcome)
         if outcome.status == "missing":
             break
-        if outcome.verdict is not None:
-            known[cell.id] = outcome
         endings[grid.search.step(outcome.rate)] = ending(outcome)
         step, _ = next_step(endings, grid.search.most_runs)
         cell = None if step is None else grid.at_rate(start, grid.search.rate(step))

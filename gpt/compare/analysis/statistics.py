@@ -2,8 +2,8 @@
 
 The unit is the seed. Arms with the same seed share data order and common weights, so differences
 are taken seed by seed, and intervals are over seeds, never steps, tokens or rates. Intervals are
-at 95%. A failed run is not left out: it counts with its own loss, capped at that of a uniform guess
-(`capped`), so that no average is over survivors alone.
+at 1 - ALPHA, 95%, unless a level is given. A failed run is not left out: it counts with its own
+loss, capped at that of a uniform guess (`capped`), so that no average is over survivors alone.
 
 With few seeds little can be concluded, and the results show how little: each test comes with the
 smallest p-value that its number of pairs can give, and no failure in n seeds still has an interval.
@@ -26,13 +26,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special, stats
 
-ALPHA = 0.05  # level of the tests; intervals are at 1 - ALPHA
+ALPHA = 0.05  # level of the tests and, subtracted from 1, of the intervals
 MIN_SEEDS = 5  # under which means and thresholds have no interval
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A 95% interval, in the unit of its quantity."""
+    """A confidence interval, in the unit of its quantity."""
 
     low: float
     high: float
@@ -44,7 +44,7 @@ def wilson(failures: int, n: int) -> Interval:
     return Interval(float(interval.low), float(interval.high))
 
 
-def mean_interval(values: Sequence[float]) -> Interval | None:
+def mean_interval(values: Sequence[float], alpha: float = ALPHA) -> Interval | None:
     """Student's t interval of the mean, with one value per seed; None under MIN_SEEDS.
 
     Bootstrap intervals of so few values are too narrow (benchmarks/intervals.py has the coverage).
@@ -53,12 +53,12 @@ def mean_interval(values: Sequence[float]) -> Interval | None:
     if n < MIN_SEEDS:
         return None
     mean = fmean(values)
-    half = float(stats.t.ppf(1 - ALPHA / 2, n - 1)) * stdev(values) / math.sqrt(n)
+    half = float(stats.t.ppf(1 - alpha / 2, n - 1)) * stdev(values) / math.sqrt(n)
     return Interval(mean - half, mean + half)
 
 
 def fraction_interval(
-    differences: Sequence[float], runs: int = 1, limit: float = 1.0
+    differences: Sequence[float], runs: int = 1, limit: float = 1.0, alpha: float = ALPHA
 ) -> Interval | None:
     """Interval of a mean difference of failed fractions, one per seed; None under MIN_SEEDS.
 
@@ -70,13 +70,13 @@ def fraction_interval(
         runs: of each arm and seed.
         limit: the largest possible difference: 2 for a difference of differences.
     """
-    student = mean_interval(differences)
+    student = mean_interval(differences, alpha)
     if student is None:
         return None
     n = len(differences) + 2
     mean = sum(differences) / n
     variance = (sum(x * x for x in differences) + 1 / runs**2) / n - mean**2
-    half = float(stats.norm.ppf(1 - ALPHA / 2)) * math.sqrt(variance / n)
+    half = float(stats.norm.ppf(1 - alpha / 2)) * math.sqrt(variance / n)
     return Interval(
         max(min(student.low, mean - half), -limit), min(max(student.high, mean + half), limit)
     )
@@ -382,7 +382,7 @@ def lr50_of_seeds(seeds: Sequence[Runs]) -> Threshold:
 
 
 def threshold_interval(
-    arms: Sequence[Sequence[Runs]], weights: Sequence[float] = (1.0,)
+    arms: Sequence[Sequence[Runs]], weights: Sequence[float] = (1.0,), alpha: float = ALPHA
 ) -> Interval | None:
     """Interval of a weighted sum of log `lr50`s; None under MIN_SEEDS.
 
@@ -417,7 +417,7 @@ def threshold_interval(
     position = random.random((len(rows) * 10, len(arms)))
     lows, highs = (np.tile(ends[inverse], (10, 1)) for ends in (lows, highs))
     width = np.where(np.isfinite(highs - lows), highs - lows, 0.0)
-    tail = 100 * ALPHA / 2
+    tail = 100 * alpha / 2
     low = np.percentile((lows + width * position).sum(1), tail, method="lower")
     high = np.percentile((highs - width * (1 - position)).sum(1), 100 - tail, method="higher")
     return Interval(float(low), float(high))

@@ -22,6 +22,7 @@ from gpt.compare.analysis.results import (
     Summary,
 )
 from gpt.compare.analysis.searches import search_results
+from gpt.compare.analysis.stages import level, stopped
 from gpt.compare.analysis.statistics import (
     Interval,
     Runs,
@@ -62,7 +63,9 @@ def summarize(
         if any(o.verdict is not None for o in group)
     )
     searches = search_results(grid, outcomes)
-    contrasts = contrast_results(grid, outcomes, searches, registered, workers)
+    stop = stopped(grid, outcomes)
+    alpha = level(grid.first_stage, stop)
+    contrasts = contrast_results(grid, outcomes, searches, registered, alpha, workers)
     return Summary(
         title=grid.title,
         planned=len(outcomes),
@@ -75,6 +78,7 @@ def summarize(
         pairs=pair_results(grid.pairs, ended),
         match=match(outcomes),
         registered=registered.text,
+        stages=wording.stages_text(grid.first_stage, stop, alpha) if grid.first_stage else "",
         conclusions=wording.conclusions(
             contrasts,
             grid.contrasts,

@@ -206,7 +206,24 @@ def p_text(result: ContrastResult) -> str:
     return f"{seeds}, p = {result.p:.2g}, {limit}"
 
 
-def reason(reason: Reason, contrast: Contrast, seeds: int, p: float | None) -> str:
+def level_text(alpha: float) -> str:
+    """`95%`, or `96.9%`: the level of the intervals that go with tests at the level alpha."""
+    return f"{100 * (1 - alpha):.3g}%"
+
+
+def stages_text(first_stage: int, stop: bool | None, alpha: float) -> str:
+    """Whether a comparison stopped after its first stage; `stop` None: that is not known yet."""
+    if stop is None:
+        return f"The first stage of {first_stage} seeds has not ended."
+    stopped, seeds = ("Stopped", "all") if stop else ("Not stopped", "not all")
+    return (
+        f"{stopped} after the first stage of {first_stage} seeds, as registered: {seeds} of them "
+        "have a difference in the first contrast on the same side of its margin. So an answer "
+        f"needs a p of at most {alpha:.2g}, and its interval is at {level_text(alpha)}."
+    )
+
+
+def reason(reason: Reason, contrast: Contrast, seeds: int, p: float | None, alpha: float) -> str:
     """Why a contrast has its answer; `p` None: it has no test."""
     words = words_for(contrast)
     edge, minus = words.edge(contrast.margin), words.edge(-contrast.margin)
@@ -224,7 +241,7 @@ def reason(reason: Reason, contrast: Contrast, seeds: int, p: float | None) -> s
         "undecided": f"the interval contains {f'{minus} or {edge}' if within else edge}",
         "too few seeds": (
             f"the interval would decide it, but {several} are too few to settle it"
-            + ("" if p is None else f" (p = {p:.2g})")
+            + ("" if p is None else f" (p = {p:.2g}, above {alpha:.2g})")
         ),
         "supported": "the whole interval is "
         + (f"between {minus} and {edge}" if within else f"{side} {edge}"),
@@ -379,7 +396,7 @@ def finding(result: ContrastResult, contrast: Contrast) -> str:
         sentence += f"; {combined} is {words.number(result.value)}"
     interval = "no interval"
     if result.interval is not None:
-        interval = f"95% interval {words.interval(result.interval)}"
+        interval = f"{level_text(result.alpha)} interval {words.interval(result.interval)}"
     return f"{sentence} ({interval}; {p_text(result)})."
 
 
@@ -470,7 +487,7 @@ def _failures_sentence(found: Failures | None) -> str:
 
 def limits(grid: Grid, summary: Summary) -> list[str]:
     """What these runs cannot show."""
-    seeds = len(grid.seeds)
+    seeds = max(arm.seeds for arm in summary.arms)
     found = [
         f"With no failure in {seeds} seed{'s' if seeds > 1 else ''}, the failure rate can be up to "
         f"{wilson(0, seeds).high:.0%}; the smallest p-value that a paired test of this many seeds "

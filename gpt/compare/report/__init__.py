@@ -18,6 +18,7 @@ from gpt.compare.analysis import wording
 from gpt.compare.analysis.headline import headline, mean_table
 from gpt.compare.analysis.outcomes import Outcome
 from gpt.compare.analysis.results import ArmSummary, SearchResult, Summary
+from gpt.compare.analysis.statistics import ALPHA
 from gpt.compare.figures import draw
 from gpt.compare.figures.base import PlotData, Section, save
 from gpt.compare.grid import Grid
@@ -71,6 +72,7 @@ def write_report(
         "environment": _environment(outcomes),
         "script": Markup((TEMPLATES / "report.js").read_text("utf-8")),  # noqa: S704 - our own
         "grid_yaml": read_small(directory / "grid.yaml").decode(),
+        "level": wording.level_text(next((c.alpha for c in summary.contrasts if c), ALPHA)),
         "limits": wording.limits(grid, summary),
         "uniform_loss": math.log(next(o.vocabulary for o in outcomes if o.verdict is not None)),
         "other": other,
