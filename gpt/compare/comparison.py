@@ -26,7 +26,7 @@ import json
 import math
 import shlex
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -136,32 +136,8 @@ def compare(
         write_text(directory / "grid.yaml", grid.to_yaml())
         if tasks or copied:
             append_command(directory)
-        for source, runs in copies.items():
-            registration.register_copies(directory, grid, list(runs), source, results)
-            for cell in cells:
-                if stop():
-                    raise StoppedError(STOPPED)
-                if cell.id in runs:
-                    copy_run(runs[cell.id], cell, directory)
-            console.say(f"{registration.count(len(runs))} copied from {source}")
-        for number in range(grid.rounds):
-            if number > 0:
-                chosen, missing = choose(grid, cells, directory, read_lost(directory), known)
-                tasks = make_tasks(missing, grid.runner)
-                if not tasks:
-                    break
-            done = run_tasks(
-                tasks,
-                chosen,
-                directory,
-                workers=workers,
-                keep_checkpoints=grid.keep_checkpoints,
-                console=console,
-                stop=stop,
-                describe=lambda cell: format_outcome(read_outcome(cell, directory)),
-            )
-            if not done:
-                raise StoppedError(STOPPED)
+        _copy_runs(copies, grid, cells, directory, results, console, stop)
+        _train(grid, cells, directory, tasks, chosen, known, workers, console, stop)
         if grid.probes and not (directory / "probes.json").is_file():
             _probe(cells, directory, console, stop)
         return interruptible(
@@ -169,6 +145,73 @@ def compare(
             stop,
             STOPPED,
         )
+
+
+def _copy_runs(
+    copies: Mapping[Path, Mapping[str, Path]],
+    grid: Grid,
+    cells: Sequence[Cell],
+    directory: Path,
+    results: int,
+    console: Console,
+    stop: Callable[[], bool],
+) -> None:
+    """Copy finished runs of other comparisons, and record that.
+
+    Args:
+        copies: see `find_reusable`.
+        results: how many cells had a result.
+
+    Raises:
+        StoppedError: `stop` became true.
+    """
+    for source, runs in copies.items():
+        registration.register_copies(directory, grid, list(runs), source, results)
+        for cell in cells:
+            if stop():
+                raise StoppedError(STOPPED)
+            if cell.id in runs:
+                copy_run(runs[cell.id], cell, directory)
+        console.say(f"{registration.count(len(runs))} copied from {source}")
+
+
+def _train(
+    grid: Grid,
+    cells: Sequence[Cell],
+    directory: Path,
+    tasks: Sequence[Task],
+    chosen: Sequence[Cell],
+    known: dict[str, Outcome],
+    workers: int,
+    console: Console,
+    stop: Callable[[], bool],
+) -> None:
+    """Run the tasks, and those of later rounds, which depend on the results.
+
+    Args:
+        tasks, chosen, known: of the first round; see `choose`.
+
+    Raises:
+        StoppedError: `stop` became true.
+    """
+    for number in range(grid.rounds):
+        if number > 0:
+            chosen, missing = choose(grid, cells, directory, read_lost(directory), known)
+            tasks = make_tasks(missing, grid.runner)
+            if not tasks:
+                return
+        done = run_tasks(
+            tasks,
+            chosen,
+            directory,
+            workers=workers,
+            keep_checkpoints=grid.keep_checkpoints,
+            console=console,
+            stop=stop,
+            describe=lambda cell: format_outcome(read_outcome(cell, directory)),
+        )
+        if not done:
+            raise StoppedError(STOPPED)
 
 
 def possible_tasks(
