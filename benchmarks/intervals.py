@@ -4,7 +4,8 @@
 
 Each row simulates many comparisons; the results of their seeds come from a known distribution. For
 an interval, it shows how often the 95% interval contains the true value; for a rule, how often the
-rule answers YES where the claim is true, and where it is not. All tables are printed at the end.
+rule answers YES where the claim is true, and where it is not; for an estimate, its bias. All tables
+are printed at the end.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.signal import lfilter
 
+from gpt.compare.analysis.stages import agree, level
 from gpt.compare.analysis.statistics import (
     ALPHA,
     Interval,
@@ -30,6 +32,8 @@ from gpt.compare.analysis.statistics import (
     wilson,
 )
 from gpt.compare.analysis.verdicts import still_falling
+from gpt.compare.grid import Search
+from gpt.compare.search import Ending, bracket, next_step
 
 SEEDS = (5, 6, 8, 10, 16)
 Values = NDArray[np.float64]
@@ -59,8 +63,18 @@ PROBABILITIES = (
     (0.98, 0.05, 0.02, 0.02),
 )
 SIGNS = (1, -1, -1, 1)
-TWO_STAGES = ((6, 0.032), (10, 0.0186))  # seeds, and the p at which the rule stops with YES
+FIRST_STAGE, ALL_SEEDS = 6, 10
 EFFECTS = (0.0, 0.5, 1.0, 2.0)  # standard deviations
+
+
+SEARCH = Search(start=0.003)  # with the ratio and the number of runs that grids have by default
+# Spread of log thresholds over seeds, softness of an edge, and steps from the start to their mean.
+SEARCHES = (
+    (0.1, 0.0, 0),
+    (0.1, 0.3, 0),
+    *((0.5, softness, steps) for softness in (0.0, 0.1, 0.3) for steps in (0, 4, -4)),
+)
+UNIFORM_LOSS = float(np.log(256))  # of bytes
 
 
 def contains(interval: Interval | None, value: float) -> bool:
@@ -154,6 +168,15 @@ def threshold_coverage(repetitions: int) -> Rows:
     return by_seeds(max(1, repetitions // 20), trials)
 
 
+def answer(differences: list[float], alpha: float) -> str:
+    """The answer to the claim that their mean is above 0: YES, NO or NOT SETTLED."""
+    interval = mean_interval(differences, alpha)
+    assert interval is not None
+    if interval.low <= 0 <= interval.high or sign_flip_p(differences) > alpha:
+        return "NOT SETTLED"
+    return "YES" if interval.low > 0 else "NO"
+
+
 def power(repetitions: int) -> Rows:
     """How often a mean of `effect` standard deviations is answered with YES.
 
@@ -161,10 +184,7 @@ def power(repetitions: int) -> Rows:
     """
 
     def trial(effect: float, random: np.random.Generator, n: int) -> bool:
-        differences = random.normal(effect, 1, size=n).tolist()
-        interval = mean_interval(differences)
-        assert interval is not None
-        return interval.low > 0 and sign_flip_p(differences) <= ALPHA
+        return answer(random.normal(effect, 1, size=n).tolist(), ALPHA) == "YES"
 
     return by_seeds(max(1, repetitions // 4), {f"effect {e}": partial(trial, e) for e in EFFECTS})
 
@@ -193,21 +213,131 @@ def trends(repetitions: int) -> Rows:
 
 
 def two_stages(repetitions: int) -> Rows:
-    """A rule that no comparison uses: test after 6 seeds and, if they do not suffice, after 10."""
+    """Answers of a comparison with a first stage, see `gpt.compare.analysis.stages`.
 
-    def trial(effect: float, random: np.random.Generator) -> tuple[bool, int]:
-        values = random.normal(effect, 1, size=TWO_STAGES[-1][0]).tolist()
-        for n, level in TWO_STAGES:
-            if sum(values[:n]) > 0 and sign_flip_p(values[:n]) <= level:
-                return True, n
-        return False, n
-
+    At effect 0, YES and NO are errors.
+    """
     found: Rows = {}
     for effect in EFFECTS:
-        trials = [trial(effect, np.random.default_rng(s)) for s in range(max(1, repetitions // 4))]
-        yes, seeds = (float(np.mean(each)) for each in zip(*trials, strict=True))
-        found[f"effect {effect}"] = {"YES": yes, "seeds, on average": seeds}
+        answers, stops, seeds = [], [], []
+        for seed in range(repetitions):
+            values = np.random.default_rng(seed).normal(effect, 1, size=ALL_SEEDS).tolist()
+            stop = agree(values[:FIRST_STAGE], 0)
+            used = values[:FIRST_STAGE] if stop else values
+            answers.append(answer(used, level(FIRST_STAGE, stop)))
+            stops.append(stop)
+            seeds.append(len(used))
+        unsettled = [s and a == "NOT SETTLED" for s, a in zip(stops, answers, strict=True)]
+        found[f"effect {effect}"] = {
+            "YES": answers.count("YES") / repetitions,
+            "NO": answers.count("NO") / repetitions,
+            "stops": float(np.mean(stops)),
+            "stops NOT SETTLED": float(np.mean(unsettled)),
+            "seeds, on average": float(np.mean(seeds)),
+        }
     return found
+
+
+def searched(edge: float, softness: float, random: np.random.Generator) -> tuple[float, float, int]:
+    """A search for a threshold: the logs of its ends, open if it has only one, and its runs.
+
+    Args:
+        edge: log rate at which half of the runs train.
+        softness: the fraction that trains is logistic in the log rate, with this scale; at 0 it is
+            a step. Whether a run trains is independent of all others.
+    """
+    endings: dict[int, Ending] = {}
+    step: int | None = SEARCH.step(SEARCH.start_of(""))
+    while step is not None:
+        above = np.log(SEARCH.rate(step)) - edge
+        trains = above < (random.logistic(0, softness) if softness else 0.0)
+        endings[step] = "trained" if trains else "failed"
+        step, _ = next_step(endings, SEARCH.most_runs)
+    found = bracket(endings)
+    low = -np.inf if found.low is None else np.log(SEARCH.rate(found.low))
+    high = np.inf if found.high is None else np.log(SEARCH.rate(found.high))
+    return low, high, len(endings)
+
+
+def search_coverage(repetitions: int) -> Rows:
+    """Coverage of the t interval of mean log thresholds by search, their bias and their runs.
+
+    The seeds' log thresholds are normal. Their mean is a number of steps above the start, and
+    uniform within half a step of there. A bound counts as the threshold, and opens the interval on
+    its side, as in comparisons.
+    """
+    width, start = np.log(SEARCH.ratio), np.log(SEARCH.start_of(""))
+
+    def trial(
+        spread: float, softness: float, steps: int, random: np.random.Generator
+    ) -> list[float]:
+        mean = start + (steps + random.uniform(-0.5, 0.5)) * width
+        edges = random.normal(mean, spread, size=max(SEEDS))
+        ends = np.array([searched(edge, softness, random) for edge in edges])
+        (lows, highs), runs = ends[:, :2].T, ends[:, 2]
+        middles = np.where(
+            np.isinf(lows), highs, np.where(np.isinf(highs), lows, lows / 2 + highs / 2)
+        )
+        covered = []
+        for n in SEEDS:
+            interval = mean_interval(middles[:n].tolist())
+            assert interval is not None
+            low = -np.inf if np.isinf(lows[:n]).any() else interval.low
+            high = np.inf if np.isinf(highs[:n]).any() else interval.high
+            covered.append(contains(Interval(low, high), mean))
+        return [*covered, middles.mean() - mean, runs.mean()]
+
+    found: Rows = {}
+    columns = [*map(str, SEEDS), "bias", "runs"]
+    for case in SEARCHES:
+        trials = [trial(*case, np.random.default_rng(seed)) for seed in range(repetitions)]
+        name = "spread {}, softness {}, {:+} steps".format(*case)
+        found[name] = dict(zip(columns, np.mean(trials, axis=0).tolist(), strict=True))
+    return found
+
+
+def lost_coverage(repetitions: int) -> Rows:
+    """Coverage of the interval of a difference of two arms, one of whose runs has no result.
+
+    As in `gpt.compare.analysis.measures.measure`, the run counts at its best and at its worst, and
+    the interval covers both intervals. For comparison, the interval without its seed, where the
+    number of seeds is that of the others.
+    """
+
+    def covering(
+        a: Values, b: Values, worst: float, of: Callable[[list[float]], Interval | None]
+    ) -> Interval:
+        """Of a - b, where the first run of `a` is lost."""
+        both = []
+        for value in (a[1:].min() if worst > 1 else 0.0, worst):
+            interval = of([value - b[0], *(a[1:] - b[1:]).tolist()])
+            assert interval is not None
+            both.append(interval)
+        return Interval(min(i.low for i in both), max(i.high for i in both))
+
+    def losses(rule: str, random: np.random.Generator, n: int) -> bool:
+        n += rule == "left out"
+        common = random.normal(2.5, 0.1, size=n)
+        a, b = (common + random.normal(0, 0.05, size=n) for _ in range(2))
+        order = np.argsort(-a) if rule != "any" else np.arange(n)
+        a, b = a[order], b[order]
+        if rule == "left out":
+            return contains(mean_interval((a[1:] - b[1:]).tolist()), 0.0)
+        return contains(covering(a, b, UNIFORM_LOSS, mean_interval), 0.0)
+
+    def fractions(random: np.random.Generator, n: int) -> bool:
+        a, b = (np.sort(random.random(n) < p)[::-1].astype(float) for p in (0.5, 0.5))
+        return contains(covering(a, random.permutation(b), 1.0, fraction_interval), 0.0)
+
+    return by_seeds(
+        repetitions,
+        {
+            "loss, any run is lost": partial(losses, "any"),
+            "loss, the highest is lost": partial(losses, "highest"),
+            "loss, the highest is lost, and its seed left out": partial(losses, "left out"),
+            "failed fraction, a failed run is lost": fractions,
+        },
+    )
 
 
 TABLES: dict[str, Callable[[int], Rows]] = {
@@ -216,6 +346,8 @@ TABLES: dict[str, Callable[[int], Rows]] = {
     "coverage of Newcombe's interval": newcombe_coverage,
     "coverage of Wilson's interval": wilson_coverage,
     "coverage of the interval of a log threshold": threshold_coverage,
+    "coverage with thresholds by search": search_coverage,
+    "coverage with a lost run": lost_coverage,
     "frequency of YES, by number of seeds": power,
     "frequency of a falling trend, by number of updates": trends,
     "two stages (6, then 10 seeds)": two_stages,
