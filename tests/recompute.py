@@ -150,7 +150,8 @@ def lr50(runs: list[Run]) -> float | None:
     options = {"xatol": 1e-11, "fatol": 1e-14, "maxiter": 20_000, "maxfev": 20_000}
     found = optimize.minimize(negative, [0.0, 1.0], method="Nelder-Mead", options=options)
     crossing = math.exp(x.mean() - found.x[0] / found.x[1])
-    return crossing if rates[0] <= crossing <= rates[-1] and found.x[1] > 0 else None
+    inside = rates[0] * (1 - 1e-6) <= crossing <= rates[-1] * (1 + 1e-6)
+    return crossing if inside and found.x[1] > 0 else None
 
 
 # -- The report's numbers --------------------------------------------------------------------------
