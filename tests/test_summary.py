@@ -633,6 +633,9 @@ def test_a_measures_question_is_answered_in_its_own_unit():
     assert answer.startswith(
         "YES: the fraction of failed runs changes by +25 percentage points from 'pre, cold'"
     )
+    both = {"of": ["post, cold", "pre, cold"], "against": ["post, warm", "pre, warm"]}
+    (answer, _) = summary(MOVED, contrasts=[{**contrast, **both}]).conclusions
+    assert "changes by +25 percentage points from 'pre, cold' to 'post, cold', and by " in answer
 
 
 # ---------------------------------------------------------------------------------------------

@@ -390,7 +390,8 @@ def finding(result: ContrastResult, contrast: Contrast) -> str:
         f"from {b!r} to {a!r}"
         for (a, b), part, reach in zip(pairs, result.parts, result.reach, strict=True)
     ]
-    sentence = f"{words.subject} {', and '.join(changes)}"
+    verb = "" if words.log else "changes "
+    sentence = f"{words.subject} {verb}{', and '.join(changes)}"
     if len(pairs) > 1 and not any(result.reach):
         combined = "the ratio of the two" if words.log else "the difference of the two"
         sentence += f"; {combined} is {words.number(result.value)}"
@@ -429,8 +430,8 @@ def dropped_text(count: int) -> str:
 
 
 def _change(number: str, reach: str) -> str:
-    """A difference in words."""
-    return "changes by an unknown amount" if reach else f"changes by {number}"
+    """A difference in words, after the verb."""
+    return "by an unknown amount" if reach else f"by {number}"
 
 
 def _fold(part: float, reach: str) -> str:
