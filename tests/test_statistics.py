@@ -332,8 +332,8 @@ def test_the_highest_stable_rate_has_no_failure_at_or_below_it(
 
 
 def test_of_equally_good_rates_the_lowest_is_the_best():
-    assert not lr_sensitivity([1.0, 2.0, 3.0], [4.0, 2.0, 2.0], 5.0).at_edge
-    assert lr_sensitivity([1.0, 2.0, 3.0], [2.0, 2.0, 4.0], 5.0).at_edge
+    assert not lr_sensitivity([1.0, 2.0, 3.0], [4.0, 2.0, 2.0]).at_edge
+    assert lr_sensitivity([1.0, 2.0, 3.0], [2.0, 2.0, 4.0]).at_edge
 
 
 @pytest.mark.parametrize("loss", [None, math.nan, math.inf, -math.inf, 5.0])
