@@ -412,7 +412,7 @@ def _called(action: Callable[[], object], given: Input) -> int:
         stack.enter_context(mock.patch.object(os, "fsync", return_value=None))
         stack.enter_context(mock.patch.object(runner._Pool, "run", inline))
         if not given.draws:
-            stack.enter_context(mock.patch.object(gpt.run.plot, "_save", return_value=None))
+            stack.enter_context(mock.patch.object(gpt.run.plot, "save", return_value=None))
             stack.enter_context(mock.patch.object(reports, "draw", return_value={}))
         try:
             code = action()
