@@ -589,7 +589,7 @@ SUBJECTS: dict[str, list[tuple[str, list[str]]]] = {  # part of the fixture -> c
     ],
 }  # fmt: skip
 PLAIN = {  # what the memory of an input is compared with
-    "train.py": ["config.yaml", *FRESH],
+    "train.py": ["config.yaml", "--out-dir", "fresh"],
     "sample.py": ["runs/finished", *SHORT],
     "compare.py": ["grid.yaml", "--out-dir", "fresh", "--workers", "1"],
     "diagnose": ["runs/finished"],
