@@ -433,11 +433,13 @@ RAW = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 SCRIPT = "<script>alert(1)</script>"
 
 
-def attempt(given: Input, place: Place, plain: dict[str, int]) -> Outcome:
+def attempt(
+    given: Input, place: Place, plain: dict[str, int], long: float | None = None
+) -> Outcome:
     """Run the command of an input, and judge it."""
     inside, outside = contents(place.work), contents(place.outside)
     run = COMMANDS[given.command]
-    code, err, out, seconds, memory = forked(lambda: run(given.arguments), place, given)
+    code, err, out, seconds, memory = forked(lambda: run(given.arguments), place, given, long)
     memory = max(0, memory - plain.get(given.command, 0))
     failures: dict[str, str] = {}
     fine = CODES.get(given.command, {0})
@@ -1147,7 +1149,7 @@ def begin(folder: Path) -> None:
     _plain = {}
     for command, arguments in PLAIN.items():
         _place.fresh()
-        outcome = attempt(Input(command, arguments, "plain"), _place, {})
+        outcome = attempt(Input(command, arguments, "plain"), _place, {}, long=60)
         if outcome.code or set(outcome.failures) - {"time"}:
             raise SystemExit(f"the plain command fails: {outcome}")
         _plain[command] = outcome.memory
