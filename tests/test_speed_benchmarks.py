@@ -50,7 +50,7 @@ def test_many_runs_on_one_gpu(tiny: Make, tmp_path: Path, capsys: pytest.Capture
     assert all(row["update_seconds"] > 0 for row in found["rows"])
     assert set(found["projected_seconds"]) == {"one after another", "batched"}
     assert "| 2 (post) | batched |" in out
-    assert "4 cells of 20 updates batched:" in out
+    assert "4 cells of 20 updates, batched:" in out
 
 
 def test_without_a_gpu_it_says_what_it_needs(capsys: pytest.CaptureFixture[str]):
