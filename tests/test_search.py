@@ -15,13 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt.compare import comparison, estimate, registration
+from gpt.compare.analysis.results import SearchResult
 from gpt.compare.analysis.searches import read_outcomes
 from gpt.compare.analysis.statistics import mean_interval
+from gpt.compare.analysis.wording import conclusions
 from gpt.compare.execution import worker
 from gpt.compare.figures.base import PlotData
 from gpt.compare.figures.thresholds import searched, sensitivity, thresholds
 from gpt.compare.grid import Search, load
-from gpt.compare.search import Ending, Next, bracket, next_step
+from gpt.compare.search import Bound, Ending, Next, bracket, next_step
 from gpt.errors import InputError, StoppedError
 
 MOST = 8
@@ -131,6 +133,23 @@ def test_rates_and_steps_agree_on_the_lattice(anchor: float, ratio: float, start
     assert 1e-30 <= search.rate(step) <= 1e30
     first = search.start_of("any")
     assert abs(math.log(first / start)) <= math.log(ratio) / 2 + 1e-3
+
+
+@pytest.mark.parametrize(
+    ("bounds", "words"),
+    [
+        (("", ""), "seeds and ranges: 'pre': 0.2 (0.1 to 0.4)."),
+        (("", "above"), "1 of 2 are only bounds: 'pre': 0.2 (0.1 to 0.4)."),
+        (("", "unclear"), "1 of 2 are unclear and left out: 'pre': 0.1 (0.1 to 0.1)."),
+        (("unclear", "unclear"), "No search found a threshold"),
+    ],
+)
+def test_unclear_searches_give_no_number(bounds: tuple[Bound, Bound], words: str):
+    searches = [
+        SearchResult("pre", "", seed, rate, 0.05, 0.8, bound, None, 3, "")
+        for seed, (rate, bound) in enumerate(zip((0.1, 0.4), bounds, strict=True))
+    ]
+    assert words in conclusions((), (), None, searches)[0]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -448,14 +448,18 @@ def _fold(part: float, reach: str) -> str:
 def _searches_sentence(searches: Sequence[SearchResult]) -> str:
     by_arm: dict[str, list[float]] = {}
     for each in searches:
-        if each.rate is not None:
+        if each.rate is not None and each.bound != "unclear":
             by_arm.setdefault(each.label, []).append(each.rate)
+    if not by_arm:
+        return "No search found a threshold: no run trained below the lowest rate that failed."
     found = [
         f"{where!r}: {_rate(geometric_mean(rates))} ({_rate(min(rates))} to {_rate(max(rates))})"
         for where, rates in by_arm.items()
     ]
-    bounded = sum(bool(each.bound) for each in searches)
+    unclear = len(searches) - sum(map(len, by_arm.values()))
+    bounded = sum(each.bound in ("above", "below") for each in searches)
     notes = f"; {bounded} of {len(searches)} are only bounds" if bounded else ""
+    notes += f"; {unclear} of {len(searches)} are unclear and left out" if unclear else ""
     means = "; ".join(found)
     return f"Highest trainable rates, geometric means over seeds and ranges{notes}: {means}."
 
