@@ -121,8 +121,8 @@ def _training(size: Size, device: Any, tokens: int) -> tuple[Any, Any, Any]:
     from gpt.config import Config, validate
     from gpt.hardware import memory
     from gpt.hardware.device import DTYPES
-    from gpt.init import initialize
-    from gpt.model import GPT
+    from gpt.model.gpt2 import GPT
+    from gpt.model.init import initialize
     from gpt.optim import Optimizer
 
     precision = "bf16" if device.type == "cuda" else "fp32"

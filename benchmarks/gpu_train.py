@@ -51,14 +51,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpt import metrics, model, optim, training
+from gpt import metrics, optim, training
 from gpt.config import Config, OptimizerConfig, load, merge
 from gpt.data import tokenizer
 from gpt.data.preparation import prepare
 from gpt.errors import InputError, format_error
 from gpt.hardware import memory
 from gpt.io.files import write_text
-from gpt.placement import PLACEMENTS
+from gpt.model import gpt2
+from gpt.model.placement import PLACEMENTS
 from gpt.run import log as run_log
 
 ROOT = Path(__file__).parents[1]
@@ -372,7 +373,7 @@ def adamw_not_fused(groups: optim.ParamGroups, c: OptimizerConfig) -> torch.opti
 
 # Changes for which the config has no option.
 SWITCHES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
-    "vocabulary not padded": lambda: mock.patch.dict(model.VOCABULARY_MULTIPLE, clear=True),
+    "vocabulary not padded": lambda: mock.patch.dict(gpt2.VOCABULARY_MULTIPLE, clear=True),
     "AdamW not fused": lambda: mock.patch.dict(optim.OPTIMIZERS, adamw=adamw_not_fused),
     "cuDNN attention": lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
     "flash attention": lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION),
@@ -556,7 +557,7 @@ def run(flags: argparse.Namespace, folder: str) -> dict[str, Any]:
     work.prepare_random_tokens()
     config = work.config(Row("", "", 1))
     with torch.device("meta"):
-        flops = model.GPT(config.model, work.size.vocabulary).flops_per_token()
+        flops = gpt2.GPT(config.model, work.size.vocabulary).flops_per_token()
     matrices = budget.one(Row("matrices", "matrices", 0))
     rate = matrices.get("matrix_flops")
     search = searched(work.size)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from gpt.config import ModelConfig, validate
-from gpt.norm import make_norm
+from gpt.model.norm import make_norm
 
 SEQUENCES, REAL, WIDTH = 8, 32, 64
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)

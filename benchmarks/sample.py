@@ -42,8 +42,8 @@ from gpt.config import ModelConfig, Sampling, Weights
 from gpt.generate import Decoder, generate
 from gpt.hardware.device import pick_device
 from gpt.inference import PackedLinear, SlicedLinear, optimize_for_inference
-from gpt.init import initialize
-from gpt.model import GPT
+from gpt.model.gpt2 import GPT
+from gpt.model.init import initialize
 
 SAMPLING = Sampling(temperature=1.0)
 READS = "limit: plain reads"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gpt.config import Config, load
     from gpt.errors import InputError
-    from gpt.model import GPT
+    from gpt.model.gpt2 import GPT
     from gpt.run.directory import RunResult
     from gpt.run.loading import load_run
     from gpt.training import train
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "GPT": "gpt.model",
+    "GPT": "gpt.model.gpt2",
     "Config": "gpt.config.options",
     "InputError": "gpt.errors",
     "RunResult": "gpt.run.directory",

@@ -24,8 +24,8 @@ from gpt.data.prepared import Dataset
 from gpt.data.sequences import TrainingSequences
 from gpt.errors import InputError
 from gpt.hardware.device import pick_device
-from gpt.model import GPT, CausalSelfAttention, causal_mask
-from gpt.placement import Block
+from gpt.model.gpt2 import GPT, CausalSelfAttention, causal_mask
+from gpt.model.placement import Block
 from gpt.run.plot import label, literal_text, save
 from gpt.trainer import Trainer, host_tensor
 

@@ -35,8 +35,8 @@ from gpt.hardware.device import autocast, flush_denormals, pick_device
 from gpt.hardware.memory import is_out_of_memory, release_memory, retry_with_less_memory
 from gpt.io.console import Console
 from gpt.io.wait import raise_if
-from gpt.model import GPT
-from gpt.norm import ACROSS_TOKENS
+from gpt.model.gpt2 import GPT
+from gpt.model.norm import ACROSS_TOKENS
 from gpt.optim import SEPARABLE, stack
 from gpt.run.directory import RunDirectory, RunResult
 from gpt.run.resume import open_run

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from gpt.config import Sampling
 from gpt.data.tokenizer import Encoding, encode
-from gpt.kv_cache import DecodePosition
-from gpt.model import GPT
+from gpt.model.gpt2 import GPT
+from gpt.model.kv_cache import DecodePosition
 from gpt.rng import generator
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from gpt.config import Weights
 from gpt.errors import InputError
-from gpt.model import GPT
+from gpt.model.gpt2 import GPT
 
 MIN_SIZE = 2**19  # numbers in a matrix; for smaller ones torch's own layer is faster
 

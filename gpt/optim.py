@@ -3,7 +3,7 @@
 Weight decay acts on matrices and embeddings, never on biases, norms or a placement's own weights.
 It is decoupled from the gradient (Loshchilov and Hutter 2019) except in SGD, where torch adds it to
 the gradient. It is multiplied by the learning rate unless `independent_decay` is set (Wortsman et
-al. 2023). Learning rates of single groups follow from gpt/parametrization.py.
+al. 2023). Learning rates of single groups follow from gpt/model/parametrization.py.
 
 The learning rate schedule is in gpt/schedule.py; gradients are clipped in the training step.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.config import OptimizerConfig
-from gpt.parametrization import kind_of, lr_factor
+from gpt.model.parametrization import kind_of, lr_factor
 
 ParamGroups = list[dict[str, Any]]  # as torch.optim's classes accept them
 

@@ -23,8 +23,8 @@ from gpt.config import Config
 from gpt.data.sequences import Ids, ValidationSequences
 from gpt.hardware import device as devices
 from gpt.hardware.memory import check_fits, micro_batch, release_memory, retry_with_less_memory
-from gpt.init import initialize
-from gpt.model import GPT
+from gpt.model.gpt2 import GPT
+from gpt.model.init import initialize
 from gpt.optim import Optimizer
 from gpt.rng import global_generator
 

@@ -1,4 +1,4 @@
-"""Tables of variants, such as `gpt.placement.PLACEMENTS`, read without importing their modules.
+"""Tables of variants, such as `PLACEMENTS` of gpt.model.placement, read without importing modules.
 
 Importing one would import torch, which takes 1.3 s: too long for `--help` and for a message about a
 misspelled option. Unless the module is imported already, names and class attributes are therefore

@@ -257,10 +257,10 @@ def test_the_norm_lab_shows_every_variant():
         for key, value, others in re.findall(r"^ +(\w+): (\S+) # ?(\|.*)$", text, re.MULTILINE)
     }
     tables = {
-        "placement": ("gpt.placement", "PLACEMENTS"),
-        "type": ("gpt.norm", "NORMS"),
-        "regime": ("gpt.init", "REGIMES"),
-        "activation": ("gpt.model", "ACTIVATIONS"),
+        "placement": ("gpt.model.placement", "PLACEMENTS"),
+        "type": ("gpt.model.norm", "NORMS"),
+        "regime": ("gpt.model.init", "REGIMES"),
+        "activation": ("gpt.model.gpt2", "ACTIVATIONS"),
         "warmup": ("gpt.schedule", "WARMUPS"),
         "body": ("gpt.schedule", "BODIES"),
         "name": ("gpt.optim", "OPTIMIZERS"),
@@ -290,8 +290,11 @@ def test_the_norm_lab_shows_every_variant():
     ],
 )
 def test_the_nearest_variant(typed: str, meant: str):
-    names = [*Choice("gpt.placement", "PLACEMENTS").names(), *Choice("gpt.norm", "NORMS").names()]
-    names += Choice("gpt.model", "ACTIVATIONS").names()
+    names = [
+        *Choice("gpt.model.placement", "PLACEMENTS").names(),
+        *Choice("gpt.model.norm", "NORMS").names(),
+    ]
+    names += Choice("gpt.model.gpt2", "ACTIVATIONS").names()
     assert nearest(typed, names) == f"; perhaps you meant {meant}"
 
 
@@ -310,7 +313,7 @@ def test_the_nearest_option(typed: str, meant: str):
 
 
 def test_a_variant_added_at_run_time_is_valid(monkeypatch: pytest.MonkeyPatch):
-    from gpt.placement import PLACEMENTS, PreNorm
+    from gpt.model.placement import PLACEMENTS, PreNorm
 
     monkeypatch.setitem(PLACEMENTS, "mine", PreNorm)
     assert validate(Config, {"model": {"norm": {"placement": "mine"}}})

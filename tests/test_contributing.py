@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 from gpt.config import Config
-from gpt.placement import PLACEMENTS
+from gpt.model.placement import PLACEMENTS
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
 
@@ -44,7 +44,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("train.py", "sample.py", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
     code, entry, reference, its_entry = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    insert(folder / "gpt/placement.py", "PLACEMENTS: ", code, entry)
+    insert(folder / "gpt/model/placement.py", "PLACEMENTS: ", code, entry)
     insert(folder / "tests/test_placement.py", "STACKS = ", reference, its_entry)
     return folder
 

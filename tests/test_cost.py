@@ -15,7 +15,7 @@ import torch
 from benchmarks import cost
 from gpt.config import Config, validate
 from gpt.hardware import memory
-from gpt.model import GPT
+from gpt.model.gpt2 import GPT
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow

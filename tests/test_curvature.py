@@ -24,11 +24,11 @@ from gpt.diagnostics.curvature import (
     stability_thresholds,
 )
 from gpt.ensemble import train_together
-from gpt.init import initialize
-from gpt.model import GPT
-from gpt.norm import NORMS
+from gpt.model.gpt2 import GPT
+from gpt.model.init import initialize
+from gpt.model.norm import NORMS
+from gpt.model.placement import PLACEMENTS
 from gpt.optim import Optimizer
-from gpt.placement import PLACEMENTS
 from gpt.training import train
 
 Make = Callable[..., Config]

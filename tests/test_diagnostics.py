@@ -16,10 +16,10 @@ from gpt import cli, metrics
 from gpt.config import Config, ModelConfig, OptimizerConfig
 from gpt.diagnostics.failure import FaultLocation, advice, describe_location, first_nonfinite
 from gpt.diagnostics.layers import MEASURES, LayerStats, layer_of
-from gpt.init import initialize
-from gpt.model import GPT
+from gpt.model.gpt2 import GPT
+from gpt.model.init import initialize
+from gpt.model.placement import PLACEMENTS
 from gpt.optim import Optimizer
-from gpt.placement import PLACEMENTS
 from gpt.run import plot
 from gpt.run.directory import RunDirectory, RunResult
 from gpt.training import train

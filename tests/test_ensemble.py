@@ -12,7 +12,7 @@ from test_training import records
 from gpt import metrics
 from gpt.config import Config
 from gpt.ensemble import shape, train_together
-from gpt.placement import PLACEMENTS
+from gpt.model.placement import PLACEMENTS
 from gpt.run.directory import RunResult
 from gpt.training import train
 

@@ -19,7 +19,7 @@ from test_training import assert_same_run
 from gpt.config import Config
 from gpt.ensemble import BatchedTrainer, train_together
 from gpt.errors import InputError
-from gpt.model import GPT
+from gpt.model.gpt2 import GPT
 from gpt.trainer import Trainer
 from gpt.training import train
 

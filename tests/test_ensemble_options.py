@@ -12,9 +12,9 @@ from test_ensemble import CELLS, losses, together
 
 from gpt.config import Config, leaves, merge
 from gpt.ensemble import shape, unsupported_reason
-from gpt.init import initialize
-from gpt.model import ACTIVATIONS, GPT
-from gpt.norm import NORMS
+from gpt.model.gpt2 import ACTIVATIONS, GPT
+from gpt.model.init import initialize
+from gpt.model.norm import NORMS
 from gpt.optim import OPTIMIZERS, SEPARABLE, Optimizer
 from gpt.training import train
 

@@ -10,8 +10,8 @@ import torch
 from gpt.config import DataConfig, ModelConfig, Sampling
 from gpt.data.tokenizer import bytes_tokenizer
 from gpt.generate import TextDecoder, continue_text, generate, logits_to_probs, sample_tokens
-from gpt.init import initialize
-from gpt.model import GPT
+from gpt.model.gpt2 import GPT
+from gpt.model.init import initialize
 from gpt.rng import generator
 
 CONTEXT = 12

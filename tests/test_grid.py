@@ -14,7 +14,7 @@ from conftest import ROOT
 from gpt.compare.grid import MOST_CELLS, Contrast, Grid, check_sizes, load, schema
 from gpt.config import Config
 from gpt.errors import InputError
-from gpt.placement import PLACEMENTS
+from gpt.model.placement import PLACEMENTS
 
 GRIDS = ROOT / "configs/compare"
 LITERATURE = sorted((GRIDS / "literature").glob("*.yaml"))

@@ -14,10 +14,10 @@ from gpt.config import ModelConfig, Sampling, Weights
 from gpt.errors import InputError
 from gpt.generate import Decoder, generate
 from gpt.inference import Int8Linear, PackedLinear, SlicedLinear, can_pack, optimize_for_inference
-from gpt.init import initialize
-from gpt.model import ACTIVATIONS, GPT
-from gpt.norm import NORMS
-from gpt.placement import PLACEMENTS
+from gpt.model.gpt2 import ACTIVATIONS, GPT
+from gpt.model.init import initialize
+from gpt.model.norm import NORMS
+from gpt.model.placement import PLACEMENTS
 
 VOCAB = 61
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="slices are for MKL")

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from gpt.config import ModelConfig, NormConfig
-from gpt.init import REGIMES, fingerprints, initialize, logit_scale
-from gpt.model import GPT
-from gpt.placement import PLACEMENTS
+from gpt.model.gpt2 import GPT
+from gpt.model.init import REGIMES, fingerprints, initialize, logit_scale
+from gpt.model.placement import PLACEMENTS
 
 VOCAB = 1000
 

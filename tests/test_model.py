@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional
 
 from gpt.config import ModelConfig
-from gpt.init import initialize
-from gpt.model import ACTIVATIONS, GPT, MLP, soft_cap
-from gpt.placement import PLACEMENTS
+from gpt.model.gpt2 import ACTIVATIONS, GPT, MLP, soft_cap
+from gpt.model.init import initialize
+from gpt.model.placement import PLACEMENTS
 
 VOCAB = 61
 # tolerance of fp32 sums; without vector units torch adds number by number, which rounds more
@@ -311,7 +311,7 @@ def test_a_padded_head_and_a_chunked_loss_change_nothing(
     plain = learnt(model, z_loss)
     assert rows_of_heads[-1] == (72, 61)
     for multiple in (1, 64):
-        monkeypatch.setattr("gpt.model.VOCABULARY_MULTIPLE", {"cpu": multiple})
+        monkeypatch.setattr("gpt.model.gpt2.VOCABULARY_MULTIPLE", {"cpu": multiple})
         for chunk in (None, 7, 1000):  # 72 tokens are ten chunks of 7, and 2 more
             model.loss_chunk = chunk
             rows_of_heads.clear()
@@ -325,7 +325,7 @@ def test_the_head_is_padded_only_in_training(
     monkeypatch: pytest.MonkeyPatch, rows_of_heads: list[tuple[int, int]]
 ):
     """Copying the matrix for each token would slow generation down."""
-    monkeypatch.setattr("gpt.model.VOCABULARY_MULTIPLE", {"cpu": 64})
+    monkeypatch.setattr("gpt.model.gpt2.VOCABULARY_MULTIPLE", {"cpu": 64})
     model = make()
     assert model(tokens()).shape == (2, 24, VOCAB)
     assert rows_of_heads[-1] == (48, 64)
@@ -367,7 +367,7 @@ def test_the_fast_paths_compile_to_one_graph(precision: str, monkeypatch: pytest
     shake(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         plain = learnt(model, 0.1)
-        monkeypatch.setattr("gpt.model.VOCABULARY_MULTIPLE", {"cpu": 64})
+        monkeypatch.setattr("gpt.model.gpt2.VOCABULARY_MULTIPLE", {"cpu": 64})
         model.loss_chunk = 20
         torch._dynamo.reset()
         model.loss_fn = torch.compile(  # type: ignore[method-assign]
@@ -381,8 +381,8 @@ def test_the_fast_paths_compile_to_one_graph(precision: str, monkeypatch: pytest
 PEAK = """
 import sys, torch
 from gpt.config import ModelConfig
-from gpt.init import initialize
-from gpt.model import GPT
+from gpt.model.init import initialize
+from gpt.model.gpt2 import GPT
 model = GPT(ModelConfig(layers=1, heads=1, width=16, context=512), 50257)
 initialize(model, model.config, seed=0)
 model.loss_chunk = int(sys.argv[1]) or None

@@ -15,8 +15,8 @@ from gpt import metrics
 from gpt.config import Config, ModelConfig
 from gpt.diagnostics.noise_scale import measure_noise_scale, part_size, signal_and_noise
 from gpt.errors import InputError
-from gpt.init import initialize
-from gpt.model import GPT
+from gpt.model.gpt2 import GPT
+from gpt.model.init import initialize
 from gpt.training import train
 
 Make = Callable[..., Config]

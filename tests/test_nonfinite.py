@@ -19,7 +19,7 @@ from gpt.config import Config
 from gpt.data.preparation import prepare
 from gpt.data.sequences import TrainingSequences
 from gpt.errors import InputError
-from gpt.model import GPT
+from gpt.model.gpt2 import GPT
 from gpt.run import recovery
 from gpt.run.run import Run
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.config import ModelConfig
-from gpt.norm import BIASED, NORMS, BatchNorm, layer_norm, make_norm
+from gpt.model.norm import BIASED, NORMS, BatchNorm, layer_norm, make_norm
 
 WIDTH = 16
 

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from gpt.config import ModelConfig, OptimizerConfig
-from gpt.init import initialize
-from gpt.model import GPT
+from gpt.model.gpt2 import GPT
+from gpt.model.init import initialize
+from gpt.model.placement import PLACEMENTS
 from gpt.optim import OPTIMIZERS, SEPARABLE, Muon, Optimizer, orthogonalize, stack
-from gpt.placement import PLACEMENTS
 
 
 def make(name: str, **options: object) -> tuple[GPT, Optimizer]:

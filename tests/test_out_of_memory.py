@@ -16,7 +16,7 @@ from test_training import assert_same_run, run, stop_after
 from gpt.config import Config
 from gpt.errors import OutOfMemoryError
 from gpt.hardware.memory import smaller
-from gpt.model import GPT
+from gpt.model.gpt2 import GPT
 
 Make = Callable[..., Config]
 

@@ -18,11 +18,11 @@ from gpt.config import Config, ModelConfig, OptimizerConfig
 from gpt.data.preparation import prepare
 from gpt.ensemble import BatchedTrainer
 from gpt.errors import InputError
-from gpt.init import REGIMES, initialize
-from gpt.model import GPT
+from gpt.model.gpt2 import GPT
+from gpt.model.init import REGIMES, initialize
+from gpt.model.parametrization import HIDDEN_RATES, RULES, kind_of
+from gpt.model.placement import PLACEMENTS
 from gpt.optim import Optimizer
-from gpt.parametrization import HIDDEN_RATES, RULES, kind_of
-from gpt.placement import PLACEMENTS
 from gpt.trainer import Trainer
 
 Make = Callable[..., Config]

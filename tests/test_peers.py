@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.config import ModelConfig
-from gpt.model import GPT
+from gpt.model.gpt2 import GPT
 
 VOCAB, LAYERS, HEADS, WIDTH, CONTEXT = 29, 3, 4, 32, 16
 SEEN = torch.randint(VOCAB, (2, CONTEXT), generator=torch.Generator().manual_seed(0))

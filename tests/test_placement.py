@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from gpt.config import Config, ModelConfig, validate
 from gpt.errors import InputError
-from gpt.init import initialize
-from gpt.model import GPT
-from gpt.norm import NORMS
-from gpt.placement import PLACEMENTS, Block, DeepNorm
+from gpt.model.gpt2 import GPT
+from gpt.model.init import initialize
+from gpt.model.norm import NORMS
+from gpt.model.placement import PLACEMENTS, Block, DeepNorm
 
 VOCAB, LAYERS, HEADS, WIDTH, EPS = 23, 4, 2, 8, 1e-5
 NORMED = [name for name, placement in PLACEMENTS.items() if placement.has_norms]

@@ -24,9 +24,9 @@ from gpt.compare.probes import (
     probe_depths,
 )
 from gpt.config import ModelConfig
-from gpt.init import initialize
-from gpt.model import GPT
-from gpt.placement import PLACEMENTS
+from gpt.model.gpt2 import GPT
+from gpt.model.init import initialize
+from gpt.model.placement import PLACEMENTS
 
 VOCAB, WIDTH, CONTEXT = 19, 8, 5
 MATRICES = ("attention.qkv", "attention.out", "mlp.up", "mlp.out")

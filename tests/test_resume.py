@@ -15,8 +15,8 @@ from gpt.data.preparation import prepare
 from gpt.data.sequences import TrainingSequences
 from gpt.errors import InputError
 from gpt.hardware import memory
+from gpt.model.placement import PLACEMENTS
 from gpt.optim import OPTIMIZERS
-from gpt.placement import PLACEMENTS
 
 Make = Callable[..., Config]
 

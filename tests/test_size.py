@@ -15,9 +15,9 @@ from gpt import cli
 from gpt.config import Config, validate
 from gpt.errors import InputError
 from gpt.hardware import size
-from gpt.model import ACTIVATIONS, GPT
-from gpt.norm import NORMS
-from gpt.placement import PLACEMENTS
+from gpt.model.gpt2 import ACTIVATIONS, GPT
+from gpt.model.norm import NORMS
+from gpt.model.placement import PLACEMENTS
 
 
 def counted(vocab_size: int = 300, **model: Any) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from gpt.data.sequences import TrainingSequences
 from gpt.ensemble import train_together
 from gpt.errors import NonFiniteError
 from gpt.io.wait import raise_if
-from gpt.model import GPT
+from gpt.model.gpt2 import GPT
 from gpt.run import opening
 from gpt.run.directory import RunResult
 from gpt.run.resume import describe_lr_change

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from gpt.config import ModelConfig
-from gpt.init import initialize
-from gpt.model import GPT
+from gpt.model.gpt2 import GPT
+from gpt.model.init import initialize
 
 VOCAB = 64
 

@@ -20,8 +20,8 @@ from gpt.data.sequences import TrainingSequences, ValidationSequences
 from gpt.errors import InputError
 from gpt.hardware import memory
 from gpt.hardware.device import peak_flops
-from gpt.init import fingerprints, initialize
-from gpt.model import GPT
+from gpt.model.gpt2 import GPT
+from gpt.model.init import fingerprints, initialize
 from gpt.run.directory import RunResult
 from gpt.run.loading import load_run
 from gpt.trainer import Trainer
@@ -494,7 +494,7 @@ def test_a_compiled_run_is_the_plain_run_and_no_shape_is_left_open(
         "sampling": {"tokens": 0},
     }
     run(tiny(**options, training={"steps": 3}), tmp_path / "plain")
-    monkeypatch.setattr("gpt.model.VOCABULARY_MULTIPLE", {"cpu": 64})
+    monkeypatch.setattr("gpt.model.gpt2.VOCABULARY_MULTIPLE", {"cpu": 64})
     graphs: list[bool] = []
     torch_compile = torch.compile
 

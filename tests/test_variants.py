@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from gpt import variants
-from gpt.norm import ACROSS_TOKENS, BIASED, NORMS
-from gpt.placement import PLACEMENTS, Block
+from gpt.model.norm import ACROSS_TOKENS, BIASED, NORMS
+from gpt.model.placement import PLACEMENTS, Block
 
 ATTRIBUTES = (
     "final_norm",
@@ -26,11 +26,11 @@ ATTRIBUTES = (
 def test_attributes_read_from_the_source_are_those_of_the_class(
     name: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.delitem(sys.modules, "gpt.placement")
+    monkeypatch.delitem(sys.modules, "gpt.model.placement")
     for attribute in ATTRIBUTES:
-        found = variants.attribute("gpt.placement", "PLACEMENTS", name, attribute)
+        found = variants.attribute("gpt.model.placement", "PLACEMENTS", name, attribute)
         assert found == getattr(PLACEMENTS[name], attribute)
-    assert "gpt.placement" not in sys.modules
+    assert "gpt.model.placement" not in sys.modules
 
 
 @pytest.mark.parametrize(
@@ -40,9 +40,9 @@ def test_attributes_read_from_the_source_are_those_of_the_class(
 def test_names_are_those_of_a_dict_or_a_set(
     table: str, expected: dict[str, object] | set[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.delitem(sys.modules, "gpt.norm")
-    assert set(variants.names("gpt.norm", table)) == set(expected)
-    assert "gpt.norm" not in sys.modules
+    monkeypatch.delitem(sys.modules, "gpt.model.norm")
+    assert set(variants.names("gpt.model.norm", table)) == set(expected)
+    assert "gpt.model.norm" not in sys.modules
 
 
 def test_a_placement_added_at_run_time_has_its_attributes(monkeypatch: pytest.MonkeyPatch):
@@ -50,8 +50,8 @@ def test_a_placement_added_at_run_time_has_its_attributes(monkeypatch: pytest.Mo
         min_layers = 7
 
     monkeypatch.setitem(PLACEMENTS, "mine", Mine)
-    assert variants.attribute("gpt.placement", "PLACEMENTS", "mine", "min_layers") == 7
-    assert variants.attribute("gpt.placement", "PLACEMENTS", "mine", "final_norm") is True
+    assert variants.attribute("gpt.model.placement", "PLACEMENTS", "mine", "min_layers") == 7
+    assert variants.attribute("gpt.model.placement", "PLACEMENTS", "mine", "final_norm") is True
 
 
 def test_what_is_not_a_literal_comes_from_the_module(
@@ -71,7 +71,7 @@ def test_what_is_not_a_literal_comes_from_the_module(
 
 def test_the_module_of_a_table_can_be_imported_first(environment: dict[str, str]):
     """It imports gpt.config, which reads the table before it exists."""
-    command = [sys.executable, "-c", "import gpt.placement"]
+    command = [sys.executable, "-c", "import gpt.model.placement"]
     assert subprocess.run(command, env=environment).returncode == 0
 
 

@@ -96,7 +96,7 @@ def _plan(config: Config, out_dir: Path, resume: str) -> str:
     from gpt.data.sequences import TrainingSequences, ValidationSequences
     from gpt.hardware import memory
     from gpt.hardware.device import pick_device
-    from gpt.model import GPT
+    from gpt.model.gpt2 import GPT
     from gpt.run.banner import describe
     from gpt.run.resume import open_run
 

@@ -25,7 +25,7 @@ from gpt.hardware import memory
 from gpt.hardware.device import pick_device
 from gpt.hardware.memory import release_memory
 from gpt.hardware.size import check_probing
-from gpt.model import GPT
+from gpt.model.gpt2 import GPT
 from gpt.trainer import Trainer
 
 TIMED_TOGETHER = 8  # cells of a batch that are timed, at most

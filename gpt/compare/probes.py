@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from gpt.config import ModelConfig
 from gpt.diagnostics.curvature import sharpness
 from gpt.diagnostics.layers import LayerStats
-from gpt.init import initialize
-from gpt.model import GPT, FusedLinear
-from gpt.placement import PLACEMENTS
+from gpt.model.gpt2 import GPT, FusedLinear
+from gpt.model.init import initialize
+from gpt.model.placement import PLACEMENTS
 from gpt.rng import generator, global_generator
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, both (B, T) integers

@@ -182,9 +182,9 @@ class DataConfig(SourceConfig):
 class NormConfig(Section):
     """Normalization: placement, type and constants."""
 
-    placement: Annotated[str, Choice("gpt.placement", "PLACEMENTS")] = "pre"
+    placement: Annotated[str, Choice("gpt.model.placement", "PLACEMENTS")] = "pre"
     """Where the norms are, relative to the residual connections."""
-    type: Annotated[str, Choice("gpt.norm", "NORMS")] | None = None
+    type: Annotated[str, Choice("gpt.model.norm", "NORMS")] | None = None
     """Type of norm. Unset: layer norm (none, if the placement has no norms)."""
     eps: Epsilon = 1e-5
     """Added to the variance under the root (layer, rms, batch); for scale, the minimum of ||x||."""
@@ -201,7 +201,7 @@ class NormConfig(Section):
 class InitConfig(Section):
     """Initial weights: a controlled factor of a comparison."""
 
-    regime: Annotated[str, Choice("gpt.init", "REGIMES")] = "gpt2"
+    regime: Annotated[str, Choice("gpt.model.init", "REGIMES")] = "gpt2"
     """Standard deviations: GPT-2's 0.02, Xavier's (Glorot and Bengio 2010), or SmallInit's."""
     depth_scaled: Switch = "auto"
     """Scale each sublayer's last matrix by 1/sqrt(2L); auto: as regime and placement define."""
@@ -219,7 +219,7 @@ class AttentionConfig(Section):
 class MLPConfig(Section):
     """The feed-forward network."""
 
-    activation: Annotated[str, Choice("gpt.model", "ACTIVATIONS")] = "gelu_tanh"
+    activation: Annotated[str, Choice("gpt.model.gpt2", "ACTIVATIONS")] = "gelu_tanh"
     """The nonlinearity; gelu_tanh is GPT-2's, swiglu adds a third matrix."""
     multiple: Multiple = 4
     """Hidden width, as a multiple of model.width; swiglu uses two thirds of it."""
@@ -265,7 +265,7 @@ class ModelConfig(Section):
     def _norms_fit(self) -> Self:
         """Refuse combinations in which an option would contradict another or have no effect."""
         norm, name = self.norm, self.norm.placement
-        of_placement = partial(variants.attribute, "gpt.placement", "PLACEMENTS", name)
+        of_placement = partial(variants.attribute, "gpt.model.placement", "PLACEMENTS", name)
         conflicts: dict[str, str] = {}
 
         def refuse(option: str, value: object, other: str) -> None:
@@ -286,14 +286,14 @@ class ModelConfig(Section):
                 refuse(option, value, "norm.type none; leave one of them out")
         if norm.type == "none" and of_placement("needs_norms"):
             refuse("norm.type", "none", f"placement {name}: {of_placement('needs_norms')}")
-        if norm.bias and (norm.type or "layer") not in variants.names("gpt.norm", "BIASED"):
+        if norm.bias and (norm.type or "layer") not in variants.names("gpt.model.norm", "BIASED"):
             refuse("norm.bias", "true", f"norm.type {norm.type}, which has no bias; leave it null")
         if norm.alpha0 != NormConfig.model_fields["alpha0"].default and norm.type != "dyt":
             refuse("norm.alpha0", norm.alpha0, "any norm.type but dyt; leave it at its default")
         least = of_placement("min_layers")
         if self.layers < least:
             refuse("layers", self.layers, f"placement {name}, which needs at least {least} layers")
-        if norm.type in variants.names("gpt.norm", "ACROSS_TOKENS") and self.context == 1:
+        if norm.type in variants.names("gpt.model.norm", "ACROSS_TOKENS") and self.context == 1:
             refuse("context", 1, f"norm.type {norm.type}, which needs more than one token")
         self.refuse(conflicts)
         return self
@@ -511,7 +511,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _optimizer_has_mup_rates(self) -> Self:
-        known = variants.names("gpt.parametrization", "HIDDEN_RATES")
+        known = variants.names("gpt.model.parametrization", "HIDDEN_RATES")
         if self.model.parametrization == "mup" and self.optimizer.name not in known:
             raise ValueError(
                 f"optimizer.name {self.optimizer.name} conflicts with model.parametrization mup, "

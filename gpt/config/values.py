@@ -63,7 +63,7 @@ class Section(BaseModel):
 
 @dataclass(frozen=True)
 class Choice:
-    """A string that must be a key of the dict `table` in `module`, such as `gpt.norm.NORMS`.
+    """A string that must be a key of the dict `table` in `module`, such as `gpt.model.norm.NORMS`.
 
     That dict, next to the code of its variants, is the only list of their names; `gpt.variants`
     reads it without importing torch.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gpt.config import OptimizerConfig
-from gpt.model import GPT, CausalSelfAttention
+from gpt.model.gpt2 import GPT, CausalSelfAttention
 from gpt.optim import Optimizer
 from gpt.rng import generator
 

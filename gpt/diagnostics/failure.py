@@ -14,11 +14,11 @@ from torch.utils.hooks import RemovableHandle
 
 from gpt.config import Config
 from gpt.diagnostics.layers import layer_of
-from gpt.init import depth_scaled
 from gpt.io.files import Natural
 from gpt.metrics import MAX_LAYERS
-from gpt.model import GPT
-from gpt.placement import PLACEMENTS, has_final_norm
+from gpt.model.gpt2 import GPT
+from gpt.model.init import depth_scaled
+from gpt.model.placement import PLACEMENTS, has_final_norm
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gpt.metrics import EPS_ALARM, Record
-from gpt.model import GPT, CausalSelfAttention, causal_mask
-from gpt.placement import Block
+from gpt.model.gpt2 import GPT, CausalSelfAttention, causal_mask
+from gpt.model.placement import Block
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gpt.model import GPT
+from gpt.model.gpt2 import GPT
 
 PARTS = 16  # of a batch, at least, if it has that many sequences
 

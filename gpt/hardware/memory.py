@@ -10,7 +10,7 @@ import torch
 from gpt.config import Config
 from gpt.errors import OutOfMemoryError
 from gpt.hardware import size
-from gpt.model import GPT
+from gpt.model.gpt2 import GPT
 
 Computed = TypeVar("Computed")
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from gpt.config import Config, ModelConfig
-from gpt.init import depth_scaled
-from gpt.model import GPT
-from gpt.placement import PLACEMENTS, has_final_norm
+from gpt.model.gpt2 import GPT
+from gpt.model.init import depth_scaled
+from gpt.model.placement import PLACEMENTS, has_final_norm
 
 
 def describe(

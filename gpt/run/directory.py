@@ -165,7 +165,7 @@ class RunDirectory:
 
         Args:
             facts: more fields: micro_batch, data_fingerprint, unigram_entropy and
-                initial_weights (see `gpt.init.fingerprints`).
+                initial_weights (see `gpt.model.init.fingerprints`).
         """
         packages = ("numpy", "safetensors", "tiktoken", "tokenizers", "torch")
         versions = {"python": platform.python_version(), "steadygpt": __version__}

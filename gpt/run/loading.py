@@ -14,7 +14,7 @@ from gpt.data import tokenizer
 from gpt.data.tokenizer import Encoding
 from gpt.errors import InputError
 from gpt.hardware.size import check_loading, parameters
-from gpt.model import GPT
+from gpt.model.gpt2 import GPT
 from gpt.run.directory import RunDirectory
 
 ATTEMPTS = 100  # to read a checkpoint of a run that is still training and pruning

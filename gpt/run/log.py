@@ -18,7 +18,7 @@ from gpt.diagnostics.layers import LayerStats
 from gpt.hardware.device import peak_flops
 from gpt.io.console import Console
 from gpt.metrics import EPS_ALARM, MetricsLog, Record, read_up_to
-from gpt.model import GPT
+from gpt.model.gpt2 import GPT
 
 READ_EVERY = {"cpu": 1}  # steps between reads, by device type; otherwise training.log_every
 

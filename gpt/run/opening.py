@@ -14,9 +14,9 @@ from gpt.config import Config, describe_differences
 from gpt.data import tokenizer
 from gpt.data.prepared import Dataset
 from gpt.errors import InputError
-from gpt.init import fingerprints
 from gpt.io.console import Console
 from gpt.io.files import remove_partial, write_text
+from gpt.model.init import fingerprints
 from gpt.run.directory import command_line
 from gpt.run.fallback import later_fallback
 from gpt.run.resume import ResumePlan

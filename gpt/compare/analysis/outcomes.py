@@ -112,7 +112,7 @@ class Outcome:
 
 
 class Weight(BaseModel):
-    """The fingerprint of a parameter in environment.json; see gpt.init.fingerprints."""
+    """The fingerprint of a parameter in environment.json; see gpt.model.init.fingerprints."""
 
     shape: list[PositiveInt]
     sha256: str

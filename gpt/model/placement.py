@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.config import ModelConfig
-from gpt.norm import make_norm
+from gpt.model.norm import make_norm
 
 
 class Sublayer(nn.Module):

@@ -1,6 +1,6 @@
 """Normalization layers, a few lines each: which statistics they use, and over which numbers.
 
-Where a block applies them is its placement: gpt/placement.py.
+Where a block applies them is its placement: placement.py.
 """
 
 from __future__ import annotations

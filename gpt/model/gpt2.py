@@ -3,9 +3,8 @@
     tokens -> token embedding + position embedding -> L blocks -> final norm -> head -> logits
 
 A block is causal self-attention and a feed-forward network, joined by residual connections and
-norms; how they are joined is the block's placement (gpt/placement.py). Norms are in gpt/norm.py,
-initial weights in gpt/init.py. Shapes: B sequences, T tokens, d channels, h heads, V tokens in the
-vocabulary.
+norms; how they are joined is the block's placement (placement.py). Norms are in norm.py, initial
+weights in init.py. Shapes: B sequences, T tokens, d channels, h heads, V tokens in the vocabulary.
 
 Not here: training (gpt/training.py) and sampling (gpt/generate.py).
 """
@@ -21,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt.config import ModelConfig
-from gpt.init import logit_scale
-from gpt.kv_cache import KVCache
-from gpt.loss import chunked_next_token_loss, next_token_loss
-from gpt.norm import make_norm
-from gpt.parametrization import logit_factor, width_ratio
-from gpt.placement import PLACEMENTS, Block, Sublayer, has_final_norm
+from gpt.model.init import logit_scale
+from gpt.model.kv_cache import KVCache
+from gpt.model.loss import chunked_next_token_loss, next_token_loss
+from gpt.model.norm import make_norm
+from gpt.model.parametrization import logit_factor, width_ratio
+from gpt.model.placement import PLACEMENTS, Block, Sublayer, has_final_norm
 
 # ---------------------------------------------------------------------------------------------
 # Attention
@@ -35,7 +34,7 @@ from gpt.placement import PLACEMENTS, Block, Sublayer, has_final_norm
 class FusedLinear(nn.Linear):
     """Several matrices that read the same input, computed as one product.
 
-    Each is initialized as if it were a layer of its own (see `gpt.init.initialize`).
+    Each is initialized as if it were a layer of its own (see `initialize`, init.py).
 
     Args:
         n_in, n_out: channels of each matrix.
@@ -273,7 +272,7 @@ class GPT(nn.Module):
         """(total loss, cross-entropy), means in nats per token; float32 scalars.
 
         Training minimizes the first: cross-entropy + z_loss * mean(log² Z), see
-        `gpt.loss.next_token_loss`. Tokens and targets are (B, T) integers.
+        `next_token_loss` (loss.py). Tokens and targets are (B, T) integers.
         """
         targets = targets.flatten()
         if self.loss_chunk is None:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from gpt.config import ModelConfig
-from gpt.parametrization import base_width, initial_sigma, logit_factor
-from gpt.placement import PLACEMENTS
+from gpt.model.parametrization import base_width, initial_sigma, logit_factor
+from gpt.model.placement import PLACEMENTS
 from gpt.rng import generator
 
 Sigma = Callable[[float, float], float]  # (n_in, n_out) of a matrix -> its standard deviation
