@@ -300,8 +300,8 @@ def lost_coverage(repetitions: int) -> Rows:
     """Coverage of the interval of a difference of two arms, one of whose runs has no result.
 
     As in `gpt.compare.analysis.measures.measure`, the run counts at its best and at its worst, and
-    the interval covers both intervals. For comparison, the interval without its seed, where the
-    number of seeds is that of the others.
+    the interval covers both intervals. For comparison, one row leaves the seed of the lost run out;
+    its number of seeds does not include that seed.
     """
 
     def covering(

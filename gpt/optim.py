@@ -3,7 +3,7 @@
 Weight decay acts on matrices and embeddings, never on biases, norms or a placement's own weights.
 It is decoupled from the gradient (Loshchilov and Hutter 2019) except in SGD, where torch adds it to
 the gradient. It is multiplied by the learning rate unless `independent_decay` is set (Wortsman et
-al. 2023). Learning rates of single groups follow from gpt/model/parametrization.py.
+al. 2023). The learning rate of each parameter group follows gpt/model/parametrization.py.
 
 The learning rate schedule is in gpt/schedule.py; gradients are clipped in the training step.
 """
@@ -190,8 +190,8 @@ class Optimizer:
     def reset_state(self) -> None:
         """Set the state of every parameter to zero, as it is when the first update begins.
 
-        torch's classes create their state in an update. This makes one that leaves the weights as
-        they are: zero gradients at learning rate 0 (torch.distributed.checkpoint does the same).
+        torch's classes create their state in their first step. So this takes a step that leaves the
+        weights as they are: zero gradients at learning rate 0, as in torch.distributed.checkpoint.
         """
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in parameters]

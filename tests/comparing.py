@@ -121,12 +121,16 @@ class Trainer:
 
     Args:
         template: a finished run.
+
+    Attributes:
         edges: arm -> seed -> the highest rate at which its runs train.
+        lost: the ids of cells whose runs fail with an error.
     """
 
-    def __init__(self, template: Path, edges: Edges) -> None:
-        self.template, self.edges, self.seen = template, edges, list[str]()
-        self.lost: set[str] = set()  # the ids of cells whose runs fail with an error
+    def __init__(self, template: Path) -> None:
+        self.template, self.seen = template, list[str]()
+        self.edges: Edges = {}
+        self.lost: set[str] = set()
         self.slow_below = 0.0
 
     def __call__(self, task: Task, paths: Sequence[Path], *_: object) -> list[Any]:

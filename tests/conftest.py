@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -21,6 +21,9 @@ from gpt import checkpoint as checkpoints
 from gpt.config import Config, merge, validate
 from gpt.io.files import size_and_hash, write_bytes
 from gpt.run import plot
+
+if TYPE_CHECKING:
+    from comparing import Trainer
 
 ROOT = Path(__file__).parents[1]
 pytest.register_assert_rewrite("bad_input")
@@ -269,3 +272,70 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 def pytest_handlecrashitem(crashitem: str) -> None:
     """End the run at once when a test kills its worker; the others would finish their files."""
     pytest.exit(f"{crashitem} crashed its worker", returncode=1)
+
+
+@pytest.fixture
+def small_grid(tiny: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """Two arms, one rate, two seeds, no probes."""
+    from comparing import grid_tree
+
+    base = tiny(training={"steps": 2}, evaluation={"every": 2}, sampling={"tokens": 0})
+    axis = {"optimizer.learning_rate": [0.01]}
+    question = {"question": "Is it worse?", "of": ["deepnorm", "pre"]}
+    return grid_tree(base, grid=axis, seeds=2, probes=False, contrasts=[question], pairs=[])
+
+
+@pytest.fixture(scope="module")
+def finished_grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `run_grid` keeps a copy of the plain comparison, which many tests begin with."""
+    return tmp_path_factory.mktemp("finished") / "small"
+
+
+@pytest.fixture
+def run_grid(
+    small_grid: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    finished_grid: Path,
+    in_this_process: None,
+    no_pictures: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a grid that differs from `small_grid`, by default in `tmp_path / "small"`."""
+    from comparing import called, write
+
+    from gpt.compare import estimate
+
+    monkeypatch.setattr(estimate, "TIMED_SECONDS", 0.01)
+
+    def start(*flags: object, out: str = "small", **changes: Any) -> tuple[int, str, str]:
+        path = write(tmp_path / "grid.yaml", {**small_grid, **changes})
+        plain, directory = not flags and not changes, tmp_path / out
+        if plain and not directory.exists() and finished_grid.exists():
+            shutil.copytree(finished_grid, directory)
+            return 0, "", ""
+        try:
+            ended = called(capsys, path, "--out-dir", directory, *flags)
+        except SystemExit as end:
+            return int(end.code or 0), "", capsys.readouterr().err
+        if plain and ended[0] == 0 and not finished_grid.exists():
+            shutil.copytree(directory, finished_grid)
+        return ended
+
+    return start
+
+
+@pytest.fixture
+def trainer(
+    tiny_run: Path, in_this_process: None, no_pictures: None, monkeypatch: pytest.MonkeyPatch
+) -> Trainer:
+    """Cells are not trained, but end as its `edges` say."""
+    from comparing import Trainer
+
+    from gpt.compare import estimate
+    from gpt.compare.execution import worker
+
+    stub = Trainer(tiny_run)
+    monkeypatch.setattr(worker, "_train", stub)
+    monkeypatch.setattr(estimate, "TIMED_SECONDS", 0.01)
+    return stub

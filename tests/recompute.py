@@ -1,8 +1,8 @@
 """Recompute a published report from its cells.csv and grid.yaml: `python tests/recompute.py DIR`.
 
-This script imports nothing of gpt and shares no formula with it: intervals are inverted tests,
-permutations are enumerated, and Firth's regression is a generic optimizer's. It prints what differs
-from summary.json, and exits with 1 if anything does. It knows grids whose cells all have a result.
+This script imports nothing from gpt and shares no formula with it: intervals are inverted tests,
+permutations are enumerated, and a generic optimizer fits Firth's regression. It prints what differs
+from summary.json, and exits with 1 if anything does. It needs a result for every cell of the grid.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import yaml
 from scipy import optimize, stats
 
 RATE = "optimizer.learning_rate"
-FEWEST = 5  # seeds of an interval
+FEWEST = 5  # the fewest seeds that give an interval
 
 Run = dict[str, Any]
 
 
 def recompute(directory: Path) -> list[str]:
-    """What differs, a line each."""
+    """The numbers that differ from summary.json, one line each."""
     rows = list(csv.DictReader((directory / "cells.csv").open(encoding="utf-8", newline="")))
     grid = yaml.safe_load((directory / "grid.yaml").read_text("utf-8"))
     summary = json.loads((directory / "summary.json").read_text("utf-8"))
@@ -265,7 +265,7 @@ def _check_contrast(
     margins = [contrast["margin"]] + [-contrast["margin"]] * (contrast["claim"] == "within")
     p = max(sign_flip([value - margin for value in values]) for margin in margins)
     differences.check(f"{name}: p", p, found["p"])
-    if measure != "failure" or contrast.get("slope"):  # whose interval is widened
+    if measure != "failure" or contrast.get("slope"):  # an interval of failures is widened
         differences.check(f"{name}: interval", t_interval(values), found["interval"])
 
 

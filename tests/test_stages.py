@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,17 @@ import numpy as np
 import pytest
 from comparing import Make, Trainer, called, compare, grid_tree, write
 
-from gpt.compare import comparison, estimate, registration
+from gpt.compare import comparison, registration
 from gpt.compare.analysis.results import ContrastResult, Summary
 from gpt.compare.analysis.stages import agree, level
 from gpt.compare.analysis.statistics import fraction_interval, sign_flip_p
-from gpt.compare.execution import worker
 from gpt.compare.grid import load
 from gpt.errors import InputError, StoppedError
 
 ARMS = ("pre", "post")
 SEEDS, FIRST = 8, 6
 ALWAYS, NEVER = 1.0, 0.0  # the highest rate at which runs train; they run at 0.01
+EDGES = {"pre": (ALWAYS,) * 10, "post": (NEVER,) * 10}
 
 
 @pytest.mark.parametrize(
@@ -93,14 +92,10 @@ def tree(tiny: Make, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def trainer(
-    tiny_run: Path, in_this_process: None, no_pictures: None, monkeypatch: pytest.MonkeyPatch
-) -> Trainer:
+def trainer(trainer: Trainer) -> Trainer:
     """Post-norm always fails, and pre-norm never."""
-    stub = Trainer(tiny_run, {"pre": (ALWAYS,) * 10, "post": (NEVER,) * 10})
-    monkeypatch.setattr(worker, "_train", stub)
-    monkeypatch.setattr(estimate, "TIMED_SECONDS", 0.01)
-    return stub
+    trainer.edges = EDGES
+    return trainer
 
 
 def disagree(trainer: Trainer) -> None:
@@ -158,31 +153,6 @@ def test_it_runs_all_seeds_where_they_do_not(tiny: Make, tmp_path: Path, trainer
     assert "98.1% interval" in found.conclusions[0]
 
 
-def files(directory: Path) -> list[str]:
-    texts = [(directory / name).read_text() for name in ("summary.json", "cells.csv")]
-    return [re.sub('"registered": .*', "", text) for text in texts]
-
-
-@pytest.mark.parametrize(
-    ("agreeing", "stops"), [(True, [2 * FIRST - 1]), (False, [1, 2 * FIRST, 2 * FIRST + 1])]
-)
-def test_it_resumes_in_either_stage(
-    tiny: Make, tmp_path: Path, trainer: Trainer, agreeing: bool, stops: list[int]
-):
-    if not agreeing:
-        disagree(trainer)
-    path = write(tmp_path / "grid.yaml", tree(tiny))
-    compare(path, tmp_path / "whole")
-    order, trainer.seen = trainer.seen, []
-    for cells in stops:
-        with pytest.raises(StoppedError):
-            compare(path, tmp_path / "run", stop=lambda cells=cells: len(trainer.seen) >= cells)
-        assert len(trainer.seen) == cells
-    compare(path, tmp_path / "run")
-    assert trainer.seen == order
-    assert files(tmp_path / "run") == files(tmp_path / "whole")
-
-
 def test_a_report_before_the_first_stage_ends(tiny: Make, tmp_path: Path, trainer: Trainer):
     path = write(tmp_path / "grid.yaml", tree(tiny))
     with pytest.raises(StoppedError):
@@ -201,38 +171,6 @@ def test_a_lost_run_continues_it_for_good(tiny: Make, tmp_path: Path, trainer: T
     retried = compare(path, tmp_path / "run")
     assert retried.with_result == 2 * SEEDS
     assert (first_contrast(retried).seeds, first_contrast(retried).alpha) == (8, 0.05 - 2 / 64)
-
-
-def test_other_arms_run_the_stages_that_the_first_contrast_has(
-    tiny: Make, tmp_path: Path, trainer: Trainer
-):
-    path = write(tmp_path / "grid.yaml", tree(tiny))
-    compare(path, tmp_path / "run")
-    trainer.edges = {**trainer.edges, "peri": (ALWAYS,) * 10}
-    more = {arm: {"model.norm.placement": arm} for arm in (*ARMS, "peri")}
-    grown = write(tmp_path / "more.yaml", tree(tiny, arms={"placement": more}))
-    found = compare(grown, tmp_path / "run", extend=True)
-    assert [cell[:4] for cell in trainer.seen[2 * FIRST :]] == ["peri"] * FIRST
-    assert first_contrast(found).confirmatory
-    assert found.lost == {}
-
-
-@pytest.mark.parametrize("agreeing", [True, False])
-def test_added_seeds_run_in_the_second_stage_alone(
-    tiny: Make, tmp_path: Path, trainer: Trainer, agreeing: bool
-):
-    if not agreeing:
-        disagree(trainer)
-    compare(write(tmp_path / "grid.yaml", tree(tiny)), tmp_path / "run")
-    found = compare(
-        write(tmp_path / "more.yaml", tree(tiny, seeds=10)), tmp_path / "run", extend=True
-    )
-    assert first_contrast(found).seeds == (FIRST if agreeing else 10)
-    assert first_contrast(found).confirmatory == agreeing
-    for changes in ({"seeds": [9, *range(9)]}, {"first_stage": 7}, {"first_stage": None}):
-        other = load(write(tmp_path / "other.yaml", tree(tiny, **{"seeds": 10, **changes})))
-        with pytest.raises(InputError, match="first_stage: it must stay, with its seeds"):
-            comparison.check_directory(*other, tmp_path / "run", extend=True)
 
 
 def test_a_dry_run_and_reuse(tiny: Make, tmp_path: Path, trainer: Trainer):

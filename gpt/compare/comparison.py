@@ -243,11 +243,11 @@ def check_reuse(grid: Grid, sources: Sequence[Path]) -> None:
     """Refuse to copy runs into searches and stages, whose cells are not known beforehand.
 
     Raises:
-        InputError: there are both.
+        InputError: the grid has a search or stages, and there are runs to copy.
     """
     if grid.rounds > 1 and sources:
         what = "a search" if grid.search else "a comparison with a first stage"
-        raise InputError(f"--reuse: {what} chooses its cells as it runs, and cannot take others'")
+        raise InputError(f"--reuse: {what} chooses its cells as it runs, so it cannot reuse runs")
 
 
 def _probe(
@@ -280,7 +280,7 @@ def report(
 
     Args:
         beside: another comparison directory, to be shown next to this one.
-        workers: that would train further seeds.
+        workers: how many would train further seeds, for the estimate of their time.
         wait: seconds to wait for another process that writes this report.
 
     Raises:

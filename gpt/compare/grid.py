@@ -161,7 +161,7 @@ class Contrast(Section):
     column: Column | None = None
     """The column of cells.csv that `measure: column` and `measure: log_column` compare."""
     slope: str = ""
-    """An axis option, such as model.layers: compare the slopes of the measure over its log."""
+    """An axis option, such as model.layers: compare the measure's slopes over the option's log."""
     at: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
     """Axis option -> the values at which the arms are compared; by default all."""
     rates: dict[str, Rate] = Field(default_factory=dict)
@@ -220,11 +220,11 @@ class Search(Section):
     option: Literal["optimizer.learning_rate"] = "optimizer.learning_rate"
     """What is searched."""
     start: StartRate | dict[str, StartRate]
-    """The first rate of every search, or arm -> its first rate; known from other seeds."""
+    """The first rate of every search, or arm -> its first rate; chosen from runs of other seeds."""
     ratio: Annotated[float, Between(1.01, 4.0)] = 1.25
     """Between neighboring rates: the resolution of a threshold."""
     anchor: StartRate = 0.003
-    """A rate to which all others are multiples of the ratio."""
+    """Every rate is this one times a power of the ratio."""
     most_runs: Annotated[int, Between(4, 12)] = 8
     """A search that has had this many runs ends, if need be with a bound."""
 
@@ -261,10 +261,10 @@ class Grid(Section):
     seeds: Annotated[tuple[Seed, ...], BeforeValidator(_seeds), Field(min_length=1)] = (0, 1, 2)
     """Seeds of weights and data order, or their number."""
     first_stage: Annotated[int, Between(6, 16)] | None = None
-    """Number of the first seeds, after which the comparison stops if the first contrast's
-    differences all lie on one side of its margin. Each stage has its own level of the tests."""
+    """Number of seeds in the first stage, after which the comparison stops if the first contrast's
+    differences all lie on one side of its margin. Each stage has its own significance level."""
     context_seeds: Annotated[int, Field(ge=1)] | None = None
-    """How many of the seeds the cells have that no contrast includes; by default all."""
+    """How many of the seeds to run for cells outside all contrasts; by default all."""
     search: Search | None = None
     """Search the highest trainable learning rate instead of running an axis of rates."""
     exclude: Annotated[tuple[dict[str, Any], ...], Field(max_length=200)] = ()
@@ -308,7 +308,7 @@ class Grid(Section):
         return self
 
     def _check_search(self, arms: Sequence[str]) -> None:
-        """Searches have a start for every arm, and only contrasts of what they find."""
+        """A search has a first rate for every arm, and all contrasts compare its thresholds."""
         for number, contrast in enumerate(self.contrasts):
             if (contrast.measure == "log_threshold") != (self.search is not None):
                 raise ValueError(
@@ -318,7 +318,7 @@ class Grid(Section):
         if self.search is None:
             return
         if any(self.search.option in split(axis) for axis in self.grid):
-            raise ValueError(f"grid: {self.search.option} is on an axis, and is to be searched")
+            raise ValueError(f"grid: {self.search.option} is on an axis, but a search chooses it")
         if self.pairs:
             raise ValueError("pairs: cannot be compared at the rates that searches choose")
         start = self.search.start
@@ -377,7 +377,7 @@ class Grid(Section):
         return arms
 
     def axes(self, arm: Arm) -> dict[str, list[Any]]:
-        """The axes of an arm's cells, with its first rate if its highest is searched."""
+        """The axes of an arm's cells; if a search chooses rates, with only the first of them."""
         axes = {**self.grid, **arm.axes}
         if self.search is not None:
             axes[self.search.option] = [self.search.start_of(arm.name)]
@@ -385,7 +385,7 @@ class Grid(Section):
 
     @property
     def rounds(self) -> int:
-        """How often cells are chosen: once, for each stage, or for each of the runs of a search."""
+        """How often cells are chosen: once, once per stage, or at most once per run of a search."""
         return self.search.most_runs if self.search else 2 if self.first_stage else 1
 
     @property
@@ -453,7 +453,8 @@ def _check_values(origin: str, values: Sequence[Any]) -> None:
         if text != printable(text) or len(text) > LONGEST_VALUE:
             raise ValueError(
                 f"{origin}: {text[:LONGEST_VALUE]!r} does not fit into a figure; a value on an "
-                f"axis is one line of at most {LONGEST_VALUE} characters (an arm's may be longer)"
+                f"axis is one line of at most {LONGEST_VALUE} characters (other options of an arm "
+                "may be longer)"
             )
 
 
@@ -548,10 +549,10 @@ def _is_of_other_seeds(entry: Options, seeds: Sequence[int]) -> bool:
 
 
 def _check_stages(first_stage: int, grid: Grid, origin: str) -> None:
-    """Refuse two stages without a first contrast whose differences can decide, or a second stage.
+    """Refuse a first stage without a contrast that can decide whether to stop, or with all seeds.
 
     Raises:
-        InputError: there is none.
+        InputError: the grid cannot have such a stage.
     """
     if grid.search is not None:
         raise InputError(f"{origin}: cannot be combined with a search")

@@ -33,7 +33,7 @@ class InitProbe:
         arms: the arms that share it.
         regime: of its initial weights.
         text: probes on batches of the training text, by depth.
-        token: the same on single tokens, one for each of more seeds.
+        token: the same on single tokens, one per seed, with more seeds.
     """
 
     arms: tuple[str, ...]
@@ -125,7 +125,7 @@ def _is_valid(init_probe: InitProbe, arms: Collection[str]) -> bool:
 
 
 def _same_seeds(probes: Sequence[Probe]) -> bool:
-    """Whether every measure of every depth has a value for each of equally many seeds."""
+    """Whether every measure has one value per seed at every depth, for the same number of seeds."""
     seeds = len(probes[0].last_gradients)
     return seeds > 0 and all(
         len(values) == seeds

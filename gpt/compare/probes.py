@@ -52,7 +52,7 @@ class Probe:
         gradient_norms: Frobenius norm of d mean loss / d W2, the feed-forward's last matrix, with
             gradients averaged over the batches before the norm is taken.
         betas: residual dependency Var[f] / Var[x + f] of attention and of the feed-forward, with x
-            as the placement weights it; None if the placement adds without its `add` module.
+            as the placement weights it; None if the placement does not use its `add` module.
         stream_rms: RMS of the residual stream after the block.
 
     Values of each seed, in the same order at every depth:

@@ -237,7 +237,7 @@ def check_growth(old: tuple[Grid, list[Cell]], new: tuple[Grid, list[Cell]]) -> 
     if _rule(old[0]) != _rule(new[0]):
         raise InputError("search: only the first rates of new arms can be added")
     if _first_stage(old[0]) != _first_stage(new[0]):
-        raise InputError("first_stage: it must stay, with its seeds")
+        raise InputError("first_stage: neither it nor its seeds can change")
     for name in ("contrasts", "pairs"):
         before, now = getattr(old[0], name), getattr(new[0], name)
         if now[: len(before)] != before:

@@ -3,7 +3,8 @@
 Its rates are on a lattice (`gpt.compare.grid.Search`) and named by their step on it. A search
 gallops by two steps, upwards after a run that trained and downwards after one that failed, until it
 has seen both; bisects until the highest rate that trained and the lowest that failed are neighbors;
-and then tries the rate above those two. A run that trains there is counted and moves nothing.
+and then tries the rate above those two. A run that trains there is counted, but does not move the
+threshold.
 
 A run that is merely slow has not learned enough either, but because its rate is too low, so it
 sends the search upwards. Every decision is a pure function of the runs so far, so that a search can
@@ -29,10 +30,10 @@ class Bracket:
     Attributes:
         low: the highest step under `high` whose run trained or was slow; None if there is none.
         high: the lowest step whose run failed; None if there is none.
-        bound: "above" if there is only `low`; "below" if there is only `high`; "unclear" if there
-            is neither, or if all runs below `high` were slow; "" if the threshold is between the
-            two, or would be if failures rose steadily with the rate.
-        monotone: whether the run at the step above `high` did not train either; None: no such run.
+        bound: "unclear" if there is neither, or a `low` up to which no run trained; else "above" if
+            there is only `low`, "below" if there is only `high`, and "" if the threshold is
+            between the two, or would be if failures rose steadily with the rate.
+        monotone: whether the run at the step above `high` did not train; None: it has no result.
     """
 
     low: int | None
@@ -85,7 +86,7 @@ def next_step(endings: Mapping[int, Ending], most_runs: int) -> Next:
     if closed and found.monotone is not None:
         return Next(None, "the rates next to the threshold and the one above them are known")
     if len(endings) >= most_runs:
-        return Next(None, f"{most_runs} runs are the most")
+        return Next(None, f"the limit of {most_runs} runs is reached")
     if high is None:
         assert low is not None
         return Next(low + GALLOP, "no rate failed: gallop upwards")

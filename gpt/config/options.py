@@ -248,7 +248,7 @@ class ModelConfig(Section):
     parametrization: Literal["standard", "mup"] = "standard"
     """Whether initial weights, learning rates and logits scale with the width; mup: they do."""
     mup_base_width: Channels | None = None
-    """The width, with as many heads, at which mup is the standard parametrization."""
+    """The width at which mup is the standard parametrization; the number of heads is the same."""
     init: InitConfig = InitConfig()
     attention: AttentionConfig = AttentionConfig()
     mlp: MLPConfig = MLPConfig()
@@ -313,12 +313,12 @@ class ModelConfig(Section):
         if base % self.heads:
             raise ValueError(
                 f"heads ({self.heads}) must divide mup_base_width ({base}): "
-                "the network of the base width has as many heads"
+                "the network of the base width has the same number of heads"
             )
         if self.norm.type == "scale":
             raise ValueError(
-                "norm.type scale conflicts with parametrization mup, which has no rule for its "
-                "one weight, sqrt(width) at first"
+                "norm.type scale conflicts with parametrization mup, which has no rule for that "
+                "norm's only weight, initially sqrt(width)"
             )
         return self
 

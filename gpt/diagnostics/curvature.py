@@ -1,8 +1,8 @@
 """Curvature of the training loss: sharpness, the largest eigenvalue of its Hessian H.
 
 Gradient descent at learning rate η is unstable along an eigenvector of H whose eigenvalue exceeds
-2/η, and full-batch training hovers there (Cohen et al. 2021). For Adam, the eigenvalue of the
-preconditioned Hessian P^-1/2 H P^-1/2 counts, and (2 + 2 β1)/((1 - β1) η), which is 38/η for
+2/η, and full-batch training hovers there (Cohen et al. 2021). For Adam, the matrix is the
+preconditioned Hessian P^-1/2 H P^-1/2 and the threshold (2 + 2 β1)/((1 - β1) η), 38/η for
 β1 = 0.9 (Cohen et al. 2022). Warm-up lets a model reach flatter regions before η is large (Gilmer
 et al. 2021).
 
@@ -67,7 +67,7 @@ def largest_eigenvalue(
 ) -> float:
     """The largest (not the largest absolute) eigenvalue of a symmetric matrix; by Lanczos (1950).
 
-    Vectors are not orthogonalized again, so that three suffice at any number of steps: rounding
+    Vectors are not reorthogonalized, so only three are kept, whatever the number of steps: rounding
     only makes copies of eigenvalues that have converged (Paige 1980).
 
     Args:
@@ -132,7 +132,7 @@ def sharpness(
 def measure_sharpness(
     model: GPT, inputs: Tensor, targets: Tensor, z_loss: float, optimizer: Optimizer
 ) -> dict[str, float | None]:
-    """`sharpness`, and `preconditioned_sharpness` by Adam.
+    """`sharpness`, and `preconditioned_sharpness`, with Adam's preconditioner.
 
     The latter is None if Adam does not update all parameters, or has made no update yet.
 

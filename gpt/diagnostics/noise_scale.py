@@ -46,9 +46,9 @@ def measure_noise_scale(
 ) -> dict[str, float]:
     """`noise_scale` in sequences, and what it is the ratio of: `gradient_noise`, `gradient_signal`.
 
-    In evaluation mode, from the gradients of parts of a batch. The ratio itself is biased: average
-    both over snapshots first, if one is too noisy. NaN where the signal is not positive. Leaves
-    weights and gradients as they are.
+    In evaluation mode, from the gradients of parts of a batch. The ratio itself is biased: if a
+    single snapshot is too noisy, average both over several first. NaN where the signal is not
+    positive. Leaves weights and gradients as they are.
 
     Args:
         inputs, targets: (B, T) integers, on the model's device.

@@ -209,7 +209,7 @@ def _plot_measure(axes: Axes, records: list[Record], key: str, measure: Measure)
 
 
 def _label_plainly(axes: Axes) -> None:
-    """Label a logarithmic y-axis with numbers, as matplotlib would write TeX."""
+    """Label a logarithmic y-axis with plain numbers, because matplotlib would write TeX."""
     axes.yaxis.set_major_formatter(LogFormatter())
     axes.yaxis.set_minor_formatter(LogFormatter())
 

@@ -8,6 +8,7 @@ results.py    the results as data: what summary.json holds
 searches.py   the outcomes of a search for a threshold -> its bracket
 measures.py   the runs that arms share -> the value of a contrast
 contrasts.py  values -> answers; pairs
+stages.py     whether a comparison stops after its first seeds
 summary.py    outcomes -> results: arms, searches, contrasts and pairs
 outlook.py    how many seeds would settle an open question
 wording.py    results -> sentences

@@ -44,7 +44,7 @@ def contrast_results(
 
     Args:
         alpha: the level of the tests.
-        workers: that would train further seeds.
+        workers: how many would train further seeds, for the estimate of their time.
     """
     ended = [outcome for outcome in outcomes if outcome.verdict is not None]
     contrasts: list[ContrastResult | None] = []
@@ -76,7 +76,7 @@ def _contrast(
     common, found = known
     parts = tuple(a - b for a, b in zip(found.values[::2], found.values[1::2], strict=True))
     seeds = len(common.seeds)
-    # Thresholds have no test: an answer needs enough seeds for a test's smallest p to reach it.
+    # log_lr50 has no test: an answer needs enough seeds for a test's smallest p to reach alpha.
     p = least_p(seeds) if found.p is None else found.p
     verdicts = [o.verdict for o in outcomes if o.verdict and contrast.includes(o.cell)]
     learned = any(verdict.status != "plateaued" for verdict in verdicts)
@@ -115,7 +115,7 @@ def _outlook(
     if not result.by_seed:
         return NO_SEEDS
     runs = [outcome for outcome in outcomes if contrast.includes(outcome.cell)]
-    # A batched cell's time is that of its batch, which does not add up.
+    # A batched cell's time is that of its whole batch, so times cannot be summed.
     batched = grid.runner == "batched" or any(
         (run.environment or {}).get("device", "cpu") != "cpu" for run in runs
     )

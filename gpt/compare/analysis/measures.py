@@ -85,7 +85,7 @@ class Measured:
     """A contrast's measure: the value of each arm, and the uncertainty of their signed sum.
 
     Attributes:
-        p: of a paired test that the sum equals the margin; None for thresholds, which have none.
+        p: of a paired test that the sum equals the margin; None for log_lr50, which has none.
         bounds, reach, by_seed: as in `ContrastResult`.
     """
 
@@ -119,8 +119,8 @@ OF_RUNS: dict[str, Callable[[str], OfRuns]] = {
 }
 
 
-# The measures that have a worst and a best value. A lost run has no column, its neighbors may not
-# bound it, and a threshold is a fit; so of other measures its rate and setting are left out.
+# The measures that have a worst and a best value. Nothing bounds the columns of a lost run, and a
+# threshold is a fit; so other measures leave out the rate and setting of a lost run.
 BOUNDED = ("loss", "failure")
 LostRun = tuple[Outcome, Outcome]  # as if it had ended at its best, and at its worst
 
@@ -129,7 +129,8 @@ def lost_runs(contrast: Contrast, outcomes: Sequence[Outcome]) -> list[LostRun]:
     """The contrast's lost runs.
 
     At best, such a run did not fail and has the lowest loss of any run of its arm in its setting;
-    at worst, it diverged. One without any such run is left out, as are those that were not started.
+    at worst, it diverged. A lost run whose arm has no result in its setting is left out, as are
+    cells that were not started.
     """
     found = []
     for lost in outcomes:
@@ -181,7 +182,7 @@ def measure(
     searches: Sequence[SearchResult],
     alpha: float,
 ) -> Measured:
-    """The contrast's measure; with lost runs, whatever they would have added to it.
+    """The contrast's measure; with lost runs, valid whatever their results would have been.
 
     The interval covers those of the lowest and of the highest possible value. With one lost run, no
     value in between has an interval outside it: an interval's width is convex in each value.
@@ -356,7 +357,7 @@ def _reach(of: Sequence[str], less: Sequence[str], *, slope: bool) -> str:
     """The bound on the difference of two arms' thresholds that their own bounds imply.
 
     Args:
-        slope: whether it is a difference of slopes, which no bound of one threshold bounds.
+        slope: whether it is a difference of slopes, which bounds on single thresholds do not bound.
     """
     if slope:
         return "unknown" if any((*of, *less)) else ""

@@ -33,7 +33,7 @@ class Outcome:
     """The outcome of a cell.
 
     Attributes:
-        verdict: None for a cell without a result, which all statistics leave out.
+        verdict: None for a cell without a result.
         error: why it has no result; None if it has one, or was not run.
         seconds: wall-clock time.
         unigram_entropy: H₁, nats per token.
@@ -76,7 +76,7 @@ class Outcome:
         return self.verdict is not None and self.verdict.failed
 
     def failed_at(self, margin: float) -> bool:
-        """Whether it would have failed if learning were to end more than `margin` nats below H₁."""
+        """Whether it would have failed with `margin` nats below H₁ instead of LEARNED_MARGIN."""
         found = self.verdict
         if found is None or found.final_val_loss is None:
             return self.failed
@@ -187,8 +187,8 @@ def is_too_slow(found: Verdict, unigram_entropy: float, records: Sequence[metric
 
     One that is stuck has learned token frequencies, and stays at H₁. One that is too slow has not
     come down to H₁ yet, and its training loss falls throughout: the mean of the last quarter is
-    below that of the second by more than a standard error, with batches as independent draws. That
-    asks for less than `Verdict.slow` does, which has no such bound to go by.
+    below that of the second by more than a standard error, with batches as independent draws. This
+    test is weaker than that of `Verdict.slow`, which does not require a loss above H₁.
     """
     losses = np.array([r["loss"] for r in records if "loss" in r and not r.get("skipped")])
     quarter = len(losses) // 4

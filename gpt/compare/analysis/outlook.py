@@ -26,8 +26,8 @@ def fewest_seeds(alpha: float) -> int:
 def seeds_needed(distance: float, spread: float, alpha: float = ALPHA) -> int | None:
     """The smallest number of seeds that settles a question; None above MOST_SEEDS.
 
-    Their paired test can reach alpha, and Student's t interval is narrower than the distance:
-    t(1 - alpha / 2; n - 1) spread / sqrt(n) < distance.
+    Their paired test can reach alpha, and half the width of Student's t interval is less than the
+    distance: t(1 - alpha / 2; n - 1) spread / sqrt(n) < distance.
 
     Args:
         distance: of the mean difference from the nearest margin.
@@ -52,7 +52,7 @@ def outlook(
     Args:
         differences: one per seed, at least one.
         seconds: that one more seed takes, summed over its cells; None if that is unknown.
-        workers: that share them.
+        workers: how many share its cells.
         alpha: the level of the test.
     """
     seeds, mean = len(differences), fmean(differences)

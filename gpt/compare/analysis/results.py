@@ -2,8 +2,8 @@
 
 summary.py computes them, wording.py puts them into words, and the figures and the report show them.
 Losses are in nats per token, and at most ln V, that of a uniform guess. Cells without a result are
-in no number but that of lost cells, and contrasts of losses and failures, where they count at their
-best and at their worst.
+left out of all numbers except the count of lost cells, and contrasts of losses and failures, in
+which lost cells count at their best and at their worst.
 """
 
 from __future__ import annotations
@@ -113,11 +113,11 @@ class SearchResult:
 
     Attributes:
         setting: as in `ArmSummary`.
-        rate: the geometric middle of `low` and `high`, or the one that is known; None if neither.
+        rate: the geometric mean of `low` and `high`, or the one that is known; None if neither.
         low: the highest rate tried under `high` whose run trained, or would in more steps.
         high: the lowest rate tried whose run failed.
         bound, monotone: as in `gpt.compare.search.Bracket`.
-        runs: that were tried.
+        runs: how many have ended.
         ended: why it has ended; empty if it has not.
     """
 
@@ -134,7 +134,7 @@ class SearchResult:
 
     @property
     def label(self) -> str:
-        """As of an `ArmSummary`."""
+        """As `ArmSummary.label`."""
         return f"{self.arm} ({self.setting})" if self.setting else self.arm
 
 
@@ -148,8 +148,7 @@ class ContrastResult:
             runs, `parts` and `value` are halfway between those with each at its best and at its
             worst, `interval` covers both intervals, and `p` is the larger.
         reach: for each part, "at least", "at most" or "unknown" if only bounds are known; else "".
-        value, interval: log_lr50 in natural logarithms; failure as a fraction; others in nats. The
-            interval is at 1 - alpha.
+        value, interval: in the unit of `Contrast.margin`. The interval is at 1 - alpha.
         alpha: the level of the test, 0.05 unless the comparison has two stages.
         p: of a paired test that the value equals the margin; None for log_lr50, which has none.
         least_p: the smallest p that this many seeds can give.
@@ -226,7 +225,8 @@ class Summary:
         contrasts: in the grid's order; None where a contrast cannot be computed.
         registered: when the contrasts were registered, and what was added later, in words.
         stages: whether it stopped after its first stage, in words; empty without stages.
-        conclusions: a sentence for each contrast, and one about failures; "verdict" in the file.
+        conclusions: a sentence for each contrast, and one about failures or searches; "verdict" in
+            the file.
     """
 
     title: str

@@ -5,10 +5,10 @@ contrast. If all n differences lie on one side of the margin, it stops: p is the
 smallest possible, which is the level of all its tests. Otherwise it runs all seeds, with tests at
 the rest of ALPHA.
 
-Whatever decides between the two looks, and however they depend on each other, a true hypothesis is
-rejected at one of them with a probability of at most ALPHA, the sum of their levels: Bonferroni's
-correction, which is valid but conservative for group-sequential tests (Pocock 1977; Wassmer and
-Brannath 2016). So later contrasts, tested in their order, have the same two levels.
+Whatever decides between the two looks, and however they depend on each other, a true null
+hypothesis is rejected at one of them with a probability of at most ALPHA, the sum of their levels:
+Bonferroni's correction, which is valid but conservative for group-sequential tests (Pocock 1977;
+Wassmer and Brannath 2016). So later contrasts, tested in their order, have the same two levels.
 """
 
 from __future__ import annotations

@@ -263,8 +263,8 @@ class Threshold:
     Attributes:
         bound: "above" if LR50 is above `rate`, the highest tried; "below" if it is below the
             lowest; "unclear" if the failed fraction crosses 1/2 more than once, or does not rise
-            with the rate, or if seeds ran at different rates, and `rate` is only the geometric mean
-            of the range; else "".
+            with the rate, or if seeds ran at different rates (`rate` is then only the geometric
+            mean of the range); else "".
         low: the highest rate tried up to which at most half of the runs failed at each rate.
         high: the lowest rate tried from which on more than half of the runs failed at each rate.
         unequal: whether it is unclear because seeds ran at different rates.
@@ -314,7 +314,7 @@ def capped(loss: float | None, cap: float) -> float:
     """`loss`, or `cap` (nats) if the loss is higher, not finite or missing.
 
     The cap is ln V, the loss of a uniform guess over V tokens: it is known before any run, and the
-    same for all arms. Their losses at step 0, at which Wortsman et al. (2023) cap, differ.
+    same for all arms. Wortsman et al. (2023) cap at the loss at step 0, which differs between arms.
     """
     return cap if loss is None or not math.isfinite(loss) else min(loss, cap)
 
@@ -336,7 +336,7 @@ class Sensitivity:
 def lr_sensitivity(rates: Sequence[float], losses: Sequence[float]) -> Sensitivity:
     """Mean over rates of loss - best (Wortsman et al. 2023), of one arm and seed.
 
-    An arm that is bad at every rate has a sensitivity near 0, the best one: see `regret`.
+    An arm that is bad at every rate has a sensitivity near 0, the best value: see `regret`.
 
     Args:
         rates, losses: one entry per run, in any order; losses are `capped`.
@@ -350,8 +350,8 @@ def regret(losses: Sequence[float], best: float) -> float:
 
     Unlike in `lr_sensitivity`, `best` is the lowest loss of any arm at any rate with this seed. The
     sensitivity compares an arm with itself, so that an arm that is bad everywhere looks best. As
-    arms share `best`, a difference of their regrets is one of their mean losses; so contrasts have
-    the measure `loss` alone.
+    arms share `best`, the difference of their regrets is that of their mean losses; so contrasts
+    have only the measure `loss`.
 
     Args:
         losses: `capped`, one entry per rate.

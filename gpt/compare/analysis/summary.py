@@ -48,7 +48,7 @@ def summarize(
     """All results of a comparison; at least one cell has a result.
 
     Args:
-        workers: that would train further seeds.
+        workers: how many would train further seeds, for the estimate of their time.
     """
     ended = [outcome for outcome in outcomes if outcome.verdict is not None]
     assert ended, "at least one cell has a result"

@@ -38,8 +38,8 @@ WINDOW = 128
 # Smallest sigma, as a fraction of the mean. After a constant window, whose sigma is 0, float32's
 # rounding error, 1e-7 of a number, would otherwise be a spike.
 SIGMA_FLOOR = 1e-6
-# The trend of the last quarter of the losses is that of the means of so many parts, tested at this
-# level. With fewer parts they are longer, and so less correlated with each other.
+# The trend of the last quarter of the losses is that of the means of this many parts, tested at
+# TREND_LEVEL. With fewer parts they are longer, and so less correlated with each other.
 TREND_PARTS = 5
 TREND_LEVEL = 0.01
 # Nats below H1 at which failures are also counted, to show whether LEARNED_MARGIN matters.

@@ -27,13 +27,13 @@ from gpt.metrics import LEARNED_MARGIN
 UNIGRAM_ENTROPY = "H₁, the unigram entropy: the loss of guessing by token frequency"
 
 LOSSES = (
-    "Losses are in nats per token. A failed run counts with its own loss, at most ln V, that of a "
-    "uniform guess, which a diverged run has."
+    "Losses are in nats per token. A failed run counts with its own loss, but at most ln V, that "
+    "of a uniform guess; a diverged run counts with ln V."
 )
 ARM_COLUMNS = (
     "The sensitivity is the mean loss over the rates minus the arm's own best, so it is low for an "
     "arm that is bad at every rate; the regret is the mean loss minus the best of all arms. The "
-    "early rise is the largest rise of the smoothed training loss above its lowest value before, "
+    "early rise is the largest rise of the smoothed training loss above its lowest value so far, "
     "in the first quarter of the updates, on average over runs."
 )
 
@@ -197,7 +197,7 @@ def lr50_text(arm: ArmSummary) -> str:
 
 
 def p_text(result: ContrastResult) -> str:
-    """`8 seeds, p = 0.0078, the smallest possible`; thresholds have no test."""
+    """`8 seeds, p = 0.0078, the smallest possible`; log_lr50 has no test."""
     seeds = f"{result.seeds} seed{'s' if result.seeds != 1 else ''}"
     if result.p is None:
         return seeds
@@ -219,7 +219,7 @@ def stages_text(first_stage: int, stop: bool | None, alpha: float) -> str:
     return (
         f"{stopped} after the first stage of {first_stage} seeds, as registered: {seeds} of them "
         "have a difference in the first contrast on the same side of its margin. So an answer "
-        f"needs a p of at most {alpha:.2g}, and its interval is at {level_text(alpha)}."
+        f"needs a p of at most {alpha:.2g}, and has a {level_text(alpha)} interval."
     )
 
 
@@ -232,7 +232,7 @@ def reason(reason: Reason, contrast: Contrast, seeds: int, p: float | None, alph
     several = f"{seeds} seeds" if seeds != 1 else "one seed"
     return {
         "nothing learned": (
-            f"{NOTHING_LEARNED}: none that it compares ended clearly below H₁, the loss of "
+            f"{NOTHING_LEARNED}: none of those compared ended clearly below H₁, the loss of "
             "guessing by token frequency"
         ),
         "too few for an interval": (
@@ -265,7 +265,7 @@ def difference(contrast: Contrast) -> str:
 
 
 def where(contrast: Contrast) -> str:
-    """`learning rate 0.003 and 0.004`: the values at which a contrast compares; empty if at all."""
+    """`learning rate 0.003 and 0.004`: where a contrast compares; empty if at all values."""
     found = [
         f"{key.rpartition('.')[2].replace('_', ' ')} {' and '.join(map(as_text, values))}"
         for key, values in contrast.at.items()
@@ -461,7 +461,7 @@ def _searches_sentence(searches: Sequence[SearchResult]) -> str:
     notes = f"; {bounded} of {len(searches)} are only bounds" if bounded else ""
     notes += f"; {unclear} of {len(searches)} are unclear and left out" if unclear else ""
     means = "; ".join(found)
-    return f"Highest trainable rates, geometric means over seeds and ranges{notes}: {means}."
+    return f"Highest trainable rates, geometric means and ranges over seeds{notes}: {means}."
 
 
 def _failures_sentence(found: Failures | None) -> str:
@@ -480,7 +480,7 @@ def _failures_sentence(found: Failures | None) -> str:
     if found.only:
         chosen = f", the only rate {'registered' if found.registered else 'tried'}"
     elif found.registered:
-        chosen = ", where the arms differ most among the rates registered for all of them"
+        chosen = ", where the arms differ most among the rates registered for every arm"
     else:
         chosen = ", chosen after the runs because the arms differ most there"
     return f"At rate {found.rate:g}{where}{chosen}, {'; '.join(counts)}."
@@ -514,7 +514,7 @@ def limits(grid: Grid, summary: Summary) -> list[str]:
             break
     if any(arm.clipped is not None for arm in summary.arms):
         found.append(
-            "Some arms clip their gradients, which hides instability; see the fraction clipped."
+            "Some arms clip their gradients, which hides instability; see clipped in cells.csv."
         )
     return found
 

@@ -59,9 +59,9 @@ def amplification(data: PlotData) -> Plot | None:
         "initialization",
         "Amplification of a change of the weights, by depth",
         "For a single token, per channel: each matrix of the blocks is changed at random by δ = 1% "
-        "of its standard deviation, or by one Adam update at rate 1e-5. Theory (Liu et al. 2020) "
-        "of the random change with xavier weights: in post-norm it grows as the number of "
-        "sublayers, a slope of 1, and in pre-norm as its logarithm. "
+        "of its standard deviation, or by one Adam update at rate 1e-5. In theory (Liu et al. "
+        "2020), with xavier weights, the effect of the random change grows in post-norm as the "
+        "number of sublayers, a slope of 1, and in pre-norm as its logarithm. "
         f"{_means(data, 'token')} Slopes: random change "
         f"{'; '.join(random)}; Adam {'; '.join(adam)}.",
         f"Random change: {'; '.join(random)}. Adam: {'; '.join(adam)}",

@@ -64,7 +64,7 @@ def layers(data: PlotData) -> Plot | None:
         "Inside the networks during training",
         f"A line per run at rate {rate:g}{f' ({setting})' if setting else ''} that did not fail, "
         f"at step {step}. β = Var[f]/Var[x + f], with x as the placement weights "
-        "it; a placement that adds without its `add` module has none.",
+        "it; a placement that does not use its `add` module has none.",
         f"Residual dependency and RMS of the residual stream by block at step {step}, a line per "
         "run",
         figure,

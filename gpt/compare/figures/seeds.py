@@ -81,5 +81,5 @@ def by_seed(data: PlotData) -> Plot | None:
 
 
 def _shown(value: float, *, log: bool) -> float:
-    """A value as it is drawn; of a logarithm, what it is the logarithm of."""
+    """A value as it is drawn; for a logarithm, its exponential."""
     return math.exp(value) if log else value

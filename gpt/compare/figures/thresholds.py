@@ -133,7 +133,7 @@ def searched(data: PlotData) -> Plot | None:
     return Plot(
         "arms",
         "The highest trainable rate of each seed",
-        "The geometric middle of the highest rate at which a run trained and the lowest at which "
+        "The geometric mean of the highest rate at which a run trained and the lowest at which "
         "one failed, found by a search for each seed. A triangle is only a bound, and the "
         "threshold lies in its direction; a cross is unclear.",
         "; ".join(f"{each.arm}, seed {each.seed}: {search_text(each)}" for each, _ in found),
@@ -203,10 +203,10 @@ def _sensitivity_caption(arms: Sequence[ArmSummary]) -> str:
     tried = dict.fromkeys(tuple(at.rate for at in arm.by_rate) for arm in arms)
     rates = "; or ".join(", ".join(f"{rate:g}" for rate in each) for each in tried)
     caption = (
-        "Mean over rates, and over the seeds run at all of them, of the loss minus a lowest one of "
-        "the seed, with losses of at most ln V. Bars: the sensitivity, minus the arm's own lowest "
+        "How far the loss, at most ln V, is above the seed's lowest, on average over the rates and "
+        "over the seeds run at all of them. Bars: the sensitivity, above the arm's own lowest "
         "(Wortsman et al. 2023), so an arm that learns at no rate has one near 0. Diamonds: the "
-        "regret, minus the lowest of all arms. Lines: 95% intervals, where there are enough such "
+        "regret, above the lowest of all arms. Lines: 95% intervals, where there are enough such "
         f"seeds. Rates: {rates}; on another grid the values differ."
     )
     if len(tried) > 1:

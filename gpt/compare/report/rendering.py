@@ -56,5 +56,5 @@ def _markdown(value: Any) -> Any:
 
 
 def _list_marker(found: re.Match[str]) -> str:
-    """The beginning of a list or heading, escaped; after a number, the period or parenthesis is."""
+    """The start of a list or heading, escaped; for a number, at its period or parenthesis."""
     return f"{found[1]}{found[2]}\\" if found[2].isdecimal() else f"{found[1]}\\{found[2]}"
