@@ -52,7 +52,7 @@ def test_imports_point_upwards_in_the_table(path: Path):
 
 def test_config_reads_by_name_what_the_page_says():
     options = (ROOT / "gpt/config/options.py").read_text("utf-8")
-    (named,) = re.findall(r"it reads the tables of ([\w, ]+), mostly", PAGE)
+    (named,) = re.findall(r"It looks up the tables of ([\w, ]+) by\sname", PAGE)
     read = set(re.findall(r'"gpt\.(?:model\.)?(\w+)', options))
     assert read == set(re.findall(r"\w+", named)) - {"and"}
 
