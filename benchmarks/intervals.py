@@ -20,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.signal import lfilter
 
-from gpt.compare.analysis.stages import agree, level
 from gpt.compare.analysis.statistics import (
     ALPHA,
     Interval,
+    at_least,
     fraction_interval,
+    least_p,
     mcnemar,
     mean_interval,
     sign_flip_p,
@@ -218,22 +219,19 @@ def two_stages(repetitions: int) -> Rows:
     At effect 0, YES and NO are errors.
     """
     found: Rows = {}
+    first = least_p(FIRST_STAGE)
     for effect in EFFECTS:
-        answers, stops, seeds = [], [], []
+        answers, stops = [], []
         for seed in range(repetitions):
             values = np.random.default_rng(seed).normal(effect, 1, size=ALL_SEEDS).tolist()
-            stop = agree(values[:FIRST_STAGE], 0)
-            used = values[:FIRST_STAGE] if stop else values
-            answers.append(answer(used, level(FIRST_STAGE, stop)))
-            stops.append(stop)
-            seeds.append(len(used))
-        unsettled = [s and a == "NOT SETTLED" for s, a in zip(stops, answers, strict=True)]
+            found_first = answer(values[:FIRST_STAGE], first)
+            stops.append(found_first != "NOT SETTLED")
+            answers.append(found_first if stops[-1] else answer(values, ALPHA - first))
         found[f"effect {effect}"] = {
             "YES": answers.count("YES") / repetitions,
             "NO": answers.count("NO") / repetitions,
             "stops": float(np.mean(stops)),
-            "stops NOT SETTLED": float(np.mean(unsettled)),
-            "seeds, on average": float(np.mean(seeds)),
+            "seeds, on average": ALL_SEEDS - (ALL_SEEDS - FIRST_STAGE) * float(np.mean(stops)),
         }
     return found
 
@@ -260,7 +258,7 @@ def searched(edge: float, softness: float, random: np.random.Generator) -> tuple
 
 
 def search_coverage(repetitions: int) -> Rows:
-    """Coverage of the t interval of mean log thresholds by search, their bias and their runs.
+    """Coverage of the interval of mean log thresholds by search, their bias and their runs.
 
     The seeds' log thresholds are normal. Their mean is a number of steps above the start, and
     uniform within half a step of there. A bound counts as the threshold, and opens the interval on
@@ -280,8 +278,10 @@ def search_coverage(repetitions: int) -> Rows:
         )
         covered = []
         for n in SEEDS:
-            interval = mean_interval(middles[:n].tolist())
-            assert interval is not None
+            student = mean_interval(middles[:n].tolist())
+            assert student is not None
+            halves = (highs[:n] - lows[:n]) / 2
+            interval = at_least(student, np.where(np.isfinite(halves), halves, 0).mean())
             low = -np.inf if np.isinf(lows[:n]).any() else interval.low
             high = np.inf if np.isinf(highs[:n]).any() else interval.high
             covered.append(contains(Interval(low, high), mean))

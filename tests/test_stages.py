@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from comparing import Make, Trainer, called, compare, grid_tree, write
+from test_summary import grid, outcome
 
 from gpt.compare import comparison, registration
 from gpt.compare.analysis.results import ContrastResult, Summary
-from gpt.compare.analysis.stages import agree, level
-from gpt.compare.analysis.statistics import fraction_interval, sign_flip_p
+from gpt.compare.analysis.stages import decide, level
+from gpt.compare.analysis.statistics import fraction_interval, least_p, mean_interval
+from gpt.compare.analysis.summary import summarize
 from gpt.compare.grid import load
 from gpt.errors import InputError, StoppedError
 
@@ -25,44 +27,50 @@ EDGES = {"pre": (ALWAYS,) * 10, "post": (NEVER,) * 10}
 
 
 @pytest.mark.parametrize(
-    ("differences", "margin", "expected"),
+    ("differences", "margin", "decision"),
     [
-        ([0.1, 2.0, 0.3], 0.0, True),
-        ([-0.1, -2.0, -0.3], 0.0, True),
-        ([0.1, 2.0, -0.3], 0.0, False),
-        ([0.1, 2.0, 0.0], 0.0, False),
-        ([0.1, 2.0, 0.3], 0.2, False),
-        ([0.1, 2.0, 0.3], 3.0, True),
-        ([0.0, 0.0, 0.0], 0.0, False),
+        ([0.11, 0.12, 0.13, 0.11, 0.12, 0.13], 0.0, "answered"),
+        ([-0.11, -0.12, -0.13, -0.11, -0.12, -0.13], 0.0, "answered"),  # with NO
+        ([0.11, 0.12, 0.13, 0.11, 0.12, 0.13], 0.1, "answered"),
+        ([0.11, 0.12, 0.13, 0.11, 0.12, -0.01], 0.0, "open"),
+        ([0.11, 0.12, 0.13, 0.11, 0.12, 0.0], 0.0, "open"),
+        ([0.11, 0.12, 0.13, 0.11, 0.12, 0.13], 0.12, "open"),
+        ([0.05, 0.06, 0.04, 0.05, 0.06, 0.9], 0.0, "open"),  # the interval contains 0
+        ([0.0, 0.0, 0.0, 0.0, 0.0, 0.0], 0.0, "open"),
     ],
 )
-def test_differences_agree_on_one_side_of_the_margin(
-    differences: list[float], margin: float, expected: bool
+def test_it_stops_if_the_first_contrast_is_answered(
+    differences: list[float], margin: float, decision: str
 ):
-    assert agree(differences, margin) == expected
-
-
-def test_they_agree_exactly_if_their_test_reaches_the_level():
-    for signs in itertools.product((-1, 1), repeat=6):
-        differences = [sign * size for sign, size in zip(signs, (1, 20, 3, 4, 9, 6), strict=True)]
-        assert agree(differences, 0) == (sign_flip_p(differences) <= level(6, stop=True))
+    contrast = {"question": "?", "of": ["post, cold", "pre, cold"], "margin": margin}
+    compared = grid(contrasts=[contrast], pairs=[], seeds=SEEDS, first_stage=FIRST)
+    runs = [outcome("pre, cold", 0.1, seed, 2.5) for seed in range(FIRST)]
+    runs += [outcome("post, cold", 0.1, s, 2.5 + each) for s, each in enumerate(differences)]
+    assert decide(compared, runs) == decision
+    (result,) = summarize(compared, runs).contrasts
+    assert result is not None
+    assert (result.answer == "open") == (decision == "open")
 
 
 def test_the_levels_add_up():
-    assert (level(None, stop=False), level(6, stop=True)) == (0.05, 2 / 64)
-    assert level(6, stop=False) == level(6, stop=None) == 0.05 - 2 / 64
+    assert (level(None, None), level(6, "answered")) == (0.05, 2 / 64)
+    for decision in ("undecided", "open", "a run was lost", "the second has results"):
+        assert level(6, decision) == 0.05 - 2 / 64
 
 
 @pytest.mark.parametrize(("first", "seeds"), [(6, 7), (6, 10), (8, 11)])
 def test_the_rule_errs_in_at_most_five_percent_of_all_signs(first: int, seeds: int):
     """Without an effect all signs of given differences are equally likely: count the rejections."""
-    sizes = np.random.default_rng(seeds).lognormal(size=seeds)
+    sizes = np.random.default_rng(seeds).lognormal(sigma=0.2, size=seeds)
     signs = np.array(list(itertools.product((-1, 1), repeat=seeds)))
     sums = np.abs(signs @ sizes)
     p = (sums[None, :] >= sums[:, None] * (1 - 1e-12)).mean(axis=1)
-    stops = np.array([agree(each, 0) for each in signs[:, :first] * sizes[:first]])
-    rejected = np.where(stops, level(first, stop=True) >= 2 * 0.5**first, p <= level(first, False))
-    assert stops.mean() == 2 * 0.5**first
+    stops = np.abs(signs[:, :first].sum(1)) == first  # the only ones that reach the level
+    interval = mean_interval(sizes[:first].tolist(), level(first, "answered"))
+    assert interval is not None
+    assert interval.low > 0  # so all of them are answered
+    rejected = np.where(stops, True, p <= level(first, "open"))
+    assert stops.mean() == level(first, "answered") == least_p(first)
     assert stops.mean() <= rejected.mean() <= 0.05
 
 
@@ -127,7 +135,7 @@ def test_it_stops_where_all_differences_agree(
         (True, 2 / 64),
         (True, 2 / 64),
     ]
-    words = "Stopped after the first stage of 6 seeds, as registered"
+    words = "Stopped after the first stage of 6 seeds, which answered the first contrast"
     assert words in out
     assert "96.9% interval" in out
     for name in ("report.html", "report.md"):
@@ -149,7 +157,7 @@ def test_it_runs_all_seeds_where_they_do_not(tiny: Make, tmp_path: Path, trainer
     expected = fraction_interval([1.0] * 3 + [0.0] + [1.0] * 4, alpha=0.05 - 2 / 64)
     assert result.interval == expected
     assert result.answer == "supported"
-    assert found.stages.startswith("Not stopped after the first stage of 6 seeds, as registered")
+    assert found.stages.startswith("Not stopped after the first stage of 6 seeds, which left the")
     assert "98.1% interval" in found.conclusions[0]
 
 
@@ -169,6 +177,7 @@ def test_a_lost_run_continues_it_for_good(tiny: Make, tmp_path: Path, trainer: T
     assert len(trainer.seen) == 2 * SEEDS
     trainer.lost = set()
     retried = compare(path, tmp_path / "run")
+    assert "later seeds had run before its end" in retried.stages
     assert retried.with_result == 2 * SEEDS
     assert (first_contrast(retried).seeds, first_contrast(retried).alpha) == (8, 0.05 - 2 / 64)
 

@@ -82,7 +82,8 @@ def outcome(
     layers: int = 0,
     falling: bool = False,
 ) -> Outcome:
-    config = validate(Config, {"seed": seed, "optimizer": {"learning_rate": rate}})
+    tree = {"seed": seed, "optimizer": {"learning_rate": rate}, "model": {"layers": layers or 6}}
+    config = validate(Config, tree)
     setting = {"model.layers": layers} if layers else {}
     found = Verdict(
         status=status,  # type: ignore[arg-type]
@@ -104,9 +105,8 @@ def outcome(
         clipped=None,
         steps=10,
     )
-    cell = Cell(
-        f"{arm}-{rate}-{seed}-{layers}", arm, {"optimizer.learning_rate": rate}, setting, config
-    )
+    varied = {"optimizer.learning_rate": rate, **setting}
+    cell = Cell(f"{arm}-{rate}-{seed}-{layers}", arm, varied, setting, config)
     return Outcome(cell, Path("nowhere"), found, unigram_entropy=3.3, vocabulary=VOCABULARY)
 
 
@@ -311,7 +311,7 @@ def test_pairs_with_rates_of_their_own_use_the_common_ones():
     assert pair.dropped == 2
 
 
-def test_a_cell_that_was_not_run_takes_its_rate_from_all_arms_of_a_contrast():
+def test_a_cell_that_was_not_run_takes_its_seed_from_all_arms_of_a_contrast():
     """Or else arms that are alike would differ by what is missing."""
     alike = outcomes(by_arm(dict.fromkeys(ARMS, 1.0)))
     left = [r for r in alike if not (r.cell.arm == "pre, cold" and r.rate == 1.0 and r.seed == 2)]
@@ -319,9 +319,9 @@ def test_a_cell_that_was_not_run_takes_its_rate_from_all_arms_of_a_contrast():
     found = summarize(grid(contrasts=[contrast]), left)
     assert found.contrasts[0] is not None
     assert found.contrasts[0].value == 0.0
-    assert found.contrasts[0].dropped == 1
-    assert "left out" in found.conclusions[0]
-    assert len(found.pairs[0].by_rate) == 3
+    assert (found.contrasts[0].dropped, found.contrasts[0].dropped_seeds) == (0, 1)
+    assert "1 seed is left out, because runs are missing" in found.conclusions[0]
+    assert (found.pairs[0].loss.n, len(found.pairs[0].by_rate)) == (5, 4)
 
 
 @pytest.mark.parametrize(("cost", "answer"), [(0.05, "open"), (1.5, "supported")])
@@ -384,7 +384,7 @@ def test_a_cell_that_was_not_run_and_one_of_another_measure_are_left_out():
         contrast = {"question": "?", "measure": measure, "of": ["post, cold", "pre, cold"]}
         (found,) = summarize(grid(contrasts=[contrast], pairs=[]), gone).contrasts
         assert found is not None
-        assert (found.dropped, found.bounds) == (1, ())
+        assert (found.dropped, found.dropped_seeds, found.bounds) == (0, 1, ())
 
 
 def test_regret_is_to_the_best_of_all_arms_with_the_same_seed():
@@ -457,22 +457,23 @@ def test_arms_without_a_common_rate_have_no_contrast():
     found = summarize(grid(contrasts=[contrast]), runs)
     assert found.contrasts[0] is None
     assert found.pairs == ()
-    assert "no rate in common" in found.conclusions[0]
+    assert "its arms have no runs in common" in found.conclusions[0]
+    assert found.conclusions[1].startswith("No two arms ran at the same rate")
 
 
 def test_a_contrast_of_lost_arms_is_said_and_does_not_fail():
     runs = [run for run in outcomes(MOVED) if run.cell.arm == "pre, cold"]
     contrast = {"question": "?", "of": ["post, warm", "post, cold"]}
     words = summarize(grid(contrasts=[contrast]), runs).conclusions
-    assert "no rate in common" in words[0]
-    assert "None of the contrasts' arms has a result" in words[1]
+    assert "its arms have no runs in common" in words[0]
+    assert words[1].startswith("No two arms ran at the same rate")
 
 
 def test_a_seed_that_one_setting_lacks_is_not_an_error():
     runs = outcomes(MOVED, layers=6) + [r for r in outcomes(MOVED, layers=12) if r.seed]
     found = summarize(grid(), runs).contrasts[0]
     assert found is not None
-    assert found.dropped == len(RATES)
+    assert (found.seeds, found.dropped, found.dropped_seeds) == (5, 0, 1)
 
 
 def test_a_run_not_finite_at_its_start_counts_as_knowing_nothing():
@@ -747,7 +748,7 @@ def test_a_column_that_a_run_lacks_leaves_the_question_open():
     contrast = {**LOSS, "measure": "column", "column": "max_stream_rms"}
     found = summarize(grid(contrasts=[contrast], pairs=[]), runs)
     assert found.contrasts == (None,)
-    assert "a value of max_stream_rms" in found.conclusions[0]
+    assert "post, cold-0.01-0-0 has no value in column max_stream_rms" in found.conclusions[0]
 
 
 def test_every_column_of_a_contrast_is_a_number_of_cells_csv():
@@ -773,9 +774,7 @@ def test_a_slope_is_that_of_the_measure_over_the_log_of_the_axis(measure: str):
                         else 2.0 - 0.3 * math.log(layers) * (arm == "post, cold")
                     )
                     status = "plateaued" if rate > limit else "trained"
-                    run = outcome(arm, rate, seed, loss, status=status, layers=layers)
-                    varied = {**run.cell.varied, "model.layers": layers}
-                    runs.append(replace(run, cell=replace(run.cell, varied=varied)))
+                    runs.append(outcome(arm, rate, seed, loss, status=status, layers=layers))
     contrast = {**LOSS, "measure": measure, "at": {}, "slope": "model.layers", "claim": "below"}
     if measure == "loss":
         contrast["at"] = {"optimizer.learning_rate": [1e-3]}
@@ -839,7 +838,7 @@ def test_failures_are_reported_at_registered_rates_if_there_are_any():
     runs = outcomes(MOVED)
     at = {**LOSS, "at": {"optimizer.learning_rate": [0.1, 1.0]}}
     words = summarize(grid(contrasts=[at], pairs=[]), runs).conclusions[-1]
-    assert words.startswith("At rate 0.1, where the arms differ most among the rates registered")
+    assert words.startswith("At rate 0.1, where the arms differ most among the registered rates")
     assert "'post, cold': failure in all 6 seeds" in words
 
 
@@ -868,7 +867,7 @@ def test_runs_that_learned_nothing_answer_nothing(measure: str):
     assert result is not None
     assert (result.answer, result.learned) == ("open", False)
     assert found.conclusions[0].startswith(
-        "NOT SETTLED: the runs are too short, or their learning rates are wrong: none that it"
+        "NOT SETTLED: the runs are too short, or their learning rates are wrong: none of those"
     )
     assert "nats" not in found.conclusions[0]
 

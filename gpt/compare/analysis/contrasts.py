@@ -5,6 +5,7 @@ The values come from measures.py, the tests from statistics.py, and the sentence
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,13 +14,14 @@ import numpy as np
 from gpt.compare.analysis import wording
 from gpt.compare.analysis.measures import common_runs, measured
 from gpt.compare.analysis.outcomes import Outcome
-from gpt.compare.analysis.outlook import NO_SEEDS, outlook
+from gpt.compare.analysis.outlook import NO_SEEDS, REPEAT, outlook
 from gpt.compare.analysis.results import (
     Answer,
     ContrastResult,
     PairAtRate,
     PairResult,
     SearchResult,
+    Unmeasured,
 )
 from gpt.compare.analysis.statistics import (
     Interval,
@@ -39,40 +41,49 @@ def contrast_results(
     registered: Registered,
     alpha: float,
     workers: int,
-) -> tuple[ContrastResult | None, ...]:
-    """The result of each contrast, in the grid's order; None where it cannot be computed.
+) -> tuple[ContrastResult | Unmeasured, ...]:
+    """The result of each contrast, in the grid's order; or why it cannot be computed.
 
     Args:
         alpha: the level of the tests.
         workers: how many would train further seeds, for the estimate of their time.
     """
-    ended = [outcome for outcome in outcomes if outcome.verdict is not None]
-    contrasts: list[ContrastResult | None] = []
+    contrasts: list[ContrastResult | Unmeasured] = []
+    first = True  # whether all contrasts before have a confirmatory YES
     for number, contrast in enumerate(grid.contrasts):
         late = registered.late.get(number, "")
-        first = all(b and b.confirmatory and b.answer == "supported" for b in contrasts)
-        result = _contrast(
+        result = contrast_result(
             contrast, outcomes, searches, alpha, confirmatory=first and not late, late=late
         )
-        if result is not None and result.answer == "open" and result.learned:
-            result = replace(result, outlook=_outlook(contrast, result, grid, ended, workers))
+        if isinstance(result, Unmeasured):
+            first = False
+        else:
+            first = result.confirmatory and result.answer == "supported"
+            if result.answer == "open" and result.learned:
+                words = _outlook(contrast, result, grid, outcomes, workers)
+                result = replace(result, outlook=words)
         contrasts.append(result)
     return tuple(contrasts)
 
 
-def _contrast(
+def contrast_result(
     contrast: Contrast,
     outcomes: Sequence[Outcome],
     searches: Sequence[SearchResult],
     alpha: float,
     *,
-    confirmatory: bool,
-    late: str,
-) -> ContrastResult | None:
-    """A registered contrast: a mean over settings and rates, from the runs that its arms share."""
+    confirmatory: bool = True,
+    late: str = "",
+) -> ContrastResult | Unmeasured:
+    """A registered contrast: a mean over settings and rates, from the runs that its arms share.
+
+    Args:
+        alpha: as in `contrast_results`.
+        confirmatory, late: see `ContrastResult`.
+    """
     known = measured(contrast, outcomes, searches, alpha)
-    if known is None:
-        return None
+    if isinstance(known, Unmeasured):
+        return known
     common, found = known
     parts = tuple(a - b for a, b in zip(found.values[::2], found.values[1::2], strict=True))
     seeds = len(common.seeds)
@@ -99,6 +110,7 @@ def _contrast(
         learned=learned,
         seeds=seeds,
         dropped=common.dropped,
+        dropped_seeds=common.dropped_seeds,
         by_seed=found.by_seed,
         outlook="",
     )
@@ -112,9 +124,13 @@ def _outlook(
     workers: int,
 ) -> str:
     """How many seeds would settle a contrast, and how long they would take."""
-    if not result.by_seed:
+    compared = [outcome for outcome in outcomes if contrast.includes(outcome.cell)]
+    if any(run.error is not None and run.verdict is None for run in compared):
+        return REPEAT
+    unbounded = result.interval and math.isinf(result.interval.high - result.interval.low)
+    if not result.by_seed or unbounded:
         return NO_SEEDS
-    runs = [outcome for outcome in outcomes if contrast.includes(outcome.cell)]
+    runs = [run for run in compared if run.verdict is not None]
     # A batched cell's time is that of its whole batch, so times cannot be summed.
     batched = grid.runner == "batched" or any(
         (run.environment or {}).get("device", "cpu") != "cpu" for run in runs
@@ -185,6 +201,7 @@ def pair_results(
             loss,
             holm_p,
             common.dropped,
+            common.dropped_seeds,
             tuple(
                 PairAtRate(common.runs[a, common.seeds[0], point].rate, point[0], test)
                 for point, test in zip(common.points, each, strict=True)

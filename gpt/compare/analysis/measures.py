@@ -4,14 +4,15 @@ common_runs   the runs that arms share: every arm has every seed at every point
 lost_runs     runs without a result, as if they had ended at their best and at their worst
 OF_RUNS       a measure of one arm's runs with one seed
 measure       values and differences by seed -> interval and p
-measured      all of these, for a contrast
+measured      all of these, for a contrast; or an Unmeasured, with the reason
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,11 +22,13 @@ from gpt.compare.analysis.outcomes import Outcome, column_value
 from gpt.compare.analysis.results import (
     SIGNS,
     SearchResult,
+    Unmeasured,
     signed_sum,
 )
 from gpt.compare.analysis.statistics import (
     Interval,
     Sensitivity,
+    at_least,
     fraction_interval,
     lr50,
     lr_sensitivity,
@@ -35,6 +38,9 @@ from gpt.compare.analysis.statistics import (
 )
 from gpt.compare.grid import Contrast
 
+MOST_LOST = 6  # lost runs of a contrast; with more, its interval is unbounded
+ROUNDING = 1e-12  # a difference smaller than this part of its terms is 0
+
 Point = tuple[str, float | None]  # setting, learning rate; None if each arm has its own
 
 
@@ -43,13 +49,15 @@ class CommonRuns:
     """The runs that arms have in common: every arm has every seed at every point.
 
     Attributes:
-        dropped: points at which some arm lacks some seed.
+        dropped: how many points are left out.
+        dropped_seeds: how many seeds that all arms have are left out.
         runs: (arm, seed, point) -> its outcome.
     """
 
     seeds: list[int]
     points: list[Point]
     dropped: int
+    dropped_seeds: int
     runs: dict[tuple[str, int, Point], Outcome]
 
     def of(self, arm: str, seed: int, setting: str | None = None) -> list[Outcome]:
@@ -57,14 +65,27 @@ class CommonRuns:
         points = [point for point in self.points if setting in (None, point[0])]
         return [self.runs[arm, seed, point] for point in points]
 
+    def compared(self, arms: Sequence[str]) -> list[Outcome]:
+        """All runs that are compared."""
+        return [run for arm in arms for seed in self.seeds for run in self.of(arm, seed)]
+
 
 def common_runs(
-    arms: Sequence[str], outcomes: Sequence[Outcome], *, own_rates: bool = False
+    arms: Sequence[str],
+    outcomes: Sequence[Outcome],
+    *,
+    own_rates: bool = False,
+    slope: bool = False,
 ) -> CommonRuns | None:
     """The runs that the arms share; None if there are none.
 
+    While some arm lacks a run, the seed or the point that lacks the largest part of its runs is
+    left out: one incomplete seed does not remove the points that all others have.
+
     Args:
         own_rates: whether each arm has a rate of its own, so that rates need not agree.
+        slope: whether to keep a rate in all settings or in none: one that only some of them have
+            would change a slope over the settings.
     """
     runs: dict[tuple[str, int, Point], Outcome] = {
         (o.cell.arm, o.seed, (o.cell.setting_text, None if own_rates else o.rate)): o
@@ -72,12 +93,30 @@ def common_runs(
         if o.cell.arm in arms
     }
     every = list(dict.fromkeys(point for _, _, point in runs))
-    by_arm = [{seed for arm, seed, _ in runs if arm == name} for name in arms]
-    seeds = sorted(set.intersection(*by_arm))
-    points = [p for p in every if all((arm, seed, p) in runs for arm in arms for seed in seeds)]
-    if not seeds or not points:
+    seeds = sorted(set.intersection(*({s for arm, s, _ in runs if arm == a} for a in arms)))
+    units: dict[Hashable, list[Point]] = {point: [point] for point in every}
+    if slope:
+        settings = list(dict.fromkeys(setting for setting, _ in every))
+        units = {rate: [(setting, rate) for setting in settings] for _, rate in every}
+    lacking = {
+        (seed, unit)
+        for unit, points in units.items()
+        for seed in seeds
+        if not all((arm, seed, point) in runs for arm in arms for point in points)
+    }
+    kept, used = dict.fromkeys(seeds), dict.fromkeys(units)
+    while lacking:
+        (seed, of_seed), *_ = Counter(seed for seed, _ in lacking).most_common(1)
+        (unit, of_unit), *_ = Counter(unit for _, unit in lacking).most_common(1)
+        if of_seed / len(used) > of_unit / len(kept):
+            del kept[seed]
+        else:
+            del used[unit]
+        lacking = {(s, u) for s, u in lacking if s in kept and u in used}
+    points = [point for unit in used for point in units[unit]]
+    if not kept or not points:
         return None
-    return CommonRuns(seeds, points, len(every) - len(points), runs)
+    return CommonRuns([*kept], points, len(every) - len(points), len(seeds) - len(kept), runs)
 
 
 @dataclass(frozen=True)
@@ -115,7 +154,7 @@ OF_RUNS: dict[str, Callable[[str], OfRuns]] = {
     "loss": lambda _: _mean_of(lambda run: run.loss),
     "sensitivity": lambda _: lambda runs: sensitivity(runs).value,
     "column": lambda column: _mean_of(lambda run: _number(run, column)),
-    "log_column": lambda column: _mean_of(lambda run: _log(_number(run, column))),
+    "log_column": lambda column: _mean_of(lambda run: math.log(_number(run, column))),
 }
 
 
@@ -153,8 +192,8 @@ def measured(
     outcomes: Sequence[Outcome],
     searches: Sequence[SearchResult],
     alpha: float,
-) -> tuple[CommonRuns, Measured] | None:
-    """A contrast's measure and the runs that it is from; None where it cannot be computed.
+) -> tuple[CommonRuns, Measured] | Unmeasured:
+    """A contrast's measure and the runs that it is from; or why it cannot be computed.
 
     Args:
         alpha: the interval is at 1 - alpha.
@@ -165,13 +204,17 @@ def measured(
         contrast.arms,
         [*included, *(worst for _, worst in lost)],
         own_rates=bool(contrast.rates) or contrast.measure == "log_threshold",
+        slope=bool(contrast.slope),
     )
     if common is None:
-        return None
-    if contrast.column is not None and any(
-        column_value(outcome, contrast.column) is None for outcome in common.runs.values()
-    ):
-        return None
+        return Unmeasured(wording.NOTHING_IN_COMMON)
+    if contrast.slope and len(set(_axis(contrast.slope, common).values())) < 2:
+        return Unmeasured(wording.one_value_text(contrast.slope))
+    if contrast.column is not None:
+        for run in common.compared(contrast.arms):
+            value = column_value(run, contrast.column)
+            if value is None or (contrast.measure == "log_column" and value <= 0):
+                return Unmeasured(wording.no_value_text(run.cell.id, contrast.column, value))
     return common, measure(contrast, common, lost, searches, alpha)
 
 
@@ -184,8 +227,8 @@ def measure(
 ) -> Measured:
     """The contrast's measure; with lost runs, valid whatever their results would have been.
 
-    The interval covers those of the lowest and of the highest possible value. With one lost run, no
-    value in between has an interval outside it: an interval's width is convex in each value.
+    The interval covers those of all choices of each lost run's best or worst. No value in between
+    has an interval outside it: an interval's width is convex in each value.
 
     Args:
         alpha: the interval is at 1 - alpha.
@@ -203,25 +246,47 @@ def measure(
     }
     if not here:
         return _mean_difference(contrast, common, of, alpha)
-    weights = _weights(contrast, common)
-    signs = dict(zip(contrast.arms, SIGNS, strict=False))
-
-    def at(end: int) -> Measured:
-        runs = {
-            (arm, seed, point): pair[end * signs[arm] * weights[point[0]] > 0]
-            for (arm, seed, point), pair in here.items()
-        }
-        return _mean_difference(contrast, replace(common, runs={**common.runs, **runs}), of, alpha)
-
-    low, high = at(-1), at(1)
-    values = [signed_sum(each.values) for each in (low, high)]
-    both = [m.interval for m in (low, high) if m.interval is not None]
+    few = len(here) <= MOST_LOST
+    choices = [*itertools.product((0, 1), repeat=len(here))] if few else []
+    possible = []
+    for choice in (*choices, *_extremes(contrast, common, [*here])):
+        chosen = {key: pair[end] for (key, pair), end in zip(here.items(), choice, strict=True)}
+        runs = {**common.runs, **chosen}
+        possible.append(_mean_difference(contrast, replace(common, runs=runs), of, alpha))
+    low, high = possible[-2:]
+    values = signed_sum(low.values), signed_sum(high.values)
+    interval = None
+    if low.interval is not None:
+        intervals = [each.interval for each in possible if each.interval is not None]
+        interval = Interval(min(i.low for i in intervals), max(i.high for i in intervals))
+        interval = interval if few else Interval(-math.inf, math.inf)
+    crossed = any(values[0] <= margin <= values[1] for margin in _margins(contrast))
     return Measured(
         values=[(a + b) / 2 for a, b in zip(low.values, high.values, strict=True)],
-        interval=Interval(min(i.low for i in both), max(i.high for i in both)) if both else None,
-        p=max(m.p for m in (low, high) if m.p is not None),
+        interval=interval,
+        p=1.0 if crossed else max(each.p for each in possible if each.p is not None),
         bounds=(wording.lost_text(contrast, len(here), *values),),
+        by_seed={
+            seed: tuple((a + b) / 2 for a, b in zip(lows, high.by_seed[seed], strict=True))
+            for seed, lows in low.by_seed.items()
+        },
     )
+
+
+def _extremes(
+    contrast: Contrast, common: CommonRuns, keys: Sequence[tuple[str, int, Point]]
+) -> list[tuple[int, ...]]:
+    """Each lost run's end, best (0) or worst (1), at which the contrast is lowest; and highest."""
+    weights = _weights(contrast, common)
+    signs = dict(zip(contrast.arms, SIGNS, strict=False))
+    return [
+        tuple(int(end * signs[arm] * weights[point[0]] > 0) for arm, _, point in keys)
+        for end in (-1, 1)
+    ]
+
+
+def _margins(contrast: Contrast) -> tuple[float, ...]:
+    return (contrast.margin, -contrast.margin)[: 2 if contrast.claim == "within" else 1]
 
 
 def _number(run: Outcome, column: str) -> float:
@@ -230,21 +295,22 @@ def _number(run: Outcome, column: str) -> float:
     return value
 
 
-def _log(value: float) -> float:
-    return math.log(value) if value > 0 else -math.inf
-
-
 def _weights(contrast: Contrast, common: CommonRuns) -> dict[str, float]:
     """Setting -> its weight: in the mean, or in the least-squares slope over the log of an axis."""
-    settings = {
-        setting: next(o.cell.varied for (_, _, p), o in common.runs.items() if p[0] == setting)
-        for setting, _ in common.points
-    }
     if not contrast.slope:
+        settings = dict.fromkeys(setting for setting, _ in common.points)
         return dict.fromkeys(settings, 1 / len(settings))
-    x = np.log([float(varied[contrast.slope]) for varied in settings.values()])
+    values = _axis(contrast.slope, common)
+    x = np.log([*values.values()])
     x -= x.mean()
-    return dict(zip(settings, (x / (x @ x)).tolist(), strict=True))
+    weights = np.where(abs(x) < ROUNDING, 0.0, x / (x @ x))
+    return dict(zip(values, weights.tolist(), strict=True))
+
+
+def _axis(axis: str, common: CommonRuns) -> dict[str, float]:
+    """Setting -> its value of an axis."""
+    varied = {point[0]: run.cell.varied for (_, _, point), run in common.runs.items()}
+    return {setting: float(varied[setting][axis]) for setting, _ in common.points}
 
 
 def _mean_difference(contrast: Contrast, common: CommonRuns, of: OfRuns, alpha: float) -> Measured:
@@ -256,16 +322,25 @@ def _mean_difference(contrast: Contrast, common: CommonRuns, of: OfRuns, alpha: 
         ]
         for name in contrast.arms
     ]
-    differences = [signed_sum(values) for values in zip(*by_arm, strict=True)]
-    values = [float(np.mean(by_seed)) for by_seed in by_arm]
-    if contrast.measure == "failure" and not contrast.slope:
-        interval = fraction_interval(differences, len(common.points), len(contrast.arms) / 2, alpha)
+    by_seed = dict(zip(common.seeds, zip(*by_arm, strict=True), strict=True))
+    differences = [_difference(values) for values in by_seed.values()]
+    if contrast.measure == "failure":
+        scale = sum(map(abs, weights.values()))
+        scaled = [difference / scale for difference in differences]
+        limit = len(contrast.arms) / 2
+        interval = fraction_interval(scaled, len(common.points), limit, alpha)
+        interval = interval and Interval(scale * interval.low, scale * interval.high)
     else:
         interval = mean_interval(differences, alpha)
-    margins = (contrast.margin, -contrast.margin)[: 2 if contrast.claim == "within" else 1]
-    p = max(sign_flip_p([value - margin for value in differences]) for margin in margins)
-    by_seed = dict(zip(common.seeds, zip(*by_arm, strict=True), strict=True))
+    p = max(sign_flip_p([d - margin for d in differences]) for margin in _margins(contrast))
+    values = [float(np.mean(of_arm)) for of_arm in by_arm]
     return Measured(values, interval, p, by_seed=by_seed)
+
+
+def _difference(values: Sequence[float]) -> float:
+    """The signed sum of a seed's values; 0 if it is only their rounding."""
+    found = signed_sum(values)
+    return 0.0 if abs(found) < ROUNDING * max(map(abs, values)) else found
 
 
 def _log_lr50(contrast: Contrast, common: CommonRuns, alpha: float) -> Measured:
@@ -302,38 +377,47 @@ def _log_lr50(contrast: Contrast, common: CommonRuns, alpha: float) -> Measured:
 def _log_threshold(
     contrast: Contrast, common: CommonRuns, searches: Sequence[SearchResult], alpha: float
 ) -> Measured:
-    """The mean of the logs of thresholds, or of their bounds, which open the interval."""
-    of_arms = {
-        (each.arm, each.seed, each.setting): each for each in searches if each.arm in contrast.arms
+    """The mean of the logs of thresholds, or of their bounds, which open the interval.
+
+    A threshold may lie anywhere between the two rates that bracket it. That is noise if seeds
+    differ by more than a bracket, but if they agree, all may err on the same side: so the interval
+    is never narrower than the brackets, on average over the seeds.
+    """
+    settings = _weights(contrast, common)
+    compared = {
+        (each.arm, each.seed, each.setting): each
+        for each in searches
+        if each.arm in contrast.arms and each.seed in common.seeds and each.setting in settings
     }
 
     def of(runs: Sequence[Outcome]) -> float:
         (run,) = runs  # one of those of a search
-        rate = of_arms[run.cell.arm, run.seed, run.cell.setting_text].rate
+        rate = compared[run.cell.arm, run.seed, run.cell.setting_text].rate
         assert rate is not None, "a search with a result has a bound"
         return math.log(rate)
 
-    settings = {setting for setting, _ in common.points}
-    bounds = {
-        name: [
-            found.bound
-            for (arm, seed, setting), found in of_arms.items()
-            if arm == name and seed in common.seeds and setting in settings
-        ]
+    lost = [each for each in searches if each.arm in contrast.arms and each.is_lost]
+    of_arm = {
+        name: [each.bound for each in (*compared.values(), *lost) if each.arm == name]
         for name in contrast.arms
     }
     found = _mean_difference(contrast, common, of, alpha)
     signed = list(zip(contrast.arms, SIGNS, strict=False))
     reach = _reach(
-        [bound for name, sign in signed if sign > 0 for bound in bounds[name]],
-        [bound for name, sign in signed if sign < 0 for bound in bounds[name]],
+        [bound for name, sign in signed if sign > 0 for bound in of_arm[name]],
+        [bound for name, sign in signed if sign < 0 for bound in of_arm[name]],
         slope=bool(contrast.slope),
     )
+    resolution = sum(
+        abs(settings[each.setting]) * math.log(each.high / each.low) / 2
+        for each in compared.values()
+        if each.low is not None and each.high is not None
+    ) / len(common.seeds)
     return replace(
         found,
-        interval=found.interval and _opened(found.interval, reach),
-        bounds=wording.search_notes([*of_arms.values()]),
-        reach=_reaches(contrast, bounds),
+        interval=found.interval and _opened(at_least(found.interval, resolution), reach),
+        bounds=wording.search_notes([*compared.values(), *lost]),
+        reach=_reaches(contrast, of_arm),
     )
 
 

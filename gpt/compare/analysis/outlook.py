@@ -13,9 +13,10 @@ from gpt.compare.grid import Claim
 
 MOST_SEEDS = 1_000
 NO_SEEDS = (
-    "How many seeds would settle it cannot be estimated, because the measure has no value for each "
-    "seed. More rates near the thresholds may help more than seeds."
+    "How many seeds would settle it cannot be estimated, because the measure has no value, or only "
+    "a bound, for some seed. More rates near the thresholds may help more than seeds."
 )
+REPEAT = "Run the same command again: it repeats the lost runs."
 
 
 def fewest_seeds(alpha: float) -> int:

@@ -16,11 +16,14 @@ from gpt.compare.analysis.matching import Match
 from gpt.compare.analysis.statistics import Interval, McNemar, PairedDifference, Threshold
 from gpt.compare.search import Bound
 
-VERSION = 5  # of summary.json; raised when its keys change
+VERSION = 6  # of summary.json; raised when its keys change
 
 SIGNS = (1, -1, -1, 1)  # of the arms in (a - b) - (c - d)
 
 Answer = Literal["supported", "contradicted", "open"]
+
+# Whether a comparison stops after its first stage ("answered"), or why it runs the second.
+Decision = Literal["undecided", "answered", "open", "a run was lost", "the second has results"]
 
 
 def signed_sum(values: Sequence[float]) -> float:
@@ -133,6 +136,11 @@ class SearchResult:
     ended: str
 
     @property
+    def is_lost(self) -> bool:
+        """Whether its first run was tried and has no result."""
+        return self.rate is None and self.runs > 0
+
+    @property
     def label(self) -> str:
         """As `ArmSummary.label`."""
         return f"{self.arm} ({self.setting})" if self.setting else self.arm
@@ -145,8 +153,8 @@ class ContrastResult:
     Attributes:
         parts: a - b, and c - d.
         bounds: which thresholds and lost runs are only bounded or in doubt, in words. With lost
-            runs, `parts` and `value` are halfway between those with each at its best and at its
-            worst, `interval` covers both intervals, and `p` is the larger.
+            runs, `parts`, `value` and `by_seed` are halfway between their lowest and highest
+            possible values, `interval` covers all possible intervals, and `p` is the largest.
         reach: for each part, "at least", "at most" or "unknown" if only bounds are known; else "".
         value, interval: in the unit of `Contrast.margin`. The interval is at 1 - alpha.
         alpha: the level of the test, 0.05 unless the comparison has two stages.
@@ -158,6 +166,7 @@ class ContrastResult:
         learned: whether any of its runs is not plateaued; if all are, the answer is open.
         late: what was not registered before any result, in words; empty if everything was.
         dropped: combinations of setting and rate left out because an arm or a seed has no run.
+        dropped_seeds: seeds left out because they lack a run.
         by_seed: seed -> the measure of each of its arms; empty for log_lr50.
         outlook: if the answer is open, how many seeds would settle it, in words; else empty.
     """
@@ -179,6 +188,7 @@ class ContrastResult:
     learned: bool
     seeds: int
     dropped: int
+    dropped_seeds: int
     by_seed: dict[int, tuple[float, ...]]
     outlook: str
 
@@ -186,6 +196,17 @@ class ContrastResult:
     def differences(self) -> dict[int, float]:
         """Seed -> its value of the contrast."""
         return {seed: signed_sum(values) for seed, values in self.by_seed.items()}
+
+
+@dataclass(frozen=True)
+class Unmeasured:
+    """A contrast that cannot be computed.
+
+    Attributes:
+        why: a clause.
+    """
+
+    why: str
 
 
 @dataclass(frozen=True)
@@ -203,7 +224,7 @@ class PairResult:
 
     Attributes:
         holm_p: the loss's p, corrected for the number of pairs.
-        dropped: as in `ContrastResult`.
+        dropped, dropped_seeds: as in `ContrastResult`.
     """
 
     a: str
@@ -211,6 +232,7 @@ class PairResult:
     loss: PairedDifference
     holm_p: float
     dropped: int
+    dropped_seeds: int
     by_rate: tuple[PairAtRate, ...]
 
 

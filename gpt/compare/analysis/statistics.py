@@ -57,6 +57,16 @@ def mean_interval(values: Sequence[float], alpha: float = ALPHA) -> Interval | N
     return Interval(mean - half, mean + half)
 
 
+def at_least(interval: Interval, half: float) -> Interval:
+    """An interval, or one of this half width about its middle, whichever is wider.
+
+    For values that are known only to within `half`, on average. If their spread is larger, that is
+    part of it; if they agree, all may err on the same side (benchmarks/intervals.py).
+    """
+    middle = (interval.low + interval.high) / 2
+    return Interval(min(interval.low, middle - half), max(interval.high, middle + half))
+
+
 def fraction_interval(
     differences: Sequence[float], runs: int = 1, limit: float = 1.0, alpha: float = ALPHA
 ) -> Interval | None:
@@ -85,10 +95,12 @@ def fraction_interval(
 def sign_flip_p(differences: Sequence[float]) -> float:
     """Two-sided p-value of the mean difference, over all 2^n choices of signs (Fisher 1935).
 
-    The hypothesis is that each difference is symmetric about 0. Exact for up to 16 differences;
-    from 99,999 random choices of signs for more.
+    The hypothesis is that each difference is symmetric about 0. Exact for up to 16 differences, and
+    if all have the same sign; else from 99,999 random choices of signs.
     """
     n = len(differences)
+    if min(differences) > 0 or max(differences) < 0:
+        return least_p(n)
     if n == 1:
         return 1.0  # both choices of its sign are equally extreme
     result = stats.permutation_test(
@@ -427,6 +439,8 @@ def _log_span(
     seeds: Sequence[Runs], chosen: NDArray[np.int_], weight: float
 ) -> tuple[float, float]:
     """The range of weight * log `lr50` of resampled seeds: the bracket around the fit."""
+    if weight == 0:  # an open end would not be a number
+        return 0.0, 0.0
     found = _lr50(tuple(sorted(run for seed in chosen for run in seeds[seed])))
     fit, half = math.log(found.rate), 0.0
     if found.low is not None and found.high is not None:

@@ -19,10 +19,11 @@ from gpt.compare.analysis.outcomes import Outcome
 from gpt.compare.analysis.results import (
     ArmSummary,
     AtRate,
+    ContrastResult,
     Summary,
 )
 from gpt.compare.analysis.searches import search_results
-from gpt.compare.analysis.stages import level, stopped
+from gpt.compare.analysis.stages import decide, level
 from gpt.compare.analysis.statistics import (
     Interval,
     Runs,
@@ -63,8 +64,8 @@ def summarize(
         if any(o.verdict is not None for o in group)
     )
     searches = search_results(grid, outcomes)
-    stop = stopped(grid, outcomes)
-    alpha = level(grid.first_stage, stop)
+    decision = None if grid.first_stage is None else decide(grid, outcomes)
+    alpha = level(grid.first_stage, decision)
     contrasts = contrast_results(grid, outcomes, searches, registered, alpha, workers)
     return Summary(
         title=grid.title,
@@ -74,16 +75,16 @@ def summarize(
         unigram_entropy=ended[0].unigram_entropy,
         arms=arms,
         searches=searches,
-        contrasts=contrasts,
+        contrasts=tuple(c if isinstance(c, ContrastResult) else None for c in contrasts),
         pairs=pair_results(grid.pairs, ended),
         match=match(outcomes),
         registered=registered.text,
-        stages=wording.stages_text(grid.first_stage, stop, alpha) if grid.first_stage else "",
+        stages=wording.stages_text(len(grid.first_seeds), decision, alpha) if decision else "",
         conclusions=wording.conclusions(
             contrasts,
             grid.contrasts,
             _widest_failures(
-                arms, [c for n, c in enumerate(grid.contrasts) if n not in registered.late]
+                arms, ended, [c for n, c in enumerate(grid.contrasts) if n not in registered.late]
             ),
             searches,
         ),
@@ -183,20 +184,27 @@ def _at_rate(rate: float, outcomes: Sequence[Outcome]) -> AtRate:
 
 
 def _widest_failures(
-    arms: Sequence[ArmSummary], contrasts: Sequence[Contrast]
+    arms: Sequence[ArmSummary], outcomes: Sequence[Outcome], contrasts: Sequence[Contrast]
 ) -> wording.Failures | None:
-    """Failures where the arms differ most; None if there is no result at the rates compared."""
-    contrasted = [name for contrast in contrasts for name in contrast.arms]
-    names = list(dict.fromkeys(contrasted or [arm.arm for arm in arms]))
-    registered = {float(rate) for contrast in contrasts for rate in contrast.at.get(RATE, ())}
+    """Failures where the arms differ most; None if no two arms ran at the same rate and setting.
+
+    Args:
+        contrasts: whose runs count; all runs if there are none.
+    """
+    included = {
+        (o.cell.arm, o.rate, o.cell.setting_text)
+        for o in outcomes
+        if not contrasts or any(contrast.includes(o.cell) for contrast in contrasts)
+    }
     points: dict[tuple[float, str], dict[str, AtRate]] = {}
     for arm in arms:
         for at in arm.by_rate:
-            if arm.arm in names and (not registered or at.rate in registered):
+            if (arm.arm, at.rate, arm.setting) in included:
                 points.setdefault((at.rate, arm.setting), {})[arm.arm] = at
+    points = {key: by_arm for key, by_arm in points.items() if len(by_arm) > 1}
     if not points:
         return None
-    everywhere = [at for by_arm in points.values() for at in by_arm.values()]
+    first = contrasts[0].of if contrasts else [arm.arm for arm in arms[:2]]
 
     def spread(by_arm: dict[str, AtRate], of: Sequence[str]) -> float:
         fractions = [by_arm[name].failures / by_arm[name].n for name in of if name in by_arm]
@@ -205,15 +213,15 @@ def _widest_failures(
     def difference(key: tuple[float, str]) -> tuple[float, float, int]:
         by_arm = points[key]
         failures = sum(at.failures for at in by_arm.values())
-        return spread(by_arm, names[:2]), spread(by_arm, names), failures
+        return spread(by_arm, first), spread(by_arm, [*by_arm]), failures
 
     rate, setting = max(points, key=difference)
     return wording.Failures(
         rate=rate,
         setting=setting,
         by_arm=points[rate, setting],
-        differ=spread(points[rate, setting], names) > 0,
-        registered=bool(registered),
+        differ=any(spread(by_arm, [*by_arm]) > 0 for by_arm in points.values()),
+        registered=bool(contrasts) and all(RATE in contrast.at for contrast in contrasts),
         only=len(points) == 1,
-        fewest=min(everywhere, key=lambda at: at.n),
+        fewest=min((at for by in points.values() for at in by.values()), key=lambda at: at.n),
     )

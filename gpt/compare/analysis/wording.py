@@ -17,8 +17,11 @@ from gpt.compare.analysis.results import (
     ArmSummary,
     AtRate,
     ContrastResult,
+    Decision,
+    PairResult,
     SearchResult,
     Summary,
+    Unmeasured,
 )
 from gpt.compare.analysis.statistics import MIN_SEEDS, Interval, Threshold, least_p, wilson
 from gpt.compare.grid import Contrast, Grid, Measure, Search, as_text
@@ -211,15 +214,20 @@ def level_text(alpha: float) -> str:
     return f"{100 * (1 - alpha):.3g}%"
 
 
-def stages_text(first_stage: int, stop: bool | None, alpha: float) -> str:
-    """Whether a comparison stopped after its first stage; `stop` None: that is not known yet."""
-    if stop is None:
-        return f"The first stage of {first_stage} seeds has not ended."
-    stopped, seeds = ("Stopped", "all") if stop else ("Not stopped", "not all")
+def stages_text(first_stage: int, decision: Decision, alpha: float) -> str:
+    """Whether a comparison stopped after its first stage, and why."""
+    stage = f"the first stage of {first_stage} seeds"
+    if decision == "undecided":
+        return f"{stage.capitalize()} has not ended."
+    why = {
+        "answered": f"Stopped after {stage}, which answered the first contrast",
+        "open": f"Not stopped after {stage}, which left the first contrast open",
+        "a run was lost": f"Not stopped after {stage}, in which a run was lost",
+        "the second has results": f"Not stopped after {stage}: later seeds had run before its end",
+    }[decision]
     return (
-        f"{stopped} after the first stage of {first_stage} seeds, as registered: {seeds} of them "
-        "have a difference in the first contrast on the same side of its margin. So an answer "
-        f"needs a p of at most {alpha:.2g}, and has a {level_text(alpha)} interval."
+        f"{why}. So an answer needs a p of at most {alpha:.2g}, and has a {level_text(alpha)} "
+        "interval."
     )
 
 
@@ -315,12 +323,28 @@ def _rate(rate: float | None) -> str:
     return "none" if rate is None else f"{rate:.4g}"
 
 
+NOTHING_IN_COMMON = "its arms have no runs in common, with the same seed, rate and setting"
+
+
+def one_value_text(axis: str) -> str:
+    """Why there is no slope."""
+    return f"its arms have runs in common at only one value of {axis}"
+
+
+def no_value_text(cell: str, column: str, value: float | None) -> str:
+    """Why a contrast of a column cannot be computed: a run has no value, or no logarithm of it."""
+    what = "has no value" if value is None else f"has the value {value:g}, which has no logarithm,"
+    return f"{cell} {what} in column {column}"
+
+
 def search_notes(searches: Sequence[SearchResult]) -> tuple[str, ...]:
     """Which searches found only a bound, and in how many a run above the threshold trained."""
     notes = []
     for each in searches:
         if each.bound or not each.ended:
             why = each.ended or "it has not ended"
+            if each.bound == "unclear" and None not in (each.low, each.high):
+                why = "no run trained below the lowest rate that failed"
             notes.append(f"{each.label}, seed {each.seed}: {search_text(each)}, because {why}")
     checked = [each for each in searches if each.monotone is not None]
     odd = sum(not each.monotone for each in checked)
@@ -339,7 +363,7 @@ class Failures(NamedTuple):
     Attributes:
         rate, setting: where the first two arms differ most; in a tie, all arms.
         differ: whether the arms differ anywhere in their fraction of failed runs.
-        registered: whether contrasts register rates for all their arms; if so, only those count.
+        registered: whether all contrasts register rates.
         only: whether there was no other rate and setting to choose.
         fewest: the arm and rate with the fewest runs.
     """
@@ -354,24 +378,19 @@ class Failures(NamedTuple):
 
 
 def conclusions(
-    results: Sequence[ContrastResult | None],
+    results: Sequence[ContrastResult | Unmeasured],
     contrasts: Sequence[Contrast],
     failures: Failures | None,
     searches: Sequence[SearchResult] = (),
 ) -> tuple[str, ...]:
     """The answer to each registered contrast, and where arms differ most or what searches found."""
     answers = [
-        f"{ANSWERS['open'][0]}: this contrast cannot be computed: {_missing(contrast)}."
-        if result is None
+        f"{ANSWERS['open'][0]}: this contrast cannot be computed: {result.why}."
+        if isinstance(result, Unmeasured)
         else _contrast_sentence(result, contrast)
         for result, contrast in zip(results, contrasts, strict=True)
     ]
     return *answers, _searches_sentence(searches) if searches else _failures_sentence(failures)
-
-
-def _missing(contrast: Contrast) -> str:
-    column = "" if contrast.column is None else f" and a value of {contrast.column}"
-    return f"its arms have no rate in common at which every seed has a result{column}"
 
 
 def _contrast_sentence(result: ContrastResult, contrast: Contrast) -> str:
@@ -404,8 +423,8 @@ def finding(result: ContrastResult, contrast: Contrast) -> str:
 def because(result: ContrastResult) -> str:
     """Why a contrast has its answer, what limits it, and whether it is exploratory."""
     notes = [*result.bounds]
-    if result.dropped:
-        notes.append(f"{dropped_text(result.dropped)} left out: an arm or a seed has no run there")
+    if result.dropped or result.dropped_seeds:
+        notes.append(dropped_text(result))
     noted = f" ({'; '.join(notes)})" if notes else ""
     meaning = f"{ANSWERS[result.answer][1].capitalize()}, because {result.why}{noted}."
     exploratory = "" if result.confirmatory else EXPLORATORY
@@ -423,10 +442,18 @@ def lost_text(contrast: Contrast, count: int, low: float, high: float) -> str:
     return f"{count} run{'' if one else 's'} without a result {counted}: {values}"
 
 
-def dropped_text(count: int) -> str:
-    """`1 combination of setting and rate is`."""
-    one = count == 1
-    return f"{count} combination{'' if one else 's'} of setting and rate {'is' if one else 'are'}"
+def dropped_text(result: ContrastResult | PairResult) -> str:
+    """`1 combination of setting and rate and 2 seeds are left out, because runs are missing`."""
+    counted = [
+        f"{count} {what}{'' if count == 1 else 's'}{rest}"
+        for count, what, rest in (
+            (result.dropped, "combination", " of setting and rate"),
+            (result.dropped_seeds, "seed", ""),
+        )
+        if count
+    ]
+    one = result.dropped + result.dropped_seeds == 1
+    return f"{' and '.join(counted)} {'is' if one else 'are'} left out, because runs are missing"
 
 
 def _change(number: str, reach: str) -> str:
@@ -466,7 +493,7 @@ def _searches_sentence(searches: Sequence[SearchResult]) -> str:
 
 def _failures_sentence(found: Failures | None) -> str:
     if found is None:
-        return "None of the contrasts' arms has a result at the rates compared."
+        return "No two arms ran at the same rate, so their failures cannot be compared."
     if not any(at.failures for at in found.by_arm.values()):
         fewest = found.fewest
         return f"No run failed: {failures_text(fewest)} at each rate."
@@ -480,7 +507,7 @@ def _failures_sentence(found: Failures | None) -> str:
     if found.only:
         chosen = f", the only rate {'registered' if found.registered else 'tried'}"
     elif found.registered:
-        chosen = ", where the arms differ most among the rates registered for every arm"
+        chosen = ", where the arms differ most among the registered rates"
     else:
         chosen = ", chosen after the runs because the arms differ most there"
     return f"At rate {found.rate:g}{where}{chosen}, {'; '.join(counts)}."
