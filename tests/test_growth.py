@@ -153,6 +153,33 @@ def test_results_that_were_deleted_have_been_seen(run_grid: Any, tmp_path: Path)
     assert late(tmp_path / "small") == ["it includes 2 cells added when results were known"]
 
 
+def test_an_addition_that_was_not_carried_out_is_forgotten(
+    run_grid: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The extension is killed before it writes its grid; the old command runs again."""
+    assert run_grid()[0] == 0
+    write, directory = comparison.write_text, tmp_path / "small"
+
+    def killed(path: Path, text: str) -> None:
+        if path.name == "grid.yaml":
+            raise KeyboardInterrupt
+        write(path, text)
+
+    asked = [LOSS, {**LOSS, "of": ["deepnorm", "pre"], "measure": "failure"}]
+    changes = {"contrasts": asked, "seeds": 3}
+    monkeypatch.setattr(comparison, "write_text", killed)
+    code, _, error = run_grid("--extend", **changes)
+    assert code == 130, error
+    assert registration.read_registration(directory).additions  # type: ignore[union-attr]
+    monkeypatch.setattr(comparison, "write_text", write)
+    assert run_grid()[0] == 0
+    assert registration.read_registration(directory).additions == []  # type: ignore[union-attr]
+    assert late(directory) == [""]
+    assert run_grid("--extend", **changes)[0] == 0
+    (added,) = registration.read_registration(directory).additions  # type: ignore[union-attr]
+    assert (len(added.cells), added.contrasts, added.results) == (2, 1, 4)
+
+
 def test_a_start_that_was_killed_after_it_registered_is_repeated(run_grid: Any, tmp_path: Path):
     assert run_grid(out="other")[0] == 0
     (tmp_path / "small").mkdir()

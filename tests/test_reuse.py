@@ -11,7 +11,7 @@ import pytest
 from test_growth import late, results
 
 from gpt.cli.common import StopSignals
-from gpt.compare import comparison
+from gpt.compare import comparison, registration
 from gpt.compare.comparison import read_comparison
 from gpt.compare.reuse import copy_run
 from gpt.run.directory import RunDirectory
@@ -97,6 +97,34 @@ def test_a_stop_while_copying_makes_no_report(
     assert run_grid("--reuse", tmp_path / "one", out="two")[0] == 75
     assert len(copied) == 2
     assert not (tmp_path / "two/summary.json").exists()
+
+
+@pytest.mark.parametrize("grown", [False, True])
+def test_runs_that_were_not_copied_are_not_said_to_be(
+    run_grid: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grown: bool
+):
+    """The start that copies is killed after its first copy; the next one trains the others."""
+    assert run_grid("--seeds", "0:4", out="source")[0] == 0
+    if grown:
+        assert run_grid(out="grown")[0] == 0
+    copy, copied = comparison.copy_run, []
+
+    def killed(run: Path, *others: Any) -> None:
+        if copied:
+            raise KeyboardInterrupt
+        copied.append(run)
+        copy(run, *others)
+
+    flags = ("--seeds", "0:4", *(["--extend"] * grown))
+    monkeypatch.setattr(comparison, "copy_run", killed)
+    assert run_grid(*flags, "--reuse", tmp_path / "source", out="grown")[0] == 130
+    monkeypatch.setattr(comparison, "copy_run", copy)
+    assert run_grid("--seeds", "0:4", out="grown")[0] == 0
+    found = registration.read_registration(tmp_path / "grown")
+    assert found is not None
+    said = {bool(each.source): len(each.cells) for each in found.additions}
+    assert said == ({True: 1, False: 3} if grown else {True: 1})
+    assert late(tmp_path / "grown")[0].startswith("it includes 1 cell copied with results from")
 
 
 def test_growing_by_copies_says_so(run_grid: Any, tmp_path: Path):

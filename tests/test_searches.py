@@ -159,7 +159,7 @@ def test_a_search_grows_by_arms_and_seeds_only(tiny: Make, tmp_path: Path, train
     other = load(write(tmp_path / "other.yaml", {**tree(tiny), "seeds": 2, "search": rules}))
     with pytest.raises(InputError, match="only the first rates of new arms can be added"):
         comparison.check_directory(*other, tmp_path / "run", extend=True)
-    added = comparison.check_directory(*more, tmp_path / "run", extend=True)
+    added = comparison.check_directory(*more, tmp_path / "run", extend=True).cells
     assert {cell.config.seed for cell in added} == {1}
     assert trainer.seen == before
     with pytest.raises(InputError, match="--reuse: a search chooses its cells"):

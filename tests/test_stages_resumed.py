@@ -60,18 +60,24 @@ def test_other_arms_run_the_stages_that_the_first_contrast_has(
     assert found.lost == {}
 
 
-@pytest.mark.parametrize("agreeing", [True, False])
-def test_added_seeds_run_in_the_second_stage_alone(
-    tiny: Make, tmp_path: Path, trainer: Trainer, agreeing: bool
+def test_seeds_are_not_added_to_a_comparison_that_has_stopped(
+    tiny: Make, tmp_path: Path, trainer: Trainer
 ):
-    if not agreeing:
-        disagree(trainer)
+    compare(write(tmp_path / "grid.yaml", tree(tiny)), tmp_path / "run")
+    more = load(write(tmp_path / "more.yaml", tree(tiny, seeds=10)))
+    with pytest.raises(InputError, match="its first stage answered the first contrast"):
+        comparison.check_directory(*more, tmp_path / "run", extend=True)
+    assert len(trainer.seen) == 2 * FIRST
+
+
+def test_added_seeds_run_in_the_second_stage(tiny: Make, tmp_path: Path, trainer: Trainer):
+    disagree(trainer)
     compare(write(tmp_path / "grid.yaml", tree(tiny)), tmp_path / "run")
     found = compare(
         write(tmp_path / "more.yaml", tree(tiny, seeds=10)), tmp_path / "run", extend=True
     )
-    assert first_contrast(found).seeds == (FIRST if agreeing else 10)
-    assert first_contrast(found).confirmatory == agreeing
+    assert first_contrast(found).seeds == 10
+    assert not first_contrast(found).confirmatory
     for changes in ({"seeds": [9, *range(9)]}, {"first_stage": 7}, {"first_stage": None}):
         other = load(write(tmp_path / "other.yaml", tree(tiny, **{"seeds": 10, **changes})))
         with pytest.raises(InputError, match="first_stage: neither it nor its seeds can change"):

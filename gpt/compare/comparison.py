@@ -38,7 +38,7 @@ from gpt.compare import grid as grids
 from gpt.compare import registration
 from gpt.compare.analysis.outcomes import NO_RESULT, Outcome, read_outcome
 from gpt.compare.analysis.results import VERSION, Summary
-from gpt.compare.analysis.searches import choose, read_outcomes, write_log
+from gpt.compare.analysis.searches import choose, has_stopped, read_outcomes, write_log
 from gpt.compare.analysis.summary import summarize
 from gpt.compare.estimate import check_affordable, check_cells, estimate
 from gpt.compare.execution.cell_runs import read_lost
@@ -47,6 +47,7 @@ from gpt.compare.execution.tasks import Task, make_tasks
 from gpt.compare.grid import Cell, Grid
 from gpt.compare.init_probes import measure_init_probes, read_init_probes, write_init_probes
 from gpt.compare.messages import describe, format_outcome
+from gpt.compare.registration import Growth
 from gpt.compare.report import write_report
 from gpt.compare.report.cells_csv import csv_text
 from gpt.compare.reuse import copy_run, find_reusable
@@ -100,7 +101,7 @@ def compare(
     check_reuse(grid, reuse)
     check_directory(grid, cells, directory, extend=extend)  # before anything is made
     with lock_directory(directory, f"{directory}: another process runs this comparison"):
-        added = check_directory(grid, cells, directory, extend=extend)
+        growth = check_directory(grid, cells, directory, extend=extend)
         copies = find_reusable(cells, directory, reuse)
         before = directory / "grid.yaml"
         if before.is_file() and read_yaml(before).get("keep_checkpoints"):
@@ -128,9 +129,10 @@ def compare(
             console.say(describe(grid, cells, directory, estimated, tasks, workers, finished))
         elif not copied:
             console.say(f"{directory}: all {len(chosen)} cells have a result; reporting again")
-        trained = [cell for cell in added if cell.id not in copied]
-        registration.register(directory, grid, trained, results)
-        new_arms = {cell.arm for cell in added} - {cell.arm for cell in cells if cell not in added}
+        trained = {cell.id for cell in (*missing, *growth.cells)} - copied
+        registration.register(directory, grid, cells, growth, trained, results)
+        new = {cell.id for cell in growth.cells}
+        new_arms = {cell.arm for cell in growth.cells} - {c.arm for c in cells if c.id not in new}
         if grid.probes and new_arms:
             (directory / "probes.json").unlink(missing_ok=True)  # it lacks the new arms
         write_text(directory / "grid.yaml", grid.to_yaml())
@@ -336,14 +338,14 @@ def read_comparison(directory: Path) -> tuple[Grid, Summary, list[Outcome]]:
 
 def check_directory(
     grid: Grid, cells: Sequence[Cell], directory: Path, *, extend: bool = False
-) -> list[Cell]:
+) -> Growth:
     """Refuse a directory that belongs to something else.
 
     Args:
         extend: whether the grid may add to the directory's grid.
 
     Returns:
-        The cells that are added.
+        What is added.
 
     Raises:
         InputError: it holds another grid, or something that is not a comparison.
@@ -357,7 +359,7 @@ def check_directory(
             raise InputError(
                 f"{directory}: exists and is not a comparison; choose another --out-dir"
             )
-        return []
+        return Growth()
     mine, theirs = yaml.safe_load(grid.to_yaml()), read_yaml(path)
     different = [
         key
@@ -365,7 +367,7 @@ def check_directory(
         if key not in CHANGEABLE and mine.get(key) != theirs.get(key)
     ]
     if not different:
-        return []
+        return Growth()
     holds = f"{directory}: holds a comparison of another grid (different {', '.join(different)})"
     before = grids.load(path)
     try:
@@ -374,13 +376,18 @@ def check_directory(
         raise InputError(
             f"{holds}, and after its runs a grid can only grow: {error};\nchoose another --out-dir"
         ) from None
+    if set(grid.seeds) != set(before[0].seeds) and has_stopped(*before, directory):
+        raise InputError(
+            f"{holds}: its first stage answered the first contrast,\nso more seeds would not run; "
+            "choose another --out-dir"
+        )
     known = {cell.id for cell in before[1]}
     added = [cell for cell in cells if cell.id not in known]
+    growth = Growth(added, len(grid.contrasts) - len(before[0].contrasts))
     if not extend:
-        questions = len(grid.contrasts) - len(before[0].contrasts)
-        more = registration.added_text(len(added), questions) or "the changes"
+        more = registration.added_text(len(added), growth.contrasts) or "the changes"
         raise InputError(f"{holds};\n--extend adds {more} to it; or choose another --out-dir")
-    return added
+    return growth
 
 
 def dry_run(

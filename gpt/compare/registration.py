@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpt.compare.grid import Cell, Contrast, Grid, Search, as_text
 from gpt.errors import InputError, printable
@@ -75,6 +75,17 @@ class Registration:
     additions: list[Addition] = field(default_factory=list)
 
 
+class Growth(NamedTuple):
+    """What a grid adds to the grid of a directory.
+
+    Attributes:
+        contrasts: their number.
+    """
+
+    cells: Sequence[Cell] = ()
+    contrasts: int = 0
+
+
 @dataclass(frozen=True)
 class Registered:
     """What may be said about the registration of a comparison.
@@ -121,20 +132,63 @@ def fingerprint(
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def register(directory: Path, grid: Grid, added: Sequence[Cell], results: int) -> None:
+def register(
+    directory: Path,
+    grid: Grid,
+    cells: Sequence[Cell],
+    growth: Growth,
+    trained: Collection[str],
+    results: int,
+) -> None:
     """Record the contrasts and seeds; once there are results, record only what is added.
 
     Args:
-        added: cells that the directory's grid did not have.
+        cells: of the grid.
+        growth: see `gpt.compare.comparison.check_directory`.
+        trained: the ids of the cells that are to be trained.
         results: how many cells have a result.
     """
     sha256 = fingerprint(grid.contrasts, grid.seeds, grid.search, grid.first_stage)
+    added = [cell.id for cell in growth.cells]
+    known = {cell.id for cell in cells}.difference(added)
     before = read_registration(directory)
+    if before is not None and before.additions:
+        kept = _carried_out(before, known, len(grid.contrasts) - growth.contrasts, trained)
+        if kept != before:
+            before = kept
+            _write(directory, kept)
     seen = results or (directory / "summary.json").exists() or (before and before.additions)
     if seen:
-        _add(directory, grid, [cell.id for cell in added], results)
+        _add(directory, grid, [name for name in added if name in trained], results)
     elif before is None or before.sha256 != sha256:
         _write(directory, Registration(_now(), sha256, [*grid.seeds], len(grid.contrasts)))
+
+
+def _carried_out(
+    before: Registration, known: Collection[str], contrasts: int, trained: Collection[str]
+) -> Registration:
+    """A registration without what a start that was killed recorded, and did not do.
+
+    It may have been killed before it wrote its grid, or before it copied all runs: those that are
+    trained now were added all the same, unless there was no result then.
+
+    Args:
+        known, contrasts: the cells of the directory's grid, and how many contrasts it has.
+        trained: as in `register`.
+    """
+    additions: list[Addition] = []
+    left = contrasts - before.contrasts
+    for addition in before.additions:
+        cells = [name for name in addition.cells if name in known]
+        copied = [name for name in cells if not (addition.source and name in trained)]
+        number = min(addition.contrasts, left)
+        left -= number
+        if copied or number:
+            additions.append(replace(addition, cells=copied, contrasts=number))
+        if len(copied) < len(cells) and addition.results:
+            rest = [name for name in cells if name in trained]
+            additions.append(replace(addition, cells=rest, contrasts=0, source=""))
+    return replace(before, additions=additions)
 
 
 def register_copies(

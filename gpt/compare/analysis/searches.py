@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from gpt.compare.analysis.outcomes import NO_RESULT, Outcome, read_outcome
 from gpt.compare.analysis.results import SearchResult
-from gpt.compare.analysis.stages import begun
+from gpt.compare.analysis.stages import begun, decide
 from gpt.compare.execution.cell_runs import CellError, has_result, read_lost
 from gpt.compare.grid import Cell, Grid, Search
 from gpt.compare.search import Bracket, Ending, bracket, next_step
@@ -68,6 +68,20 @@ def choose(
         return Chosen([*cells], [c for c in cells if not has_result(directory, c)])
     outcomes = _so_far(grid, cells, directory, lost, known)
     return Chosen([o.cell for o in outcomes], [o.cell for o in outcomes if o.status == "missing"])
+
+
+def has_stopped(grid: Grid, cells: Sequence[Cell], directory: Path) -> bool:
+    """Whether a comparison has ended after its first stage.
+
+    Args:
+        cells: of the grid.
+
+    Raises:
+        InputError: a file is damaged.
+    """
+    if grid.first_stage is None:
+        return False
+    return decide(grid, [_read(cell, directory, {}, {}) for cell in cells]) == "answered"
 
 
 def _so_far(
