@@ -42,6 +42,9 @@ def recompute(directory: Path) -> list[str]:
         zip(grid["contrasts"], summary["contrasts"], strict=True)
     ):
         _check_contrast(f"contrast {number}", contrast, found, runs, differences)
+        if contrast["measure"] == "log_threshold" and found is not None:
+            thresholds = _thresholds(json.loads((directory / "search.json").read_text("utf-8")))
+            _check_thresholds(f"contrast {number}", contrast, found, thresholds, differences)
     _check_pairs(summary["pairs"], runs, differences)
     return differences.lines
 
@@ -267,6 +270,59 @@ def _check_contrast(
     differences.check(f"{name}: p", p, found["p"])
     if measure != "failure" or contrast.get("slope"):  # an interval of failures is widened
         differences.check(f"{name}: interval", t_interval(values), found["interval"])
+
+
+def _thresholds(searches: list[dict[str, Any]]) -> dict[tuple[str, str, int], tuple[float, float]]:
+    """(arm, setting, seed) -> the logs of the highest rate that trained and the lowest that failed.
+
+    Only of searches that found both, with none slow.
+    """
+    found = {}
+    for search in searches:
+        failed = [run["rate"] for run in search["runs"] if run["counts_as"] == "failed"]
+        good = [run["rate"] for run in search["runs"] if run["counts_as"] == "trained"]
+        under = [rate for rate in good if rate < min(failed, default=0.0)]
+        if under and len(failed) + len(good) == len(search["runs"]):
+            key = search["arm"], search["setting"], search["seed"]
+            found[key] = math.log(max(under)), math.log(min(failed))
+    return found
+
+
+def _check_thresholds(
+    name: str,
+    contrast: dict[str, Any],
+    found: dict[str, Any],
+    thresholds: dict[tuple[str, str, int], tuple[float, float]],
+    differences: Differences,
+) -> None:
+    """A contrast of thresholds, if all its searches found theirs."""
+    arms = [*contrast["of"], *(contrast["against"] or [])]
+    axis = (contrast.get("slope") or "").rpartition(".")[2]
+    wanted = [
+        f"{key.rpartition('.')[2]} {value}" for key, of in contrast["at"].items() for value in of
+    ]
+    settings = sorted({s for _, s, _ in thresholds if not wanted or s in wanted})
+    seeds = sorted({seed for _, _, seed in thresholds})
+    keys = [(arm, setting, seed) for arm in arms for setting in settings for seed in seeds]
+    if len(seeds) != found["seeds"] or not all(key in thresholds for key in keys):
+        return
+    weights = np.full(len(settings), 1 / len(settings))
+    if axis:
+        logs = np.log([float(setting.rpartition(" ")[2]) for setting in settings])
+        weights = np.linalg.lstsq(np.vander(logs, 2), np.eye(len(settings)), rcond=None)[0][0]
+    ends = np.array([thresholds[key] for key in keys])
+    ends = ends.reshape(len(arms), len(settings), len(seeds), 2)
+    signs = np.array([1, -1, -1, 1][: len(arms)])
+    values = np.einsum("a,s,asn->n", signs, weights, ends.mean(-1))
+    width = np.einsum("s,asn->", abs(weights), ends[..., 1] - ends[..., 0]) / len(seeds)
+    interval = t_interval(values.tolist())
+    if interval is not None:
+        middle = sum(interval) / 2
+        interval = min(interval[0], middle - width / 2), max(interval[1], middle + width / 2)
+    differences.check(f"{name}: value", float(values.mean()), found["value"], 1e-3)
+    differences.check(f"{name}: interval", interval, found["interval"], 1e-3)
+    margin = contrast["margin"]
+    differences.check(f"{name}: p", sign_flip([v - margin for v in values.tolist()]), found["p"])
 
 
 def _check_pairs(pairs: list[dict[str, Any]], runs: list[Run], differences: Differences) -> None:

@@ -125,7 +125,7 @@ def test_the_worst_value_of_each_layer_measure_is_in_the_table(done: tuple[Path,
 
 def test_summary_json_agrees_with_the_cells(done: tuple[Path, str]):
     tree = json.loads((done[0] / "summary.json").read_text())
-    assert tree["version"] == 5
+    assert tree["version"] == 6
     assert [(arm["arm"], arm["failures"], arm["runs"]) for arm in tree["arms"]] == [
         ("pre", 2, 4),
         ("deepnorm", 2, 4),
