@@ -335,6 +335,9 @@ def test_failures_are_those_of_runs_that_some_contrast_includes():
     shallow = {**LOSS, "at": {"model.layers": [3]}}
     assert failures(runs, shallow).startswith("No run failed")
     registered = {**LOSS, "at": {"optimizer.learning_rate": [1e-3]}}
+    own = {**LOSS, "rates": {ARMS[0]: 1e-3, ARMS[1]: 1e-3}}
+    words = failures(runs, registered, own)
+    assert words.startswith("At rate 0.001 (layers 12), where the arms differ most among the reg")
     words = failures(runs, registered, {**LOSS, "of": [ARMS[1], ARMS[0]]})
     assert words.startswith("At rate 0.001 (layers 12), chosen after the runs")
 

@@ -221,7 +221,7 @@ def _widest_failures(
         setting=setting,
         by_arm=points[rate, setting],
         differ=any(spread(by_arm, [*by_arm]) > 0 for by_arm in points.values()),
-        registered=bool(contrasts) and all(RATE in contrast.at for contrast in contrasts),
+        registered=bool(contrasts) and all(RATE in c.at or c.rates for c in contrasts),
         only=len(points) == 1,
         fewest=min((at for by in points.values() for at in by.values()), key=lambda at: at.n),
     )
