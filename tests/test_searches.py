@@ -6,16 +6,18 @@ import json
 import math
 import re
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, geometric_mean
 
 import pytest
 from comparing import Make, Trainer, compare, write
 from test_search import tree
 
 from gpt.compare import comparison
+from gpt.compare.analysis.headline import headline
 from gpt.compare.analysis.searches import read_outcomes
 from gpt.compare.analysis.statistics import at_least, mean_interval
 from gpt.compare.figures.base import PlotData
+from gpt.compare.figures.seeds import by_seed
 from gpt.compare.figures.thresholds import searched, sensitivity, thresholds
 from gpt.compare.grid import load
 from gpt.errors import InputError, StoppedError
@@ -73,6 +75,20 @@ def test_each_arm_and_seed_has_its_own_threshold(tiny: Make, tmp_path: Path, tra
     assert plot is not None
     assert len(plot.figure.axes[0].lines) == 10
     assert thresholds(data) is sensitivity(data) is None
+    screen = headline(grid, found, data.outcomes)
+    assert screen.table.caption.startswith("Highest trainable rate, geometric mean and range")
+    rates = [each.rate for each in found.searches if each.arm == "pre" and each.rate]
+    mean = f"{geometric_mean(rates):.3g} ({min(rates):.3g} to {max(rates):.3g})"
+    assert screen.table.rows[0] == ("pre", (mean,))
+    tried = sorted({outcome.rate for outcome in data.outcomes})
+    assert f"rates {tried[0]:g} to {tried[-1]:g}" in screen.holds_for
+    dumbbell = by_seed(data)
+    assert dumbbell is not None
+    for figure in (dumbbell.figure, plot.figure):
+        figure.draw_without_rendering()
+        labels = [text.get_text() for text in figure.axes[0].get_xticklabels()]
+        assert set(labels) & {"0.003", "0.01", "0.03"}
+        assert not any("$" in text for text in labels)
     logged = json.loads((tmp_path / "run/search.json").read_text())
     assert sum(len(search["runs"]) for search in logged) == len(trainer.seen)
     assert [run["next"] for search in logged for run in search["runs"][-1:]] == [None] * 10

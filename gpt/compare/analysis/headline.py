@@ -15,10 +15,12 @@ from typing import Any
 from gpt.compare.analysis import wording
 from gpt.compare.analysis.matching import Match
 from gpt.compare.analysis.outcomes import Outcome
-from gpt.compare.analysis.results import ContrastResult, Summary
+from gpt.compare.analysis.results import ContrastResult, SearchResult, Summary
 from gpt.compare.analysis.statistics import wilson
 from gpt.compare.grid import Contrast, Grid, as_text
 from gpt.config import Config, DataConfig
+
+MOST_RATES = 8  # that are listed
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def headline(grid: Grid, summary: Summary, outcomes: Sequence[Outcome]) -> Headl
     ]
     return Headline(
         answers=tuple(answers) or (_without_question(summary),),
-        table=_table(grid, contrast, ended),
+        table=_thresholds(grid, summary) if grid.search else _table(grid, contrast, ended),
         holds_for=holds_for(shown),
         not_shown=_not_shown(len({o.seed for o in shown})),
         matching=matching_text(summary.match),
@@ -153,6 +155,36 @@ def _table(grid: Grid, contrast: Contrast | None, outcomes: Sequence[Outcome]) -
     )
 
 
+def _thresholds(grid: Grid, summary: Summary) -> Table:
+    """The thresholds that searches found: an arm in a row, a setting in a column; or 2 x 2 arms."""
+    caption = "Highest trainable rate, geometric mean and range over seeds"
+    found: dict[tuple[str, str], list[SearchResult]] = {}
+    for each in summary.searches:
+        found.setdefault((each.arm, each.setting), []).append(each)
+    settings = tuple(dict.fromkeys(setting for _, setting in found))
+
+    def text(arm: str, setting: str) -> str:
+        return wording.thresholds_text(found.get((arm, setting), []))
+
+    if settings == ("",) and [len(levels) for levels in grid.arms.values()] == [2, 2]:
+        (corner, rows), (of, columns) = grid.arms.items()
+        return Table(
+            f"{caption}, by {corner} and {of}",
+            corner,
+            tuple(columns),
+            tuple((row, tuple(text(f"{row}, {column}", "") for column in columns)) for row in rows),
+        )
+    return Table(
+        caption,
+        "arm",
+        tuple(setting or "highest trainable rate" for setting in settings),
+        tuple(
+            (arm.name, tuple(text(arm.name, setting) for setting in settings))
+            for arm in grid.all_arms()
+        ),
+    )
+
+
 def _runs_of(arm: str, contrast: Contrast | None, outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
     """The runs of an arm at the contrast's points; of an arm outside it, at the same values."""
     own = [outcome for outcome in outcomes if outcome.cell.arm == arm]
@@ -203,8 +235,16 @@ def holds_for(outcomes: Sequence[Outcome]) -> str:
             values(lambda config: config.optimizer.name),
             values(lambda config: config.training.precision),
             f"seeds {spans([outcome.seed for outcome in outcomes])}",
-            f"rates {values(lambda config: config.optimizer.learning_rate)}",
+            _rates([outcome.rate for outcome in outcomes]),
         ]
+    )
+
+
+def _rates(rates: Sequence[float]) -> str:
+    """`rates 0.001, 0.003`; of many, only their range."""
+    found = [f"{rate:g}" for rate in sorted(set(rates))]
+    return "rates " + (
+        ", ".join(found) if len(found) <= MOST_RATES else f"{found[0]} to {found[-1]}"
     )
 
 

@@ -136,6 +136,11 @@ class SearchResult:
     ended: str
 
     @property
+    def is_clear(self) -> bool:
+        """Whether it found a threshold or a bound."""
+        return self.rate is not None and self.bound != "unclear"
+
+    @property
     def is_lost(self) -> bool:
         """Whether its first run was tried and has no result."""
         return self.rate is None and self.runs > 0

@@ -319,6 +319,14 @@ def search_text(search: SearchResult) -> str:
     return f"{text} *" if search.monotone is False else text
 
 
+def thresholds_text(searches: Sequence[SearchResult]) -> str:
+    """`0.00292 (0.00268 to 0.00335)`: geometric mean and range of clear thresholds or bounds."""
+    rates = [each.rate for each in searches if each.is_clear and each.rate is not None]
+    if not rates:
+        return "unclear"
+    return f"{geometric_mean(rates):.3g} ({min(rates):.3g} to {max(rates):.3g})"
+
+
 def _rate(rate: float | None) -> str:
     return "none" if rate is None else f"{rate:.4g}"
 
@@ -473,16 +481,13 @@ def _fold(part: float, reach: str) -> str:
 
 
 def _searches_sentence(searches: Sequence[SearchResult]) -> str:
-    by_arm: dict[str, list[float]] = {}
+    by_arm: dict[str, list[SearchResult]] = {}
     for each in searches:
-        if each.rate is not None and each.bound != "unclear":
-            by_arm.setdefault(each.label, []).append(each.rate)
+        if each.is_clear:
+            by_arm.setdefault(each.label, []).append(each)
     if not by_arm:
         return "No search found a threshold: no run trained below the lowest rate that failed."
-    found = [
-        f"{where!r}: {_rate(geometric_mean(rates))} ({_rate(min(rates))} to {_rate(max(rates))})"
-        for where, rates in by_arm.items()
-    ]
+    found = [f"{where!r}: {thresholds_text(some)}" for where, some in by_arm.items()]
     unclear = len(searches) - sum(map(len, by_arm.values()))
     bounded = sum(each.bound in ("above", "below") for each in searches)
     notes = f"; {bounded} of {len(searches)} are only bounds" if bounded else ""

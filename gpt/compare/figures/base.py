@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import (
@@ -40,6 +41,8 @@ PALE = "#8a8a8a"
 BETAS = ("attention's residual dependency β", "feed-forward's β")
 STREAM = "RMS of the residual stream"
 WIDTH = 4.9  # inches of a figure that a phone shows in full; also of legends
+HEIGHT = 2.7  # inches of a figure of the first screen
+MOST_TICKS = 12  # on a rate axis, with the name of each rate
 Section = Literal["answer", "losses", "arms", "initialization", "training", "curves"]
 
 
@@ -190,20 +193,39 @@ def legend(figure: Figure, styles: dict[str, Style]) -> None:
             handle.set_gid(style.gid)
 
 
+def numeric_axis(data: PlotData) -> tuple[str, dict[str, float]]:
+    """The one option in which settings differ, if its values are positive numbers, and these.
+
+    Returns:
+        The option's name, and setting as text -> its value; empty if there is no such option.
+    """
+    settings = {o.cell.setting_text: o.cell.setting for o in data.outcomes}
+    options = {tuple(setting) for setting in settings.values()}
+    if len(settings) > 1 and all(len(keys) == 1 for keys in options) and len(options) == 1:
+        ((option,),) = options
+        values = {text: setting[option] for text, setting in settings.items()}
+        if all(type(v) in (int, float) and v > 0 for v in values.values()):
+            return option.rpartition(".")[2], values
+    return "", {}
+
+
 def rate_axis(axes: Axes, rates: Sequence[float]) -> None:
-    """Make x a logarithmic axis of learning rates, with a tick at each rate tried."""
+    """Make x a logarithmic axis of learning rates, with a tick at each rate tried if they fit."""
     axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    if len(rates) > MOST_TICKS:
+        plain_numbers(axes.xaxis)
+        return
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45)
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("learning rate")
 
 
-def plain_numbers(axes: Axes) -> None:
-    """Label a logarithmic y axis with a few plain numbers: 0.3, not 3 x 10^-1."""
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+def plain_numbers(axis: Axis) -> None:
+    """Label a logarithmic axis with a few plain numbers: 0.3, not 3 x 10^-1."""
+    axis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def by_block(axes_list: Sequence[Axes], titles: Sequence[str]) -> None:
@@ -216,7 +238,7 @@ def by_block(axes_list: Sequence[Axes], titles: Sequence[str]) -> None:
             axes.set_ylim(bottom=0)
         else:
             axes.set_yscale("log")
-            plain_numbers(axes)
+            plain_numbers(axes.yaxis)
 
 
 def save(name: str, plot: Plot, folder: Path) -> str:

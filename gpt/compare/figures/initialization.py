@@ -133,7 +133,7 @@ def _by_depth(
     axes.set_xticks(sorted(depths), [str(depth) for depth in sorted(depths)])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("sublayers, 2L" if sublayers else "blocks, L")
-    plain_numbers(axes)
+    plain_numbers(axes.yaxis)
     return slopes
 
 

@@ -11,12 +11,14 @@ from matplotlib.axes import Axes
 
 from gpt.compare.analysis.wording import UNIGRAM_ENTROPY, failed_text
 from gpt.compare.figures.base import (
+    HEIGHT,
     PALE,
     WIDTH,
     Plot,
     PlotData,
     Style,
     legend,
+    numeric_axis,
     panels,
     rate_axis,
 )
@@ -24,7 +26,7 @@ from gpt.compare.grid import RATE
 from gpt.metrics import LEARNED_MARGIN
 from gpt.run.plot import label
 
-COLUMNS, HEIGHT = 3, 2.7  # of the first screen: panels in a row, and inches of all rows
+COLUMNS = 3  # panels in a row
 Y_LABEL = "final loss (nats per token)"
 
 
@@ -42,7 +44,7 @@ def loss_by_rate(data: PlotData) -> Plot:
     axes_list[0].set_ylabel(Y_LABEL)
     legend(figure, data.styles)
     return Plot(
-        "answer",
+        "losses" if data.summary.searches and numeric_axis(data)[1] else "answer",
         "Final loss against learning rate",
         "Each point is a run, a cross a failed one; lines join the medians over seeds. Losses "
         "are at most ln V, that of a uniform guess. The dashed line is "

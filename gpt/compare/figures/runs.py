@@ -109,7 +109,7 @@ def _curves(data: PlotData, setting: str, rate: float, outcomes: Sequence[Outcom
         if key == "loss":
             axes.axhline(data.summary.unigram_entropy, color=PALE, lw=1, linestyle="--")
     axes_list[-1].set_yscale("log")
-    plain_numbers(axes_list[-1])
+    plain_numbers(axes_list[-1].yaxis)
     legend(figure, data.styles)
     statuses = ", ".join(f"{o.cell.arm}, seed {o.seed}: {o.status}" for o in outcomes)
     return Plot(

@@ -5,8 +5,16 @@ from __future__ import annotations
 import math
 
 from gpt.compare.analysis.wording import words_for
-from gpt.compare.figures.base import PALE, SYMBOLS, WIDTH, Plot, PlotData, panels
-from gpt.compare.figures.losses import HEIGHT
+from gpt.compare.figures.base import (
+    HEIGHT,
+    PALE,
+    SYMBOLS,
+    WIDTH,
+    Plot,
+    PlotData,
+    panels,
+    plain_numbers,
+)
 from gpt.run.plot import label
 
 LEGEND = 0.36  # inches, so that the figure is about as high as its neighbor, which has a legend
@@ -60,6 +68,7 @@ def by_seed(data: PlotData) -> Plot | None:
     axes.set_xlabel(words.subject.removeprefix("the ") + unit)
     if words.log:
         axes.set_xscale("log")
+        plain_numbers(axes.xaxis)
     if contrast.measure == "loss" and not contrast.slope:
         axes.axvline(data.summary.unigram_entropy, color=PALE, lw=1, linestyle="--")
     changes = [

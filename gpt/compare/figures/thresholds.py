@@ -12,11 +12,14 @@ from matplotlib.ticker import NullFormatter
 from gpt.compare.analysis.results import ArmSummary
 from gpt.compare.analysis.wording import search_text, threshold_text
 from gpt.compare.figures.base import (
+    HEIGHT,
     INK,
+    WIDTH,
     Plot,
     PlotData,
     Style,
     legend,
+    numeric_axis,
     panels,
     plain_numbers,
     rate_axis,
@@ -107,9 +110,10 @@ def searched(data: PlotData) -> Plot | None:
     found = [(each, each.rate) for each in data.summary.searches if each.rate is not None]
     if not found:
         return None
-    name, at = _numeric_axis(data)
+    name, at = numeric_axis(data)
     rows = list(dict.fromkeys(each.label for each, _ in found))
-    figure, (axes,) = panels(1, width=7.2, height=4.0 if at else 1.2 + 0.4 * len(rows))
+    width, height = (WIDTH, HEIGHT) if at else (7.2, 1.2 + 0.4 * len(rows))
+    figure, (axes,) = panels(1, width=width, height=height)
     names, seeds = list(data.styles), data.grid.seeds
     for each, rate in found:
         style = data.styles[each.arm]
@@ -124,14 +128,14 @@ def searched(data: PlotData) -> Plot | None:
         axes.plot(x, y, marker=marker, ms=5, color=style.color, alpha=0.75, gid=style.gid)
     if at:
         _rates_by(axes, name, at.values())
-        plain_numbers(axes)
+        plain_numbers(axes.yaxis)
         legend(figure, data.styles)
     else:
         rate_axis(axes, data.rates)
         axes.set_yticks(range(len(rows)), rows)
         axes.invert_yaxis()
     return Plot(
-        "arms",
+        "answer" if at else "arms",
         "The highest trainable rate of each seed",
         "The geometric mean of the highest rate at which a run trained and the lowest at which "
         "one failed, found by a search for each seed. A triangle is only a bound, and the "
@@ -141,25 +145,9 @@ def searched(data: PlotData) -> Plot | None:
     )
 
 
-def _numeric_axis(data: PlotData) -> tuple[str, dict[str, float]]:
-    """The one option in which settings differ, if its values are positive numbers, and these.
-
-    Returns:
-        The option's name, and setting as text -> its value; empty if there is no such option.
-    """
-    settings = {o.cell.setting_text: o.cell.setting for o in data.outcomes}
-    options = {tuple(setting) for setting in settings.values()}
-    if len(settings) > 1 and all(len(keys) == 1 for keys in options) and len(options) == 1:
-        ((option,),) = options
-        values = {text: setting[option] for text, setting in settings.items()}
-        if all(type(v) in (int, float) and v > 0 for v in values.values()):
-            return option.rpartition(".")[2], values
-    return "", {}
-
-
 def _depths(data: PlotData) -> dict[str, int]:
     """The number of blocks in each setting, if settings differ in nothing else."""
-    name, values = _numeric_axis(data)
+    name, values = numeric_axis(data)
     return {text: int(value) for text, value in values.items()} if name == "layers" else {}
 
 
