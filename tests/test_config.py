@@ -183,6 +183,10 @@ def test_many_errors_still_fit_three_lines():
         ({"training": {"batch_sequences": 1, "batch_tokens": 128}}, "set one of them to null"),
         ({"training": {"batch_tokens": 100}}, "must be a multiple of model.context (128)"),
         ({"training": {"batch_sequences": 6, "micro_batch": 4}}, "must divide the batch of 6"),
+        (
+            {"data": {"windows": "fixed"}, "training": {"nonfinite": "rollback"}},
+            "training.nonfinite rollback conflicts with data.windows fixed",
+        ),
         ({"data": {"source": "text"}}, "source: text needs path"),
         ({"name": "../up"}, "name: must match pattern"),
         ({"model": 3}, "model: must be a mapping"),

@@ -470,6 +470,9 @@ def test_advice_follows_the_config(tiny: Make):
         "--optimizer.clip 1.0",
         "--training.nonfinite rollback",
     ]
+    fixed = advice(tiny(data={"windows": "fixed"}), None, 7)
+    assert fixed
+    assert not [tip for tip in fixed if "rollback" in tip]  # to the same batch
     done = tiny(
         model={"norm": {"placement": "peri"}},
         schedule={"warmup_steps": 50},

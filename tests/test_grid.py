@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 import time
 from pathlib import Path
@@ -11,7 +13,16 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from gpt.compare.grid import MOST_CELLS, Contrast, Grid, check_sizes, load, schema
+from gpt.compare.grid import (
+    MOST_CELLS,
+    Contrast,
+    Grid,
+    Point,
+    check_sizes,
+    load,
+    schema,
+    shared_points,
+)
 from gpt.config import Config
 from gpt.errors import InputError
 from gpt.model.placement import PLACEMENTS
@@ -259,6 +270,10 @@ CONTRAST = {"question": "?", "of": ["pre, warm", "pre, cold"]}
             ["slope: optimizer.learning_rate cannot be the axis"],
         ),
         ({"context_seeds": 0}, ["context_seeds"]),
+        (
+            {"context_seeds": 1, "contrasts": [{**CONTRAST, "at": {"optimizer.lr": [1]}}]},
+            ["contrasts.0.at: optimizer.lr: is not on an axis"],
+        ),
         ({"contrast": CONTRAST}, ["contrast: ", "contrasts"]),
         ({"pairs": [["a", "b"]]}, ["'a' is not one of the arms"]),
         ({"pairs": [["pre, warm", "pre, warm"]]}, ["'pre, warm' is compared with itself"]),
@@ -278,6 +293,278 @@ def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], words: list
     assert "mine.yaml" in text
     for word in words:
         assert word in text
+
+
+# ---------------------------------------------------------------------------------------------
+# Comparisons that could not have an answer
+
+RATES = "optimizer.learning_rate"
+LAYERS = "model.layers"
+WARM_RATES = {"schedule.warmup": "linear", RATES: [0.2, 0.3]}
+OWN_RATES = {"warm-up": {"cold": {"schedule.warmup": "none"}, "warm": WARM_RATES}}
+WARM_LAYERS = {"schedule.warmup": "linear", LAYERS: [4, 5]}
+OWN_LAYERS = {
+    "arms": {"warm-up": {"cold": {"schedule.warmup": "none"}, "warm": WARM_LAYERS}},
+    "grid": {RATES: [0.01, 0.1], LAYERS: [2, 3]},
+}
+ONE_LAYER = {**OWN_LAYERS, "arms": {"warm-up": {"cold": {}, "warm": {**WARM_LAYERS, LAYERS: [2]}}}}
+COLD_WARM = {"question": "?", "of": ["cold", "warm"]}
+COLUMN = {**CONTRAST, "measure": "column"}
+SEARCH: dict[str, Any] = {"search": {"start": 0.01}, "grid": {LAYERS: [2, 3]}}
+THRESHOLD = {**CONTRAST, "measure": "log_threshold", "claim": "within"}
+PAIR = ["pre, warm", "pre, cold"]
+NOT_SHARED = "no setting and learning rate has every common seed of"
+
+
+def asking(question: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {"contrasts": [question], **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        # An arm without cells
+        (
+            asking(CONTRAST, exclude=[{"arm": "pre, cold"}]),
+            "contrasts.0.of: arm 'pre, cold' has no cell to compare",
+        ),
+        (
+            {"pairs": [PAIR], "exclude": [{"arm": "pre, cold"}]},
+            "pairs.0: arm 'pre, cold' has no cell to compare",
+        ),
+        (
+            asking({**CONTRAST, "at": {LAYERS: [2], "model.context": [8]}}),
+            "contrasts.0.of: arm 'pre, warm' has no cell to compare",
+        ),
+        (
+            asking(
+                {**CONTRAST, "at": {LAYERS: [2]}, "rates": {"pre, warm": 0.01, "pre, cold": 0.01}},
+                exclude=[{"arm": "pre, cold", RATES: 0.01, LAYERS: 2}],
+            ),
+            "contrasts.0.of: arm 'pre, cold' has no cell to compare",
+        ),
+        # Arms without common seeds
+        (
+            asking(
+                CONTRAST,
+                exclude=[{"arm": "pre, cold", "seed": 0}, {"arm": "pre, warm", "seed": 1}],
+            ),
+            "contrasts.0.of: no seed is common to pre, warm; pre, cold",
+        ),
+        (
+            {
+                "pairs": [["post, warm", "post, cold"], PAIR],
+                "exclude": [{"arm": "pre, cold", "seed": 0}, {"arm": "pre, warm", "seed": 1}],
+            },
+            "pairs.1: no seed is common to pre, warm; pre, cold",
+        ),
+        # Arms without common rates or settings
+        (asking(COLD_WARM, arms=OWN_RATES), f"contrasts.0.of: {NOT_SHARED} cold; warm (`rates`"),
+        ({"pairs": [["cold", "warm"]], "arms": OWN_RATES}, f"pairs.0: {NOT_SHARED} cold; warm"),
+        (
+            asking(
+                {**CONTRAST, "rates": {"pre, warm": 0.01, "pre, cold": 0.1}},
+                exclude=[
+                    {"arm": "pre, cold", RATES: 0.1, LAYERS: 2},
+                    {"arm": "pre, warm", RATES: 0.01, LAYERS: 3},
+                ],
+            ),
+            "contrasts.0.of: no setting has every common seed of pre, warm; pre, cold",
+        ),
+        (
+            {  # at each rate, one of the arms has the first seed alone
+                "pairs": [PAIR],
+                "context_seeds": 1,
+                **asking({**CONTRAST, "rates": {"pre, warm": 0.01, "pre, cold": 0.1}}),
+            },
+            f"pairs.0: {NOT_SHARED} pre, warm; pre, cold",
+        ),
+        # Too few rates
+        *(
+            (
+                asking({**CONTRAST, "measure": measure}, **changes),
+                f"contrasts.0.measure: {measure} needs two or more learning rates that all of "
+                f"its arms have{where}",
+            )
+            for measure in ("sensitivity", "log_lr50")
+            for changes, where in [
+                ({"grid": {RATES: [0.01]}}, ""),
+                ({"grid": {}}, ""),
+                ({"grid": {LAYERS: [2, 3]}}, " at layers 2"),
+                (
+                    {
+                        "grid": {RATES: [0.01, 0.1], LAYERS: [2, 3]},
+                        "exclude": [{"arm": "pre, cold", RATES: 0.1, LAYERS: 3, "seed": 0}],
+                    },
+                    " at layers 3",
+                ),
+            ]
+        ),
+        # Too few values on the axis of a slope
+        (
+            asking({**COLD_WARM, "slope": LAYERS}, **OWN_LAYERS),
+            f"contrasts.0.of: {NOT_SHARED} cold; warm",
+        ),
+        (
+            asking({**COLD_WARM, "slope": LAYERS}, **ONE_LAYER),
+            "contrasts.0.slope: model.layers: needs two or more positive numbers that all arms",
+        ),
+        (
+            asking({**CONTRAST, "slope": LAYERS}, exclude=[{"arm": "pre, cold", LAYERS: 3}]),
+            "contrasts.0.slope: model.layers: needs two or more positive numbers that all arms",
+        ),
+        (
+            asking({**CONTRAST, "slope": "model.bias"}, grid={"model.bias": [True, False]}),
+            "contrasts.0.slope: model.bias: needs two or more positive numbers",
+        ),
+        # Columns that are empty, or have no log
+        (
+            asking({**COLUMN, "column": "max_stream_rms"}),
+            "contrasts.0.column: max_stream_rms: needs diagnostics.every, which arm 'pre, cold'",
+        ),
+        (
+            asking(
+                {**COLUMN, "column": "max_sharpness"}, options={"diagnostics.every": 2}
+            ),
+            "contrasts.0.column: max_sharpness: needs diagnostics.sharpness, which arm",
+        ),
+        (
+            asking({**COLUMN, "column": "early_rise"}, options={"training.steps": 39}),
+            "contrasts.0.column: early_rise: needs training.steps of 40 or more, which arm",
+        ),
+        *(
+            (
+                asking({**CONTRAST, "measure": "log_column", "column": column}),
+                f"contrasts.0: column: {column} is 0 in a steady run, and has no log",
+            )
+            for column in (
+                "spikes",
+                "spike_score",
+                "grad_norm_spikes",
+                "grad_norm_spike_score",
+                "early_rise",
+            )
+        ),
+        # Margins that decide the answer
+        *(
+            (
+                asking({**CONTRAST, "measure": "failure", **changes}),
+                f"contrasts.0: margin: {changes['margin']} is not between -{bound} and {bound}",
+            )
+            for bound, changes in [
+                (1, {"margin": 5}),
+                (1, {"margin": 1}),
+                (1, {"margin": -1, "claim": "below"}),
+                (1, {"margin": 3, "claim": "within"}),
+                (2, {"margin": 2, "against": ["post, warm", "post, cold"]}),
+            ]
+        ),
+        (
+            asking({**THRESHOLD, "margin": 0.22}, **SEARCH),
+            "contrasts.0.margin: 0.22 is below the log of search.ratio, 0.223144",
+        ),
+        # Seeds outside the contrasts
+        ({"context_seeds": 1}, "context_seeds: needs contrasts"),
+        (asking(CONTRAST, context_seeds=3), "context_seeds: 3 is above the number of seeds, 2"),
+        (
+            asking(COLD_WARM, arms={"a": {"cold": {}, "warm": {}}}, context_seeds=1),
+            "context_seeds: has no effect, as every cell is in a contrast",
+        ),
+        # Text and values
+        (asking({**CONTRAST, "question": ""}), "contrasts.0.question: is empty"),
+        (asking({**CONTRAST, "question": " "}), "contrasts.0.question: is empty"),
+        *(
+            (
+                asking({**CONTRAST, "at": {RATES: values}}),
+                f"contrasts.0: at: {RATES}: duplicate value",
+            )
+            for values in ([0.01, 0.01], [0.001, "1e-3"])
+        ),
+    ],
+)  # fmt: skip
+def test_a_comparison_that_could_not_have_an_answer_is_refused(
+    tmp_path: Path, changes: dict[str, Any], words: str
+):
+    text = message(tmp_path, **changes)
+    assert text.startswith(f"{tmp_path / 'mine.yaml'}: {words}")
+    assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        asking({**COLD_WARM, "rates": {"cold": 0.01, "warm": 0.3}}, arms=OWN_RATES),
+        asking({**CONTRAST, "measure": "failure", "margin": -0.99}),
+        asking(
+            {
+                **CONTRAST,
+                "against": ["post, warm", "post, cold"],
+                "measure": "failure",
+                "claim": "within",
+                "margin": 1.5,
+            }
+        ),
+        asking({**CONTRAST, "measure": "failure", "slope": LAYERS, "margin": 1.5}),
+        asking({**THRESHOLD, "margin": 0.23}, **SEARCH),
+        asking({**THRESHOLD, "margin": 0.1, "slope": LAYERS}, **SEARCH),
+        asking({**THRESHOLD, "margin": 0.02}, **{**SEARCH, "search": {"start": 1, "ratio": 1.01}}),
+        asking({**CONTRAST, "slope": LAYERS}, exclude=[{"arm": "pre, cold", RATES: 0.1}]),
+        asking({**CONTRAST, "measure": "log_lr50"}, exclude=[{"arm": "pre, cold", RATES: 0.1}]),
+        asking({**COLUMN, "column": "max_stream_rms"}, options={"diagnostics.every": 2}),
+        asking({**COLUMN, "column": "max_sharpness"},
+               options={"diagnostics.every": 2, "diagnostics.sharpness": 1}),
+        asking({**COLUMN, "column": "early_rise"}, options={"training.steps": 40}),
+        asking({**CONTRAST, "measure": "log_column", "column": "max_grad_norm"}),
+        asking(CONTRAST, context_seeds=2),
+        asking(CONTRAST, exclude=[{"arm": "pre, cold", "seed": 0}]),
+        {"pairs": [["cold", "warm"]], "arms": {"a": {"cold": {}, "warm": {RATES: [0.01, 0.5]}}}},
+    ],
+)  # fmt: skip
+def test_one_that_could_is_not(tmp_path: Path, changes: dict[str, Any]):
+    assert cells(tmp_path, **changes)
+
+
+def test_a_flag_cannot_leave_fewer_seeds_than_the_context_has(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({**TREE, **asking(CONTRAST, seeds=3, context_seeds=2)}))
+    assert load(path, seeds="2")[1]
+    with pytest.raises(InputError, match="context_seeds: 2 is above the number of seeds, 1"):
+        load(path, seeds="1")
+
+
+def test_shared_points_have_every_common_seed_of_every_arm():
+    def runs(*keys: tuple[int, str, float]) -> dict[tuple[int, Point], None]:
+        return {(seed, (setting, rate)): None for seed, setting, rate in keys}
+
+    a = runs((0, "x", 0.1), (1, "x", 0.1), (2, "x", 0.1), (0, "x", 0.2), (1, "x", 0.2))
+    b = runs((2, "x", 0.1), (1, "x", 0.1), (2, "x", 0.2), (1, "y", 0.1), (2, "y", 0.1))
+    assert shared_points({"a": a, "b": b}) == ([1, 2], [("x", 0.1)])
+    assert shared_points({"a": a, "b": runs((1, "x", 0.3))}) == ([1], [])
+    assert shared_points({"a": a, "b": runs((3, "x", 0.1))}) == ([], [])
+    assert shared_points({"a": a, "b": {}}) == ([], [])
+
+
+def test_many_comparisons_of_many_cells_are_checked_quickly(tmp_path: Path):
+    arms = {"f": {f"a{n}": {} for n in range(40)}}
+    pairs = list(itertools.combinations(arms["f"], 2))
+    contrasts = [{"question": "?", "of": pair, "at": {RATES: [0.01, 0.02]}} for pair in pairs[:20]]
+    axis = {RATES: [0.01 * n for n in range(1, 26)]}
+    tree = {"base": {}, "arms": arms, "grid": axis, "seeds": 4}
+    path = tmp_path / "large.yaml"
+    path.write_text(json.dumps(tree))
+
+    def seconds() -> float:
+        began = time.process_time()
+        assert len(load(path)[1]) == 4_000
+        return time.process_time() - began
+
+    plain = seconds()
+    path.write_text(json.dumps({**tree, "contrasts": contrasts, "pairs": pairs}))
+    assert seconds() < 3 * plain + 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Cells
 
 
 def test_cells_outside_every_contrast_have_the_first_seeds_only(tmp_path: Path):
@@ -354,6 +641,14 @@ def test_the_documented_grids_are_shipped():
     documented = (ROOT / "docs/literature.md").read_text("utf-8")
     for path in LITERATURE:
         assert f"(../configs/compare/literature/{path.name})" in documented
+
+
+def test_the_grids_of_published_reports_can_be_read():
+    published = (ROOT / "docs").rglob("grid.yaml")
+    current = [path for path in published if "\ncontrasts:" in path.read_text("utf-8")]
+    assert len(current) > 5  # not those of earlier versions
+    for path in current:
+        assert load(path)[1]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -32,10 +32,10 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -73,16 +73,12 @@ StartRate = Annotated[float, Between(1e-9, 1e3)]  # so that a search stays withi
 Measure = Literal[
     "loss", "failure", "sensitivity", "log_lr50", "log_threshold", "column", "log_column"
 ]
-# The columns of cells.csv that a contrast can compare.
-Column = Literal[
-    "best_val_loss",
-    "spikes",
-    "max_grad_norm",
-    "final_train_loss",
-    "spike_score",
-    "grad_norm_spikes",
-    "grad_norm_spike_score",
-    "early_rise",
+# The columns of cells.csv that a contrast can compare: those that are 0 in a steady run, those that
+# diagnostics measure, and the rest.
+SteadyColumn = Literal[
+    "spikes", "spike_score", "grad_norm_spikes", "grad_norm_spike_score", "early_rise"
+]
+DiagnosticsColumn = Literal[
     "max_attention_logit",
     "min_attention_entropy",
     "max_update_ratio",
@@ -92,7 +88,11 @@ Column = Literal[
     "max_sharpness",
     "max_preconditioned_sharpness",
 ]
+Column = Literal[
+    "best_val_loss", "max_grad_norm", "final_train_loss", SteadyColumn, DiagnosticsColumn
+]
 Claim = Literal["above", "below", "within"]
+Point = tuple[str, float | None]  # setting, learning rate; None if each arm has its own
 Runner = Literal["auto", "processes", "batched"]
 
 
@@ -125,6 +125,12 @@ def _one_line(text: str) -> str:
     return text
 
 
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise PydanticCustomError("blank", "is empty")
+    return text
+
+
 def _portable(name: str) -> str:
     if is_reserved(name):
         raise PydanticCustomError("reserved", "is not a valid file name on Windows")
@@ -132,7 +138,9 @@ def _portable(name: str) -> str:
 
 
 Title = Annotated[str, Field(max_length=200), AfterValidator(_one_line)]
-Question = Annotated[str, Field(max_length=1000), AfterValidator(_one_line)]
+Question = Annotated[
+    str, Field(max_length=1000), AfterValidator(_one_line), AfterValidator(_not_blank)
+]
 Name = Annotated[
     str,
     Field(pattern=r"^[^\s,]([^,]*[^\s,])?$", max_length=40),
@@ -177,6 +185,11 @@ class Contrast(Section):
         """The two or four arms."""
         return [*self.of, *(self.against or ())]
 
+    @property
+    def own_rates(self) -> bool:
+        """Whether each arm is compared at a rate of its own, so that rates need not agree."""
+        return bool(self.rates) or self.measure == "log_threshold"
+
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         if self.claim == "within" and self.margin <= 0:
@@ -187,6 +200,17 @@ class Contrast(Section):
             raise ValueError(f"measure: {self.measure} needs the name of a column")
         if self.column is not None and self.measure not in ("column", "log_column"):
             raise ValueError("column: needs measure: column or log_column")
+        if self.measure == "log_column" and self.column in get_args(SteadyColumn):
+            raise ValueError(f"column: {self.column} is 0 in a steady run, and has no log")
+        bound = len(self.arms) // 2
+        if self.measure == "failure" and not self.slope and abs(self.margin) >= bound:
+            raise ValueError(
+                f"margin: {self.margin:g} is not between -{bound} and {bound}, as every value of "
+                "this contrast of failed fractions is"
+            )
+        for key, values in self.at.items():
+            if len(set(map(as_text, values))) < len(values):
+                raise ValueError(f"at: {key}: duplicate value")
         if self.slope == RATE:
             raise ValueError(f"slope: {RATE} cannot be the axis; use sensitivity or log_lr50")
         if self.measure == "log_threshold" and (self.rates or RATE in self.at):
@@ -200,14 +224,15 @@ class Contrast(Section):
                 raise ValueError(f"rates: {self.measure} needs more than one rate of each arm")
         return self
 
+    def values(self, arm: str) -> dict[str, list[Any]]:
+        """Option -> the values at which an arm is compared; by all others, at every value."""
+        return {**self.at, **({RATE: [self.rates[arm]]} if self.rates else {})}
+
     def includes(self, cell: Cell) -> bool:
         """Whether a cell belongs to the contrast: its arm, its rate and its setting."""
-        if cell.arm not in self.arms:
-            return False
-        wanted = {**self.at, **({RATE: [self.rates[cell.arm]]} if self.rates else {})}
-        return all(
+        return cell.arm in self.arms and all(
             as_text(_value(cell.config, key)) in map(as_text, values)
-            for key, values in wanted.items()
+            for key, values in self.values(cell.arm).items()
         )
 
 
@@ -315,6 +340,12 @@ class Grid(Section):
                     f"contrasts.{number}.measure: {contrast.measure}: log_threshold needs a "
                     "search, and a search has no other measure"
                 )
+            step = math.log(self.search.ratio) if self.search else 0.0
+            if contrast.claim == "within" and not contrast.slope and contrast.margin < step:
+                raise ValueError(
+                    f"contrasts.{number}.margin: {contrast.margin:g} is below the log of "
+                    f"search.ratio, {step:.6g}, which is the resolution of a threshold"
+                )
         if self.search is None:
             return
         if any(self.search.option in split(axis) for axis in self.grid):
@@ -345,7 +376,7 @@ class Grid(Section):
                 raise ValueError(f"grid: {key} is on two axes")
 
     def _check_questions(self, arms: Sequence[str]) -> None:
-        """The contrasts and the pairs compare different arms of this grid."""
+        """The contrasts and the pairs compare different arms of this grid, at values on axes."""
         for a, b in self.pairs:
             if a == b:
                 raise ValueError(f"{a!r} is compared with itself")
@@ -355,6 +386,15 @@ class Grid(Section):
         for name in itertools.chain(*self.pairs, *contrasted):
             if name not in arms:
                 raise ValueError(f"{name!r} is not one of the arms: {'; '.join(arms)}")
+        axes = [key for axis in self.grid for key in split(axis)]
+        for number, contrast in enumerate(self.contrasts):
+            for where, key in [*(("at", key) for key in contrast.at), ("slope", contrast.slope)]:
+                if key and key not in axes:
+                    raise ValueError(
+                        f"contrasts.{number}.{where}: {key}: is not on an axis{nearest(key, axes)}"
+                    )
+        if self.context_seeds is not None and not self.contrasts:
+            raise ValueError("context_seeds: needs contrasts; without any, change seeds")
 
     def all_arms(self) -> list[Arm]:
         """Every combination of levels, the last factor changing fastest.
@@ -514,8 +554,13 @@ def load(
     cells = _cells(grid, str(path))
     if grid.first_stage is not None:
         _check_stages(grid.first_stage, grid, f"{path}: first_stage")
+    if grid.context_seeds is not None:
+        _check_context(grid.context_seeds, grid, cells, f"{path}: context_seeds")
     for number, contrast in enumerate(grid.contrasts):
-        _check_contrast(contrast, grid, cells, f"{path}: contrasts.{number}")
+        _check_contrast(contrast, cells, f"{path}: contrasts.{number}")
+    runs = _by_arm(cells)
+    for number, pair in enumerate(grid.pairs):
+        _shared({arm: runs.get(arm, {}) for arm in pair}, f"{path}: pairs.{number}")
     if len(grid.to_yaml().encode()) > MAX_BYTES:  # its comparison could not be read back
         raise InputError(f"{path}: is longer than {MAX_BYTES:,} bytes including its base")
     return grid, cells
@@ -569,42 +614,132 @@ def _check_stages(first_stage: int, grid: Grid, origin: str) -> None:
         )
 
 
-def _check_contrast(contrast: Contrast, grid: Grid, cells: Sequence[Cell], origin: str) -> None:
-    """Refuse a contrast whose arms have no cells at its values and rates.
+def _check_context(context_seeds: int, grid: Grid, cells: Sequence[Cell], origin: str) -> None:
+    """Refuse a number of seeds for cells outside all contrasts that has no effect.
 
     Raises:
-        InputError: an option is not on an axis, or an arm has no cell with a value.
+        InputError: it is above the number of seeds, or there is no such cell.
     """
-    axes = [key for axis in grid.grid for key in split(axis)]
-    for key in contrast.at:
-        if key not in axes:
-            raise InputError(f"{origin}.at: {key}: is not on an axis{nearest(key, axes)}")
-    if contrast.slope:
-        _check_slope(contrast, axes, cells, f"{origin}.slope: {contrast.slope}")
+    if context_seeds > len(grid.seeds):
+        raise InputError(
+            f"{origin}: {context_seeds} is above the number of seeds, {len(grid.seeds)}"
+        )
+    if all(any(contrast.includes(cell) for contrast in grid.contrasts) for cell in cells):
+        raise InputError(f"{origin}: has no effect, as every cell is in a contrast")
+
+
+def _check_contrast(contrast: Contrast, cells: Sequence[Cell], origin: str) -> None:
+    """Refuse a contrast that cannot have an answer, whatever its cells' results are.
+
+    Raises:
+        InputError: an arm has no cell with a value, or the arms do not share the cells that the
+            measure, the slope or the column needs.
+    """
     for arm in contrast.arms:
         own = [cell for cell in cells if cell.arm == arm]
-        wanted = [(key, value) for key, values in contrast.at.items() for value in values]
-        wanted += [(RATE, contrast.rates[arm])] if contrast.rates else []
-        for key, value in wanted:
-            if as_text(value) not in {as_text(_value(cell.config, key)) for cell in own}:
-                raise InputError(f"{origin}: arm {arm!r} has no cell with {key} {as_text(value)}")
+        for key, values in contrast.values(arm).items():
+            known = {as_text(_value(cell.config, key)) for cell in own}
+            for text in map(as_text, values):
+                if text not in known:
+                    raise InputError(f"{origin}: arm {arm!r} has no cell with {key} {text}")
+    included = [cell for cell in cells if contrast.includes(cell)]
+    of_arms = _by_arm(included, own_rates=contrast.own_rates)
+    runs = {arm: of_arms.get(arm, {}) for arm in contrast.arms}
+    seeds, points = _shared(runs, f"{origin}.of", own_rates=contrast.own_rates)
+    if contrast.measure in ("sensitivity", "log_lr50"):
+        for setting, count in Counter(setting for setting, _ in points).items():
+            if count < 2:
+                raise InputError(
+                    f"{origin}.measure: {contrast.measure} needs two or more learning rates that "
+                    f"all of its arms have{setting and f' at {setting}'}"
+                )
+    if contrast.slope:
+        at_points = [runs[contrast.of[0]][seeds[0], point] for point in points]
+        _check_slope(
+            [cell.varied[contrast.slope] for cell in at_points], f"{origin}.slope: {contrast.slope}"
+        )
+    if contrast.column is not None:
+        _check_column(contrast.column, included, f"{origin}.column: {contrast.column}")
 
 
-def _check_slope(
-    contrast: Contrast, axes: Sequence[str], cells: Sequence[Cell], origin: str
-) -> None:
-    """Refuse a slope over an axis that does not have two or more positive numbers as values.
+def shared_points(
+    runs: Mapping[str, Mapping[tuple[int, Point], object]],
+) -> tuple[list[int], list[Point]]:
+    """The seeds that all arms have, and the points at which every arm has all of those seeds.
+
+    Args:
+        runs: arm -> its runs, by seed and point.
+    """
+    seeds = sorted(set.intersection(*({seed for seed, _ in own} for own in runs.values())))
+    every = dict.fromkeys(point for own in runs.values() for _, point in own)
+    points = [p for p in every if all((s, p) in own for own in runs.values() for s in seeds)]
+    return seeds, points if seeds else []
+
+
+OfArm = dict[tuple[int, Point], Cell]  # by seed and point
+
+
+def _by_arm(cells: Sequence[Cell], *, own_rates: bool = False) -> dict[str, OfArm]:
+    """The cells of each arm."""
+    found: dict[str, OfArm] = {}
+    for cell in cells:
+        rate = None if own_rates else cell.config.optimizer.learning_rate
+        found.setdefault(cell.arm, {})[cell.config.seed, (cell.setting_text, rate)] = cell
+    return found
+
+
+def _shared(
+    runs: Mapping[str, OfArm], origin: str, *, own_rates: bool = False
+) -> tuple[list[int], list[Point]]:
+    """The `shared_points` of arms, at least one.
 
     Raises:
-        InputError: there is no such axis, or its values, or those of the contrast, do not fit.
+        InputError: there is none.
     """
-    if contrast.slope not in axes:
-        raise InputError(f"{origin}: is not on an axis{nearest(contrast.slope, axes)}")
-    included = [cell for cell in cells if contrast.includes(cell)]
-    values = {cell.varied[contrast.slope] for cell in included}
-    numbers = {v for v in values if isinstance(v, int | float) and not isinstance(v, bool)}
-    if len(values) < 2 or numbers != values or min(numbers) <= 0:
-        raise InputError(f"{origin}: needs two or more positive numbers on the axis")
+    for arm, own in runs.items():
+        if not own:
+            raise InputError(f"{origin}: arm {arm!r} has no cell to compare")
+    seeds, points = shared_points(runs)
+    names = "; ".join(runs)
+    if not seeds:
+        raise InputError(f"{origin}: no seed is common to {names}")
+    if not points:
+        what = "setting" if own_rates else "setting and learning rate"
+        hint = "" if own_rates else " (`rates` of a contrast gives each arm its own)"
+        raise InputError(f"{origin}: no {what} has every common seed of {names}{hint}")
+    return seeds, points
+
+
+def _check_slope(values: Sequence[Any], origin: str) -> None:
+    """Refuse a slope over values other than two or more positive numbers.
+
+    Raises:
+        InputError: they are others.
+    """
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    if len(numbers) < len(values) or len(set(numbers)) < 2 or min(numbers) <= 0:
+        raise InputError(f"{origin}: needs two or more positive numbers that all arms have")
+
+
+def _check_column(column: Column, cells: Sequence[Cell], origin: str) -> None:
+    """Refuse a column that is empty whatever the results are.
+
+    Raises:
+        InputError: it is, in a cell.
+    """
+    needs: dict[str, Callable[[Config], bool]] = {}
+    if column in get_args(DiagnosticsColumn):
+        needs["diagnostics.every"] = lambda config: config.diagnostics.every is not None
+    if column.endswith("sharpness"):
+        needs["diagnostics.sharpness"] = lambda config: config.diagnostics.sharpness > 0
+    if column == "early_rise":  # of the first quarter of the steps
+        from gpt.compare.analysis.verdicts import SMOOTHING  # imports scipy, which takes long
+
+        least = 4 * SMOOTHING
+        needs[f"training.steps of {least} or more"] = lambda config: config.training.steps >= least
+    for (need, has), cell in itertools.product(needs.items(), cells):
+        if not has(cell.config):
+            raise InputError(f"{origin}: needs {need}, which arm {cell.arm!r} does not have")
 
 
 def _varied(grid: Grid) -> list[str]:

@@ -507,6 +507,11 @@ class Config(Section):
             )
         if self.diagnostics.noise_scale and self.batch_sequences == 1:
             raise ValueError("diagnostics.noise_scale: needs a batch of at least 2 sequences")
+        if self.data.windows == "fixed" and training.nonfinite == "rollback":
+            raise ValueError(
+                "training.nonfinite rollback conflicts with data.windows fixed, which has no "
+                "other batch to continue with; use stop or skip"
+            )
         return self
 
     @model_validator(mode="after")

@@ -214,7 +214,7 @@ def _logit_advice(config: Config, place: FaultLocation | None) -> Iterator[str]:
 
 def _numerical_advice(config: Config, updates: int) -> Iterator[str]:
     training = config.training
-    if updates and training.nonfinite == "stop":
+    if updates and training.nonfinite == "stop" and config.data.windows != "fixed":
         yield (
             "--training.nonfinite rollback"
             "  (returns to a checkpoint and skips the batches since; Chowdhery et al. 2022)"
