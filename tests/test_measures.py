@@ -132,8 +132,9 @@ def test_only_the_runs_that_are_compared_need_a_value_of_the_column():
 
 
 def test_a_value_without_a_logarithm_is_named():
-    why = unmeasured(runs_of(8, 1e-3), measure="log_column", column="spikes")
-    assert why.endswith("has the value 0, which has no logarithm, in column spikes")
+    runs = [replace(r, extremes={"stream_rms": 0.0}) for r in runs_of(8, 1e-3)]
+    why = unmeasured(runs, measure="log_column", column="max_stream_rms")
+    assert why.endswith("has the value 0, which has no logarithm, in column max_stream_rms")
 
 
 def test_a_difference_that_is_only_rounding_is_none():

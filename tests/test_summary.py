@@ -50,7 +50,7 @@ ARMS = ("pre, cold", "pre, warm", "post, cold", "post, warm")
 
 
 def grid(**changes: Any) -> Grid:
-    tree = {
+    tree: dict[str, Any] = {
         "base": {},
         "arms": {
             "placement": {"pre": {}, "post": {"model.norm.placement": "post"}},
@@ -69,6 +69,8 @@ def grid(**changes: Any) -> Grid:
         "pairs": [["post, cold", "pre, cold"]],
         **changes,
     }
+    if any("model.layers" in (c.get("slope"), *c.get("at", ())) for c in tree["contrasts"]):
+        tree["grid"]["model.layers"] = [2, 3, 4, 6, 8, 12]
     return validate(Grid, tree)
 
 

@@ -512,7 +512,7 @@ def load(
         path: a file, or the name of a grid that comes with steadygpt, such as `quick`.
         overrides: options for all cells, a nested mapping, on top of the file's.
         seeds: replace the file's, see `parse_seeds`. An entry of `exclude` that names seeds, but
-            none of these, is then ignored.
+            none of these, is then ignored, and `context_seeds` is at most their number.
 
     Returns:
         The grid with base and options merged, so that it needs no other file; and the cells, seed
@@ -531,7 +531,9 @@ def load(
         lambda key: f"{path}: {key}".rstrip(": "),
     )
     if seeds is not None:
-        grid = grid.model_copy(update={"seeds": parse_seeds(seeds)})
+        given_seeds = parse_seeds(seeds)
+        context = grid.context_seeds and min(grid.context_seeds, len(given_seeds))
+        grid = grid.model_copy(update={"seeds": given_seeds, "context_seeds": context})
         matched = [entry for entry in grid.exclude if not _is_of_other_seeds(entry, grid.seeds)]
         grid = grid.model_copy(update={"exclude": tuple(matched)})
     given, varied = dict(leaves(overrides or {})), _varied(grid)

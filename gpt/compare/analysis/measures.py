@@ -36,12 +36,10 @@ from gpt.compare.analysis.statistics import (
     sign_flip_p,
     threshold_interval,
 )
-from gpt.compare.grid import Contrast
+from gpt.compare.grid import Contrast, Point
 
 MOST_LOST = 6  # lost runs of a contrast; with more, its interval is unbounded
 ROUNDING = 1e-12  # a difference smaller than this part of its terms is 0
-
-Point = tuple[str, float | None]  # setting, learning rate; None if each arm has its own
 
 
 @dataclass(frozen=True)
@@ -203,7 +201,7 @@ def measured(
     common = common_runs(
         contrast.arms,
         [*included, *(worst for _, worst in lost)],
-        own_rates=bool(contrast.rates) or contrast.measure == "log_threshold",
+        own_rates=contrast.own_rates,
         slope=bool(contrast.slope),
     )
     if common is None:
