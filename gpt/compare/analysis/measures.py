@@ -157,7 +157,7 @@ OF_RUNS: dict[str, Callable[[str], OfRuns]] = {
 
 
 # The measures that have a worst and a best value. Nothing bounds the columns of a lost run, and a
-# threshold is a fit; so other measures leave out the rate and setting of a lost run.
+# threshold is a fit; so for other measures a lost run is missing (see `common_runs`).
 BOUNDED = ("loss", "failure")
 LostRun = tuple[Outcome, Outcome]  # as if it had ended at its best, and at its worst
 
