@@ -250,7 +250,7 @@ def searched(edge: float, softness: float, random: np.random.Generator) -> tuple
         above = np.log(SEARCH.rate(step)) - edge
         trains = above < (random.logistic(0, softness) if softness else 0.0)
         endings[step] = "trained" if trains else "failed"
-        step, _ = next_step(endings, SEARCH.most_runs)
+        step = next_step(endings, SEARCH.most_runs - len(endings), step).step
     found = bracket(endings)
     low = -np.inf if found.low is None else np.log(SEARCH.rate(found.low))
     high = np.inf if found.high is None else np.log(SEARCH.rate(found.high))

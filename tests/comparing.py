@@ -145,7 +145,7 @@ class Trainer:
         run = RunDirectory(path)
         run.config.write_text(cell.config.to_yaml())
         rate = cell.config.optimizer.learning_rate
-        slow = rate < self.slow_below
+        slow = rate < self.slow_below and not cell.longer
         trained = not slow and rate <= self.edges[cell.arm][cell.config.seed]
         records = metrics.read(run.metrics)
         for number, record in enumerate(records):

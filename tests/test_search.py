@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,26 @@ from gpt.errors import InputError
 MOST = 8
 
 
-def run(ending_of, start: int = 0, most_runs: int = MOST) -> tuple[dict[int, Ending], str]:
-    """A search from `start` whose run at a step ends as `ending_of(step)`, and why it ended."""
+def run(
+    ending_of: Callable[[int], Ending],
+    start: int = 0,
+    most_runs: int = MOST,
+    longer_of: Callable[[int], Ending] = lambda step: "slow",
+) -> tuple[dict[int, Ending], str]:
+    """A search from `start` whose run at a step ends as `ending_of(step)`, and why it ended.
+
+    Args:
+        longer_of: how a longer run ends.
+    """
     endings: dict[int, Ending] = {}
-    following = Next(start, "")
+    following, runs = Next(start, ""), 0
     while following.step is not None:
-        assert following.step not in endings
-        endings[following.step] = ending_of(following.step)
-        following = next_step(endings, most_runs)
-    assert len(endings) <= most_runs
+        step, _, longer = following
+        assert (step in endings) == longer
+        endings[step] = (longer_of if longer else ending_of)(step)
+        runs += 1
+        following = next_step(endings, most_runs - runs, step, longer=longer)
+    assert runs <= most_runs
     return endings, following.why
 
 
@@ -74,15 +86,40 @@ def test_the_runs_of_a_search_in_their_order(edge: int, tried: list[int]):
     assert list(run(monotone(edge))[0]) == tried
 
 
-def test_slow_runs_send_it_upwards():
-    endings, _ = run(monotone(edge=6, slow_below=3))
-    assert list(endings) == [0, 2, 4, 6, 8, 7]
-    assert bracket(endings).bound == ""
-    never, _ = run(lambda step: "slow" if step < 5 else "failed")
-    assert (bracket(never).low, bracket(never).high, bracket(never).bound) == (4, 5, "unclear")
+def test_runs_that_are_slow_even_when_longer_send_it_upwards():
+    endings, _ = run(monotone(edge=5, slow_below=3))
+    assert list(endings) == [0, 2, 4, 6, 5, 7]  # eight runs: those at 0 and 2 were repeated
+    assert (bracket(endings).low, bracket(endings).high, bracket(endings).bound) == (5, 6, "")
+    never, _ = run(lambda step: "slow" if step < 1 else "failed")
+    assert (bracket(never).low, bracket(never).high, bracket(never).bound) == (0, 1, "unclear")
     always, why = run(lambda step: "slow")
-    assert (len(always), bracket(always).bound) == (8, "unclear")
-    assert why == "the limit of 8 runs is reached"
+    assert (len(always), bracket(always).bound) == (4, "unclear")
+    assert why == "the limit of runs is reached"
+
+
+@pytest.mark.parametrize(
+    ("longer", "tried", "ends"),
+    [
+        ("trained", [0, 1, 2], (0, 1, "")),
+        ("failed", [0, -2, -1], (-2, -1, "")),
+        ("lost", [0], (None, None, "unclear")),
+    ],
+)
+def test_a_slow_run_counts_as_its_longer_one_ends(
+    longer: Ending, tried: list[int], ends: tuple[int | None, int | None, str]
+):
+    def ending_of(step: int) -> Ending:
+        return "slow" if step == 0 else "trained" if step == -2 else "failed"
+
+    endings, _ = run(ending_of, longer_of=lambda step: longer)
+    assert sorted(endings) == sorted(tried)
+    found = bracket(endings)
+    assert (found.low, found.high, found.bound) == ends
+
+
+def test_the_last_run_of_a_search_is_not_repeated():
+    endings, why = run(lambda step: "slow", most_runs=5)
+    assert (list(endings), why) == ([0, 2, 4], "the limit of runs is reached")
 
 
 def test_a_run_that_trains_above_the_bracket_is_counted_and_moves_nothing():

@@ -154,16 +154,35 @@ def test_bounds_open_the_interval_on_their_side(tiny: Make, tmp_path: Path, trai
     assert contrast.interval.low == -math.inf
 
 
-def test_a_start_that_is_too_slow_sends_it_upwards(tiny: Make, tmp_path: Path, trainer: Trainer):
-    """Post-norm's first rate, 0.003, is too slow; seed 0 has no rate that trains."""
+def test_a_slow_run_is_repeated_with_more_updates_which_decide(
+    tiny: Make, tmp_path: Path, trainer: Trainer
+):
+    """Post-norm is slow at its first rates; with more updates it fails or trains."""
     trainer.slow_below = 0.0045
     trainer.edges = {**EDGES, "post": (0.001, 0.006)}
-    found = compare(write(tmp_path / "grid.yaml", {**tree(tiny), "seeds": 2}), tmp_path / "run")
-    never, later = (each for each in found.searches if each.arm == "post")
-    assert never.bound == "unclear"
-    assert (later.bound, later.low, later.high) == ("", 0.005859, 0.007324)
-    assert found.contrasts[0].reach == ("unknown",)  # type: ignore[union-attr]
-    assert "changes by an unknown factor" in found.conclusions[0]
+    path = write(tmp_path / "grid.yaml", {**tree(tiny), "seeds": 2})
+    found = compare(path, tmp_path / "run")
+    failed, trained = (each for each in found.searches if each.arm == "post")
+    assert (trained.bound, trained.low, trained.high) == ("", 0.005859, 0.007324)
+    assert (failed.low, failed.high, failed.runs) == (0.0007864, 0.001229, 8)
+    assert failed.ended == "the limit of runs is reached"
+    logged = json.loads((tmp_path / "run/search.json").read_text())
+    runs = next(each["runs"] for each in logged if (each["arm"], each["seed"]) == ("post", 0))
+    assert [(run["updates"], run["counts_as"]) for run in runs[:3]] == [
+        (20, "slow"),
+        (60, "failed"),
+        (20, "slow"),
+    ]
+    longer = [name for name in trainer.seen if name.endswith("_steps-60")]
+    assert runs[1]["cell"] in longer
+    assert len(longer) == sum(run["updates"] == 60 for each in logged for run in each["runs"])
+    rows = (tmp_path / "run/cells.csv").read_text().splitlines()[1:]
+    assert len(rows) == found.with_result == found.planned == len(trainer.seen) - len(longer)
+    assert not any("_steps-60" in row for row in rows)
+    before = contents(tmp_path / "run")
+    comparison.report(*load(path), tmp_path / "run")
+    compare(path, tmp_path / "run")
+    assert contents(tmp_path / "run") == before
 
 
 def test_a_search_grows_by_arms_and_seeds_only(tiny: Make, tmp_path: Path, trainer: Trainer):

@@ -294,14 +294,15 @@ def report(
     refuse_links(directory)
     busy = f"{directory}: another process is writing its report; run this again in a minute"
     with lock_file(directory / REPORT_LOCK, busy, wait):
-        outcomes = read_outcomes(grid, cells, directory)
+        every = read_outcomes(grid, cells, directory)
+        outcomes = [outcome for outcome in every if not outcome.cell.longer]
         init_probes = read_init_probes(directory, [arm.name for arm in grid.all_arms()])
         commands = [f"{each.began}  {shlex.join(each.argv)}" for each in read_commands(directory)]
         registered = registration.registered(directory, grid, [o.cell for o in outcomes])
-        summary = summarize(grid, outcomes, registered, workers)
+        summary = summarize(grid, every, registered, workers)
         other = None if beside is None else (beside, read_comparison(beside))
         write_text(directory / "cells.csv", csv_text(outcomes))
-        write_log(directory, grid, outcomes)
+        write_log(directory, grid, every)
         results = {"version": VERSION, **asdict(summary)}
         results["verdict"] = results.pop("conclusions")  # the key that the file has always had
         write_text(directory / "summary.json", to_json(results))
@@ -333,7 +334,8 @@ def read_comparison(directory: Path) -> tuple[Grid, Summary, list[Outcome]]:
     grid, cells = grids.load(directory / "grid.yaml")
     outcomes = read_outcomes(grid, cells, directory)
     registered = registration.registered(directory, grid, [o.cell for o in outcomes])
-    return grid, summarize(grid, outcomes, registered), outcomes
+    summary = summarize(grid, outcomes, registered)
+    return grid, summary, [outcome for outcome in outcomes if not outcome.cell.longer]
 
 
 def check_directory(

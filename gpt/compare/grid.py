@@ -33,7 +33,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -41,6 +41,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from gpt.compare.search import LONGER
 from gpt.config import (
     MAX_BYTES,
     Between,
@@ -433,11 +434,22 @@ class Grid(Section):
         """The seeds of the first stage; all without stages."""
         return self.seeds[: self.first_stage]
 
-    def at_rate(self, cell: Cell, rate: float) -> Cell:
-        """The cell that differs from `cell` only in its learning rate."""
+    def at_rate(self, cell: Cell, rate: float, *, longer: bool = False) -> Cell:
+        """The cell that differs from `cell` only in its learning rate.
+
+        Args:
+            longer: whether it also has LONGER times as many updates (gpt/compare/search.py).
+        """
         arm = next(arm for arm in self.all_arms() if arm.name == cell.arm)
         options = {**cell.setting, RATE: rate}
-        return _cell(self, arm, options, cell.config.seed, list(cell.varied), cell.id)
+        found = _cell(self, arm, options, cell.config.seed, list(cell.varied), cell.id)
+        if not longer:
+            return found
+        steps = LONGER * found.config.training.steps
+        name = f"{found.id}_steps-{steps}"
+        tree = merge(found.config.model_dump(), {"name": name, "training": {"steps": steps}})
+        config = validate(Config, tree, lambda key: f"{name}: {key}".rstrip(": "))
+        return replace(found, id=name, config=config, longer=True)
 
     def to_yaml(self) -> str:
         """The grid as YAML that `load` reads back equal."""
@@ -469,6 +481,8 @@ class Cell:
         id: the name of its directory.
         varied: every option in which cells differ, by its dotted name, and its value here.
         setting: the part of `varied` on the grid's axes, except the learning rate.
+        longer: whether it repeats a run of a search with more updates: it decides how that run
+            counts, and is in no other result.
     """
 
     id: str
@@ -476,6 +490,7 @@ class Cell:
     varied: Options
     setting: Options
     config: Config
+    longer: bool = False
 
     @property
     def setting_text(self) -> str:

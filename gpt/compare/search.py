@@ -6,9 +6,10 @@ has seen both; bisects until the highest rate that trained and the lowest that f
 and then tries the rate above those two. A run that trains there is counted, but does not move the
 threshold.
 
-A run that is merely slow has not learned enough either, but because its rate is too low, so it
-sends the search upwards. Every decision is a pure function of the runs so far, so that a search can
-be replayed from their results alone.
+A run that may be merely slow has not learned enough either, but because its rate is too low. So it
+runs again, for LONGER times as many updates, and counts as that run ends; one that is slow even
+then sends the search upwards. Every decision is a pure function of the runs so far, so that a
+search can be replayed from their results alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 GALLOP = 2  # steps
+LONGER = 3  # times as many updates, of a run that was slow
 
 Ending = Literal["trained", "slow", "failed", "lost"]  # lost: without a result
 Bound = Literal["", "above", "below", "unclear"]
@@ -65,28 +67,34 @@ class Next(NamedTuple):
 
     Attributes:
         step: to try; None if the search has ended.
+        longer: whether it runs LONGER times as many updates as other runs.
     """
 
     step: int | None
     why: str
+    longer: bool = False
 
 
-def next_step(endings: Mapping[int, Ending], most_runs: int) -> Next:
+def next_step(endings: Mapping[int, Ending], left: int, last: int, *, longer: bool = False) -> Next:
     """What a search does after its runs so far.
 
     Args:
         endings: of the runs, by their steps; at least one.
-        most_runs: how many runs it may have.
+        left: how many more runs it may have.
+        last: the step of the last run.
+        longer: whether that was a longer one.
     """
     found = bracket(endings)
     low, high = found.low, found.high
     if "lost" in endings.values():
         return Next(None, "a run has no result")
+    if endings[last] == "slow" and not longer and left > 0:
+        return Next(last, "slow: the same rate with more updates", longer=True)
     closed = low is not None and high is not None and high - low == 1
     if closed and found.monotone is not None:
         return Next(None, "the rates next to the threshold and the one above them are known")
-    if len(endings) >= most_runs:
-        return Next(None, f"the limit of {most_runs} runs is reached")
+    if left <= 0:
+        return Next(None, "the limit of runs is reached")
     if high is None:
         assert low is not None
         return Next(low + GALLOP, "no rate failed: gallop upwards")

@@ -19,7 +19,7 @@ from gpt.compare.analysis.results import SearchResult
 from gpt.compare.analysis.stages import begun, decide
 from gpt.compare.execution.cell_runs import CellError, has_result, read_lost
 from gpt.compare.grid import Cell, Grid, Search
-from gpt.compare.search import Bracket, Ending, bracket, next_step
+from gpt.compare.search import Bracket, Ending, Next, bracket, next_step
 from gpt.errors import InputError
 from gpt.io.files import write_text
 
@@ -120,17 +120,39 @@ def follow(
     """
     assert grid.search is not None
     outcomes: list[Outcome] = []
-    endings: dict[int, Ending] = {}
     cell: Cell | None = start
     while cell is not None:
-        outcome = _read(cell, directory, lost, known)
-        outcomes.append(outcome)
+        outcomes.append(_read(cell, directory, lost, known))
+        decisions = _decisions(grid.search, outcomes)
+        if len(decisions) < len(outcomes):
+            break
+        step, _, longer = decisions[-1].following
+        cell = None
+        if step is not None:
+            cell = grid.at_rate(start, grid.search.rate(step), longer=longer)
+    return outcomes
+
+
+class _Decision(NamedTuple):
+    """What a search knows after a run, and does next."""
+
+    endings: dict[int, Ending]  # by the steps of its runs
+    following: Next
+
+
+def _decisions(search: Search, outcomes: Sequence[Outcome]) -> list[_Decision]:
+    """The decision after each run of a search; a run that is missing has none."""
+    found: list[_Decision] = []
+    endings: dict[int, Ending] = {}
+    for outcome in outcomes:
         if outcome.status == "missing":
             break
-        endings[grid.search.step(outcome.rate)] = ending(outcome)
-        step, _ = next_step(endings, grid.search.most_runs)
-        cell = None if step is None else grid.at_rate(start, grid.search.rate(step))
-    return outcomes
+        step = search.step(outcome.rate)
+        endings = {**endings, step: ending(outcome)}
+        left = search.most_runs - len(found) - 1
+        following = next_step(endings, left, step, longer=outcome.cell.longer)
+        found.append(_Decision(endings, following))
+    return found
 
 
 def ending(outcome: Outcome) -> Ending:
@@ -159,8 +181,8 @@ def _searches(outcomes: Sequence[Outcome]) -> list[list[Outcome]]:
 
 
 def _result(search: Search, outcomes: Sequence[Outcome]) -> SearchResult:
-    endings = _endings(search, outcomes)
-    found, first = bracket(endings), outcomes[0]
+    decisions = _decisions(search, outcomes)
+    found, first = bracket(decisions[-1].endings if decisions else {}), outcomes[0]
     low, high = _ends(search, found)
     known = [math.log(end) for end in (low, high) if end is not None]
     return SearchResult(
@@ -172,14 +194,9 @@ def _result(search: Search, outcomes: Sequence[Outcome]) -> SearchResult:
         high=high,
         bound=found.bound,
         monotone=found.monotone,
-        runs=len(endings),
-        ended=next_step(endings, search.most_runs).why if len(endings) == len(outcomes) else "",
+        runs=len(decisions),
+        ended=decisions[-1].following.why if len(decisions) == len(outcomes) else "",
     )
-
-
-def _endings(search: Search, outcomes: Sequence[Outcome]) -> dict[int, Ending]:
-    """How the runs ended, by their steps, in their order."""
-    return {search.step(o.rate): ending(o) for o in outcomes if o.status != "missing"}
 
 
 def _ends(search: Search, found: Bracket) -> tuple[float | None, float | None]:
@@ -196,22 +213,20 @@ def write_log(directory: Path, grid: Grid, outcomes: Sequence[Outcome]) -> None:
 
 
 def _log(search: Search, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    endings: dict[int, Ending] = {}
     runs = []
-    for outcome, (step, how) in zip(outcomes, _endings(search, outcomes).items(), strict=False):
-        endings[step] = how
+    for outcome, (endings, following) in zip(outcomes, _decisions(search, outcomes), strict=False):
         low, high = _ends(search, bracket(endings))
-        following, why = next_step(endings, search.most_runs)
         runs.append(
             {
                 "cell": outcome.cell.id,
                 "rate": outcome.rate,
+                "updates": outcome.cell.config.training.steps,
                 "status": outcome.status,
-                "counts_as": how,
+                "counts_as": ending(outcome),
                 "low": low,
                 "high": high,
-                "next": None if following is None else search.rate(following),
-                "why": why,
+                "next": None if following.step is None else search.rate(following.step),
+                "why": following.why,
             }
         )
     cell = outcomes[0].cell

@@ -51,6 +51,8 @@ def summarize(
     Args:
         workers: how many would train further seeds, for the estimate of their time.
     """
+    searches = search_results(grid, outcomes)
+    outcomes = [outcome for outcome in outcomes if not outcome.cell.longer]
     ended = [outcome for outcome in outcomes if outcome.verdict is not None]
     assert ended, "at least one cell has a result"
     groups = _grouped(outcomes, lambda o: (o.cell.arm, o.cell.setting_text))
@@ -63,7 +65,6 @@ def summarize(
         for (arm, setting), group in groups.items()
         if any(o.verdict is not None for o in group)
     )
-    searches = search_results(grid, outcomes)
     decision = None if grid.first_stage is None else decide(grid, outcomes)
     alpha = level(grid.first_stage, decision)
     contrasts = contrast_results(grid, outcomes, searches, registered, alpha, workers)
