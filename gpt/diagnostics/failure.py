@@ -182,7 +182,7 @@ def _architecture_advice(config: Config, updates: int) -> Iterator[str]:
         )
     if not updates and model.init.regime != "gpt2":
         yield "--model.init.regime gpt2  (smaller initial weights)"
-    if not updates and not depth_scaled(model):
+    if not updates and not (depth_scaled(model) or placement.scales_depth):
         yield "--model.init.depth-scaled on  (1/sqrt(2L) on projections into the residual stream)"
 
 
@@ -214,7 +214,7 @@ def _logit_advice(config: Config, place: FaultLocation | None) -> Iterator[str]:
 
 def _numerical_advice(config: Config, updates: int) -> Iterator[str]:
     training = config.training
-    if updates and training.nonfinite == "stop":
+    if updates and training.nonfinite == "stop" and config.data.windows != "fixed":
         yield (
             "--training.nonfinite rollback"
             "  (returns to a checkpoint and skips the batches since; Chowdhery et al. 2022)"
