@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -69,3 +70,16 @@ def test_a_norm_over_several_tokens_has_no_probes_of_single_tokens():
     everything = figures.start_by_layer(data)
     assert everything is not None
     assert "batch" in everything.alt
+
+
+def test_arms_that_differ_only_in_their_batches_share_a_network(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(init_probes, "probe_depths", partial(probe_depths, depths=(1,)))
+    cells = [
+        grids.Cell(id=name, arm=name, varied={}, setting={}, config=tiny(data=data))
+        for name, data in {"a": {}, "b": {"seed": 3}, "c": {"windows": "random"}}.items()
+    ]
+    with few_probes():
+        (found,) = measure_init_probes(cells) or []
+    assert found.arms == ("a", "b", "c")

@@ -50,8 +50,9 @@ def measure_init_probes(
     """Probe every network of the comparison, at `probes.DEPTHS`; None if `stop` becomes true."""
     networks: dict[str, list[Cell]] = {}
     for cell in cells:
-        without_depth = cell.config.model.model_copy(update={"layers": 0})
-        networks.setdefault(repr((without_depth, cell.config.data)), []).append(cell)
+        model = cell.config.model.model_copy(update={"layers": 0})
+        data = cell.config.data.model_copy(update={"seed": None, "windows": None})
+        networks.setdefault(repr((model, data)), []).append(cell)
     init_probes = []
     for same in networks.values():
         if stop():
