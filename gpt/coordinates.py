@@ -29,7 +29,12 @@ from gpt.model.placement import Block
 from gpt.run.plot import label, literal_text, save
 from gpt.trainer import Trainer, host_tensor
 
-FLAT = 0.5  # log-log slopes up to this are nearer to muP's 0 than to the 1 of Adam's standard rates
+# Log-log slopes up to this are nearer to muP's 0 than to the 1 of Adam's standard rates.
+FLAT = 0.5
+# Slopes down to this may be muP's: the random part of its attention logits declines as m^-0.5.
+FALLING = -0.75
+SEQUENCES = 16  # of the first batch, at most, on which activations are compared
+RADAM_STEPS = 6  # with fewer, all updates are those of SGD with momentum (Liu et al. 2020)
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,17 @@ def check(
         config: of every network except for the width; the number of heads stays.
         widths: at least two.
         steps: updates before the measurement, at the full learning rate.
-        seeds: networks of each width, with their own weights and batches.
+        seeds: networks of each width, with their own weights; and batches, without `data.seed`.
 
     Raises:
-        InputError: a width does not fit the config or the memory, or a change is 0 or not finite.
+        InputError: a width does not fit the config or the memory, a change is 0 or not finite, or
+            the steps are too few for the optimizer.
     """
+    if config.optimizer.name == "radam" and steps < RADAM_STEPS:
+        raise InputError(
+            f"--steps: radam's first {RADAM_STEPS - 1} updates are those of SGD; "
+            f"use at least {RADAM_STEPS}"
+        )
     squares: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(widths))
     for column, width in enumerate(widths):
         for seed in range(config.seed, config.seed + seeds):
@@ -86,15 +97,16 @@ def _change(name: str, widths: Sequence[int], squares: Sequence[float]) -> Chang
 def verdict(changes: Sequence[Change]) -> str:
     """What the slopes say about the width, in one line that names the worst one.
 
-    Growth is worse than a decline of the same size: the random part of muP's logits declines with
-    the root of the width.
+    Growth above FLAT is worse than any decline, and a decline down to FALLING is none.
     """
     highest = max(changes, key=lambda change: change.slope)
     lowest = min(changes, key=lambda change: change.slope)
     worst = lowest if highest.slope < min(FLAT, -lowest.slope) else highest
     words = "looks independent of the width"
-    if abs(worst.slope) > FLAT:
-        words = "grows with the width" if worst is highest else "declines with the width"
+    if worst.slope > FLAT:
+        words = "grows with the width"
+    elif worst.slope < FALLING:
+        words = "declines with the width"
     return f"{words}; worst slope {worst.slope:+.2f} ({worst.name})"
 
 
@@ -115,12 +127,12 @@ def _changes(config: Config, dataset: Dataset, steps: int) -> dict[str, float]:
         return host_tensor(x, device), host_tensor(y, device)
 
     trainer.reset()
-    first = batch(1)[0][: trainer.micro_batch]
+    first = batch(1)[0][:SEQUENCES]
     trainer.calibrate(first)
     before = activations(trainer.model, trainer.to_device(first))
     for step in range(1, steps + 1):
         loss, grad_norm = trainer.backward(step, *batch(step))
-        trainer.update(1.0, loss, grad_norm)
+        trainer.update(config.schedule.scale, loss, grad_norm)
     after = activations(trainer.model, trainer.to_device(first))
     return {name: (after[name] - x).float().square().mean().item() for name, x in before.items()}
 

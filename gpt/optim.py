@@ -143,22 +143,16 @@ class Optimizer:
         for optimizer in self.torch_optimizers:
             optimizer.zero_grad()
 
-    def by_parameter(self, option: str) -> dict[str, float]:
-        """An option of each parameter's group, such as "lr_factor" or "weight_decay", by name."""
-        return {name: g[option] for g in self.param_groups for name in g["param_names"]}
+    def by_parameter(self, option: str) -> dict[str, Any]:
+        """An option, such as "lr_factor" or Adam's "betas", of each parameter with it, by name."""
+        return {n: g[option] for g in self.param_groups if option in g for n in g["param_names"]}
 
-    def adam_eps(self) -> dict[str, float]:
-        """Adam's epsilon, for each parameter that AdamW or RAdam updates."""
-        adam_groups = [group for group in self.param_groups if "betas" in group]
-        return {name: group["eps"] for group in adam_groups for name in group["param_names"]}
-
-    def second_moments(self) -> dict[str, Tensor]:
-        """Adam's bias-corrected second moments, by parameter; empty before the first update."""
-        return {
-            name: state["exp_avg_sq"] / (1 - self.config.beta2**updates)
-            for name, state in self._state().items()
-            if "exp_avg_sq" in state and (updates := state["step"].item())
-        }
+    def second_moments(self) -> tuple[dict[str, Tensor], int]:
+        """Adam's bias-corrected second moments by parameter, and how many updates are in them."""
+        states = {n: state for n, state in self._state().items() if "exp_avg_sq" in state}
+        updates = int(next((s["step"] for s in states.values()), 0))  # equal; waits for a GPU
+        correction = 1 - self.config.beta2**updates
+        return {n: s["exp_avg_sq"] / correction for n, s in states.items() if updates}, updates
 
     @property
     def has_state(self) -> bool:

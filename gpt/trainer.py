@@ -150,11 +150,8 @@ class Trainer:
         for index, part in enumerate(parts):
             if index:
                 self.check_stop()
-            with (  # while the caller computes with this part
-                global_generator(self.device, seed, "dropout", step, index)
-                if dropout
-                else contextlib.nullcontext()
-            ):
+            generator = global_generator(self.device, seed, "dropout", step, index)
+            with generator if dropout else contextlib.nullcontext():  # while the caller computes
                 yield part
 
     def update(self, lr_scale: float, loss: Tensor, grad_norm: Tensor) -> bool:
@@ -201,13 +198,19 @@ class Trainer:
 
     def set_micro_batch(self, micro_batch: int) -> None:
         """Use smaller micro-batches from now on, because memory ran out."""
-        self.optimizer.zero_grad()
-        release_memory(self.device)
+        self.discard_gradients()
+        old, self.micro_batch = self.micro_batch, micro_batch
         self.notify(
-            f"out of memory with micro-batches of {self.micro_batch} sequences; "
-            f"continuing with {micro_batch}"
+            f"out of memory with micro-batches of {old} sequences; continuing with {micro_batch}"
         )
-        self.micro_batch = micro_batch
+
+    def discard_gradients(self) -> None:
+        """Make `backward` possible again after an attempt that failed, perhaps in unscaling."""
+        self.optimizer.zero_grad()
+        state = self.scaler.state_dict()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())
+        self.scaler.load_state_dict(state)
+        release_memory(self.device)
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """A copy on the device; from pinned memory, it does not wait for the GPU."""

@@ -16,19 +16,23 @@ from torch import Tensor
 from gpt import metrics
 from gpt.cli.diagnose import diagnose
 from gpt.config import Config, ModelConfig, OptimizerConfig
+from gpt.diagnostics import curvature
 from gpt.diagnostics.curvature import (
+    adam_preconditioner,
     hessian_product,
     largest_eigenvalue,
+    loss_hessian,
     measure_sharpness,
     preconditioned,
-    stability_thresholds,
+    stability_threshold,
 )
 from gpt.ensemble import train_together
+from gpt.errors import InputError, StepInterruptedError
 from gpt.model.gpt2 import GPT
 from gpt.model.init import initialize
 from gpt.model.norm import NORMS
 from gpt.model.placement import PLACEMENTS
-from gpt.optim import Optimizer
+from gpt.optim import OPTIMIZERS, Optimizer
 from gpt.training import train
 
 Make = Callable[..., Config]
@@ -153,30 +157,82 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
         {"placement": "pre", "tied_head": False},
         {"placement": "post", "attention": {"qk_norm": True}, "norm": {"type": "rms"}},
         {"placement": "pre", "attention": {"soft_cap": 2.0}, "dropout": 0.5},
+        {"placement": "pre", "parametrization": "mup", "mup_base_width": 2},
     ],
-    ids=["pre", "post", "dropout"],
+    ids=["pre", "post", "dropout", "mup"],
 )
-def test_both_eigenvalues_agree_with_the_dense_hessian(options: dict[str, Any]):
+@pytest.mark.parametrize(("clip", "updates"), [(None, 0), (0.1, 2)])
+def test_both_eigenvalues_agree_with_the_dense_hessian(
+    options: dict[str, Any], clip: float | None, updates: int
+):
+    """The preconditioner is that of the next update, written once more from Adam's definition."""
     model = make(**options)
     model.eval()
-    config = OptimizerConfig(beta2=0.9, eps=1e-4)
-    optimizer = Optimizer(model.named_parameters(), config)
-    squares = []
-    for seed in (3, 4):
+    config = OptimizerConfig(beta2=0.9, eps=1e-4, clip=clip)
+    optimizer = Optimizer(model.named_parameters(), config, model.m)
+    v = 0
+    for seed in range(3, 4 + updates):
         model.loss(tokens(seed), tokens(1)).backward()
-        squares.append(torch.cat([p.grad.square().flatten() for p in model.parameters()]))
-        optimizer.step()
-        optimizer.zero_grad()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        if seed == 3 + updates:  # not yet clipped
+            assert gradient.norm() > 0.2
+            gradient *= 1 if clip is None else clip / gradient.norm()
+        v = 0.9 * v + 0.1 * gradient.square()
+        if seed < 3 + updates:
+            optimizer.step()
+            optimizer.zero_grad()
+    p = (v / (1 - 0.9 ** (updates + 1))).sqrt() + 1e-4
+    if model.m != 1:  # muP divides the rates of the blocks' matrices by m
+        factors = [
+            torch.full((w.numel(),), 0.5 if name.startswith("blocks") and w.ndim == 2 else 1.0)
+            for name, w in model.named_parameters()
+        ]
+        p = p / torch.cat(factors)
     hessian = dense_hessian(model, z_loss=0.1)
-    v = (0.9 * 0.1 * squares[0] + 0.1 * squares[1]) / (1 - 0.9**2)
-    p = v.sqrt() + 1e-4
     model.train()
     model.loss_chunk = 2
-    found = measure_sharpness(model, tokens(), tokens(1), 0.1, optimizer)
+    product = loss_hessian(model, tokens(), tokens(1), 0.1, micro_batch=2)  # of three sequences
+    found = measure_sharpness(model, product, optimizer, *optimizer.second_moments())
     assert found["sharpness"] == pytest.approx(torch.linalg.eigvalsh(hessian)[-1].item(), rel=1e-3)
     wanted = torch.linalg.eigvalsh(hessian / (p[:, None] * p).sqrt())[-1].item()
     assert found["preconditioned_sharpness"] == pytest.approx(wanted, rel=1e-3)
     assert abs(wanted / found["sharpness"] - 1) > 0.5
+
+
+def test_a_row_without_earlier_gradients_is_preconditioned_by_its_own():
+    """Of a token that was in no batch so far: P is not ε but what the update divides by."""
+    model = make(tied_head=False)
+    optimizer = Optimizer(model.named_parameters(), OptimizerConfig(clip=None))
+    old, new = torch.zeros(3, CONTEXT, dtype=torch.long), torch.ones(3, CONTEXT, dtype=torch.long)
+    model.loss(old, tokens(1)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model.loss(new, tokens(1)).backward()
+    moments, made = optimizer.second_moments()
+    found = adam_preconditioner(model, optimizer, moments, made)[4:8]  # of token 1
+    gradient = model.token_embedding.weight.grad[1]
+    assert (moments["token_embedding.weight"][1] == 0).all()
+    torch.testing.assert_close(found, gradient.abs() * (0.01 / (1 - 0.99**2)) ** 0.5 + 1e-8)
+
+
+def test_micro_batches_bound_the_memory_and_a_stop_ends_a_product():
+    model = make()
+    sizes: list[int] = []
+    loss_fn = model.loss_fn
+    model.loss_fn = lambda x, *rest: sizes.append(len(x)) or loss_fn(x, *rest)
+    v = random(model.num_parameters())
+    whole = loss_hessian(model, tokens(), tokens(1))
+    parts = loss_hessian(model, tokens(), tokens(1), micro_batch=2)
+    torch.testing.assert_close(whole(v), parts(v))
+    assert sizes == [3, 2, 1]
+    whole(v)
+    assert sizes == [3, 2, 1]  # the graph is kept
+
+    def stop() -> None:
+        raise StepInterruptedError
+
+    with pytest.raises(StepInterruptedError):
+        loss_hessian(model, tokens(), tokens(1), check=stop)(v)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -187,27 +243,19 @@ def test_every_placement_and_norm_can_be_differentiated_twice(placement: str, no
         norm = "layer" if kind.has_norms else "none"
     model = make(placement, layers=max(2, kind.min_layers), norm={"type": norm})
     optimizer = Optimizer(model.named_parameters(), OptimizerConfig())
+    model.loss(tokens(), tokens(1)).backward()
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
     kernels, state = [a.kernel for a in model.attentions()], torch.get_rng_state()
-    found = measure_sharpness(model, tokens(), tokens(1), 0.0, optimizer)
+    found = measure_sharpness(model, loss_hessian(model, tokens(), tokens(1)), optimizer, {}, 0)
     assert found["sharpness"] > 0
-    assert found["preconditioned_sharpness"] is None  # before Adam's first update
+    assert found["preconditioned_sharpness"] > 0  # also before Adam's first update
     assert model.training
     assert [a.kernel for a in model.attentions()] == kernels
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("name", ["sgd", "adafactor", "muon"])
-def test_without_adams_moments_for_all_parameters_only_the_sharpness(name: str):
-    model = make()
-    optimizer = Optimizer(model.named_parameters(), OptimizerConfig(name=name))
-    model.loss(tokens(), tokens(1)).backward()
-    optimizer.step()
-    found = measure_sharpness(model, tokens(), tokens(1), 0.0, optimizer)
-    assert found["preconditioned_sharpness"] is None
-    assert found["sharpness"] > 0
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert torch.equal(parameter.grad, gradient)
 
 
 # -- Thresholds -------------------------------------------------------------------------------
@@ -227,25 +275,30 @@ def growth(curvature: float, config: OptimizerConfig, rate: float) -> float:
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.95])
 def test_sgd_diverges_above_its_threshold(momentum: float):
     config = OptimizerConfig(name="sgd", momentum=momentum)
-    threshold = stability_thresholds(config, 0.1)["sharpness_threshold"]
+    threshold = stability_threshold(config, 0.1, 1)["sharpness_threshold"]
     assert growth(0.98 * threshold, config, 0.1) < 1e-6
     assert growth(1.02 * threshold, config, 0.1) > 1e6
 
 
 @pytest.mark.parametrize("beta1", [0.0, 0.5, 0.9])
-def test_adam_with_its_preconditioner_held_fixed_diverges_above_its_threshold(beta1: float):
-    """x <- x - η P^-1 m, m an average with decay β1: |eigenvalues| of one step, P = 1."""
-    threshold = stability_thresholds(OptimizerConfig(beta1=beta1), 0.01)["preconditioned_threshold"]
+@pytest.mark.parametrize("updates", [1, 5, 10_000])
+def test_adam_as_it_is_at_one_update_diverges_above_its_threshold(beta1: float, updates: int):
+    """x <- x - η P^-1 m/(1 - β1^t), m an average with decay β1: |eigenvalues| of a step, P = 1."""
+    config = OptimizerConfig(beta1=beta1)
+    threshold = stability_threshold(config, 0.01, updates)["preconditioned_threshold"]
+    rate = 0.01 / (1 - beta1**updates)
     for factor, stable in ((0.99, True), (1.01, False)):
         h = factor * threshold
-        step = torch.tensor([[1 - 0.01 * (1 - beta1) * h, -0.01 * beta1], [(1 - beta1) * h, beta1]])
+        step = torch.tensor([[1 - rate * (1 - beta1) * h, -rate * beta1], [(1 - beta1) * h, beta1]])
         assert (torch.linalg.eigvals(step.double()).abs().max().item() < 1) == stable
-    if beta1 == 0.9:
+    if beta1 == 0.9 and updates == 10_000:
         assert threshold == pytest.approx(38 / 0.01)
 
 
-def test_thresholds_at_rate_0_are_infinite():
-    assert set(stability_thresholds(OptimizerConfig(), 0.0).values()) == {math.inf}
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_thresholds_at_rate_0_are_infinite(name: str):
+    thresholds = stability_threshold(OptimizerConfig(name=name), 0.0, 1)
+    assert set(thresholds.values()) == {math.inf}
 
 
 # -- In a run ---------------------------------------------------------------------------------
@@ -261,9 +314,8 @@ def lines(out: Path) -> tuple[list[metrics.Record], list[metrics.Record]]:
     return [r for r in every if "sharpness" in r], [r for r in every if "sharpness" not in r]
 
 
-@pytest.mark.parametrize("norm_type", ["layer", "batch"])
-def test_measuring_does_not_change_training(tiny: Make, tmp_path: Path, norm_type: str):
-    options: dict[str, Any] = {"model": {"dropout": 0.2, "norm": {"type": norm_type}}}
+def test_measuring_does_not_change_training(tiny: Make, tmp_path: Path):
+    options: dict[str, Any] = {"model": {"dropout": 0.2}}
     train(tiny(**options, diagnostics={"every": 8}), tmp_path / "off", quiet=True)
     both = {"every": 8, "sharpness": 2}
     train(tiny(**options, diagnostics=both), tmp_path / "on", quiet=True)
@@ -274,10 +326,73 @@ def test_measuring_does_not_change_training(tiny: Make, tmp_path: Path, norm_typ
     assert [record["step"] for record in measured] == [1, 8, 16]
     rates = {record["step"]: record["learning_rate"] for record in on if "loss" in record}
     for record in measured:
+        step = record["step"]
         assert record["sharpness"] > 0
-        assert record["sharpness_threshold"] == pytest.approx(2 / rates[record["step"]])
-        assert record["preconditioned_threshold"] == pytest.approx(38 / rates[record["step"]])
-    assert [r["preconditioned_sharpness"] is None for r in measured] == [True, False, False]
+        assert record["preconditioned_sharpness"] > 0
+        wanted = (1 - 0.9**step) * 38 / rates[step]
+        assert record["preconditioned_threshold"] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_only_where_theory_has_a_threshold_is_one_recorded(tiny: Make, tmp_path: Path, name: str):
+    """RAdam's first updates are those of SGD; for the others no threshold is known."""
+    config = tiny(
+        optimizer={"name": name},
+        training={"steps": 2},
+        diagnostics={"every": 1, "sharpness": 4},
+    )
+    train(config, tmp_path, quiet=True)
+    known = {
+        "adamw": {"preconditioned_sharpness", "preconditioned_threshold"},
+        "sgd": {"sharpness_threshold"},
+    }
+    for record in lines(tmp_path)[0]:
+        assert record.keys() == {"step", "sharpness"} | known.get(name, set())
+
+
+def test_a_stop_during_a_measurement_leaves_the_digest_of_the_last_update(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = tiny(diagnostics={"every": 8, "sharpness": 2})
+    train(config, tmp_path / "whole", quiet=True)
+    stopping: list[bool] = []
+    original = curvature.largest_eigenvalue
+
+    def measure(*arguments: Any) -> float:
+        measured.append(True)
+        if len(measured) == 3:  # at the second snapshot
+            stopping.append(True)
+        return original(*arguments)
+
+    measured: list[bool] = []
+    monkeypatch.setattr(curvature, "largest_eigenvalue", measure)
+    stopped = train(config, tmp_path / "cut", quiet=True, stop=lambda: bool(stopping))
+    assert (stopped.status, stopped.step) == ("interrupted", 7)
+    stopping.clear()
+    assert train(config, tmp_path / "cut", quiet=True).status == "finished"
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": None, "sharpness": 4}, "sharpness: has no effect without diagnostics.every"),
+        ({"every": None, "noise_scale": True}, "noise_scale: has no effect without"),
+        ({"sharpness": 5}, "sharpness: 5 is more than the batch of 4"),
+        ({"sharpness": 4, "norm": "batch"}, "sharpness: conflicts with model.norm.type batch"),
+        ({"noise_scale": True, "norm": "batch"}, "noise_scale: conflicts with model.norm.type"),
+        ({"noise_scale": True, "windows": "fixed"}, "noise_scale: conflicts with data.windows"),
+        ({"noise_scale": True, "batch": 1}, "noise_scale: needs a batch of at least 2"),
+    ],
+)
+def test_measures_that_do_not_apply_are_refused(tiny: Make, options: dict[str, Any], message: str):
+    other = {
+        "data": {"windows": options.pop("windows", "epochs")},
+        "model": {"norm": {"type": options.pop("norm", "layer")}},
+        "training": {"batch_sequences": options.pop("batch", 4)},
+    }
+    with pytest.raises(InputError, match=rf"diagnostics\.{message}"):
+        tiny(**other, diagnostics={"every": 8, **options})
 
 
 def test_a_batch_of_cells_measures_what_each_alone_measures(tiny: Make, tmp_path: Path):
@@ -294,10 +409,8 @@ def test_a_batch_of_cells_measures_what_each_alone_measures(tiny: Make, tmp_path
     assert not any(isinstance(result, Exception) for result in results)
     for config, out in zip(configs, together, strict=True):
         train(config, tmp_path / "alone", resume="never", quiet=True)
-        first, later = lines(out)[0]
-        alone = lines(tmp_path / "alone")[0]
-        assert first == alone[0]
-        assert later == pytest.approx(alone[1], rel=0.01)
+        for record, wanted in zip(lines(out)[0], lines(tmp_path / "alone")[0], strict=True):
+            assert record == pytest.approx(wanted, rel=0.01)
         (tmp_path / "alone").rename(tmp_path / f"alone-{config.seed}")
 
 
@@ -306,16 +419,20 @@ def test_the_plot_has_sharpness_and_threshold(tiny: Make, tmp_path: Path, monkey
     figures: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
     diagnose(tmp_path / "run")
-    panels = {axes.get_title(): axes for axes in figures[0].axes}
+    drawn = {
+        axes.get_title(): [list(line.get_ydata()) for line in axes.lines]
+        for axes in figures[0].axes
+        if axes.get_title().startswith("sharpness")
+    }
     records = lines(tmp_path / "run")[0]
-    for start, key in (("sharpness, the", "sharpness"), ("sharpness, pre", "preconditioned")):
-        (axes,) = (axes for title, axes in panels.items() if title.startswith(start))
-        drawn = [list(line.get_ydata()) for line in axes.lines]
-        assert drawn[1] == [record[f"{key}_threshold"] for record in records]
-        assert (
-            drawn[0][-1] == records[-1][key if key == "sharpness" else "preconditioned_sharpness"]
-        )
-        assert list(axes.lines[0].get_xdata()) == [1, 5, 10, 15, 20]
+    assert [record["step"] for record in records] == [1, 5, 10, 15, 20]
+    assert drawn == {
+        "sharpness, the Hessian's largest eigenvalue": [[r["sharpness"] for r in records]],
+        "sharpness, preconditioned by Adam (dashed: unstable above)": [
+            [r["preconditioned_sharpness"] for r in records],
+            [r["preconditioned_threshold"] for r in records],
+        ],
+    }
 
 
 def test_the_plot_can_be_rendered(tiny: Make, tmp_path: Path):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def snapshot(model: GPT, adams: bool = True) -> list[metrics.Record]:
     model.loss(tokens(), tokens(1)).backward()
     adam = dict(model.named_parameters()) if adams else {}
     moments = {name: torch.ones_like(parameter) for name, parameter in adam.items()}
-    stats = LayerStats(model, dict.fromkeys(adam, 1e-8), moments)
+    stats = LayerStats(model, adam, 1e-8, moments)
     stats.measure_activations(tokens())
     with torch.no_grad():
         for parameter in model.blocks[1].parameters():
@@ -133,7 +134,7 @@ def test_the_gradient_is_compared_with_the_root_of_adams_second_moment():
     """Written once more from Adam's definition: v after two updates, without bias."""
     model = make()
     optimizer = Optimizer(model.named_parameters(), OptimizerConfig(beta2=0.9, eps=1e-8))
-    assert optimizer.second_moments() == {}
+    assert optimizer.second_moments() == ({}, 0)
     squares = []
     for seed in (3, 4):
         model.loss(tokens(seed), tokens(1)).backward()
@@ -141,7 +142,11 @@ def test_the_gradient_is_compared_with_the_root_of_adams_second_moment():
         optimizer.step()
         optimizer.zero_grad()
     model.loss(tokens(), tokens(1)).backward()
-    stats = LayerStats(model, optimizer.adam_eps(), optimizer.second_moments())
+    moments, _ = optimizer.second_moments()
+    held = weakref.ref(moments["token_embedding.weight"])
+    stats = LayerStats(model, (), 1e-8, moments)
+    del moments
+    assert held() is None  # a copy of the optimizer's state is not kept until it is read
     ratios = []
     for name, parameter in model.named_parameters():
         if name.startswith("blocks.0."):
@@ -497,6 +502,14 @@ def test_advice_follows_the_config(tiny: Make):
     assert advice(control, None, 7)[0].startswith("--model.norm.placement pre --model.norm.type l")
     unbounded = tiny(model={"norm": {"final_norm": "off"}})
     assert advice(unbounded, None, 7)[0].startswith("--model.norm.final-norm auto ")
+
+
+def test_no_advice_is_without_effect(tiny: Make):
+    """The next batch of a fixed window is the one that failed; DeepNorm scales by depth itself."""
+    fixed = tiny(data={"windows": "fixed"})
+    assert not [tip for tip in advice(fixed, None, 7) if "rollback" in tip]
+    deep = tiny(model={"norm": {"placement": "deepnorm"}, "init": {"regime": "xavier"}})
+    assert not [tip for tip in advice(deep, None, 0) if "depth-scaled" in tip]
 
 
 def test_before_the_first_update_no_advice_concerns_the_learning_rate(tiny: Make):

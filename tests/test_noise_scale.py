@@ -14,7 +14,6 @@ from torch import Tensor
 from gpt import metrics
 from gpt.config import Config, ModelConfig
 from gpt.diagnostics.noise_scale import measure_noise_scale, part_size, signal_and_noise
-from gpt.errors import InputError
 from gpt.model.gpt2 import GPT
 from gpt.model.init import initialize
 from gpt.training import train
@@ -116,8 +115,3 @@ def test_measuring_does_not_change_training(tiny: Make, tmp_path: Path):
     assert [record["step"] for record in measured] == [1, 8, 16]
     assert all(record["gradient_noise"] > 0 for record in measured)
     assert measured[0]["noise_scale"] > 0
-
-
-def test_a_batch_of_one_sequence_has_no_noise_scale(tiny: Make):
-    with pytest.raises(InputError, match=r"diagnostics\.noise_scale: needs a batch of at least 2"):
-        tiny(training={"batch_sequences": 1}, diagnostics={"noise_scale": True})

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from gpt.config import ModelConfig
@@ -63,6 +64,13 @@ def test_dynamic_tanh_by_hand():
         norm.weight.fill_(3.0)
         norm.bias.fill_(1.0)
     torch.testing.assert_close(norm(x), 3 * torch.tanh(2 * x) + 1)
+
+
+@pytest.mark.parametrize("kind", ["dyt", "none"])
+def test_an_epsilon_without_effect_is_refused(kind: str):
+    norm = {"type": kind, "eps": 1e-6}
+    with pytest.raises(ValidationError, match=f"1e-06 conflicts with norm.type {kind};"):
+        ModelConfig.model_validate({"norm": norm})
 
 
 def test_dynamic_tanh_starts_at_its_alpha0():

@@ -13,10 +13,12 @@ import torch
 from test_recovery import later, power_cut
 from test_training import assert_same_run, run, stop_after
 
+from gpt import metrics
 from gpt.config import Config
 from gpt.errors import OutOfMemoryError
 from gpt.hardware.memory import smaller
 from gpt.model.gpt2 import GPT
+from gpt.trainer import Trainer
 
 Make = Callable[..., Config]
 
@@ -99,3 +101,65 @@ def test_auto_finds_what_fits_of_an_evaluation(
 
     monkeypatch.setattr(GPT, "loss_fn", limited)
     assert run(tiny(), tmp_path / "run").status == "finished"
+
+
+def test_a_measurement_that_does_not_fit_is_left_out(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Training is as without it, and one message says so."""
+    from gpt.training import train
+
+    train(tiny(), tmp_path / "without", quiet=True)
+
+    def none(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for name in ("loss_hessian", "measure_noise_scale"):
+        monkeypatch.setattr(f"gpt.run.run.{name}", lambda *_, **__: none())
+    monkeypatch.setattr("gpt.diagnostics.layers._attention", none)
+    diagnostics = {"every": 5, "sharpness": 4, "noise_scale": True}
+    train(tiny(diagnostics=diagnostics), tmp_path / "with")
+    said = capsys.readouterr().err
+    for name in ("activations", "sharpness", "noise_scale"):
+        assert said.count(f"not enough memory to measure {name};") == 1
+    records = metrics.read(tmp_path / "with/metrics.jsonl")
+    of_model = [r for r in records if "sharpness" in r]
+    assert [r["step"] for r in of_model] == [1, 5, 10, 15, 20]
+    assert all(r["sharpness"] is None and r["noise_scale"] is None for r in of_model)
+    assert all("grad_norm" in r for r in records if r.get("layer") == 1)
+    losses, wanted = (
+        [r["loss"] for r in metrics.read(tmp_path / run / "metrics.jsonl") if "loss" in r]
+        for run in ("with", "without")
+    )
+    assert losses == wanted
+
+
+def test_fp16_retries_after_its_gradients_were_unscaled(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch
+):
+    config = tiny(training={"precision": "fp16"})
+    inputs, targets = torch.randint(256, (2, 4, 16), generator=torch.Generator().manual_seed(0))
+
+    def trained(shortages: int) -> Trainer:
+        trainer = Trainer(config, 257, torch.device("cpu"))
+        trainer.reset()
+        trainer.micro_batch = 4 if shortages else 2
+        norm = torch.nn.utils.get_total_norm
+
+        def limited(*arguments: Any) -> torch.Tensor:
+            nonlocal shortages
+            shortages -= 1
+            if shortages >= 0:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return norm(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.utils, "get_total_norm", limited)
+            trainer.update(1.0, *trainer.backward(1, inputs, targets))
+        return trainer
+
+    found, wanted = trained(1), trained(0)
+    assert found.micro_batch == wanted.micro_batch == 2
+    assert found.scaler.state_dict() == wanted.scaler.state_dict()
+    for one, other in zip(found.model.parameters(), wanted.model.parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from gpt import cli, coordinates
 from gpt.compare import grid as grids
-from gpt.config import Config, ModelConfig, OptimizerConfig
+from gpt.config import Config, ModelConfig, OptimizerConfig, merge, validate
 from gpt.data.preparation import prepare
 from gpt.ensemble import BatchedTrainer
 from gpt.errors import InputError
@@ -287,7 +287,8 @@ def change(name: str, slope: float) -> coordinates.Change:
     [
         ([0.9, -0.1], "grows with the width; worst slope +0.90 (a)"),
         ([0.6, -0.9], "grows with the width; worst slope +0.60 (a)"),
-        ([0.1, -0.7], "declines with the width; worst slope -0.70 (b)"),
+        ([0.1, -0.8], "declines with the width; worst slope -0.80 (b)"),
+        ([0.1, -0.55], "looks independent of the width; worst slope -0.55 (b)"),
         ([0.1, -0.3], "looks independent of the width; worst slope -0.30 (b)"),
         ([0.3, 0.2], "looks independent of the width; worst slope +0.30 (a)"),
     ],
@@ -336,6 +337,47 @@ def test_bad_widths(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") <= 3
+
+
+@pytest.mark.parametrize("folder", ["missing", "file"])
+def test_an_output_that_cannot_be_written_is_refused_before_training(
+    tmp_path: Path,
+    tiny_file: Path,
+    folder: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(coordinates, "check", None)
+    with pytest.raises(SystemExit) as end:
+        cli.run("coordcheck", [str(tiny_file), "--out", str(tmp_path / folder / "check.png")])
+    assert end.value.code == 2
+    assert f"--out: {tmp_path / folder} is not a folder" in capsys.readouterr().err
+
+
+def test_radam_needs_an_update_that_is_not_sgds(narrow: Make):
+    config = merge(narrow().model_dump(), {"optimizer": {"name": "radam"}})
+    config = validate(Config, config)
+    dataset = prepare(config.data)
+    with pytest.raises(InputError, match=r"--steps: .* use at least 6"):
+        coordinates.check(config, dataset, [16, 32], steps=5, seeds=1)
+    assert coordinates.check(config, dataset, [16, 32], steps=6, seeds=1)
+
+
+def test_the_scale_of_the_schedule_counts_and_the_micro_batch_does_not(narrow: Make):
+    def rms(**options: Any) -> list[float]:
+        config = validate(Config, merge(narrow().model_dump(), options))
+        (found,) = (
+            c.rms
+            for c in coordinates.check(config, prepare(config.data), [16, 32], steps=1, seeds=1)
+            if c.name == "embeddings"
+        )
+        return list(found)
+
+    whole = rms()
+    assert rms(training={"micro_batch": 2}) == pytest.approx(whole, rel=1e-3)
+    half = rms(schedule={"scale": 0.5}, optimizer={"weight_decay": 0})
+    assert half == pytest.approx([x / 2 for x in rms(optimizer={"weight_decay": 0})], rel=1e-3)
 
 
 def test_a_change_of_zero_has_no_slope(narrow: Make):

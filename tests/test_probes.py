@@ -190,6 +190,15 @@ def test_numbers_are_means_over_seeds_or_one_for_each_seed():
     assert a != probe(config, VOCAB, {3: own[4]}, with_sharpness=True)
 
 
+def test_adams_update_is_at_the_rate_of_the_parametrization(monkeypatch: pytest.MonkeyPatch):
+    """In muP, a network of twice the base width updates its blocks' matrices at half the rate."""
+    config = shaped(layers=1, parametrization="mup", mup_base_width=WIDTH // 2)
+    (found,) = probe(config, VOCAB, {0: [batch(0)]}).adam_amplifications
+    monkeypatch.setattr("gpt.compare.probes.lr_factor", lambda *_: 1.0)
+    (standard,) = probe(config, VOCAB, {0: [batch(0)]}).adam_amplifications
+    assert found == pytest.approx(standard / 4, rel=0.01)
+
+
 def test_the_sharpness_is_that_of_the_first_sequences_up_to_a_depth():
     config, (x, y) = shaped(layers=1, mlp={"multiple": 1}), batch(1)
     model = initialized(config, 3)

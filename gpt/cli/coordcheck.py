@@ -31,7 +31,7 @@ class Arguments(prepare.Arguments):
     widths: Widths | None = Field(None, title="WIDTH,WIDTH,...")
     """At least two widths (default: 1, 2 and 4 times the config's)."""
     steps: Count = 3
-    """Updates at the full learning rate, without warm-up."""
+    """Updates at the full learning rate, without warm-up; at least 6 for radam."""
     seeds: Count = 3
     """Networks of each width."""
     out: FileName = Field("coordcheck.png", title="FILE.png")
@@ -48,14 +48,18 @@ def main(argv: Sequence[str], prog: str = "steadygpt coordcheck") -> int:
     out = Path(arguments.out)
     if os.path.lexists(out):
         raise InputError(f"--out: {out} exists already; name another file")
+    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
+        raise InputError(f"--out: {out.parent} is not a folder that can be written to")
     dataset = prepare.prepare(config)
 
     from gpt import coordinates
 
     changes = coordinates.check(config, dataset, widths, arguments.steps, arguments.seeds)
-    coordinates.plot(changes, widths, out, f"{config.name}: change after {arguments.steps} updates")
     show(_table(changes, widths))
-    show(f"the change {coordinates.verdict(changes)}\n{out}")
+    show(f"the change {coordinates.verdict(changes)}")
+    title = f"{config.name}: change after {arguments.steps} updates"
+    coordinates.plot(changes, widths, out, title)
+    show(str(out))
     return 0
 
 

@@ -19,6 +19,7 @@ from gpt.data.prepared import Dataset
 from gpt.data.sequences import TrainingSequences
 from gpt.errors import InputError
 from gpt.io.files import read_json, write_text
+from gpt.model.norm import ACROSS_TOKENS
 
 SEEDS = tuple(range(5))  # each has initial weights and batches of its own
 BATCHES, SEQUENCES = 2, 8  # of the training text, for each seed
@@ -33,7 +34,8 @@ class InitProbe:
         arms: the arms that share it.
         regime: of its initial weights.
         text: probes on batches of the training text, by depth.
-        token: the same on single tokens, one per seed, with more seeds.
+        token: the same on single tokens, one per seed, with more seeds; empty where norms compute
+            their statistics over several tokens.
     """
 
     arms: tuple[str, ...]
@@ -48,8 +50,9 @@ def measure_init_probes(
     """Probe every network of the comparison, at `probes.DEPTHS`; None if `stop` becomes true."""
     networks: dict[str, list[Cell]] = {}
     for cell in cells:
-        without_depth = cell.config.model.model_copy(update={"layers": 0})
-        networks.setdefault(repr((without_depth, cell.config.data)), []).append(cell)
+        model = cell.config.model.model_copy(update={"layers": 0})
+        data = cell.config.data.model_copy(update={"seed": None, "windows": None})
+        networks.setdefault(repr((model, data)), []).append(cell)
     init_probes = []
     for same in networks.values():
         if stop():
@@ -59,13 +62,14 @@ def measure_init_probes(
         vocabulary = dataset.encoding.n_vocab
         context = config.model.context
         text = {seed: _batches(dataset, context, SEQUENCES, BATCHES, seed) for seed in SEEDS}
-        token = {seed: _batches(dataset, 1, 1, 1, seed) for seed in TOKEN_SEEDS}
+        token_seeds = TOKEN_SEEDS if config.model.norm.type not in ACROSS_TOKENS else ()
+        token = {seed: _batches(dataset, 1, 1, 1, seed) for seed in token_seeds}
         init_probes.append(
             InitProbe(
                 arms=tuple(dict.fromkeys(cell.arm for cell in same)),
                 regime=config.model.init.regime,
                 text=tuple(probe_depths(config.model, vocabulary, text, with_sharpness=True)),
-                token=tuple(probe_depths(config.model, vocabulary, token)),
+                token=tuple(probe_depths(config.model, vocabulary, token)) if token else (),
             )
         )
     return init_probes
@@ -111,7 +115,7 @@ def _is_valid(init_probe: InitProbe, arms: Collection[str]) -> bool:
     return (
         bool(init_probe.arms)
         and set(init_probe.arms) <= set(arms)
-        and depths == [probe.layers for probe in init_probe.token]
+        and [probe.layers for probe in init_probe.token] in (depths, [])
         and bool(depths)
         and depths == list(DEPTHS[-len(depths) :])
         and all(
@@ -120,7 +124,7 @@ def _is_valid(init_probe: InitProbe, arms: Collection[str]) -> bool:
             for values in (probe.gradient_norms, probe.stream_rms, probe.betas)
             if values is not None
         )
-        and all(_same_seeds(probes) for probes in (init_probe.text, init_probe.token))
+        and all(_same_seeds(probes) for probes in (init_probe.text, init_probe.token) if probes)
     )
 
 

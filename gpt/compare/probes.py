@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from gpt.config import ModelConfig
-from gpt.diagnostics.curvature import sharpness
+from gpt.diagnostics.curvature import loss_hessian, sharpness
 from gpt.diagnostics.layers import LayerStats
 from gpt.model.gpt2 import GPT, FusedLinear
 from gpt.model.init import initialize
+from gpt.model.parametrization import lr_factor
 from gpt.model.placement import PLACEMENTS
 from gpt.rng import generator, global_generator
 
@@ -63,7 +64,7 @@ class Probe:
             is the stream after the final norm; δ is normal with a standard deviation of NOISE times
             that of the matrix, for each of a block's matrices (q, k and v count as three).
         adam_amplifications: E|out(W) - out(W')|² per channel, W' after Adam's first update of the
-            blocks' matrices on the batches, at ADAM_RATE.
+            blocks' matrices on the batches, at ADAM_RATE times the parametrization's factor.
         sharpness: largest eigenvalue of the Hessian of the loss on the first SHARPNESS_SEQUENCES
             sequences; None if it was not measured at this depth, or not found for a seed.
     """
@@ -156,7 +157,7 @@ def _measure(
     model = _initialized(config, vocab_size, batches[0][0], seed)
     losses = torch.stack([model.loss(inputs, targets) for inputs, targets in batches])
     losses.mean().backward()
-    look = LayerStats(model, {}, {})
+    look = LayerStats(model)
     look.measure_activations(tokens)
     blocks = look.to_records(step=0)[1:-1]
     measures = {
@@ -169,17 +170,18 @@ def _measure(
     if with_sharpness:
         inputs, targets = batches[0]
         few = slice(SHARPNESS_SEQUENCES)
-        measures["sharpness"] = sharpness(model, inputs[few], targets[few])
+        measures["sharpness"] = sharpness(model, loss_hessian(model, inputs[few], targets[few]))
 
     with torch.no_grad():
         before = model.hidden(tokens)
         with _perturbed(model, seed):
             change = model.hidden(tokens) - before
         measures["amplification"] = change.square().mean().item() / NOISE**2
+        rate = ADAM_RATE * lr_factor("hidden", "adamw", model.m)
         for _, linear in _linears(model):
             gradient = linear.weight.grad
             assert gradient is not None
-            linear.weight -= ADAM_RATE * gradient / (gradient.abs() + ADAM_EPS)
+            linear.weight -= rate * gradient / (gradient.abs() + ADAM_EPS)
         measures["adam_amplification"] = (model.hidden(tokens) - before).square().mean().item()
     return measures
 
@@ -211,6 +213,8 @@ def _perturbed(model: GPT, seed: int) -> Iterator[None]:
         noise = torch.randn(linear.weight.shape, generator=generator(seed, "probe", name))
         for matrix, change in zip(linear.weight.chunk(parts), noise.chunk(parts), strict=True):
             matrix += NOISE * matrix.std() * change
-    yield
-    for (_, linear), weight in zip(_linears(model), before, strict=True):
-        linear.weight.copy_(weight)
+    try:
+        yield
+    finally:
+        for (_, linear), weight in zip(_linears(model), before, strict=True):
+            linear.weight.copy_(weight)

@@ -290,6 +290,8 @@ class ModelConfig(Section):
             refuse("norm.bias", "true", f"norm.type {norm.type}, which has no bias; leave it null")
         if norm.alpha0 != NormConfig.model_fields["alpha0"].default and norm.type != "dyt":
             refuse("norm.alpha0", norm.alpha0, "any norm.type but dyt; leave it at its default")
+        if norm.eps != NormConfig.model_fields["eps"].default and norm.type in ("dyt", "none"):
+            refuse("norm.eps", norm.eps, f"norm.type {norm.type}; leave it at its default")
         least = of_placement("min_layers")
         if self.layers < least:
             refuse("layers", self.layers, f"placement {name}, which needs at least {least} layers")
@@ -425,7 +427,7 @@ class DiagnosticsConfig(Section):
     sequences: Count = 8
     """Sequences of the batch to measure activations on, at most a micro-batch."""
     sharpness: CountOrZero = 0
-    """Sequences for the Hessian's largest eigenvalue, at most a micro-batch; 0: not measured."""
+    """Sequences of the batch for the Hessian's largest eigenvalue; 0: not measured."""
     noise_scale: bool = False
     """The gradient noise scale (McCandlish et al. 2018), from gradients of parts of the batch."""
 
@@ -505,13 +507,36 @@ class Config(Section):
                 f"training.micro_batch ({training.micro_batch}) must divide the batch of "
                 f"{self.batch_sequences} sequences"
             )
-        if self.diagnostics.noise_scale and self.batch_sequences == 1:
-            raise ValueError("diagnostics.noise_scale: needs a batch of at least 2 sequences")
         if self.data.windows == "fixed" and training.nonfinite == "rollback":
             raise ValueError(
                 "training.nonfinite rollback conflicts with data.windows fixed, which has no "
                 "other batch to continue with; use stop or skip"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _measures_of_the_model_apply(self) -> Self:
+        diagnostics, norm, batch = self.diagnostics, self.model.norm.type, self.batch_sequences
+        conflicts: dict[str, str] = {}
+        for option in ("sharpness", "noise_scale"):
+            if not getattr(diagnostics, option):
+                continue
+            if diagnostics.every is None:
+                conflicts[option] = "has no effect without diagnostics.every"
+            elif norm in variants.names("gpt.model.norm", "ACROSS_TOKENS"):
+                conflicts[option] = (
+                    f"conflicts with model.norm.type {norm}, which in evaluation mode computes "
+                    "another loss than in training"
+                )
+        if diagnostics.sharpness > batch:
+            conflicts["sharpness"] = f"{diagnostics.sharpness} is more than the batch of {batch}"
+        if diagnostics.noise_scale and batch == 1:
+            conflicts["noise_scale"] = "needs a batch of at least 2 sequences"
+        if diagnostics.noise_scale and self.data.windows == "fixed":
+            conflicts["noise_scale"] = (
+                "conflicts with data.windows fixed, whose batch is all of the training data"
+            )
+        self.refuse({f"diagnostics.{option}": text for option, text in conflicts.items()})
         return self
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -100,73 +100,127 @@ def largest_eigenvalue(
     return math.nan
 
 
-def sharpness(
+def loss_hessian(
     model: GPT,
     inputs: Tensor,
     targets: Tensor,
     z_loss: float = 0.0,
-    preconditioner: Tensor | None = None,
-) -> float:
-    """The largest eigenvalue of the Hessian of the training loss, in evaluation mode.
+    *,
+    micro_batch: int | None = None,
+    check: Callable[[], object] = lambda: None,
+) -> Product:
+    """The function v -> H v for the Hessian H of the training loss, in evaluation mode.
 
-    Uses the weights' precision. Leaves weights, gradients and random generators as they are.
+    In the weights' precision. Weights, gradients and random generators stay as they are.
 
     Args:
         model: not compiled.
         inputs, targets: (B, T) integers, on the model's device.
         z_loss: weight of the z-loss in the training loss.
-        preconditioner: the diagonal of P for P^-1/2 H P^-1/2, (n,).
-
-    Returns:
-        NaN if it was not found.
+        micro_batch: sequences whose graph is in memory at a time; all by default.
+        check: called in each product; an exception that it raises ends the computation.
     """
-    parameters = list(model.parameters())
-    with _twice_differentiable(model):
-        product = hessian_product(model.loss_fn(inputs, targets, z_loss)[0], parameters)
+    parameters, size = list(model.parameters()), micro_batch or len(inputs)
+    parts = list(zip(inputs.split(size), targets.split(size), strict=True))
+
+    def of_part(x: Tensor, y: Tensor) -> Product:
+        with _twice_differentiable(model):
+            return hessian_product(model.loss_fn(x, y, z_loss)[0], parameters)
+
+    # A single graph serves all products; several are built again for each one.
+    get_product = functools.cache(of_part) if len(parts) == 1 else of_part
+
+    def product(v: Tensor) -> Tensor:
+        total = torch.zeros_like(v)
+        for x, y in parts:
+            check()
+            total.add_(get_product(x, y)(v), alpha=len(x) / len(inputs))
+        return total
+
+    return product
+
+
+def sharpness(model: GPT, product: Product) -> float:
+    """The largest eigenvalue of a matrix of the model's weights; NaN if it was not found."""
     start = torch.randn(model.num_parameters(), generator=generator("curvature"))
-    if preconditioner is not None:
-        product = preconditioned(product, preconditioner)
-    return largest_eigenvalue(product, start.to(parameters[0]))
+    return largest_eigenvalue(product, start.to(next(model.parameters())))
+
+
+def adam_preconditioner(
+    model: GPT, optimizer: Optimizer, second_moments: Mapping[str, Tensor], updates: int
+) -> Tensor:
+    """The diagonal of AdamW's P in the next update, (sqrt(v) + ε)/f: (n,).
+
+    v is that of the update itself: it includes the gradients in the model, clipped. Cohen et al.'s
+    code (init2winit) reads v from the optimizer's state, from before them. With full batches it
+    hardly differs, but where a gradient is seldom nonzero, as for a rare token's embedding, that v
+    is far too small whenever the token occurs. f is the parameter's factor on the learning rate.
+    The bias correction of the first moment is in `stability_threshold`.
+
+    Args:
+        model: with the gradients of the update, not yet clipped.
+        optimizer: AdamW, before the update.
+        second_moments, updates: of the optimizer, from its `second_moments`.
+    """
+    config, factors = optimizer.config, optimizer.by_parameter("lr_factor")
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norm = torch.nn.utils.get_total_norm(gradients.values())
+    clip = math.inf if config.clip is None else config.clip
+    clipping = (clip / (norm + 1e-6)).clamp(max=1)  # as in torch's clip_grads_with_norm_
+    # v before the update is bias-corrected, as is v after it, so the weights of both change.
+    weight = (1 - config.beta2) / (1 - config.beta2 ** (updates + 1))
+    diagonal = []
+    for name, gradient in gradients.items():
+        square = (clipping * gradient).square()
+        v = torch.lerp(second_moments.get(name, square), square, weight)
+        diagonal.append((v.sqrt() + config.eps) / factors[name])
+    return _flat(diagonal)
 
 
 def measure_sharpness(
-    model: GPT, inputs: Tensor, targets: Tensor, z_loss: float, optimizer: Optimizer
-) -> dict[str, float | None]:
-    """`sharpness`, and `preconditioned_sharpness`, with Adam's preconditioner.
-
-    The latter is None if Adam does not update all parameters, or has made no update yet.
+    model: GPT,
+    product: Product,
+    optimizer: Optimizer,
+    second_moments: Mapping[str, Tensor],
+    updates: int,
+) -> dict[str, float]:
+    """`sharpness`, and with AdamW `preconditioned_sharpness`; see `adam_preconditioner`.
 
     Args:
-        model, inputs, targets, z_loss: as for `sharpness`.
-        optimizer: of the model.
+        product: of the Hessian, from `loss_hessian`.
+        second_moments, updates: of the optimizer, from its `second_moments`.
     """
-    moments, eps = optimizer.second_moments(), optimizer.adam_eps()
-    names = [name for name, _ in model.named_parameters()]
-    of_adam = None
-    if moments.keys() >= set(names):
-        # Adam's denominator, as in Cohen et al.'s code (init2winit): v corrected for its bias. The
-        # correction of the first moment, which matters in the first steps, is left out.
-        adam = _flat(moments[name].sqrt() + eps[name] for name in names)
-        of_adam = sharpness(model, inputs, targets, z_loss, adam)
-    plain = sharpness(model, inputs, targets, z_loss)
-    return {"sharpness": plain, "preconditioned_sharpness": of_adam}
+    measured = {"sharpness": sharpness(model, product)}
+    if optimizer.config.name == "adamw":
+        diagonal = adam_preconditioner(model, optimizer, second_moments, updates)
+        of_adam = sharpness(model, preconditioned(product, diagonal))
+        measured["preconditioned_sharpness"] = of_adam
+    return measured
 
 
-def stability_thresholds(config: OptimizerConfig, learning_rate: float) -> dict[str, float]:
-    """The values above which training on a quadratic loss diverges, without decay and clipping.
+def stability_threshold(
+    config: OptimizerConfig, learning_rate: float, updates: int
+) -> dict[str, float]:
+    """The value above which training on a quadratic loss diverges, without decay and clipping.
 
-    `sharpness_threshold` is 2/η for gradient descent, and (2 + 2 μ)/((1 + 2 μ) η) for SGD with
-    Nesterov momentum μ (Cohen et al. 2021). `preconditioned_threshold` is Adam's with P held fixed,
-    (2 + 2 β1)/((1 - β1) η) (Cohen et al. 2022).
+    `sharpness_threshold` of SGD with Nesterov momentum μ is (2 + 2 μ)/((1 + 2 μ) η) (Cohen et al.
+    2021). `preconditioned_threshold` of AdamW with P held fixed is (2 + 2 β1)/((1 - β1) η) (Cohen
+    et al. 2022), times 1 - β1^t because the bias correction of the first moment divides by it.
+    Other optimizers have none: RAdam's first updates are SGD's, and it rescales η in later ones.
+
+    Args:
+        updates: t, the number of updates with this one.
     """
-    mu = config.momentum if config.name == "sgd" else 0.0
-    beta1 = config.beta1
-    of_sgd, of_adam = (2 + 2 * mu) / (1 + 2 * mu), (2 + 2 * beta1) / (1 - beta1)
     inverse = 1 / learning_rate if learning_rate else math.inf
-    return {
-        "sharpness_threshold": of_sgd * inverse,
-        "preconditioned_threshold": of_adam * inverse,
-    }
+    if config.name == "sgd":
+        mu = config.momentum
+        return {"sharpness_threshold": (2 + 2 * mu) / (1 + 2 * mu) * inverse}
+    if config.name == "adamw":
+        beta1 = config.beta1
+        correction = 1 - beta1**updates
+        threshold = correction * (2 + 2 * beta1) / (1 - beta1) * inverse
+        return {"preconditioned_threshold": threshold}
+    return {}
 
 
 @contextlib.contextmanager

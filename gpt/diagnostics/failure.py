@@ -182,7 +182,7 @@ def _architecture_advice(config: Config, updates: int) -> Iterator[str]:
         )
     if not updates and model.init.regime != "gpt2":
         yield "--model.init.regime gpt2  (smaller initial weights)"
-    if not updates and not depth_scaled(model):
+    if not updates and not (depth_scaled(model) or placement.scales_depth):
         yield "--model.init.depth-scaled on  (1/sqrt(2L) on projections into the residual stream)"
 
 

@@ -11,8 +11,9 @@ Every statistic is a scalar tensor on the model's device until `to_records` fetc
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class Measure:
         title: of its plot.
         log: whether it spans orders of magnitude.
         alarm: values below it are marked.
-        threshold: key of the values, in the same records, that are drawn dashed.
+        threshold: key of the values that are drawn dashed if the records have them.
     """
 
     title: str
@@ -59,12 +60,10 @@ MEASURES: dict[str, Measure] = {
 # Of the whole model, in records without a layer; see curvature.py and noise_scale.py.
 MODEL_MEASURES: dict[str, Measure] = {
     "sharpness": Measure(
-        "sharpness, the Hessian's largest eigenvalue (dashed: 2/η of gradient descent)",
-        threshold="sharpness_threshold",
+        "sharpness, the Hessian's largest eigenvalue", threshold="sharpness_threshold"
     ),
     "preconditioned_sharpness": Measure(
-        "sharpness, preconditioned by Adam (dashed: (2 + 2 β1)/((1 - β1) η))",
-        threshold="preconditioned_threshold",
+        "sharpness, preconditioned by Adam", threshold="preconditioned_threshold"
     ),
     "noise_scale": Measure("gradient noise scale tr Σ / |G|² (sequences)"),
 }
@@ -78,28 +77,35 @@ class LayerStats:
 
     Args:
         model: not compiled; holds the gradients of this update, unscaled and not yet clipped.
-        eps: Adam's epsilon, by the name of each parameter that Adam updates.
-        second_moments: Adam's v before this update, bias-corrected, for the same parameters. A
-            gradient much larger than the root of v means that v is stale (Wortsman et al. 2023).
+        adam: the names of the parameters that Adam updates.
+        eps: Adam's epsilon.
+        second_moments: Adam's v before this update, bias-corrected, by parameter. A gradient much
+            larger than the root of v means that v is stale (Wortsman et al. 2023).
 
     Attributes:
         of_model: values of the whole model, to be recorded with the layers'.
     """
 
     def __init__(
-        self, model: GPT, eps: dict[str, float], second_moments: Mapping[str, Tensor]
+        self,
+        model: GPT,
+        adam: Collection[str] = (),
+        eps: float = 0.0,
+        second_moments: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
-        self.model, self.eps, self.second_moments = model, eps, second_moments
+        self.model = model
         self.blocks = [block for block in model.blocks if isinstance(block, Block)]
         self.layers: list[dict[str, Tensor]] = [{} for _ in range(model.config.layers + 2)]
         self.of_model: Record = {}
         self.before = {name: p.detach().clone() for name, p in self._matrices()}
-        self._measure_gradients()
+        self._measure_gradients(adam, eps, second_moments)
 
     def _matrices(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.model.named_parameters() if p.ndim == 2)
 
-    def _measure_gradients(self) -> None:
+    def _measure_gradients(
+        self, adam: Collection[str], eps: float, second_moments: Mapping[str, Tensor]
+    ) -> None:
         groups: list[list[Tensor]] = [[] for _ in self.layers]
         over_eps: list[list[Tensor]] = [[] for _ in self.layers]
         over_root_v: list[list[Tensor]] = [[] for _ in self.layers]
@@ -107,11 +113,10 @@ class LayerStats:
             if parameter.grad is not None:
                 layer = layer_of(name, self.model)
                 groups[layer].append(parameter.grad)
-                if name in self.eps:
-                    over_eps[layer].append(parameter.grad / self.eps[name])
-                if name in self.second_moments:
-                    root = self.second_moments[name].sqrt() + self.eps[name]
-                    over_root_v[layer].append(parameter.grad / root)
+                if name in adam:
+                    over_eps[layer].append(parameter.grad / eps)
+                if name in second_moments:
+                    over_root_v[layer].append(parameter.grad / (second_moments[name].sqrt() + eps))
         for measures, gradients, eps_ratios, v_ratios in zip(
             self.layers, groups, over_eps, over_root_v, strict=True
         ):

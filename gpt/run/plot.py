@@ -157,15 +157,16 @@ def plot_layers(records: list[Record], path: Path, title: str) -> None:
 
 
 def _plot_model_measure(axes: Axes, records: list[Record], key: str) -> None:
-    """One statistic of the whole model, against its threshold if it has one."""
-    measure = MODEL_MEASURES[key]
-    axes.set_title(measure.title, fontsize=9)
-    axes.set_xlabel("step")
+    """One statistic of the whole model, against its threshold if the optimizer has one."""
+    measure, title = MODEL_MEASURES[key], MODEL_MEASURES[key].title
     styles: dict[str, Any] = {key: {"color": OTHER, "marker": "o", "ms": 3}}
-    if measure.threshold is not None:
+    if measure.threshold is not None and any(measure.threshold in record for record in records):
         styles[measure.threshold] = {"color": VALIDATION, "linestyle": "--"}
+        title += " (dashed: unstable above)"
+    axes.set_title(title, fontsize=9)
+    axes.set_xlabel("step")
     for each, style in styles.items():
-        values = [np.nan if record[each] is None else record[each] for record in records]
+        values = [np.nan if record.get(each) is None else record[each] for record in records]
         axes.plot([record["step"] for record in records], values, **style)
     if measure.log:
         axes.set_yscale("log", nonpositive="mask")

@@ -13,7 +13,7 @@ from gpt.config import ScheduleConfig
 from gpt.data.sequences import ValidationSequences
 from gpt.diagnostics.failure import FaultLocation, first_nonfinite
 from gpt.errors import Fault, InputError
-from gpt.hardware.memory import is_out_of_memory, release_memory, smaller
+from gpt.hardware.memory import is_out_of_memory, smaller
 from gpt.run.opening import restore
 from gpt.schedule import lr_multiplier
 from gpt.trainer import Trainer, host_tensor
@@ -150,9 +150,7 @@ def advise_on_memory(trainer: Trainer, step: int, make_batch: MakeBatch, shortag
 def _fits(trainer: Trainer, micro_batch: int, step: int, inputs: Tensor, targets: Tensor) -> bool:
     """Whether `backward` has memory for micro-batches of that size."""
     trainer.micro_batch = micro_batch
-    trainer.optimizer.zero_grad()
-    trainer.scaler.update()  # the step that failed may have unscaled its gradients already
-    release_memory(trainer.device)
+    trainer.discard_gradients()
     try:
         trainer.backward(step, inputs, targets)
     except Exception as error:

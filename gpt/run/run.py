@@ -11,7 +11,7 @@ import functools
 import hashlib
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -28,12 +28,13 @@ from gpt.config import Config
 from gpt.data import tokenizer
 from gpt.data.prepared import Dataset
 from gpt.data.sequences import TrainingSequences, ValidationSequences, prefetch
-from gpt.diagnostics.curvature import measure_sharpness, stability_thresholds
+from gpt.diagnostics.curvature import loss_hessian, measure_sharpness, stability_threshold
 from gpt.diagnostics.failure import Failure, FaultLocation, advice, describe_location
 from gpt.diagnostics.layers import LayerStats
 from gpt.diagnostics.noise_scale import measure_noise_scale, part_size
 from gpt.errors import Fault, InputError, NonFiniteError, StepInterruptedError
 from gpt.generate import continue_text
+from gpt.hardware.memory import is_out_of_memory, release_memory
 from gpt.io.console import Console
 from gpt.io.files import write_text
 from gpt.run import fallback, opening, recovery
@@ -79,6 +80,7 @@ class Run:
         self.trainer, self.console = trainer, console
         self.stop, self.on_update = stop, on_update
         self.save_checkpoints, self.plot = save_checkpoints, plot
+        self.too_large: set[str] = set()  # measures for which memory has run out
         if config.sampling.tokens:  # an unusable prompt fails now, not at the first sample
             tokenizer.encode(dataset.encoding, config.sampling.prompt, "sampling.prompt")
         context = config.model.context
@@ -201,35 +203,73 @@ class Run:
         return self.lr_scale(step) * self.config.optimizer.learning_rate
 
     def before_update(self, step: int, inputs: Tensor, targets: Tensor) -> LayerStats | None:
-        """Add the inputs to the digest, and measure what `diagnostics` asks for."""
+        """Measure what `diagnostics` asks for, and add the inputs to the digest.
+
+        Raises:
+            StepInterruptedError: a stop was requested.
+        """
+        every = self.config.diagnostics.every
+        due = every is not None and (step == 1 or step % every == 0)
+        layer_stats = self._measure(step, inputs, targets) if due else None
         inputs_so_far = self.progress.inputs_digest.encode() + inputs.numpy().tobytes()
         self.progress.inputs_digest = hashlib.sha256(inputs_so_far).hexdigest()
-        every, trainer = self.config.diagnostics.every, self.trainer
-        if every is None or (step > 1 and step % every != 0):
-            return None
-        layer_stats = LayerStats(
-            trainer.model, trainer.optimizer.adam_eps(), trainer.optimizer.second_moments()
-        )
-        few = min(self.config.diagnostics.sequences, trainer.micro_batch)
-        with trainer.autocast():
-            layer_stats.measure_activations(trainer.to_device(inputs[:few]))
-        layer_stats.of_model = self._measure_model(step, inputs, targets)
         return layer_stats
 
-    def _measure_model(self, step: int, inputs: Tensor, targets: Tensor) -> metrics.Record:
-        """The values of the whole model that `diagnostics` asks for, before update `step`."""
-        config, trainer = self.config, self.trainer
-        model, z_loss = trainer.model, config.training.z_loss
+    def _measure(self, step: int, inputs: Tensor, targets: Tensor) -> LayerStats:
+        """The snapshot of an update, before the update."""
+        diagnostics, trainer = self.config.diagnostics, self.trainer
+        optimizer = trainer.optimizer
+        adam, eps = optimizer.by_parameter("betas"), self.config.optimizer.eps
+        moments, updates = optimizer.second_moments()
+        layer_stats = LayerStats(trainer.model, adam, eps, moments)
+        few = min(diagnostics.sequences, trainer.micro_batch)
+        with trainer.autocast():
+            x = trainer.to_device(inputs[:few])
+            self._attempt("activations", lambda: layer_stats.measure_activations(x))
+        of_model = layer_stats.of_model
+        if diagnostics.sharpness:
+            of_model["sharpness"] = None  # unless there is memory for it
+            sharpness = functools.partial(self._sharpness, inputs, targets, moments, updates)
+            self._attempt("sharpness", lambda: of_model.update(sharpness()))
+            rate = self.learning_rate(step)
+            of_model |= stability_threshold(self.config.optimizer, rate, updates + 1)
+        if diagnostics.noise_scale:
+            of_model["noise_scale"] = None
+            self._attempt("noise_scale", lambda: of_model.update(self._noise(inputs, targets)))
+        return layer_stats
+
+    def _attempt(self, name: str, measure: Callable[[], object]) -> None:
+        """Measure something, and only say so, once, if memory runs out."""
+        try:
+            measure()
+            return
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        release_memory(self.trainer.device)  # outside `except`: the failed attempt's memory is free
+        if name not in self.too_large:
+            self.too_large.add(name)
+            self.console.say(f"diagnostics: not enough memory to measure {name}; leaving it out")
+
+    def _sharpness(
+        self, inputs: Tensor, targets: Tensor, moments: Mapping[str, Tensor], updates: int
+    ) -> metrics.Record:
+        trainer, few = self.trainer, slice(self.config.diagnostics.sharpness)
+        product = loss_hessian(
+            trainer.model,
+            trainer.to_device(inputs[few]),
+            trainer.to_device(targets[few]),
+            self.config.training.z_loss,
+            micro_batch=trainer.micro_batch,
+            check=trainer.check_stop,
+        )
+        return measure_sharpness(trainer.model, product, trainer.optimizer, moments, updates)
+
+    def _noise(self, inputs: Tensor, targets: Tensor) -> metrics.Record:
+        trainer = self.trainer
         x, y = trainer.to_device(inputs), trainer.to_device(targets)
-        measured: metrics.Record = {}
-        if config.diagnostics.sharpness:
-            few = min(config.diagnostics.sharpness, trainer.micro_batch)
-            measured |= measure_sharpness(model, x[:few], y[:few], z_loss, trainer.optimizer)
-            measured |= stability_thresholds(config.optimizer, self.learning_rate(step))
-        if config.diagnostics.noise_scale:
-            part = part_size(len(x), trainer.micro_batch)
-            measured |= measure_noise_scale(model, x, y, z_loss, part)
-        return measured
+        part = part_size(len(x), trainer.micro_batch)
+        return measure_noise_scale(trainer.model, x, y, self.config.training.z_loss, part)
 
     def after_update(
         self,

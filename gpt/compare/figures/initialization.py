@@ -26,7 +26,7 @@ from gpt.compare.probes import SHARPNESS_SEQUENCES, Probe
 
 def gradient_by_depth(data: PlotData) -> Plot | None:
     """Gradient norm of the last block against the number of blocks, log-log."""
-    if not data.init_probes:
+    if not _networks(data, "token"):
         return None
     figure, (axes,) = panels(1, width=6.0, height=3.6)
     slopes = _by_depth(axes, data, lambda probe: probe.last_gradients)
@@ -46,14 +46,14 @@ def gradient_by_depth(data: PlotData) -> Plot | None:
 
 def amplification(data: PlotData) -> Plot | None:
     """Change of the output due to a change of the weights, against the number of sublayers."""
-    if not data.init_probes:
+    if not _networks(data, "token"):
         return None
     figure, axes_list = panels(2, width=4.6, height=3.6)
     random = _by_depth(axes_list[0], data, lambda probe: probe.amplifications, sublayers=True)
     adam = _by_depth(axes_list[1], data, lambda probe: probe.adam_amplifications, sublayers=True)
     axes_list[0].set_title("random change of the weights: E|Δout|² / δ²")
     axes_list[1].set_title("one Adam update: E|Δout|²")
-    names = [_name(data, each) for each in data.init_probes]
+    names = [_name(data, each) for each in _networks(data, "token")]
     figure.legend(axes_list[0].lines, names, loc="outside lower center", ncols=min(len(names), 5))
     return Plot(
         "initialization",
@@ -90,9 +90,14 @@ def sharpness_by_depth(data: PlotData) -> Plot | None:
     )
 
 
+def _networks(data: PlotData, of: Literal["text", "token"]) -> list[InitProbe]:
+    """Those with such probes."""
+    return [each for each in data.init_probes if getattr(each, of)]
+
+
 def _seeds(data: PlotData, of: Literal["text", "token"]) -> str:
     """How many seeds the probes have."""
-    count = len(getattr(data.init_probes[0], of)[0].last_gradients)
+    count = len(getattr(_networks(data, of)[0], of)[0].last_gradients)
     return f"{count} seeds, each with initial weights and tokens of its own"
 
 
@@ -116,7 +121,7 @@ def _by_depth(
     """
     factor, slopes = 2 if sublayers else 1, []
     depths: set[int] = set()
-    for each in data.init_probes:
+    for each in _networks(data, of):
         found = {factor * probe.layers: values(probe) for probe in getattr(each, of)}
         measured = {x: ys for x, ys in found.items() if ys is not None}
         slopes.append(f"{_name(data, each)} {_slope(measured)}")
