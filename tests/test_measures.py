@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from test_summary import CAP, LOSS, grid, outcome, outcomes
 
-from gpt.compare.analysis.measures import Measured, common_runs, measured
+from gpt.compare.analysis.measures import Measured, _reach, common_runs, measured
 from gpt.compare.analysis.outcomes import Outcome
 from gpt.compare.analysis.results import ContrastResult, SearchResult, Unmeasured
 from gpt.compare.analysis.statistics import (
@@ -294,6 +294,51 @@ def test_thresholds_are_known_only_to_within_their_brackets():
     assert student is not None
     assert wide.interval is not None
     assert wide.interval.low == pytest.approx(student.low)
+
+
+@pytest.mark.parametrize(
+    ("of", "less", "expected"),
+    [
+        ([("", 1.0)], [("", 1.0)], ""),
+        ([("above", 1.0)], [("", 1.0)], "at least"),
+        ([("", 1.0)], [("above", 1.0)], "at most"),
+        ([("", 1.0)], [("below", 0.5)], "at least"),
+        ([("above", -0.5)], [("", 1.0)], "at most"),  # a small value of the axis, in a slope
+        ([("above", -0.5), ("below", 0.5)], [], "at most"),
+        ([("above", 0.5), ("below", 0.5)], [], "unknown"),
+        ([("unclear", 0.5)], [], "unknown"),
+        ([("unclear", 0.0)], [("below", 1.0)], "at least"),  # in the middle of the axis
+    ],
+)
+def test_bounds_of_thresholds_bound_their_weighted_sum(
+    of: list[tuple[str, float]], less: list[tuple[str, float]], expected: str
+):
+    assert _reach(of, less) == expected
+
+
+def test_a_slope_with_a_bound_at_its_end_is_bounded():
+    """Post-norm's threshold in the deepest network is below all rates tried with one seed."""
+    runs, found = [], []
+    for layers, (high, low) in {3: (0.0, 0.0), 12: (0.0, -2.0)}.items():
+        for arm, log in ((ARMS[0], high), (ARMS[1], low)):
+            for s in range(8):
+                runs.append(outcome(arm, 0.1, s, 2.5, layers=layers))
+                ends = math.exp(log - STEP / 2), math.exp(log + STEP / 2)
+                bounded = (arm, layers, s) == (ARMS[1], 12, 0)
+                found.append(
+                    SearchResult(
+                        arm, f"layers {layers}", s, ends[1] if bounded else math.exp(log),
+                        None if bounded else ends[0], ends[1], "below" if bounded else "", True, 4,
+                        "ended",
+                    )
+                )  # fmt: skip
+    contrast = validate(Contrast, {**LOSS, **SLOPE, "measure": "log_threshold"})
+    known = measured(contrast, runs, found, ALPHA)
+    assert not isinstance(known, Unmeasured)
+    assert known[1].reach == ("at least",)
+    assert known[1].interval is not None
+    assert known[1].interval.high == math.inf
+    assert 0.9 < known[1].interval.low < 2 / math.log(4)
 
 
 def test_an_interval_of_at_least():

@@ -91,7 +91,7 @@ def test_runs_that_are_slow_even_when_longer_send_it_upwards():
     assert list(endings) == [0, 2, 4, 6, 5, 7]  # eight runs: those at 0 and 2 were repeated
     assert (bracket(endings).low, bracket(endings).high, bracket(endings).bound) == (5, 6, "")
     never, _ = run(lambda step: "slow" if step < 1 else "failed")
-    assert (bracket(never).low, bracket(never).high, bracket(never).bound) == (0, 1, "unclear")
+    assert (bracket(never).low, bracket(never).high, bracket(never).bound) == (0, 1, "below")
     always, why = run(lambda step: "slow")
     assert (len(always), bracket(always).bound) == (4, "unclear")
     assert why == "the limit of runs is reached"

@@ -187,6 +187,11 @@ class Contrast(Section):
         return [*self.of, *(self.against or ())]
 
     @property
+    def arm_pairs(self) -> list[tuple[str, str]]:
+        """The arms of each difference: one or two."""
+        return [self.of, *([self.against] if self.against else [])]
+
+    @property
     def own_rates(self) -> bool:
         """Whether each arm is compared at a rate of its own, so that rates need not agree."""
         return bool(self.rates) or self.measure == "log_threshold"

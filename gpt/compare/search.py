@@ -32,9 +32,9 @@ class Bracket:
     Attributes:
         low: the highest step under `high` whose run trained or was slow; None if there is none.
         high: the lowest step whose run failed; None if there is none.
-        bound: "unclear" if there is neither, or a `low` up to which no run trained; else "above" if
-            there is only `low`, "below" if there is only `high`, and "" if the threshold is
-            between the two, or would be if failures rose steadily with the rate.
+        bound: "below" if there is a `high`, and no run below it trained; "unclear" if no run failed
+            or trained; "above" if there is no `high`; and "" if the threshold is between the two,
+            or would be if failures rose steadily with the rate.
         monotone: whether the run at the step above `high` did not train; None: it has no result.
     """
 
@@ -52,10 +52,8 @@ def bracket(endings: Mapping[int, Ending]) -> Bracket:
     learning = [step for step, ending in below.items() if ending != "lost"]
     low = max(learning, default=None)
     bound: Bound = ""
-    if high is not None and low is None:
-        bound = "below"
-    elif "trained" not in below.values():
-        bound = "unclear"
+    if "trained" not in below.values():
+        bound = "unclear" if high is None else "below"
     elif high is None:
         bound = "above"
     above = "lost" if high is None else endings.get(high + 1, "lost")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -368,7 +368,10 @@ def _log_lr50(contrast: Contrast, common: CommonRuns, alpha: float) -> Measured:
             for key, threshold in found.items()
             if threshold.bound
         ),
-        reach=_reaches(contrast, {n: [found[n, s].bound for s in weights] for n in contrast.arms}),
+        reach=tuple(
+            _reach(*([(found[arm, s].bound, w) for s, w in weights.items()] for arm in pair))
+            for pair in contrast.arm_pairs
+        ),
     )
 
 
@@ -395,17 +398,11 @@ def _log_threshold(
         return math.log(rate)
 
     lost = [each for each in searches if each.arm in contrast.arms and each.is_lost]
-    of_arm = {
-        name: [each.bound for each in (*compared.values(), *lost) if each.arm == name]
-        for name in contrast.arms
-    }
+    bounds: dict[str, list[tuple[str, float]]] = {name: [] for name in contrast.arms}
+    for each in (*compared.values(), *lost):
+        bounds[each.arm].append((each.bound, settings.get(each.setting, 1.0)))
+    reaches = [_reach(bounds[a], bounds[b]) for a, b in contrast.arm_pairs]
     found = _mean_difference(contrast, common, of, alpha)
-    signed = list(zip(contrast.arms, SIGNS, strict=False))
-    reach = _reach(
-        [bound for name, sign in signed if sign > 0 for bound in of_arm[name]],
-        [bound for name, sign in signed if sign < 0 for bound in of_arm[name]],
-        slope=bool(contrast.slope),
-    )
     resolution = sum(
         abs(settings[each.setting]) * math.log(each.high / each.low) / 2
         for each in compared.values()
@@ -413,9 +410,10 @@ def _log_threshold(
     ) / len(common.seeds)
     return replace(
         found,
-        interval=found.interval and _opened(at_least(found.interval, resolution), reach),
+        interval=found.interval
+        and _opened(at_least(found.interval, resolution), _difference_reach(reaches)),
         bounds=wording.search_notes([*compared.values(), *lost]),
-        reach=_reaches(contrast, of_arm),
+        reach=tuple(reaches),
     )
 
 
@@ -427,24 +425,21 @@ def _opened(interval: Interval, reach: str) -> Interval:
     )
 
 
-def _reaches(contrast: Contrast, bounds: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """The bound on each part of a contrast that the bounds of its arms' thresholds imply."""
-    return tuple(
-        _reach(bounds[a], bounds[b], slope=bool(contrast.slope))
-        for a, b in (contrast.of, *([contrast.against] if contrast.against else []))
-    )
+Bounds = Sequence[tuple[str, float]]  # the bound of a threshold, and its weight
+TURNED = {"above": "below", "below": "above"}
 
 
-def _reach(of: Sequence[str], less: Sequence[str], *, slope: bool) -> str:
-    """The bound on the difference of two arms' thresholds that their own bounds imply.
-
-    Args:
-        slope: whether it is a difference of slopes, which bounds on single thresholds do not bound.
-    """
-    if slope:
-        return "unknown" if any((*of, *less)) else ""
-    more = "above" in of or "below" in less
-    fewer = "below" in of or "above" in less
-    if "unclear" in (*of, *less) or (more and fewer):
+def _reach(of: Bounds, less: Bounds) -> str:
+    """The bound on the difference of two arms' thresholds that their own bounds imply."""
+    signed = [*of, *((bound, -weight) for bound, weight in less)]
+    ends = {bound if weight > 0 else TURNED.get(bound, bound) for bound, weight in signed if weight}
+    if "unclear" in ends or {"above", "below"} <= ends:
         return "unknown"
-    return "at least" if more else "at most" if fewer else ""
+    return "at least" if "above" in ends else "at most" if "below" in ends else ""
+
+
+def _difference_reach(reaches: Sequence[str]) -> str:
+    """The bound on a part, or on the difference of two parts, that their bounds imply."""
+    of_bound = {"at least": "above", "at most": "below", "unknown": "unclear", "": ""}
+    first, *second = [[(of_bound[reach], 1.0)] for reach in reaches]
+    return _reach(first, second[0] if second else [])

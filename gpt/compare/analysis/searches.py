@@ -184,6 +184,8 @@ def _result(search: Search, outcomes: Sequence[Outcome]) -> SearchResult:
     decisions = _decisions(search, outcomes)
     found, first = bracket(decisions[-1].endings if decisions else {}), outcomes[0]
     low, high = _ends(search, found)
+    if found.bound == "below":
+        low = None  # it was slow
     known = [math.log(end) for end in (low, high) if end is not None]
     return SearchResult(
         arm=first.cell.arm,

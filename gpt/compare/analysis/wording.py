@@ -351,7 +351,7 @@ def search_notes(searches: Sequence[SearchResult]) -> tuple[str, ...]:
     for each in searches:
         if each.bound or not each.ended:
             why = each.ended or "it has not ended"
-            if each.bound == "unclear" and None not in (each.low, each.high):
+            if each.bound == "below" and each.ended:
                 why = "no run trained below the lowest rate that failed"
             notes.append(f"{each.label}, seed {each.seed}: {search_text(each)}, because {why}")
     checked = [each for each in searches if each.monotone is not None]
@@ -410,7 +410,7 @@ def finding(result: ContrastResult, contrast: Contrast) -> str:
     """The changes that a contrast compares, their difference, its interval, p and n: a sentence."""
     if not result.learned:
         return f"{result.why}."
-    pairs = [contrast.of, *([contrast.against] if contrast.against else [])]
+    pairs = contrast.arm_pairs
     words = words_for(contrast)
     changes = [
         f"{_fold(part, reach) if words.log else _change(words.number(part), reach)} "
@@ -466,7 +466,9 @@ def dropped_text(result: ContrastResult | PairResult) -> str:
 
 def _change(number: str, reach: str) -> str:
     """A difference in words, after the verb."""
-    return "by an unknown amount" if reach else f"by {number}"
+    if reach == "unknown":
+        return "by an unknown amount"
+    return f"by {reach} {number}" if reach else f"by {number}"
 
 
 def _fold(part: float, reach: str) -> str:
@@ -486,7 +488,7 @@ def _searches_sentence(searches: Sequence[SearchResult]) -> str:
         if each.is_clear:
             by_arm.setdefault(each.label, []).append(each)
     if not by_arm:
-        return "No search found a threshold: no run trained below the lowest rate that failed."
+        return "No search found a threshold: no run trained, and none failed."
     found = [f"{where!r}: {thresholds_text(some)}" for where, some in by_arm.items()]
     unclear = len(searches) - sum(map(len, by_arm.values()))
     bounded = sum(each.bound in ("above", "below") for each in searches)

@@ -33,7 +33,7 @@ def by_seed(data: PlotData) -> Plot | None:
         return None
     words = words_for(contrast)
     figure, (axes,) = panels(1, width=WIDTH, height=HEIGHT + LEGEND)
-    pairs = [contrast.of, *([contrast.against] if contrast.against else [])]
+    pairs = contrast.arm_pairs
     ticks: dict[float, str] = {}
     for number, (to, start) in enumerate(pairs):
         above = number * (len(result.by_seed) + 1.5)
