@@ -157,14 +157,16 @@ def _table(grid: Grid, contrast: Contrast | None, outcomes: Sequence[Outcome]) -
 
 def _thresholds(grid: Grid, summary: Summary) -> Table:
     """The thresholds that searches found: an arm in a row, a setting in a column; or 2 x 2 arms."""
-    caption = "Highest trainable rate, geometric mean and range over seeds"
     found: dict[tuple[str, str], list[SearchResult]] = {}
     for each in summary.searches:
         found.setdefault((each.arm, each.setting), []).append(each)
     settings = tuple(dict.fromkeys(setting for _, setting in found))
 
+    brief = len(settings) > 2
+    caption = f"Highest trainable rate, geometric mean{'' if brief else ' and range'} over seeds"
+
     def text(arm: str, setting: str) -> str:
-        return wording.thresholds_text(found.get((arm, setting), []))
+        return wording.thresholds_text(found.get((arm, setting), []), brief=brief)
 
     if settings == ("",) and [len(levels) for levels in grid.arms.values()] == [2, 2]:
         (corner, rows), (of, columns) = grid.arms.items()

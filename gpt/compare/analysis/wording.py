@@ -319,12 +319,17 @@ def search_text(search: SearchResult) -> str:
     return f"{text} *" if search.monotone is False else text
 
 
-def thresholds_text(searches: Sequence[SearchResult]) -> str:
-    """`0.00292 (0.00268 to 0.00335)`: geometric mean and range of clear thresholds or bounds."""
+def thresholds_text(searches: Sequence[SearchResult], *, brief: bool = False) -> str:
+    """`0.00292 (0.00268 to 0.00335)`: geometric mean and range of clear thresholds or bounds.
+
+    Args:
+        brief: whether to leave out the range.
+    """
     rates = [each.rate for each in searches if each.is_clear and each.rate is not None]
     if not rates:
         return "unclear"
-    return f"{geometric_mean(rates):.3g} ({min(rates):.3g} to {max(rates):.3g})"
+    mean = f"{geometric_mean(rates):.3g}"
+    return mean if brief else f"{mean} ({min(rates):.3g} to {max(rates):.3g})"
 
 
 def _rate(rate: float | None) -> str:
