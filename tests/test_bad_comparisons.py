@@ -71,7 +71,7 @@ def test_json_of_the_wrong_types(
 
 
 ODD_STARTS: list[tuple[str, Any]] = [
-    *(("text", []), ("token", []), ("arms", []), ("arms", ["nobody"])),
+    *(("text", []), ("arms", []), ("arms", ["nobody"])),
     *(("text.0.layers", 0), ("text.0.layers", 10**9), ("text.0.gradient_norms", [])),
     *(("text.0.stream_rms", [1.0]), ("text.0.betas", []), ("token.1.gradient_norms", [1.0] * 99)),
     *(("text.0.last_gradients", []), ("token.1.amplifications", [1.0] * 2)),
