@@ -173,7 +173,9 @@ def test_a_report_before_the_first_stage_ends(tiny: Make, tmp_path: Path, traine
 def test_a_lost_run_continues_it_for_good(tiny: Make, tmp_path: Path, trainer: Trainer):
     trainer.lost = {"pre_learning-rate-0.01_seed-2"}
     path = write(tmp_path / "grid.yaml", tree(tiny))
-    assert first_contrast(compare(path, tmp_path / "run")).alpha == 0.05 - 2 / 64
+    found = compare(path, tmp_path / "run")
+    assert first_contrast(found).alpha == 0.05 - 2 / 64
+    assert "the first stage of 6 seeds, in which a run was lost" in found.stages
     assert len(trainer.seen) == 2 * SEEDS
     trainer.lost = set()
     retried = compare(path, tmp_path / "run")

@@ -258,11 +258,10 @@ def measure(
         intervals = [each.interval for each in possible if each.interval is not None]
         interval = Interval(min(i.low for i in intervals), max(i.high for i in intervals))
         interval = interval if few else Interval(-math.inf, math.inf)
-    crossed = any(values[0] <= margin <= values[1] for margin in _margins(contrast))
     return Measured(
         values=[(a + b) / 2 for a, b in zip(low.values, high.values, strict=True)],
         interval=interval,
-        p=1.0 if crossed else max(each.p for each in possible if each.p is not None),
+        p=max(each.p for each in possible if each.p is not None) if few else 1.0,
         bounds=(wording.lost_text(contrast, len(here), *values),),
         by_seed={
             seed: tuple((a + b) / 2 for a, b in zip(lows, high.by_seed[seed], strict=True))
