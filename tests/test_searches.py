@@ -185,6 +185,19 @@ def test_a_slow_run_is_repeated_with_more_updates_which_decide(
     assert contents(tmp_path / "run") == before
 
 
+def test_a_slow_run_that_was_not_repeated_is_no_lower_end(
+    tiny: Make, tmp_path: Path, trainer: Trainer
+):
+    """With seven runs, the last one is slow: the threshold is below the lowest that failed."""
+    trainer.slow_below = 0.0045
+    trainer.edges = {**EDGES, "post": (1e-4,)}
+    rules = {"start": {"pre": 0.01, "post": 0.003}, "most_runs": 7}
+    path = write(tmp_path / "grid.yaml", {**tree(tiny), "seeds": 1, "search": rules})
+    found = next(each for each in compare(path, tmp_path / "run").searches if each.arm == "post")
+    assert (found.bound, found.low, found.high, found.runs) == ("below", None, 0.001229, 7)
+    assert found.rate == pytest.approx(0.001229)
+
+
 def test_a_search_grows_by_arms_and_seeds_only(tiny: Make, tmp_path: Path, trainer: Trainer):
     path = write(tmp_path / "grid.yaml", {**tree(tiny), "seeds": 1})
     compare(path, tmp_path / "run")
