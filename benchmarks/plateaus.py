@@ -2,10 +2,10 @@
 
     python benchmarks/plateaus.py runs/thresholds [--times 3] [--workers 2]
 
-Searches and reports call a plateau slow if its loss is still falling (`is_too_slow` and
-`still_falling`). That costs nothing, and may be wrong. Here each plateaued cell runs again, with
-its seed, rate and warm-up, for a multiple of its updates, in DIR-x3. The table, printed last,
-shows for each arm how many of the plateaus called stuck, and slow, then train.
+Reports call a plateau slow if its loss is still falling (`still_falling`), and searches repeat
+those still above H1 (`is_too_slow`) with more updates. Both judge by the loss. Here each plateaued
+cell runs again, with its seed, rate and warm-up, for a multiple of its updates, in DIR-x3. The
+table, printed last, shows for each arm how many of the plateaus called stuck, and slow, then train.
 """
 
 from __future__ import annotations

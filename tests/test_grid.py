@@ -371,14 +371,6 @@ def asking(question: dict[str, Any], **changes: Any) -> dict[str, Any]:
             ),
             "contrasts.0.of: no setting has every common seed of pre, warm; pre, cold",
         ),
-        (
-            {  # at each rate, one of the arms has the first seed alone
-                "pairs": [PAIR],
-                "context_seeds": 1,
-                **asking({**CONTRAST, "rates": {"pre, warm": 0.01, "pre, cold": 0.1}}),
-            },
-            f"pairs.0: {NOT_SHARED} pre, warm; pre, cold",
-        ),
         # Too few rates
         *(
             (
@@ -538,9 +530,18 @@ def test_shared_points_have_every_common_seed_of_every_arm():
     a = runs((0, "x", 0.1), (1, "x", 0.1), (2, "x", 0.1), (0, "x", 0.2), (1, "x", 0.2))
     b = runs((2, "x", 0.1), (1, "x", 0.1), (2, "x", 0.2), (1, "y", 0.1), (2, "y", 0.1))
     assert shared_points({"a": a, "b": b}) == ([1, 2], [("x", 0.1)])
-    assert shared_points({"a": a, "b": runs((1, "x", 0.3))}) == ([1], [])
+    assert shared_points({"a": a, "b": runs((1, "x", 0.3))}) == ([], [])
     assert shared_points({"a": a, "b": runs((3, "x", 0.1))}) == ([], [])
     assert shared_points({"a": a, "b": {}}) == ([], [])
+    half = runs((0, "x", 0.1), (1, "x", 0.1), (2, "x", 0.1), (0, "x", 0.2), (1, "x", 0.2))
+    assert shared_points({"a": half, "b": half}) == ([0, 1], [("x", 0.1), ("x", 0.2)])
+
+
+def test_a_seed_at_one_rate_alone_leaves_the_other_seeds_their_answer(tmp_path: Path):
+    """Seed 0 lacks one rate, seed 1 the other: neither is a point of all seeds."""
+    exclude = [{"seed": 0, RATES: 0.01}, {"seed": 1, RATES: 0.1}]
+    rates = {RATES: [0.01, 0.1]}
+    assert cells(tmp_path, **asking(CONTRAST, grid=rates, seeds=8, exclude=exclude))
 
 
 def test_many_comparisons_of_many_cells_are_checked_quickly(tmp_path: Path):

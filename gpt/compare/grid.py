@@ -32,7 +32,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -685,17 +685,45 @@ def _check_contrast(contrast: Contrast, cells: Sequence[Cell], origin: str) -> N
 
 
 def shared_points(
-    runs: Mapping[str, Mapping[tuple[int, Point], object]],
+    runs: Mapping[str, Mapping[tuple[int, Point], object]], *, slope: bool = False
 ) -> tuple[list[int], list[Point]]:
-    """The seeds that all arms have, and the points at which every arm has all of those seeds.
+    """Seeds and points such that every arm has every seed at every point.
+
+    Of the seeds that all arms have, and while some arm lacks a run, the seed or the point that
+    lacks the largest part of its runs is left out: one incomplete seed does not remove the points
+    that all others have.
 
     Args:
         runs: arm -> its runs, by seed and point.
+        slope: whether to keep a rate in all settings or in none: one that only some of them have
+            would change a slope over the settings.
     """
-    seeds = sorted(set.intersection(*({seed for seed, _ in own} for own in runs.values())))
     every = dict.fromkeys(point for own in runs.values() for _, point in own)
-    points = [p for p in every if all((s, p) in own for own in runs.values() for s in seeds)]
-    return seeds, points if seeds else []
+    units: dict[Hashable, list[Point]] = {point: [point] for point in every}
+    if slope:
+        settings = list(dict.fromkeys(setting for setting, _ in every))
+        units = {rate: [(setting, rate) for setting in settings] for _, rate in every}
+    seeds = dict.fromkeys(sorted(_common_seeds(runs)))
+    lacking = {
+        (seed, unit)
+        for unit, points in units.items()
+        for seed in seeds
+        if not all((seed, point) in own for own in runs.values() for point in points)
+    }
+    while lacking:
+        (seed, of_seed), *_ = Counter(seed for seed, _ in lacking).most_common(1)
+        (unit, of_unit), *_ = Counter(unit for _, unit in lacking).most_common(1)
+        if of_seed / len(units) > of_unit / len(seeds):
+            del seeds[seed]
+        else:
+            del units[unit]
+        lacking = {(s, u) for s, u in lacking if s in seeds and u in units}
+    points = [point for unit in units.values() for point in unit]
+    return ([*seeds], points) if seeds and points else ([], [])
+
+
+def _common_seeds(runs: Mapping[str, Mapping[tuple[int, Point], object]]) -> set[int]:
+    return set.intersection(*({seed for seed, _ in own} for own in runs.values()))
 
 
 OfArm = dict[tuple[int, Point], Cell]  # by seed and point
@@ -723,7 +751,7 @@ def _shared(
             raise InputError(f"{origin}: arm {arm!r} has no cell to compare")
     seeds, points = shared_points(runs)
     names = "; ".join(runs)
-    if not seeds:
+    if not _common_seeds(runs):
         raise InputError(f"{origin}: no seed is common to {names}")
     if not points:
         what = "setting" if own_rates else "setting and learning rate"

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -36,7 +35,7 @@ from gpt.compare.analysis.statistics import (
     sign_flip_p,
     threshold_interval,
 )
-from gpt.compare.grid import Contrast, Point
+from gpt.compare.grid import Contrast, Point, shared_points
 
 MOST_LOST = 6  # lost runs of a contrast; with more, its interval is unbounded
 ROUNDING = 1e-12  # a difference smaller than this part of its terms is 0
@@ -75,46 +74,24 @@ def common_runs(
     own_rates: bool = False,
     slope: bool = False,
 ) -> CommonRuns | None:
-    """The runs that the arms share; None if there are none.
-
-    While some arm lacks a run, the seed or the point that lacks the largest part of its runs is
-    left out: one incomplete seed does not remove the points that all others have.
+    """The runs that the arms share, at `shared_points`; None if there are none.
 
     Args:
         own_rates: whether each arm has a rate of its own, so that rates need not agree.
-        slope: whether to keep a rate in all settings or in none: one that only some of them have
-            would change a slope over the settings.
+        slope: see `shared_points`.
     """
-    runs: dict[tuple[str, int, Point], Outcome] = {
-        (o.cell.arm, o.seed, (o.cell.setting_text, None if own_rates else o.rate)): o
-        for o in outcomes
-        if o.cell.arm in arms
-    }
-    every = list(dict.fromkeys(point for _, _, point in runs))
-    seeds = sorted(set.intersection(*({s for arm, s, _ in runs if arm == a} for a in arms)))
-    units: dict[Hashable, list[Point]] = {point: [point] for point in every}
-    if slope:
-        settings = list(dict.fromkeys(setting for setting, _ in every))
-        units = {rate: [(setting, rate) for setting in settings] for _, rate in every}
-    lacking = {
-        (seed, unit)
-        for unit, points in units.items()
-        for seed in seeds
-        if not all((arm, seed, point) in runs for arm in arms for point in points)
-    }
-    kept, used = dict.fromkeys(seeds), dict.fromkeys(units)
-    while lacking:
-        (seed, of_seed), *_ = Counter(seed for seed, _ in lacking).most_common(1)
-        (unit, of_unit), *_ = Counter(unit for _, unit in lacking).most_common(1)
-        if of_seed / len(used) > of_unit / len(kept):
-            del kept[seed]
-        else:
-            del used[unit]
-        lacking = {(s, u) for s, u in lacking if s in kept and u in used}
-    points = [point for unit in used for point in units[unit]]
-    if not kept or not points:
+    of_arms: dict[str, dict[tuple[int, Point], Outcome]] = {arm: {} for arm in arms}
+    for o in outcomes:
+        if o.cell.arm in of_arms:
+            point = o.cell.setting_text, None if own_rates else o.rate
+            of_arms[o.cell.arm][o.seed, point] = o
+    seeds, points = shared_points(of_arms, slope=slope)
+    if not seeds:
         return None
-    return CommonRuns([*kept], points, len(every) - len(points), len(seeds) - len(kept), runs)
+    runs = {(arm, *key): o for arm, own in of_arms.items() for key, o in own.items()}
+    every = {point for _, _, point in runs}
+    in_all = set.intersection(*({seed for seed, _ in own} for own in of_arms.values()))
+    return CommonRuns(seeds, points, len(every) - len(points), len(in_all) - len(seeds), runs)
 
 
 @dataclass(frozen=True)
