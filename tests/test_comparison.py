@@ -10,6 +10,7 @@ import shutil
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -138,7 +139,7 @@ def test_summary_json_agrees_with_the_cells(done: tuple[Path, str]):
 def test_arms_are_matched_and_the_report_says_so(done: tuple[Path, str], grid_file: Path):
     _, cells = load(grid_file)
     found = match([read_outcome(cell, done[0]) for cell in cells])
-    assert (found.cells, found.same_batches, found.exceptions) == (6, 6, ())
+    assert (found.cells, found.same_inputs, found.exceptions) == (6, 6, ())
     assert found.equal + found.rescaled == found.parameters
     assert found.rescaled > 0  # deepnorm's gain
     text = (done[0] / "report.md").read_text()
@@ -161,9 +162,20 @@ def test_different_batches_and_initial_weights_are_found(copy: Path, grid_file: 
     tree["initial_weights"]["token_embedding.weight"] |= {"sha256": "0", "signs": "0"}
     facts.write_text(json.dumps(tree))
     found = match([read_outcome(cell, copy) for cell in cells])
-    assert found.same_batches == 5
-    assert any(victim.id in text and "different batches" in text for text in found.exceptions)
+    assert found.same_inputs == 5
+    assert any(victim.id in text and "different inputs" in text for text in found.exceptions)
     assert any(other.id in text and "token_embedding.weight" in text for text in found.exceptions)
+
+
+def test_inputs_are_compared_after_equally_many_sequences(done: tuple[Path, str], grid_file: Path):
+    _, cells = load(grid_file)
+    first, other, *_ = (read_outcome(cell, done[0]) for cell in cells if cell.config.seed == 1)
+    assert first.inputs is not None
+    larger_batches = dict(list(first.inputs.items())[1::2])  # a digest after every other batch
+    assert match([first, replace(other, inputs=larger_batches)]).same_inputs == 1
+    never_together = {sequences + 1: "0" for sequences in first.inputs}
+    assert match([first, replace(other, inputs=never_together)]).same_inputs == 1
+    assert match([first, replace(other, inputs={max(first.inputs): "0"})]).same_inputs == 0
 
 
 def test_started_again_it_runs_nothing_and_reports(

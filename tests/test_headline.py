@@ -239,7 +239,7 @@ def test_seeds_are_written_as_spans():
 def test_matching_is_a_few_words_or_the_first_exception():
     match = Match(3, 3, 20, 18, 2, ())
     assert matching_text(match) == (
-        "matched: same batches, same initial weights (2 of 20 rescaled), same software"
+        "matched: same inputs, same initial weights (2 of 20 rescaled), same software"
     )
     assert matching_text(replace(match, exceptions=("a", "b"))) == "NOT MATCHED: a, and 1 more"
     assert "nothing to match" in matching_text(replace(match, cells=0))

@@ -639,8 +639,11 @@ def test_the_digest_of_batches_is_of_all_inputs_so_far(tiny: Make, tmp_path: Pat
     run(tiny(), tmp_path / "a")
     run(tiny(model={"norm": {"placement": "post"}}, optimizer={"name": "sgd"}), tmp_path / "b")
     run(tiny(data={"seed": 1}), tmp_path / "c")
-    a, b, c = (batches(tmp_path / name) for name in "abc")
+    larger = {"batch_sequences": 2 * tiny().batch_sequences, "steps": 10}
+    run(tiny(training=larger), tmp_path / "d")
+    a, b, c, d = (batches(tmp_path / name) for name in "abcd")
     assert a == b
+    assert a[1::2] == d  # after equally many sequences, whatever the batch size
     assert len(set(a)) == len(a) == 20
     assert not set(a) & set(c)
 
@@ -649,7 +652,8 @@ def test_the_digest_of_batches_is_of_all_inputs_so_far(tiny: Make, tmp_path: Pat
     seen = ""
     for step, digest in enumerate(a, 1):
         inputs, _ = sequences.batch(step, tiny().batch_sequences)
-        seen = hashlib.sha256(seen.encode() + inputs.tobytes()).hexdigest()
+        for sequence in inputs:
+            seen = hashlib.sha256(seen.encode() + sequence.tobytes()).hexdigest()
         assert seen.startswith(digest)
 
 

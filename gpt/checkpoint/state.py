@@ -32,7 +32,7 @@ class Progress:
     val_bits_per_byte: Loss = None
     best_val_loss: Loss = None  # of all evaluations
     best_saved_val_loss: Loss = None  # of all saved steps: the loss of `best`
-    inputs_digest: str = ""  # SHA-256 of its previous value and the newest batch's inputs
+    inputs_digest: str = ""  # SHA-256 of its previous value and the newest sequence
     stalled_evals: Natural = 0  # evaluations in a row no better than guessing by token frequency
     skipped_updates: Natural = 0  # updates that were not finite
     skipped_in_a_row: Natural = 0

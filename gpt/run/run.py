@@ -211,8 +211,9 @@ class Run:
         every = self.config.diagnostics.every
         due = every is not None and (step == 1 or step % every == 0)
         layer_stats = self._measure(step, inputs, targets) if due else None
-        inputs_so_far = self.progress.inputs_digest.encode() + inputs.numpy().tobytes()
-        self.progress.inputs_digest = hashlib.sha256(inputs_so_far).hexdigest()
+        for sequence in inputs.numpy():  # one by one: the digest is the same for any batch size
+            inputs_so_far = self.progress.inputs_digest.encode() + sequence.tobytes()
+            self.progress.inputs_digest = hashlib.sha256(inputs_so_far).hexdigest()
         return layer_stats
 
     def _measure(self, step: int, inputs: Tensor, targets: Tensor) -> LayerStats:

@@ -2,7 +2,7 @@
 
 verdicts.py   a run's metrics -> how it ended
 outcomes.py   each cell's verdict, from its run directory
-matching.py   whether the arms saw the same batches and started from the same weights
+matching.py   whether the arms saw the same inputs and started from the same weights
 statistics.py intervals, tests, thresholds: pure functions on numbers
 results.py    the results as data: what summary.json holds
 searches.py   the outcomes of a search for a threshold -> its bracket

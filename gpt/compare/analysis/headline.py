@@ -289,11 +289,11 @@ def _not_shown(seeds: int) -> str:
 
 
 def matching_text(match: Match) -> str:
-    """`matched: same batches, same initial weights, same software`, or what did not match."""
+    """`matched: same inputs, same initial weights, same software`, or what did not match."""
     if match.exceptions:
         more = len(match.exceptions) - 1
         return f"NOT MATCHED: {match.exceptions[0]}" + (f", and {more} more" if more else "")
     if not match.cells:
         return "nothing to match: no two runs share a seed and a setting"
     rescaled = f" ({match.rescaled} of {match.parameters} rescaled)" if match.rescaled else ""
-    return f"matched: same batches, same initial weights{rescaled}, same software"
+    return f"matched: same inputs, same initial weights{rescaled}, same software"

@@ -1,4 +1,4 @@
-"""Whether the arms were matched: the same batches, the same initial weights, the same software.
+"""Whether the arms were matched: the same inputs, the same initial weights, the same software.
 
 A comparison is fair only if cells of one seed and setting differ in nothing but their arm and
 learning rate. Each of them is compared with the first, by the digests that training wrote into
@@ -7,7 +7,7 @@ metrics.jsonl and environment.json.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,8 @@ class Match:
 
     Attributes:
         cells: cells that were compared with the first of their seed and setting.
-        same_batches: those that saw the same inputs, up to the last step that both reached.
+        same_inputs: those that saw the same sequences in the same order, up to the last that both
+            logged; batches may be of different sizes.
         parameters: parameter tensors that both have, by name and shape.
         equal: those that started with the same values.
         rescaled: those that started from the same random draw at another scale.
@@ -30,7 +31,7 @@ class Match:
     """
 
     cells: int
-    same_batches: int
+    same_inputs: int
     parameters: int
     equal: int
     rescaled: int
@@ -44,7 +45,7 @@ def match(outcomes: Sequence[Outcome]) -> Match:
     exceptions: list[str] = []
     everywhere: dict[str, Outcome] = {}
     for outcome in outcomes:
-        if outcome.verdict is None or not outcome.batches:  # diverged before its first update
+        if outcome.verdict is None or not outcome.inputs:  # diverged before its first update
             continue
         exceptions += _other_facts(outcome, everywhere)
         key = repr((outcome.seed, outcome.cell.setting))
@@ -52,12 +53,11 @@ def match(outcomes: Sequence[Outcome]) -> Match:
         if other is outcome:
             continue
         names = f"{outcome.cell.id} and {other.cell.id}"
-        mine, theirs = outcome.batches, other.batches or {}
         cells += 1
-        step = max(mine.keys() & theirs.keys())
-        same += mine[step] == theirs[step]
-        if mine[step] != theirs[step]:
-            exceptions.append(f"{names} saw different batches")
+        if _same_inputs(outcome.inputs, other.inputs or {}):
+            same += 1
+        else:
+            exceptions.append(f"{names} saw different inputs")
         ours, others = (_fact(each, "initial_weights") for each in (outcome, other))
         for name in ours.keys() & others.keys():
             a, b = ours[name], others[name]
@@ -69,6 +69,12 @@ def match(outcomes: Sequence[Outcome]) -> Match:
             if a["signs"] != b["signs"]:
                 exceptions.append(f"{names} start with different values of {name}")
     return Match(cells, same, parameters, equal, rescaled, tuple(exceptions))
+
+
+def _same_inputs(mine: Mapping[int, str], theirs: Mapping[int, str]) -> bool:
+    """Whether the digests agree at the last number of sequences after which both have one."""
+    common = mine.keys() & theirs.keys()
+    return not common or mine[max(common)] == theirs[max(common)]
 
 
 def _other_facts(outcome: Outcome, first: dict[str, Outcome]) -> list[str]:

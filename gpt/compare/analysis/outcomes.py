@@ -38,7 +38,7 @@ class Outcome:
         seconds: wall-clock time.
         unigram_entropy: H₁, nats per token.
         environment: environment.json.
-        batches: step -> digest of all inputs up to it.
+        inputs: number of sequences -> digest of the inputs up to the last of them.
         vocabulary: V, tokens.
         extremes: the worst value of each measure in EXTREMES; empty without diagnostics.
         too_slow: see `is_too_slow`.
@@ -51,7 +51,7 @@ class Outcome:
     seconds: float = 0.0
     unigram_entropy: float = 0.0
     environment: dict[str, Any] | None = None
-    batches: dict[int, str] | None = None
+    inputs: dict[int, str] | None = None
     vocabulary: int = 2
     extremes: dict[str, float] = field(default_factory=dict)
     too_slow: bool = False
@@ -143,7 +143,7 @@ def read_outcome(cell: Cell, directory: Path, error: CellError | None = None) ->
         vocabulary = environment.initial_weights["token_embedding.weight"].shape[0]
     except LookupError:
         raise InputError(f"{run.environment}: is damaged") from None
-    records = metrics.read(run.metrics)
+    records, batch = metrics.read(run.metrics), cell.config.batch_sequences
     updates = [r["step"] for r in records if {"loss", "grad_norm", "batches"} <= r.keys()]
     evaluated = [r["step"] for r in records if "val_loss" in r]
     made = len(updates)
@@ -175,7 +175,7 @@ def read_outcome(cell: Cell, directory: Path, error: CellError | None = None) ->
         seconds=result.seconds,
         unigram_entropy=environment.unigram_entropy,
         environment=environment.model_dump(),
-        batches={r["step"]: r["batches"] for r in records if "batches" in r},
+        inputs={r["step"] * batch: r["batches"] for r in records if "batches" in r},
         vocabulary=vocabulary,
         extremes=_extremes(records),
         too_slow=is_too_slow(found, environment.unigram_entropy, records),
