@@ -197,7 +197,8 @@ def _add_section(
 
 def _settings(field: FieldInfo, schema: Schema) -> dict[str, Any]:
     """A flag's settings for `add_argument`; one for a list of strings takes several values."""
-    several = {"type": "string"} in [b.get("items") for b in schema.get("anyOf", ())]
+    items = [b["items"] for b in schema.get("anyOf", ()) if "items" in b]
+    several = bool(items) and items[0].get("type") == "string"
     nullable = _is_nullable(field)
     described = field.default is None or "(default: " in str(field.description)
     default = "" if described else f" (default: {_format_default(field.default)})"
@@ -205,7 +206,7 @@ def _settings(field: FieldInfo, schema: Schema) -> dict[str, Any]:
         "action": _StoreOnce,
         "nargs": "*" if several else None,
         "type": _none_if_null if nullable else str,
-        "metavar": field.title or ("PATH" if several else _metavar(schema, nullable)),
+        "metavar": field.title or _metavar(schema, nullable),
         "help": f"{field.description}{default}".replace("%", "%%"),
     }
 
@@ -223,12 +224,15 @@ def _none_if_null(text: str) -> str | None:
 def _metavar(schema: Schema, nullable: bool) -> str:
     """What a flag's value looks like, such as `INT|null`, from its JSON schema."""
     branches = schema.get("anyOf", [schema])
-    return "|".join(_kind(b) for b in branches if nullable or b.get("type") != "null")
+    kinds = [_kind(b) for b in branches if nullable or b.get("type") != "null"]
+    return "|".join(dict.fromkeys(kinds))
 
 
 def _kind(schema: Schema) -> str:
     if "$ref" in schema or "$ref" in schema.get("items", ()):
         return "YAML"
+    if "items" in schema:
+        return _kind(schema["items"])
     if "const" in schema:
         return str(schema["const"])
     if "enum" in schema:
