@@ -34,7 +34,7 @@ TRACKERS: dict[str, type[Tracker]] = {
     "trackio": Trackio,
 }
 FINISH_SECONDS = 30.0  # how long an ended run waits for its trackers
-STOP_SECONDS = 1.0  # the same for one that was stopped, whose next start begins them again
+STOP_SECONDS = 5.0  # how long one that was stopped does; its next start copies everything again
 
 
 def check_installed(names: Iterable[str]) -> None:
@@ -89,10 +89,9 @@ class Tracking:
         for follower in self.followers:
             limit = FINISH_SECONDS if follower.run_has_ended() else STOP_SECONDS
             follower.join(max(0.0, began + limit - time.monotonic()))
-            if follower.is_alive() and follower.run_has_ended():
+            if follower.is_alive():
                 self.notify(
-                    f"tracking: {follower.name} has not finished after {limit:g} s and may be "
-                    "incomplete"
+                    f"tracking: {follower.name} is incomplete: it has not finished in {limit:g} s"
                 )
 
 
