@@ -33,8 +33,9 @@ def parse(
     """Read a command line. `--help` prints the help and exits with code 0.
 
     Args:
-        arguments: the command's own arguments. Required ones are positional, and booleans are
-            switches without a value; the docstring is the help's first line.
+        arguments: the command's own arguments. Required ones and those titled `[NAME ...]` are
+            positional, and booleans are switches without a value; the docstring is the help's
+            first line.
         argv: the words after the command.
         config: the options that are flags too, `--model.norm.placement` for nested ones.
 
@@ -47,7 +48,7 @@ def parse(
             of the command's own has a wrong value.
     """
     fields = arguments.model_fields
-    names = [name for name, field in fields.items() if not field.is_required()]
+    names = [name for name, field in fields.items() if not _is_positional(field)]
     flags = [as_flag(path) for path in [*names, *(option_paths(config) if config else [])]]
     switches = {as_flag(name) for name in names if fields[name].annotation is bool}
     words = _normalize(argv, set(flags) - switches)
@@ -123,6 +124,11 @@ def _describe_unknown(words: list[str], flags: Collection[str]) -> str:
 # The parser
 
 
+def _is_positional(field: FieldInfo) -> bool:
+    """Whether an argument has no flag: a required one, and a list whose title is `[NAME ...]`."""
+    return field.is_required() or str(field.title).startswith("[")
+
+
 class _HelpFormatter(argparse.HelpFormatter):
     """argparse's own, except that names such as post-norm are not broken at the hyphen."""
 
@@ -150,7 +156,7 @@ class _StoreOnce(argparse.Action):
 
 @functools.cache
 def _parser(arguments: type[Section], prog: str, config: type[Section] | None) -> _Parser:
-    titles = [str(f.title) for f in arguments.model_fields.values() if f.is_required()]
+    titles = [str(f.title) for f in arguments.model_fields.values() if _is_positional(f)]
     parser = _Parser(
         usage=" ".join([prog, "[-h] [OPTIONS]", *titles]),
         description=arguments.__doc__,
@@ -161,8 +167,9 @@ def _parser(arguments: type[Section], prog: str, config: type[Section] | None) -
     )
     schemas = arguments.model_json_schema()["properties"]
     for name, field in arguments.model_fields.items():
-        if field.is_required():
-            parser.add_argument(name, metavar=field.title, help=field.description)
+        if _is_positional(field):
+            several = None if field.is_required() else "*"
+            parser.add_argument(name, metavar=field.title, nargs=several, help=field.description)
         elif field.annotation is bool:
             flag = as_flag(name)
             parser.add_argument(flag, dest=name, action="store_true", help=field.description)

@@ -12,7 +12,7 @@ PREFIX = "events.out.tfevents."  # of an event file's name, by which TensorBoard
 
 
 class TensorBoard:
-    """An event file with all steps; the run's earlier event files are deleted.
+    """An event file with all steps; the run's earlier event files are emptied.
 
     A record is written with TensorBoard's own `RecordWriter` and not with its `EventFileWriter`,
     whose thread would print a traceback if the disk is full. The time of a step is when the run was
@@ -29,12 +29,13 @@ class TensorBoard:
 
         for old in run.directory.glob(f"{PREFIX}*"):
             old.unlink()
+            old.touch()  # a TensorBoard that is reading it would wait for a missing file
         path = run.directory / f"{PREFIX}{time.time_ns()}.{run.name}"
         self._file = path.open("xb")
         self._records = RecordWriter(self._file)
         self.now = run.identity.started
         self._add(Event(file_version="brain.Event:2"))
-        # A TensorBoard that is running drops what it has read from the files deleted above.
+        # A TensorBoard that is running drops what it has read from the files emptied above.
         self._add(Event(session_log=SessionLog(status=SessionLog.START)))
         hparams = hparams_pb(run.describe_flat(), run.name, self.now)
         self._add(Event(summary=hparams))
