@@ -78,7 +78,7 @@ def test_checkpoints_of_a_finished_run(place: Path, clean: Call):
     assert (code, out.splitlines()[-1]) == (0, f"removed 3 of 3, {size / 1e6:,.1f} MB")
     gone = {path for path in before if any(str(path).find(step) >= 0 for step in STEPS)}
     assert {path for path in before if path not in contents(place)} == gone
-    assert load_run(place / "runs/one").model is not None
+    assert load_run(place / "runs/one")[2] == 20
     assert clean()[1] == "nothing to remove\n"
 
 
@@ -181,7 +181,7 @@ def test_links_are_not_followed(place: Path, clean: Call):
     (place / "runs/one").symlink_to(place / "elsewhere")
     (place / "runs/.writing-link").symlink_to(place / "elsewhere")
     assert clean("runs")[1] == "nothing to remove\n"
-    assert listed(clean("elsewhere")[1])[1:] == [s.replace("runs/one", "elsewhere") for s in STEPS]
+    assert listed(clean("elsewhere")[1])[:3] == [s.replace("runs/one", "elsewhere") for s in STEPS]
     outside = place / "outside"
     shutil.copytree(place / "elsewhere/checkpoints/step-00000005", outside)
     shutil.rmtree(place / "elsewhere/checkpoints/step-00000005")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import sqlite3
+import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -323,6 +325,76 @@ def test_tensorboard_shows_every_step_once(tracked: Config, tmp_path: Path, requ
     assert b'"status": "finished"' in texts["result"][0]
     assert str(path).encode() in texts["directory"][0]
     assert "_hparams_/session_end_info" in texts
+
+
+@pytest.mark.slow
+def test_wandb_shows_every_step_once(
+    tracked: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(tracking, "STOP_SECONDS", 60.0)
+    path, config = tmp_path / "run", tracked.model_copy(update={"tracking": ("wandb",)})
+    for options in (stop_after(13), {}):
+        run(config, path, **options)
+        (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+        (file,) = folder.glob("*.wandb")
+    records = list(wandb_records(file))
+    steps = [each.history.step.num for each in records if each.HasField("history")]
+    assert steps == list(range(21))
+    (started,) = [each.run for each in records if each.HasField("run")]
+    assert (started.project, started.display_name) == ("steadygpt", "run")
+    settings = {item.key: json.loads(item.value_json) for item in started.config.update}
+    assert settings["directory"] == str(path)
+    assert settings["model"]["layers"] == 2
+    summary = {
+        item.key: json.loads(item.value_json)
+        for each in records
+        for item in each.summary.update
+        if item.key
+    }
+    assert summary["status"] == "finished"
+
+
+def wandb_records(path: Path) -> Iterator[Any]:
+    """The records of a .wandb file: protocol buffers in LevelDB's log format.
+
+    After a header of 7 bytes come blocks of 32 KiB with pieces: checksum, length, type (1: whole,
+    2: first, 3: middle, 4: last), data.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    raw, at, data = path.read_bytes(), 7, b""
+    while at < len(raw):
+        if -at % 2**15 in range(1, 7):  # too little is left of the block for a piece
+            at += -at % 2**15
+            continue
+        _, length, kind = struct.unpack_from("<IHB", raw, at)
+        piece, at = raw[at + 7 : at + 7 + length], at + 7 + length
+        data = piece if kind in (1, 2) else data + piece
+        if kind in (1, 4):
+            record = Record()
+            record.ParseFromString(data)
+            yield record
+
+
+@pytest.mark.slow
+def test_trackio_shows_every_step_once(
+    tracked: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.undo()  # the stand-in of this name
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio", reason="trackio is not installed")
+    monkeypatch.setattr(tracking, "STOP_SECONDS", 60.0)
+    for options in (stop_after(13), {}):
+        run(tracked, tmp_path / "run", **options)
+    run(tracked, tmp_path / "other")
+    with sqlite3.connect(tmp_path / "trackio/steadygpt.db") as database:
+        rows = database.execute("SELECT run_name, step FROM metrics ORDER BY id").fetchall()
+        ((config,),) = database.execute("SELECT config FROM configs WHERE run_name = 'run'")
+    assert rows == [(name, step) for name in ("run", "other") for step in range(21)]
+    assert json.loads(config)["directory"] == str(tmp_path / "run")
 
 
 def test_tensorboard_on_a_full_disk(
