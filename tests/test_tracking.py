@@ -21,6 +21,7 @@ from gpt import checkpoint as checkpoints
 from gpt import tracking
 from gpt.config import Config, load, validate
 from gpt.errors import InputError
+from gpt.run import log
 from gpt.tracking.follower import Follower, TrackedRun, Values, to_values
 
 Make = Callable[..., Config]
@@ -76,7 +77,12 @@ def check(memory: Memory, directory: Path, steps: int = 20) -> None:
     assert memory.finished
 
 
-def test_a_run_from_start_to_end(tracked: Config, tmp_path: Path):
+@pytest.mark.parametrize("read_late", [False, True])
+def test_a_run_from_start_to_end(
+    tracked: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_late: bool
+):
+    if read_late:  # as on a GPU: every training.log_every steps
+        monkeypatch.setattr(log, "READ_EVERY", {})
     result = run(tracked, tmp_path / "run")
     (memory,) = Memory.runs
     check(memory, tmp_path / "run")
@@ -185,6 +191,9 @@ def test_a_tracker_that_fails_or_hangs(
     assert essence(tmp_path / "run") == essence(untracked)
     if waits is not None:
         waits.set()
+        for thread in threading.enumerate():
+            if thread.name == "trackio":
+                thread.join(9)
 
 
 def test_a_line_is_read_when_it_is_complete(
@@ -243,6 +252,12 @@ def test_names_in_a_config(given: object, names: tuple[str, ...]):
 def test_an_unknown_name(tiny: Make):
     with pytest.raises(InputError, match=r"tracking\.0: 'tensorbord' is .* meant tensorboard$"):
         tiny(tracking=["tensorbord"])
+
+
+def test_an_unknown_name_after_a_flag(tiny_file: Path, capsys: pytest.CaptureFixture[str]):
+    code, _, error = called(capsys, "train", tiny_file, "--tracking", "wandb", "trackia")
+    assert code == 2
+    assert error.startswith("train.py: --tracking.1: 'trackia' is not one of ")
 
 
 @pytest.mark.parametrize("flags", [[], ["--dry-run"]])
