@@ -202,8 +202,8 @@ def test_a_line_is_read_when_it_is_complete(
     file = (tmp_path / "metrics.jsonl").open("a")
     file.write('{"step": 1, "val_loss": 1.5}\n{"step": 2, "val')
     file.flush()
-    told: list[str] = []
-    follower = Follower("name", Memory, TrackedRun(tracked, tmp_path, None), told.append)
+    warnings: list[str] = []
+    follower = Follower("name", Memory, TrackedRun(tracked, tmp_path, None), warnings.append)
     polled = threading.Semaphore(0)
     wait = follower.ended.wait
     monkeypatch.setattr(follower.ended, "wait", lambda t: (polled.release(), wait(t))[1])
@@ -218,7 +218,7 @@ def test_a_line_is_read_when_it_is_complete(
     assert one == (1, {"val/loss": 1.5})
     assert two[0] == 2
     assert math.isnan(two[1]["val/loss"])
-    assert told == []
+    assert warnings == []
 
 
 def test_the_names_of_numbers():

@@ -105,7 +105,7 @@ class Follower(threading.Thread):
         return (self._read_result() or {}).get("status") not in (None, "interrupted")
 
     def _read_result(self) -> dict[str, Any] | None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             return dict(json.loads(self.result.read_bytes()))
         return None
 
