@@ -246,7 +246,7 @@ def choices(section: type[configs.Section]) -> list[Choice]:
 
 
 def test_names_read_from_the_source_are_the_tables_keys(monkeypatch: pytest.MonkeyPatch):
-    assert len(choices(Config)) == 9
+    assert len(choices(Config)) == 10
     for choice in choices(Config):
         table = getattr(importlib.import_module(choice.module), choice.table)
         with monkeypatch.context() as patch:

@@ -21,7 +21,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -33,7 +32,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt.errors import InputError
-from gpt.io.files import PARTIAL_PREFIX, fsync, open_regular, read_small, size_and_hash, write_text
+from gpt.io.files import (
+    PARTIAL_PREFIX,
+    fsync,
+    make_folder,
+    open_regular,
+    read_small,
+    size_and_hash,
+    write_text,
+)
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json")
 MANIFEST = "manifest.json"
@@ -99,11 +106,10 @@ def save(
         folder.mkdir()
         fsync(folder.parent)
     final = folder / checkpoint.name
-    temporary = Path(tempfile.mkdtemp(prefix=PARTIAL_PREFIX, dir=folder))
+    temporary = make_folder(folder, PARTIAL_PREFIX)
     replaced: Path | None = None
     try:
         _write(temporary, checkpoint)
-        temporary.chmod(0o755)
         if final.exists():
             if replaces:
                 replaced = _rename_to_partial(final)
@@ -123,6 +129,8 @@ def save(
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
+    (folder / "state.json").write_text(json.dumps(checkpoint.state, indent=2) + "\n", "utf-8")
+    (folder / "tokenizer.json").write_text(checkpoint.tokenizer, "utf-8")
     for name, tensors in (("model", checkpoint.model), ("optimizer", checkpoint.optimizer)):
         contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         try:
@@ -133,8 +141,8 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
                 raise
             code = int(number[1])
             raise OSError(code, os.strerror(code), str(folder / f"{name}.safetensors")) from None
-    (folder / "state.json").write_text(json.dumps(checkpoint.state, indent=2) + "\n", "utf-8")
-    (folder / "tokenizer.json").write_text(checkpoint.tokenizer, "utf-8")
+        # safetensors makes its files 0600, whatever the umask
+        shutil.copymode(folder / "state.json", folder / f"{name}.safetensors")
     for name in FILES:
         fsync(folder / name)
     files = {name: size_and_hash(folder / name) for name in FILES}

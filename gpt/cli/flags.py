@@ -33,8 +33,9 @@ def parse(
     """Read a command line. `--help` prints the help and exits with code 0.
 
     Args:
-        arguments: the command's own arguments. Required ones are positional, and booleans are
-            switches without a value; the docstring is the help's first line.
+        arguments: the command's own arguments. Required ones and those titled `[NAME ...]` are
+            positional, and booleans are switches without a value; the docstring is the help's
+            first line.
         argv: the words after the command.
         config: the options that are flags too, `--model.norm.placement` for nested ones.
 
@@ -47,7 +48,7 @@ def parse(
             of the command's own has a wrong value.
     """
     fields = arguments.model_fields
-    names = [name for name, field in fields.items() if not field.is_required()]
+    names = [name for name, field in fields.items() if not _is_positional(field)]
     flags = [as_flag(path) for path in [*names, *(option_paths(config) if config else [])]]
     switches = {as_flag(name) for name in names if fields[name].annotation is bool}
     words = _normalize(argv, set(flags) - switches)
@@ -123,6 +124,11 @@ def _describe_unknown(words: list[str], flags: Collection[str]) -> str:
 # The parser
 
 
+def _is_positional(field: FieldInfo) -> bool:
+    """Whether an argument has no flag: a required one, and a list whose title is `[NAME ...]`."""
+    return field.is_required() or str(field.title).startswith("[")
+
+
 class _HelpFormatter(argparse.HelpFormatter):
     """argparse's own, except that names such as post-norm are not broken at the hyphen."""
 
@@ -150,7 +156,7 @@ class _StoreOnce(argparse.Action):
 
 @functools.cache
 def _parser(arguments: type[Section], prog: str, config: type[Section] | None) -> _Parser:
-    titles = [str(f.title) for f in arguments.model_fields.values() if f.is_required()]
+    titles = [str(f.title) for f in arguments.model_fields.values() if _is_positional(f)]
     parser = _Parser(
         usage=" ".join([prog, "[-h] [OPTIONS]", *titles]),
         description=arguments.__doc__,
@@ -161,8 +167,9 @@ def _parser(arguments: type[Section], prog: str, config: type[Section] | None) -
     )
     schemas = arguments.model_json_schema()["properties"]
     for name, field in arguments.model_fields.items():
-        if field.is_required():
-            parser.add_argument(name, metavar=field.title, help=field.description)
+        if _is_positional(field):
+            several = None if field.is_required() else "*"
+            parser.add_argument(name, metavar=field.title, nargs=several, help=field.description)
         elif field.annotation is bool:
             flag = as_flag(name)
             parser.add_argument(flag, dest=name, action="store_true", help=field.description)
@@ -197,7 +204,8 @@ def _add_section(
 
 def _settings(field: FieldInfo, schema: Schema) -> dict[str, Any]:
     """A flag's settings for `add_argument`; one for a list of strings takes several values."""
-    several = {"type": "string"} in [b.get("items") for b in schema.get("anyOf", ())]
+    items = [b["items"] for b in schema.get("anyOf", ()) if "items" in b]
+    several = bool(items) and items[0].get("type") == "string"
     nullable = _is_nullable(field)
     described = field.default is None or "(default: " in str(field.description)
     default = "" if described else f" (default: {_format_default(field.default)})"
@@ -205,7 +213,7 @@ def _settings(field: FieldInfo, schema: Schema) -> dict[str, Any]:
         "action": _StoreOnce,
         "nargs": "*" if several else None,
         "type": _none_if_null if nullable else str,
-        "metavar": field.title or ("PATH" if several else _metavar(schema, nullable)),
+        "metavar": field.title or _metavar(schema, nullable),
         "help": f"{field.description}{default}".replace("%", "%%"),
     }
 
@@ -223,12 +231,15 @@ def _none_if_null(text: str) -> str | None:
 def _metavar(schema: Schema, nullable: bool) -> str:
     """What a flag's value looks like, such as `INT|null`, from its JSON schema."""
     branches = schema.get("anyOf", [schema])
-    return "|".join(_kind(b) for b in branches if nullable or b.get("type") != "null")
+    kinds = [_kind(b) for b in branches if nullable or b.get("type") != "null"]
+    return "|".join(dict.fromkeys(kinds))
 
 
 def _kind(schema: Schema) -> str:
     if "$ref" in schema or "$ref" in schema.get("items", ()):
         return "YAML"
+    if "items" in schema:
+        return _kind(schema["items"])
     if "const" in schema:
         return str(schema["const"])
     if "enum" in schema:

@@ -18,6 +18,7 @@ from gpt.config.shipped import names
 from gpt.hardware.size import check_cpu_training
 from gpt.io.console import show, write_result
 from gpt.io.files import read_small
+from gpt.tracking import check_installed
 
 if TYPE_CHECKING:
     from gpt.run.directory import RunResult
@@ -66,6 +67,7 @@ def train(arguments: Arguments, config: Config) -> RunResult | None:
     if arguments.print_config:
         write_result(config.to_yaml())
         return None
+    check_installed(config.tracking)
     check_cpu_training(config)
     if arguments.dry_run:
         show(_plan(config, out_dir, arguments.resume))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from gpt.compare.analysis.outcomes import read_outcome
 from gpt.compare.execution.cell_runs import cell_directory, has_result
 from gpt.compare.grid import Cell
 from gpt.errors import InputError, printable
-from gpt.io.files import PARTIAL_PREFIX, remove_partial, write_text
+from gpt.io.files import PARTIAL_PREFIX, make_folder, remove_partial, write_text
 from gpt.run.directory import RunDirectory
 
 
@@ -70,13 +69,13 @@ def copy_run(run: Path, cell: Cell, directory: Path) -> None:
     target = cell_directory(directory, cell)
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_partial(target.parent)
-    partial = Path(tempfile.mkdtemp(prefix=PARTIAL_PREFIX, dir=target.parent))
+    partial = make_folder(target.parent, PARTIAL_PREFIX)
     ignored = shutil.ignore_patterns("checkpoints", ".lock", f"{PARTIAL_PREFIX}*")
     shutil.copytree(  # without modes: the source may be read-only
         run, partial / "run", ignore=ignored, copy_function=shutil.copyfile
     )
     for folder in (partial / "run", *(p for p in (partial / "run").rglob("*") if p.is_dir())):
-        folder.chmod(0o755)
+        shutil.copymode(partial, folder)
     copy = RunDirectory(partial / "run")
     result = copy.read_result()
     assert result is not None

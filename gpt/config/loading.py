@@ -42,7 +42,7 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config
     flags = {key for key, _ in leaves(overrides)}
 
     def origin(key: str) -> str:
-        if key in flags:
+        if any(f"{key}.".startswith(f"{flag}.") for flag in flags):  # or it is in the flag's list
             return f"--{key}"
         return f"{path}: {key}" if key else str(path)
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import model_validator
+from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from gpt import variants
 from gpt.config.strict_yaml import parse_yaml
@@ -42,6 +42,7 @@ from gpt.config.values import (
     SplitFraction,
     Switch,
     VocabularySize,
+    as_list,
 )
 
 
@@ -469,6 +470,12 @@ class SamplingConfig(Sampling):
     """Text to continue; empty starts a new document."""
 
 
+Tracker = Annotated[str, Choice("gpt.tracking", "TRACKERS")]
+Trackers = Annotated[
+    tuple[Tracker, ...],
+    BeforeValidator(as_list, json_schema_input_type=Tracker | list[Tracker] | None),
+    AfterValidator(lambda names: tuple(dict.fromkeys(names))),
+]
 Differences = dict[str, tuple[object, object]]  # dotted path of an option -> before and after
 
 
@@ -488,6 +495,8 @@ class Config(Section):
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sampling: SamplingConfig = SamplingConfig()
+    tracking: Trackers = ()
+    """Where else the metrics are shown, besides metrics.jsonl (docs/tracking.md)."""
 
     @model_validator(mode="after")
     def _batch_fits(self) -> Self:
@@ -607,6 +616,7 @@ MAY_CHANGE = (
     "diagnostics",
     "checkpoint",
     "sampling",
+    "tracking",
 )
 
 

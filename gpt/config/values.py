@@ -107,6 +107,13 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Weights = Literal["fp32", "bf16", "int8"]  # number format of the weights when sampling
 
 
+def as_list(value: object) -> object:
+    """A single string is read as a list of one, and null as an empty one."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else value
+
+
 # ---------------------------------------------------------------------------------------------
 # Numbers
 
@@ -213,16 +220,12 @@ def _file_name(value: str) -> str:
     return expand_user(value)
 
 
-def _as_list(value: object) -> object:
-    """A single string is read as a list of one."""
-    return [value] if isinstance(value, str) else value
-
-
 FileName = Annotated[
     str, AfterValidator(_file_name), WithJsonSchema({"type": "string", "format": "path"})
 ]
 FileNames = Annotated[
-    tuple[FileName, ...], BeforeValidator(_as_list, json_schema_input_type=str | list[str])
+    tuple[FileName, ...],
+    BeforeValidator(as_list, json_schema_input_type=FileName | list[FileName]),
 ]
 
 _RESERVED = {

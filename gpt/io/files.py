@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -123,6 +124,17 @@ def write_bytes(path: Path, contents: bytes) -> None:
             temporary.unlink(missing_ok=True)
         raise
     fsync(path.parent)
+
+
+def make_folder(parent: Path, prefix: str) -> Path:
+    """Make a folder with a new name and, unlike mkdtemp's, with the mode that the umask gives.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder = parent / f"{prefix}{secrets.token_hex(4)}"
+    folder.mkdir()
+    return folder
 
 
 def open_for_update(path: Path) -> BinaryIO:

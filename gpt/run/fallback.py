@@ -11,7 +11,7 @@ from pathlib import Path
 from gpt import checkpoint as store
 from gpt.config import Config
 from gpt.errors import InputError
-from gpt.io.files import write_bytes
+from gpt.io.files import make_folder, write_bytes
 from gpt.run.directory import RunDirectory
 
 
@@ -51,7 +51,7 @@ def save_to_fallback(
     made: Path | None = None
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f"{config.name}-", dir=parent))
+        made = make_folder(parent, f"{config.name}-")
         for name, contents in {"config.yaml": config.to_yaml(), **files}.items():
             write_bytes(made / name, contents if isinstance(contents, bytes) else contents.encode())
         save(RunDirectory(made))

@@ -16,6 +16,7 @@ from gpt.errors import InputError
 from gpt.io.files import is_partial
 from gpt.run.directory import RunDirectory, RunResult
 from gpt.schedule import lr_multiplier
+from gpt.tracking import check_installed
 
 
 @dataclass(frozen=True)
@@ -113,12 +114,13 @@ def open_run(config: Config, path: Path, resume: str) -> ResumePlan:
 
     Raises:
         InputError: the directory holds something that would have to be overwritten, or none of its
-            checkpoints is intact.
+            checkpoints is intact; or a tracker is not installed.
     """
     directory = RunDirectory(path)
     ended = ended_run(config, path, resume)
     if ended is not None:
         return ResumePlan(directory, result=ended, existing=True)
+    check_installed(config.tracking)
     if not directory.config.is_file():
         return ResumePlan(directory, _start_from(config, resume))
     changes, result = _same_run(directory, config, resume)

@@ -42,6 +42,7 @@ from gpt.run.directory import RunDirectory, RunResult, Status
 from gpt.run.log import Measured, RunLog, Update
 from gpt.run.resume import ResumePlan
 from gpt.schedule import lr_multiplier
+from gpt.tracking import Tracking
 from gpt.trainer import Trainer, host_tensor
 
 CALIBRATION_SEQUENCES = 64  # at most this many, from the first batch, calibrate a placement
@@ -126,6 +127,7 @@ class Run:
         opening.write_identity(plan, config, self.dataset, self.trainer, step, self.unigram_entropy)
         self.environment = directory.environment.read_text("utf-8")
         self.log = RunLog(directory.metrics, config, self.trainer.model, self.console, kept)
+        self.tracking = Tracking(config, directory.path, self.console.say)
 
     def _keeps_more(self, plan: ResumePlan) -> bool:
         """Note in the progress which checkpoints are kept only because of the earlier options.
@@ -324,9 +326,10 @@ class Run:
         return self.end("finished", f"completed all {self.config.training.steps} steps")
 
     def close(self) -> None:
-        """Wait for the checkpoint that is being written, and close the log."""
+        """Wait for the checkpoint that is being written, and close the log and its trackers."""
         self.log.metrics.close()
         self.checkpoints.close()
+        self.tracking.close()
 
     # -- After an update -------------------------------------------------------------------------
 

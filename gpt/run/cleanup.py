@@ -1,0 +1,205 @@
+"""Files that nothing needs any more: finding and removing them, for `steadygpt clean`.
+
+Only what this program makes is found, by the names that it gives. Symbolic links are neither
+followed nor removed. A run or comparison in which a process works, and data that one is preparing,
+are left alone: whatever belongs to one is found and removed while this process holds its lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt import checkpoint as store
+from gpt.errors import InputError
+from gpt.io.files import PARTIAL_PREFIX, lock_directory, lock_file, read_json
+from gpt.run.directory import RunDirectory
+from gpt.run.fallback import fallback_parent
+
+OF_CACHE = ("meta.json", "tokenizer.json", "counts.bin", "val.bin")  # by which one is recognized
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A file or folder that can go.
+
+    Attributes:
+        why: what it is.
+        size: bytes, of all its files.
+        owner: the directory or, for prepared data, the lock file to lock while it is removed; None
+            if no process can be using it.
+    """
+
+    path: Path
+    why: str
+    size: int
+    owner: Path | None
+
+
+def find(folders: Sequence[Path], runs: Path) -> tuple[list[Leftover], list[str]]:
+    """Everything below some folders that can go, and what was left alone, as sentences.
+
+    Args:
+        folders: of runs, comparisons and prepared data.
+        runs: where else there may be runs that use the prepared data.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    found: list[Leftover] = []
+    used: set[str] = set()  # fingerprints of the runs' data
+    for folder, _, _ in _walk([runs]):
+        used |= _fingerprint(folder / "environment.json", "data_fingerprint")
+    caches: dict[Path, str] = {}
+    for folder, owner, entries in _walk(folders):
+        used |= _fingerprint(folder / "environment.json", "data_fingerprint")
+        for fingerprint in _fingerprint(folder / "meta.json", "fingerprint"):
+            if all((folder / name).is_file() for name in OF_CACHE):
+                caches[folder] = fingerprint
+        found += [_partial(path, owner) for path in entries if path.name.startswith(PARTIAL_PREFIX)]
+        found += [_preparation(path) for path in entries if _is_preparation(path)]
+        if folder == owner:
+            found += _of_run(RunDirectory(folder))
+    found += [_unused(path) for path, fingerprint in caches.items() if fingerprint not in used]
+    busy: dict[Path | None, str] = {}
+    for owner in dict.fromkeys(each.owner for each in found):
+        try:
+            with _locked(owner):
+                pass
+        except InputError as error:
+            busy[owner] = f"left alone: {error}"
+    free = {each.path: each for each in found if each.owner not in busy}
+    return list(free.values()), list(busy.values())
+
+
+def remove(leftover: Leftover) -> None:
+    """Delete it; after a kill in the middle, the rest is found again.
+
+    Raises:
+        InputError: a process uses it.
+        OSError: it cannot be deleted.
+    """
+    path = leftover.path
+    with _locked(leftover.owner):
+        if not path.name.startswith(PARTIAL_PREFIX):  # never half a checkpoint under its own name
+            path = path.rename(path.with_name(f"{PARTIAL_PREFIX}{path.name.lstrip('.')}"))
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _walk(folders: Iterable[Path]) -> Iterator[tuple[Path, Path | None, list[Path]]]:
+    """Each folder, the run or comparison that it belongs to, and its entries without links."""
+    waiting: list[tuple[Path, Path | None]] = [(folder, None) for folder in folders]
+    seen: set[tuple[int, int]] = set()
+    while waiting:
+        folder, owner = waiting.pop()
+        try:
+            info, entries = folder.stat(), _entries(folder)
+        except FileNotFoundError:  # deleted meanwhile
+            continue
+        if (info.st_dev, info.st_ino) in seen:  # given twice, or inside another one
+            continue
+        seen.add((info.st_dev, info.st_ino))
+        if any((folder / name).is_file() for name in ("config.yaml", "grid.yaml")):
+            owner = folder
+        yield folder, owner, entries
+        below = (path for path in reversed(entries) if not path.name.startswith("."))
+        waiting += [(path, owner) for path in below if path.is_dir()]
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(Path(entry.path) for entry in os.scandir(folder) if not entry.is_symlink())
+
+
+def _fingerprint(path: Path, key: str) -> set[str]:
+    """The fingerprint of prepared data in a JSON file, if it has one."""
+    with contextlib.suppress(InputError):
+        value = read_json(path, dict[str, Any]).get(key)
+        return {value} if isinstance(value, str) else set()
+    return set()
+
+
+def _partial(path: Path, owner: Path | None) -> Leftover:
+    return Leftover(path, "left incomplete by a killed process", _size(path), owner)
+
+
+def _is_preparation(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".building") and path.is_dir()
+
+
+def _preparation(path: Path) -> Leftover:
+    final = path.with_name(path.name.removeprefix(".").removesuffix(".building"))
+    return Leftover(path, "an interrupted preparation", _size(path), _lock_of_cache(final))
+
+
+def _unused(path: Path) -> Leftover:
+    return Leftover(path, "prepared data that no run uses", _size(path), _lock_of_cache(path))
+
+
+def _lock_of_cache(folder: Path) -> Path:
+    """As in gpt/data/preparation.py."""
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def _of_run(run: RunDirectory) -> list[Leftover]:
+    """The checkpoints of a run that nothing needs, and its state saved elsewhere."""
+    folder = run.checkpoints
+    found = [
+        Leftover(path, "a damaged checkpoint that was set aside", _size(path), run.path)
+        for path in sorted(folder.glob("damaged-step-*"))
+        if path.is_dir() and not path.is_symlink()
+    ]
+    try:
+        config, result = run.read_config(), run.read_result()
+    except InputError:  # not a run, or damaged
+        return found
+    if result is None or result.status == "interrupted":
+        return found
+    every = config.checkpoint.keep_every
+    pointers = [store.read_pointer(folder, name) for name in ("latest", "best")]
+    for step, path in store.steps(folder).items():
+        kept = path in pointers or (every is not None and step % every == 0)
+        if not kept and any(pointers) and not path.is_symlink():
+            why = "a checkpoint that is neither latest nor best, of a run that has ended"
+            found.append(Leftover(path, why, _size(path), run.path))
+    if result.status == "finished":
+        for path in sorted(fallback_parent(config).glob(f"{config.name}-*")):
+            spare = RunDirectory(path)
+            with contextlib.suppress(InputError, OSError):
+                same = spare.config.is_file() and not spare.read_config().differences(config)
+                own = spare.read_result() if same else result
+                unfinished = own is None or own.status == "interrupted"
+                if unfinished and not path.is_symlink() and not path.samefile(run.path):
+                    why = f"saved when {run.path} could not be written, which has finished since"
+                    found.append(Leftover(path, why, _size(path), path))
+    return found
+
+
+@contextlib.contextmanager
+def _locked(owner: Path | None) -> Iterator[None]:
+    """Hold the lock of a directory or the lock file of prepared data.
+
+    Raises:
+        InputError: a process holds it, or it cannot be locked.
+    """
+    if owner is None:
+        yield
+    elif owner.is_dir():
+        with lock_directory(owner, f"{owner}: a process is working there"):
+            yield
+    else:
+        with lock_file(owner, f"{owner}: a process is preparing this data"):
+            yield
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder, without following links."""
+    info = path.lstat()
+    if not stat.S_ISDIR(info.st_mode):
+        return info.st_size
+    return sum(_size(path / name) for name in os.listdir(path))
