@@ -11,7 +11,7 @@ import functools
 import re
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -33,8 +33,9 @@ def parse(
     """Read a command line. `--help` prints the help and exits with code 0.
 
     Args:
-        arguments: the command's own arguments. Required ones are positional, and booleans are
-            switches without a value; the docstring is the help's first line.
+        arguments: the command's own arguments. Required ones are positional (a list takes one or
+            more words), and booleans are switches without a value; the docstring is the help's
+            first line.
         argv: the words after the command.
         config: the options that are flags too, `--model.norm.placement` for nested ones.
 
@@ -68,8 +69,8 @@ def parse(
 
 
 def as_flag(path: str) -> str:
-    """`model.tied_head` becomes `--model.tied-head`."""
-    return "--" + path.replace("_", "-")
+    """`model.tied_head` becomes `--model.tied-head`; `json_`, whose name is taken, `--json`."""
+    return "--" + path.rstrip("_").replace("_", "-")
 
 
 def _normalize(argv: Sequence[str], flags: Collection[str]) -> list[str]:
@@ -150,7 +151,11 @@ class _StoreOnce(argparse.Action):
 
 @functools.cache
 def _parser(arguments: type[Section], prog: str, config: type[Section] | None) -> _Parser:
-    titles = [str(f.title) for f in arguments.model_fields.values() if f.is_required()]
+    titles = [
+        f"{f.title} ..." if _is_list(f) else str(f.title)
+        for f in arguments.model_fields.values()
+        if f.is_required()
+    ]
     parser = _Parser(
         usage=" ".join([prog, "[-h] [OPTIONS]", *titles]),
         description=arguments.__doc__,
@@ -162,7 +167,8 @@ def _parser(arguments: type[Section], prog: str, config: type[Section] | None) -
     schemas = arguments.model_json_schema()["properties"]
     for name, field in arguments.model_fields.items():
         if field.is_required():
-            parser.add_argument(name, metavar=field.title, help=field.description)
+            several = "+" if _is_list(field) else None
+            parser.add_argument(name, metavar=field.title, nargs=several, help=field.description)
         elif field.annotation is bool:
             flag = as_flag(name)
             parser.add_argument(flag, dest=name, action="store_true", help=field.description)
@@ -208,6 +214,10 @@ def _settings(field: FieldInfo, schema: Schema) -> dict[str, Any]:
         "metavar": field.title or ("PATH" if several else _metavar(schema, nullable)),
         "help": f"{field.description}{default}".replace("%", "%%"),
     }
+
+
+def _is_list(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) is tuple
 
 
 def _is_nullable(field: FieldInfo) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from gpt.errors import printable
@@ -40,6 +41,18 @@ def write_result(text: str) -> None:
     """Write `text` to stdout unchanged; on a terminal, control characters are escaped."""
     sys.stdout.write(printable(text, "\n\t") if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table: the first column starts at the left, the others end at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 class Console:

@@ -129,6 +129,14 @@ class RunDirectory:
             raise InputError(f"{self.path}: {what}")
         return configs.load(self.config)
 
+    def read_environment(self) -> dict[str, Any]:
+        """The facts of environment.json; see `write_environment`.
+
+        Raises:
+            InputError: it is missing or damaged.
+        """
+        return read_json(self.environment, dict[str, Any])
+
     def read_result(self) -> RunResult | None:
         """The result, or None while the run has not ended.
 
