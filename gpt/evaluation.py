@@ -158,7 +158,7 @@ def windows(tokens: Iterable[Tokens], context: int, stride: int) -> Iterator[tup
 
 
 def _batches(found: Iterator[tuple[Ids, int]], size: int) -> Iterator[tuple[Ids, int]]:
-    """Consecutive windows of one shape, at most `size` at a time: (B, T + 1) ids, and the scored."""
+    """Consecutive windows of one shape, at most `size` at a time: (B, T + 1), and the scored."""
     for (_, scored), group in itertools.groupby(found, key=lambda w: (len(w[0]), w[1])):
         while part := [ids for ids, _ in itertools.islice(group, size)]:
             yield np.stack(part), scored

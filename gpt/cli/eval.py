@@ -220,7 +220,8 @@ def _given_text(text: Text, encoding: Encoding, console: Console) -> Iterator[To
         nonlocal skipped
         skipped += 1
 
-    yield from encode_text(text, found.files, encoding, on_read, on_skip)
+    origin = f"--data.path {' '.join(text.path)}" if text.path else f"--data.source {text.source}"
+    yield from encode_text(text, found.files, encoding, origin, on_read, on_skip)
     if skipped:
         console.say(f"skipped {skipped:,} record{'s' if skipped > 1 else ''} without text")
 
@@ -237,10 +238,8 @@ def _as_json(results: Sequence[Result]) -> str:
 
 def _describe(results: Sequence[Result]) -> str:
     """A table of the runs, one of their losses by position, and what one has to know about them."""
-    rows = [
-        ["run", "step", "loss", "perplexity", "bits per byte"]
-        + ["context", "stride", "tokens", "documents"]
-    ]
+    of_text = ("context", "stride", "tokens", "documents")
+    rows = [["run", "step", "loss", "perplexity", "bits per byte", *of_text]]
     for each in results:
         found = each.evaluation
         estimates = (found.loss, found.perplexity, found.bits_per_byte)
@@ -316,6 +315,6 @@ def _note_on_training(result: Result) -> str:
     if logged is None or loss is None or f"{logged:.4f}" == f"{loss:.4f}":
         return ""
     return (
-        f"training logged {logged:.4f} at this step, on whole windows that do not overlap, of which "
-        "evaluation.sequences limits the number"
+        f"training logged {logged:.4f} at this step, on whole windows that do not overlap, at most "
+        "evaluation.sequences of them"
     )

@@ -33,7 +33,11 @@ def main(argv: Sequence[str], prog: str = "python -m gpt.data") -> int:
     arguments, options = parse(Arguments, prog, argv, Config)
     config = load(arguments.config, options)
     dataset = prepare(config)
+
+    from gpt.run.cautions import cautions
+
     show(_describe(dataset))
+    Console().warn(cautions(config, dataset))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Encoding documents in order and in bounded memory: a corpus on all cores, a text as it is read."""
+"""Encoding documents in order and in bounded memory: a corpus on all cores, or one text."""
 
 from __future__ import annotations
 
@@ -95,6 +95,7 @@ def encode_text(
     config: SourceConfig,
     files: list[Path],
     encoding: Encoding,
+    origin: str,
     on_read: OnRead,
     on_skip: Callable[[str], None],
 ) -> Iterator[Tokens]:
@@ -104,6 +105,7 @@ def encode_text(
 
     Args:
         files: what the source finds.
+        origin: what a message calls the text, such as "--data.path a.txt".
         on_read: called with the number of bytes read.
         on_skip: called with the position of each record without text.
 
@@ -119,7 +121,7 @@ def encode_text(
         for piece in document.pieces:
             empty = False
             if isinstance(piece, str):
-                tokenizer.check_characters(encoding, piece, "the text")
+                tokenizer.check_characters(encoding, piece, origin)
                 yield encoding.encode_to_numpy(piece, disallowed_special=())
             else:
                 yield piece

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from gpt.errors import printable
@@ -69,6 +69,11 @@ class Console:
                 self._bar.write(printable(text, "\n\t"), file=sys.stderr)
             else:
                 show(text, sys.stderr)
+
+    def warn(self, lines: Iterable[str]) -> None:
+        """Print each line as a warning."""
+        for line in lines:
+            self.say(f"warning: {line}")
 
     def start(
         self,
