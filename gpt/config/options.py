@@ -72,17 +72,17 @@ class SourceConfig(Section):
     """Python's standard library, text, JSONL or Parquet files, the hub, or token files."""
     path: FileNames = ()
     """Files, folders or glob patterns, relative to the working directory; may be compressed."""
-    text_field: Annotated[str, Only("source", *RECORDS)] = "text"
+    text_field: Annotated[str, Only("source", RECORDS)] = "text"
     """Field that contains the text (source: jsonl, parquet, hub)."""
     invalid_text: Annotated[
-        Literal["refuse", "replace"], Only("source", "stdlib", "text", *RECORDS)
+        Literal["refuse", "replace"], Only("source", ("stdlib", "text", *RECORDS))
     ] = "refuse"
     """Whether bytes that are not UTF-8 are an error or become U+FFFD, the replacement character."""
-    missing_text: Annotated[Literal["refuse", "skip"], Only("source", *RECORDS)] = "refuse"
+    missing_text: Annotated[Literal["refuse", "skip"], Only("source", RECORDS)] = "refuse"
     """Whether a record without text is an error, or is skipped and counted."""
-    dtype: Annotated[Literal["uint16", "uint32"], Only("source", "tokens")] = "uint16"
+    dtype: Annotated[Literal["uint16", "uint32"], Only("source", ("tokens",))] = "uint16"
     """Type of the token IDs, little-endian, in files that do not state it (source: tokens)."""
-    hub: Annotated[HubConfig, Only("source", "hub")] = HubConfig()
+    hub: Annotated[HubConfig, Only("source", ("hub",))] = HubConfig()
 
     @model_validator(mode="after")
     def _source_is_complete(self) -> Self:
@@ -121,15 +121,15 @@ class DataConfig(SourceConfig):
     """A separate source for the validation text, in place of a held-out fraction."""
     tokenizer: Annotated[str, Choice("gpt.data.tokenizer", "TOKENIZERS")] = "bpe"
     """How text becomes tokens; bpe is trained on the corpus, file reads data.vocabulary."""
-    vocab_size: Annotated[VocabularySize, Only("tokenizer", "bpe")] = 2048
+    vocab_size: Annotated[VocabularySize, Only("tokenizer", ("bpe",))] = 2048
     """Tokens of the bpe tokenizer: 256 bytes, the merges, and end of text."""
-    learn_bytes: Annotated[Count, Only("tokenizer", "bpe")] = 100_000_000
+    learn_bytes: Annotated[Count, Only("tokenizer", ("bpe",))] = 100_000_000
     """Train the bpe tokenizer on at most this many bytes of training text, spread evenly."""
     vocabulary: FileName | None = None
     """The tokenizer.json of an earlier run or preparation (tokenizer: file)."""
-    holdout: Annotated[Literal["documents", "tail"], Only("validation", None)] = "documents"
+    holdout: Annotated[Literal["documents", "tail"], Only("validation", (None,))] = "documents"
     """Validation text: whole documents, by a hash; or the tail of each, as of one in any case."""
-    val_fraction: Annotated[SplitFraction, Only("validation", None)] = 0.03
+    val_fraction: Annotated[SplitFraction, Only("validation", (None,))] = 0.03
     """Fraction of the text that is held out for validation."""
     windows: Literal["epochs", "random", "fixed"] = "epochs"
     """Each window once per epoch, at random offsets as in nanoGPT, or always the first batch."""
@@ -337,13 +337,13 @@ class ScheduleConfig(Section):
 
     warmup: Annotated[str, Choice("gpt.schedule", "WARMUPS")] = "linear"
     """Shape of the warm-up; none: start at the full learning rate and ignore warmup_steps."""
-    warmup_steps: Annotated[CountOrZero, Only("warmup", "linear", "cosine")] = 100
+    warmup_steps: Annotated[CountOrZero, Only("warmup", ("linear", "cosine"))] = 100
     """Updates until the full rate is reached; the first update is never at rate 0."""
     body: Annotated[str, Choice("gpt.schedule", "BODIES")] = "cosine"
     """Shape of the decay after the warm-up."""
-    final_ratio: Annotated[Fraction, Only("body", "cosine", "linear", "wsd")] = 0.1
+    final_ratio: Annotated[Fraction, Only("body", ("cosine", "linear", "wsd"))] = 0.1
     """Final learning rate of cosine, linear and wsd, as a fraction of the full one."""
-    decay_fraction: Annotated[PositiveFraction, Only("body", "wsd")] = 0.2
+    decay_fraction: Annotated[PositiveFraction, Only("body", ("wsd",))] = 0.2
     """Fraction of the steps after warm-up in which wsd (warm-up, stable, decay) decays."""
     scale: Multiple = 1.0
     """Factor on the rate of every update, such as one that gives two arms equal summed rates."""
@@ -364,13 +364,13 @@ class OptimizerConfig(Section):
     """Update rule. muon updates the blocks' matrices, with adamw for everything else."""
     learning_rate: Annotated[Rate, TunedFor("name", alike=("adamw", "radam"))] = 1e-3
     """The full learning rate, which the schedule scales."""
-    beta1: Annotated[BelowOne, Only("name", *ADAM)] = 0.9
+    beta1: Annotated[BelowOne, Only("name", ADAM)] = 0.9
     """Decay of the first moment (adamw, radam; adamw's part of muon)."""
-    beta2: Annotated[BelowOne, Only("name", *ADAM)] = 0.99
+    beta2: Annotated[BelowOne, Only("name", ADAM)] = 0.99
     """Decay of the second moment (adamw, radam; adamw's part of muon)."""
-    eps: Annotated[Epsilon, Only("name", *ADAM)] = 1e-8
+    eps: Annotated[Epsilon, Only("name", ADAM)] = 1e-8
     """Added to the root of the second moment (adamw, radam; adamw's part of muon)."""
-    momentum: Annotated[BelowOne, Only("name", "muon", "sgd")] = 0.95
+    momentum: Annotated[BelowOne, Only("name", ("muon", "sgd"))] = 0.95
     """Momentum of sgd and muon, both in Nesterov's form."""
     weight_decay: Factor = 0.1
     """Weight decay of matrices and embeddings, not of norms and biases; decoupled except in sgd."""

@@ -119,11 +119,7 @@ class Only:
     """
 
     other: str
-    values: tuple[object, ...] = ()
-
-    def __init__(self, other: str, *values: object) -> None:
-        object.__setattr__(self, "other", other)
-        object.__setattr__(self, "values", values)
+    values: tuple[str | None, ...] = ()
 
     def applies(self, value: object) -> bool:
         """Whether the option is read if the other option has this value."""
@@ -136,7 +132,7 @@ class Only:
             return f"without {other}"
         if self.values == (None,):
             return f"with {other}"
-        return f"with {other} {value}, only with {', '.join(map(str, self.values))}"
+        return f"with {other} {value}, only with {', '.join(filter(None, self.values))}"
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def _of_validation(config: Config, dataset: Dataset) -> Iterator[str]:
         how = {"tail": "cuts the end off every document", "documents": "takes whole documents"}
         yield (
             f"{describe_validation(dataset)} are {share:.2%} of the text, not the "
-            f"{data.val_fraction:.2%} of data.val_fraction; data.holdout {other}, which "
+            f"{data.val_fraction:.2%} of data.val_fraction; data.holdout: {other}, which "
             f"{how[other]}, may come closer"
         )
     elif tokens < FEW_TOKENS:
