@@ -94,6 +94,7 @@ def plot_run(
     norm_axes.set_ylabel("gradient norm")
     if any(n > 0 for _, n in norms):
         norm_axes.set_yscale("log")
+        _label_plainly(norm_axes)
     norm_axes.set_xlabel("step")
     norm_axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     for axes in (loss_axes, rate_axes, norm_axes):
@@ -130,7 +131,7 @@ def _plot_losses(
     for (name, level), style in zip(levels.items(), ("--", "-."), strict=False):
         axes.axhline(level, color=LEVEL, lw=1, linestyle=style, label=f"guessing {name}")
     axes.set_ylabel("loss (nats per token)")
-    axes.legend(frameon=False)
+    axes.legend(framealpha=0.8, edgecolor="none")  # over the levels
 
 
 def has_layers(records: list[Record]) -> bool:
