@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PIECE = 2**16  # tokens of a prepared validation text that are read at a time
 FEW = 10  # with fewer documents, a standard error is itself uncertain by a quarter or more
+FEW_TOKENS = 30  # of fewer, the mean loss at a position is not shown
 PRINT_EVERY = 10.0  # seconds between progress lines, where there is no terminal
 
 
@@ -250,9 +251,11 @@ def _describe(results: Sequence[Result]) -> str:
     ranges = [f"{p.first}" if p.first == p.last else f"{p.first}-{p.last}" for p in longest]
     positions = [["loss by tokens of context", *ranges]]
     for each in results:
-        losses = [p.loss for p in each.evaluation.by_position]
-        positions.append([each.run, *("-" if x is None else f"{x:.3f}" for x in losses)])
-        positions[-1] += [""] * (len(longest) - len(losses))
+        losses = [
+            "-" if p.loss is None or p.tokens < FEW_TOKENS else f"{p.loss:.3f}"
+            for p in each.evaluation.by_position
+        ]
+        positions.append([each.run, *losses, *[""] * (len(longest) - len(losses))])
     notes = [f"note: {note}" for note in _notes(results)]
     return "\n".join([*aligned(rows), "", *aligned(positions), *([""] if notes else []), *notes])
 
