@@ -257,7 +257,9 @@ def _describe(results: Sequence[Result]) -> str:
         ]
         positions.append([each.run, *losses, *[""] * (len(longest) - len(losses))])
     notes = [f"note: {note}" for note in _notes(results)]
-    return "\n".join([*aligned(rows), "", *aligned(positions), *([""] if notes else []), *notes])
+    shown = any(cell not in ("-", "") for row in positions[1:] for cell in row[1:])
+    tables = [aligned(rows), aligned(positions) if shown else [], notes]
+    return "\n\n".join("\n".join(lines) for lines in tables if lines)
 
 
 def _with_error(estimate: Estimate) -> str:
