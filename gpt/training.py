@@ -25,6 +25,7 @@ from gpt.hardware.memory import check_fits, is_out_of_memory
 from gpt.io.console import Console
 from gpt.io.wait import raise_if
 from gpt.run.banner import describe
+from gpt.run.cautions import cautions
 from gpt.run.directory import RunDirectory, RunResult
 from gpt.run.recovery import advise_on_memory
 from gpt.run.resume import ended_run, open_run
@@ -93,11 +94,12 @@ def train(
                     trainer.model,
                     device=device,
                     micro_batch=trainer.micro_batch,
-                    train_tokens=dataset.train_tokens,
+                    dataset=dataset,
                     directory=path,
                     done=run.progress.step,
                 )
             )
+            console.warn(cautions(config, dataset))
             return _fit_or_recover(run, trainer)
 
 

@@ -50,9 +50,14 @@ def test_all_text_is_inside_the_plot(
         for share in shares
     ]
     evaluations = [{"step": step, "val_loss": loss} for step, loss in ((0, 12.0), (steps, 2.8))]
-    plot.plot_run([*records, *evaluations], tmp_path / "loss.png", "a run of some length")
+    levels = {"by token frequencies (H₁)": 5.0, "uniformly (ln V)": 9.0}
+    title = "a run of some length"
+    plot.plot_run([*records, *evaluations], tmp_path / "loss.png", title, levels)
     (figure,) = drawn
-    figure.draw_without_rendering()
+    with plot.literal_text():  # as it was saved: no TeX in the labels of an axis
+        figure.draw_without_rendering()
+    lines = {line.get_label(): line.get_ydata()[0] for line in figure.axes[0].lines}
+    assert {f"guessing {name}": level for name, level in levels.items()}.items() <= lines.items()
     box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
     assert min(box.x0, box.y0) > 0
     assert box.x1 < width

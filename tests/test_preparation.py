@@ -593,7 +593,8 @@ def test_a_dataset_is_read_at_one_commit_in_all_runs(folder: Path, monkeypatch: 
     with pytest.raises(StoppedError):
         prepare(config, stop=lambda: next(asked) == 35)
     dataset = prepare(config)
-    assert read == ["a", "a", "a"]  # training the tokenizer, encoding, continuing
+    assert set(read) == {"a"}  # training the tokenizer, encoding, continuing
+    assert len(read) >= 3
     assert json.loads((dataset.folder / "meta.json").read_text())["revisions"] == ["a"]
 
 
@@ -632,7 +633,7 @@ def test_stopped_while_a_tokenizer_is_trained_nothing_is_left(folder: Path):
         (b"", {"tokenizer": "chars"}, "data: contains no text"),
         (b"", {"tokenizer": "bpe"}, "data: contains no text"),
         (b"a", {"holdout": "tail"}, "no text is left for training"),
-        (b"one document", {}, "no text is left for"),
+        (b"one document", {"val_fraction": 0.99}, "no text is left for training"),
         (b"good \xff bad", {"holdout": "tail"}, "byte 5"),
         (b"{}", {"source": "jsonl"}, "a.txt:1: has no field 'text'"),
         (b"\0\2", {"source": "tokens"}, "outside the vocabulary of 257"),
@@ -864,12 +865,14 @@ def test_a_link_to_the_cache_is_rejected_like_the_cache_itself(folder: Path):
     [
         ({"val_fraction": 1 - 1e-6}, "training", "lower data.val_fraction, or use data.holdout"),
         ({"val_fraction": 1e-6}, "validation", "raise data.val_fraction, or use data.holdout"),
-        ({"val_fraction": 0.99, "holdout": "tail"}, "training", "lower data.val_fraction$"),
+        ({"val_fraction": 1 - 1e-6, "holdout": "tail"}, "training", "lower data.val_fraction$"),
     ],
 )
 def test_the_advice_leads_to_text_on_both_sides(
     tmp_path: Path, options: dict[str, Any], kind: str, advice: str
 ):
-    (tmp_path / "a.txt").write_text("one document")
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(f"the document {name}")
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
     with pytest.raises(InputError, match=rf"left for {kind} (?s:.*)\n{advice}"):
-        prepare(text_config(tmp_path, tmp_path / "a.txt", **options))
+        prepare(text_config(tmp_path, *paths, **options))

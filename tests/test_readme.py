@@ -83,6 +83,24 @@ def test_sample_commands(
     assert capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if " eval " in c])
+def test_eval_commands(
+    command: str,
+    tiny: Callable[..., Config],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch,
+):
+    context = {"context": 32}  # at least the stride
+    config = tiny(name="quickstart", model=context, training={"steps": 1})
+    train(config, tmp_path / "runs/quickstart", quiet=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("README.md", "docs"):
+        (tmp_path / name).write_text("A short text.")
+    assert cli.run("eval", shlex.split(command)[2:]) == 0
+    assert "bits per byte" in capsys.readouterr().out
+
+
 def test_files_that_it_names_exist():
     named = set(re.findall(r"\]\(([^)#:]+)\)", README))
     named |= set(re.findall(r"`((?:configs|gpt|tests|benchmarks)/[\w./-]+)`", README))

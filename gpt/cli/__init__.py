@@ -20,6 +20,7 @@ from gpt.io.console import show
 COMMANDS = {
     "train": "train.py",
     "sample": "sample.py",
+    "eval": "steadygpt eval",
     "compare": "compare.py",
     "prepare": "python -m gpt.data",
     "checkpoint": "python -m gpt.checkpoint",
@@ -32,6 +33,7 @@ usage: steadygpt COMMAND ...   (COMMAND --help for details)
 
   train CONFIG.yaml        train a GPT
   sample RUN_DIR           generate text from a run
+  eval RUN_DIR ...         measure loss, perplexity and bits per byte
   compare GRID.yaml        compare training stability over a grid of runs
   prepare CONFIG.yaml      prepare a config's data without training
   checkpoint verify DIR    check that checkpoints are intact

@@ -11,7 +11,7 @@ import functools
 import re
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -33,8 +33,9 @@ def parse(
     """Read a command line. `--help` prints the help and exits with code 0.
 
     Args:
-        arguments: the command's own arguments. Required ones and those titled `[NAME ...]` are
-            positional, and booleans are switches without a value; the docstring is the help's
+        arguments: the command's own arguments. Required ones are positional, and so are those
+            whose title is in brackets, such as `[DIR]`; a title that ends in `...` takes several
+            values. Booleans are switches without a value; the docstring is the help's
             first line.
         argv: the words after the command.
         config: the options that are flags too, `--model.norm.placement` for nested ones.
@@ -69,8 +70,8 @@ def parse(
 
 
 def as_flag(path: str) -> str:
-    """`model.tied_head` becomes `--model.tied-head`."""
-    return "--" + path.replace("_", "-")
+    """`model.tied_head` becomes `--model.tied-head`; `json_`, whose name is taken, `--json`."""
+    return "--" + path.rstrip("_").replace("_", "-")
 
 
 def _normalize(argv: Sequence[str], flags: Collection[str]) -> list[str]:
@@ -125,7 +126,7 @@ def _describe_unknown(words: list[str], flags: Collection[str]) -> str:
 
 
 def _is_positional(field: FieldInfo) -> bool:
-    """Whether an argument has no flag: a required one, and a list whose title is `[NAME ...]`."""
+    """Whether an argument has no flag: a required one, or a title in brackets."""
     return field.is_required() or str(field.title).startswith("[")
 
 
@@ -168,8 +169,15 @@ def _parser(arguments: type[Section], prog: str, config: type[Section] | None) -
     schemas = arguments.model_json_schema()["properties"]
     for name, field in arguments.model_fields.items():
         if _is_positional(field):
-            several = None if field.is_required() else "*"
-            parser.add_argument(name, metavar=field.title, nargs=several, help=field.description)
+            title = str(field.title)
+            optional, several = title.startswith("["), title.strip("[]").endswith("...")
+            nargs = {(True, False): "?", (False, True): "+", (True, True): "*"}
+            parser.add_argument(
+                name,
+                metavar=title.strip("[]").removesuffix("...").strip(),
+                nargs=nargs.get((optional, several)),
+                help=field.description,
+            )
         elif field.annotation is bool:
             flag = as_flag(name)
             parser.add_argument(flag, dest=name, action="store_true", help=field.description)
@@ -216,6 +224,10 @@ def _settings(field: FieldInfo, schema: Schema) -> dict[str, Any]:
         "metavar": field.title or _metavar(schema, nullable),
         "help": f"{field.description}{default}".replace("%", "%%"),
     }
+
+
+def _is_list(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) is tuple
 
 
 def _is_nullable(field: FieldInfo) -> bool:

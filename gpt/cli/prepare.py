@@ -13,7 +13,7 @@ from gpt.cli.common import StopSignals
 from gpt.cli.flags import parse
 from gpt.config import Config, FileName, Section, load
 from gpt.config.shipped import names
-from gpt.io.console import Console, show
+from gpt.io.console import Console, aligned, show
 
 if TYPE_CHECKING:
     from gpt.data.prepared import Dataset
@@ -33,7 +33,11 @@ def main(argv: Sequence[str], prog: str = "python -m gpt.data") -> int:
     arguments, options = parse(Arguments, prog, argv, Config)
     config = load(arguments.config, options)
     dataset = prepare(config)
+
+    from gpt.run.cautions import cautions
+
     show(_describe(dataset))
+    Console().warn(cautions(config, dataset))
     return 0
 
 
@@ -52,11 +56,7 @@ def _describe(dataset: Dataset) -> str:
         per_token = f"{file.bytes / (file.tokens - file.documents):.2f}"
         numbers = [f"{n:,}" for n in (file.documents, file.bytes, file.tokens)]
         rows.append([file.name, *numbers, per_token, f"{file.longest:,} tokens"])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [str(dataset.folder)]
-    for name, *cells in rows:
-        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append(f"  {name.ljust(widths[0])}  {'  '.join(cells)}")
+    lines = [str(dataset.folder), *(f"  {line}" for line in aligned(rows))]
     val = dataset.files[-1]
     nats = dataset.unigram_entropy()
     bits = nats * val.tokens / math.log(2) / val.bytes

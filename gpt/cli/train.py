@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,9 @@ from gpt.cli.flags import parse
 from gpt.config import Config, FileName, Seconds, Section
 from gpt.config import load as load_config
 from gpt.config.shipped import names
+from gpt.errors import InputError
 from gpt.hardware.size import check_cpu_training
-from gpt.io.console import show, write_result
+from gpt.io.console import Console, show, write_result
 from gpt.io.files import read_small
 from gpt.tracking import check_installed
 
@@ -100,16 +102,17 @@ def _plan(config: Config, out_dir: Path, resume: str) -> str:
     from gpt.hardware.device import pick_device
     from gpt.model.gpt2 import GPT
     from gpt.run.banner import describe
+    from gpt.run.cautions import cautions
     from gpt.run.resume import open_run
 
     opened = open_run(config, out_dir, resume)
     if opened.result is not None:
         return f"{out_dir}: {opened.result.status}, nothing is left to do: {opened.result.reason}"
     device = pick_device(config.training.device)
-    train_tokens = None
+    dataset = None
     if preparation.find(config.data) is not None:
         dataset = preparation.prepare(config.data)
-        train_tokens, vocab_size = dataset.train_tokens, dataset.encoding.n_vocab
+        vocab_size = dataset.encoding.n_vocab
         TrainingSequences(dataset.train, config.model.context, config.data_seed)
         ValidationSequences(dataset.val, config.model.context, config.evaluation.sequences)
     else:
@@ -122,10 +125,11 @@ def _plan(config: Config, out_dir: Path, resume: str) -> str:
         model,
         device=device,
         micro_batch=memory.micro_batch(config, vocab_size, device),
-        train_tokens=train_tokens,
+        dataset=dataset,
         directory=out_dir,
         done=opened.checkpoint.step if opened.checkpoint else 0,
     )
+    Console().warn(cautions(config, dataset))
     return "\n".join([*opened.describe_changes(config), described])
 
 
@@ -139,6 +143,8 @@ def _describe(result: RunResult, prog: str) -> str:
             f"  validation loss  {result.val_loss:.4f} nats per token, "
             f"{result.val_bits_per_byte:.4f} bits per byte (lowest {result.best_val_loss:.4f} nats)"
         )
+        with contextlib.suppress(InputError):  # a result without its environment.json
+            lines += _what_it_means(result.val_loss, run.guessing_losses())
     if run.plot.is_file():
         lines.append(f"  plot             {run.plot}")
     samples = sorted(run.samples.glob("step-*.txt"))
@@ -159,6 +165,17 @@ def _describe(result: RunResult, prog: str) -> str:
         command = shlex.join([*sample, str(result.directory), "--num-samples", "3"])
         lines.append(f"  more samples     {command}")
     return "\n".join(lines)
+
+
+def _what_it_means(loss: float | None, guessing: Mapping[str, float]) -> list[str]:
+    """The losses of guessing, and whether the model has learned more than the first, H₁."""
+    from gpt.metrics import LEARNED_MARGIN
+
+    losses = ", ".join(f"{level:.4f} {how}" for how, level in guessing.items())
+    lines = [f"  guessing         {losses}"]
+    if loss is not None and loss >= min(guessing.values()) - LEARNED_MARGIN:
+        lines.append("  The model has learned no more than token frequencies.")
+    return lines
 
 
 def _python() -> str:

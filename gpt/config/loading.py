@@ -7,6 +7,7 @@ by dotted path.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from gpt.config.cautions import cautions
 from gpt.config.options import Config, MixedSource
 from gpt.config.shipped import find
 from gpt.config.strict_yaml import read_yaml
@@ -38,7 +40,7 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config
         InputError: with every error at once, by dotted path, and the nearest valid name.
     """
     path, overrides = find(path, "config"), overrides or {}
-    tree = {"name": path.stem, **read(path)}
+    layers = [{"name": path.stem}, *_layers(path), overrides]
     flags = {key for key, _ in leaves(overrides)}
 
     def origin(key: str) -> str:
@@ -46,11 +48,22 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config
             return f"--{key}"
         return f"{path}: {key}" if key else str(path)
 
-    return validate(Config, merge(tree, overrides), origin)
+    config = validate(Config, functools.reduce(merge, layers), origin)
+    config.set_cautions(cautions(config, layers))
+    return config
 
 
 def read(path: Path) -> dict[str, Any]:
     """The options in a YAML file and its bases, not validated.
+
+    Raises:
+        InputError: see `_layers`.
+    """
+    return functools.reduce(merge, _layers(path))
+
+
+def _layers(path: Path) -> list[dict[str, Any]]:
+    """The options in a YAML file, after those of its base, of the base's base before it, and so on.
 
     Raises:
         InputError: a file is missing or not valid YAML, a base leads back to its file, or the
@@ -72,11 +85,9 @@ def read(path: Path) -> dict[str, Any]:
         if len(seen) > MAX_BASES:
             raise InputError(f"{path}: base: a chain of more than {MAX_BASES} base files")
         path = base_of(path, base)
-    merged = trees.pop()
-    while trees:
-        merged.pop("name", None)
-        merged = merge(merged, trees.pop())
-    return merged
+    for tree in trees[1:]:
+        tree.pop("name", None)
+    return trees[::-1]
 
 
 def base_of(path: Path, base: str) -> Path:

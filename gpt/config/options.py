@@ -6,12 +6,12 @@ The classes mirror the YAML's nesting. An option that picks a variant by name (`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, model_validator
+from pydantic import AfterValidator, BeforeValidator, PrivateAttr, model_validator
 
 from gpt import variants
 from gpt.config.strict_yaml import parse_yaml
@@ -31,6 +31,7 @@ from gpt.config.values import (
     Fraction,
     Layers,
     Multiple,
+    Only,
     Positive,
     PositiveFraction,
     Rate,
@@ -41,6 +42,7 @@ from gpt.config.values import (
     SoftCap,
     SplitFraction,
     Switch,
+    TunedFor,
     VocabularySize,
     as_list,
 )
@@ -61,6 +63,9 @@ class HubConfig(Section):
     """Stream while preparing; false downloads the whole dataset to the library's cache first."""
 
 
+RECORDS = ("jsonl", "parquet", "hub")  # sources whose documents are records with fields
+
+
 class SourceConfig(Section):
     """Where the documents come from."""
 
@@ -68,15 +73,17 @@ class SourceConfig(Section):
     """Python's standard library, text, JSONL or Parquet files, the hub, or token files."""
     path: FileNames = ()
     """Files, folders or glob patterns, relative to the working directory; may be compressed."""
-    text_field: str = "text"
+    text_field: Annotated[str, Only("source", RECORDS)] = "text"
     """Field that contains the text (source: jsonl, parquet, hub)."""
-    invalid_text: Literal["refuse", "replace"] = "refuse"
+    invalid_text: Annotated[
+        Literal["refuse", "replace"], Only("source", ("stdlib", "text", *RECORDS))
+    ] = "refuse"
     """Whether bytes that are not UTF-8 are an error or become U+FFFD, the replacement character."""
-    missing_text: Literal["refuse", "skip"] = "refuse"
+    missing_text: Annotated[Literal["refuse", "skip"], Only("source", RECORDS)] = "refuse"
     """Whether a record without text is an error, or is skipped and counted."""
-    dtype: Literal["uint16", "uint32"] = "uint16"
+    dtype: Annotated[Literal["uint16", "uint32"], Only("source", ("tokens",))] = "uint16"
     """Type of the token IDs, little-endian, in files that do not state it (source: tokens)."""
-    hub: HubConfig = HubConfig()
+    hub: Annotated[HubConfig, Only("source", ("hub",))] = HubConfig()
 
     @model_validator(mode="after")
     def _source_is_complete(self) -> Self:
@@ -115,15 +122,15 @@ class DataConfig(SourceConfig):
     """A separate source for the validation text, in place of a held-out fraction."""
     tokenizer: Annotated[str, Choice("gpt.data.tokenizer", "TOKENIZERS")] = "bpe"
     """How text becomes tokens; bpe is trained on the corpus, file reads data.vocabulary."""
-    vocab_size: VocabularySize = 2048
+    vocab_size: Annotated[VocabularySize, Only("tokenizer", ("bpe",))] = 2048
     """Tokens of the bpe tokenizer: 256 bytes, the merges, and end of text."""
-    learn_bytes: Count = 100_000_000
+    learn_bytes: Annotated[Count, Only("tokenizer", ("bpe",))] = 100_000_000
     """Train the bpe tokenizer on at most this many bytes of training text, spread evenly."""
     vocabulary: FileName | None = None
     """The tokenizer.json of an earlier run or preparation (tokenizer: file)."""
-    holdout: Literal["documents", "tail"] = "documents"
-    """Validation text: whole documents, chosen by a hash of their text, or the tail of each."""
-    val_fraction: SplitFraction = 0.03
+    holdout: Annotated[Literal["documents", "tail"], Only("validation", (None,))] = "documents"
+    """Validation text: whole documents, by a hash; or the tail of each, as of one in any case."""
+    val_fraction: Annotated[SplitFraction, Only("validation", (None,))] = 0.03
     """Fraction of the text that is held out for validation."""
     windows: Literal["epochs", "random", "fixed"] = "epochs"
     """Each window once per epoch, at random offsets as in nanoGPT, or always the first batch."""
@@ -331,13 +338,13 @@ class ScheduleConfig(Section):
 
     warmup: Annotated[str, Choice("gpt.schedule", "WARMUPS")] = "linear"
     """Shape of the warm-up; none: start at the full learning rate and ignore warmup_steps."""
-    warmup_steps: CountOrZero = 100
+    warmup_steps: Annotated[CountOrZero, Only("warmup", ("linear", "cosine"))] = 100
     """Updates until the full rate is reached; the first update is never at rate 0."""
     body: Annotated[str, Choice("gpt.schedule", "BODIES")] = "cosine"
     """Shape of the decay after the warm-up."""
-    final_ratio: Fraction = 0.1
+    final_ratio: Annotated[Fraction, Only("body", ("cosine", "linear", "wsd"))] = 0.1
     """Final learning rate of cosine, linear and wsd, as a fraction of the full one."""
-    decay_fraction: PositiveFraction = 0.2
+    decay_fraction: Annotated[PositiveFraction, Only("body", ("wsd",))] = 0.2
     """Fraction of the steps after warm-up in which wsd (warm-up, stable, decay) decays."""
     scale: Multiple = 1.0
     """Factor on the rate of every update, such as one that gives two arms equal summed rates."""
@@ -348,20 +355,23 @@ class ScheduleConfig(Section):
         return 0 if self.warmup == "none" else self.warmup_steps
 
 
+ADAM = ("adamw", "radam", "muon")  # muon uses adamw for what is not a matrix of a block
+
+
 class OptimizerConfig(Section):
     """The update rule and its constants. All rules are torch's, except Muon."""
 
     name: Annotated[str, Choice("gpt.optim", "OPTIMIZERS")] = "adamw"
     """Update rule. muon updates the blocks' matrices, with adamw for everything else."""
-    learning_rate: Rate = 1e-3
+    learning_rate: Annotated[Rate, TunedFor("name", alike=("adamw", "radam"))] = 1e-3
     """The full learning rate, which the schedule scales."""
-    beta1: BelowOne = 0.9
+    beta1: Annotated[BelowOne, Only("name", ADAM)] = 0.9
     """Decay of the first moment (adamw, radam; adamw's part of muon)."""
-    beta2: BelowOne = 0.99
+    beta2: Annotated[BelowOne, Only("name", ADAM)] = 0.99
     """Decay of the second moment (adamw, radam; adamw's part of muon)."""
-    eps: Epsilon = 1e-8
+    eps: Annotated[Epsilon, Only("name", ADAM)] = 1e-8
     """Added to the root of the second moment (adamw, radam; adamw's part of muon)."""
-    momentum: BelowOne = 0.95
+    momentum: Annotated[BelowOne, Only("name", ("muon", "sgd"))] = 0.95
     """Momentum of sgd and muon, both in Nesterov's form."""
     weight_decay: Factor = 0.1
     """Weight decay of matrices and embeddings, not of norms and biases; decoupled except in sgd."""
@@ -425,7 +435,7 @@ class DiagnosticsConfig(Section):
 
     every: Count | None = None
     """Steps between measurements, starting at the first step. Unset: none, at no cost."""
-    sequences: Count = 8
+    sequences: Annotated[Count, Only("every")] = 8
     """Sequences of the batch to measure activations on, at most a micro-batch."""
     sharpness: CountOrZero = 0
     """Sequences of the batch for the Hessian's largest eigenvalue; 0: not measured."""
@@ -497,6 +507,7 @@ class Config(Section):
     sampling: SamplingConfig = SamplingConfig()
     tracking: Trackers = ()
     """Where else the metrics are shown, besides metrics.jsonl (docs/tracking.md)."""
+    _cautions: tuple[str, ...] = PrivateAttr(())
 
     @model_validator(mode="after")
     def _batch_fits(self) -> Self:
@@ -567,6 +578,15 @@ class Config(Section):
                 "checkpoints (checkpoint.every, or else evaluation.every)"
             )
         return self
+
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """Lines about options that are valid but may not be meant; see gpt/config/cautions.py."""
+        return self._cautions
+
+    def set_cautions(self, lines: Sequence[str]) -> None:
+        """Keep what `load` found in the files and flags, which the values alone do not show."""
+        self._cautions = tuple(lines)
 
     @property
     def save_every(self) -> int:

@@ -115,6 +115,49 @@ def as_list(value: object) -> object:
 
 
 # ---------------------------------------------------------------------------------------------
+# Options that depend on a variant
+
+
+@dataclass(frozen=True)
+class Only:
+    """Marks an option that is read only with some values of another option of its section.
+
+    With no values, it is read only if the other option is set.
+    """
+
+    other: str
+    values: tuple[str | None, ...] = ()
+
+    def applies(self, value: object) -> bool:
+        """Whether the option is read if the other option has this value."""
+        return value in self.values if self.values else bool(value)
+
+    def describe(self, value: object, prefix: str) -> str:
+        """How the other option, whose value is `value`, keeps this one from being read."""
+        other = f"{prefix}{self.other}"
+        if not self.values:
+            return f"without {other}"
+        if self.values == (None,):
+            return f"with {other}"
+        return f"with {other} {value}, only with {', '.join(filter(None, self.values))}"
+
+
+@dataclass(frozen=True)
+class TunedFor:
+    """Marks an option whose value suits one value of another option of its section.
+
+    Values in `alike` share theirs.
+    """
+
+    other: str
+    alike: tuple[str, ...] = ()
+
+    def differ(self, before: object, after: object) -> bool:
+        """Whether a value for one suits the other only by chance."""
+        return before != after and not {before, after} <= set(self.alike)
+
+
+# ---------------------------------------------------------------------------------------------
 # Numbers
 
 

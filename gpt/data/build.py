@@ -26,7 +26,7 @@ from gpt.data.cache import PlannedSource, plan
 from gpt.data.encode import encode_items
 from gpt.data.prepared import train_names, write_meta
 from gpt.data.sources.hub import resolve_commit
-from gpt.data.split import split_documents
+from gpt.data.split import holds_out_tail, split_documents
 from gpt.data.token_files import FROM_SCRATCH
 from gpt.data.tokenizer import Encoding
 from gpt.data.vocabulary import train_tokenizer
@@ -117,6 +117,9 @@ class Build:
         self.folder.mkdir(exist_ok=True)
         self._fix_revisions()
         encoding = self._tokenizer()
+        self.tail = holds_out_tail(self.config, self.sources, encoding.eot_token)
+        if self.tail and self.config.holdout == "documents" and self.config.validation is None:
+            self.console.say("one document: its end is held out, as by data.holdout: tail")
         dtype = np.dtype(np.uint16 if encoding.n_vocab <= 2**16 else np.uint32)
         self._write_tokens(encoding, dtype)
         for name in self.names:
@@ -157,7 +160,7 @@ class Build:
         return InputError(
             f"{where}: no text is left for {kind} (holdout: {config.holdout}, "
             f"val_fraction: {config.val_fraction});\n"
-            f"{change} data.val_fraction{tail if config.holdout == 'documents' else ''}"
+            f"{change} data.val_fraction{'' if self.tail else tail}"
         )
 
     def _tokenizer(self) -> Encoding:

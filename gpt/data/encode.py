@@ -1,18 +1,22 @@
-"""Encoding documents on all cores, in order and in bounded memory."""
+"""Encoding documents in order and in bounded memory: a corpus on all cores, or one text."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from gpt.config import SourceConfig
 from gpt.data import tokenizer
+from gpt.data.sources import SOURCES
+from gpt.data.sources.document import OnRead
 from gpt.data.split import Item
 from gpt.data.token_files import Tokens
 from gpt.data.tokenizer import Encoding
@@ -85,3 +89,41 @@ def encode_job(job: list[Item], encoding: Encoding, dtype: np.dtype[Any]) -> Enc
             part.append(end)
     joined = {target: np.concatenate(part).astype(dtype) for target, part in parts.items()}
     return len(job), joined
+
+
+def encode_text(
+    config: SourceConfig,
+    files: list[Path],
+    encoding: Encoding,
+    origin: str,
+    on_read: OnRead,
+    on_skip: Callable[[str], None],
+) -> Iterator[Tokens]:
+    """The tokens of a source's documents in pieces, each document followed by end of text.
+
+    Empty documents are left out, as from a corpus.
+
+    Args:
+        files: what the source finds.
+        origin: what a message calls the text, such as "--data.path a.txt".
+        on_read: called with the number of bytes read.
+        on_skip: called with the position of each record without text.
+
+    Raises:
+        InputError: the tokenizer lacks a character, or a file cannot be read as `config` says.
+    """
+    end = encoding.eot_token
+    for document in SOURCES[config.source].documents(config, files, on_read, end):
+        if document.skipped is not None:
+            on_skip(document.skipped)
+            continue
+        empty = True
+        for piece in document.pieces:
+            empty = False
+            if isinstance(piece, str):
+                tokenizer.check_characters(encoding, piece, origin)
+                yield encoding.encode_to_numpy(piece, disallowed_special=())
+            else:
+                yield piece
+        if not empty:
+            yield np.array([end])

@@ -1,7 +1,8 @@
 """Training or validation: the token file that each piece of a document goes to.
 
 With data.validation, the two have sources of their own. Otherwise data.holdout "documents" assigns
-whole documents by a hash of their text, and "tail" holds out the end of each document.
+whole documents by a hash of their text, and "tail" holds out the end of each document, which is the
+only way to split a single one.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def split_documents(
         end_of_text: id of the token that separates documents in files of token ids.
         on_skip: called with the position of each record without text.
     """
+    tail = config.validation is None and holds_out_tail(config, sources, end_of_text)
     for source in sources:
         kind = SOURCES[source.config.source]
         for document in kind.documents(source.config, source.files, on_read, end_of_text):
@@ -50,10 +52,28 @@ def split_documents(
                 on_skip(document.skipped)
             elif config.validation is not None:
                 yield from _to_one(source.target, document.pieces)
-            elif config.holdout == "documents":
-                yield from _by_hash(source.target, document, config.val_fraction)
-            else:
+            elif tail:
                 yield from _by_tail(source.target, document, config.val_fraction)
+            else:
+                yield from _by_hash(source.target, document, config.val_fraction)
+
+
+def holds_out_tail(config: DataConfig, sources: list[PlannedSource], end_of_text: int) -> bool:
+    """Whether the end of each document is held out: if so configured, or if there is only one.
+
+    Of a dataset on the hub, which has no files here, several documents are expected.
+    """
+    if config.holdout == "tail" or not all(source.files for source in sources):
+        return config.holdout == "tail"
+    documents = (
+        document
+        for source in sources
+        for document in SOURCES[source.config.source].documents(
+            source.config, source.files, lambda count: None, end_of_text
+        )
+        if document.skipped is None and any(True for _ in itertools.islice(document.pieces, 1))
+    )
+    return len(list(itertools.islice(documents, 2))) == 1
 
 
 def _to_one(target: str, pieces: Iterable[Piece]) -> Iterator[Item]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from gpt.errors import printable
@@ -42,6 +43,18 @@ def write_result(text: str) -> None:
     sys.stdout.flush()
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table: the first column starts at the left, the others end at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
 class Console:
     """Prints messages and progress to stderr; nothing if `quiet`."""
 
@@ -56,6 +69,11 @@ class Console:
                 self._bar.write(printable(text, "\n\t"), file=sys.stderr)
             else:
                 show(text, sys.stderr)
+
+    def warn(self, lines: Iterable[str]) -> None:
+        """Print each line as a warning."""
+        for line in lines:
+            self.say(f"warning: {line}")
 
     def start(
         self,

@@ -10,5 +10,6 @@ fallback.py   another directory for a run whose own cannot be written
 cleanup.py    files that nothing needs any more
 loading.py    a trained model from its directory
 banner.py     a summary of a config, before anything runs
+cautions.py   warnings before anything runs
 plot.py       loss.png and layers.png
 """

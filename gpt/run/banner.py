@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 
 from gpt.config import Config, ModelConfig
+from gpt.data.prepared import Dataset
 from gpt.model.gpt2 import GPT
 from gpt.model.init import depth_scaled
 from gpt.model.placement import PLACEMENTS, has_final_norm
+from gpt.run.cautions import describe_validation
 
 
 def describe(
@@ -21,7 +23,7 @@ def describe(
     *,
     device: torch.device,
     micro_batch: int,
-    train_tokens: int | None,
+    dataset: Dataset | None,
     directory: Path,
     done: int,
 ) -> str:
@@ -29,7 +31,7 @@ def describe(
 
     Args:
         model: on any device, "meta" included; only its size counts.
-        train_tokens: tokens of the training data, None if it is not prepared yet.
+        dataset: the prepared data, None if it is not prepared yet.
         done: updates that an earlier session has made.
     """
     parameters, embeddings = model.num_parameters(), model.num_embedding_parameters()
@@ -40,12 +42,12 @@ def describe(
     if schedule.effective_warmup_steps >= config.training.steps:
         warmup += " (the whole run or longer)"
     parts = config.batch_sequences // micro_batch
-    if train_tokens is None:
+    if dataset is None:
         data = "not prepared yet"
     else:
-        passes = f"{total / train_tokens:.2f} epochs"
+        passes = f"{total / dataset.train_tokens:.2f} epochs"
         passes = "one batch of them" if config.data.windows == "fixed" else passes
-        data = f"{train_tokens:,} training tokens, {passes}"
+        data = f"{dataset.train_tokens:,} training tokens, {passes}; {describe_validation(dataset)}"
     rows = {
         "steps": f"{config.training.steps:,}" + (f", of which {done:,} are done" if done else ""),
         "device": f"{device.type}, {config.training.precision}",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -129,6 +130,27 @@ class RunDirectory:
             raise InputError(f"{self.path}: {what}")
         return configs.load(self.config)
 
+    def read_environment(self) -> dict[str, Any]:
+        """The facts of environment.json; see `write_environment`.
+
+        Raises:
+            InputError: it is missing or damaged.
+        """
+        return read_json(self.environment, dict[str, Any])
+
+    def guessing_losses(self) -> dict[str, float]:
+        """The module's `guessing_losses` of this run.
+
+        Raises:
+            InputError: environment.json is missing or damaged.
+        """
+        facts = self.read_environment()
+        try:
+            vocabulary = facts["initial_weights"]["token_embedding.weight"]["shape"][0]
+            return guessing_losses(facts["unigram_entropy"], vocabulary)
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise InputError(f"{self.environment}: is damaged") from None
+
     def read_result(self) -> RunResult | None:
         """The result, or None while the run has not ended.
 
@@ -185,6 +207,19 @@ class RunDirectory:
             **facts,
         }
         write_text(self.environment, json.dumps(tree, indent=2) + "\n")
+
+
+def guessing_losses(unigram_entropy: float, vocabulary: int) -> dict[str, float]:
+    """The validation losses of guessing, in nats per token, by how one guesses.
+
+    Args:
+        unigram_entropy: H₁, see `Dataset.unigram_entropy`.
+        vocabulary: V, the number of tokens.
+    """
+    return {
+        "by token frequencies (H₁)": float(unigram_entropy),
+        "uniformly (ln V)": math.log(vocabulary),
+    }
 
 
 def command_line() -> list[str]:

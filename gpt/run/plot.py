@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from gpt.metrics import Record
 
 SMALLEST = 1e-100  # a logarithmic scale shows only larger values; fp32's smallest is 1e-45
 TRAIN, VALIDATION, OTHER = "#9ecae1", "#08519c", "#d95f02"  # distinguishable with color blindness
+LEVEL = "#737373"
 
 # These fonts, if installed, supply the characters that matplotlib's own font lacks.
 FONTS = (
@@ -65,8 +66,14 @@ def label(text: str, longest: int = 70) -> str:
 
 
 @literal_text()
-def plot_run(records: list[Record], path: Path, title: str) -> None:
-    """Plot losses, learning rate and gradient norm from a metrics.jsonl, as a PNG."""
+def plot_run(
+    records: list[Record], path: Path, title: str, levels: Mapping[str, float] | None = None
+) -> None:
+    """Plot losses, learning rate and gradient norm from a metrics.jsonl, as a PNG.
+
+    Args:
+        levels: the losses of guessing, in nats per token; see gpt/run/directory.py.
+    """
     training = [r for r in records if r.get("loss") is not None]
     evaluations = [r for r in records if r.get("val_loss") is not None]
     steps = [r["step"] for r in training]
@@ -77,7 +84,7 @@ def plot_run(records: list[Record], path: Path, title: str) -> None:
         3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1, 1]}
     )
     loss_axes.set_title(label(title))
-    _plot_losses(loss_axes, training, evaluations)
+    _plot_losses(loss_axes, training, evaluations, levels or {})
     rate_axes.plot(steps, [r["learning_rate"] for r in training], color=OTHER, lw=1.5)
     rate_axes.set_ylabel("learning rate")
     rate_axes.set_ylim(bottom=0)
@@ -87,6 +94,7 @@ def plot_run(records: list[Record], path: Path, title: str) -> None:
     norm_axes.set_ylabel("gradient norm")
     if any(n > 0 for _, n in norms):
         norm_axes.set_yscale("log")
+        _label_plainly(norm_axes)
     norm_axes.set_xlabel("step")
     norm_axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     for axes in (loss_axes, rate_axes, norm_axes):
@@ -96,7 +104,9 @@ def plot_run(records: list[Record], path: Path, title: str) -> None:
     save(figure, path)
 
 
-def _plot_losses(axes: Axes, training: list[Record], evaluations: list[Record]) -> None:
+def _plot_losses(
+    axes: Axes, training: list[Record], evaluations: list[Record], levels: Mapping[str, float]
+) -> None:
     steps = [r["step"] for r in training]
     axes.plot(steps, [r["loss"] for r in training], color=TRAIN, lw=1, label="training")
     axes.plot(
@@ -118,8 +128,10 @@ def _plot_losses(axes: Axes, training: list[Record], evaluations: list[Record]) 
             ha="right",
             color=VALIDATION,
         )
+    for (name, level), style in zip(levels.items(), ("--", "-."), strict=False):
+        axes.axhline(level, color=LEVEL, lw=1, linestyle=style, label=f"guessing {name}")
     axes.set_ylabel("loss (nats per token)")
-    axes.legend(frameon=False)
+    axes.legend(framealpha=0.8, edgecolor="none")  # over the levels
 
 
 def has_layers(records: list[Record]) -> bool:

@@ -38,7 +38,7 @@ from gpt.hardware.memory import is_out_of_memory, release_memory
 from gpt.io.console import Console
 from gpt.io.files import write_text
 from gpt.run import fallback, opening, recovery
-from gpt.run.directory import RunDirectory, RunResult, Status
+from gpt.run.directory import RunDirectory, RunResult, Status, guessing_losses
 from gpt.run.log import Measured, RunLog, Update
 from gpt.run.resume import ResumePlan
 from gpt.schedule import lr_multiplier
@@ -678,7 +678,12 @@ class Run:
         if self.plot and progress.step and status != "interrupted":  # an interrupt must end soon
             from gpt.run.plot import plot_run  # loads matplotlib, so not before training
 
-            plot_run(metrics.read(self.directory.metrics), self.directory.plot, title=config.name)
+            plot_run(
+                metrics.read(self.directory.metrics),
+                self.directory.plot,
+                title=config.name,
+                levels=guessing_losses(self.unigram_entropy, self.dataset.encoding.n_vocab),
+            )
         self.directory.write_result(result)  # last: it marks the run as ended
         return result
 

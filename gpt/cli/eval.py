@@ -1,0 +1,325 @@
+"""`steadygpt eval RUN_DIR ...`: how well trained models predict a text, with standard errors."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from gpt.cli import prepare
+from gpt.cli.flags import parse
+from gpt.config import Config, Count, Device, FileName, FileNames, Section, SourceConfig, validate
+from gpt.config.values import Choice
+from gpt.errors import InputError
+from gpt.io.console import Console, aligned, show, write_result
+
+if TYPE_CHECKING:
+    from gpt.data.token_files import Tokens
+    from gpt.data.tokenizer import Encoding
+    from gpt.evaluation import Estimate, Evaluation
+
+PIECE = 2**16  # tokens of a prepared validation text that are read at a time
+FEW = 10  # with fewer documents, a standard error is itself uncertain by a quarter or more
+FEW_TOKENS = 30  # of fewer, the mean loss at a position is not shown
+PRINT_EVERY = 10.0  # seconds between progress lines, where there is no terminal
+
+
+class Arguments(Section):
+    """Measure how well runs predict a text: loss, perplexity and bits per byte."""
+
+    runs: FileNames = Field(title="RUN_DIR ...")
+    """Run directories, such as runs/quickstart."""
+    checkpoint: FileName = Field("best", title="best|latest|STEP")
+    """best (by validation loss), latest, or a step."""
+    stride: Count | None = None
+    """Tokens between the starts of two windows, which score their last STRIDE tokens: the smaller,
+    the more context each token has, and the longer it takes (default: the whole context)."""
+    device: Device = "auto"
+    """auto picks cuda, then mps, then cpu."""
+    json_: bool = False
+    """Print the results as JSON."""
+
+
+class Text(SourceConfig):
+    """The text, encoded with each run's own tokenizer. Without these, the run's validation text."""
+
+    source: Annotated[str, Choice("gpt.data.sources", "SOURCES")] = "text"
+    """Text, JSONL or Parquet files, Python's standard library, the hub, or token files."""
+
+
+class _Options(Section):  # the options that are flags too
+    data: Text
+
+
+@dataclass(frozen=True)
+class Result:
+    """The evaluation of a run, and what was evaluated.
+
+    Attributes:
+        step: of the checkpoint.
+        text: "validation", or the source that the flags name.
+        text_sha256: fingerprint of the run's data; None for a text that the flags name.
+        vocabulary_sha256: of tokenizer.json.
+        training_loss: the validation loss that training logged at this step, if that was of the
+            same text; nats per token.
+    """
+
+    run: str
+    step: int
+    text: str
+    text_sha256: str | None
+    tokenizer: str
+    vocabulary: int
+    vocabulary_sha256: str
+    context: int
+    stride: int
+    training_loss: float | None
+    evaluation: Evaluation
+
+
+def main(argv: Sequence[str], prog: str = "steadygpt eval") -> int:
+    """`steadygpt eval RUN_DIR ...`; returns the exit code."""
+    arguments, text = load(argv, prog)
+    results = evaluate(arguments, text, prog)
+    if arguments.json_:
+        write_result(_as_json(results))
+    else:
+        show(_describe(results))
+    return 0
+
+
+def load(argv: Sequence[str], prog: str = "steadygpt eval") -> tuple[Arguments, Text | None]:
+    """Read the command line: the arguments, and the text if one is given.
+
+    Raises:
+        InputError: either is invalid.
+    """
+    arguments, options = parse(Arguments, prog, argv, _Options)
+    if not options:
+        return arguments, None
+    return arguments, validate(_Options, options, lambda key: f"--{key}").data
+
+
+def evaluate(arguments: Arguments, text: Text | None, prog: str) -> list[Result]:
+    """Evaluate every run, on `text` or on its own validation text."""
+    from gpt.run.directory import RunDirectory
+
+    configs = {run: RunDirectory(Path(run)).read_config() for run in arguments.runs}
+    for run, config in configs.items():
+        if arguments.stride is not None and arguments.stride > config.model.context:
+            raise InputError(
+                f"--stride: {arguments.stride} is more than the context of {run}, "
+                f"{config.model.context} tokens"
+            )
+    return [_evaluate(arguments, run, config, text, prog) for run, config in configs.items()]
+
+
+def _evaluate(
+    arguments: Arguments, path: str, config: Config, text: Text | None, prog: str
+) -> Result:
+    from gpt import evaluation, metrics
+    from gpt.data import tokenizer
+    from gpt.hardware.device import autocast, flush_denormals, pick_device
+    from gpt.hardware.memory import micro_batch
+    from gpt.run.directory import RunDirectory
+    from gpt.run.loading import load_run
+
+    run, device = RunDirectory(Path(path)), pick_device(arguments.device)
+    model, encoding, step = load_run(run.path, arguments.checkpoint, device)
+    model.loss_chunk = config.training.loss_chunk
+    context = config.model.context
+    stride = arguments.stride or context
+    fingerprint = training_loss = None
+    show(f"{prog}: {path}, step {step}", sys.stderr)
+    with contextlib.closing(Console()) as console, flush_denormals():
+        if text is None:
+            tokens, fingerprint = _own_validation(run.read_environment(), path, config, console)
+            lines = metrics.read_up_to(run.metrics, step)
+            at_step = [r["val_loss"] for r in lines if r["step"] == step and "val_loss" in r]
+            training_loss = at_step[-1] if at_step else None
+        else:
+            tokens = _given_text(text, encoding, console)
+        with autocast(device, config.training.precision):
+            result = evaluation.evaluate(
+                model,
+                tokens,
+                byte_lengths=tokenizer.byte_lengths(encoding),
+                stride=stride,
+                batch=micro_batch(config, encoding.n_vocab, device),
+            )
+    return Result(
+        run=path,
+        step=step,
+        text="validation" if text is None else " ".join([text.source, *text.path]),
+        text_sha256=fingerprint,
+        tokenizer=encoding.name,
+        vocabulary=encoding.n_vocab,
+        vocabulary_sha256=hashlib.sha256(tokenizer.to_json(encoding).encode()).hexdigest(),
+        context=context,
+        stride=stride,
+        training_loss=training_loss,
+        evaluation=result,
+    )
+
+
+def _own_validation(
+    environment: dict[str, Any], path: str, config: Config, console: Console
+) -> tuple[Iterator[Tokens], str]:
+    """The validation tokens of a run in pieces, and the fingerprint of its data.
+
+    Raises:
+        InputError: the text is missing, or is not the one on which the run was trained.
+    """
+    dataset = prepare.prepare(config)
+    if dataset.fingerprint != environment.get("data_fingerprint"):
+        raise InputError(
+            f"{path}: the text has changed since the run was trained on it; to evaluate it as it "
+            "is now, name it: --data.path FILE"
+        )
+
+    def pieces() -> Iterator[Tokens]:
+        console.start(dataset.val.nbytes, what="evaluating", unit="B", every=PRINT_EVERY)
+        for start in range(0, len(dataset.val), PIECE):
+            yield dataset.val[start : start + PIECE]
+            console.progress(min(start + PIECE, len(dataset.val)) * dataset.val.itemsize)
+
+    return pieces(), dataset.fingerprint
+
+
+def _given_text(text: Text, encoding: Encoding, console: Console) -> Iterator[Tokens]:
+    """The tokens of the text that the flags name, in pieces.
+
+    Raises:
+        InputError: it cannot be read, or has a character that the tokenizer lacks.
+    """
+    from gpt.data.encode import encode_text
+    from gpt.data.sources import SOURCES
+
+    try:
+        found = SOURCES[text.source].find(text)
+    except InputError as error:
+        raise InputError(f"--data.{error}") from None
+    if left_out := found.describe_left_out():
+        console.say(f"left out: {left_out}")
+    total = sum(file.stat().st_size for file in found.files) or None
+    console.start(total, what="evaluating", unit="B", every=PRINT_EVERY)
+    read = skipped = 0
+
+    def on_read(count: int) -> None:
+        nonlocal read
+        read += count
+        console.progress(read)
+
+    def on_skip(origin: str) -> None:
+        nonlocal skipped
+        skipped += 1
+
+    origin = f"--data.path {' '.join(text.path)}" if text.path else f"--data.source {text.source}"
+    yield from encode_text(text, found.files, encoding, origin, on_read, on_skip)
+    if skipped:
+        console.say(f"skipped {skipped:,} record{'s' if skipped > 1 else ''} without text")
+
+
+# ---------------------------------------------------------------------------------------------
+# What is printed
+
+
+def _as_json(results: Sequence[Result]) -> str:
+    runs = [asdict(result) for result in results]
+    runs = [{**run, **run.pop("evaluation")} for run in runs]
+    return json.dumps({"runs": runs, "notes": _notes(results)}, indent=2, allow_nan=False) + "\n"
+
+
+def _describe(results: Sequence[Result]) -> str:
+    """A table of the runs, one of their losses by position, and what one has to know about them."""
+    of_text = ("context", "stride", "tokens", "documents")
+    rows = [["run", "step", "loss", "perplexity", "bits per byte", *of_text]]
+    for each in results:
+        found = each.evaluation
+        estimates = (found.loss, found.perplexity, found.bits_per_byte)
+        counts = (each.context, each.stride, found.tokens, found.documents)
+        numbers = [*map(_with_error, estimates), *(f"{count:,}" for count in counts)]
+        rows.append([each.run, f"{each.step:,}", *numbers])
+    longest = max((each.evaluation.by_position for each in results), key=len)
+    ranges = [f"{p.first}" if p.first == p.last else f"{p.first}-{p.last}" for p in longest]
+    positions = [["loss by tokens of context", *ranges]]
+    for each in results:
+        losses = [
+            "-" if p.loss is None or p.tokens < FEW_TOKENS else f"{p.loss:.3f}"
+            for p in each.evaluation.by_position
+        ]
+        positions.append([each.run, *losses, *[""] * (len(longest) - len(losses))])
+    notes = [f"note: {note}" for note in _notes(results)]
+    shown = any(cell not in ("-", "") for row in positions[1:] for cell in row[1:])
+    tables = [aligned(rows), aligned(positions) if shown else [], notes]
+    return "\n\n".join("\n".join(lines) for lines in tables if lines)
+
+
+def _with_error(estimate: Estimate) -> str:
+    """Such as `1.8704 ± 0.0123`: the error has two digits, and the value as many decimals."""
+    if estimate.value is None:
+        return "-"
+    if not estimate.error:
+        return f"{estimate.value:.4f}"
+    decimals = max(0, 1 - _exponent(estimate.error))
+    return f"{estimate.value:.{decimals}f} ± {estimate.error:.{decimals}f}"
+
+
+def _exponent(value: float) -> int:
+    """The decimal exponent of a positive number as it is written with two digits."""
+    return int(f"{value:.1e}".partition("e")[2])
+
+
+def _notes(results: Sequence[Result]) -> list[str]:
+    """What one has to know in order to read the numbers of these runs."""
+    notes: list[str] = []
+    if len({result.text_sha256 for result in results}) > 1:
+        notes.append(
+            "the runs were trained and evaluated on different texts; --data.path FILE evaluates "
+            "all on one text"
+        )
+    if len({result.vocabulary_sha256 for result in results}) > 1:
+        notes.append(
+            "losses per token and perplexities of different vocabularies are not comparable; bits "
+            "per byte are"
+        )
+    for result in results:
+        for note in (_note_on_errors(result), _note_on_training(result)):
+            if note:
+                notes.append(f"{result.run}: {note}")
+    return notes
+
+
+def _note_on_errors(result: Result) -> str:
+    """What the standard errors of a run rest on; empty if on enough documents."""
+    found = result.evaluation
+    if found.units is None:
+        return "one short document, so there are no standard errors"
+    if found.units == "blocks":
+        return (
+            f"the text is one document; its standard errors are by {found.unit_count} contiguous "
+            "blocks, and say nothing about other documents"
+        )
+    if found.effective_units >= FEW:
+        return ""
+    unequal = f" of {found.unit_count:,} very unequal" if found.unit_count >= FEW else ""
+    number = f"{found.effective_units:.1f}" if unequal else f"{found.unit_count}"
+    return f"its standard errors are rough, as they rest on {number}{unequal} documents"
+
+
+def _note_on_training(result: Result) -> str:
+    """How the loss differs from the one that training logged; empty if it does not."""
+    logged, loss = result.training_loss, result.evaluation.loss.value
+    if logged is None or loss is None or f"{logged:.4f}" == f"{loss:.4f}":
+        return ""
+    return (
+        f"training logged {logged:.4f} at this step, on whole windows that do not overlap, at most "
+        "evaluation.sequences of them"
+    )
