@@ -174,7 +174,7 @@ def test_dry_run_writes_nothing(
     [
         (["--model.widht", "3"], "--model.widht: no such option; perhaps you meant --model.width"),
         (["--learning-rate", "3"], "perhaps you meant --optimizer.learning-rate"),
-        (["--model.width", "wide"], "--model.width: must be a valid integer, found 'wide'"),
+        (["--model.width", "wide"], "--model.width: must be a whole number, found 'wide'"),
         (["--model.width"], "--model.width: needs a value; one that begins with two dashes"),
         (["--dry-run=yes"], "--dry-run: takes no value"),
         (["--out-dri", "x"], "--out-dri: no such option; perhaps you meant --out-dir"),

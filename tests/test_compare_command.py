@@ -46,7 +46,7 @@ def test_a_dry_run_lists_cells_and_writes_nothing(
     ("arguments", "words"),
     [
         (["--workers", "0"], ["--workers: '0' is not between 1 and 1,000"]),
-        (["--workers", "two"], ["--workers: must be a valid integer, found 'two'"]),
+        (["--workers", "two"], ["--workers: must be a whole number, found 'two'"]),
         (["--optimizer.learning-rate", "1e-3"], ["--optimizer.learning_rate", "edit that file"]),
         (["--training.stepz", "1"], ["--training.stepz: no such option"]),
         (["--dry-run", "--report-only"], ["not both"]),

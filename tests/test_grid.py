@@ -725,7 +725,7 @@ def test_a_grid_is_documented_and_its_schema_is_current():
     [
         *((f"a{c}b", "cannot be shown") for c in "\x1b\x00\x9b\uffff\u202e\u200b\u2028\n\t"),
         ("a\udcffb", "a\\udcffb' is not Unicode text"),
-        *((name, "must match pattern") for name in (" ", "", "\u3000", "a ", "a,b")),
+        *((name, "must have no comma, and no space") for name in (" ", "", "\u3000", "a ", "a,b")),
         ("x" * 41, "at most 40 characters"),
         *(
             (name, "not a valid file name on Windows")
@@ -804,7 +804,7 @@ def test_text_that_a_figure_cannot_show_is_refused(
         ({"options": {"model": 5}}, "options: model: no such option"),
         ({"arms": {"a": {"x": {"model": 5}}}}, "arms.a.x: model: no such option"),
         ({"grid": {"model": [5]}}, "grid: model: no such option"),
-        ({"arms": {"a": {}}}, "arms: must have at least 1 item"),
+        ({"arms": {"a": {}}}, "arms.a: must have at least 1 item, found {}"),
     ],
 )
 def test_a_value_where_a_section_belongs_is_refused(

@@ -38,6 +38,7 @@ from gpt.config.values import (
     Weights,
     WorkerCount,
     is_reserved,
+    spell,
 )
 
 __all__ = [
@@ -77,5 +78,6 @@ __all__ = [
     "option_paths",
     "read",
     "read_yaml",
+    "spell",
     "validate",
 ]

@@ -42,6 +42,7 @@ from gpt.config.values import (
     SplitFraction,
     Switch,
     VocabularySize,
+    unquoted,
 )
 
 
@@ -617,4 +618,8 @@ def may_change(option: str) -> bool:
 
 def describe_differences(differences: Differences) -> list[str]:
     """Lines `option: before -> after`."""
-    return [f"{option}: {old} -> {new}" for option, (old, new) in differences.items()]
+
+    return [
+        f"{option}: {unquoted(old)} -> {unquoted(new)}"
+        for option, (old, new) in differences.items()
+    ]
