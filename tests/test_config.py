@@ -78,6 +78,22 @@ def test_a_batch_of_16_sequences_is_the_default():
     assert validate(Config, {"training": {"batch_tokens": 256}}).batch_sequences == 2
 
 
+def test_a_batch_size_on_top_replaces_one_below_in_the_other_unit(tmp_path: Path):
+    sequences = write(tmp_path / "s.yaml", "training: {batch_sequences: 6}\nmodel: {context: 64}")
+    tokens = write(tmp_path / "t.yaml", "training: {batch_tokens: 640}\nmodel: {context: 64}")
+    assert load(sequences, {"training": {"batch_tokens": "128"}}).batch_sequences == 2
+    assert load(tokens, {"training": {"batch_sequences": "3"}}).batch_sequences == 3
+    assert load(tokens, {"training": {"batch_sequences": None}}).batch_sequences == 10
+    above = write(tmp_path / "a.yaml", "base: s.yaml\ntraining: {batch_tokens: 256}")
+    assert load(above).batch_sequences == 4
+    resolved = write(tmp_path / "r.yaml", load(sequences).to_yaml())
+    assert load(resolved, {"training": {"batch_tokens": 128}}).training.batch_sequences is None
+    both = {"training.batch_tokens": 128, "training.batch_sequences": 2}
+    for pairs in (both.items(), reversed(both.items())):  # on one level, neither wins
+        with pytest.raises(InputError, match="are both given"):
+            load(sequences, configs.nest(dict(pairs)))
+
+
 def test_one_path_need_not_be_a_list():
     assert validate(Config, {"data": {"source": "text", "path": "a.txt"}}).data.path == ("a.txt",)
 

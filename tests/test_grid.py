@@ -758,6 +758,24 @@ def test_arms_are_counted_before_they_are_built(tmp_path: Path):
     assert time.process_time() - began < 2
 
 
+def test_a_batch_size_in_a_grid_replaces_the_base_s_in_the_other_unit(tmp_path: Path):
+    base = {"training": {"batch_sequences": 6}, "model": {"context": 64}}
+    plain: dict[str, Any] = {"contrasts": [], "pairs": [], "exclude": [], "seeds": 1, "grid": {}}
+    in_tokens = {"training.batch_tokens": 128}
+    for changes in (
+        {"options": in_tokens},
+        {"options": {"training": {"batch_tokens": 128}}},
+        {"arms": {"batch": {"small": in_tokens}}},
+        {"grid": {"training.batch_tokens": [128]}},
+    ):
+        arms = {"arms": {"batch": {"a": {}}}}
+        (cell,) = cells(tmp_path, base=base, **{**plain, **arms, **changes})
+        assert cell.config.batch_sequences == 2
+    cells(tmp_path, base=base, **plain)
+    _, found = load(tmp_path / "mine.yaml", {"training": {"batch_tokens": "64"}})
+    assert {cell.config.batch_sequences for cell in found} == {1}
+
+
 def test_lists_whose_cost_multiplies_are_bounded(tmp_path: Path):
     assert "at most 200 items" in message(tmp_path, exclude=[{"seed": n} for n in range(201)])
     pairs = [["pre, cold", f"{n}"] for n in range(1001)]
