@@ -201,7 +201,7 @@ def test_a_signal_saves_the_cells(
         os.kill(process.pid, number)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert "run the same command to resume" in error
+    assert "the same command resumes:" in error
     for arm in ("pre", "deepnorm"):
         run = RunDirectory(directory / "cells" / f"{arm}_learning-rate-0.01_seed-0")
         result = run.read_result()

@@ -20,7 +20,7 @@ class Arguments(Section):
     action: Literal["verify"] = Field(title="verify")
     """The only action."""
     directory: FileName = Field(title="DIR")
-    """A run directory, its checkpoints/, or one of them."""
+    """A run directory, its checkpoints/, or one of them, such as checkpoints/latest."""
 
 
 def main(argv: Sequence[str], prog: str = "python -m gpt.checkpoint") -> int:
@@ -39,9 +39,8 @@ def verify(directory: Path) -> None:
     from gpt import checkpoint as store
 
     folder = directory / "checkpoints" if (directory / "checkpoints").is_dir() else directory
-    found = list(store.steps(folder).values())
-    if store.STEP_NAME.fullmatch(directory.absolute().name):
-        found = [directory]
+    one = store.named(str(directory), folder)
+    found = [one] if one is not None else list(store.steps(folder).values())
     if not found:
         raise InputError(f"{directory}: contains no checkpoint")
     damaged = 0

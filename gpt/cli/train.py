@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from gpt.cli.common import EXIT_CODES, StopSignals
+from gpt.cli.common import EXIT_CODES, StopSignals, repeated, typed
 from gpt.cli.flags import parse
 from gpt.config import Config, FileName, Seconds, Section
 from gpt.config import load as load_config
@@ -132,6 +131,8 @@ def _describe(result: RunResult, prog: str) -> str:
 
     run = RunDirectory(result.directory)
     lines = [f"{result.status}: {result.reason}"]
+    if result.status == "interrupted":
+        return "\n".join([*lines, "  to resume:", f"  {repeated(prog)}"])
     if result.status == "finished":
         lines.append(
             f"  validation loss  {result.val_loss:.4f} nats per token, "
@@ -150,16 +151,7 @@ def _describe(result: RunResult, prog: str) -> str:
     if result.failure is not None:
         lines.append("  What to try next, one change at a time, each in another --out-dir:")
         lines += [f"    {tip}" for tip in result.failure.advice]
-    if result.status == "interrupted":
-        lines.append("  Run the same command again to resume.")
-    elif saved:
-        sample = [_python(), "sample.py"] if prog == "train.py" else ["steadygpt", "sample"]
-        command = shlex.join([*sample, str(result.directory), "--num-samples", "3"])
-        lines.append(f"  more samples     {command}")
+    if saved:
+        command = [*typed("sample", prog), str(result.directory), "--num-samples", "3"]
+        lines.append(f"  more samples     {shlex.join(command)}")
     return "\n".join(lines)
-
-
-def _python() -> str:
-    """The interpreter as a user would type it in the working directory."""
-    here, python = Path.cwd(), Path(sys.executable)
-    return str(python.relative_to(here)) if python.is_relative_to(here) else "python"
