@@ -37,7 +37,7 @@ usage: steadygpt COMMAND ...   (COMMAND --help for details)
   diagnose RUN_DIR         plot the statistics of a run's layers
   coordcheck CONFIG.yaml   check that updates do not depend on the width, as in muP
 
-  --version                print the version"""
+  -V, --version            print the version"""
 
 
 def main() -> int:
@@ -48,7 +48,7 @@ def main() -> int:
     if name in ("-h", "--help"):
         show(USAGE)
         return 0
-    if name == "--version":
+    if name in ("-V", "--version"):
         show(f"steadygpt {__version__}")
         return 0
     show(f"steadygpt: {name}: no such command{nearest(name, COMMANDS)}\n{USAGE}", sys.stderr)

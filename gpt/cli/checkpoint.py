@@ -10,12 +10,17 @@ from pydantic import Field
 
 from gpt.cli.flags import parse
 from gpt.config import FileName, Section
-from gpt.errors import InputError, format_error
+from gpt.errors import InputError, format_error, nearest
 from gpt.io.console import show
 
 
 class Arguments(Section):
-    """Check every file of a run's checkpoints against its manifest."""
+    """Check every file of a run's checkpoints against its manifest.
+
+    Examples:
+      %(prog)s verify runs/quickstart
+      %(prog)s verify runs/quickstart/checkpoints/latest
+    """
 
     action: Literal["verify"] = Field(title="verify")
     """The only action."""
@@ -25,6 +30,10 @@ class Arguments(Section):
 
 def main(argv: Sequence[str], prog: str = "python -m gpt.checkpoint") -> int:
     """`steadygpt checkpoint verify DIR`; returns the exit code."""
+    action = argv[0] if argv else "--help"
+    if action != "verify" and not action.startswith("-"):
+        path = "DIR" if nearest(action, ["verify"]) or not Path(action).exists() else action
+        raise InputError(f"{action!r} is not an action; write: {prog} verify {path}")
     arguments, _ = parse(Arguments, prog, argv)
     verify(Path(arguments.directory))
     return 0

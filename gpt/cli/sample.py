@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shlex
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 from pydantic import Field
 
+from gpt.cli.common import typed
 from gpt.cli.flags import parse
+from gpt.cli.paths import find_run, kind
 from gpt.config import Count, Device, FileName, SampleCount, Sampling, Seed, Weights
 from gpt.errors import InputError
 from gpt.hardware.size import check_sampling
@@ -28,10 +31,16 @@ MAX_PROMPT = 2**26  # bytes
 
 
 class Arguments(Sampling):
-    """Generate text from a run directory; it goes to stdout as it is generated."""
+    """Generate text from a run directory; it goes to stdout as it is generated.
+
+    Examples:
+      %(prog)s runs/quickstart
+      %(prog)s runs/quickstart --prompt 'def main(' --num-samples 3
+      %(prog)s runs/quickstart --checkpoint latest --temperature 0 --prompt-file start.txt
+    """
 
     run_dir: FileName = Field(title="RUN_DIR")
-    """A run directory, such as runs/quickstart."""
+    """A run directory, such as runs/quickstart, or one of its checkpoints."""
     prompt: str | None = None
     """Text to continue. Unset: --prompt-file or stdin if piped, else a new document."""
     prompt_file: FileName | None = Field(None, title="FILE")
@@ -43,7 +52,7 @@ class Arguments(Sampling):
     seed: Seed = 0
     """Random seed; sample i does not depend on the number of samples."""
     checkpoint: str = "best"
-    """best (by validation loss), latest, or a step."""
+    """best (by validation loss), latest, a step such as 250, or the path of a checkpoint."""
     device: Device = "auto"
     """auto picks cuda, then mps, then cpu."""
     weights: Weights = "fp32"
@@ -66,7 +75,28 @@ def load(argv: Sequence[str], prog: str = "sample.py") -> tuple[Arguments, str]:
         InputError: either is invalid.
     """
     arguments, _ = parse(Arguments, prog, argv)
-    return arguments, _read_prompt(arguments, prog)
+    return _of_run(arguments, prog), _read_prompt(arguments, prog)
+
+
+def _of_run(arguments: Arguments, prog: str) -> Arguments:
+    """The arguments with the run directory for its checkpoint, if that is what RUN_DIR names.
+
+    Raises:
+        InputError: RUN_DIR is not a run, or is a cell without checkpoints.
+    """
+    run = find_run(arguments.run_dir, prog)
+    if kind(run) == "cell" and not (run / "checkpoints").is_dir():
+        train = [*typed("train", prog), str(run / "config.yaml"), "--out-dir", f"runs/{run.name}"]
+        raise InputError(
+            f"{run}: is a cell of a comparison, which keeps checkpoints only with "
+            f"keep_checkpoints: true;\nto train it by itself: {shlex.join(train)}"
+        )
+    if run == Path(arguments.run_dir):
+        return arguments
+    if "checkpoint" in arguments.model_fields_set:
+        raise InputError(f"--checkpoint: {arguments.run_dir} is already a checkpoint")
+    update = {"run_dir": str(run), "checkpoint": arguments.run_dir}
+    return arguments.model_copy(update=update)
 
 
 def _read_prompt(arguments: Arguments, prog: str) -> str:

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from gpt.cli.common import EXIT_CODES, StopSignals, repeated, typed
 from gpt.cli.flags import parse
+from gpt.cli.paths import explained
 from gpt.config import Config, FileName, Seconds, Section
 from gpt.config import load as load_config
 from gpt.config.shipped import names
@@ -23,7 +24,14 @@ if TYPE_CHECKING:
 
 
 class Arguments(Section):
-    """Train a GPT from a YAML config. Every option of the config is also a flag."""
+    """Train a GPT from a YAML config. Every option of the config is also a flag.
+
+    Examples:
+      %(prog)s quickstart
+      %(prog)s quickstart --optimizer.learning-rate 3e-3 --out-dir runs/lower-rate
+      %(prog)s own-text --data.path my-texts --name mine
+      %(prog)s post-norm --schedule.warmup none --no-model.bias
+    """
 
     config: FileName = Field(
         title="CONFIG.yaml",
@@ -33,7 +41,7 @@ class Arguments(Section):
     """The run directory (default: runs/NAME)."""
     resume: FileName = Field("auto", title="auto|never|CHECKPOINT")
     """auto: resume an unfinished run in the directory; never: require a fresh directory; a
-    checkpoint folder: start a fresh directory from that checkpoint."""
+    checkpoint folder, or latest, best or a step of runs/NAME: start a fresh directory from it."""
     dry_run: bool = False
     """Describe what would be trained, and write nothing."""
     print_config: bool = False
@@ -56,7 +64,8 @@ def load(argv: Sequence[str], prog: str = "train.py") -> tuple[Arguments, Config
         InputError: either is invalid.
     """
     arguments, options = parse(Arguments, prog, argv, Config)
-    return arguments, load_config(arguments.config, options)
+    with explained(arguments.config, prog, "config"):
+        return arguments, load_config(arguments.config, options)
 
 
 def train(arguments: Arguments, config: Config) -> RunResult | None:

@@ -5,7 +5,7 @@ them. Nothing here imports torch, so that `--help`, `--print-config` and error m
 immediate. `python -m gpt.config` prints the JSON schema for editors.
 """
 
-from gpt.config.loading import base_of, load, option_paths, read, validate
+from gpt.config.loading import base_of, load, option_fields, option_paths, read, validate
 from gpt.config.options import (
     Config,
     DataConfig,
@@ -75,6 +75,7 @@ __all__ = [
     "may_change",
     "merge",
     "nest",
+    "option_fields",
     "option_paths",
     "read",
     "read_yaml",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from gpt.config.options import Config
@@ -233,16 +234,21 @@ def _section_in(annotation: object) -> type[Section] | None:
     return next((each for each in map(_section_in, get_args(annotation)) if each), None)
 
 
-def option_paths(section: type[Section]) -> list[str]:
-    """Dotted paths of every option, such as `model.norm.placement`."""
-    paths: list[str] = []
+def option_fields(section: type[Section], prefix: str = "") -> dict[str, FieldInfo]:
+    """Every option's field by its dotted path, such as `model.norm.placement`."""
+    fields: dict[str, FieldInfo] = {}
     for name, field in section.model_fields.items():
         below = field.annotation
         if isinstance(below, type) and issubclass(below, Section):
-            paths += [f"{name}.{path}" for path in option_paths(below)]
+            fields |= option_fields(below, f"{prefix}{name}.")
         else:
-            paths.append(name)
-    return paths
+            fields[f"{prefix}{name}"] = field
+    return fields
+
+
+def option_paths(section: type[Section]) -> list[str]:
+    """Dotted paths of every option."""
+    return list(option_fields(section))
 
 
 def schema() -> str:

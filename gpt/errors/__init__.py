@@ -10,7 +10,7 @@ from __future__ import annotations
 import unicodedata
 from typing import NamedTuple
 
-from gpt.errors.names import nearest
+from gpt.errors.names import closest, nearest
 
 __all__ = [
     "Fault",
@@ -20,6 +20,7 @@ __all__ = [
     "StepInterruptedError",
     "StoppedError",
     "UnreachableError",
+    "closest",
     "format_error",
     "nearest",
     "printable",

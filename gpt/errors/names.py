@@ -100,6 +100,8 @@ ALIASES = {
         "checkpoint_every",
     ),
     "checkpoint.keep": ("save_total_limit", "keep_last", "max_checkpoints", "max_to_keep"),
+    "temperature": ("temp",),
+    "sampling.temperature": ("temp",),
     "sampling.every": ("sample_every", "sample_interval"),
     "sampling.prompt": ("start", "sample_prompt"),
     "sampling.tokens": ("max_new_tokens", "max_tokens", "eval.max_new_tokens"),
@@ -138,7 +140,13 @@ ALIASES = {
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """`"; perhaps you meant X"` for the valid name closest to `name`, or an empty string.
+    """`"; perhaps you meant X"` for the valid name closest to `name`, or an empty string."""
+    found = closest(name, names)
+    return "" if found is None else f"; perhaps you meant {found}"
+
+
+def closest(name: str, names: Iterable[str]) -> str | None:
+    """The valid name that `name` may have meant, or None.
 
     What other programs call an option or a value comes first (`ALIASES`). Then a name with the same
     last part wins, so that `learning_rate` finds `optimizer.learning_rate`; next comes a similar
@@ -164,12 +172,13 @@ def nearest(name: str, names: Iterable[str]) -> str:
         by_alias.get(name) or by_alias.get(last),
         by_last.get(last),
         *difflib.get_close_matches(name, known, n=1, cutoff=0.8),
+        *(plain for plain in known if sorted(plain) == sorted(name)),  # letters swapped
         *prefixes,
         *(near for near in difflib.get_close_matches(name, known, n=1, cutoff=0.6) if alike(near)),
         *(by_last[near] for near in difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)),
         *(by_alias[near] for near in difflib.get_close_matches(last, by_alias, n=1, cutoff=0.8)),
     ]
-    return next((f"; perhaps you meant {known[plain]}" for plain in found if plain), "")
+    return next((known[plain] for plain in found if plain), None)
 
 
 def _plain(name: str) -> str:
