@@ -71,10 +71,8 @@ def typed(name: str, prog: str) -> list[str]:
     here, python, script = Path.cwd(), Path(sys.executable), Path(sys.argv[0])
     interpreter = str(python.relative_to(here)) if python.is_relative_to(here) else "python"
     if prog.endswith(".py"):
-        return [
-            interpreter,
-            str(script.with_name(f"{name}.py")) if script.name == prog else f"{name}.py",
-        ]
+        other = f"{name}.py"
+        return [interpreter, str(script.with_name(other)) if script.name == prog else other]
     if prog.startswith("steadygpt") and script.name != "__main__.py":
         return ["steadygpt", name]
     return [interpreter, "-m", "gpt", name]
