@@ -75,28 +75,7 @@ def load(argv: Sequence[str], prog: str = "sample.py") -> tuple[Arguments, str]:
         InputError: either is invalid.
     """
     arguments, _ = parse(Arguments, prog, argv)
-    return _of_run(arguments, prog), _read_prompt(arguments, prog)
-
-
-def _of_run(arguments: Arguments, prog: str) -> Arguments:
-    """The arguments with the run directory for its checkpoint, if that is what RUN_DIR names.
-
-    Raises:
-        InputError: RUN_DIR is not a run, or is a cell without checkpoints.
-    """
-    run = find_run(arguments.run_dir, prog)
-    if kind(run) == "cell" and not (run / "checkpoints").is_dir():
-        train = [*typed("train", prog), str(run / "config.yaml"), "--out-dir", f"runs/{run.name}"]
-        raise InputError(
-            f"{run}: is a cell of a comparison, which keeps checkpoints only with "
-            f"keep_checkpoints: true;\nto train it by itself: {shlex.join(train)}"
-        )
-    if run == Path(arguments.run_dir):
-        return arguments
-    if "checkpoint" in arguments.model_fields_set:
-        raise InputError(f"--checkpoint: {arguments.run_dir} is already a checkpoint")
-    update = {"run_dir": str(run), "checkpoint": arguments.run_dir}
-    return arguments.model_copy(update=update)
+    return arguments, _read_prompt(arguments, prog)
 
 
 def _read_prompt(arguments: Arguments, prog: str) -> str:
@@ -145,6 +124,8 @@ def _is_piped(stream: TextIO | None) -> bool:
 
 def sample(arguments: Arguments, prompt: str, prog: str = "sample.py") -> Iterator[str]:
     """Load the model and generate; returns the text in pieces, as `_to_text` yields them."""
+    arguments = _of_run(arguments, prog)
+
     from gpt.data.tokenizer import encode
     from gpt.generate import Decoder, generate
     from gpt.hardware.device import pick_device
@@ -187,6 +168,27 @@ def sample(arguments: Arguments, prompt: str, prog: str = "sample.py") -> Iterat
         decoder=Decoder(model, count, size=length, compiled=arguments.compile),
     )
     return _to_text(rows, encoding, prompt, count)
+
+
+def _of_run(arguments: Arguments, prog: str) -> Arguments:
+    """The arguments with the run directory for its checkpoint, if that is what RUN_DIR names.
+
+    Raises:
+        InputError: RUN_DIR is not a run, or is a cell without checkpoints.
+    """
+    run = find_run(arguments.run_dir, prog)
+    if kind(run) == "cell" and not (run / "checkpoints").is_dir():
+        train = [*typed("train", prog), str(run / "config.yaml"), "--out-dir", f"runs/{run.name}"]
+        raise InputError(
+            f"{run}: is a cell of a comparison, which keeps checkpoints only with "
+            f"keep_checkpoints: true;\nto train it by itself: {shlex.join(train)}"
+        )
+    if run == Path(arguments.run_dir):
+        return arguments
+    if "checkpoint" in arguments.model_fields_set:
+        raise InputError(f"--checkpoint: {arguments.run_dir} is already a checkpoint")
+    update = {"run_dir": str(run), "checkpoint": arguments.run_dir}
+    return arguments.model_copy(update=update)
 
 
 def _to_text(
