@@ -147,7 +147,10 @@ def test_arms_whose_updates_take_different_times_are_timed_separately(
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("configs/quickstart.yaml", "is a config for train.py; a grid has arms"),
+        (
+            "configs/quickstart.yaml",
+            "is a config, not a grid; to train it: python train.py configs/quickstart.yaml",
+        ),
         ("docs", "docs: is not a comparison directory (no grid.yaml)"),
         ("configs/compare/quik.yaml", "quik.yaml: no such file"),
     ],

@@ -6,23 +6,19 @@ Its message says what the path is, and gives the command that works. Nothing her
 from __future__ import annotations
 
 import contextlib
-import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from gpt.cli.common import typed
-from gpt.config import MAX_BYTES, Config
+from gpt.config import Config, read_yaml
 from gpt.config.shipped import names
 from gpt.errors import InputError, closest
-from gpt.io.files import read_small
 
 Kind = Literal[
     "run", "cell", "comparison", "checkpoint", "grid", "config", "file", "folder", "nothing"
 ]
-A_GRID = re.compile(rb"^arms:", re.MULTILINE)
-A_CONFIG = re.compile(rf"^({'|'.join(Config.model_fields)}):".encode(), re.MULTILINE)
 
 
 def kind(path: Path) -> Kind:
@@ -38,8 +34,11 @@ def kind(path: Path) -> Kind:
         return "folder"
     if path.is_file():
         with contextlib.suppress(InputError, OSError):
-            text = read_small(path, MAX_BYTES)
-            return "grid" if A_GRID.search(text) else "config" if A_CONFIG.search(text) else "file"
+            keys = set(read_yaml(path))
+            if "arms" in keys:
+                return "grid"
+            if keys & set(Config.model_fields):
+                return "config"
         return "file"
     return "nothing"
 
