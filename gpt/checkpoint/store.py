@@ -416,9 +416,9 @@ def named(name: str, folder: Path) -> Path | None:
     """
     path = Path(name)
     step = re.fullmatch(r"(?:step-)?0*([0-9]{1,16})", name)
-    if path.is_dir():
+    if os.path.isdir(path):  # false, not an error, for a name that is too long
         return path if _step(path) is not None else None
-    if path.is_file() and path.name in POINTERS:
+    if path.name in POINTERS and os.path.isfile(path):
         return read_pointer(path.parent, path.name)
     if name in POINTERS:
         return read_pointer(folder, name)
