@@ -150,7 +150,7 @@ def test_weights_of_another_type(dtype: str, smallest: Config, stopped: Path):
     assert f"its dtype is torch.{dtype}, not torch.float32" in resumed(smallest, stopped)
 
 
-@pytest.mark.parametrize("step", ["9" * 5000, "-1", "1.0", "5", "٤", "step-00000004", "worst"])
+@pytest.mark.parametrize("step", ["9" * 5000, "-1", "1.0", "5", "٤", "step-00000005", "worst"])
 def test_a_checkpoint_that_is_not_there(step: str, run: Path):
     error = refused("sample.py", run, "--checkpoint", step, "--prompt", "a", folder=run)
     assert f"{run} has best, latest, " in error

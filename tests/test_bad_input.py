@@ -245,7 +245,7 @@ def test_a_runs_name_stays_in_its_folder(name: str, tmp_path: Path):
     [
         ({"seeds": 10**12}, "seeds: 1000000000000 is not between 1 and 10,000"),
         ({"seeds": "1e300"}, "seeds: '1e300' is not between 1 and 10,000"),
-        ({"seeds": True}, "seeds: True is neither a list of seeds nor their number, between 1 and"),
+        ({"seeds": True}, "seeds: true is neither a list of seeds nor their number, between 1 and"),
         ({"seeds": 2.5}, "seeds: 2.5 is neither a list of seeds nor their number"),
         ({"seeds": 10_000, "arms": {"a": {"x": {}, "y": {}}}}, "describes 20,000 cells"),
         ({"seeds": -1}, "seeds"),

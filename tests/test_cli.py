@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,9 @@ import torch
 import yaml
 from conftest import ROOT
 
+import gpt
 from gpt import cli
+from gpt.cli.common import StopSignals
 from gpt.config import Config
 from gpt.data.preparation import prepare
 from gpt.training import train
@@ -92,6 +95,121 @@ def test_help_comes_without_torch(environment: dict[str, str]):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage: ") == done.stdout.count("--help") == len(cli.COMMANDS)
     assert re.findall(r"^  (\w+) ", cli.USAGE, re.MULTILINE) == list(cli.COMMANDS)
+    assert done.stdout.count("\nExamples:\n  ") == len(cli.COMMANDS)
+    assert "None" not in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_a_version(name: str, capsys: pytest.CaptureFixture[str]):
+    assert called(capsys, name, "--version") == (0, f"steadygpt {gpt.__version__}\n", "")
+    assert called(capsys, name, "-V") == (0, f"steadygpt {gpt.__version__}\n", "")
+
+
+def test_the_examples_in_help_are_valid(capsys: pytest.CaptureFixture[str], monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for name in ("train", "prepare", "coordcheck"):
+        _, text, _ = called(capsys, name, "--help")
+        for line in text.partition("\nExamples:\n")[2].splitlines():
+            words = shlex.split(line.removeprefix(f"  {cli.COMMANDS[name]} "))
+            drop = [word for word in words if word.startswith(("--out", "--widths"))]
+            for flag in drop:
+                del words[words.index(flag) : words.index(flag) + 2]
+            assert called(capsys, "train", *words, "--print-config")[0] == 0, line
+
+
+def test_an_interrupted_run_ends_with_the_command_that_resumes_it(
+    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+):
+    out = tmp_path / "run"
+    words = [*map(str, (tiny_file, "--out-dir", out)), "--sampling.prompt", "a b"]
+    asked = itertools.count()
+    monkeypatch.setattr(StopSignals, "__call__", lambda self: next(asked) > 60)
+    monkeypatch.setattr(sys, "argv", ["train.py", *words, "--resume", "never"])
+    code, printed, _ = called(capsys, "train", *words, "--resume", "never")
+    first, *rest = printed.splitlines()
+    assert code == 75
+    assert first.startswith("interrupted: stopped ")
+    command = f"  python train.py {tiny_file} --out-dir {out} --sampling.prompt 'a b'"
+    assert rest == ["  to resume:", command]  # no sample and no picture, which are older
+    monkeypatch.undo()
+    assert called(capsys, "train", *shlex.split(command)[2:])[0] == 0
+
+
+def test_paths_of_another_kind(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+):
+    """What each is, and a command that takes it, in every command that does not."""
+    monkeypatch.chdir(tmp_path)
+    run, grid, step = Path("runs/tiny"), Path("g.yaml"), "runs/tiny/checkpoints/step-00000010"
+    run.parent.mkdir()
+    run.symlink_to(tiny_run)
+    grid.write_text("base: quickstart\narms: {a: {b: {}}}\nx: 1\n")
+    Path("c.yaml").write_text("model: {layers: 2}\n")
+    Path("texts").mkdir()
+    cell = Path("runs/compared/cells/one")
+    cell.mkdir(parents=True)
+    (cell / "config.yaml").write_text("{}")
+    (cell.parents[1] / "grid.yaml").write_text(grid.read_text())
+    for command, path, words in (
+        (
+            "train",
+            run,
+            f"is a run directory;\ntrain.py: to resume it: python train.py {run}/config",
+        ),
+        ("train", step, f"python train.py {run}/config.yaml --resume {step} --out-dir runs/NEW"),
+        ("train", grid, "g.yaml: is a grid; to run it: python compare.py g.yaml"),
+        ("train", "quick", "is a shipped grid; to run it: python compare.py quick"),
+        ("train", cell.parents[1], "to continue it: python compare.py runs/compared"),
+        ("train", "texts", "python train.py own-text --data.path texts"),
+        ("train", "quickstrat.yaml", "perhaps you meant quickstart\n"),
+        ("train", "x/c.yaml", "no such file"),
+        ("prepare", run, "is a run directory"),
+        ("compare", run, f"to sample from it: python sample.py {run}"),
+        ("compare", cell, "is a run of a comparison"),
+        ("compare", "c.yaml", "is a config, not a grid; to train it: python train.py c.yaml"),
+        ("compare", "quickstart", "is a shipped config; to train it: python train.py quickstart"),
+        ("compare", "gg.yaml", "perhaps you meant g.yaml"),
+        ("sample", cell.parents[1], f"each of its cells is a run, such as {cell}"),
+        ("sample", cell, f"to train it by itself: python train.py {cell}/config.yaml --out-dir r"),
+        (
+            "sample",
+            "c.yaml",
+            "is a config, not a run directory; to train it: python train.py c.yaml",
+        ),
+        ("sample", grid, "is a grid, not a run; to run it: python compare.py g.yaml"),
+        ("sample", "runs/tyni", "runs/tyni: no such directory; perhaps you meant runs/tiny"),
+        ("sample", "tiny", "perhaps you meant runs/tiny"),
+        ("sample", run / "config.yaml", "is a part of a run; name the run: runs/tiny"),
+        ("sample", run / "checkpoints", "is a part of a run; name the run: runs/tiny"),
+        ("sample", "quickstart", "it is a shipped config; to train it: python train.py quickstart"),
+        ("diagnose", step, "runs/tiny: has no layer statistics"),
+        ("checkpoint", run, f"write: python -m gpt.checkpoint verify {run}"),
+    ):
+        code, out, err = called(capsys, command, path)
+        assert (code, out) == (2, ""), (command, path)
+        assert words in err.replace("python -m gpt ", "python "), err
+
+
+def test_every_name_of_a_checkpoint(tiny_run: Path, capsys: pytest.CaptureFixture[str]):
+    short = ("--max-new-tokens", 1, "--prompt", "a")
+    folder = tiny_run / "checkpoints"
+    for name, step in (
+        ("10", 10), ("00010", 10), ("step-10", 10), ("step-00000010", 10), ("latest", 20),
+        (folder / "step-00000010", 10), (folder / "latest", 20),
+    ):  # fmt: skip
+        code, _, err = called(capsys, "sample", tiny_run, "--checkpoint", name, *short)
+        assert (code, err.splitlines()[-1]) == (0, f"sample.py: {tiny_run}, step {step}")
+    code, _, err = called(capsys, "sample", folder / "step-00000010", *short)
+    assert (code, err.splitlines()[-1]) == (0, f"sample.py: {tiny_run}, step 10")
+    for name in ("5", "step-5", tiny_run.parent, tiny_run / "checkpoints"):
+        code, _, err = called(capsys, "sample", tiny_run, "--checkpoint", name, *short)
+        assert code == 2
+        assert f"{tiny_run} has best, latest, 10, 20" in err
+    code, _, err = called(capsys, "sample", folder / "latest", "--checkpoint", "10", *short)
+    assert (code, err) == (2, f"sample.py: --checkpoint: {folder}/latest is already a checkpoint\n")
+    code, out, _ = called(capsys, "checkpoint", "verify", folder / "latest")
+    assert (code, out) == (0, f"{folder}/step-00000020: intact\n")
 
 
 def test_training_starts_without_what_only_its_end_needs(environment: dict[str, str]):
@@ -174,7 +292,7 @@ def test_dry_run_writes_nothing(
     [
         (["--model.widht", "3"], "--model.widht: no such option; perhaps you meant --model.width"),
         (["--learning-rate", "3"], "perhaps you meant --optimizer.learning-rate"),
-        (["--model.width", "wide"], "--model.width: must be a valid integer, found 'wide'"),
+        (["--model.width", "wide"], "--model.width: must be a whole number, found 'wide'"),
         (["--model.width"], "--model.width: needs a value; one that begins with two dashes"),
         (["--dry-run=yes"], "--dry-run: takes no value"),
         (["--out-dri", "x"], "--out-dri: no such option; perhaps you meant --out-dir"),

@@ -46,7 +46,7 @@ def test_a_dry_run_lists_cells_and_writes_nothing(
     ("arguments", "words"),
     [
         (["--workers", "0"], ["--workers: '0' is not between 1 and 1,000"]),
-        (["--workers", "two"], ["--workers: must be a valid integer, found 'two'"]),
+        (["--workers", "two"], ["--workers: must be a whole number, found 'two'"]),
         (["--optimizer.learning-rate", "1e-3"], ["--optimizer.learning_rate", "edit that file"]),
         (["--training.stepz", "1"], ["--training.stepz: no such option"]),
         (["--dry-run", "--report-only"], ["not both"]),
@@ -147,7 +147,10 @@ def test_arms_whose_updates_take_different_times_are_timed_separately(
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("configs/quickstart.yaml", "is a config for train.py; a grid has arms"),
+        (
+            "configs/quickstart.yaml",
+            "is a config, not a grid; to train it: python train.py configs/quickstart.yaml",
+        ),
         ("docs", "docs: is not a comparison directory (no grid.yaml)"),
         ("configs/compare/quik.yaml", "quik.yaml: no such file"),
     ],
@@ -201,7 +204,7 @@ def test_a_signal_saves_the_cells(
         os.kill(process.pid, number)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert "run the same command to resume" in error
+    assert "the same command resumes:" in error
     for arm in ("pre", "deepnorm"):
         run = RunDirectory(directory / "cells" / f"{arm}_learning-rate-0.01_seed-0")
         result = run.read_result()

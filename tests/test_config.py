@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import os
 import re
 import sys
@@ -20,6 +21,7 @@ from gpt.config import Config, ModelConfig, load, option_paths, validate
 from gpt.config.loading import schema
 from gpt.config.values import Choice
 from gpt.errors import InputError, nearest
+from gpt.errors.names import ALIASES
 
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -74,6 +76,22 @@ def test_a_name_is_not_inherited(tmp_path: Path):
 def test_a_batch_of_16_sequences_is_the_default():
     assert validate(Config, {"training": {"steps": 5}}).batch_sequences == 16
     assert validate(Config, {"training": {"batch_tokens": 256}}).batch_sequences == 2
+
+
+def test_a_batch_size_on_top_replaces_one_below_in_the_other_unit(tmp_path: Path):
+    sequences = write(tmp_path / "s.yaml", "training: {batch_sequences: 6}\nmodel: {context: 64}")
+    tokens = write(tmp_path / "t.yaml", "training: {batch_tokens: 640}\nmodel: {context: 64}")
+    assert load(sequences, {"training": {"batch_tokens": "128"}}).batch_sequences == 2
+    assert load(tokens, {"training": {"batch_sequences": "3"}}).batch_sequences == 3
+    assert load(tokens, {"training": {"batch_sequences": None}}).batch_sequences == 10
+    above = write(tmp_path / "a.yaml", "base: s.yaml\ntraining: {batch_tokens: 256}")
+    assert load(above).batch_sequences == 4
+    resolved = write(tmp_path / "r.yaml", load(sequences).to_yaml())
+    assert load(resolved, {"training": {"batch_tokens": 128}}).training.batch_sequences is None
+    both = {"training.batch_tokens": 128, "training.batch_sequences": 2}
+    for pairs in (both.items(), reversed(both.items())):  # on one level, neither wins
+        with pytest.raises(InputError, match="are both given"):
+            load(sequences, configs.nest(dict(pairs)))
 
 
 def test_one_path_need_not_be_a_list():
@@ -151,7 +169,7 @@ def test_all_errors_at_once_by_dotted_path_with_the_nearest_name():
     assert "model.widht: no such option; perhaps you meant model.width" in message
     assert "model.norm.placement: 'prenorm' is not one of pre, post" in message
     assert "perhaps you meant pre" in message
-    assert "training.steps: must be a valid integer, found 'many'" in message
+    assert "training.steps: must be a whole number, found 'many'" in message
     assert len(message.splitlines()) == 3
 
 
@@ -172,13 +190,13 @@ def test_many_errors_still_fit_three_lines():
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"training": {"steps": True, "batch_sequences": 1}}, "True is a boolean, not a number"),
+        ({"training": {"steps": True, "batch_sequences": 1}}, "true is a boolean, not a number"),
         (
             {"training": {"steps": 0, "batch_sequences": 1}},
             "training.steps: 0 is not between 1 and 1,000,000,000",
         ),
         ({"optimizer": {"learning_rate": "nan"}}, "'nan' is not between 1e-30 and 1e+30"),
-        ({"optimizer": {"learning_rate": ".inf"}}, "must be a valid number"),
+        ({"optimizer": {"learning_rate": ".inf"}}, "must be a number"),
         ({"model": {"heads": 3}}, "heads (3) must divide width (128)"),
         ({"training": {"batch_sequences": 1, "batch_tokens": 128}}, "set one of them to null"),
         ({"training": {"batch_tokens": 100}}, "must be a multiple of model.context (128)"),
@@ -188,7 +206,7 @@ def test_many_errors_still_fit_three_lines():
             "training.nonfinite rollback conflicts with data.windows fixed",
         ),
         ({"data": {"source": "text"}}, "source: text needs path"),
-        ({"name": "../up"}, "name: must match pattern"),
+        ({"name": "../up"}, "name: must begin with a letter or digit"),
         ({"model": 3}, "model: must be a mapping"),
     ],
 )
@@ -316,6 +334,117 @@ def test_the_nearest_option(typed: str, meant: str):
     assert nearest(typed, option_paths(Config)) == f"; perhaps you meant {meant}"
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("lr", "optimizer.learning_rate"),
+        ("optimizer.lr", "optimizer.learning_rate"),
+        ("batch_size", "training.batch_sequences"),
+        ("gradient_accumulation_steps", "training.micro_batch"),
+        ("n_layer", "model.layers"),
+        ("n_head", "model.heads"),
+        ("n_embd", "model.width"),
+        ("block_size", "model.context"),
+        ("vocab_size", "data.vocab_size"),
+        ("max_iters", "training.steps"),
+        ("warmup_iters", "schedule.warmup_steps"),
+        ("min_lr", "schedule.final_ratio"),
+        ("grad_clip", "optimizer.clip"),
+        ("train.max_norm", "optimizer.clip"),
+        ("eval_interval", "evaluation.every"),
+        ("eval.interval", "evaluation.every"),
+        ("max_new_tokens", "sampling.tokens"),
+        ("temperature", "sampling.temperature"),
+        ("dtype", "training.precision"),
+        ("nlayers", "model.layers"),
+    ],
+)
+def test_an_option_by_its_name_in_another_program(typed: str, meant: str):
+    assert nearest(typed, option_paths(Config)) == f"; perhaps you meant {meant}"
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"lr": 1}, "lr: no such option; perhaps you meant optimizer.learning_rate"),
+        ({"optimizer": {"lr": 1}}, "lr: no such option; perhaps you meant optimizer.learning_rate"),
+        ({"train": {"lr": 1}}, "train: no such option; perhaps you meant training"),
+        ({"eval": {"interval": 1}}, "eval: no such option; perhaps you meant evaluation"),
+    ],
+)
+def test_a_key_by_its_name_in_another_program(tree: dict[str, Any], message: str):
+    assert message in error_of(tree)
+
+
+def test_every_alias_is_of_a_name_that_exists_and_hides_none():
+    options = {path for s in (Config, SampleArguments) for path in option_paths(s)}
+    sections = {path.partition(".")[0] for path in options if "." in path}
+    schemas = json.dumps([Config.model_json_schema(), SampleArguments.model_json_schema()])
+    values = set(re.findall(r'"(\w+)"', "".join(re.findall(r'"enum": \[.*?\]', schemas))))
+    names = {name.replace("-", "_") for name in ALIASES}
+    assert names - values - options - sections == {"out_dir", "resume", "workers"}
+    lasts = {path.rpartition(".")[2] for path in option_paths(Config)}
+    hidden = {a for name, aliases in ALIASES.items() if "." in name for a in aliases} & lasts
+    assert hidden == {"dtype"}  # of other programs: of the weights; of data: of token files
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("optimizer.name", "adam", "perhaps you meant adamw"),
+        ("optimizer.name", "Adam", "perhaps you meant adamw"),
+        ("model.norm.type", "RMSNorm", "perhaps you meant rms"),
+        ("schedule.body", "constant_with_warmup", "perhaps you meant constant"),
+        (
+            "schedule.warmup",
+            None,
+            "null is not one of none, linear, cosine; perhaps you mean",
+        ),
+        ("schedule.warmup", False, "false is not one of none, linear, cosine; perhaps you meant"),
+        (
+            "training.device",
+            "gpu",
+            "must be auto, cpu, cuda or mps, found 'gpu'; perhaps you m",
+        ),
+        ("training.precision", "bfloat16", "perhaps you meant bf16"),
+        ("training.micro_batch", "x", "must be auto or a whole number, found 'x'"),
+        ("training.micro_batch", 0, "training.micro_batch: 0 is not between 1 and 1,000,000,000"),
+        ("training.steps", 2.5, "must be a whole number, found 2.5"),
+        ("model.bias", "maybe", "must be true or false, found 'maybe'"),
+        ("model.bias", None, "must be true or false, found null"),
+        (
+            "optimizer.clip",
+            "none",
+            "must be a number, found 'none'; null switches it off: no",
+        ),
+        (
+            "optimizer.clip",
+            False,
+            "false is a boolean, not a number; null switches it off: no",
+        ),
+        ("checkpoint.every", "off", "found 'off'; null unsets it: as evaluation"),
+        ("evaluation.every", "none", "evaluation.every: must be a whole number, found 'none'"),
+        ("data.path", {"a": None}, "data.path: must be a list, found {a: null}"),
+        (
+            "data.mix",
+            [{"weigth": 1}],
+            "data.mix.0.weigth: no such option; perhaps you meant data",
+        ),
+        (
+            "name",
+            "a b",
+            "name: must begin with a letter or digit, and contain only letters",
+        ),
+        ("name", "x" * 101, "name: must have at most 100 characters, found 'xxx"),
+        ("optimizer", "adamw", "optimizer: must be a mapping of options, found 'adamw'"),
+    ],
+)
+def test_wrong_values_are_described_in_words(key: str, value: object, message: str):
+    found = error_of(configs.nest({key: value}))
+    assert message in found
+    assert not re.search(r"None|True|False|pattern|Input|valid|\^", found)
+
+
 def test_a_variant_added_at_run_time_is_valid(monkeypatch: pytest.MonkeyPatch):
     from gpt.model.placement import PLACEMENTS, PreNorm
 
@@ -440,7 +569,7 @@ def test_out_of_range_in_a_file_names_file_and_key(tmp_path: Path, written: str)
 @pytest.mark.parametrize("written", ["1:30", "1:1:1.5", "0o17", "0x" + "f" * 5000])
 def test_what_yaml_1_2_reads_as_text_is_not_a_number(tmp_path: Path, written: str):
     path = write(tmp_path / "c.yaml", f"seed: {written}")
-    with pytest.raises(InputError, match="seed: must be a valid integer"):
+    with pytest.raises(InputError, match="seed: must be a whole number"):
         load(path)
     path = write(tmp_path / "c.yaml", f"sampling: {{prompt: {written}}}")
     assert load(path).sampling.prompt == written

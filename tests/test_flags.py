@@ -49,6 +49,12 @@ def test_a_value_may_begin_with_a_dash(arguments: list[str], expected: str):
         (["--data.path"], {"data": {"path": []}}),
         (["--data.mix", "[{path: a}]"], {"data": {"mix": "[{path: a}]"}}),
         (["--name", ""], {"name": ""}),
+        (["--model.bias"], {"model": {"bias": "true"}}),
+        (["--model.bias", "--seed", "1"], {"model": {"bias": "true"}, "seed": "1"}),
+        (["--model.bias", "No"], {"model": {"bias": "No"}}),
+        (["--model.norm.bias", "null"], {"model": {"norm": {"bias": None}}}),
+        (["--no-model.tied_head"], {"model": {"tied_head": "false"}}),
+        (["--no_training.compile"], {"training": {"compile": "false"}}),
     ],
 )
 def test_options_are_nested_texts(argv: list[str], expected: dict[str, Any]):
@@ -80,7 +86,26 @@ def test_a_commands_own_arguments_are_validated():
         (["--dry-run=x"], "--dry-run: takes no value"),
         (["--seed", "1", "--seed=2"], "--seed: given twice"),
         (["--data.path", "a", "--data.path", "b"], "--data.path: given twice; all values"),
-        (["b.yaml"], "'b.yaml': unexpected argument"),
+        (["b.yaml"], "'b.yaml': unexpected argument; a file builds on another by naming it as its"),
+        (
+            ["--model.bias", "ture"],
+            "'ture': unexpected argument; --model.bias is true or false, or",
+        ),
+        (["--dry-run", "yes"], "'yes': unexpected argument; --dry-run takes no value"),
+        (["--no-dry-run"], "--no-dry-run: no such option; perhaps you meant --dry-run"),
+        (["--model.bias", "--no-model.bias"], "--model.bias: given twice"),
+        (
+            ["model.tied_head=no_"],
+            "'model.tied_head=no_': unexpected argument; an option begins with "
+            "two dashes: --model.tied-head=no_",
+        ),
+        (["--lr", "3"], "--lr: no such option; perhaps you meant --optimizer.learning-rate"),
+        (["-lr", "3"], "'-lr': unexpected argument; perhaps you meant --optimizer.learning-rate"),
+        (
+            ["--sampling.prompt", "Once", "upon"],
+            "'upon': unexpected argument; a text of several words "
+            "is quoted: --sampling.prompt 'Once upon'",
+        ),
         (["-x"], "'-x': unexpected argument; write ./-x for a file"),
         (["--name", "a\0"], "'a\\x00': contains a NUL character"),
     ],
@@ -89,6 +114,24 @@ def test_mistakes(argv: list[str], message: str):
     with pytest.raises(InputError) as caught:
         options(*argv)
     assert str(caught.value).startswith(message)
+
+
+def test_a_boolean_before_the_config_does_not_take_it():
+    arguments, given = parse(TrainArguments, "train.py", ["--model.bias", "c.yaml"], Config)
+    assert (arguments.config, given) == ("c.yaml", {"model": {"bias": "true"}})
+
+
+@pytest.mark.parametrize(
+    ("argv", "option"),
+    [
+        (["Once", "upon a"], "a text to continue is an option: --prompt 'Once upon a'"),
+        (["--prompt", "It's", "I"], """a text of several words is quoted: --prompt 'It'"'"'s I'"""),
+    ],
+)
+def test_words_that_are_meant_as_a_prompt(argv: list[str], option: str):
+    with pytest.raises(InputError) as caught:
+        parse(SampleArguments, "sample.py", ["run", *argv])
+    assert str(caught.value).endswith(option)
 
 
 def test_a_missing_argument_is_named():

@@ -725,7 +725,7 @@ def test_a_grid_is_documented_and_its_schema_is_current():
     [
         *((f"a{c}b", "cannot be shown") for c in "\x1b\x00\x9b\uffff\u202e\u200b\u2028\n\t"),
         ("a\udcffb", "a\\udcffb' is not Unicode text"),
-        *((name, "must match pattern") for name in (" ", "", "\u3000", "a ", "a,b")),
+        *((name, "must have no comma, and no space") for name in (" ", "", "\u3000", "a ", "a,b")),
         ("x" * 41, "at most 40 characters"),
         *(
             (name, "not a valid file name on Windows")
@@ -756,6 +756,24 @@ def test_arms_are_counted_before_they_are_built(tmp_path: Path):
     axes |= {"model.layers": list(range(1, 200))}
     assert "describes" in message(tmp_path, grid=axes, exclude=[])
     assert time.process_time() - began < 2
+
+
+def test_a_batch_size_in_a_grid_replaces_the_base_s_in_the_other_unit(tmp_path: Path):
+    base = {"training": {"batch_sequences": 6}, "model": {"context": 64}}
+    plain: dict[str, Any] = {"contrasts": [], "pairs": [], "exclude": [], "seeds": 1, "grid": {}}
+    in_tokens = {"training.batch_tokens": 128}
+    for changes in (
+        {"options": in_tokens},
+        {"options": {"training": {"batch_tokens": 128}}},
+        {"arms": {"batch": {"small": in_tokens}}},
+        {"grid": {"training.batch_tokens": [128]}},
+    ):
+        arms = {"arms": {"batch": {"a": {}}}}
+        (cell,) = cells(tmp_path, base=base, **{**plain, **arms, **changes})
+        assert cell.config.batch_sequences == 2
+    cells(tmp_path, base=base, **plain)
+    _, found = load(tmp_path / "mine.yaml", {"training": {"batch_tokens": "64"}})
+    assert {cell.config.batch_sequences for cell in found} == {1}
 
 
 def test_lists_whose_cost_multiplies_are_bounded(tmp_path: Path):
@@ -804,7 +822,7 @@ def test_text_that_a_figure_cannot_show_is_refused(
         ({"options": {"model": 5}}, "options: model: no such option"),
         ({"arms": {"a": {"x": {"model": 5}}}}, "arms.a.x: model: no such option"),
         ({"grid": {"model": [5]}}, "grid: model: no such option"),
-        ({"arms": {"a": {}}}, "arms: must have at least 1 item"),
+        ({"arms": {"a": {}}}, "arms.a: must have at least 1 item, found {}"),
     ],
 )
 def test_a_value_where_a_section_belongs_is_refused(

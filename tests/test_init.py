@@ -76,7 +76,11 @@ SIGMAS = {  # embedding, q, out, up, mlp.out, head
 }
 
 
-@pytest.mark.parametrize("regime", REGIMES)
+def test_the_standard_deviations_of_every_regime_are_listed():
+    assert list(SIGMAS) == list(REGIMES), "add them to SIGMAS, by hand"
+
+
+@pytest.mark.parametrize("regime", SIGMAS)
 def test_a_regimes_standard_deviations(regime: str):
     model = make(tied_head=False, init={"regime": regime})
     block = model.blocks[3]
@@ -111,7 +115,10 @@ def test_fused_matrices_are_initialized_separately():
 
 
 SCALED = {  # "auto": on for gpt2, unless the placement scales depth itself
-    name: {"gpt2": name not in ("deepnorm", "b2t", "lns", "sub"), "xavier": False, "small": False}
+    name: {
+        regime: regime == "gpt2" and name not in ("deepnorm", "b2t", "lns", "sub")
+        for regime in REGIMES
+    }
     for name in PLACEMENTS
 }
 

@@ -94,7 +94,11 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("norm_type", NORMS)
+def test_the_parameters_of_every_norm_are_listed():
+    assert list(PARAMETERS) == list(NORMS), "add its parameters to PARAMETERS"
+
+
+@pytest.mark.parametrize("norm_type", PARAMETERS)
 @pytest.mark.parametrize(
     ("options", "bias"),
     [

@@ -110,6 +110,12 @@ TORCHS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
+def test_every_optimizer_is_compared_with_another_implementation():
+    compared = {way.partition(",")[0] for way in TORCHS}
+    own = {"muon"}  # compared with its formula below
+    assert compared | own == set(OPTIMIZERS), "add torch's class to TORCHS, or a test and a name"
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("way", TORCHS)
 def test_an_update_is_that_of_torchs_class(way: str, device: str):

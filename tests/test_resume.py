@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,6 +127,56 @@ def test_a_checkpoint_starts_a_directory_of_its_own(tiny: Make, tmp_path: Path):
     with pytest.raises(InputError, match="nothing is left to train"):
         run(tiny(training={"steps": 5}), tmp_path / "c", resume=checkpoint)
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "{run}/checkpoints/step-00000010",
+        "{run}/checkpoints/latest",
+        "latest",
+        "10",
+        "step-00000010",
+    ],
+)
+def test_the_command_that_starts_from_a_checkpoint_is_repeated(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    """As batch queues do: it resumes what was interrupted, and ends with the result."""
+    monkeypatch.chdir(tmp_path)
+    config = tiny(name="first", checkpoint={"every": 10})
+    run(config, None, **stop_after(10))
+    resume = name.format(run=tmp_path / "runs/first")
+    assert run(config, tmp_path / "b", resume=resume, **stop_after(3)).step == 13
+    shutil.rmtree(tmp_path / "runs/first/checkpoints")  # is not needed again
+    result = run(config, tmp_path / "b", resume=resume)
+    assert (result.status, result.step) == ("finished", 20)
+    assert run(config, tmp_path / "b", resume=resume) == result
+    for other in ("never", str(tmp_path / "c/checkpoints/step-00000010")):
+        with pytest.raises(InputError, match="holds a run, which --resume"):
+            run(config, tmp_path / "b", resume=other)
+
+
+def test_a_name_without_a_checkpoint_is_described(
+    tiny: Make, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name, words in (
+        (
+            str(tiny_run),
+            f"is a run; to start from its newest checkpoint: --resume {tiny_run}/check",
+        ),
+        (
+            "step-00000250",
+            "runs/NAME/checkpoints/step-00001000;\nruns/tiny/checkpoints holds no ch",
+        ),
+        ("runs/no/checkpoints/latest", "is neither auto, never nor a checkpoint folder, such as"),
+        ("lastest", "perhaps you meant latest"),
+    ):
+        with pytest.raises(InputError) as error:
+            run(tiny(name="tiny"), tmp_path / "out", resume=name)
+        assert words in str(error.value)
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_fork_may_change_its_batch_and_survives_a_crash(tiny: Make, tmp_path: Path):

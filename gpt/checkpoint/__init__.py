@@ -11,6 +11,7 @@
 from gpt.checkpoint.store import (
     FILES,
     MANIFEST,
+    POINTERS,
     STEP_NAME,
     BackgroundWriter,
     Checkpoint,
@@ -18,6 +19,7 @@ from gpt.checkpoint.store import (
     is_intact,
     load,
     manifest_text,
+    named,
     newest_intact,
     prune,
     read_pointer,
@@ -32,6 +34,7 @@ from gpt.checkpoint.store import (
 __all__ = [
     "FILES",
     "MANIFEST",
+    "POINTERS",
     "STEP_NAME",
     "BackgroundWriter",
     "Checkpoint",
@@ -39,6 +42,7 @@ __all__ = [
     "is_intact",
     "load",
     "manifest_text",
+    "named",
     "newest_intact",
     "prune",
     "read_pointer",

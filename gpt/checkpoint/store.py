@@ -44,6 +44,7 @@ from gpt.io.files import (
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json")
 MANIFEST = "manifest.json"
+POINTERS = ("latest", "best")
 STEP_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,15})")
 POINTER_SIZE = 2**10  # maximum bytes of `latest` and `best`
 ALTERED = "it has changed since it was written"
@@ -411,6 +412,25 @@ def read_pointer(folder: Path, pointer: str) -> Path | None:
         if STEP_NAME.fullmatch(name) and (folder / name).is_dir():
             return folder / name
     return None
+
+
+def named(name: str, folder: Path) -> Path | None:
+    """The checkpoint folder that a name means, or None if there is no such checkpoint.
+
+    Args:
+        name: the path of a checkpoint folder, or of a file `latest` or `best`; or else `latest`,
+            `best` or a step, such as 250 or step-00000250, of a checkpoint in `folder`.
+        folder: the checkpoints of a run.
+    """
+    path = Path(name)
+    step = re.fullmatch(r"(?:step-)?0*([0-9]{1,16})", name)
+    if os.path.isdir(path):  # false, not an error, for a name that is too long
+        return path if _step(path) is not None else None
+    if path.name in POINTERS and os.path.isfile(path):
+        return read_pointer(path.parent, path.name)
+    if name in POINTERS:
+        return read_pointer(folder, name)
+    return steps(folder).get(int(step[1])) if step else None
 
 
 def steps(folder: Path) -> dict[int, Path]:

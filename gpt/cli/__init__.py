@@ -41,7 +41,7 @@ usage: steadygpt COMMAND ...   (COMMAND --help for details)
   coordcheck CONFIG.yaml   check that updates do not depend on the width, as in muP
   clean [DIR ...]          remove checkpoints and prepared data that nothing needs
 
-  --version                print the version"""
+  -V, --version            print the version"""
 
 
 def main() -> int:
@@ -52,7 +52,7 @@ def main() -> int:
     if name in ("-h", "--help"):
         show(USAGE)
         return 0
-    if name == "--version":
+    if name in ("-V", "--version"):
         show(f"steadygpt {__version__}")
         return 0
     show(f"steadygpt: {name}: no such command{nearest(name, COMMANDS)}\n{USAGE}", sys.stderr)

@@ -24,7 +24,12 @@ DEFAULT = ("runs", "cache")  # where training puts runs and prepared data
 class Arguments(Section):
     """List what nothing needs any more, with sizes, and remove it after asking: checkpoints of
     ended runs other than latest, best and checkpoint.keep_every's, damaged ones that were set
-    aside, prepared data that no run uses, and what killed processes left."""
+    aside, prepared data that no run uses, and what killed processes left.
+
+    Examples:
+      %(prog)s
+      %(prog)s runs/quickstart cache --yes
+    """
 
     directories: FileNames = Field((), title="[DIR ...]")
     """Folders of runs, comparisons and prepared data (default: runs and cache). Prepared data is

@@ -12,11 +12,13 @@ import errno
 import gc
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import FrameType
 
 from gpt.errors import InputError, StoppedError, format_error
@@ -50,7 +52,7 @@ def command(prog: str) -> Iterator[None]:
         show("\n".join(f"{prog}: {line}" for line in format_error(error)), sys.stderr)
         raise SystemExit(2) from None
     except StoppedError as stopped:
-        show(f"{prog}: {stopped}", sys.stderr)
+        show(f"{prog}: {stopped}:\n  {repeated(prog)}", sys.stderr)
         leave(75)
     except KeyboardInterrupt:
         leave(130)
@@ -62,6 +64,34 @@ def command(prog: str) -> Iterator[None]:
             raise
         show(f"{prog}: {error.filename or 'writing'}: {error.strerror}", sys.stderr)
         raise SystemExit(2) from None
+
+
+def typed(name: str, prog: str) -> list[str]:
+    """The words that start the command `name`, as a user who typed `prog` would type them."""
+    here, python, script = Path.cwd(), Path(sys.executable), Path(sys.argv[0])
+    interpreter = str(python.relative_to(here)) if python.is_relative_to(here) else "python"
+    if prog.endswith(".py"):
+        other = f"{name}.py"
+        return [interpreter, str(script.with_name(other)) if script.name == prog else other]
+    if prog.startswith("steadygpt") and script.name != "__main__.py":
+        return ["steadygpt", name]
+    return [interpreter, "-m", "gpt", name]
+
+
+def repeated(prog: str) -> str:
+    """The command line that continues what this process has begun: its own, as it was typed.
+
+    Args:
+        prog: the command's name in its messages.
+    """
+    name, given = prog.removesuffix(".py").split()[-1], sys.argv[1:]
+    if prog.startswith("steadygpt"):
+        given = given[1:]
+    for never in (["--resume", "never"], ["--resume=never"]):  # it would refuse what has begun
+        at = [i for i in range(len(given)) if given[i : i + len(never)] == never]
+        given = given[: at[0]] + given[at[0] + len(never) :] if at else given
+    start = prog.split() if prog.startswith("python -m") else typed(name, prog)
+    return shlex.join([*start, *given])
 
 
 class StopSignals:

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from gpt.cli.common import StopSignals
 from gpt.cli.flags import as_flag, parse
+from gpt.cli.paths import explained
 from gpt.compare import grid as grids
 from gpt.compare.grid import Cell, Grid
 from gpt.config import Config, FileName, FileNames, Seconds, Section, WorkerCount
@@ -25,7 +26,14 @@ if TYPE_CHECKING:
 
 class Arguments(Section):
     """Compare arms over learning rates, settings and seeds. Every option of the cells is also a
-    flag."""
+    flag.
+
+    Examples:
+      %(prog)s quick
+      %(prog)s quick --dry-run
+      %(prog)s norms --training.steps 100 --seeds 4 --out-dir runs/short
+      %(prog)s runs/quick --report-only
+    """
 
     grid: FileName = Field(
         title="GRID.yaml",
@@ -86,20 +94,27 @@ def load(argv: Sequence[str], prog: str = "compare.py") -> tuple[Arguments, Comp
         for flag in ("dry_run", "extend", "reuse"):
             if getattr(arguments, flag):
                 raise InputError(f"give {as_flag(flag)} or --report-only, not both")
-    path = Path(arguments.grid)
-    directory = Path(arguments.out_dir or f"runs/{path.stem}")
-    if path.is_dir():
-        if arguments.out_dir is not None:
-            raise InputError(f"--out-dir: {path} is already a comparison directory")
-        path, directory = path / "grid.yaml", path
-        if not path.is_file():
-            raise InputError(f"{directory}: is not a comparison directory (no grid.yaml)")
-    grid, cells = grids.load(path, options, arguments.seeds)
+    with explained(arguments.grid, prog, "grid"):
+        path, directory = _locate(arguments)
+        grid, cells = grids.load(path, options, arguments.seeds)
     if arguments.runner is not None:
         grid = grid.model_copy(update={"runner": arguments.runner})
     if not arguments.report_only:
         grids.check_sizes(cells)
     return arguments, Comparison(grid, cells, directory)
+
+
+def _locate(arguments: Arguments) -> tuple[Path, Path]:
+    """The grid file and the directory of the comparison."""
+    path = Path(arguments.grid)
+    if not path.is_dir():
+        return path, Path(arguments.out_dir or f"runs/{path.stem}")
+    grid = path / "grid.yaml"
+    if not grid.is_file():
+        raise InputError(f"{path}: is not a comparison directory (no grid.yaml)")
+    if arguments.out_dir is not None:
+        raise InputError(f"--out-dir: {path} is already a comparison directory")
+    return grid, path
 
 
 def compare(arguments: Arguments, comparison: Comparison) -> Summary | None:

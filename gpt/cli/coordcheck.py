@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field
 
 from gpt.cli import prepare
 from gpt.cli.flags import parse
+from gpt.cli.paths import explained
 from gpt.config import Config, Count, FileName, load
 from gpt.config.values import Channels
 from gpt.errors import InputError
@@ -26,7 +27,12 @@ Widths = Annotated[
 
 
 class Arguments(prepare.Arguments):
-    """Measure how far a few updates move the activations of networks of several widths."""
+    """Measure how far a few updates move the activations of networks of several widths.
+
+    Examples:
+      %(prog)s pre-norm --widths 48,96,192
+      %(prog)s pre-norm --model.parametrization mup --model.mup-base-width 48 --out mup.png
+    """
 
     widths: Widths | None = Field(None, title="WIDTH,WIDTH,...")
     """At least two widths (default: 1, 2 and 4 times the config's)."""
@@ -41,7 +47,8 @@ class Arguments(prepare.Arguments):
 def main(argv: Sequence[str], prog: str = "steadygpt coordcheck") -> int:
     """`steadygpt coordcheck CONFIG.yaml ...`; returns the exit code."""
     arguments, options = parse(Arguments, prog, argv, Config)
-    config = load(arguments.config, options)
+    with explained(arguments.config, prog, "config"):
+        config = load(arguments.config, options)
     widths = arguments.widths or tuple(n * config.model.width for n in (1, 2, 4))
     if len(set(widths)) < max(2, len(widths)):
         raise InputError("--widths: needs at least two widths, all different")

@@ -8,13 +8,18 @@ from pathlib import Path
 from pydantic import Field
 
 from gpt.cli.flags import parse
+from gpt.cli.paths import find_run
 from gpt.config import FileName, Section
 from gpt.errors import InputError
 from gpt.io.console import show
 
 
 class Arguments(Section):
-    """Plot the statistics of a run's layers, recorded every diagnostics.every steps."""
+    """Plot the statistics of a run's layers, recorded every diagnostics.every steps.
+
+    Examples:
+      %(prog)s runs/post-norm
+    """
 
     run_dir: FileName = Field(title="RUN_DIR")
     """A run directory, such as runs/pre-norm."""
@@ -23,7 +28,7 @@ class Arguments(Section):
 def main(argv: Sequence[str], prog: str = "python -m gpt.diagnostics") -> int:
     """`steadygpt diagnose RUN_DIR`; returns the exit code."""
     arguments, _ = parse(Arguments, prog, argv)
-    picture = diagnose(Path(arguments.run_dir))
+    picture = diagnose(find_run(arguments.run_dir, prog))
     show(str(picture))
     return 0
 

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from gpt.cli import prepare
 from gpt.cli.flags import parse
+from gpt.cli.paths import find_checkpoint
 from gpt.config import Config, Count, Device, FileName, FileNames, Section, SourceConfig, validate
 from gpt.config.values import Choice
 from gpt.errors import InputError
@@ -32,12 +33,18 @@ PRINT_EVERY = 10.0  # seconds between progress lines, where there is no terminal
 
 
 class Arguments(Section):
-    """Measure how well runs predict a text: loss, perplexity and bits per byte."""
+    """Measure how well runs predict a text: loss, perplexity and bits per byte.
+
+    Examples:
+      %(prog)s runs/quickstart
+      %(prog)s runs/quickstart runs/other --data.path book.txt --stride 64
+      %(prog)s runs/quickstart --checkpoint latest --json
+    """
 
     runs: FileNames = Field(title="RUN_DIR ...")
-    """Run directories, such as runs/quickstart."""
+    """Run directories, such as runs/quickstart, or checkpoints in them."""
     checkpoint: FileName = Field("best", title="best|latest|STEP")
-    """best (by validation loss), latest, or a step."""
+    """best (by validation loss), latest, or a step such as 250."""
     stride: Count | None = None
     """Tokens between the starts of two windows, which score their last STRIDE tokens: the smaller,
     the more context each token has, and the longer it takes (default: the whole context)."""
@@ -111,18 +118,20 @@ def evaluate(arguments: Arguments, text: Text | None, prog: str) -> list[Result]
     """Evaluate every run, on `text` or on its own validation text."""
     from gpt.run.directory import RunDirectory
 
-    configs = {run: RunDirectory(Path(run)).read_config() for run in arguments.runs}
+    given = arguments.checkpoint if "checkpoint" in arguments.model_fields_set else None
+    chosen = [find_checkpoint(path, given, prog) for path in arguments.runs]
+    configs = {run: RunDirectory(run).read_config() for run, _ in chosen}
     for run, config in configs.items():
         if arguments.stride is not None and arguments.stride > config.model.context:
             raise InputError(
                 f"--stride: {arguments.stride} is more than the context of {run}, "
                 f"{config.model.context} tokens"
             )
-    return [_evaluate(arguments, run, config, text, prog) for run, config in configs.items()]
+    return [_evaluate(arguments, *each, configs[each[0]], text, prog) for each in chosen]
 
 
 def _evaluate(
-    arguments: Arguments, path: str, config: Config, text: Text | None, prog: str
+    arguments: Arguments, path: Path, checkpoint: str, config: Config, text: Text | None, prog: str
 ) -> Result:
     from gpt import evaluation, metrics
     from gpt.data import tokenizer
@@ -131,8 +140,8 @@ def _evaluate(
     from gpt.run.directory import RunDirectory
     from gpt.run.loading import load_run
 
-    run, device = RunDirectory(Path(path)), pick_device(arguments.device)
-    model, encoding, step = load_run(run.path, arguments.checkpoint, device)
+    run, device = RunDirectory(path), pick_device(arguments.device)
+    model, encoding, step = load_run(path, checkpoint, device)
     model.loss_chunk = config.training.loss_chunk
     context = config.model.context
     stride = arguments.stride or context
@@ -155,7 +164,7 @@ def _evaluate(
                 batch=micro_batch(config, encoding.n_vocab, device),
             )
     return Result(
-        run=path,
+        run=str(path),
         step=step,
         text="validation" if text is None else " ".join([text.source, *text.path]),
         text_sha256=fingerprint,
@@ -170,7 +179,7 @@ def _evaluate(
 
 
 def _own_validation(
-    environment: dict[str, Any], path: str, config: Config, console: Console
+    environment: dict[str, Any], path: Path, config: Config, console: Console
 ) -> tuple[Iterator[Tokens], str]:
     """The validation tokens of a run in pieces, and the fingerprint of its data.
 

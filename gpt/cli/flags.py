@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import argparse
 import functools
+import inspect
 import re
+import shlex
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from gpt.config import Section, nest, option_paths, validate
+from gpt import __version__
+from gpt.config import Section, nest, option_fields, validate
 from gpt.errors import InputError, nearest
 
 Arguments = TypeVar("Arguments", bound=Section)
 Schema = Mapping[str, Any]
 
-FLAG = re.compile(r"--[A-Za-z][\w.-]*(=.*)?|-h", re.DOTALL)
+FLAG = re.compile(r"--[A-Za-z][\w.-]*(=.*)?|-h|-V", re.DOTALL)
+BOOLEANS = {*("true", "yes", "on", "t", "y", "1"), *("false", "no", "off", "f", "n", "0"), "null"}
 
 
 def parse(
@@ -35,8 +39,8 @@ def parse(
     Args:
         arguments: the command's own arguments. Required ones are positional, and so are those
             whose title is in brackets, such as `[DIR]`; a title that ends in `...` takes several
-            values. Booleans are switches without a value; the docstring is the help's
-            first line.
+            values. Booleans are switches without a value. The first paragraph of the docstring
+            begins the help, and the others, such as examples, end it; `%(prog)s` is the command.
         argv: the words after the command.
         config: the options that are flags too, `--model.norm.placement` for nested ones.
 
@@ -50,15 +54,17 @@ def parse(
     """
     fields = arguments.model_fields
     names = [name for name, field in fields.items() if not _is_positional(field)]
-    flags = [as_flag(path) for path in [*names, *(option_paths(config) if config else [])]]
+    options = option_fields(config) if config else {}
+    flags = [as_flag(path) for path in [*names, *options]]
     switches = {as_flag(name) for name in names if fields[name].annotation is bool}
-    words = _normalize(argv, set(flags) - switches)
+    booleans = {as_flag(path) for path, field in options.items() if _is_boolean(field)}
+    words = _normalize(argv, set(flags) - switches, booleans)
     try:
         namespace, unknown = _parser(arguments, prog, config).parse_known_args(words)
     except argparse.ArgumentError as error:
         raise InputError(_describe(error, words, switches)) from None
     if unknown:
-        raise InputError(_describe_unknown(unknown, flags))
+        raise InputError(_describe_unknown(unknown, flags, words, booleans, switches))
     given = vars(namespace)
     own = {name: given.pop(name) for name in fields if name in given}
 
@@ -74,14 +80,20 @@ def as_flag(path: str) -> str:
     return "--" + path.rstrip("_").replace("_", "-")
 
 
-def _normalize(argv: Sequence[str], flags: Collection[str]) -> list[str]:
+def _is_boolean(field: FieldInfo) -> bool:
+    return bool in (field.annotation, *get_args(field.annotation))
+
+
+def _normalize(argv: Sequence[str], flags: Collection[str], booleans: Collection[str]) -> list[str]:
     """The words, with `--out_dir x` as `--out-dir x` and `--prompt -x` as `--prompt=-x`.
 
     argparse takes a word that begins with a dash for a flag. A word that looks like a flag is never
-    taken for a value: `--out-dir --dry-rnu` is a mistake.
+    taken for a value: `--out-dir --dry-rnu` is a mistake. `--model.bias` without a value becomes
+    `--model.bias=true`, and `--no-model.bias` becomes `--model.bias=false`.
 
     Args:
         flags: those that take a value.
+        booleans: those of them that may be without one.
 
     Raises:
         InputError: a word contains a NUL character.
@@ -94,7 +106,12 @@ def _normalize(argv: Sequence[str], flags: Collection[str]) -> list[str]:
             return [*words, *argv[index:]]
         if FLAG.fullmatch(word):
             flag, *value = word.split("=", 1)
-            words.append("=".join([flag.replace("_", "-"), *value]))
+            flag, following = flag.replace("_", "-"), "".join(argv[index + 1 : index + 2])
+            if flag in booleans and not value and following.lower() not in BOOLEANS:
+                value = ["true"]
+            elif flag.replace("--no-", "--", 1) in booleans and flag not in flags and not value:
+                flag, value = flag.replace("--no-", "--", 1), ["false"]
+            words.append("=".join([flag, *value]))
         elif word.startswith("-") and words and words[-1] in flags:
             words[-1] += f"={word}"
         else:
@@ -113,12 +130,42 @@ def _describe(error: argparse.ArgumentError, words: list[str], switches: Collect
     return error.message + hint
 
 
-def _describe_unknown(words: list[str], flags: Collection[str]) -> str:
-    unknown = [word.partition("=")[0] for word in words if word.startswith("--")]
-    if unknown:
-        return "\n".join(f"{flag}: no such option{nearest(flag, flags)}" for flag in unknown[:3])
-    hint = f"; write ./{words[0]} for a file" if words[0].startswith("-") else ""
-    return f"{words[0]!r}: unexpected argument{hint}"
+def _quoted(words: list[str]) -> str:
+    return shlex.quote(" ".join(words))
+
+
+def _describe_unknown(
+    unknown: list[str],
+    flags: Collection[str],
+    words: list[str],
+    booleans: Collection[str],
+    switches: Collection[str],
+) -> str:
+    """What is wrong with words that argparse could not use, and what they may have meant."""
+    wrong = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+    if wrong:
+        return "\n".join(f"{flag}: no such option{nearest(flag, flags)}" for flag in wrong[:3])
+    word = unknown[0]
+    at = words.index(word) if word in words else 0
+    flag, value = words[max(at - 2, 0)], words[max(at - 1, 0)]
+    name, equals, given = word.partition("=")
+    if word.startswith("-"):
+        hint = nearest(word, flags) or f"; write ./{word} for a file"
+    elif equals:
+        hint = f"; an option begins with two dashes: {as_flag(name)}={given}"
+    elif value.partition("=")[0] in booleans:
+        hint = f"; {value.partition('=')[0]} is true or false, or has no value"
+    elif value in switches:
+        hint = f"; {value} takes no value"
+    elif flag.endswith("prompt"):
+        hint = f"; a text of several words is quoted: {flag} {_quoted([value, *unknown])}"
+    elif word.endswith((".yaml", ".yml")):
+        hint = "; a file builds on another by naming it as its base"
+    elif "--prompt" in flags:
+        hint = f"; a text to continue is an option: --prompt {_quoted(unknown)}"
+    else:
+        hint = ""
+    return f"{word!r}: unexpected argument{hint}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -135,6 +182,10 @@ class _HelpFormatter(argparse.HelpFormatter):
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Lines that are indented, such as examples, are kept."""
+        return text if "\n  " in text else super()._fill_text(text, width, indent)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -158,13 +209,20 @@ class _StoreOnce(argparse.Action):
 @functools.cache
 def _parser(arguments: type[Section], prog: str, config: type[Section] | None) -> _Parser:
     titles = [str(f.title) for f in arguments.model_fields.values() if _is_positional(f)]
+    description, _, epilog = inspect.cleandoc(str(arguments.__doc__)).partition("\n\n")
     parser = _Parser(
+        prog=prog,
         usage=" ".join([prog, "[-h] [OPTIONS]", *titles]),
-        description=arguments.__doc__,
+        description=description,
+        epilog=epilog,
         formatter_class=functools.partial(_HelpFormatter, max_help_position=6),
         allow_abbrev=False,
         exit_on_error=False,
         argument_default=argparse.SUPPRESS,  # only what is given is in the namespace
+    )
+    version = f"steadygpt {__version__}"
+    parser.add_argument(
+        "-V", "--version", action="version", version=version, help="show the version and exit"
     )
     schemas = arguments.model_json_schema()["properties"]
     for name, field in arguments.model_fields.items():
@@ -221,7 +279,7 @@ def _settings(field: FieldInfo, schema: Schema) -> dict[str, Any]:
         "action": _StoreOnce,
         "nargs": "*" if several else None,
         "type": _none_if_null if nullable else str,
-        "metavar": field.title or _metavar(schema, nullable),
+        "metavar": field.title or _metavar(field, schema, nullable),
         "help": f"{field.description}{default}".replace("%", "%%"),
     }
 
@@ -240,11 +298,12 @@ def _none_if_null(text: str) -> str | None:
     return None if text == "null" else text
 
 
-def _metavar(schema: Schema, nullable: bool) -> str:
+def _metavar(field: FieldInfo, schema: Schema, nullable: bool) -> str:
     """What a flag's value looks like, such as `INT|null`, from its JSON schema."""
     branches = schema.get("anyOf", [schema])
     kinds = [_kind(b) for b in branches if nullable or b.get("type") != "null"]
-    return "|".join(dict.fromkeys(kinds))
+    joined = "|".join(dict.fromkeys(kinds))
+    return f"[{joined}]" if _is_boolean(field) else joined
 
 
 def _kind(schema: Schema) -> str:

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from gpt.cli.common import StopSignals
 from gpt.cli.flags import parse
+from gpt.cli.paths import explained
 from gpt.config import Config, FileName, Section, load
 from gpt.config.shipped import names
 from gpt.io.console import Console, aligned, show
@@ -20,7 +21,12 @@ if TYPE_CHECKING:
 
 
 class Arguments(Section):
-    """Prepare a config's data without training, and describe it."""
+    """Prepare a config's data without training, and describe it.
+
+    Examples:
+      %(prog)s quickstart
+      %(prog)s own-text --data.path my-texts --data.tokenizer gpt2
+    """
 
     config: FileName = Field(
         title="CONFIG.yaml",
@@ -31,7 +37,8 @@ class Arguments(Section):
 def main(argv: Sequence[str], prog: str = "python -m gpt.data") -> int:
     """`steadygpt prepare CONFIG.yaml ...`; returns the exit code."""
     arguments, options = parse(Arguments, prog, argv, Config)
-    config = load(arguments.config, options)
+    with explained(arguments.config, prog, "config"):
+        config = load(arguments.config, options)
     dataset = prepare(config)
 
     from gpt.run.cautions import cautions

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO, TextIO
 from pydantic import Field
 
 from gpt.cli.flags import parse
+from gpt.cli.paths import find_checkpoint
 from gpt.config import Count, Device, FileName, SampleCount, Sampling, Seed, Weights
 from gpt.errors import InputError
 from gpt.hardware.size import check_sampling
@@ -28,10 +29,16 @@ MAX_PROMPT = 2**26  # bytes
 
 
 class Arguments(Sampling):
-    """Generate text from a run directory; it goes to stdout as it is generated."""
+    """Generate text from a run directory; it goes to stdout as it is generated.
+
+    Examples:
+      %(prog)s runs/quickstart
+      %(prog)s runs/quickstart --prompt 'def main(' --num-samples 3
+      %(prog)s runs/quickstart --checkpoint latest --temperature 0 --prompt-file start.txt
+    """
 
     run_dir: FileName = Field(title="RUN_DIR")
-    """A run directory, such as runs/quickstart."""
+    """A run directory, such as runs/quickstart, or one of its checkpoints."""
     prompt: str | None = None
     """Text to continue. Unset: --prompt-file or stdin if piped, else a new document."""
     prompt_file: FileName | None = Field(None, title="FILE")
@@ -43,7 +50,7 @@ class Arguments(Sampling):
     seed: Seed = 0
     """Random seed; sample i does not depend on the number of samples."""
     checkpoint: str = "best"
-    """best (by validation loss), latest, or a step."""
+    """best (by validation loss), latest, a step such as 250, or the path of a checkpoint."""
     device: Device = "auto"
     """auto picks cuda, then mps, then cpu."""
     weights: Weights = "fp32"
@@ -115,6 +122,9 @@ def _is_piped(stream: TextIO | None) -> bool:
 
 def sample(arguments: Arguments, prompt: str, prog: str = "sample.py") -> Iterator[str]:
     """Load the model and generate; returns the text in pieces, as `_to_text` yields them."""
+    given = arguments.checkpoint if "checkpoint" in arguments.model_fields_set else None
+    run, checkpoint = find_checkpoint(arguments.run_dir, given, prog)
+
     from gpt.data.tokenizer import encode
     from gpt.generate import Decoder, generate
     from gpt.hardware.device import pick_device
@@ -125,7 +135,7 @@ def sample(arguments: Arguments, prompt: str, prog: str = "sample.py") -> Iterat
     device = pick_device(arguments.device)
     if arguments.compile and device.type != "cuda":
         raise InputError(f"--compile: needs a CUDA GPU, and the device is {device.type}")
-    model, encoding, step = load_run(Path(arguments.run_dir), arguments.checkpoint, device)
+    model, encoding, step = load_run(run, checkpoint, device)
     tokens = encode(encoding, prompt, "the prompt") or [encoding.eot_token]
     length = len(tokens) + arguments.max_new_tokens
     context = model.config.context

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from gpt.cli.common import EXIT_CODES, StopSignals
+from gpt.cli.common import EXIT_CODES, StopSignals, repeated, typed
 from gpt.cli.flags import parse
+from gpt.cli.paths import explained
 from gpt.config import Config, FileName, Seconds, Section
 from gpt.config import load as load_config
 from gpt.config.shipped import names
@@ -27,7 +27,14 @@ if TYPE_CHECKING:
 
 
 class Arguments(Section):
-    """Train a GPT from a YAML config. Every option of the config is also a flag."""
+    """Train a GPT from a YAML config. Every option of the config is also a flag.
+
+    Examples:
+      %(prog)s quickstart
+      %(prog)s quickstart --optimizer.learning-rate 3e-3 --out-dir runs/lower-rate
+      %(prog)s own-text --data.path my-texts --name mine
+      %(prog)s post-norm --schedule.warmup none --no-model.bias
+    """
 
     config: FileName = Field(
         title="CONFIG.yaml",
@@ -37,7 +44,7 @@ class Arguments(Section):
     """The run directory (default: runs/NAME)."""
     resume: FileName = Field("auto", title="auto|never|CHECKPOINT")
     """auto: resume an unfinished run in the directory; never: require a fresh directory; a
-    checkpoint folder: start a fresh directory from that checkpoint."""
+    checkpoint folder, or latest, best or a step of runs/NAME: start a fresh directory from it."""
     dry_run: bool = False
     """Describe what would be trained, and write nothing."""
     print_config: bool = False
@@ -60,7 +67,8 @@ def load(argv: Sequence[str], prog: str = "train.py") -> tuple[Arguments, Config
         InputError: either is invalid.
     """
     arguments, options = parse(Arguments, prog, argv, Config)
-    return arguments, load_config(arguments.config, options)
+    with explained(arguments.config, prog, "config"):
+        return arguments, load_config(arguments.config, options)
 
 
 def train(arguments: Arguments, config: Config) -> RunResult | None:
@@ -138,6 +146,8 @@ def _describe(result: RunResult, prog: str) -> str:
 
     run = RunDirectory(result.directory)
     lines = [f"{result.status}: {result.reason}"]
+    if result.status == "interrupted":
+        return "\n".join([*lines, "  to resume:", f"  {repeated(prog)}"])
     if result.status == "finished":
         lines.append(
             f"  validation loss  {result.val_loss:.4f} nats per token, "
@@ -158,12 +168,9 @@ def _describe(result: RunResult, prog: str) -> str:
     if result.failure is not None:
         lines.append("  What to try next, one change at a time, each in another --out-dir:")
         lines += [f"    {tip}" for tip in result.failure.advice]
-    if result.status == "interrupted":
-        lines.append("  Run the same command again to resume.")
-    elif saved:
-        sample = [_python(), "sample.py"] if prog == "train.py" else ["steadygpt", "sample"]
-        command = shlex.join([*sample, str(result.directory), "--num-samples", "3"])
-        lines.append(f"  more samples     {command}")
+    if saved:
+        command = [*typed("sample", prog), str(result.directory), "--num-samples", "3"]
+        lines.append(f"  more samples     {shlex.join(command)}")
     return "\n".join(lines)
 
 
@@ -176,9 +183,3 @@ def _what_it_means(loss: float | None, guessing: Mapping[str, float]) -> list[st
     if loss is not None and loss >= min(guessing.values()) - LEARNED_MARGIN:
         lines.append("  The model has learned no more than token frequencies.")
     return lines
-
-
-def _python() -> str:
-    """The interpreter as a user would type it in the working directory."""
-    here, python = Path.cwd(), Path(sys.executable)
-    return str(python.relative_to(here)) if python.is_relative_to(here) else "python"

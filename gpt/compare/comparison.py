@@ -66,7 +66,7 @@ from gpt.io.files import (
 from gpt.io.wait import interruptible
 from gpt.run.directory import command_line
 
-STOPPED = "interrupted: the cells are saved; run the same command to resume"
+STOPPED = "interrupted: the cells are saved; the same command resumes"
 CHANGEABLE = {"hours", "keep_checkpoints", "probes", "runner"}  # of a grid that has been run
 REPORT_LOCK = ".report.lock"  # locked while a process writes the report
 REPORT_WAIT = 600.0  # seconds to wait for another process that writes the report

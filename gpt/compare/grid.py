@@ -46,6 +46,7 @@ from gpt.config import (
     MAX_BYTES,
     Between,
     Config,
+    Count,
     Hours,
     Rate,
     Section,
@@ -58,9 +59,11 @@ from gpt.config import (
     option_paths,
     read,
     read_yaml,
+    spell,
     validate,
 )
 from gpt.config.shipped import find
+from gpt.config.values import Pattern
 from gpt.errors import InputError, nearest, printable
 from gpt.hardware.size import check_cpu_training
 from gpt.io.console import set_encoding
@@ -144,7 +147,8 @@ Question = Annotated[
 ]
 Name = Annotated[
     str,
-    Field(pattern=r"^[^\s,]([^,]*[^\s,])?$", max_length=40),
+    Field(max_length=40),
+    Pattern(r"^[^\s,]([^,]*[^\s,])?$", "have no comma, and no space at either end"),
     AfterValidator(_one_line),
     AfterValidator(_portable),
 ]
@@ -294,7 +298,7 @@ class Grid(Section):
     first_stage: Annotated[int, Between(6, 16)] | None = None
     """Number of seeds in the first stage, after which the comparison stops if the first contrast's
     differences all lie on one side of its margin. Each stage has its own significance level."""
-    context_seeds: Annotated[int, Field(ge=1)] | None = None
+    context_seeds: Count | None = None
     """How many of the seeds to run for cells outside all contrasts; by default all."""
     search: Search | None = None
     """Search the highest trainable learning rate instead of running an axis of rates."""
@@ -391,7 +395,8 @@ class Grid(Section):
         contrasted = [contrast.arms for contrast in self.contrasts]
         for name in itertools.chain(*self.pairs, *contrasted):
             if name not in arms:
-                raise ValueError(f"{name!r} is not one of the arms: {'; '.join(arms)}")
+                hint = nearest(name, arms)
+                raise ValueError(f"{name!r} is not one of the arms: {'; '.join(arms)}{hint}")
         axes = [key for axis in self.grid for key in split(axis)]
         for number, contrast in enumerate(self.contrasts):
             for where, key in [*(("at", key) for key in contrast.at), ("slope", contrast.slope)]:
@@ -840,7 +845,7 @@ def _cells(grid: Grid, origin: str) -> list[Cell]:
             raise InputError(f"{origin}: two cells are called {cell.id}: {why}")
     for number, entry in enumerate(grid.exclude):
         if number not in matched:
-            raise InputError(f"{origin}: exclude.{number}: {entry} matches no cell")
+            raise InputError(f"{origin}: exclude.{number}: {spell(entry)} matches no cell")
     if not cells:
         raise InputError(f"{origin}: exclude leaves no cells")
     return list(cells.values())
@@ -868,7 +873,7 @@ def _assign(axis: str, value: Any, origin: str) -> Options:
     if len(keys) == 1:
         return {axis: value}
     if not isinstance(value, list) or len(value) != len(keys):
-        raise InputError(f"{origin}: grid: {axis}: needs {len(keys)} values, found {value!r}")
+        raise InputError(f"{origin}: grid: {axis}: needs {len(keys)} values, found {spell(value)}")
     return dict(zip(keys, value, strict=True))
 
 

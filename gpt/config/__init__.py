@@ -5,7 +5,7 @@ them. Nothing here imports torch, so that `--help`, `--print-config` and error m
 immediate. `python -m gpt.config` prints the JSON schema for editors.
 """
 
-from gpt.config.loading import base_of, load, option_paths, read, validate
+from gpt.config.loading import base_of, load, option_fields, option_paths, read, validate
 from gpt.config.options import (
     Config,
     DataConfig,
@@ -38,6 +38,7 @@ from gpt.config.values import (
     Weights,
     WorkerCount,
     is_reserved,
+    spell,
 )
 
 __all__ = [
@@ -74,8 +75,10 @@ __all__ = [
     "may_change",
     "merge",
     "nest",
+    "option_fields",
     "option_paths",
     "read",
     "read_yaml",
+    "spell",
     "validate",
 ]

@@ -12,17 +12,18 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from gpt.config.cautions import cautions
-from gpt.config.options import Config, MixedSource
+from gpt.config.options import Config
 from gpt.config.shipped import find
 from gpt.config.strict_yaml import read_yaml
 from gpt.config.trees import leaves, merge
-from gpt.config.values import Section, expand_user
+from gpt.config.values import Section, expand_user, spell, unquoted
 from gpt.errors import InputError, nearest
 
 MAX_BASES = 16  # base files in a chain
@@ -81,7 +82,9 @@ def _layers(path: Path) -> list[dict[str, Any]]:
         if base is None:
             break
         if not isinstance(base, str):
-            raise InputError(f"{path}: base: must be the path of one YAML file, found {base!r}")
+            raise InputError(
+                f"{path}: base: must be the path of one YAML file, found {spell(base)}"
+            )
         if len(seen) > MAX_BASES:
             raise InputError(f"{path}: base: a chain of more than {MAX_BASES} base files")
         path = base_of(path, base)
@@ -120,90 +123,143 @@ def validate(
     except ValidationError as error:
         details = error.errors(include_url=False)[:MAX_ERRORS]
         omitted = error.error_count() - len(details)
-    problems: dict[str, list[str]] = {}
-    options = option_paths(section)
+    problems: dict[str, list[ErrorDetails]] = {}
     for each in details:
-        key, problem = _describe(each, options)
-        problems.setdefault(key, []).append(problem)
-    lines = [f"{origin(key)}: {'; or '.join(each)}".lstrip(": ") for key, each in problems.items()]
+        problems.setdefault(_key(each["loc"]), []).append(each)
+    lines = [
+        f"{origin(key)}: {_explain(section, key, errors)}".lstrip(": ")
+        for key, errors in problems.items()
+    ]
     if len(lines) > 3:
         rest = "; ".join(lines[2:])
         lines = [*lines[:2], f"and {len(lines) - 2 + omitted:,} more: {rest}"]
     raise InputError("\n".join(lines))
 
 
-def _describe(error: ErrorDetails, options: list[str]) -> tuple[str, str]:
-    """One of pydantic's errors as (dotted path, problem)."""
-    key = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        return key, f"no such option{nearest(key, _candidates(key, options))}"
-    key = _without_branches(error["loc"], options)
-    found, message = _shorten(error["input"]), error["msg"]
+# What a value must be, by the type of pydantic's error.
+REQUIRED = {
+    "string_type": "text",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("list_type", "tuple_type"), "a list"),
+    "dict_type": "a mapping",
+    "model_type": "a mapping of options",
+}
+BRANCH = re.compile(r"\[key\]|(str|int|float|bool|literal|dict|list|tuple|function-\w+)(\[.*\])?")
+OFF = ("none", "off", "no", "false", "never", "null")
+
+
+def _key(location: tuple[int | str, ...]) -> str:
+    """The dotted path of an error, without pydantic's names for the branches of a union."""
+    return ".".join(str(part) for part in location if not BRANCH.fullmatch(str(part)))
+
+
+def _explain(section: type[Section], key: str, errors: list[ErrorDetails]) -> str:
+    """What is wrong with the value at a dotted path; of a union's value, what each branch says."""
+    problems = [problem for error in errors if (problem := _problem(section, key, error))]
+    if not problems:
+        wanted = [name for error in errors for name in _wanted(error)]
+        found, names = errors[0]["input"], ", ".join(dict.fromkeys(wanted))
+        names = " or ".join(names.rsplit(", ", 1))
+        problems = [f"must be {names}, found {spell(found)}{nearest(unquoted(found), wanted)}"]
+    hint = _null_hint(section, key, errors[0]["input"])
+    return "; or ".join(dict.fromkeys(problems)) + hint
+
+
+def _problem(section: type[Section], key: str, error: ErrorDetails) -> str:
+    """What is wrong, unless the value is of the wrong type or none of a few words."""
+    found, message, context = spell(error["input"]), error["msg"], error.get("ctx", {})
     match error["type"]:
+        case "extra_forbidden":
+            return f"no such option{nearest(key, _candidates(section, key))}"
         case "value_error":  # raised by a section's own check
-            return key, str(error["ctx"]["error"])
+            return str(context["error"])
         case "choice" | "number" | "range" | "empty" | "nul" | "reserved" | "characters":
-            return key, f"{found} {message}"
+            return f"{found} {message}"
+        case "pattern":
+            return f"{message}, found {found}"
         case "string_unicode":
-            return key, f"{found} is not Unicode text"
-        case "model_type":
-            return key, f"must be a mapping of options, found {found}"
+            return f"{found} is not Unicode text"
         case "missing":
-            return key, "is missing"
-        case "conflict":
-            return key, message
-    message = message.partition(", unable to parse")[0]
-    message = re.sub(r"^\w+ should ", "must ", message)  # such as "Input should be a valid integer"
-    message = message.replace("tuple", "list").replace("dictionary", "mapping")
-    return key, f"{message[0].lower()}{message[1:]}, found {found}"
+            return "is missing"
+        case "conflict" | "blank":
+            return message
+        case "too_short":
+            least = context["min_length"]
+            return f"must have at least {least} item{'s' * (least > 1)}, found {found}"
+        case "too_long":
+            return f"must have at most {context['max_length']} items, found {found}"
+        case "string_too_long":
+            return f"must have at most {context['max_length']} characters, found {found}"
+    return ""
 
 
-def _candidates(key: str, options: list[str]) -> list[str]:
+def _wanted(error: ErrorDetails) -> list[str]:
+    """What a value of the wrong type must be: a type, or the words that are allowed."""
+    if error["type"] == "literal_error":
+        return re.findall(r"'([^']*)'", error["ctx"]["expected"])
+    return [REQUIRED[error["type"]]]
+
+
+def _null_hint(section: type[Section], key: str, value: object) -> str:
+    """How to switch an option off, where `value` is a word for that and null is meant."""
+    above, _, name = key.rpartition(".")
+    below = _section_at(section, above)
+    field = below.model_fields.get(name) if below else None
+    if field is None or type(None) not in get_args(field.annotation):
+        return ""
+    if unquoted(value).lower() not in OFF:
+        return ""
+    meaning = re.search(r"(null|Unset): ([^.]+)", field.description or "")
+    if meaning is None:
+        return "; null switches it off"
+    return f"; null {'switches it off' if meaning[1] == 'null' else 'unsets it'}: {meaning[2]}"
+
+
+def _candidates(section: type[Section], key: str) -> list[str]:
     """The names that an unknown key may have meant: options, and sections of them."""
-    sections = sorted({option.rpartition(".")[0] for option in options} - {""})
+    options = option_paths(section)
+    sections = {option.rpartition(".")[0] for option in options} - {""}
     parent = key.rpartition(".")[0]
-    if parent and parent not in sections:  # a source within data.mix or data.validation
-        return [f"{parent}.{name}" for name in MixedSource.model_fields]
-    return [*sections, *options]
+    of_item = _section_at(section, parent) if parent not in {"", *sections} else None
+    if of_item is not None:  # of a list, such as a source within data.mix
+        return [f"{parent}.{name}" for name in of_item.model_fields]
+    return [*sorted(each for each in sections if not key.startswith(f"{each}.")), *options]
 
 
-def _without_branches(location: tuple[int | str, ...], options: list[str]) -> str:
-    """The dotted path of an error's location, without pydantic's names for a union's branches."""
-    names = {part for path in options for part in path.split(".")} | _fields_below(Section)
-    parts = [str(part) for part in location]
-    while parts and not (parts[-1] in names or "." in parts[-1] or parts[-1].isdecimal()):
-        parts.pop()
-    return ".".join(parts)
+def _section_at(section: type[Section], path: str) -> type[Section] | None:
+    """The section at a dotted path, in which a number is an index into a list; None if none is."""
+    found: type[Section] | None = section
+    for part in path.split(".") if path else ():
+        if found is not None and not part.isdecimal():
+            field = found.model_fields.get(part)
+            found = _section_in(field.annotation) if field else None
+    return found
 
 
-def _fields_below(section: type[Section]) -> set[str]:
-    """The fields of all sections, including those of list items, which `option_paths` omits."""
-    return {
-        name
-        for each in section.__subclasses__()
-        for name in (*each.model_fields, *_fields_below(each))
-    }
+def _section_in(annotation: object) -> type[Section] | None:
+    """The section that values of an annotation are, or are lists of."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((each for each in map(_section_in, get_args(annotation)) if each), None)
 
 
-def _shorten(value: object) -> str:
-    """A value as Python writes it, in at most 60 characters."""
-    try:
-        text = repr(value)
-    except ValueError:  # an int of thousands of digits
-        return "a very long number"
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def option_paths(section: type[Section]) -> list[str]:
-    """Dotted paths of every option, such as `model.norm.placement`."""
-    paths: list[str] = []
+def option_fields(section: type[Section], prefix: str = "") -> dict[str, FieldInfo]:
+    """Every option's field by its dotted path, such as `model.norm.placement`."""
+    fields: dict[str, FieldInfo] = {}
     for name, field in section.model_fields.items():
         below = field.annotation
         if isinstance(below, type) and issubclass(below, Section):
-            paths += [f"{name}.{path}" for path in option_paths(below)]
+            fields |= option_fields(below, f"{prefix}{name}.")
         else:
-            paths.append(name)
-    return paths
+            fields[f"{prefix}{name}"] = field
+    return fields
+
+
+def option_paths(section: type[Section]) -> list[str]:
+    """Dotted paths of every option."""
+    return list(option_fields(section))
 
 
 def schema() -> str:

@@ -45,6 +45,7 @@ from gpt.config.values import (
     TunedFor,
     VocabularySize,
     as_list,
+    unquoted,
 )
 
 
@@ -647,4 +648,8 @@ def may_change(option: str) -> bool:
 
 def describe_differences(differences: Differences) -> list[str]:
     """Lines `option: before -> after`."""
-    return [f"{option}: {old} -> {new}" for option, (old, new) in differences.items()]
+
+    return [
+        f"{option}: {unquoted(old)} -> {unquoted(new)}"
+        for option, (old, new) in differences.items()
+    ]

@@ -8,13 +8,14 @@ the top of the repository, which the wheel holds as `gpt/configs/`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from gpt.errors import InputError, nearest
+from gpt.errors import InputError, closest
 from gpt.io.wait import TIMEOUT, wait_for
 
 
@@ -69,8 +70,17 @@ def find(name: str | Path, kind: Kind, start: Path = Path()) -> Path:
 
 
 def _missing(name: str, kind: Kind, start: Path) -> str:
-    known = names(kind)
+    known = {each: each for each in names(kind)}
+    local: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL character
+        for folder in (Path(name).parent, Path("configs"), Path("configs/compare")):
+            files = sorted((start / folder).glob("*.y*ml"))
+            local = {path.stem: str(folder / path.name) for path in files} | local
+    # a name without a suffix is more likely that of a shipped one
+    found = {**local, **known} if Path(name).suffix == "" else {**known, **local}
+    near = closest(Path(name).stem, found)
+    hint = "" if near is None else f"; perhaps you meant {found[near]}"
     return (
         f"{name}: no such file (looked in {start.absolute()}), and no shipped {kind} has that name"
-        f"{nearest(Path(name).stem, known)}\nshipped {kind}s: {', '.join(known)}"
+        f"{hint}\nshipped {kind}s: {', '.join(known)}"
     )

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+# Two ways to give one thing: a value on top replaces a value of the other way below.
+ALTERNATIVES = {"batch_sequences": "batch_tokens", "batch_tokens": "batch_sequences"}
+
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with the values of `over` on top, mapping by mapping.
@@ -20,6 +23,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
             pass
         elif value is not None or not isinstance(below, Mapping):  # `model:` alone changes nothing
             merged[key] = value
+        if value is not None and ALTERNATIVES.get(key, key) not in over:
+            merged.pop(ALTERNATIVES[key], None)
     return merged
 
 
@@ -35,7 +40,12 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def nest(options: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `leaves`: `{"model.layers": 4}` becomes `{"model": {"layers": 4}}`."""
     tree: dict[str, Any] = {}
+    sections: dict[str, dict[str, Any]] = {}
     for key, value in options.items():
-        section, _, rest = key.partition(".")
-        tree = merge(tree, {section: nest({rest: value}) if rest else value})
-    return tree
+        section, dot, rest = key.partition(".")
+        if dot:
+            tree.setdefault(section, {})
+            sections.setdefault(section, {})[rest] = value
+        else:
+            tree[section] = value
+    return merge(tree, {section: nest(below) for section, below in sections.items()})

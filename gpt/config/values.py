@@ -7,6 +7,7 @@ A kind converts and checks one value. Its error message completes the sentence "
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -57,6 +58,33 @@ class Section(BaseModel):
             raise ValidationError.from_exception_data(type(self).__name__, details)
 
 
+def spell(value: object) -> str:
+    """A value of any type as YAML would have it, in at most 60 characters."""
+    try:
+        text = _flow(value)
+    except ValueError:  # an int of thousands of digits
+        return "a very long number"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def unquoted(value: object) -> str:
+    """A text itself, and any other value as `spell` has it."""
+    return value if isinstance(value, str) else spell(value)
+
+
+def _flow(value: object) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case list() | tuple():
+            return f"[{', '.join(map(_flow, value))}]"
+        case dict():
+            return f"{{{', '.join(f'{key}: {_flow(each)}' for key, each in value.items())}}}"
+    return repr(value)
+
+
 # ---------------------------------------------------------------------------------------------
 # Names of variants
 
@@ -76,14 +104,37 @@ class Choice:
         """The valid values, in the table's order."""
         return variants.names(self.module, self.table)
 
-    def _check(self, value: str) -> str:
+    def _check(self, value: object) -> object:
         names = self.names()
         if value not in names:
             raise PydanticCustomError(
                 "choice",
                 "is not one of {names}{hint}",
-                {"names": ", ".join(names), "hint": nearest(value, names)},
+                {"names": ", ".join(names), "hint": nearest(unquoted(value), names)},
             )
+        return value
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), "enum": list(self.names())}
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Text that matches a regular expression, which `words` describe in a message: "must ..."."""
+
+    pattern: str
+    words: str
+
+    def _check(self, value: str) -> str:
+        if not re.search(self.pattern, value):
+            raise PydanticCustomError("pattern", "must {words}", {"words": self.words})
         return value
 
     def __get_pydantic_core_schema__(
@@ -94,7 +145,7 @@ class Choice:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        return {**handler(schema), "enum": list(self.names())}
+        return {**handler(schema), "pattern": self.pattern}
 
 
 def _switch(value: object) -> object:
@@ -293,6 +344,11 @@ def _run_name(name: str) -> str:
 
 RunName = Annotated[
     str,
-    Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100),
+    Field(max_length=100),
+    Pattern(
+        r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        "begin with a letter or digit, and contain only letters, digits, dots, hyphens and "
+        "underscores",
+    ),
     AfterValidator(_run_name),
 ]

@@ -48,7 +48,7 @@ REVISIONS = "revisions.json"  # the commit of each source
 SAVE_EVERY = 5.0  # seconds between updates of PROGRESS
 PRINT_EVERY = 10.0  # seconds between progress lines, where there is no terminal
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # a full or failing disk
-STOPPED = "stopped while preparing data; run the same command to resume"
+STOPPED = "stopped while preparing data; the same command resumes"
 KEPT = "; the work so far is kept, and the next run resumes from it"
 
 

@@ -186,8 +186,9 @@ class RunDirectory:
         """Write environment.json: how this run was produced, apart from its config.
 
         Args:
-            facts: more fields: micro_batch, data_fingerprint, unigram_entropy and
-                initial_weights (see `gpt.model.init.fingerprints`).
+            facts: more fields: micro_batch, data_fingerprint, unigram_entropy,
+                initial_weights (see `gpt.model.init.fingerprints`) and, of a run that started from
+                a checkpoint, started_from.
         """
         packages = ("numpy", "safetensors", "tiktoken", "tokenizers", "torch")
         versions = {"python": platform.python_version(), "steadygpt": __version__}

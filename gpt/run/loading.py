@@ -27,7 +27,7 @@ def load_run(
 
     Args:
         checkpoint: "best" (the saved one with the lowest validation loss; the newest if none was
-            evaluated), "latest", or a step.
+            evaluated), "latest", or a step, or the path of one of the run's checkpoints.
 
     Raises:
         InputError: there is no such run or checkpoint, or it is damaged.
@@ -62,14 +62,13 @@ def _choose(run: RunDirectory, checkpoint: str) -> Path:
     available = store.steps(run.checkpoints)
     if not available:
         raise InputError(f"{run.path}: holds no checkpoint yet")
-    if checkpoint in ("best", "latest"):
+    if checkpoint in store.POINTERS:
         return store.read_pointer(run.checkpoints, checkpoint) or available[max(available)]
-    steps = {str(step): path for step, path in available.items()}
-    found = steps.get(checkpoint.lstrip("0") or "0")
-    if found is None:
+    found = store.named(checkpoint, run.checkpoints)
+    if found is None or found.resolve().parent != run.checkpoints.resolve():
         raise InputError(
             f"--checkpoint {checkpoint}: no such checkpoint; {run.path} has best, latest, "
-            + ", ".join(steps)
+            + ", ".join(map(str, available))
         )
     return found
 

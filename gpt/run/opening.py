@@ -156,8 +156,10 @@ def write_identity(
     if not resuming or not directory.tokenizer.is_file():
         write_text(directory.tokenizer, tokenizer.to_json(dataset.encoding))
     if not resuming or not directory.environment.is_file():
+        from_checkpoint = {"started_from": plan.started_from} if plan.started_from else {}
         directory.write_environment(
             trainer.device,
+            **from_checkpoint,
             micro_batch=trainer.micro_batch,
             data_fingerprint=dataset.fingerprint,
             unigram_entropy=unigram_entropy,

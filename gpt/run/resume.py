@@ -6,14 +6,16 @@ A directory that holds a run is never overwritten. `open_run` decides before any
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from gpt import checkpoint as store
 from gpt.checkpoint import Checkpoint
 from gpt.config import Config, Differences, describe_differences, may_change
-from gpt.errors import InputError
-from gpt.io.files import is_partial
+from gpt.errors import InputError, nearest
+from gpt.io.files import is_partial, read_json
 from gpt.run.directory import RunDirectory, RunResult
 from gpt.schedule import lr_multiplier
 from gpt.tracking import check_installed
@@ -28,6 +30,7 @@ class ResumePlan:
         checkpoint: to start from; None: from the initial weights.
         result: of a run that has ended, so that nothing is left to do.
         existing: whether the directory already holds this run.
+        started_from: the checkpoint from which the run was started, as `_origin` names it.
         changes: options that differ from the config that the run had before.
         damaged: what is wrong with checkpoints newer than `checkpoint`.
     """
@@ -36,6 +39,7 @@ class ResumePlan:
     checkpoint: Checkpoint | None = None
     result: RunResult | None = None
     existing: bool = False
+    started_from: str | None = None
     changes: Differences = field(default_factory=dict)
     damaged: tuple[InputError, ...] = ()
 
@@ -85,7 +89,7 @@ def ended_run(config: Config, path: Path, resume: str) -> RunResult | None:
     directory = RunDirectory(path)
     if not directory.config.is_file():
         if path.is_symlink() or path.exists():
-            _check_unused(directory, resume)
+            _check_unused(directory, _find(config, resume))
         return None
     changes, result = _same_run(directory, config, resume)
     if result is None or result.status == "interrupted":
@@ -110,19 +114,20 @@ def open_run(config: Config, path: Path, resume: str) -> ResumePlan:
 
     Args:
         resume: "auto" resumes an unfinished run of the same config; "never" requires a fresh
-            directory; anything else is a checkpoint folder from which a fresh directory starts.
+            directory; anything else names a checkpoint (see `gpt.checkpoint.named`; without a
+            folder, of runs/NAME) from which a fresh directory starts. Repeated, it resumes.
 
     Raises:
         InputError: the directory holds something that would have to be overwritten, or none of its
             checkpoints is intact; or a tracker is not installed.
     """
-    directory = RunDirectory(path)
+    directory, origin = RunDirectory(path), _origin(config, resume)
     ended = ended_run(config, path, resume)
     if ended is not None:
         return ResumePlan(directory, result=ended, existing=True)
     check_installed(config.tracking)
     if not directory.config.is_file():
-        return ResumePlan(directory, _start_from(config, resume))
+        return ResumePlan(directory, _start_from(config, resume), started_from=origin)
     changes, result = _same_run(directory, config, resume)
     directory.check_paths()
     checkpoint, damaged = store.newest_intact(directory.checkpoints)
@@ -134,14 +139,14 @@ def open_run(config: Config, path: Path, resume: str) -> ResumePlan:
         raise InputError(
             f"{path}: already at step {checkpoint.step}; training.steps ({steps}) must be greater"
         )
-    return ResumePlan(directory, checkpoint, existing=True, changes=changes, damaged=tuple(damaged))
+    return ResumePlan(directory, checkpoint, None, True, origin, changes, tuple(damaged))
 
 
 def _same_run(
     directory: RunDirectory, config: Config, resume: str
 ) -> tuple[Differences, RunResult | None]:
     """The changed options, all of which a resumed run may change, and the run's result."""
-    if resume != "auto":
+    if resume != "auto" and not _started_from(directory, _origin(config, resume)):
         raise InputError(
             f"{directory.path}: holds a run, which --resume {resume} would overwrite;\n"
             "choose another --out-dir, or resume it with --resume auto"
@@ -159,7 +164,7 @@ def _same_run(
     return changes, directory.read_result()
 
 
-def _check_unused(directory: RunDirectory, resume: str) -> None:
+def _check_unused(directory: RunDirectory, checkpoint: Path | None) -> None:
     """Check that a directory holds nothing but the leftovers of a start that was killed.
 
     Leftovers are empty folders, and a copy of the checkpoint from which the run was started.
@@ -167,7 +172,7 @@ def _check_unused(directory: RunDirectory, resume: str) -> None:
     Raises:
         InputError: it holds something else.
     """
-    origin = {"latest", Path(resume).resolve().name} if resume not in ("auto", "never") else set()
+    origin = {"latest", checkpoint.resolve().name} if checkpoint is not None else set()
     ours = (directory.samples, directory.checkpoints)
     if not directory.path.is_dir() or not all(
         (is_partial(path) or (path in ours and path.is_dir()))
@@ -178,15 +183,50 @@ def _check_unused(directory: RunDirectory, resume: str) -> None:
         raise InputError(f"{directory.path}: exists and is not a run; choose another --out-dir")
 
 
+def _find(config: Config, resume: str) -> Path | None:
+    """The checkpoint folder that `resume` names, if it names one that exists."""
+    if resume in ("auto", "never"):
+        return None
+    return store.named(resume, _own_checkpoints(config))
+
+
+def _origin(config: Config, resume: str) -> str | None:
+    """The absolute path of the checkpoint that `resume` names, which may be gone by now."""
+    if resume in ("auto", "never"):
+        return None
+    of_path = os.path.lexists(resume) or Path(resume).name != resume
+    return os.path.realpath(resume if of_path else _own_checkpoints(config) / resume)
+
+
+def _own_checkpoints(config: Config) -> Path:
+    return RunDirectory(Path("runs") / config.name).checkpoints
+
+
+def _started_from(directory: RunDirectory, origin: str | None) -> bool:
+    """Whether a run was started from a checkpoint, or was killed before that was written."""
+    if origin is None or not directory.environment.is_file():
+        return origin is not None
+    return bool(read_json(directory.environment, dict[str, Any]).get("started_from") == origin)
+
+
 def _start_from(config: Config, resume: str) -> Checkpoint | None:
     if resume in ("auto", "never"):
         return None
-    folder = Path(resume).resolve()
-    if not store.STEP_NAME.fullmatch(folder.name) or not folder.is_dir():
+    found = _find(config, resume)
+    if found is None:
+        run = RunDirectory(Path(resume))
+        if run.config.is_file():
+            raise InputError(
+                f"--resume {resume}: is a run; to start from its newest checkpoint: --resume "
+                f"{run.checkpoints / 'latest'}\nto continue that run: --out-dir {resume}"
+            )
+        own = _own_checkpoints(config)
         raise InputError(
             f"--resume {resume}: is neither auto, never nor a checkpoint folder, such as "
-            "runs/NAME/checkpoints/step-00001000"
+            f"runs/NAME/checkpoints/step-00001000{nearest(resume, ['auto', 'never', 'latest'])};\n"
+            f"{own} holds {', '.join(map(str, store.steps(own))) or 'no checkpoint'}"
         )
+    folder = found.resolve()
     origin = RunDirectory(folder.parents[1])
     different = {
         option: values

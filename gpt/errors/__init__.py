@@ -7,10 +7,24 @@ Bugs remain ordinary exceptions with a traceback.
 
 from __future__ import annotations
 
-import difflib
 import unicodedata
-from collections.abc import Iterable
 from typing import NamedTuple
+
+from gpt.errors.names import closest, nearest
+
+__all__ = [
+    "Fault",
+    "InputError",
+    "NonFiniteError",
+    "OutOfMemoryError",
+    "StepInterruptedError",
+    "StoppedError",
+    "UnreachableError",
+    "closest",
+    "format_error",
+    "nearest",
+    "printable",
+]
 
 HALF_LINE = 1000  # characters at either end of a line that are always shown
 
@@ -56,31 +70,6 @@ def printable(text: str, keep: str = "") -> str:
 
 def _can_be_shown(character: str) -> bool:
     return character.isprintable() or unicodedata.category(character) == "Zs"
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """`"; perhaps you meant X"` for the valid name closest to `name`, or an empty string.
-
-    A name with the same last part wins, so that `learning_rate` finds `optimizer.learning_rate`;
-    next comes a similar name, and then one with which `name` begins, so that `prenorm` finds `pre`.
-    """
-    name = _plain(name)
-    known = {_plain(valid): valid for valid in reversed(list(names))}
-    last = name.rpartition(".")[2]
-    by_last = {plain.rpartition(".")[2]: plain for plain in known}
-    prefixes = [p for p in reversed(known) if "." not in name and len(p) > 2 and name.startswith(p)]
-    found = [  # the surest first
-        by_last.get(last),
-        *difflib.get_close_matches(name, known, n=1, cutoff=0.8),
-        *prefixes,
-        *difflib.get_close_matches(name, known, n=1, cutoff=0.6),
-        *(by_last[near] for near in difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)),
-    ]
-    return next((f"; perhaps you meant {known[plain]}" for plain in found if plain), "")
-
-
-def _plain(name: str) -> str:
-    return name.lower().lstrip("-").replace("-", "_")
 
 
 class Fault(NamedTuple):

@@ -1,0 +1,186 @@
+"""What a path on the command line holds, for a command that was given another kind than it takes.
+
+Its message says what the path is, and gives the command that works. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from gpt.cli.common import typed
+from gpt.config import Config, read_yaml
+from gpt.config.shipped import names
+from gpt.errors import InputError, closest
+
+Kind = Literal[
+    "run", "cell", "comparison", "checkpoint", "grid", "config", "file", "folder", "nothing"
+]
+
+
+def kind(path: Path) -> Kind:
+    """What a path holds; a `cell` is a run of a comparison."""
+    if (path / "config.yaml").is_file():
+        is_cell = path.absolute().parent.name == "cells"
+        return "cell" if is_cell and kind(path.absolute().parents[1]) == "comparison" else "run"
+    if (path / "grid.yaml").is_file():
+        return "comparison"
+    if run_of_checkpoint(path) is not None:
+        return "checkpoint"
+    if path.is_dir():
+        return "folder"
+    if path.is_file():
+        with contextlib.suppress(InputError, OSError):
+            keys = set(read_yaml(path))
+            if "arms" in keys:
+                return "grid"
+            if keys & set(Config.model_fields):
+                return "config"
+        return "file"
+    return "nothing"
+
+
+def run_of_checkpoint(path: Path) -> Path | None:
+    """The run whose checkpoint a path is: its folder, or a file such as `latest`."""
+    if path.absolute().parent.name != "checkpoints":
+        return None
+    run = path.parents[1] if len(path.parts) > 2 else path.absolute().parents[1]
+    is_one = path.is_dir() or (path.name in ("latest", "best") and path.is_file())
+    return run if is_one and (run / "config.yaml").is_file() else None
+
+
+@contextlib.contextmanager
+def explained(path: str, prog: str, wanted: Literal["config", "grid"]) -> Iterator[None]:
+    """A context for reading a config or a grid: says if the path is of another kind.
+
+    Raises:
+        InputError: what the path is, and the command that takes it; or the error of the reading.
+    """
+    try:
+        yield
+    except InputError:
+        answer = (
+            _instead_of_grid(path, prog) if wanted == "grid" else _instead_of_config(path, prog)
+        )
+        if answer is None:
+            raise
+        raise InputError(f"{path}: {answer}") from None
+
+
+def _instead_of_config(path: str, prog: str) -> str | None:
+    given = Path(path)
+    match kind(given):
+        case "run" | "cell":
+            resumed = _command("train", prog, given / "config.yaml", "--out-dir", given)
+            sampled = _command("sample", prog, given)
+            return f"is a run directory;\nto resume it: {resumed}\nto sample from it: {sampled}"
+        case "checkpoint":
+            config = (run_of_checkpoint(given) or given) / "config.yaml"
+            started = _command("train", prog, config, "--resume", given, "--out-dir", "runs/NEW")
+            return f"is a checkpoint; to start a run from it:\n{started}"
+        case "comparison":
+            return f"is a comparison; to continue it: {_command('compare', prog, path)}"
+        case "grid":
+            return f"is a grid; to run it: {_command('compare', prog, path)}"
+        case "folder":
+            trained = _command("train", prog, "own-text", "--data.path", path)
+            return f"is a folder, not a regular file; to train on the texts in it:\n{trained}"
+        case "nothing" if path in names("grid"):
+            return f"is a shipped grid; to run it: {_command('compare', prog, path)}"
+    return None
+
+
+def _instead_of_grid(path: str, prog: str) -> str | None:
+    given = Path(path)
+    match kind(given):
+        case "run" | "checkpoint" | "cell" as found:
+            what = {"run": "run directory", "cell": "run of a comparison"}.get(found, found)
+            sampled = _command("sample", prog, given)
+            return f"is a {what}, not a comparison directory; to sample from it: {sampled}"
+        case "config":
+            return f"is a config, not a grid; to train it: {_train(path, prog)}"
+        case "nothing" if path in names("config"):
+            return f"is a shipped config; to train it: {_train(path, prog)}"
+    return None
+
+
+def find_run(path: str, prog: str) -> Path:
+    """The run directory that a path names: itself, or the run of a checkpoint.
+
+    Raises:
+        InputError: it is something else, or does not exist; the message says what to name instead.
+    """
+    given = Path(path)
+    match kind(given):
+        case "run" | "cell":
+            return given
+        case "checkpoint":
+            return run_of_checkpoint(given) or given
+        case "comparison":
+            cell = next(iter(_runs(given / "cells")), given / "cells/CELL")
+            answer = f"is a comparison; each of its cells is a run, such as {cell}"
+        case "grid":
+            answer = f"is a grid, not a run; to run it: {_command('compare', prog, path)}"
+        case "config" | "file" | "folder" if kind(given.parent) in ("run", "cell"):
+            answer = f"is a part of a run; name the run: {given.parent}"
+        case "config":
+            run = Path("runs") / given.stem
+            made = (
+                f"its run is {run}" if kind(run) == "run" else f"to train it: {_train(path, prog)}"
+            )
+            answer = f"is a config, not a run directory; {made}"
+        case "file":
+            answer = "is a file, not a run directory"
+        case "folder":
+            inside = next(iter(_runs(given)), None)
+            hint = f"; perhaps you meant {inside}" if inside else ""
+            answer = f"is not a run (no config.yaml){hint}"
+        case _:
+            known = {each.name: each for folder in ("runs", given.parent) for each in _runs(folder)}
+            near = closest(given.name, known)
+            hint = f"; perhaps you meant {known[near]}" if near else ""
+            if near is None and path in names("config"):
+                hint = f"; it is a shipped config; to train it: {_train(path, prog)}"
+            answer = f"no such directory{hint}"
+    raise InputError(f"{path}: {answer}")
+
+
+def find_checkpoint(path: str, checkpoint: str | None, prog: str) -> tuple[Path, str]:
+    """The run that a path names, and which of its checkpoints: that of the path, if it is one.
+
+    Args:
+        checkpoint: the value of --checkpoint; None if it was not given, which means best.
+
+    Raises:
+        InputError: the path is not a run, or is a cell without checkpoints.
+    """
+    run = find_run(path, prog)
+    if kind(run) == "cell" and not (run / "checkpoints").is_dir():
+        train = [*typed("train", prog), str(run / "config.yaml"), "--out-dir", f"runs/{run.name}"]
+        raise InputError(
+            f"{run}: is a cell of a comparison, which keeps checkpoints only with "
+            f"keep_checkpoints: true;\nto train it by itself: {shlex.join(train)}"
+        )
+    if run == Path(path):
+        return run, checkpoint or "best"
+    if checkpoint is not None:
+        raise InputError(f"--checkpoint: {path} is already a checkpoint")
+    return run, path
+
+
+def _runs(folder: str | Path) -> list[Path]:
+    """The run directories in a folder, sorted."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL character
+        return sorted(path for path in Path(folder).iterdir() if (path / "config.yaml").is_file())
+    return []
+
+
+def _train(config: str, prog: str) -> str:
+    return _command("train", prog, config)
+
+
+def _command(name: str, prog: str, *arguments: object) -> str:
+    return shlex.join([*typed(name, prog), *map(str, arguments)])
