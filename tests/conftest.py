@@ -135,7 +135,7 @@ def _save_empty(self: Figure, target: Any, *, format: str | None = None, **optio
 # Drawing takes longer than training a tiny run. So loss.png is written without being drawn, and
 # other figures are built but saved empty.
 STUBS: list[tuple[object, str, Callable[..., None]]] = [
-    (plot, "plot_run", lambda records, path, title: write_bytes(path, EMPTY["png"])),
+    (plot, "plot_run", lambda records, path, **options: write_bytes(path, EMPTY["png"])),
     (Figure, "savefig", _save_empty),
     (Figure, "draw_without_rendering", lambda self: None),
 ]

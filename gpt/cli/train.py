@@ -128,6 +128,7 @@ def _plan(config: Config, out_dir: Path, resume: str) -> str:
 
 
 def _describe(result: RunResult, prog: str) -> str:
+    from gpt import checkpoint as store
     from gpt.run.directory import RunDirectory
 
     run = RunDirectory(result.directory)
@@ -155,6 +156,9 @@ def _describe(result: RunResult, prog: str) -> str:
     elif saved:
         sample = [_python(), "sample.py"] if prog == "train.py" else ["steadygpt", "sample"]
         command = shlex.join([*sample, str(result.directory), "--num-samples", "3"])
+        best = store.read_pointer(run.checkpoints, "best")
+        if best is not None:
+            lines.append(f"  best checkpoint  {best} (lowest validation loss; sampled by default)")
         lines.append(f"  more samples     {command}")
     return "\n".join(lines)
 

@@ -852,6 +852,11 @@ def _cell(grid: Grid, arm: Arm, placed: Options, seed: int, varied: list[str], o
     tree = merge(grid.base, nest({**arm.options, **placed, "seed": seed, "name": name}))
     where = f"{origin}: arm {arm.name!r}"
     config = validate(Config, tree, lambda key: f"{where}: {key}".rstrip(": "))
+    if config.evaluation.patience is not None:
+        raise InputError(
+            f"{where}: evaluation.patience: runs that stop early see different numbers of batches, "
+            "so they cannot be compared; leave it out"
+        )
     own = {key: _value(config, key) for key in varied}
     setting = {key: own[key] for key in placed if key != RATE}
     return Cell(name, arm.name, own, setting, config)

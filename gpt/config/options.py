@@ -338,6 +338,9 @@ class ScheduleConfig(Section):
     """Final learning rate of cosine, linear and wsd, as a fraction of the full one."""
     decay_fraction: PositiveFraction = 0.2
     """Fraction of the steps after warm-up in which wsd (warm-up, stable, decay) decays."""
+    rewarm: CountOrZero = 0
+    """When training.steps changes: updates in which the rate moves from its last value to the new
+    schedule, on a straight line (Ibrahim et al. 2024); 0: it jumps."""
     scale: Multiple = 1.0
     """Factor on the rate of every update, such as one that gives two arms equal summed rates."""
 
@@ -417,6 +420,8 @@ class EvaluationConfig(Section):
     """Sequences to evaluate on, spread evenly over the validation text. Unset: all of it."""
     give_up_after: Count | None = None
     """Stop after this many evaluations in a row no better than guessing by token frequency."""
+    patience: Count | None = None
+    """Early stopping: stop after this many evaluations in a row without a new lowest loss."""
 
 
 class DiagnosticsConfig(Section):
@@ -559,6 +564,16 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _best_step_is_saved(self) -> Self:
+        every, saved = self.evaluation.every, self.save_every
+        if self.evaluation.patience is not None and every % saved:
+            raise ValueError(
+                f"evaluation.patience needs a checkpoint of every evaluation, the best among them: "
+                f"checkpoint.every ({saved}) must divide evaluation.every ({every}), or be null"
+            )
+        return self
+
     @property
     def save_every(self) -> int:
         """Steps between checkpoints."""
@@ -594,6 +609,7 @@ MAY_CHANGE = (
     "data.path",  # the tokens must be the same ones
     "data.cache_dir",
     "data.vocabulary",
+    "schedule.rewarm",
     "training.steps",
     "training.micro_batch",
     "training.loss_chunk",
@@ -604,6 +620,7 @@ MAY_CHANGE = (
     "training.log_every",
     "evaluation.every",
     "evaluation.give_up_after",
+    "evaluation.patience",
     "diagnostics",
     "checkpoint",
     "sampling",

@@ -24,7 +24,9 @@ from gpt.io.files import write_bytes
 from gpt.metrics import Record
 
 SMALLEST = 1e-100  # a logarithmic scale shows only larger values; fp32's smallest is 1e-45
-TRAIN, VALIDATION, OTHER = "#9ecae1", "#08519c", "#d95f02"  # distinguishable with color blindness
+TRAIN, SMOOTH = "#c6dbef", "#6baed6"  # these colors are distinguishable with color blindness
+VALIDATION, OTHER = "#08519c", "#d95f02"
+SMOOTHING = 100  # the training loss is smoothed over 1/100 of the updates to either side
 
 # These fonts, if installed, supply the characters that matplotlib's own font lacks.
 FONTS = (
@@ -65,8 +67,12 @@ def label(text: str, longest: int = 70) -> str:
 
 
 @literal_text()
-def plot_run(records: list[Record], path: Path, title: str) -> None:
-    """Plot losses, learning rate and gradient norm from a metrics.jsonl, as a PNG."""
+def plot_run(records: list[Record], path: Path, title: str, clip: float | None = None) -> None:
+    """Plot losses, learning rate and gradient norm from a metrics.jsonl, as a PNG.
+
+    Args:
+        clip: the gradient norm above which gradients are clipped.
+    """
     training = [r for r in records if r.get("loss") is not None]
     evaluations = [r for r in records if r.get("val_loss") is not None]
     steps = [r["step"] for r in training]
@@ -85,6 +91,11 @@ def plot_run(records: list[Record], path: Path, title: str) -> None:
     norms = [(r["step"], r["grad_norm"]) for r in training if r["grad_norm"] is not None]
     norm_axes.plot([s for s, _ in norms], [n for _, n in norms], color=OTHER, lw=0.8)
     norm_axes.set_ylabel("gradient norm")
+    if clip is not None:
+        norm_axes.axhline(
+            clip, color=VALIDATION, lw=1, linestyle="--", label=f"clipped to {clip:g}"
+        )
+        norm_axes.legend(frameon=False, fontsize=8, loc="best")
     if any(n > 0 for _, n in norms):
         norm_axes.set_yscale("log")
     norm_axes.set_xlabel("step")
@@ -97,8 +108,12 @@ def plot_run(records: list[Record], path: Path, title: str) -> None:
 
 
 def _plot_losses(axes: Axes, training: list[Record], evaluations: list[Record]) -> None:
-    steps = [r["step"] for r in training]
-    axes.plot(steps, [r["loss"] for r in training], color=TRAIN, lw=1, label="training")
+    steps, losses = [r["step"] for r in training], [r["loss"] for r in training]
+    axes.plot(steps, losses, color=TRAIN, lw=1, label="training")
+    window = len(losses) // SMOOTHING
+    if window > 1:
+        label = f"training, mean of {2 * window + 1} updates"
+        axes.plot(steps, smooth(losses, window), color=SMOOTH, lw=1.2, label=label)
     axes.plot(
         [r["step"] for r in evaluations],
         [r["val_loss"] for r in evaluations],
@@ -120,6 +135,20 @@ def _plot_losses(axes: Axes, training: list[Record], evaluations: list[Record]) 
         )
     axes.set_ylabel("loss (nats per token)")
     axes.legend(frameon=False)
+
+
+def smooth(values: list[float], window: int) -> list[float]:
+    """Means over each value and the `window` before and after it, fewer towards both ends.
+
+    It is the same number on both sides, so the curve is not shifted, and ends at the last value.
+    """
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    places = np.arange(len(values))
+    reach = np.minimum(window, np.minimum(places, places[::-1]))
+    means: list[float] = (
+        (sums[places + reach + 1] - sums[places - reach]) / (2 * reach + 1)
+    ).tolist()
+    return means
 
 
 def has_layers(records: list[Record]) -> bool:

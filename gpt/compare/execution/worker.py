@@ -114,4 +114,5 @@ def draw_loss(path: Path) -> None:
     if any("loss" in record for record in records):
         from gpt.run.plot import plot_run  # imports matplotlib, which training does not need
 
-        plot_run(records, run.plot, title=run.read_config().name)
+        config = run.read_config()
+        plot_run(records, run.plot, title=config.name, clip=config.optimizer.clip)
