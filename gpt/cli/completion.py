@@ -1,0 +1,33 @@
+"""`steadygpt completion SHELL`: completion of commands, options, values and files with Tab."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from gpt.cli.flags import parse
+from gpt.config import Section
+from gpt.io.console import write_result
+
+
+class Arguments(Section):
+    """Print a script that makes a shell complete commands, options, values and files with Tab.
+
+    Put into ~/.bashrc: eval "$(steadygpt completion bash)"; into ~/.zshrc, after compinit: eval
+    "$(steadygpt completion zsh)"; into ~/.config/fish/config.fish: steadygpt completion fish |
+    source.
+    """
+
+    shell: Literal["bash", "zsh", "fish"] = Field(title="bash|zsh|fish")
+    """The shell that reads the script."""
+
+
+def main(argv: Sequence[str], prog: str = "steadygpt completion") -> int:
+    """`steadygpt completion SHELL`; returns the exit code."""
+    arguments, _ = parse(Arguments, prog, argv)
+    from argcomplete import shellcode
+
+    write_result(shellcode(["steadygpt"], shell=arguments.shell))
+    return 0
