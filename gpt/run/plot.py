@@ -98,6 +98,7 @@ def plot_run(records: list[Record], path: Path, title: str, clip: float | None =
         norm_axes.legend(frameon=False, fontsize=8, loc="best")
     if any(n > 0 for _, n in norms):
         norm_axes.set_yscale("log")
+        _label_plainly(norm_axes)
     norm_axes.set_xlabel("step")
     norm_axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     for axes in (loss_axes, rate_axes, norm_axes):
