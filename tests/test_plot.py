@@ -57,7 +57,7 @@ def test_all_text_is_inside_the_plot(
     labels = [
         label.get_text() for axes in figure.axes for label in axes.get_yticklabels(which="both")
     ]
-    assert "".join(labels).strip("0123456789.e-−\n ") == ""  # no TeX
+    assert "".join(labels).strip("0123456789.e+-−") == ""  # no TeX
     box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
     assert min(box.x0, box.y0) > 0
     assert box.x1 < width
