@@ -110,7 +110,7 @@ def describe_lr_change(before: Config, now: Config, progress: Progress) -> str |
     then = min(step + max(rewarm, 1), now.training.steps)
     rate = _rate(now, then, start_rewarm(before, now, progress))
     return (
-        f"the {now.schedule.body} schedule spans {now.training.steps} steps: the learning rate "
+        f"the {now.schedule.body} schedule now spans {now.training.steps} steps: the learning rate "
         f"{'moves' if rewarm else 'jumps'} from {last:.2e} at step {step} to {rate:.2e} at step "
         f"{then}, by a factor of {rate / last:.3g}"
         + ("" if rewarm else "; schedule.rewarm: N spreads this over N updates")
