@@ -45,19 +45,23 @@ def test_all_text_is_inside_the_plot(
             "step": round(steps * share),
             "loss": 12 - 9 * share,
             "learning_rate": rate * share,
-            "grad_norm": norm * (1 + share),
+            "grad_norm": norm * 30**share,
         }
         for share in shares
     ]
     evaluations = [{"step": step, "val_loss": loss} for step, loss in ((0, 12.0), (steps, 2.8))]
     levels = {"by token frequencies (H₁)": 5.0, "uniformly (ln V)": 9.0}
-    title = "a run of some length"
-    plot.plot_run([*records, *evaluations], tmp_path / "loss.png", title, levels)
+    title, path = "a run of some length", tmp_path / "loss.png"
+    plot.plot_run([*records, *evaluations], path, title, levels=levels, clip=1.0)
     (figure,) = drawn
     with plot.literal_text():  # as it was saved: no TeX in the labels of an axis
         figure.draw_without_rendering()
     lines = {line.get_label(): line.get_ydata()[0] for line in figure.axes[0].lines}
     assert {f"guessing {name}": level for name, level in levels.items()}.items() <= lines.items()
+    labels = [
+        label.get_text() for axes in figure.axes for label in axes.get_yticklabels(which="both")
+    ]
+    assert "".join(labels).strip("0123456789.e+-−") == ""  # no TeX
     box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
     assert min(box.x0, box.y0) > 0
     assert box.x1 < width
@@ -84,3 +88,27 @@ def test_a_title_is_shown_literally(title: str, tmp_path: Path, monkeypatch: pyt
 def test_a_long_title_loses_its_beginning():
     assert plot.label("runs/a") == "runs/a"
     assert plot.label("x" * 300 + "/end") == "..." + "x" * 63 + "/end"
+
+
+def test_the_smoothed_loss_is_a_mean_on_both_sides():
+    """By hand; the first and last values have no neighbors on one side, so they stay."""
+    assert plot.smooth([0.0, 3.0, 6.0, 0.0, 3.0], 1) == [0.0, 3.0, 3.0, 3.0, 3.0]
+    assert plot.smooth([1.0, 2.0, 6.0, 4.0, 7.0], 2) == [1.0, 3.0, 4.0, 17 / 3, 7.0]
+
+
+def test_the_clipping_threshold_and_a_smoothed_loss_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    drawn: list[Figure] = []
+    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.append(figure))
+    records = [
+        {"step": n, "loss": 3.0 + n % 2, "learning_rate": 1e-3, "grad_norm": 0.7}
+        for n in range(1, 401)
+    ]
+    plot.plot_run(records, tmp_path / "loss.png", "run", clip=0.5)
+    plot.plot_run(records[:100], tmp_path / "loss.png", "run")
+    (loss, _, norm), (short, _, unclipped) = (figure.axes for figure in drawn)
+    assert set(norm.lines[1].get_ydata()) == {0.5}
+    assert [line.get_label() for line in loss.lines][1] == "training, mean of 9 updates"
+    assert abs(loss.lines[1].get_ydata()[200] - 3.5) < 0.1
+    assert (len(short.lines), len(unclipped.lines)) == (2, 1)

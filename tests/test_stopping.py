@@ -27,9 +27,7 @@ from gpt.io.wait import raise_if
 from gpt.model.gpt2 import GPT
 from gpt.run import opening
 from gpt.run.directory import RunResult
-from gpt.run.resume import describe_lr_change
 from gpt.run.run import Run
-from gpt.schedule import lr_multiplier
 from gpt.trainer import Trainer
 
 Make = Callable[..., Config]
@@ -380,29 +378,6 @@ def test_training_leaves_the_callers_denormal_numbers_alone(
         timeout=120,
     )
     assert done.stdout == "0 True\n", done.stderr
-
-
-# -- A longer run --------------------------------------------------------------------------------
-
-
-def test_a_longer_run_says_how_its_learning_rate_changes(
-    tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    run(tiny(), tmp_path / "run")
-    longer = tiny(training={"steps": 30})
-    training.train(longer, tmp_path / "run")
-    full, schedule = longer.optimizer.learning_rate, longer.schedule
-    before, after = full * lr_multiplier(schedule, 20, 20), full * lr_multiplier(schedule, 21, 30)
-    said = f"was {before:.2e} at step 20 and is {after:.2e} at step 21"
-    assert said in capsys.readouterr().err
-
-
-def test_a_rate_that_does_not_change_is_not_spoken_of(tiny: Make):
-    body = {"warmup_steps": 5, "body": "constant"}
-    short, long = tiny(schedule=body), tiny(schedule=body, training={"steps": 30})
-    assert describe_lr_change(short, long, 20) is None
-    assert describe_lr_change(tiny(), tiny(training={"steps": 30}), 0) is None
-    assert describe_lr_change(tiny(), tiny(training={"steps": 30}), 3) is None  # still warming up
 
 
 def test_a_huge_batch_does_not_hold_up_a_stop(tiny: Make, tmp_path: Path):

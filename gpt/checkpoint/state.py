@@ -34,9 +34,11 @@ class Progress:
     best_saved_val_loss: Loss = None  # of all saved steps: the loss of `best`
     inputs_digest: str = ""  # SHA-256 of its previous value and the newest sequence
     stalled_evals: Natural = 0  # evaluations in a row no better than guessing by token frequency
+    evals_since_best: Natural = 0  # evaluations in a row without a new lowest validation loss
     skipped_updates: Natural = 0  # updates that were not finite
     skipped_in_a_row: Natural = 0
     start_step: Natural = 0  # where this directory started, or training.steps was last raised
+    rewarm_from: tuple[Natural, Time] | None = None  # last step and rate before schedule.rewarm
     rollbacks: Natural = 0
     pending: bool = False  # a stop interrupted what was due after this step; a resumed run does it
     skipped_batches: Natural = 0  # by rollbacks: update n sees batch n + skipped_batches

@@ -7,11 +7,13 @@ and error messages are immediate.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 from collections.abc import Sequence
 
 from gpt import __version__
+from gpt.cli import tab
 from gpt.cli.common import command
 from gpt.errors import nearest
 from gpt.io.console import show
@@ -27,6 +29,7 @@ COMMANDS = {
     "diagnose": "python -m gpt.diagnostics",
     "coordcheck": "steadygpt coordcheck",
     "clean": "steadygpt clean",
+    "completion": "steadygpt completion",
 }
 USAGE = """\
 usage: steadygpt COMMAND ...   (COMMAND --help for details)
@@ -40,6 +43,7 @@ usage: steadygpt COMMAND ...   (COMMAND --help for details)
   diagnose RUN_DIR         plot the statistics of a run's layers
   coordcheck CONFIG.yaml   check that updates do not depend on the width, as in muP
   clean [DIR ...]          remove checkpoints and prepared data that nothing needs
+  completion SHELL         complete commands, options and files with Tab in bash, zsh or fish
 
   -V, --version            print the version"""
 
@@ -47,6 +51,12 @@ usage: steadygpt COMMAND ...   (COMMAND --help for details)
 def main() -> int:
     """`steadygpt COMMAND ...`; returns the exit code."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if tab.is_completing():
+        name = tab.typed_command()
+        if name not in COMMANDS:
+            commands = argparse.ArgumentParser()
+            commands.add_argument("command", choices=[*COMMANDS, "--version"])
+            tab.complete(commands, words_before=1)
     if name in COMMANDS:
         return run(name, sys.argv[2:], f"steadygpt {name}")
     if name in ("-h", "--help"):

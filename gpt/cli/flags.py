@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from gpt import __version__
+from gpt.cli import tab
 from gpt.config import Section, nest, option_fields, validate
 from gpt.errors import InputError, nearest
 
@@ -34,7 +35,7 @@ def parse(
     argv: Sequence[str],
     config: type[Section] | None = None,
 ) -> tuple[Arguments, dict[str, Any]]:
-    """Read a command line. `--help` prints the help and exits with code 0.
+    """Read a command line. `--help` prints the help and exits with code 0, and so does Tab.
 
     Args:
         arguments: the command's own arguments. Required ones are positional, and so are those
@@ -52,6 +53,8 @@ def parse(
         InputError: a flag is unknown, repeated or without a value, an argument is missing, or one
             of the command's own has a wrong value.
     """
+    if tab.is_completing():
+        tab.complete(_parser(arguments, prog, config), words_before=2)
     fields = arguments.model_fields
     names = [name for name, field in fields.items() if not _is_positional(field)]
     options = option_fields(config) if config else {}

@@ -49,7 +49,7 @@ class Arguments(Sampling):
     """Tokens to add to the prompt, unless end of text comes first."""
     seed: Seed = 0
     """Random seed; sample i does not depend on the number of samples."""
-    checkpoint: str = "best"
+    checkpoint: str = Field("best", title="best|latest|STEP")
     """best (by validation loss), latest, a step such as 250, or the path of a checkpoint."""
     device: Device = "auto"
     """auto picks cuda, then mps, then cpu."""

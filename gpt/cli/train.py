@@ -142,6 +142,7 @@ def _plan(config: Config, out_dir: Path, resume: str) -> str:
 
 
 def _describe(result: RunResult, prog: str) -> str:
+    from gpt import checkpoint as store
     from gpt.run.directory import RunDirectory
 
     run = RunDirectory(result.directory)
@@ -169,6 +170,9 @@ def _describe(result: RunResult, prog: str) -> str:
         lines.append("  What to try next, one change at a time, each in another --out-dir:")
         lines += [f"    {tip}" for tip in result.failure.advice]
     if saved:
+        best = store.read_pointer(run.checkpoints, "best")
+        if best is not None:
+            lines.append(f"  best checkpoint  {best} (lowest validation loss; sampled by default)")
         command = [*typed("sample", prog), str(result.directory), "--num-samples", "3"]
         lines.append(f"  more samples     {shlex.join(command)}")
     return "\n".join(lines)

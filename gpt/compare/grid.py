@@ -862,6 +862,11 @@ def _cell(grid: Grid, arm: Arm, placed: Options, seed: int, varied: list[str], o
             f"{where}: tracking: the cells of a comparison are not tracked, as its report compares "
             "them;\nset tracking to []"
         )
+    if config.evaluation.patience is not None:
+        raise InputError(
+            f"{where}: evaluation.patience: runs that stop early see different numbers of batches, "
+            "so they cannot be compared; leave it out"
+        )
     own = {key: _value(config, key) for key in varied}
     setting = {key: own[key] for key in placed if key != RATE}
     return Cell(name, arm.name, own, setting, config)

@@ -128,7 +128,7 @@ class DataConfig(SourceConfig):
     learn_bytes: Annotated[Count, Only("tokenizer", ("bpe",))] = 100_000_000
     """Train the bpe tokenizer on at most this many bytes of training text, spread evenly."""
     vocabulary: FileName | None = None
-    """The tokenizer.json of an earlier run or preparation (tokenizer: file)."""
+    """The tokenizer.json of a run, preparation or export, or its folder (tokenizer: file)."""
     holdout: Annotated[Literal["documents", "tail"], Only("validation", (None,))] = "documents"
     """Validation text: whole documents, by a hash; or the tail of each, as of one in any case."""
     val_fraction: Annotated[SplitFraction, Only("validation", (None,))] = 0.03
@@ -347,6 +347,9 @@ class ScheduleConfig(Section):
     """Final learning rate of cosine, linear and wsd, as a fraction of the full one."""
     decay_fraction: Annotated[PositiveFraction, Only("body", ("wsd",))] = 0.2
     """Fraction of the steps after warm-up in which wsd (warm-up, stable, decay) decays."""
+    rewarm: CountOrZero = 0
+    """When training.steps changes: updates in which the rate moves from its last value to the new
+    schedule, on a straight line (Ibrahim et al. 2024); 0: it jumps."""
     scale: Multiple = 1.0
     """Factor on the rate of every update, such as one that gives two arms equal summed rates."""
 
@@ -429,6 +432,8 @@ class EvaluationConfig(Section):
     """Sequences to evaluate on, spread evenly over the validation text. Unset: all of it."""
     give_up_after: Count | None = None
     """Stop after this many evaluations in a row no better than guessing by token frequency."""
+    patience: Count | None = None
+    """Early stopping: stop after this many evaluations in a row without a new lowest loss."""
 
 
 class DiagnosticsConfig(Section):
@@ -580,6 +585,16 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _best_step_is_saved(self) -> Self:
+        every, saved = self.evaluation.every, self.save_every
+        if self.evaluation.patience is not None and every % saved:
+            raise ValueError(
+                f"evaluation.patience needs a checkpoint of every evaluation, the best among them: "
+                f"checkpoint.every ({saved}) must divide evaluation.every ({every}), or be null"
+            )
+        return self
+
     @property
     def cautions(self) -> tuple[str, ...]:
         """Lines about options that are valid but may not be meant; see gpt/config/cautions.py."""
@@ -624,6 +639,7 @@ MAY_CHANGE = (
     "data.path",  # the tokens must be the same ones
     "data.cache_dir",
     "data.vocabulary",
+    "schedule.rewarm",
     "training.steps",
     "training.micro_batch",
     "training.loss_chunk",
@@ -634,6 +650,7 @@ MAY_CHANGE = (
     "training.log_every",
     "evaluation.every",
     "evaluation.give_up_after",
+    "evaluation.patience",
     "diagnostics",
     "checkpoint",
     "sampling",

@@ -53,6 +53,7 @@ class RunResult:
             (training.nonfinite: skip, or an overflow of fp16).
         rollbacks: how often the run returned to a checkpoint (training.nonfinite: rollback).
         gave_up: whether a finished run ended early, by evaluation.give_up_after.
+        stopped_early: the same, by evaluation.patience.
     """
 
     status: Status
@@ -70,6 +71,7 @@ class RunResult:
     skipped_updates: Natural = 0
     rollbacks: Natural = 0
     gave_up: bool = False
+    stopped_early: bool = False
 
     @property
     def is_consistent(self) -> bool:

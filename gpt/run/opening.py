@@ -19,7 +19,7 @@ from gpt.io.files import remove_partial, write_text
 from gpt.model.init import fingerprints
 from gpt.run.directory import command_line
 from gpt.run.fallback import later_fallback
-from gpt.run.resume import ResumePlan
+from gpt.run.resume import ResumePlan, start_rewarm
 from gpt.trainer import Trainer
 
 
@@ -80,15 +80,16 @@ def adopt_checkpoint(
     checkpoint = plan.checkpoint
     if not plan.existing:  # `best` is the best of this directory
         progress.best_val_loss = progress.best_saved_val_loss = None
+        progress.evals_since_best = 0
         progress.start_step = progress.step
     elif checkpoint is not None and config.training.micro_batch == "auto":
         trainer.micro_batch = checkpoint.state["micro_batch"]  # keeps the order of sums
         if trainer.micro_batch > config.batch_sequences:
             raise InputError(f"{checkpoint.name}: micro-batch is larger than the batch")
-    if (
-        "training.steps" in plan.changes
-        and progress.step == plan.directory.read_config().training.steps
-    ):
+    if plan.before is None:
+        return
+    progress.rewarm_from = start_rewarm(plan.before, config, progress)
+    if plan.existing and progress.step == plan.before.training.steps:
         progress.start_step = progress.step  # the former last step counts as scheduled
 
 

@@ -24,8 +24,9 @@ from gpt.io.files import write_bytes
 from gpt.metrics import Record
 
 SMALLEST = 1e-100  # a logarithmic scale shows only larger values; fp32's smallest is 1e-45
-TRAIN, VALIDATION, OTHER = "#9ecae1", "#08519c", "#d95f02"  # distinguishable with color blindness
-LEVEL = "#737373"
+TRAIN, SMOOTH = "#c6dbef", "#6baed6"  # these colors are distinguishable with color blindness
+VALIDATION, OTHER, LEVEL = "#08519c", "#d95f02", "#737373"
+SMOOTHING = 100  # the training loss is smoothed over 1/100 of the updates to either side
 
 # These fonts, if installed, supply the characters that matplotlib's own font lacks.
 FONTS = (
@@ -67,12 +68,18 @@ def label(text: str, longest: int = 70) -> str:
 
 @literal_text()
 def plot_run(
-    records: list[Record], path: Path, title: str, levels: Mapping[str, float] | None = None
+    records: list[Record],
+    path: Path,
+    title: str,
+    *,
+    levels: Mapping[str, float] | None = None,
+    clip: float | None = None,
 ) -> None:
     """Plot losses, learning rate and gradient norm from a metrics.jsonl, as a PNG.
 
     Args:
         levels: the losses of guessing, in nats per token; see gpt/run/directory.py.
+        clip: the gradient norm above which gradients are clipped.
     """
     training = [r for r in records if r.get("loss") is not None]
     evaluations = [r for r in records if r.get("val_loss") is not None]
@@ -92,6 +99,11 @@ def plot_run(
     norms = [(r["step"], r["grad_norm"]) for r in training if r["grad_norm"] is not None]
     norm_axes.plot([s for s, _ in norms], [n for _, n in norms], color=OTHER, lw=0.8)
     norm_axes.set_ylabel("gradient norm")
+    if clip is not None:
+        norm_axes.axhline(
+            clip, color=VALIDATION, lw=1, linestyle="--", label=f"clipped to {clip:g}"
+        )
+        norm_axes.legend(frameon=False, fontsize=8, loc="best")
     if any(n > 0 for _, n in norms):
         norm_axes.set_yscale("log")
         _label_plainly(norm_axes)
@@ -107,8 +119,12 @@ def plot_run(
 def _plot_losses(
     axes: Axes, training: list[Record], evaluations: list[Record], levels: Mapping[str, float]
 ) -> None:
-    steps = [r["step"] for r in training]
-    axes.plot(steps, [r["loss"] for r in training], color=TRAIN, lw=1, label="training")
+    steps, losses = [r["step"] for r in training], [r["loss"] for r in training]
+    axes.plot(steps, losses, color=TRAIN, lw=1, label="training")
+    window = len(losses) // SMOOTHING
+    if window > 1:
+        label = f"training, mean of {2 * window + 1} updates"
+        axes.plot(steps, smooth(losses, window), color=SMOOTH, lw=1.2, label=label)
     axes.plot(
         [r["step"] for r in evaluations],
         [r["val_loss"] for r in evaluations],
@@ -132,6 +148,20 @@ def _plot_losses(
         axes.axhline(level, color=LEVEL, lw=1, linestyle=style, label=f"guessing {name}")
     axes.set_ylabel("loss (nats per token)")
     axes.legend(framealpha=0.8, edgecolor="none")  # over the levels
+
+
+def smooth(values: list[float], window: int) -> list[float]:
+    """Means over each value and the `window` before and after it, fewer towards both ends.
+
+    It is the same number on both sides, so the curve is not shifted, and ends at the last value.
+    """
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    places = np.arange(len(values))
+    reach = np.minimum(window, np.minimum(places, places[::-1]))
+    means: list[float] = (
+        (sums[places + reach + 1] - sums[places - reach]) / (2 * reach + 1)
+    ).tolist()
+    return means
 
 
 def has_layers(records: list[Record]) -> bool:

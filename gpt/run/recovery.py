@@ -9,13 +9,11 @@ from torch import Tensor
 
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.checkpoint.state import Progress
-from gpt.config import ScheduleConfig
 from gpt.data.sequences import ValidationSequences
 from gpt.diagnostics.failure import FaultLocation, first_nonfinite
 from gpt.errors import Fault, InputError
 from gpt.hardware.memory import is_out_of_memory, smaller
 from gpt.run.opening import restore
-from gpt.schedule import lr_multiplier
 from gpt.trainer import Trainer, host_tensor
 
 MakeBatch = Callable[[int], tuple[Tensor, Tensor]]  # step -> inputs and targets, on the host
@@ -53,7 +51,7 @@ def roll_back(
 def locate_by_replay(
     trainer: Trainer,
     manager: CheckpointManager,
-    schedule: ScheduleConfig,
+    lr_scale: Callable[[int], float],
     fault: Fault,
     make_batch: MakeBatch,
     first_inputs: Callable[[], Tensor],
@@ -81,7 +79,7 @@ def locate_by_replay(
         failed = not loss.isfinite() or not (norm.isfinite() or trainer.scaler.is_enabled())
         if failed and (step == fault.step or not trainer.skips_nonfinite):
             break
-        trainer.update(lr_multiplier(schedule, step, trainer.config.training.steps), loss, norm)
+        trainer.update(lr_scale(step), loss, norm)
     return locate_in_batch(trainer, step, inputs, targets)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from gpt import checkpoint as store
 from gpt.checkpoint import Checkpoint
+from gpt.checkpoint.state import Progress, read_state
 from gpt.config import Config, Differences, describe_differences, may_change
 from gpt.errors import InputError, nearest
 from gpt.io.files import is_partial, read_json
@@ -28,6 +29,7 @@ class ResumePlan:
     Attributes:
         directory: where the run is, or will be.
         checkpoint: to start from; None: from the initial weights.
+        before: the config of the checkpoint's run, if another one continues it, or a longer one.
         result: of a run that has ended, so that nothing is left to do.
         existing: whether the directory already holds this run.
         started_from: the checkpoint from which the run was started, as `_origin` names it.
@@ -37,6 +39,7 @@ class ResumePlan:
 
     directory: RunDirectory
     checkpoint: Checkpoint | None = None
+    before: Config | None = None
     result: RunResult | None = None
     existing: bool = False
     started_from: str | None = None
@@ -50,33 +53,72 @@ class ResumePlan:
 
     def describe_changes(self, config: Config) -> list[str]:
         """The changed options, and what they do to the learning rate, as lines for the user."""
-        if not self.changes:
-            return []
-        step = self.checkpoint.step if self.checkpoint else 0
-        jump = describe_lr_change(self.directory.read_config(), config, step)
-        return [
-            "changed: " + "; ".join(describe_differences(self.changes)),
-            *([] if jump is None else [jump]),
-        ]
+        lines = []
+        if self.changes:
+            lines.append("changed: " + "; ".join(describe_differences(self.changes)))
+        if self.before is not None and self.checkpoint is not None:
+            progress = read_state(self.checkpoint).progress
+            jump = describe_lr_change(self.before, config, progress)
+            lines += [] if jump is None else [jump]
+        return lines
 
 
-def describe_lr_change(before: Config, now: Config, step: int) -> str | None:
-    """A sentence on how a new `training.steps` changes the learning rate after `step` updates.
+# A change of these options may leave a finished run more to do.
+EXTENDING = {"training.steps", "evaluation.give_up_after", "evaluation.patience"}
+
+RewarmFrom = tuple[int, float] | None  # a step, and the learning rate of its update
+
+
+def lr_scale(config: Config, step: int, rewarm_from: RewarmFrom = None) -> float:
+    """The learning rate of update `step`, as a multiple of `optimizer.learning_rate`.
+
+    Of the n = `schedule.rewarm` updates after `rewarm_from`, update k has (n - k) / n of that rate
+    and k / n of the schedule's: a linear warm-up to the rate of a schedule that then decays again
+    (Gupta et al. 2023; Ibrahim et al. 2024).
+    """
+    scale = lr_multiplier(config.schedule, step, config.training.steps)
+    if rewarm_from is None:
+        return scale
+    since, rate = rewarm_from
+    if not since < step < since + config.schedule.rewarm:
+        return scale
+    last = rate / config.optimizer.learning_rate
+    return last + (scale - last) * (step - since) / config.schedule.rewarm
+
+
+def start_rewarm(before: Config, now: Config, progress: Progress) -> RewarmFrom:
+    """The last step and rate under `before`, if the rate is to move from there to `now`'s."""
+    noted = progress.rewarm_from
+    if noted is not None and noted[0] == progress.step:  # the run was killed before its next update
+        return noted
+    if now.schedule.rewarm == 0:
+        return None
+    return progress.step, _rate(before, progress.step, noted)
+
+
+def _rate(config: Config, step: int, rewarm_from: RewarmFrom) -> float:
+    return config.optimizer.learning_rate * lr_scale(config, step, rewarm_from)
+
+
+def describe_lr_change(before: Config, now: Config, progress: Progress) -> str | None:
+    """A sentence on how another config, such as a longer one, changes the learning rate.
 
     Returns:
         None if it does not, as with a constant body.
     """
+    step, rewarm = progress.step, now.schedule.rewarm
     if step == 0:
         return None
-    old = lr_multiplier(before.schedule, step, before.training.steps)
-    new = lr_multiplier(now.schedule, step, now.training.steps)
-    if math.isclose(old, new, rel_tol=1e-6):
+    last = _rate(before, step, progress.rewarm_from)
+    if math.isclose(last, _rate(now, step, None), rel_tol=1e-6):
         return None
-    full = now.optimizer.learning_rate
-    following = full * lr_multiplier(now.schedule, step + 1, now.training.steps)
+    then = min(step + max(rewarm, 1), now.training.steps)
+    rate = _rate(now, then, start_rewarm(before, now, progress))
     return (
         f"the {now.schedule.body} schedule now spans {now.training.steps} steps: the learning rate "
-        f"was {full * old:.2e} at step {step} and is {following:.2e} at step {step + 1}"
+        f"{'moves' if rewarm else 'jumps'} from {last:.2e} at step {step} to {rate:.2e} at step "
+        f"{then}, by a factor of {rate / last:.3g}"
+        + ("" if rewarm else "; schedule.rewarm: N spreads this over N updates")
     )
 
 
@@ -100,7 +142,7 @@ def ended_run(config: Config, path: Path, resume: str) -> RunResult | None:
             "another --out-dir, pass that checkpoint to --resume"
         )
     steps = config.training.steps
-    if result.status == "finished" and "training.steps" in changes and steps != result.step:
+    if result.status == "finished" and steps != result.step and not EXTENDING.isdisjoint(changes):
         if steps < result.step:
             raise InputError(
                 f"{path}: already at step {result.step}; training.steps ({steps}) must be greater"
@@ -127,7 +169,7 @@ def open_run(config: Config, path: Path, resume: str) -> ResumePlan:
         return ResumePlan(directory, result=ended, existing=True)
     check_installed(config.tracking)
     if not directory.config.is_file():
-        return ResumePlan(directory, _start_from(config, resume), started_from=origin)
+        return ResumePlan(directory, *_start_from(config, resume), started_from=origin)
     changes, result = _same_run(directory, config, resume)
     directory.check_paths()
     checkpoint, damaged = store.newest_intact(directory.checkpoints)
@@ -139,7 +181,15 @@ def open_run(config: Config, path: Path, resume: str) -> ResumePlan:
         raise InputError(
             f"{path}: already at step {checkpoint.step}; training.steps ({steps}) must be greater"
         )
-    return ResumePlan(directory, checkpoint, None, True, origin, changes, tuple(damaged))
+    return ResumePlan(
+        directory,
+        checkpoint,
+        directory.read_config() if "training.steps" in changes else None,
+        existing=True,
+        started_from=origin,
+        changes=changes,
+        damaged=tuple(damaged),
+    )
 
 
 def _same_run(
@@ -209,9 +259,10 @@ def _started_from(directory: RunDirectory, origin: str | None) -> bool:
     return bool(read_json(directory.environment, dict[str, Any]).get("started_from") == origin)
 
 
-def _start_from(config: Config, resume: str) -> Checkpoint | None:
+def _start_from(config: Config, resume: str) -> tuple[Checkpoint | None, Config | None]:
+    """The checkpoint that `resume` names, and the config of its run."""
     if resume in ("auto", "never"):
-        return None
+        return None, None
     found = _find(config, resume)
     if found is None:
         run = RunDirectory(Path(resume))
@@ -227,10 +278,10 @@ def _start_from(config: Config, resume: str) -> Checkpoint | None:
             f"{own} holds {', '.join(map(str, store.steps(own))) or 'no checkpoint'}"
         )
     folder = found.resolve()
-    origin = RunDirectory(folder.parents[1])
+    origin = RunDirectory(folder.parents[1]).read_config()
     different = {
         option: values
-        for option, values in origin.read_config().differences(config).items()
+        for option, values in origin.differences(config).items()
         if option.startswith(("model.", "data.", "optimizer.name")) and option != "data.cache_dir"
     }
     if different:
@@ -242,4 +293,4 @@ def _start_from(config: Config, resume: str) -> Checkpoint | None:
             f"--resume {resume}: is at step {checkpoint.step}, and training.steps is "
             f"{config.training.steps}: nothing is left to train"
         )
-    return checkpoint
+    return checkpoint, origin

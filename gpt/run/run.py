@@ -40,8 +40,7 @@ from gpt.io.files import write_text
 from gpt.run import fallback, opening, recovery
 from gpt.run.directory import RunDirectory, RunResult, Status, guessing_losses
 from gpt.run.log import Measured, RunLog, Update
-from gpt.run.resume import ResumePlan
-from gpt.schedule import lr_multiplier
+from gpt.run.resume import ResumePlan, lr_scale
 from gpt.tracking import Tracking
 from gpt.trainer import Trainer, host_tensor
 
@@ -118,7 +117,7 @@ class Run:
         self.checkpoints = CheckpointManager(directory.checkpoints, config, saved_step=saved_step)
         if plan.checkpoint is not None and plan.resuming:  # finish what was left undone by a kill
             name, best = plan.checkpoint.name, bool(plan.checkpoint.state["best"])
-            if self._keeps_more(plan):  # state.json must say so before config.yaml changes
+            if self._note_changes(plan):  # state.json must say so before config.yaml changes
                 store.save(directory.checkpoints, self._checkpoint(best), best=best, replaces=True)
             store.write_pointers(directory.checkpoints, name, best=best)
             self.checkpoints.prune(self.progress)
@@ -129,16 +128,18 @@ class Run:
         self.log = RunLog(directory.metrics, config, self.trainer.model, self.console, kept)
         self.tracking = Tracking(config, directory.path, self.console.say)
 
-    def _keeps_more(self, plan: ResumePlan) -> bool:
+    def _note_changes(self, plan: ResumePlan) -> bool:
         """Note in the progress which checkpoints are kept only because of the earlier options.
 
         Returns:
-            Whether there are any.
+            Whether the progress now says more than the checkpoint, also about the learning rate.
         """
         progress = self.progress
         if any(f"checkpoint.{key}" in plan.changes for key in ("every", "keep", "keep_every")):
             found = store.steps(self.directory.checkpoints)
             progress.protected_steps = tuple(step for step in found if step != progress.step)
+            return True
+        if plan.before is not None and progress.rewarm_from is not None:
             return True
         # training.steps was raised: this step is scheduled because the run once ended here
         return progress.start_step == progress.step and progress.step % self.config.save_every != 0
@@ -156,9 +157,9 @@ class Run:
         result = None
         if self.stop():
             return self.end("interrupted", f"stopped before step {step + 1}")
-        last = step == self.config.training.steps
-        if self._gives_up() and not last:  # it was killed before it wrote its result
-            return self._give_up()
+        ending = self._early_end()
+        if ending is not None:  # it was killed before it wrote its result
+            return self.end("finished", ending)
         if step == 0:
             try:
                 self._evaluate()
@@ -198,7 +199,7 @@ class Run:
 
     def lr_scale(self, step: int) -> float:
         """The learning rate of update `step`, as a multiple of `optimizer.learning_rate`."""
-        return lr_multiplier(self.config.schedule, step, self.config.training.steps)
+        return lr_scale(self.config, step, self.progress.rewarm_from)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of update `step`."""
@@ -398,15 +399,15 @@ class Run:
         stopping = stopping or not self._evaluate_and_sample(evaluating, sampling)
         self.progress.pending = stopping and (evaluating or sampling)
         evaluated = evaluating and not stopping
-        giving_up = evaluated and not last and self._gives_up()
+        ending = self._early_end() if evaluated else None
         with self._or_elsewhere(evaluated=evaluated):
-            if stopping or saving or (giving_up and self.save_checkpoints):
+            if stopping or saving or (ending and self.save_checkpoints):
                 self._save(evaluated=evaluated)
-            if stopping or last or giving_up:
+            if stopping or last or ending:
                 self.checkpoints.wait()
         if stopping:
             return self.end("interrupted", f"stopped after step {step}; state saved")
-        return self._give_up() if giving_up else None
+        return self.end("finished", ending) if ending else None
 
     def _evaluate_and_sample(self, evaluating: bool, sampling: bool) -> bool:
         """Evaluate and sample, if due; returns False, with the progress unchanged, if stopped."""
@@ -465,7 +466,9 @@ class Run:
             text = f"the validation loss became {loss} at step {progress.step}"
             raise NonFiniteError(progress.step, "validation loss", text)
         best = progress.best_val_loss
-        progress.best_val_loss = loss if best is None else min(loss, best)
+        improved = best is None or loss < best
+        progress.best_val_loss = loss if improved else best
+        progress.evals_since_best = 0 if improved else progress.evals_since_best + 1
         learned = loss < self.unigram_entropy - metrics.LEARNED_MARGIN
         progress.stalled_evals = 0 if learned or progress.step == 0 else progress.stalled_evals + 1
 
@@ -473,9 +476,25 @@ class Run:
         patience = self.config.evaluation.give_up_after
         return patience is not None and self.progress.stalled_evals >= patience
 
-    def _give_up(self) -> RunResult:
-        known = f"no better than token frequencies for {self.progress.stalled_evals} evaluations"
-        return self.end("finished", f"given up at step {self.progress.step}: {known} in a row")
+    def _stops_early(self) -> bool:
+        patience = self.config.evaluation.patience
+        return patience is not None and self.progress.evals_since_best >= patience
+
+    def _early_end(self) -> str | None:
+        """Why the run ends at this step, before its last one; None if it does not."""
+        progress = self.progress
+        if progress.step == self.config.training.steps:
+            return None
+        if self._gives_up():
+            known = f"no better than token frequencies for {progress.stalled_evals} evaluations"
+            return f"given up at step {progress.step}: {known} in a row"
+        if self._stops_early():
+            best = f"no validation loss below {progress.best_val_loss:.4f}"
+            return (
+                f"stopped early at step {progress.step}: {best} in {progress.evals_since_best} "
+                "evaluations in a row"
+            )
+        return None
 
     def _sample(self) -> None:
         """Write a sample of the current model's text into samples/.
@@ -613,7 +632,7 @@ class Run:
         return recovery.locate_by_replay(
             self.trainer,
             self.checkpoints,
-            self.config.schedule,
+            self.lr_scale,
             fault,
             self.batch,
             self._first_inputs,
@@ -655,6 +674,7 @@ class Run:
     def end(self, status: Status, reason: str, failure: Failure | None = None) -> RunResult:
         """Draw loss.png and write result.json."""
         progress, config = self.progress, self.config
+        ended_early = status == "finished" and progress.step < config.training.steps
         self.log.metrics.close()
         self.console.close()
         tokens = progress.step * self.log.batch_tokens
@@ -673,7 +693,8 @@ class Run:
             failure=failure,
             skipped_updates=progress.skipped_updates,
             rollbacks=progress.rollbacks,
-            gave_up=status == "finished" and progress.step < config.training.steps,
+            gave_up=ended_early and self._gives_up(),
+            stopped_early=ended_early and not self._gives_up(),
         )
         if self.plot and progress.step and status != "interrupted":  # an interrupt must end soon
             from gpt.run.plot import plot_run  # loads matplotlib, so not before training
@@ -683,6 +704,7 @@ class Run:
                 self.directory.plot,
                 title=config.name,
                 levels=guessing_losses(self.unigram_entropy, self.dataset.encoding.n_vocab),
+                clip=config.optimizer.clip,
             )
         self.directory.write_result(result)  # last: it marks the run as ended
         return result

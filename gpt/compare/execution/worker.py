@@ -114,5 +114,6 @@ def draw_loss(path: Path) -> None:
     if any("loss" in record for record in records):
         from gpt.run.plot import plot_run  # imports matplotlib, which training does not need
 
-        title = run.read_config().name
-        plot_run(records, run.plot, title=title, levels=run.guessing_losses())
+        config, levels = run.read_config(), run.guessing_losses()
+        clip = config.optimizer.clip
+        plot_run(records, run.plot, title=config.name, levels=levels, clip=clip)
