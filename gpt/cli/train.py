@@ -57,7 +57,7 @@ def load(argv: Sequence[str], prog: str = "train.py") -> tuple[Arguments, Config
         InputError: either is invalid.
     """
     arguments, options = parse(Arguments, prog, argv, Config)
-    return arguments, load_config(arguments.config, options)
+    return arguments, load_config(arguments.config, options, out_dir=arguments.out_dir)
 
 
 def train(arguments: Arguments, config: Config) -> RunResult | None:
@@ -100,7 +100,7 @@ def _plan(config: Config, out_dir: Path, resume: str) -> str:
     from gpt.run.banner import describe
     from gpt.run.resume import open_run
 
-    opened = open_run(config, out_dir, resume)
+    opened = open_run(config, out_dir, resume, fetch=False)
     if opened.result is not None:
         return f"{out_dir}: {opened.result.status}, nothing is left to do: {opened.result.reason}"
     device = pick_device(config.training.device)

@@ -13,6 +13,8 @@ from gpt import checkpoint as store
 from gpt.checkpoint import Checkpoint
 from gpt.config import Config, Differences, describe_differences, may_change
 from gpt.errors import InputError
+from gpt.exchange import pretrained
+from gpt.exchange.pretrained import Pretrained
 from gpt.io.files import is_partial
 from gpt.run.directory import RunDirectory, RunResult
 from gpt.schedule import lr_multiplier
@@ -25,6 +27,7 @@ class ResumePlan:
     Attributes:
         directory: where the run is, or will be.
         checkpoint: to start from; None: from the initial weights.
+        pretrained: the weights of `init_from`, if they are the initial ones.
         result: of a run that has ended, so that nothing is left to do.
         existing: whether the directory already holds this run.
         changes: options that differ from the config that the run had before.
@@ -33,6 +36,7 @@ class ResumePlan:
 
     directory: RunDirectory
     checkpoint: Checkpoint | None = None
+    pretrained: Pretrained | None = None
     result: RunResult | None = None
     existing: bool = False
     changes: Differences = field(default_factory=dict)
@@ -104,23 +108,26 @@ def ended_run(config: Config, path: Path, resume: str) -> RunResult | None:
     return result
 
 
-def open_run(config: Config, path: Path, resume: str) -> ResumePlan:
+def open_run(config: Config, path: Path, resume: str, *, fetch: bool = True) -> ResumePlan:
     """Decide how a run of `config` in the directory `path` starts. Writes nothing.
 
     Args:
         resume: "auto" resumes an unfinished run of the same config; "never" requires a fresh
             directory; anything else is a checkpoint folder from which a fresh directory starts.
+        fetch: whether weights on the hub may be fetched, as they must be before training.
 
     Raises:
-        InputError: the directory holds something that would have to be overwritten, or none of its
-            checkpoints is intact.
+        InputError: the directory holds something that would have to be overwritten, none of its
+            checkpoints is intact, or the weights of `init_from` do not fit.
     """
     directory = RunDirectory(path)
     ended = ended_run(config, path, resume)
     if ended is not None:
         return ResumePlan(directory, result=ended, existing=True)
     if not directory.config.is_file():
-        return ResumePlan(directory, _start_from(config, resume))
+        start = _start_from(config, resume)
+        weights = _pretrained(config, fetch) if start is None else None
+        return ResumePlan(directory, start, weights)
     changes, result = _same_run(directory, config, resume)
     directory.check_paths()
     checkpoint, damaged = store.newest_intact(directory.checkpoints)
@@ -132,7 +139,17 @@ def open_run(config: Config, path: Path, resume: str) -> ResumePlan:
         raise InputError(
             f"{path}: already at step {checkpoint.step}; training.steps ({steps}) must be greater"
         )
-    return ResumePlan(directory, checkpoint, existing=True, changes=changes, damaged=tuple(damaged))
+    weights = _pretrained(config, fetch) if checkpoint is None else None
+    return ResumePlan(
+        directory, checkpoint, weights, existing=True, changes=changes, damaged=tuple(damaged)
+    )
+
+
+def _pretrained(config: Config, fetch: bool) -> Pretrained | None:
+    """The weights of `init_from`; None without any, or if they would have to be fetched."""
+    if config.init_from is None:
+        return None
+    return pretrained.find(config, fetch=fetch)
 
 
 def _same_run(
