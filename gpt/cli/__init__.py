@@ -25,6 +25,7 @@ COMMANDS = {
     "checkpoint": "python -m gpt.checkpoint",
     "diagnose": "python -m gpt.diagnostics",
     "coordcheck": "steadygpt coordcheck",
+    "export": "steadygpt export",
 }
 USAGE = """\
 usage: steadygpt COMMAND ...   (COMMAND --help for details)
@@ -36,6 +37,7 @@ usage: steadygpt COMMAND ...   (COMMAND --help for details)
   checkpoint verify DIR    check that checkpoints are intact
   diagnose RUN_DIR         plot the statistics of a run's layers
   coordcheck CONFIG.yaml   check that updates do not depend on the width, as in muP
+  export RUN_DIR OUT       write a run's model for Hugging Face transformers
 
   --version                print the version"""
 

@@ -137,7 +137,7 @@ def gpt2_tokenizer(config: DataConfig, documents: Iterable[str]) -> Encoding:
 
 
 def file_tokenizer(config: DataConfig, documents: Iterable[str]) -> Encoding:
-    """The tokenizer in the file `config.vocabulary`, written by a run or by preparation."""
+    """The tokenizer in `config.vocabulary`: a file of a run, or a folder with a Hugging Face one."""
     return load(Path(str(config.vocabulary)))
 
 
@@ -329,20 +329,23 @@ def to_json(encoding: Encoding) -> str:
 
 
 def load(path: Path) -> Encoding:
-    """The encoding in a file written by `to_json`.
+    """The encoding in a file written by `to_json`, or in a folder in the Hugging Face layout.
 
     Raises:
-        InputError: the file is missing or is not a tokenizer of this format.
+        InputError: there is none, or it is not a tokenizer of these formats.
     """
+    if path.is_dir():
+        from gpt.data.hf_tokenizer import from_hf
+
+        return from_hf(path)
     with reading(path):
         contents = read_small(path)
     try:
         tree = json.loads(contents.decode("utf-8"))
         if isinstance(tree, dict) and isinstance(tree.get("model"), dict):
             raise InputError(
-                f"{path}: is a Hugging Face tokenizer, which is not supported;\n"
-                "use the tokenizer.json of a run or of prepared data, or data.tokenizer: gpt2 "
-                "(GPT-2's own vocabulary)\nor bpe (trained on your text)"
+                f"{path}: is a Hugging Face tokenizer; data.vocabulary takes its folder, "
+                f"{path.parent},\nor the tokenizer.json of a run or of prepared data"
             )
         return _from_tree(tree)
     except InputError:
