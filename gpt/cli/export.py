@@ -68,7 +68,7 @@ def export(run_dir: Path, out: Path, checkpoint: str = "best") -> str:
     )
     exporting.export(model, encoding, out, card)
     return (
-        f"{out}: step {step} of {run_dir} as {architecture}, {model.num_parameters():,} parameters\n"
+        f"{out}: {run_dir}, step {step}, as {architecture}, {model.num_parameters():,} parameters\n"
         f"  in Python    transformers.pipeline('text-generation', model={str(out)!r})\n"
         f"  fine-tune    steadygpt train finetune --init-from {out}"
     )

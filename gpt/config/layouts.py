@@ -116,7 +116,7 @@ class Layout:
         for key, (only, default) in self.fixed.items():
             if tree.get(key, default) != only:
                 raise InputError(f"{key}: {tree.get(key, default)!r} is not {only!r}")
-        ours = {o.ours: tree.get(key, o.default) for key, o in reversed(self.options.items())}
+        ours = {o.ours: tree.get(key, o.default) for key, o in reversed(list(self.options.items()))}
         spelled = tree.get("activation_function", self.activation)
         names = [ours for ours, theirs in ACTIVATIONS.items() if spelled in theirs]
         if not names:

@@ -1,9 +1,8 @@
 """YAML, base files and flags in; one validated `Config` out.
 
 A file may name one `base:` (a path relative to itself) whose values it overrides; flags override
-the file; everything else comes from the source of pretrained weights that `init_from` names, if there
-is one (source.py), or has the default of `gpt.config.options`. All errors are reported at once, by
-dotted path.
+the file. Everything else has the value of the pretrained network that `init_from` names (source.py)
+or the default of `gpt.config.options`. All errors are reported at once, by dotted path.
 """
 
 from __future__ import annotations

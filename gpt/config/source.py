@@ -1,9 +1,9 @@
 """What `init_from` names, and the options that it sets: those of its network and its vocabulary.
 
-    a run directory       the checkpoint with its lowest validation loss; config.yaml has the options
-    a checkpoint folder   RUN/checkpoints/step-00001000
-    a folder              in one of the layouts of layouts.py; config.json has the options
-    a name on the hub     such as gpt2, whose options need no network; see `SIZES`
+    a run directory      the checkpoint with its lowest validation loss; config.yaml has the options
+    a checkpoint folder  RUN/checkpoints/step-00001000
+    a folder             in one of the layouts of layouts.py; config.json has the options
+    a name on the hub    such as gpt2, whose options need no network; see `SIZES`
 
 So a config says only what it changes. `loading.load` takes the other options from the source, and
 refuses values with which the weights would not compute what they were trained to compute. The
@@ -28,8 +28,9 @@ from gpt.io.wait import TIMEOUT, wait_for
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 STEP = re.compile(r"step-\d+")  # the name of a checkpoint's folder
 DESCRIPTION = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+RESPONSE = TIMEOUT / 2  # seconds, so that a start without a network ends within ten
 ALLOWED = (
-    "init_from takes a run directory, a checkpoint folder, a folder in the Hugging Face layout "
+    "set init_from to a run directory, a checkpoint folder, a folder in the Hugging Face layout "
     f"(config.json, model.safetensors), or a name on the hub such as {', '.join(SIZES)}"
 )
 
@@ -61,13 +62,13 @@ def describe(name: str) -> Source:
 
     Raises:
         InputError: it is nothing of that kind, or of another architecture.
-        UnreachableError: the hub does not respond within `TIMEOUT` seconds.
+        UnreachableError: the hub does not respond within `RESPONSE` seconds.
     """
     path = Path(expand_user(name))
     if path.is_dir():
         return _of_checkpoint(name, path) if STEP.fullmatch(path.name) else _of_folder(name, path)
     if path.exists():
-        raise InputError(f"{name}: is a file; {ALLOWED}")
+        raise InputError(f"{name}: is a file;\n{ALLOWED}")
     repository = name.removeprefix("openai-community/")
     if repository in SIZES:
         tree = {"model_type": "gpt2", **SIZES[repository]}
@@ -76,7 +77,7 @@ def describe(name: str) -> Source:
     local = path.parts[:1] == ("runs",) or (path.parent != Path() and path.parent.is_dir())
     if local or not HUB_NAME.fullmatch(name):
         names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise InputError(f"{name}: no such folder{nearest(path.name, names)}\n{ALLOWED}")
+        raise InputError(f"{name}: no such folder{nearest(path.name, names)};\n{ALLOWED}")
     folder = download(name, DESCRIPTION, lambda folder: (folder / "config.json").is_file())
     tree = _read_config(folder)
     return _of_layout(name, folder, name, tree, _vocabulary(folder), f"{name}: config.json")
@@ -124,7 +125,7 @@ def _of_layout(
     try:
         model = layout.to_options(tree)
     except InputError as error:
-        raise InputError(f"{origin}: {error}, which is all that a network here can be") from None
+        raise InputError(f"{origin}: {error}, which is all that our networks can be") from None
     return Source(
         name, folder, repository, model, data, layout, lambda key: f"{origin}: {layout.key_of(key)}"
     )
@@ -153,7 +154,7 @@ def download(repository: str, patterns: tuple[str, ...], complete: Callable[[Pat
 
     Raises:
         InputError: there is no such repository.
-        UnreachableError: the hub does not respond within `TIMEOUT` seconds.
+        UnreachableError: the hub does not respond within `RESPONSE` seconds.
     """
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
@@ -169,7 +170,7 @@ def download(repository: str, patterns: tuple[str, ...], complete: Callable[[Pat
     try:
         if constants.HF_HUB_OFFLINE:
             raise ConnectionError("HF_HUB_OFFLINE is set")
-        wait_for(lambda: HfApi().model_info(repository, timeout=TIMEOUT), TIMEOUT)
+        wait_for(lambda: HfApi().model_info(repository, timeout=RESPONSE), RESPONSE)
         return wait_for(snapshot)
     except Exception as error:  # whatever the library raises; no code of ours runs here
         if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
@@ -180,7 +181,8 @@ def download(repository: str, patterns: tuple[str, ...], complete: Callable[[Pat
         reason = " ".join(str(error).split())[:200]
         raise UnreachableError(
             f"{repository}: is not a local folder, and cannot be fetched from "
-            f"{constants.ENDPOINT} ({type(error).__name__}: {reason}).\n"
+            f"{constants.ENDPOINT} ({type(error).__name__}: {reason})"
+            f"{nearest(repository, SIZES)}.\n"
             "Without a network, download the repository elsewhere, copy it here, and set "
             "init_from to its folder;\nor use a run directory of your own"
         ) from None

@@ -4,7 +4,7 @@ So the rest of the program has one interface, one end-of-text token (`encoding.e
 file format: a JSON list of the tokens' bytes in the order of their ids, with the pattern that
 splits text before merging. Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) repeatedly
 merges, among adjacent tokens, the pair whose concatenation has the lowest id, until no pair is in
-the vocabulary.
+the vocabulary. Hugging Face's format is read as well (hf_tokenizer.py), and `to_hf` writes it.
 
 Which text a tokenizer is trained on is decided in vocabulary.py.
 """
@@ -26,6 +26,8 @@ import tiktoken
 import tiktoken.load
 
 from gpt.config import DataConfig
+from gpt.data import hf_tokenizer
+from gpt.data.hf_tokenizer import END_OF_TEXT
 from gpt.errors import InputError, UnreachableError
 from gpt.io.files import read_small, reading, write_bytes
 from gpt.io.wait import TIMEOUT, wait_for
@@ -33,7 +35,6 @@ from gpt.io.wait import TIMEOUT, wait_for
 if TYPE_CHECKING:
     import tokenizers
 
-END_OF_TEXT = "<|endoftext|>"
 FORMAT = 1
 PIECE = 2**14  # maximum characters of a piece, unless it cannot be cut
 LONGEST = 2**18  # maximum characters of any piece; tiktoken fails on a match of over a million
@@ -82,15 +83,9 @@ def chars_tokenizer(config: DataConfig, documents: Iterable[str]) -> Encoding:
 
 def bpe_tokenizer(config: DataConfig, documents: Iterable[str]) -> Encoding:
     """A byte-level BPE trained on `documents`, with `config.vocab_size` tokens in total."""
-    trained = train_bpe(documents, config.vocab_size)
-    # The library writes each byte as a printable character; ByteLevel's alphabet, sorted, is
-    # bytes 33-126, 161-172, 174-255 as themselves and then the other 68 from U+0100 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    to_byte = {chr(byte): byte for byte in printable}
-    to_byte |= {chr(256 + i): byte for i, byte in enumerate(others)}
-    vocabulary = sorted(trained.get_vocab().items(), key=lambda item: item[1])
-    return Encoding("bpe", (bytes(to_byte[char] for char in token) for token, _ in vocabulary))
+    vocabulary = train_bpe(documents, config.vocab_size).get_vocab()
+    ordered = sorted(vocabulary, key=vocabulary.__getitem__)
+    return Encoding("bpe", map(hf_tokenizer.from_printable, ordered))
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
@@ -137,7 +132,7 @@ def gpt2_tokenizer(config: DataConfig, documents: Iterable[str]) -> Encoding:
 
 
 def file_tokenizer(config: DataConfig, documents: Iterable[str]) -> Encoding:
-    """The tokenizer in `config.vocabulary`: a file of a run, or a folder with a Hugging Face one."""
+    """The tokenizer in the file or folder `config.vocabulary`, see `load`."""
     return load(Path(str(config.vocabulary)))
 
 
@@ -328,32 +323,62 @@ def to_json(encoding: Encoding) -> str:
     return json.dumps(tree, ensure_ascii=False) + "\n"
 
 
-def load(path: Path) -> Encoding:
-    """The encoding in a file written by `to_json`, or in a folder in the Hugging Face layout.
+def to_hf(encoding: Encoding) -> dict[str, str]:
+    """The files, by name, from which `transformers.AutoTokenizer` gives the same ids, offline.
 
     Raises:
-        InputError: there is none, or it is not a tokenizer of these formats.
+        InputError: the vocabulary, which was not trained here, is not a BPE.
     """
-    if path.is_dir():
-        from gpt.data.hf_tokenizer import from_hf
+    try:
+        return hf_tokenizer.write(encoding.name, list(encoding.tokens))
+    except ValueError as error:
+        raise InputError(f"the tokenizer cannot be written as Hugging Face's: {error}") from None
 
-        return from_hf(path)
-    with reading(path):
-        contents = read_small(path)
+
+def load(path: Path) -> Encoding:
+    """The encoding in a file written by `to_json` or `to_hf`, or in a folder with such a file.
+
+    Of Hugging Face's tokenizers, GPT-2's own (also as vocab.json and merges.txt) and others that
+    split text as it does are accepted.
+
+    Raises:
+        InputError: the file is missing or is not such a tokenizer.
+    """
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if path.is_dir() and not file.exists():
+        return _from_hf(hf_tokenizer.read_gpt2_files(path), path)
+    with reading(file):
+        contents = read_small(file)
     try:
         tree = json.loads(contents.decode("utf-8"))
         if isinstance(tree, dict) and isinstance(tree.get("model"), dict):
-            raise InputError(
-                f"{path}: is a Hugging Face tokenizer; data.vocabulary takes its folder, "
-                f"{path.parent},\nor the tokenizer.json of a run or of prepared data"
-            )
+            return _from_hf(tree, file)
         return _from_tree(tree)
     except InputError:
         raise
     except KeyError as error:
-        raise InputError(f"{path}: is not a tokenizer file: it has no {error}") from None
+        raise InputError(f"{file}: is not a tokenizer file: it has no {error}") from None
     except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: is not a tokenizer file: {error}") from None
+        raise InputError(f"{file}: is not a tokenizer file: {error}") from None
+
+
+def _from_hf(tree: dict[str, Any], origin: Path) -> Encoding:
+    """The encoding in the contents of Hugging Face's tokenizer.json.
+
+    Raises:
+        InputError: it splits or merges text in another way than ours.
+    """
+    try:
+        name, tokens, merges = hf_tokenizer.read(tree)
+        if hashlib.sha256(hf_tokenizer.merges_txt(merges)).hexdigest() == GPT2_FILES["vocab.bpe"]:
+            name = "gpt2"
+        return _checked(name, tokens)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{origin}: is a Hugging Face tokenizer that steadygpt cannot use: {error};\n"
+            "use GPT-2's (data.tokenizer: gpt2), one that steadygpt has exported, or train one "
+            "(data.tokenizer: bpe)"
+        ) from None
 
 
 def _from_tree(tree: Any) -> Encoding:
@@ -372,7 +397,11 @@ def _from_tree(tree: Any) -> Encoding:
         raise TypeError("tokens is not a list of non-empty strings")
     if tree["end_of_text"] != len(texts):
         raise ValueError("end_of_text is not the id after the last token")
-    tokens = [text.encode("latin-1") for text in texts]
+    return _checked(name, [text.encode("latin-1") for text in texts])
+
+
+def _checked(name: str, tokens: list[bytes]) -> Encoding:
+    """The encoding with these tokens; raises ValueError if it could not encode every text."""
     if len(set(tokens)) < len(tokens):
         raise ValueError("duplicate token")
     if TOKENIZERS[name].of_characters:

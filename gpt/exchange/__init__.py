@@ -3,7 +3,6 @@
     pretrained.py    the weights that `init_from` names, checked before they are loaded
     exporting.py     a trained network as such a folder
     card.py          its model card
-    hf_tokenizer.py  vocabularies in both formats
 
 Which options and tensors correspond is in gpt/config/layouts.py.
 """

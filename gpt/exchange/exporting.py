@@ -1,7 +1,7 @@
 """A trained network as a folder in the Hugging Face layout, which transformers loads offline.
 
     config.json, generation_config.json, model.safetensors     written here
-    tokenizer.json, tokenizer_config.json                      by gpt/data/hf_tokenizer.py
+    tokenizer.json, tokenizer_config.json                      by gpt/data/tokenizer.py
     README.md                                                  by card.py
 
 No file needs transformers to be written. A network that no layout can express is refused with
@@ -23,8 +23,7 @@ from torch import Tensor
 
 from gpt.config import ModelConfig
 from gpt.config.layouts import LAYOUTS, Layout, without_counterpart
-from gpt.data.hf_tokenizer import to_hf
-from gpt.data.tokenizer import Encoding
+from gpt.data.tokenizer import Encoding, to_hf
 from gpt.errors import InputError
 from gpt.exchange.pretrained import WEIGHTS
 from gpt.io.files import PARTIAL_PREFIX, fsync
@@ -67,7 +66,7 @@ def check_target(out: Path) -> None:
 
 
 def export(model: GPT, encoding: Encoding, out: Path, card: str) -> None:
-    """Write a network and its vocabulary as the folder `out`: all of it or, after an error, nothing.
+    """Write a network and its vocabulary as the folder `out`; after an error, nothing is left.
 
     Args:
         card: the text of README.md.

@@ -108,8 +108,8 @@ class Pretrained:
         advice = "leave out data.tokenizer and data.vocabulary"
         if encoding.n_vocab != self.vocab_size:
             raise InputError(
-                f"data.tokenizer: {config.tokenizer} has {encoding.n_vocab:,} tokens, but {weights} "
-                f"are for {self.vocab_size:,};\n"
+                f"data.tokenizer: {config.tokenizer} has {encoding.n_vocab:,} tokens, but "
+                f"{weights} are for {self.vocab_size:,};\n"
                 + (advice if self.source.data else "set data.vocabulary to that of the weights")
             )
         theirs = self.source.data
