@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,21 +124,32 @@ def save(
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
     for name, tensors in (("model", checkpoint.model), ("optimizer", checkpoint.optimizer)):
-        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        try:
-            save_file(contiguous, folder / f"{name}.safetensors")
-        except SafetensorError as error:  # gives the errno only in its message
-            number = re.search(r"os error (\d+)", str(error))
-            if number is None:
-                raise
-            code = int(number[1])
-            raise OSError(code, os.strerror(code), str(folder / f"{name}.safetensors")) from None
+        save_tensors(tensors, folder / f"{name}.safetensors")
     (folder / "state.json").write_text(json.dumps(checkpoint.state, indent=2) + "\n", "utf-8")
     (folder / "tokenizer.json").write_text(checkpoint.tokenizer, "utf-8")
     for name in FILES:
         fsync(folder / name)
     files = {name: size_and_hash(folder / name) for name in FILES}
     write_text(folder / MANIFEST, manifest_text({"step": checkpoint.step, "files": files}))
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    try:
+        save_file(contiguous, path, metadata)
+    except SafetensorError as error:  # gives the errno only in its message
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from None
 
 
 def manifest_text(manifest: dict[str, Any]) -> str:

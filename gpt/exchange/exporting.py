@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from gpt.checkpoint import save_tensors
 from gpt.config import ModelConfig
 from gpt.config.layouts import LAYOUTS, Layout, without_counterpart
 from gpt.data.tokenizer import Encoding, to_hf
@@ -100,7 +100,7 @@ def export(model: GPT, encoding: Encoding, out: Path, card: str) -> None:
         partial.mkdir()
         for name, text in texts.items():
             (partial / name).write_text(text, "utf-8")
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(tensors, partial / WEIGHTS, {"format": "pt"})
         shutil.copymode(partial / "config.json", partial / WEIGHTS)
         for path in partial.iterdir():
             fsync(path)
