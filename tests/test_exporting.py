@@ -70,7 +70,7 @@ def logits(model: GPT) -> np.ndarray:
         return model(torch.tensor(TOKENS)).numpy()
 
 
-# -- A second implementation, in float64, of what the two classes of transformers compute ----------------------------------------
+# -- A second implementation, in float64, of what the two classes of transformers compute ------
 
 
 ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from gpt.cli.common import EXIT_CODES, StopSignals
 from gpt.cli.flags import parse
-from gpt.config import Config, FileName, Seconds, Section
+from gpt.config import Config, FileName, Seconds, Section, source
 from gpt.config import load as load_config
 from gpt.config.shipped import names
 from gpt.hardware.size import check_cpu_training
@@ -70,6 +70,10 @@ def train(arguments: Arguments, config: Config) -> RunResult | None:
     if arguments.dry_run:
         show(_plan(config, out_dir, arguments.resume))
         return None
+    if config.init_from is not None and not out_dir.exists():
+        source.locate(
+            source.describe(config.init_from)
+        )  # so that a hub that does not respond is reported soon
 
     import torch
 

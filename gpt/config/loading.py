@@ -55,9 +55,10 @@ def load(
             return f"--{key}"
         return f"{path}: {key}" if key else str(path)
 
-    if not isinstance(tree.get("init_from"), str):
+    name = tree.get("init_from")
+    if not (isinstance(name, str) and name):
         return validate(Config, tree, origin)
-    source = _source(tree["init_from"], Path(out_dir or f"runs/{tree['name']}"), origin)
+    source = _source(name, Path(out_dir or f"runs/{tree['name']}"), origin)
     model = validate(ModelConfig, source.model, source.origin)
     config = validate(Config, _with_source(tree, source, model), origin)
     _check_agreement(config, model, source, origin)

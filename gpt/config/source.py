@@ -28,6 +28,8 @@ from gpt.io.wait import TIMEOUT, wait_for
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 STEP = re.compile(r"step-\d+")  # the name of a checkpoint's folder
 DESCRIPTION = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # which of several files holds a tensor
 RESPONSE = TIMEOUT / 2  # seconds, so that a start without a network ends within ten
 ALLOWED = (
     "set init_from to a run directory, a checkpoint folder, a folder in the Hugging Face layout "
@@ -143,7 +145,51 @@ def _vocabulary(folder: Path) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------
-# The hub
+# The weights
+
+
+def locate(source: Source) -> Path:
+    """The folder with the weights of a source, fetched if it is on the hub; of a run, its directory.
+
+    Raises:
+        InputError: there is no such repository.
+        UnreachableError: the hub does not respond within `RESPONSE` seconds.
+    """
+    if source.repository is not None:
+        return download(source.repository, ("model*.safetensors", INDEX), _is_complete)
+    assert source.folder is not None
+    return source.folder
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with the weights, which may be missing.
+
+    Raises:
+        InputError: the folder has no safetensors, or their index is damaged.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        names = read_json(folder / INDEX, dict[str, Any]).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise InputError(f"{folder / INDEX}: is damaged: it has no weight_map")
+        return sorted({folder / Path(str(name)).name for name in names.values()})
+    pickled = sorted(folder.glob("*.bin"))
+    if pickled:
+        raise InputError(
+            f"{pickled[0]}: is not read, because loading a .bin can execute code; convert it to "
+            "safetensors,\nin Python with transformers: "
+            f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained('NEW')"
+        )
+    raise InputError(f"{folder}: has no {WEIGHTS}, the file of the weights")
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether all files with the weights are there."""
+    try:
+        return all(file.is_file() for file in weight_files(folder))
+    except InputError:
+        return False
 
 
 def download(repository: str, patterns: tuple[str, ...], complete: Callable[[Path], bool]) -> Path:

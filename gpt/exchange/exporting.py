@@ -23,9 +23,9 @@ from torch import Tensor
 from gpt.checkpoint import save_tensors
 from gpt.config import ModelConfig
 from gpt.config.layouts import LAYOUTS, Layout, without_counterpart
+from gpt.config.source import WEIGHTS
 from gpt.data.tokenizer import Encoding, to_hf
 from gpt.errors import InputError
-from gpt.exchange.pretrained import WEIGHTS
 from gpt.io.files import PARTIAL_PREFIX, fsync
 from gpt.model.gpt2 import GPT
 

@@ -19,15 +19,12 @@ from torch import Tensor
 from gpt import checkpoint as store
 from gpt.config import Config, DataConfig, ModelConfig, validate
 from gpt.config.layouts import Layout, Part
-from gpt.config.source import Source, describe, download
+from gpt.config.source import INDEX, Source, describe, locate, weight_files
 from gpt.data.tokenizer import TOKENIZERS, Encoding
 from gpt.errors import InputError
-from gpt.io.files import read_json, size_and_hash
+from gpt.io.files import size_and_hash
 from gpt.model.gpt2 import GPT
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"  # which of several files holds a tensor
-PATTERNS = ("model*.safetensors", INDEX)  # of these files in a repository on the hub
 FORMATS = ("F32", "F16", "BF16")  # of numbers; fp32 holds all of them exactly
 
 EMBEDDING, POSITIONS = "token_embedding.weight", "position_embedding.weight"
@@ -145,13 +142,9 @@ def find(config: Config, *, fetch: bool = True) -> Pretrained | None:
         UnreachableError: the hub does not respond.
     """
     source = describe(str(config.init_from))
-    folder = source.folder
-    if source.repository is not None:
-        if not fetch:
-            return None
-        folder = download(source.repository, PATTERNS, _is_complete)
-    assert folder is not None
-    layout = source.layout
+    if source.repository is not None and not fetch:
+        return None
+    layout, folder = source.layout, locate(source)
     folder = folder if layout is not None else _checkpoint(folder)
     headers = _headers(folder)
     context = validate(ModelConfig, source.model, source.origin).context
@@ -258,7 +251,7 @@ def _headers(folder: Path) -> dict[str, Header]:
         InputError: there is no such file, or one is damaged or missing.
     """
     headers = {}
-    for file in _files(folder):
+    for file in weight_files(folder):
         if not file.is_file():
             raise InputError(f"{file}: is missing, but {INDEX} names it")
         with _reading(file), safe_open(file, "pt") as opened:
@@ -266,37 +259,6 @@ def _headers(folder: Path) -> dict[str, Header]:
                 tensor = opened.get_slice(name)
                 headers[name] = Header(file, tuple(tensor.get_shape()), tensor.get_dtype())
     return headers
-
-
-def _files(folder: Path) -> list[Path]:
-    """The files with the weights, which may be missing.
-
-    Raises:
-        InputError: the folder has no safetensors, or their index is damaged.
-    """
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
-        names = read_json(folder / INDEX, dict[str, Any]).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise InputError(f"{folder / INDEX}: is damaged: it has no weight_map")
-        return sorted({folder / Path(str(name)).name for name in names.values()})
-    pickled = sorted(folder.glob("*.bin"))
-    if pickled:
-        raise InputError(
-            f"{pickled[0]}: is not read, because loading a .bin can execute code; convert it to "
-            "safetensors,\nin Python with transformers: "
-            f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained('NEW')"
-        )
-    raise InputError(f"{folder}: has no {WEIGHTS}, the file of the weights")
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether all files with the weights are there."""
-    try:
-        return all(file.is_file() for file in _files(folder))
-    except InputError:
-        return False
 
 
 @contextlib.contextmanager
