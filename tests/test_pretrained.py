@@ -178,6 +178,19 @@ def test_a_run_whose_source_is_gone_cannot_return_to_it(tiny_run: Path, written:
     assert roll_back(trainer, NoCheckpoint(), Progress(step=2), fault, lambda: None) is None
 
 
+def test_the_example_fine_tunes_the_quickstart(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: Path
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="init_from: runs/quickstart: no such folder;\nset init_from"):
+        load("finetune")
+    shutil.copytree(tiny_run, tmp_path / "runs/quickstart")
+    options = {"model": {"context": 16}, "data": {"path": [str(corpus)]}}
+    config = load("finetune", options)
+    assert config.model == load_run(tiny_run)[0].config
+    assert config.data.vocabulary == "runs/quickstart/tokenizer.json"
+
+
 # -- From an exported folder -----------------------------------------------------------------------
 
 

@@ -149,7 +149,7 @@ def _vocabulary(folder: Path) -> dict[str, str]:
 
 
 def locate(source: Source) -> Path:
-    """The folder with the weights of a source, fetched if it is on the hub; of a run, its directory.
+    """The folder with the weights of a source, fetched from the hub if need be.
 
     Raises:
         InputError: there is no such repository.
