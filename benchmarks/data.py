@@ -36,6 +36,7 @@ import psutil
 
 from gpt.config import Config, DataConfig, load, validate
 from gpt.data import tokenizer
+from gpt.data.hf_tokenizer import END_OF_TEXT
 
 ROOT = Path(__file__).parents[1]
 VOCAB_SIZE = 16384
@@ -191,7 +192,7 @@ def write_vocabularies(corpus: Path, folder: Path) -> None:
     tokenizer.gpt2_tokenizer(DataConfig(), ())  # fetches the files unless they are there
     merges, vocabulary = (tokenizer.gpt2_file(name) for name in ("vocab.bpe", "encoder.json"))
     ids = json.loads(vocabulary.read_text("utf-8"))
-    del ids[tokenizer.END_OF_TEXT]
+    del ids[END_OF_TEXT]
     lines = merges.read_text("utf-8").splitlines()[1:]
     pairs = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
     library = Tokenizer(models.BPE(vocab=ids, merges=pairs))

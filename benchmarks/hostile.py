@@ -722,6 +722,7 @@ NUMBERS = [
     *("training.batch_sequences", "training.batch_tokens", "training.micro_batch"),
     *("training.z_loss", "training.loss_chunk", "training.nonfinite_limit", "training.log_every"),
     *("evaluation.every", "evaluation.sequences", "evaluation.give_up_after"),
+    *("evaluation.patience", "schedule.rewarm"),
     *("diagnostics.every", "diagnostics.sequences", "checkpoint.every", "checkpoint.keep"),
     *("checkpoint.keep_every", "sampling.temperature", "sampling.top_k", "sampling.top_p"),
     *("sampling.min_p", "sampling.every", "sampling.tokens"),

@@ -83,7 +83,8 @@ def test_a_run_starts_from_the_best_weights_of_another(
     assert config.model == source.config
     assert config.data.tokenizer == "file"
     assert config.data.vocabulary == str(tiny_run / "tokenizer.json")
-    code, _, err = called(capsys, "train", written(tiny_run), "--out-dir", tmp_path / "run")
+    short = ("--training.steps", 2, "--evaluation.every", 2)
+    code, _, err = called(capsys, "train", written(tiny_run), "--out-dir", tmp_path / "run", *short)
     assert code == 0, err
     weights = tiny_run / f"checkpoints/step-{step:08d}/model.safetensors"
     assert f"initial weights: {weights.parent}\n" in err
@@ -146,9 +147,9 @@ def test_a_resumed_run_does_not_need_its_source(
 ):
     source, out = tmp_path / "source", tmp_path / "run"
     shutil.copytree(tiny_run, source)
-    path = written(source)
+    path = written(source, training={"steps": 4}, evaluation={"every": 4})
     calls: list[None] = []
-    stop = {"on_update": lambda: calls.append(None), "stop": lambda: len(calls) == 4}
+    stop = {"on_update": lambda: calls.append(None), "stop": lambda: len(calls) == 2}
     assert train(load(path), out, quiet=True, **stop).status == "interrupted"
     whole = train(load(path), tmp_path / "whole", quiet=True)
     shutil.rmtree(source)
@@ -182,7 +183,9 @@ def test_the_example_fine_tunes_the_quickstart(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: Path
 ):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="init_from: runs/quickstart: no such folder;\nset init_from"):
+    with pytest.raises(
+        InputError, match=r"init_from: runs/quickstart: .*;\nset init_from to a run"
+    ):
         load("finetune")
     shutil.copytree(tiny_run, tmp_path / "runs/quickstart")
     options = {"model": {"context": 16}, "data": {"path": [str(corpus)]}}
@@ -476,16 +479,15 @@ def test_comparisons_and_coordcheck_refuse_it(
 
 
 def test_an_ensemble_starts_from_it(tiny_run: Path, written: Write, tmp_path: Path):
-    configs = [load(written(tiny_run, training={"steps": 3}), {"seed": seed}) for seed in range(2)]
+    path = written(tiny_run, training={"steps": 2}, evaluation={"every": 2})
+    configs = [load(path, {"seed": seed}) for seed in range(2)]
     paths = [tmp_path / f"cell-{seed}" for seed in range(2)]
     options = {"stop": lambda: False, "on_update": lambda i: None, "save_checkpoints": True}
     results = train_together(configs, paths, **options)
-    alone = [train(config, tmp_path / f"alone-{config.seed}", quiet=True) for config in configs]
-    for together, single in zip(results, alone, strict=True):
-        assert together.val_loss == pytest.approx(single.val_loss, abs=1e-5)
-        assert json.loads((together.directory / "metrics.jsonl").open().readline()) == json.loads(
-            (single.directory / "metrics.jsonl").open().readline()
-        )
+    best = json.loads((tiny_run / "result.json").read_text())["best_val_loss"]
+    first = [json.loads((each / "metrics.jsonl").open().readline()) for each in paths]
+    assert [record["val_loss"] for record in first] == [best, best]
+    assert len({result.val_loss for result in results}) == 2  # the data differs
 
 
 # -- Folders made by transformers ------------------------------------------------------------------

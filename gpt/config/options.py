@@ -119,7 +119,7 @@ class DataConfig(SourceConfig):
     learn_bytes: Count = 100_000_000
     """Train the bpe tokenizer on at most this many bytes of training text, spread evenly."""
     vocabulary: FileName | None = None
-    """The tokenizer.json of an earlier run or preparation (tokenizer: file)."""
+    """The tokenizer.json of a run, preparation or export, or its folder (tokenizer: file)."""
     holdout: Literal["documents", "tail"] = "documents"
     """Validation text: whole documents, chosen by a hash of their text, or the tail of each."""
     val_fraction: SplitFraction = 0.03

@@ -19,7 +19,7 @@ from gpt.errors import InputError
 from gpt.io.files import read_small, reading
 
 END_OF_TEXT = "<|endoftext|>"
-LONGEST_TOKEN = 512  # bytes; the time to recover a merge grows with the square of it
+LONGEST_TOKEN = 512  # bytes, as in training; finding a merge takes time quadratic in them
 GPT2_FILES = ("vocab.json", "merges.txt")  # the same as a tokenizer.json, in GPT-2's first format
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
