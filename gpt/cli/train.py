@@ -108,10 +108,14 @@ def _plan(config: Config, out_dir: Path, resume: str) -> str:
     if opened.result is not None:
         return f"{out_dir}: {opened.result.status}, nothing is left to do: {opened.result.reason}"
     device = pick_device(config.training.device)
-    train_tokens = None
+    lines, weights, train_tokens = opened.describe_changes(config), opened.pretrained, None
+    if weights is not None:
+        lines.append(weights.summary(config.model))
     if preparation.find(config.data) is not None:
         dataset = preparation.prepare(config.data)
         train_tokens, vocab_size = dataset.train_tokens, dataset.encoding.n_vocab
+        if weights is not None:
+            weights.check_vocabulary(config.data, dataset.encoding)
         TrainingSequences(dataset.train, config.model.context, config.data_seed)
         ValidationSequences(dataset.val, config.model.context, config.evaluation.sequences)
     else:
@@ -128,7 +132,7 @@ def _plan(config: Config, out_dir: Path, resume: str) -> str:
         directory=out_dir,
         done=opened.checkpoint.step if opened.checkpoint else 0,
     )
-    return "\n".join([*opened.describe_changes(config), described])
+    return "\n".join([*lines, described])
 
 
 def _describe(result: RunResult, prog: str) -> str:

@@ -89,7 +89,7 @@ def _source(name: str, out_dir: Path, origin: Callable[[str], str]) -> Source:
         return describe(name)
     except InputError as error:
         run = out_dir / "config.yaml"
-        if run.is_file() and read(run).get("init_from") == name:
+        if run.is_file() and read(run).get("init_from") == expand_user(name):
             return describe(str(out_dir))
         raise type(error)(f"{origin('init_from')}: {error}") from None
 
