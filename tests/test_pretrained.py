@@ -293,11 +293,11 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "odd type": (lambda f: edit(f, model_type=[1]), "model_type: [1] is another architecture"),
     "cross": (
         lambda f: edit(f, add_cross_attention=True),
-        "add_cross_attention: True is not False",
+        "add_cross_attention: True is not supported, only False",
     ),
     "scaling": (
         lambda f: edit(f, scale_attn_by_inverse_layer_idx=True),
-        "config.json: scale_attn_by_inverse_layer_idx: True is not False",
+        "config.json: scale_attn_by_inverse_layer_idx: True is not supported, only False",
     ),
     "activation": (lambda f: edit(f, activation_function="silu"), "activation_function: 'silu' is"),
     "inner": (lambda f: edit(f, n_inner="x"), "n_inner: 'x' is not a whole number"),
@@ -416,7 +416,7 @@ def test_a_damaged_checkpoint_is_refused(tiny_run: Path, tmp_path: Path, written
         ("", r"init_from: .*is empty"),
     ],
 )
-def test_what_is_no_source_is_refused_without_a_network(
+def test_a_name_of_nothing_is_refused_without_a_network(
     source: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)

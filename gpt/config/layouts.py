@@ -115,7 +115,8 @@ class Layout:
         """
         for key, (only, default) in self.fixed.items():
             if tree.get(key, default) != only:
-                raise InputError(f"{key}: {tree.get(key, default)!r} is not {only!r}")
+                found = tree.get(key, default)
+                raise InputError(f"{key}: {found!r} is not supported, only {only!r}")
         ours = {o.ours: tree.get(key, o.default) for key, o in reversed(list(self.options.items()))}
         spelled = tree.get("activation_function", self.activation)
         names = [ours for ours, theirs in ACTIVATIONS.items() if spelled in theirs]

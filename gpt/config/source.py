@@ -127,7 +127,7 @@ def _of_layout(
     try:
         model = layout.to_options(tree)
     except InputError as error:
-        raise InputError(f"{origin}: {error}, which is all that our networks can be") from None
+        raise InputError(f"{origin}: {error}") from None
     return Source(
         name, folder, repository, model, data, layout, lambda key: f"{origin}: {layout.key_of(key)}"
     )

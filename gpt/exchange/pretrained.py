@@ -133,8 +133,7 @@ def find(config: Config, *, fetch: bool = True) -> Pretrained | None:
     """The weights that `config.init_from` names, checked but not loaded.
 
     Args:
-        fetch: whether weights on the hub are fetched, unless they have been before; if not, None
-            is returned.
+        fetch: whether weights on the hub may be fetched; if not, None is returned for them.
 
     Raises:
         InputError: there are none; or a tensor is missing, has another shape or number format, or
