@@ -101,6 +101,16 @@ def test_eval_commands(
     assert "bits per byte" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if " export " in c])
+def test_export_commands(
+    command: str, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+):
+    shutil.copytree(tiny_run, tmp_path / "runs/quickstart")
+    monkeypatch.chdir(tmp_path)
+    assert cli.run("export", shlex.split(command)[2:]) == 0
+    assert (tmp_path / "exported/model.safetensors").is_file()
+
+
 def test_files_that_it_names_exist():
     named = set(re.findall(r"\]\(([^)#:]+)\)", README))
     named |= set(re.findall(r"`((?:configs|gpt|tests|benchmarks)/[\w./-]+)`", README))

@@ -21,7 +21,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -133,21 +133,33 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     (folder / "state.json").write_text(json.dumps(checkpoint.state, indent=2) + "\n", "utf-8")
     (folder / "tokenizer.json").write_text(checkpoint.tokenizer, "utf-8")
     for name, tensors in (("model", checkpoint.model), ("optimizer", checkpoint.optimizer)):
-        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        try:
-            save_file(contiguous, folder / f"{name}.safetensors")
-        except SafetensorError as error:  # gives the errno only in its message
-            number = re.search(r"os error (\d+)", str(error))
-            if number is None:
-                raise
-            code = int(number[1])
-            raise OSError(code, os.strerror(code), str(folder / f"{name}.safetensors")) from None
-        # safetensors makes its files 0600, whatever the umask
-        shutil.copymode(folder / "state.json", folder / f"{name}.safetensors")
+        save_tensors(tensors, folder / f"{name}.safetensors")
     for name in FILES:
         fsync(folder / name)
     files = {name: size_and_hash(folder / name) for name in FILES}
     write_text(folder / MANIFEST, manifest_text({"step": checkpoint.step, "files": files}))
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode  # as the umask says; safetensors makes its files 0600
+    try:
+        save_file(contiguous, path, metadata)
+        path.chmod(mode)
+    except SafetensorError as error:  # gives the errno only in its message
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from None
 
 
 def manifest_text(manifest: dict[str, Any]) -> str:

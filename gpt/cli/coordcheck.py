@@ -49,6 +49,8 @@ def main(argv: Sequence[str], prog: str = "steadygpt coordcheck") -> int:
     arguments, options = parse(Arguments, prog, argv, Config)
     with explained(arguments.config, prog, "config"):
         config = load(arguments.config, options)
+    if config.init_from is not None:
+        raise InputError(f"init_from: {config.init_from}: only new networks are checked")
     widths = arguments.widths or tuple(n * config.model.width for n in (1, 2, 4))
     if len(set(widths)) < max(2, len(widths)):
         raise InputError("--widths: needs at least two widths, all different")

@@ -13,7 +13,7 @@ from pydantic import Field
 from gpt.cli.common import EXIT_CODES, StopSignals, repeated, typed
 from gpt.cli.flags import parse
 from gpt.cli.paths import explained
-from gpt.config import Config, FileName, Seconds, Section
+from gpt.config import Config, FileName, Seconds, Section, source
 from gpt.config import load as load_config
 from gpt.config.shipped import names
 from gpt.errors import InputError
@@ -68,7 +68,7 @@ def load(argv: Sequence[str], prog: str = "train.py") -> tuple[Arguments, Config
     """
     arguments, options = parse(Arguments, prog, argv, Config)
     with explained(arguments.config, prog, "config"):
-        return arguments, load_config(arguments.config, options)
+        return arguments, load_config(arguments.config, options, out_dir=arguments.out_dir)
 
 
 def train(arguments: Arguments, config: Config) -> RunResult | None:
@@ -82,6 +82,10 @@ def train(arguments: Arguments, config: Config) -> RunResult | None:
     if arguments.dry_run:
         show(_plan(config, out_dir, arguments.resume))
         return None
+    if config.init_from is not None and not out_dir.exists():
+        source.locate(
+            source.describe(config.init_from)
+        )  # so that a hub that does not respond is reported soon
 
     import torch
 
@@ -113,14 +117,18 @@ def _plan(config: Config, out_dir: Path, resume: str) -> str:
     from gpt.run.cautions import cautions
     from gpt.run.resume import open_run
 
-    opened = open_run(config, out_dir, resume)
+    opened = open_run(config, out_dir, resume, fetch=False)
     if opened.result is not None:
         return f"{out_dir}: {opened.result.status}, nothing is left to do: {opened.result.reason}"
     device = pick_device(config.training.device)
-    dataset = None
+    lines, weights, dataset = opened.describe_changes(config), opened.pretrained, None
+    if weights is not None:
+        lines.append(weights.summary(config.model))
     if preparation.find(config.data) is not None:
         dataset = preparation.prepare(config.data)
         vocab_size = dataset.encoding.n_vocab
+        if weights is not None:
+            weights.check_vocabulary(config.data, dataset.encoding)
         TrainingSequences(dataset.train, config.model.context, config.data_seed)
         ValidationSequences(dataset.val, config.model.context, config.evaluation.sequences)
     else:
@@ -138,7 +146,7 @@ def _plan(config: Config, out_dir: Path, resume: str) -> str:
         done=opened.checkpoint.step if opened.checkpoint else 0,
     )
     Console().warn(cautions(config, dataset))
-    return "\n".join([*opened.describe_changes(config), described])
+    return "\n".join([*lines, described])
 
 
 def _describe(result: RunResult, prog: str) -> str:

@@ -72,6 +72,9 @@ RATE = "optimizer.learning_rate"
 MOST_CELLS = 10_000  # also the largest number of arms
 SEED_COUNT = Between(1, MOST_CELLS)
 LONGEST_VALUE = 100  # characters
+NEW_NETWORKS = (
+    "a comparison trains new networks, so that each seed has its own initial weights; leave it out"
+)
 Options = dict[str, Any]  # dotted option -> value
 StartRate = Annotated[float, Between(1e-9, 1e3)]  # so that a search stays within `Rate`
 Measure = Literal[
@@ -376,6 +379,8 @@ class Grid(Section):
             for name, level in levels.items():
                 used += [(f"arms.{factor}.{name}", key) for key in level if key not in self.grid]
         for where, key in used:
+            if key == "init_from":
+                raise ValueError(f"{where}: {key}: {NEW_NETWORKS}")
             if key not in known:
                 raise ValueError(f"{where}: {key}: no such option of a cell{nearest(key, known)}")
         for arm in arms:
@@ -577,6 +582,8 @@ def load(
     if count > MOST_CELLS:
         raise InputError(f"{path}: describes {count:,} cells; at most {MOST_CELLS:,} are allowed")
     base = merge(merge(base, nest(grid.options)), overrides or {})
+    if base.get("init_from") is not None:
+        raise InputError(f"{path}: init_from: {base['init_from']}: {NEW_NETWORKS}")
     grid = grid.model_copy(update={"base": base, "options": {}})
     cells = _cells(grid, str(path))
     if grid.first_stage is not None:

@@ -5,7 +5,15 @@ them. Nothing here imports torch, so that `--help`, `--print-config` and error m
 immediate. `python -m gpt.config` prints the JSON schema for editors.
 """
 
-from gpt.config.loading import base_of, load, option_fields, option_paths, read, validate
+from gpt.config.loading import (
+    base_of,
+    load,
+    load_resolved,
+    option_fields,
+    option_paths,
+    read,
+    validate,
+)
 from gpt.config.options import (
     Config,
     DataConfig,
@@ -72,6 +80,7 @@ __all__ = [
     "is_reserved",
     "leaves",
     "load",
+    "load_resolved",
     "may_change",
     "merge",
     "nest",

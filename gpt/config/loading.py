@@ -1,8 +1,8 @@
 """YAML, base files and flags in; one validated `Config` out.
 
 A file may name one `base:` (a path relative to itself) whose values it overrides; flags override
-the file; everything else has the default of `gpt.config.options`. All errors are reported at once,
-by dotted path.
+the file. Everything else has the value of the pretrained network that `init_from` names (source.py)
+or the default of `gpt.config.options`. All errors are reported at once, by dotted path.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from gpt.config.cautions import cautions
-from gpt.config.options import Config
+from gpt.config.layouts import effective
+from gpt.config.options import Config, ModelConfig
 from gpt.config.shipped import find
+from gpt.config.source import Source, describe
 from gpt.config.strict_yaml import read_yaml
 from gpt.config.trees import leaves, merge
 from gpt.config.values import Section, expand_user, spell, unquoted
@@ -31,27 +33,115 @@ MAX_ERRORS = 100  # errors described in one message
 SectionType = TypeVar("SectionType", bound=Section)
 
 
-def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+def load(
+    path: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    out_dir: str | Path | None = None,
+) -> Config:
     """The config in the YAML file `path`, its bases, and `overrides` (a nested mapping) on top.
 
     Args:
         path: a file, or the name of a config that comes with steadygpt, such as `quickstart`.
+        out_dir: the run directory; runs/NAME by default. If it holds a run that started from
+            `init_from`, the source itself is no longer needed.
 
     Raises:
-        InputError: with every error at once, by dotted path, and the nearest valid name.
+        InputError: with every error at once, by dotted path, and the nearest valid name; or the
+            source that `init_from` names is missing, or conflicts with an option.
     """
     path, overrides = find(path, "config"), overrides or {}
     layers = [{"name": path.stem}, *_layers(path), overrides]
-    flags = {key for key, _ in leaves(overrides)}
+    tree, flags = functools.reduce(merge, layers), {key for key, _ in leaves(overrides)}
 
     def origin(key: str) -> str:
         if any(f"{key}.".startswith(f"{flag}.") for flag in flags):  # or it is in the flag's list
             return f"--{key}"
         return f"{path}: {key}" if key else str(path)
 
-    config = validate(Config, functools.reduce(merge, layers), origin)
+    config = _validated(tree, origin, out_dir)
     config.set_cautions(cautions(config, layers))
     return config
+
+
+def _validated(
+    tree: Mapping[str, Any], origin: Callable[[str], str], out_dir: str | Path | None
+) -> Config:
+    """The config of a tree of options, together with those of the source of its weights."""
+    name = tree.get("init_from")
+    if not (isinstance(name, str) and name):
+        return validate(Config, tree, origin)
+    source = _source(name, Path(out_dir or f"runs/{tree['name']}"), origin)
+    model = validate(ModelConfig, source.model, source.origin)
+    config = validate(Config, _with_source(tree, source, model), origin)
+    _check_agreement(config, model, source, origin)
+    return config
+
+
+def load_resolved(path: Path) -> Config:
+    """The config in a file that `Config.to_yaml` wrote, which needs no other file.
+
+    Raises:
+        InputError: as `load`.
+    """
+    return validate(Config, _named(path), lambda key: f"{path}: {key}".removesuffix(": "))
+
+
+def _named(path: Path) -> dict[str, Any]:
+    """The options in a file and its bases; the default name is that of the file."""
+    return {"name": path.stem, **read(path)}
+
+
+# ---------------------------------------------------------------------------------------------
+# init_from
+
+
+def _source(name: str, out_dir: Path, origin: Callable[[str], str]) -> Source:
+    """The source that `init_from` names; without it, the run that started from it."""
+    try:
+        return describe(name)
+    except InputError as error:
+        run = out_dir / "config.yaml"
+        if run.is_file() and read(run).get("init_from") == expand_user(name):
+            return describe(str(out_dir))
+        raise type(error)(f"{origin('init_from')}: {error}") from None
+
+
+def _with_source(tree: Mapping[str, Any], source: Source, model: ModelConfig) -> dict[str, Any]:
+    """The options in `tree`, and those of the source that it does not set."""
+    data = tree.get("data")
+    chosen = isinstance(data, Mapping) and {"tokenizer", "vocabulary"} & data.keys()
+    options = {"model": model.model_dump(), "data": {} if chosen else source.data}
+    return merge(options, tree)
+
+
+# Options of the model in which a run may differ from the source of its weights: `context` may be
+# smaller. With another value of any other option, the weights would compute something else.
+MAY_DIFFER = ("dropout", "context")
+
+
+def _check_agreement(
+    config: Config, model: ModelConfig, source: Source, origin: Callable[[str], str]
+) -> None:
+    """Refuse options of the model that do not suit the source's weights.
+
+    Raises:
+        InputError: names at most three of them.
+    """
+    given, theirs = effective(config.model), effective(model)
+    lines = [
+        f"{origin(f'model.{option}')}: {given[option]} conflicts with {value}, the value of the "
+        f"weights of init_from {source.name}; leave it out"
+        for option, value in theirs.items()
+        if given[option] != value and option not in MAY_DIFFER
+    ]
+    if config.model.context > model.context:
+        lines.append(
+            f"{origin('model.context')}: {config.model.context} is longer than {model.context}, "
+            f"the context of the weights of init_from {source.name}"
+        )
+    if lines:
+        raise InputError("\n".join(lines[:3]))
 
 
 def read(path: Path) -> dict[str, Any]:

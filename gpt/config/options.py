@@ -502,6 +502,8 @@ class Config(Section):
     """Name of the run and of its folder under runs/ (default: the config file's name)."""
     seed: Seed = 0
     """Seed of the initial weights, data order, dropout and samples."""
+    init_from: FileName | None = None
+    """Pretrained weights to start from: a run, a Hugging Face folder, or a hub name like gpt2."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     schedule: ScheduleConfig = ScheduleConfig()

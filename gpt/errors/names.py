@@ -10,7 +10,7 @@ from collections.abc import Iterable
 ALIASES = {
     "out-dir": ("output_dir", "log_dir", "run_dir", "save_dir"),
     "name": ("run_name", "output_dir", "out_dir", "wandb_run_name", "experiment_name"),
-    "resume": ("resume_from_checkpoint", "init_from", "load", "ckpt", "ckpt_path"),
+    "resume": ("resume_from_checkpoint", "load", "ckpt", "ckpt_path"),
     "seed": ("random_seed", "manual_seed"),
     "max-new-tokens": ("max_tokens", "max_length", "n_tokens", "num_tokens", "tokens", "length"),
     "num-samples": ("n_samples", "samples", "num_return_sequences", "n"),

@@ -52,7 +52,7 @@ def describe(
         "steps": f"{config.training.steps:,}" + (f", of which {done:,} are done" if done else ""),
         "device": f"{device.type}, {config.training.precision}",
         "model": f"{parameters:,} parameters, {parameters - embeddings:,} without embeddings",
-        "blocks": _blocks(config.model),
+        "blocks": _blocks(config.model, config.init_from),
         "batch": f"{batch_tokens:,} tokens per step: {config.batch_sequences} sequences of "
         f"{config.model.context}" + (f", in {parts} micro-batches" if parts > 1 else ""),
         "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}, "
@@ -63,15 +63,16 @@ def describe(
     return "\n".join([config.name, *(f"  {name:<10} {text}" for name, text in rows.items())])
 
 
-def _blocks(config: ModelConfig) -> str:
-    """The options of the blocks in one line."""
+def _blocks(config: ModelConfig, init_from: str | None) -> str:
+    """The options of the blocks, and where their weights come from, in one line."""
     kind = (config.norm.type or "layer") if PLACEMENTS[config.norm.placement].has_norms else "none"
     final = "with" if has_final_norm(config) else "without"
+    initial = f"{config.init.regime} weights" + (" x 1/sqrt(2L)" if depth_scaled(config) else "")
     parts = [
         f"{config.layers} x {config.norm.placement}",
         "no norms" if kind == "none" else f"{kind} norm, {final} a final one",
         config.mlp.activation,
-        f"{config.init.regime} weights" + (" x 1/sqrt(2L)" if depth_scaled(config) else ""),
+        initial if init_from is None else f"weights of {init_from}",
         *([f"muP from width {config.mup_base_width}"] if config.mup_base_width else []),
     ]
     return "; ".join(parts)

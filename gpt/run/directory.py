@@ -130,7 +130,7 @@ class RunDirectory:
         if not self.config.is_file():
             what = "is not a run (no config.yaml)" if self.path.is_dir() else "no such directory"
             raise InputError(f"{self.path}: {what}")
-        return configs.load(self.config)
+        return configs.load_resolved(self.config)
 
     def read_environment(self) -> dict[str, Any]:
         """The facts of environment.json; see `write_environment`.

@@ -10,10 +10,12 @@ from torch import Tensor
 from gpt import checkpoint as store
 from gpt.checkpoint import Checkpoint
 from gpt.checkpoint.state import Progress, read_state
+from gpt.checkpoint.weights import load_weights
 from gpt.config import Config, describe_differences
 from gpt.data import tokenizer
 from gpt.data.prepared import Dataset
 from gpt.errors import InputError
+from gpt.exchange import pretrained
 from gpt.io.console import Console
 from gpt.io.files import remove_partial, write_text
 from gpt.model.init import fingerprints
@@ -23,12 +25,14 @@ from gpt.run.resume import ResumePlan, start_rewarm
 from gpt.trainer import Trainer
 
 
-def check_tokens(plan: ResumePlan, dataset: Dataset) -> None:
-    """Refuse to resume a run on different data.
+def check_tokens(plan: ResumePlan, config: Config, dataset: Dataset) -> None:
+    """Refuse to resume a run on different data, or to use weights with another vocabulary.
 
     Raises:
-        InputError: the prepared tokens differ from those of the checkpoint.
+        InputError: the prepared tokens differ from those of the checkpoint or the weights.
     """
+    if plan.pretrained is not None:
+        plan.pretrained.check_vocabulary(config.data, dataset.encoding)
     if plan.checkpoint is None:
         return
     if read_state(plan.checkpoint).data_fingerprint != dataset.fingerprint:
@@ -55,8 +59,7 @@ def restore(
         InputError: the checkpoint does not fit the config.
     """
     if checkpoint is None:
-        trainer.reset()
-        trainer.calibrate(first_inputs())
+        start_afresh(trainer, first_inputs)
         return Progress()
     state = read_state(checkpoint)
     try:
@@ -67,6 +70,25 @@ def restore(
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{checkpoint.name}: does not fit the config: {reason}") from None
     return state.progress
+
+
+def start_afresh(trainer: Trainer, first_inputs: Callable[[], Tensor]) -> None:
+    """Set the trainer's state before the first update: new weights, or those of `init_from`.
+
+    Raises:
+        InputError: the weights of `init_from` do not fit.
+    """
+    config = trainer.config
+    weights = pretrained.find(config) if config.init_from is not None else None
+    loaded = weights.load(config.model) if weights is not None else None  # before anything changes
+    trainer.reset()
+    if loaded is None:
+        trainer.calibrate(first_inputs())
+        return
+    try:
+        load_weights(trainer.model, loaded)
+    except ValueError as error:
+        raise InputError(f"init_from: {config.init_from}: does not fit: {error}") from None
 
 
 def adopt_checkpoint(
@@ -117,6 +139,8 @@ def announce(plan: ResumePlan, config: Config, step: int, console: Console) -> N
         step: the step from which it resumes.
     """
     directory, resuming = plan.directory, plan.resuming
+    if plan.pretrained is not None:
+        console.say(plan.pretrained.summary(config.model))
     for damage in plan.damaged:
         console.say(f"skipped: {damage}")
     later = later_fallback(config, directory.path, step) if resuming else None
@@ -157,10 +181,14 @@ def write_identity(
     if not resuming or not directory.tokenizer.is_file():
         write_text(directory.tokenizer, tokenizer.to_json(dataset.encoding))
     if not resuming or not directory.environment.is_file():
-        from_checkpoint = {"started_from": plan.started_from} if plan.started_from else {}
+        source: dict[str, object] = {}
+        if plan.started_from is not None:
+            source["started_from"] = plan.started_from
+        if plan.pretrained is not None:
+            source["init_from"] = plan.pretrained.facts()
         directory.write_environment(
             trainer.device,
-            **from_checkpoint,
+            **source,
             micro_batch=trainer.micro_batch,
             data_fingerprint=dataset.fingerprint,
             unigram_entropy=unigram_entropy,

@@ -39,8 +39,11 @@ def roll_back(
         return None
     if checkpoint is None and progress.start_step:
         return None
+    try:
+        restored = restore(trainer, checkpoint, first_inputs)
+    except InputError:  # the weights of init_from are gone
+        return None
     manager.drop_unscheduled(progress)
-    restored = restore(trainer, checkpoint, first_inputs)
     manager.saved_step = restored.step or None
     restored.rollbacks = progress.rollbacks + 1
     restored.protected_steps = progress.protected_steps
@@ -66,9 +69,9 @@ def locate_by_replay(
     """
     try:
         checkpoint = manager.newest()
+        restore(trainer, checkpoint, first_inputs)
     except InputError:
         return None
-    restore(trainer, checkpoint, first_inputs)
     first = checkpoint.step + 1 if checkpoint else 1
     if first < fault.step:
         notify(f"locating the failure: repeating steps {first} to {fault.step}")

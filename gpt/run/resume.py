@@ -16,6 +16,8 @@ from gpt.checkpoint import Checkpoint
 from gpt.checkpoint.state import Progress, read_state
 from gpt.config import Config, Differences, describe_differences, may_change
 from gpt.errors import InputError, nearest
+from gpt.exchange import pretrained
+from gpt.exchange.pretrained import Pretrained
 from gpt.io.files import is_partial, read_json
 from gpt.run.directory import RunDirectory, RunResult
 from gpt.schedule import lr_multiplier
@@ -30,6 +32,7 @@ class ResumePlan:
         directory: where the run is, or will be.
         checkpoint: to start from; None: from the initial weights.
         before: the config of the checkpoint's run, if another one continues it, or a longer one.
+        pretrained: the weights of `init_from`, if they are the initial ones.
         result: of a run that has ended, so that nothing is left to do.
         existing: whether the directory already holds this run.
         started_from: the checkpoint from which the run was started, as `_origin` names it.
@@ -40,6 +43,7 @@ class ResumePlan:
     directory: RunDirectory
     checkpoint: Checkpoint | None = None
     before: Config | None = None
+    pretrained: Pretrained | None = None
     result: RunResult | None = None
     existing: bool = False
     started_from: str | None = None
@@ -151,17 +155,19 @@ def ended_run(config: Config, path: Path, resume: str) -> RunResult | None:
     return result
 
 
-def open_run(config: Config, path: Path, resume: str) -> ResumePlan:
+def open_run(config: Config, path: Path, resume: str, *, fetch: bool = True) -> ResumePlan:
     """Decide how a run of `config` in the directory `path` starts. Writes nothing.
 
     Args:
         resume: "auto" resumes an unfinished run of the same config; "never" requires a fresh
             directory; anything else names a checkpoint (see `gpt.checkpoint.named`; without a
             folder, of runs/NAME) from which a fresh directory starts. Repeated, it resumes.
+        fetch: whether weights on the hub may be fetched, as they must be before training.
 
     Raises:
-        InputError: the directory holds something that would have to be overwritten, or none of its
-            checkpoints is intact; or a tracker is not installed.
+        InputError: the directory holds something that would have to be overwritten, none of its
+            checkpoints is intact, the weights of `init_from` do not fit, or a tracker is not
+            installed.
     """
     directory, origin = RunDirectory(path), _origin(config, resume)
     ended = ended_run(config, path, resume)
@@ -169,7 +175,9 @@ def open_run(config: Config, path: Path, resume: str) -> ResumePlan:
         return ResumePlan(directory, result=ended, existing=True)
     check_installed(config.tracking)
     if not directory.config.is_file():
-        return ResumePlan(directory, *_start_from(config, resume), started_from=origin)
+        start, before = _start_from(config, resume)
+        weights = _pretrained(config, fetch) if start is None else None
+        return ResumePlan(directory, start, before, weights, started_from=origin)
     changes, result = _same_run(directory, config, resume)
     directory.check_paths()
     checkpoint, damaged = store.newest_intact(directory.checkpoints)
@@ -185,11 +193,19 @@ def open_run(config: Config, path: Path, resume: str) -> ResumePlan:
         directory,
         checkpoint,
         directory.read_config() if "training.steps" in changes else None,
+        _pretrained(config, fetch) if checkpoint is None else None,
         existing=True,
         started_from=origin,
         changes=changes,
         damaged=tuple(damaged),
     )
+
+
+def _pretrained(config: Config, fetch: bool) -> Pretrained | None:
+    """The weights of `init_from`; None without any, or if they would have to be fetched."""
+    if config.init_from is None:
+        return None
+    return pretrained.find(config, fetch=fetch)
 
 
 def _same_run(
