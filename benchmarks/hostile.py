@@ -62,7 +62,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-import gpt.generate
+import gpt.generation
 import gpt.run.plot
 import gpt.training
 from gpt import cli

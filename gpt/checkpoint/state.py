@@ -10,12 +10,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from gpt.checkpoint import Checkpoint
 from gpt.errors import InputError
-from gpt.io.files import Natural
+from gpt.io.files import Loss, Natural, Time
 
 FORMAT = 5
-
-Time = Annotated[float, Field(ge=0, le=1e100)]
-Loss = Annotated[float, Field(ge=-1e100, le=1e100)] | None
 
 
 @dataclass

@@ -116,7 +116,7 @@ def _is_piped(stream: TextIO | None) -> bool:
 def sample(arguments: Arguments, prompt: str, prog: str = "sample.py") -> Iterator[str]:
     """Load the model and generate; returns the text in pieces, as `_to_text` yields them."""
     from gpt.data.tokenizer import encode
-    from gpt.generate import Decoder, generate
+    from gpt.generation import Decoder, generate_tokens
     from gpt.hardware.device import pick_device
     from gpt.hardware.memory import total_memory
     from gpt.inference import optimize_for_inference
@@ -146,7 +146,7 @@ def sample(arguments: Arguments, prompt: str, prog: str = "sample.py") -> Iterat
         size=model.token_embedding.weight.element_size(),
         memory=total_memory(device),
     )
-    rows = generate(
+    rows = generate_tokens(
         model,
         tokens,
         samples=count,
@@ -167,7 +167,7 @@ def _to_text(
     Args:
         rows: the next token of each of the `count` texts.
     """
-    from gpt.generate import TextDecoder
+    from gpt.generation import TextDecoder
 
     decoders = [TextDecoder(encoding) for _ in range(count)]
     texts = [prompt] * count

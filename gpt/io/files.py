@@ -27,7 +27,10 @@ from gpt.errors import InputError
 from gpt.io.wait import TIMEOUT, wait_for
 
 T = TypeVar("T")
-Natural = Annotated[int, Field(ge=0, le=2**53)]  # in JSON files; any program reads it exactly
+# Numbers in JSON files; any program reads them.
+Natural = Annotated[int, Field(ge=0, le=2**53)]
+Time = Annotated[float, Field(ge=0, le=1e100)]
+Loss = Annotated[float, Field(ge=-1e100, le=1e100)] | None
 
 SMALL = 2**26  # default size limit, in bytes, of a file that is read at once
 LOCK = ".lock"  # in a directory in which one process at a time may work

@@ -9,5 +9,6 @@ recovery.py   rolling back, locating a failure, advising on memory
 fallback.py   another directory for a run whose own cannot be written
 loading.py    a trained model from its directory
 banner.py     a summary of a config, before anything runs
-plot.py       loss.png and layers.png
+plot.py       loss.png, and what all plots share
+layer_plot.py layers.png
 """

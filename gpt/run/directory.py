@@ -1,5 +1,7 @@
 """A run directory: the files of a run, and reading and writing them.
 
+This module does not import torch, so that many runs are listed at once.
+
 runs/NAME/config.yaml, environment.json, tokenizer.json, metrics.jsonl, history.jsonl,
           result.json, loss.png, layers.png, samples/, checkpoints/
 """
@@ -16,18 +18,28 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import TypeAdapter
 
 from gpt import __version__
 from gpt import config as configs
-from gpt.checkpoint.state import Loss, Time
 from gpt.config import Config
-from gpt.diagnostics.failure import Failure
+from gpt.diagnostics.fault import Failure
 from gpt.errors import InputError
-from gpt.io.files import SMALL, Natural, lock_directory, open_for_update, read_json, write_text
+from gpt.io.files import (
+    SMALL,
+    Loss,
+    Natural,
+    Time,
+    lock_directory,
+    open_for_update,
+    read_json,
+    write_text,
+)
+
+if TYPE_CHECKING:
+    import torch
 
 Status = Literal["finished", "diverged", "interrupted"]
 
@@ -167,6 +179,8 @@ class RunDirectory:
             facts: more fields: micro_batch, data_fingerprint, unigram_entropy and
                 initial_weights (see `gpt.model.init.fingerprints`).
         """
+        import torch
+
         packages = ("numpy", "safetensors", "tiktoken", "tokenizers", "torch")
         versions = {"python": platform.python_version(), "steadygpt": __version__}
         for name in packages:

@@ -11,7 +11,8 @@ from gpt.checkpoint.manager import CheckpointManager
 from gpt.checkpoint.state import Progress
 from gpt.config import ScheduleConfig
 from gpt.data.sequences import ValidationSequences
-from gpt.diagnostics.failure import FaultLocation, first_nonfinite
+from gpt.diagnostics.failure import first_nonfinite
+from gpt.diagnostics.fault import FaultLocation
 from gpt.errors import Fault, InputError
 from gpt.hardware.memory import is_out_of_memory, smaller
 from gpt.run.opening import restore

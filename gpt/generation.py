@@ -1,8 +1,8 @@
 """Sampling: generate text token by token, with a key/value cache.
 
-`generate` repeats two steps: a `Decoder` computes the logits of the next token, and `sample_tokens`
-draws it after temperature, top-k, top-p and min-p. Each sample has its own random generator, so the
-first of five samples is the same text as a single sample with that seed.
+`generate_tokens` repeats two steps: a `Decoder` computes the logits of the next token, and
+`sample_tokens` draws it after temperature, top-k, top-p and min-p. Each sample has its own random
+generator, so the first of five samples is the same text as a single sample with that seed.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Graph:
 
 
 @torch.inference_mode()
-def generate(
+def generate_tokens(
     model: GPT,
     prompt: list[int],
     *,
@@ -232,7 +232,7 @@ def continue_text(
     """
     decoder = TextDecoder(encoding)
     text = [prompt]
-    steps = generate(
+    steps = generate_tokens(
         model,
         encode(encoding, prompt, "sampling.prompt") or [encoding.eot_token],
         samples=1,
