@@ -217,6 +217,22 @@ def lock_directory(directory: Path, refusal: str) -> Iterator[None]:
             directory.rmdir()
 
 
+def is_locked(directory: Path) -> bool:
+    """Whether a process holds the lock of a directory.
+
+    A lock left by a killed process is acquired for an instant to find that out. One that this user
+    may not open counts as held.
+    """
+    lock = directory / LOCK
+    if not lock.is_file():
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except (Timeout, OSError):
+        return True
+
+
 def is_partial(path: Path) -> bool:
     """Whether a file or folder is a lock, or was left incomplete by a killed process."""
     return path.name == LOCK or path.name.startswith(PARTIAL_PREFIX)

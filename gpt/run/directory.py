@@ -89,6 +89,9 @@ class RunResult:
         return self.status != "finished" or (self.step > 0 and None not in evaluated)
 
 
+_RESULT = TypeAdapter(RunResult)
+
+
 class RunDirectory:
     """The paths of one run."""
 
@@ -151,7 +154,7 @@ class RunDirectory:
             return None
         tree = read_json(self.result, dict[str, Any])
         try:
-            result = TypeAdapter(RunResult).validate_python({**tree, "directory": self.path})
+            result = _RESULT.validate_python({**tree, "directory": self.path})
         except ValueError:
             result = None
         if result is None or not result.is_consistent:
