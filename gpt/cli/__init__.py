@@ -25,6 +25,8 @@ COMMANDS = {
     "checkpoint": "python -m gpt.checkpoint",
     "diagnose": "python -m gpt.diagnostics",
     "coordcheck": "steadygpt coordcheck",
+    "runs": "steadygpt runs",
+    "plot": "steadygpt plot",
 }
 USAGE = """\
 usage: steadygpt COMMAND ...   (COMMAND --help for details)
@@ -36,6 +38,8 @@ usage: steadygpt COMMAND ...   (COMMAND --help for details)
   checkpoint verify DIR    check that checkpoints are intact
   diagnose RUN_DIR         plot the statistics of a run's layers
   coordcheck CONFIG.yaml   check that updates do not depend on the width, as in muP
+  runs [DIR]               list runs: status, losses, time, and the options that differ
+  plot RUN ...             plot the losses of several runs in one picture
 
   --version                print the version"""
 

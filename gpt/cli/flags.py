@@ -33,8 +33,9 @@ def parse(
     """Read a command line. `--help` prints the help and exits with code 0.
 
     Args:
-        arguments: the command's own arguments. Required ones are positional, and booleans are
-            switches without a value; the docstring is the help's first line.
+        arguments: the command's own arguments. Required ones are positional, and so are those
+            whose title is in brackets, such as `[DIR]`; a title that ends in `...` takes several
+            values. Booleans are switches without a value; the docstring is the help's first line.
         argv: the words after the command.
         config: the options that are flags too, `--model.norm.placement` for nested ones.
 
@@ -47,7 +48,7 @@ def parse(
             of the command's own has a wrong value.
     """
     fields = arguments.model_fields
-    names = [name for name, field in fields.items() if not field.is_required()]
+    names = [name for name, field in fields.items() if not _is_positional(field)]
     flags = [as_flag(path) for path in [*names, *(option_paths(config) if config else [])]]
     switches = {as_flag(name) for name in names if fields[name].annotation is bool}
     words = _normalize(argv, set(flags) - switches)
@@ -65,6 +66,10 @@ def parse(
         return as_flag(name) if name in names else str(fields[name].title)
 
     return validate(arguments, own, origin), nest(given)
+
+
+def _is_positional(field: FieldInfo) -> bool:
+    return field.is_required() or str(field.title).startswith("[")
 
 
 def as_flag(path: str) -> str:
@@ -150,7 +155,7 @@ class _StoreOnce(argparse.Action):
 
 @functools.cache
 def _parser(arguments: type[Section], prog: str, config: type[Section] | None) -> _Parser:
-    titles = [str(f.title) for f in arguments.model_fields.values() if f.is_required()]
+    titles = [str(f.title) for f in arguments.model_fields.values() if _is_positional(f)]
     parser = _Parser(
         usage=" ".join([prog, "[-h] [OPTIONS]", *titles]),
         description=arguments.__doc__,
@@ -161,8 +166,16 @@ def _parser(arguments: type[Section], prog: str, config: type[Section] | None) -
     )
     schemas = arguments.model_json_schema()["properties"]
     for name, field in arguments.model_fields.items():
-        if field.is_required():
-            parser.add_argument(name, metavar=field.title, help=field.description)
+        if _is_positional(field):
+            title = str(field.title)
+            optional, several = title.startswith("["), title.strip("[]").endswith("...")
+            nargs = {(True, False): "?", (False, True): "+", (True, True): "*"}
+            parser.add_argument(
+                name,
+                metavar=title.strip("[]").removesuffix("...").strip(),
+                nargs=nargs.get((optional, several)),
+                help=field.description,
+            )
         elif field.annotation is bool:
             flag = as_flag(name)
             parser.add_argument(flag, dest=name, action="store_true", help=field.description)

@@ -216,7 +216,7 @@ def _comparison(path: Path, name: str) -> RunSummary:
         f"{count} cell{'' if count == 1 else 's'}"
         + (": " if count else "")
         + ", ".join(f"{n} {status}" for status, n in statuses.items()),
-        *([f"best loss {min(losses):.4f} to {max(losses):.4f}"] if losses else []),
+        *([f"best losses {min(losses):.4f} to {max(losses):.4f}"] if losses else []),
         f"{duration(seconds)} in all",
     ]
     return RunSummary(
