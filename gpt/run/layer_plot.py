@@ -9,11 +9,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from gpt.diagnostics.layers import MEASURES, MODEL_MEASURES, Measure
 from gpt.metrics import Record
-from gpt.run.plot import OTHER, VALIDATION, label, literal_text, save
+from gpt.run.plot import OTHER, VALIDATION, label, label_plainly, literal_text, save
 
 SMALLEST = 1e-100  # a logarithmic scale shows only larger values; fp32's smallest is 1e-45
 
@@ -66,7 +66,7 @@ def _plot_model_measure(axes: Axes, records: list[Record], key: str) -> None:
         axes.plot([record["step"] for record in records], values, **style)
     if measure.log:
         axes.set_yscale("log", nonpositive="mask")
-        _label_plainly(axes)
+        label_plainly(axes)
     axes.grid(alpha=0.25)
 
 
@@ -102,10 +102,4 @@ def _plot_measure(axes: Axes, records: list[Record], key: str, measure: Measure)
     axes.set_ylabel("layer")
     bar = axes.figure.colorbar(drawn, ax=axes)
     if isinstance(norm, LogNorm):
-        _label_plainly(bar.ax)
-
-
-def _label_plainly(axes: Axes) -> None:
-    """Label a logarithmic y-axis with plain numbers, because matplotlib would write TeX."""
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter())
+        label_plainly(bar.ax)

@@ -14,7 +14,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from gpt.errors import printable
 from gpt.io.files import write_bytes
@@ -86,6 +86,7 @@ def plot_run(records: list[Record], path: Path, title: str) -> None:
     norm_axes.set_ylabel("gradient norm")
     if any(n > 0 for _, n in norms):
         norm_axes.set_yscale("log")
+        label_plainly(norm_axes)
     norm_axes.set_xlabel("step")
     norm_axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     for axes in (loss_axes, rate_axes, norm_axes):
@@ -119,6 +120,12 @@ def _plot_losses(axes: Axes, training: list[Record], evaluations: list[Record]) 
         )
     axes.set_ylabel("loss (nats per token)")
     axes.legend(frameon=False)
+
+
+def label_plainly(axes: Axes) -> None:
+    """Label a logarithmic y-axis with plain numbers, because matplotlib would write TeX."""
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter())
 
 
 def save(figure: Figure, path: Path) -> None:

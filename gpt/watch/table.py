@@ -18,8 +18,8 @@ NUMBERS = (
     *("step", "steps", "train_loss", "val_loss", "best_val_loss"),
     *("learning_rate", "parameters", "tokens", "seconds"),
 )
-# Options that have a column of their own, or say where a run is rather than what it is.
-NOT_COMPARED = {"name", "training.steps", "optimizer.learning_rate", "data.cache_dir"}
+PLACES = {"name", "data.cache_dir"}  # options that say where a run is rather than what it is
+OWN_COLUMN = {"training.steps", "optimizer.learning_rate"}
 LONGEST = 24  # characters of an option's value in a printed table
 GAP = "  "
 
@@ -40,7 +40,7 @@ class RunTable:
     def differing(self) -> list[str]:
         """The options in which the runs differ, by dotted path."""
         options = differing([row.options for row in self.rows if row.options])
-        return [option for option in options if option not in NOT_COMPARED]
+        return [option for option in options if option not in PLACES | OWN_COLUMN]
 
     def records(self) -> list[dict[str, Any]]:
         """A dict for each row, with the options that differ: `pandas.DataFrame(t.records())`."""

@@ -1,0 +1,37 @@
+"""`steadygpt plot RUN ...`: the curves of several runs in one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field
+
+from gpt.cli.flags import parse
+from gpt.config import FileName, Section
+from gpt.io.console import show, write_result
+from gpt.watch import curves
+
+
+class Arguments(Section):
+    """Plot loss, learning rate and gradient norm of several runs in one picture."""
+
+    runs: tuple[FileName, ...] = Field(title="RUN ...")
+    """Directories of runs; also a comparison, for its cells, a folder of runs, or a pattern."""
+    x: curves.X = "step"
+    """What to plot against; seconds are those of updates, without evaluations."""
+    out: FileName = Field("curves.png", title="FILE.png|FILE.svg")
+    """Where to save the picture; an existing file is replaced only if it is such a picture."""
+    csv: bool = False
+    """Print the plotted numbers as CSV, and draw nothing."""
+
+
+def main(argv: Sequence[str], prog: str = "steadygpt plot") -> int:
+    """`steadygpt plot RUN ...`; returns the exit code."""
+    arguments, _ = parse(Arguments, prog, argv)
+    plotted = curves.plot(*arguments.runs, x=arguments.x)
+    if arguments.csv:
+        write_result(plotted.to_csv())
+    else:
+        show(str(plotted.save(Path(arguments.out))))
+    return 0

@@ -1,0 +1,219 @@
+"""The curves of runs as numbers: loss, learning rate and gradient norm, by step, tokens or time."""
+
+from __future__ import annotations
+
+import glob
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt import metrics
+from gpt.errors import InputError, nearest
+from gpt.run.directory import RunDirectory, RunResult
+from gpt.watch.survey import find_runs, read_options
+from gpt.watch.table import PLACES, csv_text, differing, format_value
+
+X = Literal["step", "tokens", "seconds"]
+Column = NDArray[np.float64]
+AnyRun = str | Path | RunResult  # a run, to callers from Python
+
+FIFTIETH = 50  # the drawn training loss is a mean over this part of the updates
+MOST_OPTIONS = 3  # in a label
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The numbers of one run.
+
+    Attributes:
+        label: what distinguishes it from the other runs; its name, if that is more than a few
+            options.
+        columns: as `read_metrics` returns them, and loss_mean, the smoothed training loss.
+        diverged: whether it ended because a number was not finite.
+    """
+
+    path: Path
+    label: str
+    columns: Mapping[str, Column]
+    diverged: bool
+
+    def points(self, x: X, key: str) -> tuple[Column, Column]:
+        """The finite values of a column, against x."""
+        values = self.columns[key]
+        known = np.isfinite(values)
+        return self.columns[x][known], values[known]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The curves of several runs; in a notebook, their picture.
+
+    Attributes:
+        x: what they are drawn against.
+    """
+
+    curves: Sequence[Curve]
+    x: X = "step"
+
+    def __iter__(self) -> Iterator[Curve]:
+        return iter(self.curves)
+
+    def __len__(self) -> int:
+        return len(self.curves)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the picture to a .png or .svg file; only an earlier picture is replaced.
+
+        Raises:
+            InputError: the file has another ending, or exists and is something else; or there are
+                too many runs for one picture.
+        """
+        from gpt.watch.picture import save
+
+        return save(self, Path(path))
+
+    def records(self) -> list[dict[str, Any]]:
+        """The plotted numbers, a dict for each run and step: `pandas.DataFrame(c.records())`."""
+        keys = ["step", "tokens", "seconds", "loss", "loss_mean", "val_loss"]
+        keys += ["learning_rate", "grad_norm"]
+        return [
+            {
+                "run": str(curve.path),
+                "label": curve.label,
+                **{key: None if np.isnan(value) else value for key, value in row.items()},
+            }
+            for curve in self
+            for row in _rows(curve.columns, keys)
+        ]
+
+    def to_csv(self) -> str:
+        """The records as CSV; an empty field where a run has no value."""
+        return csv_text(self.records())
+
+    def _repr_png_(self) -> bytes:
+        from gpt.watch.picture import render
+
+        return render(self, "png")
+
+
+def _rows(columns: Mapping[str, Column], keys: Sequence[str]) -> Iterator[dict[str, float]]:
+    whole = ("step", "tokens")
+    for values in zip(*(columns[key].tolist() for key in keys), strict=True):
+        yield {k: int(v) if k in whole else v for k, v in zip(keys, values, strict=True)}
+
+
+def plot(*runs: AnyRun, x: X = "step", out: str | Path | None = None) -> Curves:
+    """The curves of runs in one picture, which a notebook shows.
+
+    Args:
+        runs: directories of runs, results of `train`, glob patterns, comparisons (their cells), or
+            folders of runs.
+        x: what to plot against: "step", "tokens", or "seconds" (of updates alone).
+        out: a .png or .svg file to save the picture to.
+
+    Raises:
+        InputError: there is no such run, or it is damaged; and as `Curves.save`.
+    """
+    if x not in get_args(X):
+        raise InputError(
+            f"x: {x!r} is not one of step, tokens, seconds{nearest(str(x), get_args(X))}"
+        )
+    directories = [RunDirectory(path) for path in _find(runs)]
+    labels = _labels(directories)
+    curves = Curves([_read(run, label) for run, label in zip(directories, labels, strict=True)], x)
+    if out is not None:
+        curves.save(out)
+    return curves
+
+
+def _find(runs: Sequence[AnyRun]) -> list[Path]:
+    """The directories of the runs, each once."""
+    if not runs:
+        raise InputError("no runs given")
+    paths: dict[Path, Path] = {}
+    for run in runs:
+        given = run.directory if isinstance(run, RunResult) else Path(run)
+        folders = [given] if given.exists() else [Path(p) for p in sorted(glob.glob(str(given)))]
+        if not folders:
+            raise InputError(f"{given}: no such directory")
+        found = [path for folder in folders if folder.is_dir() for path in find_runs(folder)]
+        if not found:
+            raise InputError(f"{given}: contains no runs")
+        paths |= {path.resolve(): path for path in found}
+    return list(paths.values())
+
+
+def _labels(runs: Sequence[RunDirectory]) -> list[str]:
+    """A label for each run: its values of the options in which they differ, or else its name."""
+    options = [read_options(run) for run in runs]
+    different = [option for option in differing(options) if option not in PLACES]
+    last = Counter(option.rpartition(".")[2] for option in different)
+    short = {o: o if last[o.rpartition(".")[2]] > 1 else o.rpartition(".")[2] for o in different}
+    labels = [
+        ", ".join(f"{name} {format_value(each[option])}" for option, name in short.items())
+        for each in options
+    ]
+    if 0 < len(different) <= MOST_OPTIONS and len(set(labels)) == len(labels):
+        return labels
+    names = [run.path.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
+
+
+def _read(run: RunDirectory, label: str) -> Curve:
+    result = run.read_result()
+    columns = _columns(metrics.read(run.metrics))
+    columns["loss_mean"] = _smooth(columns["loss"])
+    diverged = result is not None and result.status == "diverged"
+    return Curve(run.path, label, columns, diverged)
+
+
+def _smooth(values: Column) -> Column:
+    """Means over the last fiftieth of the finite values; at the beginning, of as many as exist."""
+    known = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(values[known])])
+    ends = np.arange(1, len(sums))
+    starts = np.maximum(0, ends - max(1, len(ends) // FIFTIETH))
+    smooth = np.full(len(values), np.nan)
+    smooth[known] = (sums[ends] - sums[starts]) / (ends - starts)
+    return smooth
+
+
+def read_metrics(run: AnyRun) -> dict[str, Column]:
+    """The metrics of a run as columns of numbers: `pandas.DataFrame(read_metrics(run))`.
+
+    A row for each step, from 0, the evaluation before the first update. NaN means not measured, or
+    not finite. The columns are step, tokens, seconds (of updates alone, summed), and those of
+    gpt/metrics.py that the run has: loss, val_loss (nats per token), learning_rate, grad_norm and
+    so on, without those of single layers.
+
+    Args:
+        run: a directory, or a result of `train`.
+
+    Raises:
+        InputError: there is no such run, or its metrics.jsonl is damaged.
+    """
+    directory = RunDirectory(run.directory if isinstance(run, RunResult) else Path(run))
+    read_options(directory)  # refuses a directory that is not a run
+    return _columns(metrics.read(directory.metrics))
+
+
+def _columns(records: Sequence[metrics.Record]) -> dict[str, Column]:
+    rows: dict[int, dict[str, Any]] = {}
+    for record in records:
+        if "layer" not in record:
+            rows.setdefault(record["step"], {}).update(record)
+    names = ["step", "tokens", "seconds", "loss", "val_loss", "learning_rate", "grad_norm"]
+    names += [name for row in rows.values() for name in row if name != "batches"]
+    columns = {
+        name: np.array([row.get(name) for row in rows.values()], dtype=np.float64)
+        for name in dict.fromkeys(names)
+    }
+    tokens, seconds = columns["tokens"], columns.get("step_seconds", columns["seconds"])
+    columns["tokens"] = np.maximum.accumulate(np.nan_to_num(tokens))  # none before the first update
+    columns["seconds"] = np.cumsum(np.nan_to_num(seconds))
+    return columns

@@ -1,0 +1,138 @@
+"""The curves of runs as a picture: loss, learning rate and gradient norm above each other."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from gpt.errors import InputError
+from gpt.io.files import open_regular, reading, write_bytes
+from gpt.run.plot import COLORS, label, label_plainly, literal_text
+from gpt.watch.curves import Column, Curve, Curves
+
+DASHES = ("-", "--")
+MOST_RUNS = len(COLORS) * len(DASHES)
+POINTS = 2000  # of a line, at most
+X_LABELS = {"step": "step", "tokens": "training tokens", "seconds": "seconds of updates"}
+FAR = 10  # learning rates further apart than this factor are on a logarithmic axis
+FORMATS = (".png", ".svg")
+CREATOR = "steadygpt plot"  # in a picture's metadata, by which an earlier one is recognized
+METADATA = {"png": {"Software": CREATOR}, "svg": {"Creator": CREATOR, "Date": None}}
+CREATOR_WITHIN = 4096  # bytes of a file
+
+
+def check_target(path: Path) -> None:
+    """Check that a picture can be saved in a file.
+
+    Raises:
+        InputError: it is neither a .png nor an .svg file, it exists and is not an earlier picture,
+            or its folder cannot be written to.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(f"{path}: is neither a .png nor an .svg file")
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise InputError(f"{path}: {path.parent} is not a folder that can be written to")
+    if os.path.lexists(path):
+        with reading(path), open_regular(path) as file:
+            if CREATOR.encode() not in file.read(CREATOR_WITHIN):
+                raise InputError(f"{path}: exists and is not a picture of runs; name another file")
+
+
+def save(curves: Curves, path: Path) -> Path:
+    """Write the picture to a file; see `check_target` for what it raises."""
+    check_target(path)
+    write_bytes(path, render(curves, path.suffix.lower().removeprefix(".")))
+    return path
+
+
+@literal_text()
+def render(curves: Curves, kind: str) -> bytes:
+    """The picture as a PNG or SVG."""
+    picture = io.BytesIO()
+    draw(curves).savefig(picture, dpi=120, format=kind, metadata=METADATA[kind])
+    return picture.getvalue()
+
+
+@literal_text()
+def draw(curves: Curves) -> Figure:
+    """The picture as a matplotlib figure.
+
+    Raises:
+        InputError: there are too many runs to tell apart.
+    """
+    if len(curves) > MOST_RUNS:
+        raise InputError(f"{len(curves)} runs: a picture shows at most {MOST_RUNS}; name fewer")
+    figure = Figure(figsize=(8, 7 + 0.2 * len(curves)), layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1, 1]})
+    loss, rate, norm = panels
+    handles = []
+    for index, curve in enumerate(curves):
+        dashes = DASHES[index // len(COLORS)]
+        style = {"color": COLORS[index % len(COLORS)], "linestyle": dashes, "lw": 1.3}
+        loss.plot(*_thin(*curve.points(curves.x, "loss_mean")), **style)
+        rate.plot(*_thin(*curve.points(curves.x, "learning_rate")), **style)
+        norm.plot(*_thin(*curve.points(curves.x, "grad_norm")), **{**style, "lw": 0.7})
+        points = {**style, "linestyle": "none", "marker": "o", "ms": 4}
+        loss.plot(*curve.points(curves.x, "val_loss"), **points)
+        text = label(curve.label) + (" (diverged)" if curve.diverged else "")
+        handles.append(Line2D([], [], **style, label=text))
+    loss.set_ylim(*_loss_range(curves))
+    for curve, handle in zip(curves, handles, strict=True):
+        if curve.diverged:
+            _mark_end(loss, curve, curves.x, "loss_mean", handle.get_color())
+    loss.set_ylabel("loss (nats per token)")
+    loss.set_title(
+        "lines: training, mean over a fiftieth of the updates; points: validation", fontsize=9
+    )
+    rate.set_ylabel("learning rate")
+    peaks = [np.nanmax(c.columns["learning_rate"], initial=0.0) for c in curves]
+    if 0 < FAR * min(peaks) < max(peaks):
+        rate.set_yscale("log")
+        label_plainly(rate)
+    else:
+        rate.set_ylim(bottom=0)
+        rate.ticklabel_format(axis="y", scilimits=(-3, 3))
+    norm.set_ylabel("gradient norm")
+    if any((curve.columns["grad_norm"] > 0).any() for curve in curves):
+        norm.set_yscale("log")
+        label_plainly(norm)
+    norm.set_xlabel(X_LABELS[curves.x])
+    for axes in panels:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(handles=handles, loc="outside lower left", frameon=False, fontsize=9)
+    return figure
+
+
+def _thin(x: Column, y: Column) -> tuple[Column, Column]:
+    """At most POINTS of the points, evenly spaced, the first and the last included."""
+    kept = np.unique(np.linspace(0, len(x) - 1, min(len(x), POINTS)).astype(int))
+    return x[kept], y[kept]
+
+
+def _loss_range(curves: Curves) -> tuple[float | None, float | None]:
+    """The ends of the loss's axis: a little beyond the lowest loss, and where the runs began.
+
+    Otherwise a run that diverges would press all others to the bottom.
+    """
+    losses = [curve.points("step", key)[1] for curve in curves for key in ("loss_mean", "val_loss")]
+    losses = [values for values in losses if len(values)]
+    if not losses:
+        return None, None
+    low, high = min(values.min() for values in losses), max(values[0] for values in losses)
+    margin = 0.05 * (high - low)
+    return low - margin, high + margin
+
+
+def _mark_end(axes: Axes, curve: Curve, x: str, key: str, color: object) -> None:
+    """A cross where a diverged run ended, within the picture."""
+    places, values = curve.points(x, key)  # type: ignore[arg-type]
+    if len(values):
+        y = min(values[-1], axes.get_ylim()[1])
+        axes.plot(places[-1], y, "x", color=color, ms=9, mew=2, clip_on=False, zorder=5)
