@@ -224,17 +224,19 @@ def continue_text(
     sampling: Sampling,
     seed: int,
     on_token: Callable[[], object] = lambda: None,
+    origin: str = "sampling.prompt",
 ) -> str:
     """`prompt` and at most `tokens` more tokens; an empty prompt starts a new document.
 
     Args:
         on_token: called for each token; an exception that it raises stops generation.
+        origin: what a message calls the prompt.
     """
     decoder = TextDecoder(encoding)
     text = [prompt]
     steps = generate_tokens(
         model,
-        encode(encoding, prompt, "sampling.prompt") or [encoding.eot_token],
+        encode(encoding, prompt, origin) or [encoding.eot_token],
         samples=1,
         tokens=tokens,
         sampling=sampling,

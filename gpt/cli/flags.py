@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar, get_args
 from pydantic.fields import FieldInfo
 
 from gpt.config import Section, nest, option_paths, validate
-from gpt.errors import InputError, nearest
+from gpt.errors import InputError, as_flag, nearest
 
 Arguments = TypeVar("Arguments", bound=Section)
 Schema = Mapping[str, Any]
@@ -70,11 +70,6 @@ def parse(
 
 def _is_positional(field: FieldInfo) -> bool:
     return field.is_required() or str(field.title).startswith("[")
-
-
-def as_flag(path: str) -> str:
-    """`model.tied_head` becomes `--model.tied-head`."""
-    return "--" + path.replace("_", "-")
 
 
 def _normalize(argv: Sequence[str], flags: Collection[str]) -> list[str]:

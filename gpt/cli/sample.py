@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO, TextIO
 from pydantic import Field
 
 from gpt.cli.flags import parse
-from gpt.config import Count, Device, FileName, SampleCount, Sampling, Seed, Weights
+from gpt.config import Device, FileName, Generation, SampleCount, Weights
 from gpt.errors import InputError
 from gpt.hardware.size import check_sampling
 from gpt.io.console import show, write_result
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MAX_PROMPT = 2**26  # bytes
 
 
-class Arguments(Sampling):
+class Arguments(Generation):
     """Generate text from a run directory; it goes to stdout as it is generated."""
 
     run_dir: FileName = Field(title="RUN_DIR")
@@ -38,10 +38,6 @@ class Arguments(Sampling):
     """A UTF-8 file with the text to continue."""
     num_samples: SampleCount = 1
     """Number of texts, generated in one batch."""
-    max_new_tokens: Count = 200
-    """Tokens to add to the prompt, unless end of text comes first."""
-    seed: Seed = 0
-    """Random seed; sample i does not depend on the number of samples."""
     checkpoint: str = "best"
     """best (by validation loss), latest, or a step."""
     device: Device = "auto"

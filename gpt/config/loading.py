@@ -19,9 +19,9 @@ from pydantic_core import ErrorDetails
 from gpt.config.options import Config, MixedSource
 from gpt.config.shipped import find
 from gpt.config.strict_yaml import read_yaml
-from gpt.config.trees import leaves, merge
+from gpt.config.trees import leaves, merge, nest
 from gpt.config.values import Section, expand_user
-from gpt.errors import InputError, nearest
+from gpt.errors import InputError, nearest, option
 
 MAX_BASES = 16  # base files in a chain
 MAX_ERRORS = 100  # errors described in one message
@@ -29,24 +29,26 @@ SectionType = TypeVar("SectionType", bound=Section)
 
 
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
-    """The config in the YAML file `path`, its bases, and `overrides` (a nested mapping) on top.
+    """The config in the YAML file `path`, its bases, and `overrides` on top.
 
     Args:
         path: a file, or the name of a config that comes with steadygpt, such as `quickstart`.
+        overrides: options by dotted path, nested, or both:
+            `{"optimizer.learning_rate": 3e-3, "model": {"layers": 6}}`.
 
     Raises:
         InputError: with every error at once, by dotted path, and the nearest valid name.
     """
-    path, overrides = find(path, "config"), overrides or {}
+    path = find(path, "config")
     tree = {"name": path.stem, **read(path)}
-    flags = {key for key, _ in leaves(overrides)}
+    given = dict(leaves(overrides or {}))
 
     def origin(key: str) -> str:
-        if key in flags:
-            return f"--{key}"
+        if key in given:
+            return option(key)
         return f"{path}: {key}" if key else str(path)
 
-    return validate(Config, merge(tree, overrides), origin)
+    return validate(Config, merge(tree, nest(given)), origin)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -11,4 +11,5 @@ loading.py    a trained model from its directory
 banner.py     a summary of a config, before anything runs
 plot.py       loss.png, and what all plots share
 layer_plot.py layers.png
+notebook.py   how a notebook shows a result
 """

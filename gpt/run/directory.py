@@ -88,6 +88,18 @@ class RunResult:
         evaluated = (self.val_loss, self.best_val_loss, self.val_bits_per_byte)
         return self.status != "finished" or (self.step > 0 and None not in evaluated)
 
+    def _repr_html_(self) -> str:
+        """The numbers and the curve, for a notebook."""
+        from gpt.run.notebook import to_html
+
+        return to_html(self)
+
+    def _repr_png_(self) -> bytes | None:
+        """The curve alone, for a notebook that shows no HTML."""
+        from gpt.run.notebook import to_png
+
+        return to_png(self)
+
 
 _RESULT = TypeAdapter(RunResult)
 

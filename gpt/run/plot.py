@@ -63,9 +63,14 @@ def label(text: str, longest: int = 70) -> str:
     return text if len(text) <= longest else "..." + text[3 - longest :]
 
 
-@literal_text()
 def plot_run(records: list[Record], path: Path, title: str) -> None:
     """Plot losses, learning rate and gradient norm from a metrics.jsonl, as a PNG."""
+    save(draw_run(records, title), path)
+
+
+@literal_text()
+def draw_run(records: list[Record], title: str) -> Figure:
+    """Losses, learning rate and gradient norm from a metrics.jsonl as a figure."""
     training = [r for r in records if r.get("loss") is not None]
     evaluations = [r for r in records if r.get("val_loss") is not None]
     steps = [r["step"] for r in training]
@@ -93,7 +98,7 @@ def plot_run(records: list[Record], path: Path, title: str) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.align_ylabels()
-    save(figure, path)
+    return figure
 
 
 def _plot_losses(axes: Axes, training: list[Record], evaluations: list[Record]) -> None:
@@ -130,6 +135,12 @@ def label_plainly(axes: Axes) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG."""
-    png = io.BytesIO()
-    figure.savefig(png, dpi=120, format="png")
-    write_bytes(path, png.getvalue())
+    write_bytes(path, to_bytes(figure))
+
+
+@literal_text()
+def to_bytes(figure: Figure, kind: str = "png", metadata: dict[str, Any] | None = None) -> bytes:
+    """A figure as a PNG or SVG."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format=kind, metadata=metadata)
+    return picture.getvalue()

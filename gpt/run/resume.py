@@ -12,7 +12,7 @@ from pathlib import Path
 from gpt import checkpoint as store
 from gpt.checkpoint import Checkpoint
 from gpt.config import Config, Differences, describe_differences, may_change
-from gpt.errors import InputError
+from gpt.errors import InputError, option
 from gpt.io.files import is_partial
 from gpt.run.directory import RunDirectory, RunResult
 from gpt.schedule import lr_multiplier
@@ -75,7 +75,7 @@ def describe_lr_change(before: Config, now: Config, step: int) -> str | None:
     )
 
 
-def ended_run(config: Config, path: Path, resume: str) -> RunResult | None:
+def ended_run(config: Config, path: Path, resume: str | Path) -> RunResult | None:
     """The result of a run in `path` that has ended; None if there is something left to train.
 
     Raises:
@@ -92,7 +92,7 @@ def ended_run(config: Config, path: Path, resume: str) -> RunResult | None:
     if result.status == "diverged" and "training.nonfinite" in changes:
         raise InputError(
             f"{path}: has diverged and cannot be resumed; to continue from its last checkpoint in "
-            "another --out-dir, pass that checkpoint to --resume"
+            f"another {option('out_dir')}, pass that checkpoint to {option('resume')}"
         )
     steps = config.training.steps
     if result.status == "finished" and "training.steps" in changes and steps != result.step:
@@ -104,7 +104,7 @@ def ended_run(config: Config, path: Path, resume: str) -> RunResult | None:
     return result
 
 
-def open_run(config: Config, path: Path, resume: str) -> ResumePlan:
+def open_run(config: Config, path: Path, resume: str | Path) -> ResumePlan:
     """Decide how a run of `config` in the directory `path` starts. Writes nothing.
 
     Args:
@@ -125,7 +125,9 @@ def open_run(config: Config, path: Path, resume: str) -> ResumePlan:
     directory.check_paths()
     checkpoint, damaged = store.newest_intact(directory.checkpoints)
     if checkpoint is None and result is not None and result.step:
-        raise InputError(f"{path}: has no checkpoint to resume from; choose another --out-dir")
+        raise InputError(
+            f"{path}: has no checkpoint to resume from; choose another {option('out_dir')}"
+        )
     steps = config.training.steps
     most = steps - ("training.steps" in changes)  # a new length must leave something to train
     if checkpoint is not None and checkpoint.step > most:
@@ -136,13 +138,13 @@ def open_run(config: Config, path: Path, resume: str) -> ResumePlan:
 
 
 def _same_run(
-    directory: RunDirectory, config: Config, resume: str
+    directory: RunDirectory, config: Config, resume: str | Path
 ) -> tuple[Differences, RunResult | None]:
     """The changed options, all of which a resumed run may change, and the run's result."""
     if resume != "auto":
         raise InputError(
-            f"{directory.path}: holds a run, which --resume {resume} would overwrite;\n"
-            "choose another --out-dir, or resume it with --resume auto"
+            f"{directory.path}: holds a run, which {option('resume')} {resume} would overwrite;\n"
+            f"choose another {option('out_dir')}, or resume it with {option('resume')} auto"
         )
     changes = directory.read_config().differences(config)
     refused = [option for option in changes if not may_change(option)]
@@ -152,12 +154,12 @@ def _same_run(
         shown = "; ".join(lines[:5]) + ("; ..." if len(lines) > 5 else "")
         raise InputError(
             f"{directory.path}: contains a run with a different config ({shown});\n"
-            "choose another --out-dir or name, or give that run's config to resume it"
+            f"choose another {option('out_dir')} or name, or give that run's config to resume it"
         )
     return changes, directory.read_result()
 
 
-def _check_unused(directory: RunDirectory, resume: str) -> None:
+def _check_unused(directory: RunDirectory, resume: str | Path) -> None:
     """Check that a directory holds nothing but the leftovers of a start that was killed.
 
     Leftovers are empty folders, and a copy of the checkpoint from which the run was started.
@@ -173,16 +175,18 @@ def _check_unused(directory: RunDirectory, resume: str) -> None:
         and all(is_partial(p) or p.name in origin for p in (path.iterdir() if path in ours else ()))
         for path in directory.path.iterdir()
     ):
-        raise InputError(f"{directory.path}: exists and is not a run; choose another --out-dir")
+        raise InputError(
+            f"{directory.path}: exists and is not a run; choose another {option('out_dir')}"
+        )
 
 
-def _start_from(config: Config, resume: str) -> Checkpoint | None:
+def _start_from(config: Config, resume: str | Path) -> Checkpoint | None:
     if resume in ("auto", "never"):
         return None
     folder = Path(resume).resolve()
     if not store.STEP_NAME.fullmatch(folder.name) or not folder.is_dir():
         raise InputError(
-            f"--resume {resume}: is neither auto, never nor a checkpoint folder, such as "
+            f"{option('resume')} {resume}: is neither auto, never nor a checkpoint folder, such as "
             "runs/NAME/checkpoints/step-00001000"
         )
     origin = RunDirectory(folder.parents[1])
@@ -193,11 +197,13 @@ def _start_from(config: Config, resume: str) -> Checkpoint | None:
     }
     if different:
         first, *_ = describe_differences(different)
-        raise InputError(f"--resume {resume}: has another model, optimizer or data: {first}")
+        raise InputError(
+            f"{option('resume')} {resume}: has another model, optimizer or data: {first}"
+        )
     checkpoint = store.load(folder)
     if checkpoint.step >= config.training.steps:
         raise InputError(
-            f"--resume {resume}: is at step {checkpoint.step}, and training.steps is "
+            f"{option('resume')} {resume}: is at step {checkpoint.step}, and training.steps is "
             f"{config.training.steps}: nothing is left to train"
         )
     return checkpoint

@@ -143,7 +143,7 @@ def _find(runs: Sequence[AnyRun]) -> list[Path]:
             raise InputError(f"{given}: no such directory")
         found = [path for folder in folders if folder.is_dir() for path in find_runs(folder)]
         if not found:
-            raise InputError(f"{given}: contains no runs")
+            raise InputError(f"{given}: {'contains no runs' if given.is_dir() else 'is not a run'}")
         paths |= {path.resolve(): path for path in found}
     return list(paths.values())
 

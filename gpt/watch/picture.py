@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 
 from gpt.errors import InputError
 from gpt.io.files import open_regular, reading, write_bytes
-from gpt.run.plot import COLORS, label, label_plainly, literal_text
+from gpt.run.plot import COLORS, label, label_plainly, literal_text, to_bytes
 from gpt.watch.curves import Column, Curve, Curves
 
 DASHES = ("-", "--")
@@ -23,7 +23,10 @@ X_LABELS = {"step": "step", "tokens": "training tokens", "seconds": "seconds of 
 FAR = 10  # learning rates further apart than this factor are on a logarithmic axis
 FORMATS = (".png", ".svg")
 CREATOR = "steadygpt plot"  # in a picture's metadata, by which an earlier one is recognized
-METADATA = {"png": {"Software": CREATOR}, "svg": {"Creator": CREATOR, "Date": None}}
+METADATA: dict[str, dict[str, Any]] = {
+    "png": {"Software": CREATOR},
+    "svg": {"Creator": CREATOR, "Date": None},
+}
 CREATOR_WITHIN = 4096  # bytes of a file
 
 
@@ -51,12 +54,9 @@ def save(curves: Curves, path: Path) -> Path:
     return path
 
 
-@literal_text()
 def render(curves: Curves, kind: str) -> bytes:
     """The picture as a PNG or SVG."""
-    picture = io.BytesIO()
-    draw(curves).savefig(picture, dpi=120, format=kind, metadata=METADATA[kind])
-    return picture.getvalue()
+    return to_bytes(draw(curves), kind, METADATA[kind])
 
 
 @literal_text()
@@ -74,10 +74,10 @@ def draw(curves: Curves) -> Figure:
     handles = []
     for index, curve in enumerate(curves):
         dashes = DASHES[index // len(COLORS)]
-        style = {"color": COLORS[index % len(COLORS)], "linestyle": dashes, "lw": 1.3}
-        loss.plot(*_thin(*curve.points(curves.x, "loss_mean")), **style)
-        rate.plot(*_thin(*curve.points(curves.x, "learning_rate")), **style)
-        norm.plot(*_thin(*curve.points(curves.x, "grad_norm")), **{**style, "lw": 0.7})
+        style: dict[str, Any] = {"color": COLORS[index % len(COLORS)], "linestyle": dashes}
+        loss.plot(*_thin(*curve.points(curves.x, "loss_mean")), lw=1.3, **style)
+        rate.plot(*_thin(*curve.points(curves.x, "learning_rate")), lw=1.3, **style)
+        norm.plot(*_thin(*curve.points(curves.x, "grad_norm")), lw=0.7, **style)
         points = {**style, "linestyle": "none", "marker": "o", "ms": 4}
         loss.plot(*curve.points(curves.x, "val_loss"), **points)
         text = label(curve.label) + (" (diverged)" if curve.diverged else "")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gpt import metrics
-from gpt.config import MAX_BYTES, Config, leaves
+from gpt.config import MAX_BYTES, Config, leaves, read_yaml
 from gpt.config.strict_yaml import parse_yaml
 from gpt.errors import InputError
 from gpt.io.console import duration
@@ -64,6 +64,8 @@ class RunSummary:
 def find(folder: Path) -> Iterator[Path]:
     """All runs and comparisons in `folder`, itself included, sorted; none inside another.
 
+    A link is followed only to a run or comparison, since one to a folder may lead back.
+
     Raises:
         InputError: `folder` cannot be read.
     """
@@ -73,11 +75,20 @@ def find(folder: Path) -> Iterator[Path]:
         yield folder
         return
     for entry in entries:
-        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
-            try:
-                yield from find(Path(entry.path))
-            except InputError:
-                yield Path(entry.path)  # its summary says what is wrong
+        path = Path(entry.path)
+        if not entry.is_dir() or entry.name.startswith("."):
+            continue
+        if entry.is_symlink():
+            yield from (
+                [path]
+                if is_comparison(path) or any((path / name).exists() for name in MARKS)
+                else []
+            )
+            continue
+        try:
+            yield from find(path)
+        except InputError:
+            yield path  # its summary says what is wrong
 
 
 def find_runs(folder: Path) -> Iterator[Path]:
@@ -101,7 +112,7 @@ def summarize(path: Path, name: str) -> RunSummary:
     try:
         return _comparison(path, name) if is_comparison(path) else _run(path, name)
     except (InputError, OSError) as error:
-        note = str(error).replace(f"{path}{os.sep}", "").splitlines()[0]
+        note = str(error).replace(f"{path}{os.sep}", "").removeprefix(f"{path}: ").splitlines()[0]
         return RunSummary(name, path, "damaged", note=note)
 
 
@@ -169,24 +180,29 @@ def read_options(run: RunDirectory) -> dict[str, Any]:
     """
     path = run.config
     if not path.is_file():
-        raise InputError("config.yaml: is missing")
+        what = "is not a run (no config.yaml)" if run.path.is_dir() else "no such directory"
+        raise InputError(f"{run.path}: {what}")
     with reading(path):
         text = decode(read_small(path, MAX_BYTES), str(path))
     options = dict(_defaults())
-    for section in re.split(r"^(?=[^\s#])", text, flags=re.MULTILINE):  # at each top-level key
-        options |= _section(section)
+    try:
+        for section in re.split(r"^(?=[^\s#])", text, flags=re.MULTILINE):  # at each top-level key
+            options |= _section(section)
+    except InputError:
+        read_yaml(path)  # its message has the right line
+        raise InputError(f"{path}: is damaged") from None
     number = {"training.steps": int, "optimizer.learning_rate": int | float}
     if not all(isinstance(options[key], kind) for key, kind in number.items()):
-        raise InputError("config.yaml: is damaged")
+        raise InputError(f"{path}: is damaged")
     return options
 
 
 @functools.lru_cache(maxsize=4096)
 def _section(text: str) -> dict[str, Any]:
     """The options in one top-level key of a config."""
-    tree = parse_yaml(text, "config.yaml")
+    tree = parse_yaml(text, "")
     if tree is not None and not isinstance(tree, dict):
-        raise InputError("config.yaml: is damaged")
+        raise InputError
     return dict(leaves(tree or {}))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt.errors import InputError, printable
+from gpt.errors import InputError, option, printable
 from gpt.io.console import duration
 from gpt.watch.survey import RunSummary, find, find_runs, is_comparison, summarize
 
@@ -78,13 +78,16 @@ class RunTable:
         left_out = len(self.differing) - len(options)
         if left_out:
             more = f"{left_out} more option{'' if left_out == 1 else 's'}"
-            lines.append(f"The runs differ in {more}; --csv lists them.")
+            lines.append(f"The runs differ in {more}; {option('csv')} lists them.")
         return "\n".join(lines)
 
     def _format(self, options: Sequence[str]) -> list[str]:
         """The lines of the table with columns for some options; notes take the rest of a line."""
         header = [*_HEADER, *(_two_lines(option) for option in options)]
-        cells = [[row.name, row.status, *_numbers(row), *_values(row, options)] for row in self]
+        cells = [
+            [printable(row.name), row.status, *_numbers(row), *_values(row, options)]
+            for row in self
+        ]
         noted = [bool(row.note) for row in self]
         full = [row for row, has_note in zip(cells, noted, strict=True) if not has_note]
         widths = [
@@ -143,7 +146,10 @@ def _numbers(row: RunSummary) -> list[str]:
     losses = (row.train_loss, row.val_loss, row.best_val_loss)
     return [
         steps,
-        *("" if loss is None else f"{loss:.4f}" for loss in losses),
+        *(
+            "" if loss is None else f"{loss:.4f}" if loss < 1e4 else f"{loss:.1e}"
+            for loss in losses
+        ),
         "" if row.learning_rate is None else f"{row.learning_rate:g}",
         *("" if n is None else f"{n:,}" for n in (row.parameters, row.tokens)),
         "" if row.seconds is None else duration(row.seconds),
@@ -170,10 +176,9 @@ def format_value(value: object) -> str:
 
 def _line(texts: Sequence[str], widths: Sequence[int]) -> str:
     """Texts in columns: the first two to the left, numbers and options to the right."""
-    cells = [printable(text) for text in texts]
     aligned = [
-        cell.ljust(width) if i < 2 else cell.rjust(width)
-        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        text.ljust(width) if i < 2 else text.rjust(width)
+        for i, (text, width) in enumerate(zip(texts, widths, strict=True))
     ]
     return GAP.join(aligned).rstrip()
 

@@ -1,0 +1,67 @@
+"""How a notebook shows the result of a run: its numbers and its picture."""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+from typing import TYPE_CHECKING
+
+from gpt import metrics
+from gpt.errors import InputError, printable
+from gpt.io.console import duration
+
+if TYPE_CHECKING:
+    from gpt.run.directory import RunResult
+
+
+def to_png(result: RunResult) -> bytes | None:
+    """The plot of losses, learning rate and gradient norm; None if there is nothing to plot."""
+    from gpt.run.directory import RunDirectory
+    from gpt.run.plot import draw_run, to_bytes
+
+    try:
+        records = metrics.read(RunDirectory(result.directory).metrics)
+    except InputError:
+        return None
+    return to_bytes(draw_run(records, str(result.directory))) if records else None
+
+
+def to_html(result: RunResult) -> str:
+    """The outcome, the numbers as a table, and the plot."""
+    losses = {
+        "validation loss": result.val_loss,
+        "lowest": result.best_val_loss,
+        "bits per byte": result.val_bits_per_byte,
+        "training loss": result.train_loss,
+    }
+    rows = {
+        **{name: f"{loss:.4f}" for name, loss in losses.items() if loss is not None},
+        "updates": f"{result.step:,}",
+        "tokens": f"{result.tokens:,}",
+        "time": duration(result.seconds),
+        "tokens/s": f"{result.tokens_per_second:,.0f}",
+    }
+    head = "".join(f"<th>{name}</th>" for name in rows)
+    body = "".join(f"<td>{value}</td>" for value in rows.values())
+    outcome = _escape(f"{result.directory}: {result.status}: {result.reason}")
+    tips = [_escape(_as_options(tip)) for tip in (result.failure.advice if result.failure else ())]
+    advice = "".join(f"<li>{tip}</li>" for tip in tips)
+    png = to_png(result)
+    picture = "" if png is None else base64.b64encode(png).decode()
+    return (
+        f"<p>{outcome}</p>"
+        + (f"<p>What to try next, one change at a time:</p><ul>{advice}</ul>" if advice else "")
+        + f"<table><thead><tr>{head}</tr></thead><tbody><tr>{body}</tr></tbody></table>"
+        + (f'<img alt="losses" width="640" src="data:image/png;base64,{picture}">' if png else "")
+    )
+
+
+def _as_options(tip: str) -> str:
+    """A tip with its flags as options: `--optimizer.clip 1.0` becomes `optimizer.clip: 1.0`."""
+    tip = tip.replace(" --", ", --")  # between two flags
+    return re.sub(r"--([\w.-]+) ", lambda flag: flag[1].replace("-", "_") + ": ", tip)
+
+
+def _escape(text: str) -> str:
+    return html.escape(printable(text))
