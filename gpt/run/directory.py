@@ -94,12 +94,6 @@ class RunResult:
 
         return to_html(self)
 
-    def _repr_png_(self) -> bytes | None:
-        """The curve alone, for a notebook that shows no HTML."""
-        from gpt.run.notebook import to_png
-
-        return to_png(self)
-
 
 _RESULT = TypeAdapter(RunResult)
 

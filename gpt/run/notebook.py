@@ -15,18 +15,6 @@ if TYPE_CHECKING:
     from gpt.run.directory import RunResult
 
 
-def to_png(result: RunResult) -> bytes | None:
-    """The plot of losses, learning rate and gradient norm; None if there is nothing to plot."""
-    from gpt.run.directory import RunDirectory
-    from gpt.run.plot import draw_run, to_bytes
-
-    try:
-        records = metrics.read(RunDirectory(result.directory).metrics)
-    except InputError:
-        return None
-    return to_bytes(draw_run(records, str(result.directory))) if records else None
-
-
 def to_html(result: RunResult) -> str:
     """The outcome, the numbers as a table, and the plot."""
     losses = {
@@ -47,14 +35,27 @@ def to_html(result: RunResult) -> str:
     outcome = _escape(f"{result.directory}: {result.status}: {result.reason}")
     tips = [_escape(_as_options(tip)) for tip in (result.failure.advice if result.failure else ())]
     advice = "".join(f"<li>{tip}</li>" for tip in tips)
-    png = to_png(result)
-    picture = "" if png is None else base64.b64encode(png).decode()
     return (
         f"<p>{outcome}</p>"
         + (f"<p>What to try next, one change at a time:</p><ul>{advice}</ul>" if advice else "")
         + f"<table><thead><tr>{head}</tr></thead><tbody><tr>{body}</tr></tbody></table>"
-        + (f'<img alt="losses" width="640" src="data:image/png;base64,{picture}">' if png else "")
+        + _picture(result)
     )
+
+
+def _picture(result: RunResult) -> str:
+    """The plot of losses, learning rate and gradient norm; empty if there is nothing to plot."""
+    from gpt.run.directory import RunDirectory
+    from gpt.run.plot import NOTEBOOK_DPI, draw_run, to_bytes
+
+    try:
+        records = metrics.read(RunDirectory(result.directory).metrics)
+    except InputError:
+        return ""
+    if not records:
+        return ""
+    png = to_bytes(draw_run(records, str(result.directory)), dpi=NOTEBOOK_DPI)
+    return f'<img alt="losses" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def _as_options(tip: str) -> str:

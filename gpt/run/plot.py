@@ -25,6 +25,8 @@ TRAIN, VALIDATION, OTHER = "#9ecae1", "#08519c", "#d95f02"  # distinguishable wi
 # Okabe and Ito's colors, which color-blind readers can tell apart, for arms and runs.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")
 
+NOTEBOOK_DPI = 80  # of pictures that a notebook stores
+
 # These fonts, if installed, supply the characters that matplotlib's own font lacks.
 FONTS = (
     *(
@@ -139,8 +141,10 @@ def save(figure: Figure, path: Path) -> None:
 
 
 @literal_text()
-def to_bytes(figure: Figure, kind: str = "png", metadata: dict[str, Any] | None = None) -> bytes:
+def to_bytes(
+    figure: Figure, kind: str = "png", *, dpi: int = 120, metadata: dict[str, Any] | None = None
+) -> bytes:
     """A figure as a PNG or SVG."""
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format=kind, metadata=metadata)
+    figure.savefig(picture, dpi=dpi, format=kind, metadata=metadata)
     return picture.getvalue()

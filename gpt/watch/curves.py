@@ -49,7 +49,7 @@ class Curve:
         return self.columns[x][known], values[known]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Curves:
     """The curves of several runs; in a notebook, their picture.
 
@@ -65,6 +65,9 @@ class Curves:
 
     def __len__(self) -> int:
         return len(self.curves)
+
+    def __repr__(self) -> str:
+        return f"curves of {', '.join(str(curve.path) for curve in self)}"
 
     def save(self, path: str | Path) -> Path:
         """Write the picture to a .png or .svg file; only an earlier picture is replaced.
@@ -96,9 +99,9 @@ class Curves:
         return csv_text(self.records())
 
     def _repr_png_(self) -> bytes:
-        from gpt.watch.picture import render
+        from gpt.watch.picture import for_notebook
 
-        return render(self, "png")
+        return for_notebook(self)
 
 
 def _rows(columns: Mapping[str, Column], keys: Sequence[str]) -> Iterator[dict[str, float]]:
@@ -144,7 +147,8 @@ def _find(runs: Sequence[AnyRun]) -> list[Path]:
         found = [path for folder in folders if folder.is_dir() for path in find_runs(folder)]
         if not found:
             raise InputError(f"{given}: {'contains no runs' if given.is_dir() else 'is not a run'}")
-        paths |= {path.resolve(): path for path in found}
+        for path in found:
+            paths.setdefault(path.resolve(), path)
     return list(paths.values())
 
 

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 
 from gpt.errors import InputError
 from gpt.io.files import open_regular, reading, write_bytes
-from gpt.run.plot import COLORS, label, label_plainly, literal_text, to_bytes
+from gpt.run.plot import COLORS, NOTEBOOK_DPI, label, label_plainly, literal_text, to_bytes
 from gpt.watch.curves import Column, Curve, Curves
 
 DASHES = ("-", "--")
@@ -50,13 +50,14 @@ def check_target(path: Path) -> None:
 def save(curves: Curves, path: Path) -> Path:
     """Write the picture to a file; see `check_target` for what it raises."""
     check_target(path)
-    write_bytes(path, render(curves, path.suffix.lower().removeprefix(".")))
+    kind = path.suffix.lower().removeprefix(".")
+    write_bytes(path, to_bytes(draw(curves), kind, metadata=METADATA[kind]))
     return path
 
 
-def render(curves: Curves, kind: str) -> bytes:
-    """The picture as a PNG or SVG."""
-    return to_bytes(draw(curves), kind, METADATA[kind])
+def for_notebook(curves: Curves) -> bytes:
+    """The picture as a small PNG."""
+    return to_bytes(draw(curves), dpi=NOTEBOOK_DPI)
 
 
 @literal_text()

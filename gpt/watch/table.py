@@ -24,7 +24,7 @@ LONGEST = 24  # characters of an option's value in a printed table
 GAP = "  "
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunTable:
     """Runs and comparisons, a row each. Printed, or shown in a notebook, it is a table."""
 
@@ -59,7 +59,7 @@ class RunTable:
         """The records as CSV, all numbers in full."""
         return csv_text(self.records())
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.format()
 
     def format(self, width: int | None = None) -> str:
