@@ -6,6 +6,7 @@ import ast
 import inspect
 import io
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -138,6 +139,31 @@ def test_a_checkpoint_to_start_from_may_be_a_path(
         config, tmp_path / "a", resume=tiny_run / "checkpoints/step-00000010", quiet=True
     )
     assert (result.status, result.step) == ("finished", 11)
+
+
+def test_the_examples_run(
+    tiny: Callable[..., Config], tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shutil.copytree(tiny_run, tmp_path / "runs/quickstart")
+    monkeypatch.chdir(tmp_path)
+    configs: list[Config] = []
+
+    def load_tiny(name: str, overrides: dict[str, Any]) -> Config:
+        configs.append(gpt.config.load(name, overrides))  # it is valid, but takes a minute to train
+        return tiny(training={"steps": 50})
+
+    monkeypatch.setattr(gpt, "load", load_tiny, raising=False)
+    for page in ("README.md", "docs/python.md"):
+        text = (ROOT / page).read_text("utf-8")
+        names: dict[str, Any] = {"read_metrics": gpt.read_metrics, "list_runs": gpt.list_runs}
+        names["load_run"] = gpt.load_run
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            exec(block, names)
+        assert configs.pop().training.steps == 100
+        assert names["result"].step == 50
+    assert len(names["texts"]) == 3
+    assert len(names["metrics"]) == 51
+    assert set(names["runs"]["name"]) == {"quickstart", "short"}
 
 
 # -- Notebooks -----------------------------------------------------------------------------------

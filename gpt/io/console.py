@@ -131,6 +131,11 @@ def _bar_class() -> type[tqdm[Any]]:
     return tqdm
 
 
+def format_loss(loss: float) -> str:
+    """A loss with four decimals, unless it has exploded."""
+    return f"{loss:.4f}" if abs(loss) < 1e4 else f"{loss:.1e}"
+
+
 def duration(seconds: float) -> str:
     """Format a duration as `1:02:03` or `2:03`."""
     minutes, rest = divmod(round(seconds), 60)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from gpt import metrics
 from gpt.errors import InputError, printable
-from gpt.io.console import duration
+from gpt.io.console import duration, format_loss
 
 if TYPE_CHECKING:
     from gpt.run.directory import RunResult
@@ -24,7 +24,7 @@ def to_html(result: RunResult) -> str:
         "training loss": result.train_loss,
     }
     rows = {
-        **{name: f"{loss:.4f}" for name, loss in losses.items() if loss is not None},
+        **{name: format_loss(loss) for name, loss in losses.items() if loss is not None},
         "updates": f"{result.step:,}",
         "tokens": f"{result.tokens:,}",
         "time": duration(result.seconds),

@@ -19,7 +19,7 @@ from gpt import metrics
 from gpt.config import MAX_BYTES, Config, leaves, read_yaml
 from gpt.config.strict_yaml import parse_yaml
 from gpt.errors import InputError
-from gpt.io.console import duration
+from gpt.io.console import duration, format_loss
 from gpt.io.files import is_locked, read_json, read_small, reading
 from gpt.io.text import decode
 from gpt.run.directory import RunDirectory, Status
@@ -232,7 +232,11 @@ def _comparison(path: Path, name: str) -> RunSummary:
         f"{count} cell{'' if count == 1 else 's'}"
         + (": " if count else "")
         + ", ".join(f"{n} {status}" for status, n in statuses.items()),
-        *([f"best losses {min(losses):.4f} to {max(losses):.4f}"] if losses else []),
+        *(
+            [f"best losses {format_loss(min(losses))} to {format_loss(max(losses))}"]
+            if losses
+            else []
+        ),
         f"{duration(seconds)} in all",
     ]
     return RunSummary(

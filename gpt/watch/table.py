@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.errors import InputError, option, printable
-from gpt.io.console import duration
+from gpt.io.console import duration, format_loss
 from gpt.watch.survey import RunSummary, find, find_runs, is_comparison, summarize
 
 NUMBERS = (
@@ -146,10 +146,7 @@ def _numbers(row: RunSummary) -> list[str]:
     losses = (row.train_loss, row.val_loss, row.best_val_loss)
     return [
         steps,
-        *(
-            "" if loss is None else f"{loss:.4f}" if loss < 1e4 else f"{loss:.1e}"
-            for loss in losses
-        ),
+        *("" if loss is None else format_loss(loss) for loss in losses),
         "" if row.learning_rate is None else f"{row.learning_rate:g}",
         *("" if n is None else f"{n:,}" for n in (row.parameters, row.tokens)),
         "" if row.seconds is None else duration(row.seconds),
