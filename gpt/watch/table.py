@@ -70,38 +70,30 @@ class RunTable:
                 counted in a last line. None: all columns.
         """
         options = self.differing
-        while True:
-            lines = self._format(options)
-            if width is None or not options or max(map(len, lines)) <= width:
-                break
-            options = options[:-1]
-        left_out = len(self.differing) - len(options)
-        if left_out:
-            more = f"{left_out} more option{'' if left_out == 1 else 's'}"
-            lines.append(f"The runs differ in {more}; {option('csv')} lists them.")
-        return "\n".join(lines)
-
-    def _format(self, options: Sequence[str]) -> list[str]:
-        """The lines of the table with columns for some options; notes take the rest of a line."""
-        header = [*_HEADER, *(_two_lines(option) for option in options)]
+        header = [*_HEADER, *map(_two_lines, options)]
         cells = [
             [printable(row.name), row.status, *_numbers(row), *_values(row, options)]
             for row in self
         ]
-        noted = [bool(row.note) for row in self]
-        full = [row for row, has_note in zip(cells, noted, strict=True) if not has_note]
+        full = [row for row, summary in zip(cells, self, strict=True) if not summary.note]
         widths = [
             max(map(len, (*title, *(row[i] for row in (cells if i < 2 else full)))))
             for i, title in enumerate(header)
         ]
-        if not full:
-            header, widths = header[:2], widths[:2]
-        rows = [[title[0] for title in header], [title[1] for title in header]]
-        lines = [_line(row, widths) for row in rows if any(row)]
-        for row, cell in zip(self.rows, cells, strict=True):
-            texts = [*cell[:2], printable(row.note)] if row.note else cell
-            lines.append(_line(texts, widths if not row.note else [*widths[:2], 0]))
-        return lines
+        columns = len(header) if full else 2
+        while width is not None and columns > len(_HEADER) and _total(widths[:columns]) > width:
+            columns -= 1
+        widths = widths[:columns]
+        titles = [_line(line, widths) for line in zip(*header[:columns], strict=True)]
+        lines = [line for line in titles if line]
+        for row, summary in zip(cells, self, strict=True):
+            texts = [*row[:2], printable(summary.note)] if summary.note else row[:columns]
+            lines.append(_line(texts, widths if not summary.note else [*widths[:2], 0]))
+        if full and columns < len(header):
+            more = len(header) - columns
+            text = f"{more} more option{'' if more == 1 else 's'}"
+            lines.append(f"The runs differ in {text}; {option('csv')} lists them.")
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         """The table for a notebook."""
@@ -171,8 +163,13 @@ def format_value(value: object) -> str:
     return text if len(text) <= LONGEST else "..." + text[3 - LONGEST :]
 
 
+def _total(widths: Sequence[int]) -> int:
+    """Characters of a line with columns of these widths."""
+    return sum(widths) + len(GAP) * (len(widths) - 1)
+
+
 def _line(texts: Sequence[str], widths: Sequence[int]) -> str:
-    """Texts in columns: the first two to the left, numbers and options to the right."""
+    """Texts in columns: the first two to the left, the others to the right."""
     aligned = [
         text.ljust(width) if i < 2 else text.rjust(width)
         for i, (text, width) in enumerate(zip(texts, widths, strict=True))
