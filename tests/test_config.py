@@ -222,7 +222,7 @@ def test_overrides_are_nested_or_dotted_or_both():
     for wrong, message in {
         "optimizer.learnin_rate": "optimizer.learnin_rate: no such option; perhaps you meant "
         "optimizer.learning_rate",
-        "model.layers.x": "model.layers: ",
+        "model.layers.x": "model.layers.x: no such option; perhaps you meant model.layers",
         "model": "model: must be a mapping of options, found 3",
     }.items():
         with pytest.raises(InputError) as caught:

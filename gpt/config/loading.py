@@ -48,7 +48,11 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config
             return option(key)
         return f"{path}: {key}" if key else str(path)
 
-    return validate(Config, merge(tree, nest(given)), origin)
+    merged = merge(tree, nest(given))
+    kept = {*dict(leaves(merged)), *option_paths(Config)}
+    # What is below an option that has a value, such as model.layers.x, is not merged, but unknown.
+    unknown = {key: v for key, v in given.items() if key not in kept and v is not None}
+    return validate(Config, {**merged, **unknown}, origin)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -153,7 +157,8 @@ def _candidates(key: str, options: list[str]) -> list[str]:
     """The names that an unknown key may have meant: options, and sections of them."""
     sections = sorted({option.rpartition(".")[0] for option in options} - {""})
     parent = key.rpartition(".")[0]
-    if parent and parent not in sections:  # a source within data.mix or data.validation
+    in_source = "data" in parent.split(".") and parent not in sections
+    if in_source:  # within data.mix or data.validation
         return [f"{parent}.{name}" for name in MixedSource.model_fields]
     return [*sections, *options]
 
