@@ -215,7 +215,7 @@ def test_missing_and_empty_folders(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_many_runs_are_listed_without_torch(runs: Path, environment: dict[str, str]):
-    for index in range(300):
+    for index in range(200):
         shutil.copytree(runs / "seed-9", runs / f"copy-{index}")
     code = (
         "import sys, time, gpt; gpt.list_runs(sys.argv[1]); start = time.process_time();"
@@ -227,8 +227,8 @@ def test_many_runs_are_listed_without_torch(runs: Path, environment: dict[str, s
     )
     assert done.returncode == 0, done.stderr
     count, seconds = done.stdout.split()
-    assert int(count) == 303
-    assert float(seconds) < 3  # 0.5 s; a full check of each config would take 3.5 s
+    assert int(count) == 203
+    assert float(seconds) < 1.5  # 0.3 s; reading each config in full would take 2 s
 
 
 # -- The curves ----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from gpt.errors import InputError
 from gpt.io.files import open_regular, reading, write_bytes
 from gpt.run.plot import COLORS, NOTEBOOK_DPI, label, label_plainly, literal_text, to_bytes
-from gpt.watch.curves import Column, Curve, Curves
+from gpt.watch.curves import Column, Curves
 
 DASHES = ("-", "--")
 MOST_RUNS = len(COLORS) * len(DASHES)
@@ -72,27 +72,25 @@ def draw(curves: Curves) -> Figure:
     figure = Figure(figsize=(8, 7 + 0.2 * len(curves)), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1, 1]})
     loss, rate, norm = panels
+    loss.set_ylim(*_loss_range(curves))
     handles = []
     for index, curve in enumerate(curves):
-        dashes = DASHES[index // len(COLORS)]
-        style: dict[str, Any] = {"color": COLORS[index % len(COLORS)], "linestyle": dashes}
+        color, dashes = COLORS[index % len(COLORS)], DASHES[index // len(COLORS)]
+        style: dict[str, Any] = {"color": color, "linestyle": dashes}
         loss.plot(*_thin(*curve.points(curves.x, "loss_mean")), lw=1.3, **style)
         rate.plot(*_thin(*curve.points(curves.x, "learning_rate")), lw=1.3, **style)
         norm.plot(*_thin(*curve.points(curves.x, "grad_norm")), lw=0.7, **style)
-        points = {**style, "linestyle": "none", "marker": "o", "ms": 4}
-        loss.plot(*curve.points(curves.x, "val_loss"), **points)
+        loss.plot(*curve.points(curves.x, "val_loss"), "o", color=color, ms=4)
+        if curve.diverged:
+            _mark_end(loss, *curve.points(curves.x, "loss_mean"), color)
         text = label(curve.label) + (" (diverged)" if curve.diverged else "")
         handles.append(Line2D([], [], **style, label=text))
-    loss.set_ylim(*_loss_range(curves))
-    for curve, handle in zip(curves, handles, strict=True):
-        if curve.diverged:
-            _mark_end(loss, curve, curves.x, "loss_mean", handle.get_color())
     loss.set_ylabel("loss (nats per token)")
     loss.set_title(
         "lines: training, mean over a fiftieth of the updates; points: validation", fontsize=9
     )
     rate.set_ylabel("learning rate")
-    peaks = [np.nanmax(c.columns["learning_rate"], initial=0.0) for c in curves]
+    peaks = [np.nanmax(curve.columns["learning_rate"], initial=0.0) for curve in curves]
     if 0 < FAR * min(peaks) < max(peaks):
         rate.set_yscale("log")
         label_plainly(rate)
@@ -127,13 +125,12 @@ def _loss_range(curves: Curves) -> tuple[float | None, float | None]:
     if not losses:
         return None, None
     low, high = min(values.min() for values in losses), max(values[0] for values in losses)
-    margin = 0.05 * (high - low)
+    margin = 0.05 * (high - low) or 0.05
     return low - margin, high + margin
 
 
-def _mark_end(axes: Axes, curve: Curve, x: str, key: str, color: object) -> None:
-    """A cross where a diverged run ended, within the picture."""
-    places, values = curve.points(x, key)  # type: ignore[arg-type]
-    if len(values):
-        y = min(values[-1], axes.get_ylim()[1])
-        axes.plot(places[-1], y, "x", color=color, ms=9, mew=2, clip_on=False, zorder=5)
+def _mark_end(axes: Axes, x: Column, y: Column, color: str) -> None:
+    """A cross at the last point, within the picture."""
+    if len(x):
+        within = min(y[-1], axes.get_ylim()[1])
+        axes.plot(x[-1], within, "x", color=color, ms=9, mew=2, clip_on=False, zorder=5)
