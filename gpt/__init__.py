@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from gpt.run.directory import RunResult
     from gpt.run.loading import TrainedRun, generate, load_run
     from gpt.training import train
-    from gpt.watch.curves import plot, read_metrics
+    from gpt.watch.curves import read_metrics
+    from gpt.watch.picture import plot
     from gpt.watch.table import list_runs
 
 __version__ = "0.2.0"
@@ -47,7 +48,7 @@ _HOMES = {
     "list_runs": "gpt.watch.table",
     "load": "gpt.config.loading",
     "load_run": "gpt.run.loading",
-    "plot": "gpt.watch.curves",
+    "plot": "gpt.watch.picture",
     "read_metrics": "gpt.watch.curves",
     "train": "gpt.training",
 }

@@ -28,7 +28,8 @@ from gpt.io.files import is_locked
 from gpt.run.directory import RunDirectory
 from gpt.run.plot import COLORS
 from gpt.watch import picture
-from gpt.watch.curves import Curve, Curves
+from gpt.watch.curves import Curve
+from gpt.watch.picture import Curves
 from gpt.watch.survey import read_options, summarize
 
 

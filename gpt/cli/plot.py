@@ -10,7 +10,7 @@ from pydantic import Field
 from gpt.cli.flags import parse
 from gpt.config import FileName, Section
 from gpt.io.console import show, write_result
-from gpt.watch import curves
+from gpt.watch.curves import X
 
 
 class Arguments(Section):
@@ -18,7 +18,7 @@ class Arguments(Section):
 
     runs: tuple[FileName, ...] = Field(title="RUN ...")
     """Directories of runs; also a comparison, for its cells, a folder of runs, or a pattern."""
-    x: curves.X = "step"
+    x: X = "step"
     """What to plot against; seconds are those of updates, without evaluations."""
     out: FileName = Field("curves.png", title="FILE.png|FILE.svg")
     """Where to save the picture; an existing file is replaced only if it is such a picture."""
@@ -29,7 +29,10 @@ class Arguments(Section):
 def main(argv: Sequence[str], prog: str = "steadygpt plot") -> int:
     """`steadygpt plot RUN ...`; returns the exit code."""
     arguments, _ = parse(Arguments, prog, argv)
-    plotted = curves.plot(*arguments.runs, x=arguments.x)
+
+    from gpt.watch.picture import plot  # imports matplotlib
+
+    plotted = plot(*arguments.runs, x=arguments.x)
     if arguments.csv:
         write_result(plotted.to_csv())
     else:

@@ -27,6 +27,7 @@ from gpt import config as configs
 from gpt.config import Config
 from gpt.diagnostics.fault import Failure
 from gpt.errors import InputError
+from gpt.io.console import duration, format_loss
 from gpt.io.files import (
     SMALL,
     Loss,
@@ -92,7 +93,24 @@ class RunResult:
         """The numbers and the curve, for a notebook."""
         from gpt.run.notebook import to_html
 
-        return to_html(self)
+        losses = {
+            "validation loss": self.val_loss,
+            "lowest": self.best_val_loss,
+            "bits per byte": self.val_bits_per_byte,
+            "training loss": self.train_loss,
+        }
+        numbers = {
+            **{name: format_loss(loss) for name, loss in losses.items() if loss is not None},
+            "updates": f"{self.step:,}",
+            "tokens": f"{self.tokens:,}",
+            "time": duration(self.seconds),
+            "tokens/s": f"{self.tokens_per_second:,.0f}",
+        }
+        advice = self.failure.advice if self.failure is not None else ()
+        metrics = RunDirectory(self.directory).metrics
+        return to_html(
+            str(self.directory), f"{self.status}: {self.reason}", numbers, advice, metrics
+        )
 
 
 _RESULT = TypeAdapter(RunResult)

@@ -5,56 +5,43 @@ from __future__ import annotations
 import base64
 import html
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from gpt import metrics
 from gpt.errors import InputError, printable
-from gpt.io.console import duration, format_loss
-
-if TYPE_CHECKING:
-    from gpt.run.directory import RunResult
+from gpt.run.plot import NOTEBOOK_DPI, draw_run, to_bytes
 
 
-def to_html(result: RunResult) -> str:
-    """The outcome, the numbers as a table, and the plot."""
-    losses = {
-        "validation loss": result.val_loss,
-        "lowest": result.best_val_loss,
-        "bits per byte": result.val_bits_per_byte,
-        "training loss": result.train_loss,
-    }
-    rows = {
-        **{name: format_loss(loss) for name, loss in losses.items() if loss is not None},
-        "updates": f"{result.step:,}",
-        "tokens": f"{result.tokens:,}",
-        "time": duration(result.seconds),
-        "tokens/s": f"{result.tokens_per_second:,.0f}",
-    }
-    head = "".join(f"<th>{name}</th>" for name in rows)
-    body = "".join(f"<td>{value}</td>" for value in rows.values())
-    outcome = _escape(f"{result.directory}: {result.status}: {result.reason}")
-    tips = [_escape(_as_options(tip)) for tip in (result.failure.advice if result.failure else ())]
-    advice = "".join(f"<li>{tip}</li>" for tip in tips)
+def to_html(
+    name: str, outcome: str, numbers: Mapping[str, str], advice: Sequence[str], metrics_file: Path
+) -> str:
+    """The outcome of a run, what to try next, the numbers as a table, and the plot.
+
+    Args:
+        advice: as result.json holds it, with flags.
+        metrics_file: its metrics.jsonl; without records there is no plot.
+    """
+    head = "".join(f"<th>{title}</th>" for title in numbers)
+    body = "".join(f"<td>{number}</td>" for number in numbers.values())
+    tips = "".join(f"<li>{_escape(_as_options(tip))}</li>" for tip in advice)
     return (
-        f"<p>{outcome}</p>"
-        + (f"<p>What to try next, one change at a time:</p><ul>{advice}</ul>" if advice else "")
+        f"<p>{_escape(f'{name}: {outcome}')}</p>"
+        + (f"<p>What to try next, one change at a time:</p><ul>{tips}</ul>" if tips else "")
         + f"<table><thead><tr>{head}</tr></thead><tbody><tr>{body}</tr></tbody></table>"
-        + _picture(result)
+        + _picture(metrics_file, name)
     )
 
 
-def _picture(result: RunResult) -> str:
+def _picture(metrics_file: Path, title: str) -> str:
     """The plot of losses, learning rate and gradient norm; empty if there is nothing to plot."""
-    from gpt.run.directory import RunDirectory
-    from gpt.run.plot import NOTEBOOK_DPI, draw_run, to_bytes
-
     try:
-        records = metrics.read(RunDirectory(result.directory).metrics)
+        records = metrics.read(metrics_file)
     except InputError:
         return ""
     if not records:
         return ""
-    png = to_bytes(draw_run(records, str(result.directory)), dpi=NOTEBOOK_DPI)
+    png = to_bytes(draw_run(records, title), dpi=NOTEBOOK_DPI)
     return f'<img alt="losses" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 

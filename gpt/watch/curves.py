@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import glob
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpt import metrics
-from gpt.errors import InputError, nearest
+from gpt.errors import InputError
 from gpt.run.directory import RunDirectory, RunResult
 from gpt.watch.survey import find_runs, read_options
-from gpt.watch.table import PLACES, csv_text, differing, format_value
+from gpt.watch.table import PLACES, differing, format_value
 
 X = Literal["step", "tokens", "seconds"]
 Column = NDArray[np.float64]
@@ -49,89 +49,11 @@ class Curve:
         return self.columns[x][known], values[known]
 
 
-@dataclass(frozen=True, repr=False)
-class Curves:
-    """The curves of several runs; in a notebook, their picture.
-
-    Attributes:
-        x: what they are drawn against.
-    """
-
-    curves: Sequence[Curve]
-    x: X = "step"
-
-    def __iter__(self) -> Iterator[Curve]:
-        return iter(self.curves)
-
-    def __len__(self) -> int:
-        return len(self.curves)
-
-    def __repr__(self) -> str:
-        return f"curves of {', '.join(str(curve.path) for curve in self)}"
-
-    def save(self, path: str | Path) -> Path:
-        """Write the picture to a .png or .svg file; only an earlier picture is replaced.
-
-        Raises:
-            InputError: the file has another ending, or exists and is something else; or there are
-                too many runs for one picture.
-        """
-        from gpt.watch.picture import save
-
-        return save(self, Path(path))
-
-    def records(self) -> list[dict[str, Any]]:
-        """The plotted numbers, a dict for each run and step: `pandas.DataFrame(c.records())`."""
-        keys = ["step", "tokens", "seconds", "loss", "loss_mean", "val_loss"]
-        keys += ["learning_rate", "grad_norm"]
-        return [
-            {
-                "run": str(curve.path),
-                "label": curve.label,
-                **{key: None if np.isnan(value) else value for key, value in row.items()},
-            }
-            for curve in self
-            for row in _rows(curve.columns, keys)
-        ]
-
-    def to_csv(self) -> str:
-        """The records as CSV; an empty field where a run has no value."""
-        return csv_text(self.records())
-
-    def _repr_png_(self) -> bytes:
-        from gpt.watch.picture import for_notebook
-
-        return for_notebook(self)
-
-
-def _rows(columns: Mapping[str, Column], keys: Sequence[str]) -> Iterator[dict[str, float]]:
-    whole = ("step", "tokens")
-    for values in zip(*(columns[key].tolist() for key in keys), strict=True):
-        yield {k: int(v) if k in whole else v for k, v in zip(keys, values, strict=True)}
-
-
-def plot(*runs: AnyRun, x: X = "step", out: str | Path | None = None) -> Curves:
-    """The curves of runs in one picture, which a notebook shows.
-
-    Args:
-        runs: directories of runs, results of `train`, glob patterns, comparisons (their cells), or
-            folders of runs.
-        x: what to plot against: "step", "tokens", or "seconds" (of updates alone).
-        out: a .png or .svg file to save the picture to.
-
-    Raises:
-        InputError: there is no such run, or it is damaged; and as `Curves.save`.
-    """
-    if x not in get_args(X):
-        raise InputError(
-            f"x: {x!r} is not one of step, tokens, seconds{nearest(str(x), get_args(X))}"
-        )
+def read_curves(runs: Sequence[AnyRun]) -> list[Curve]:
+    """The curves of runs; see `gpt.watch.picture.plot`."""
     directories = [RunDirectory(path) for path in _find(runs)]
     labels = _labels(directories)
-    curves = Curves([_read(run, label) for run, label in zip(directories, labels, strict=True)], x)
-    if out is not None:
-        curves.save(out)
-    return curves
+    return [_read(run, label) for run, label in zip(directories, labels, strict=True)]
 
 
 def _find(runs: Sequence[AnyRun]) -> list[Path]:

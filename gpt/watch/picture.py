@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gpt.errors import InputError
+from gpt.errors import InputError, nearest
 from gpt.io.files import open_regular, reading, write_bytes
 from gpt.run.plot import COLORS, NOTEBOOK_DPI, label, label_plainly, literal_text, to_bytes
-from gpt.watch.curves import Column, Curves
+from gpt.watch.curves import AnyRun, Column, Curve, X, read_curves
+from gpt.watch.table import csv_text
 
 DASHES = ("-", "--")
 MOST_RUNS = len(COLORS) * len(DASHES)
@@ -30,13 +33,91 @@ METADATA: dict[str, dict[str, Any]] = {
 CREATOR_WITHIN = 4096  # bytes of a file
 
 
-def check_target(path: Path) -> None:
-    """Check that a picture can be saved in a file.
+@dataclass(frozen=True, repr=False)
+class Curves:
+    """The curves of several runs; in a notebook, their picture.
+
+    Attributes:
+        x: what they are drawn against.
+    """
+
+    curves: Sequence[Curve]
+    x: X = "step"
+
+    def __iter__(self) -> Iterator[Curve]:
+        return iter(self.curves)
+
+    def __len__(self) -> int:
+        return len(self.curves)
+
+    def __repr__(self) -> str:
+        return f"curves of {', '.join(str(curve.path) for curve in self)}"
+
+    def save(self, path: str | Path) -> Path:
+        """Write the picture to a .png or .svg file; only an earlier picture is replaced.
+
+        Raises:
+            InputError: the file has another ending, or exists and is something else; its folder
+                cannot be written to; or there are too many runs for one picture.
+        """
+        path = Path(path)
+        _check_target(path)
+        kind = path.suffix.lower().removeprefix(".")
+        write_bytes(path, to_bytes(draw(self), kind, metadata=METADATA[kind]))
+        return path
+
+    def records(self) -> list[dict[str, Any]]:
+        """The plotted numbers, a dict for each run and step: `pandas.DataFrame(c.records())`."""
+        keys = ["step", "tokens", "seconds", "loss", "loss_mean", "val_loss"]
+        keys += ["learning_rate", "grad_norm"]
+        return [
+            {
+                "run": str(curve.path),
+                "label": curve.label,
+                **{key: None if np.isnan(value) else value for key, value in row.items()},
+            }
+            for curve in self
+            for row in _rows(curve.columns, keys)
+        ]
+
+    def to_csv(self) -> str:
+        """The records as CSV; an empty field where a run has no value."""
+        return csv_text(self.records())
+
+    def _repr_png_(self) -> bytes:
+        return to_bytes(draw(self), dpi=NOTEBOOK_DPI)
+
+
+def _rows(columns: Mapping[str, Column], keys: Sequence[str]) -> Iterator[dict[str, float]]:
+    whole = ("step", "tokens")
+    for values in zip(*(columns[key].tolist() for key in keys), strict=True):
+        yield {k: int(v) if k in whole else v for k, v in zip(keys, values, strict=True)}
+
+
+def plot(*runs: AnyRun, x: X = "step", out: str | Path | None = None) -> Curves:
+    """The curves of runs in one picture, which a notebook shows.
+
+    Args:
+        runs: directories of runs, results of `train`, glob patterns, comparisons (their cells), or
+            folders of runs.
+        x: what to plot against: "step", "tokens", or "seconds" (of updates alone).
+        out: a .png or .svg file to save the picture to.
 
     Raises:
-        InputError: it is neither a .png nor an .svg file, it exists and is not an earlier picture,
-            or its folder cannot be written to.
+        InputError: there is no such run, or it is damaged; and as `Curves.save`.
     """
+    if x not in get_args(X):
+        raise InputError(
+            f"x: {x!r} is not one of step, tokens, seconds{nearest(str(x), get_args(X))}"
+        )
+    curves = Curves(read_curves(runs), x)
+    if out is not None:
+        curves.save(out)
+    return curves
+
+
+def _check_target(path: Path) -> None:
+    """Check that a picture can be saved in a file; see `Curves.save`."""
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"{path}: is neither a .png nor an .svg file")
     if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
@@ -45,19 +126,6 @@ def check_target(path: Path) -> None:
         with reading(path), open_regular(path) as file:
             if CREATOR.encode() not in file.read(CREATOR_WITHIN):
                 raise InputError(f"{path}: exists and is not a picture of runs; name another file")
-
-
-def save(curves: Curves, path: Path) -> Path:
-    """Write the picture to a file; see `check_target` for what it raises."""
-    check_target(path)
-    kind = path.suffix.lower().removeprefix(".")
-    write_bytes(path, to_bytes(draw(curves), kind, metadata=METADATA[kind]))
-    return path
-
-
-def for_notebook(curves: Curves) -> bytes:
-    """The picture as a small PNG."""
-    return to_bytes(draw(curves), dpi=NOTEBOOK_DPI)
 
 
 @literal_text()
