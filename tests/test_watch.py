@@ -26,7 +26,7 @@ from gpt.config import Config
 from gpt.errors import InputError
 from gpt.io.files import is_locked
 from gpt.run.directory import RunDirectory
-from gpt.run.plot import COLORS
+from gpt.run.plot import COLORS, literal_text
 from gpt.watch import picture
 from gpt.watch.curves import Curve
 from gpt.watch.picture import Curves
@@ -363,8 +363,9 @@ def test_what_the_picture_shows(runs: Path):
     assert norm.get_xlabel() == "seconds of updates"
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["seed 9, learning_rate 0.001", "seed 0, learning_rate 0.5 (diverged)"]
-    figure.draw_without_rendering()
-    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    with literal_text():  # in which it is saved
+        figure.draw_without_rendering()
+        box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
     assert min(box.x0, box.y0) > 0
     assert (box.x1, box.y1) < (width, height)
 
