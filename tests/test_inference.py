@@ -187,7 +187,7 @@ def test_int8_weights_round_to_half_a_step(bias: bool):
 def test_int8_weights_need_a_cpu():
     with torch.device("meta"):
         model = GPT(shaped({}), VOCAB)
-    with pytest.raises(InputError, match=r"--weights int8: needs a CPU; on meta use bf16"):
+    with pytest.raises(InputError, match=r"weights int8: needs a CPU; on meta use bf16"):
         optimize_for_inference(model, "int8", samples=1)
 
 
