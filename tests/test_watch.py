@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from conftest import rendering
 from test_cli import called
 
@@ -449,15 +448,14 @@ def test_a_notebook_shows_the_picture(runs: Path):
 
 @pytest.mark.slow
 def test_thousands_of_runs_take_seconds(runs: Path):
+    text = (runs / "seed-9/config.yaml").read_text()
     for index in range(3000):
-        target = runs / f"copy-{index}"
-        shutil.copytree(runs / "seed-9", target)
-        tree = yaml.safe_load((target / "config.yaml").read_text())
-        tree["seed"] = index
-        (target / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+        shutil.copytree(runs / "seed-9", runs / f"copy-{index}")
+        changed = text.replace("\nseed: 9\n", f"\nseed: {index}\n")
+        (runs / f"copy-{index}/config.yaml").write_text(changed)
     start = time.process_time()
     table = gpt.list_runs(runs)
     assert len(table) == 3003
-    assert "seed" in table.differing
+    assert len({row.options["seed"] for row in table}) == 3000
     assert str(table).count("\n") == 3004
-    assert time.process_time() - start < 15
+    assert time.process_time() - start < 15  # 4 s
