@@ -11,5 +11,5 @@ from gpt.cli.sample import load, sample, write
 if __name__ == "__main__":
     with command("sample.py"):  # errors and signals become exit codes
         arguments, prompt = load(sys.argv[1:])  # from a flag, a file or a pipe
-        pieces = sample(arguments, prompt)  # token by token, in gpt/generate.py
+        pieces = sample(arguments, prompt)  # token by token, in gpt/generation.py
         sys.exit(write(pieces))

@@ -62,7 +62,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-import gpt.generate
+import gpt.generation
+import gpt.run.layer_plot
 import gpt.run.plot
 import gpt.training
 from gpt import cli
@@ -412,7 +413,8 @@ def _called(action: Callable[[], object], given: Input) -> int:
         stack.enter_context(mock.patch.object(os, "fsync", return_value=None))
         stack.enter_context(mock.patch.object(runner._Pool, "run", inline))
         if not given.draws:
-            stack.enter_context(mock.patch.object(gpt.run.plot, "save", return_value=None))
+            for module in (gpt.run.plot, gpt.run.layer_plot):
+                stack.enter_context(mock.patch.object(module, "save", return_value=None))
             stack.enter_context(mock.patch.object(reports, "draw", return_value={}))
         try:
             code = action()

@@ -3,7 +3,7 @@
 GPT-2's 124M shape with random weights adds 64 tokens to a prompt of 16, at temperature 1 and batch
 sizes 1 and 16. The contestants, all with the same number of parameters:
 
-    steadygpt       optimize_for_inference, then generate: what sample.py does
+    steadygpt       optimize_for_inference, then generate_tokens: what sample.py does
     transformers    GPT2LMHeadModel.generate; on a GPU also with a static cache, compiled
     nanoGPT         model.generate of the clone that --nanogpt names; it keeps no cache
 
@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.config import ModelConfig, Sampling, Weights
-from gpt.generate import Decoder, generate
+from gpt.generation import Decoder, generate_tokens
 from gpt.hardware.device import pick_device
 from gpt.inference import PackedLinear, SlicedLinear, optimize_for_inference
 from gpt.model.gpt2 import GPT
@@ -81,14 +81,14 @@ class Task:
 
 
 def steadygpt(task: Task, weights: Weights, compiled: bool = False) -> Run:
-    """`generate`, with a Decoder that all calls share, as the windows of one long text do."""
+    """`generate_tokens`, with a Decoder that all calls share, as windows of one long text do."""
     model = plain(task)
     optimize_for_inference(model, weights, task.batch)
     size = len(task.prompt) + task.tokens
     decoder = Decoder(model, task.batch, size=size, compiled=compiled)
 
     def run(tokens: int) -> object:
-        steps = generate(
+        steps = generate_tokens(
             model,
             task.prompt,
             samples=task.batch,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt.config import Weights
-from gpt.errors import InputError
+from gpt.errors import InputError, option
 from gpt.model.gpt2 import GPT
 
 MIN_SIZE = 2**19  # numbers in a matrix; for smaller ones torch's own layer is faster
@@ -139,7 +139,7 @@ def optimize_for_inference(model: GPT, weights: Weights, samples: int) -> None:
         return
     if weights == "int8":
         if device.type != "cpu":
-            raise InputError(f"--weights int8: needs a CPU; on {device.type} use bf16")
+            raise InputError(f"{option('weights')} int8: needs a CPU; on {device.type} use bf16")
         make, min_size = Int8Linear, 0
     elif device.type == "cpu" and samples == 1 and torch.backends.mkl.is_available():
         make, min_size = SlicedLinear, MIN_SIZE

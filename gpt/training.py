@@ -37,7 +37,7 @@ def train(
     config: Config,
     out_dir: str | Path | None = None,
     *,
-    resume: str = "auto",
+    resume: str | Path = "auto",
     quiet: bool = False,
     stop: Callable[[], bool] = lambda: False,
     on_update: Callable[[], object] = lambda: None,

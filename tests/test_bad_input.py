@@ -129,10 +129,10 @@ def test_train_with_junk_for_flags(
 def test_sample_with_junk_for_flags(
     smallest_runs: dict[str, Path], data: st.DataObject, monkeypatch: pytest.MonkeyPatch
 ):
-    from gpt import generate
+    from gpt import generation
 
     few = lambda *args, **options: (row for row in ())  # noqa: E731 - no text of 10^9 tokens
-    monkeypatch.setattr(generate, "generate", few)
+    monkeypatch.setattr(generation, "generate_tokens", few)
     flags = data.draw(odd_flags("sample.py", option_paths(SampleArguments)))
     first = data.draw(
         st.sampled_from([[smallest_runs["finished"]]] * 6 + [[], ["nowhere"], ["/dev/null"]])
@@ -228,7 +228,7 @@ def test_an_empty_path_is_named(flag: str, tmp_path: Path):
     path = tmp_path / "c.yaml"
     path.write_text("data: {source: text}" if flag == "--data.path" else "{}")
     error = refused("train.py", path, flag, "", "--dry-run", folder=tmp_path)
-    assert flag.removeprefix("--").replace("cache-dir", "cache_dir") in error
+    assert f"{flag}: " in error
     assert "is empty, and must name a file or folder" in error
 
 

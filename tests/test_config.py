@@ -20,7 +20,7 @@ from gpt.cli.sample import Arguments as SampleArguments
 from gpt.config import Config, ModelConfig, load, option_paths, validate
 from gpt.config.loading import schema
 from gpt.config.values import Choice
-from gpt.errors import InputError, nearest
+from gpt.errors import InputError, naming_flags, nearest
 from gpt.errors.names import ALIASES
 
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -215,13 +215,38 @@ def test_values_that_make_no_sense(tree: dict[str, Any], message: str):
     assert message in error_of(tree)
 
 
-def test_errors_in_flags_name_the_flag(tmp_path: Path):
+def test_errors_in_flags_name_the_flag_and_errors_in_python_the_option(tmp_path: Path):
     path = write(tmp_path / "c.yaml", "seed: -1")
-    with pytest.raises(InputError) as caught:
-        load(path, {"model": {"layers": "0"}})
-    lines = str(caught.value).splitlines()
-    assert lines[0].startswith(f"{path}: seed:")
-    assert lines[1].startswith("--model.layers:")
+    for flags, name in (
+        (naming_flags(), "--model.norm.final-norm"),
+        (contextlib.nullcontext(), "model.norm.final_norm"),
+    ):
+        with flags, pytest.raises(InputError) as caught:
+            load(path, {"model": {"norm": {"final_norm": "0"}}})
+        lines = str(caught.value).splitlines()
+        assert lines[0].startswith(f"{path}: seed:")
+        assert lines[1].startswith(name)
+
+
+def test_overrides_are_nested_or_dotted_or_both():
+    changed = {
+        "optimizer": {"learning_rate": 3e-3},
+        "model": {"layers": 6, "norm": {"type": "rms"}},
+    }
+    expected = load("quickstart", changed)
+    assert (expected.optimizer.learning_rate, expected.model.layers) == (3e-3, 6)
+    dotted = {"optimizer.learning_rate": 3e-3, "model": {"layers": 6, "norm.type": "rms"}}
+    assert load("quickstart", dotted) == expected
+    assert load("quickstart", {"model": {}}) == load("quickstart")
+    for wrong, message in {
+        "optimizer.learnin_rate": "optimizer.learnin_rate: no such option; perhaps you meant "
+        "optimizer.learning_rate",
+        "model.layers.x": "model.layers.x: no such option; perhaps you meant model.layers",
+        "model": "model: must be a mapping of options, found 3",
+    }.items():
+        with pytest.raises(InputError) as caught:
+            load("quickstart", {wrong: 3})
+        assert str(caught.value).startswith(message)
 
 
 def test_the_resolved_config_reads_back_equal(tmp_path: Path):

@@ -15,13 +15,14 @@ from torch import nn
 
 from gpt import cli, metrics
 from gpt.config import Config, ModelConfig, OptimizerConfig
-from gpt.diagnostics.failure import FaultLocation, advice, describe_location, first_nonfinite
+from gpt.diagnostics.failure import advice, describe_location, first_nonfinite
+from gpt.diagnostics.fault import FaultLocation
 from gpt.diagnostics.layers import MEASURES, LayerStats, layer_of
 from gpt.model.gpt2 import GPT
 from gpt.model.init import initialize
 from gpt.model.placement import PLACEMENTS
 from gpt.optim import Optimizer
-from gpt.run import plot
+from gpt.run import layer_plot
 from gpt.run.directory import RunDirectory, RunResult
 from gpt.training import train
 
@@ -261,7 +262,7 @@ def test_the_plot(tiny: Make, tmp_path: Path, capsys, precision: str):
 def test_a_single_snapshot_is_plotted_too():
     records = [{"step": 1, "layer": layer, "grad_norm": 1.0 + layer} for layer in range(3)]
     axes = Figure().subplots()
-    plot._plot_measure(axes, records, "grad_norm", MEASURES["grad_norm"])
+    layer_plot._plot_measure(axes, records, "grad_norm", MEASURES["grad_norm"])
     (mesh,) = axes.collections
     corners = mesh.get_coordinates()
     assert corners[0, -1, 0] - corners[0, 0, 0] == 1  # as wide as any other

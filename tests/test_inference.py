@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gpt import inference
 from gpt.config import ModelConfig, Sampling, Weights
 from gpt.errors import InputError
-from gpt.generate import Decoder, generate
+from gpt.generation import Decoder, generate_tokens
 from gpt.inference import Int8Linear, PackedLinear, SlicedLinear, can_pack, optimize_for_inference
 from gpt.model.gpt2 import ACTIVATIONS, GPT
 from gpt.model.init import initialize
@@ -89,7 +89,7 @@ def read(model: GPT, x: Tensor, **options: Any) -> Tensor:
 
 def drawn(model: GPT, **options: Any) -> list[list[int]]:
     sampling = Sampling(temperature=1.0, top_k=20)
-    steps = generate(
+    steps = generate_tokens(
         model, [1, 2, 3], samples=2, tokens=40, sampling=sampling, seed=5, stop=0, **options
     )
     return list(steps)
@@ -187,7 +187,7 @@ def test_int8_weights_round_to_half_a_step(bias: bool):
 def test_int8_weights_need_a_cpu():
     with torch.device("meta"):
         model = GPT(shaped({}), VOCAB)
-    with pytest.raises(InputError, match=r"--weights int8: needs a CPU; on meta use bf16"):
+    with pytest.raises(InputError, match=r"weights int8: needs a CPU; on meta use bf16"):
         optimize_for_inference(model, "int8", samples=1)
 
 

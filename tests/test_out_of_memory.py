@@ -42,7 +42,7 @@ def test_out_of_memory_names_what_would_fit(tiny: Make, tmp_path: Path):
     with pytest.raises(OutOfMemoryError) as raised:
         run(config, tmp_path / "run")
     assert "out of memory with 4 sequences at a time; 2 would fit" in str(raised.value)
-    assert "--training.micro-batch 2, or auto" in str(raised.value)
+    assert "training.micro_batch 2, or auto" in str(raised.value)
     opened = {Path(file.path).name for file in psutil.Process().open_files()}
     assert "metrics.jsonl" not in opened  # though `raised` still holds the frames that wrote it
     assert run(tiny(training={"micro_batch": "auto"}), tmp_path / "run").status == "finished"

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import rendering
 from matplotlib.figure import Figure
@@ -90,10 +91,16 @@ def test_a_long_title_loses_its_beginning():
     assert plot.label("x" * 300 + "/end") == "..." + "x" * 63 + "/end"
 
 
-def test_the_smoothed_loss_is_a_mean_on_both_sides():
+@pytest.mark.parametrize(
+    ("smoothing", "means"), [(5, [1.0, 3.0, 4.0, 19 / 3, 9.0]), (2, [1.0, 3.0, 4.4, 19 / 3, 9.0])]
+)
+def test_the_smoothed_loss_is_a_mean_on_both_sides(
+    smoothing: int, means: list[float], monkeypatch: pytest.MonkeyPatch
+):
     """By hand; the first and last values have no neighbors on one side, so they stay."""
-    assert plot.smooth([0.0, 3.0, 6.0, 0.0, 3.0], 1) == [0.0, 3.0, 3.0, 3.0, 3.0]
-    assert plot.smooth([1.0, 2.0, 6.0, 4.0, 7.0], 2) == [1.0, 3.0, 4.0, 17 / 3, 7.0]
+    monkeypatch.setattr(plot, "SMOOTHING", smoothing)
+    values = np.array([1.0, 2.0, np.nan, 6.0, 4.0, 9.0])
+    assert plot.smooth(values) == pytest.approx([*means[:2], np.nan, *means[2:]], nan_ok=True)
 
 
 def test_the_clipping_threshold_and_a_smoothed_loss_are_drawn(

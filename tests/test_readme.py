@@ -111,6 +111,24 @@ def test_export_commands(
     assert (tmp_path / "exported/model.safetensors").is_file()
 
 
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if re.search(r"\bsteadygpt (runs|plot)", c)]
+)
+def test_runs_and_plot_commands(
+    command: str,
+    tiny_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch,
+):
+    for name in ("quickstart", "lower-rate"):
+        shutil.copytree(tiny_run, tmp_path / "runs" / name)
+    monkeypatch.chdir(tmp_path)
+    _, name, *words = shlex.split(command)
+    assert cli.run(name, words) == 0
+    assert ("lower-rate" if name == "runs" else "curves.svg") in capsys.readouterr().out
+
+
 def test_files_that_it_names_exist():
     named = set(re.findall(r"\]\(([^)#:]+)\)", README))
     named |= set(re.findall(r"`((?:configs|gpt|tests|benchmarks)/[\w./-]+)`", README))

@@ -123,7 +123,7 @@ def test_on_a_full_disk_the_state_is_saved_elsewhere(tiny: Make, tmp_path: Path,
     assert contents(out / "checkpoints") == saved != {}
     (place,) = spare.iterdir()
     assert f"the state of step 15 is in {place}" in str(raised.value)
-    assert f"--out-dir {place} resumes" in str(raised.value)
+    assert f"out_dir {place} resumes" in str(raised.value)
     assert run(config, place).status == "finished"
     assert_same_run(tmp_path / "whole", place)
 
@@ -334,7 +334,7 @@ def test_what_makes_it_another_run_is_refused(tiny: Make, tmp_path: Path, change
     option = next(iter(value)) if isinstance(value, dict) else section
     with pytest.raises(InputError, match=rf"different config \(.*{option}.* -> ") as raised:
         run(tiny(**change), tmp_path / "run")
-    assert "choose another --out-dir" in str(raised.value)
+    assert "choose another out_dir" in str(raised.value)
     assert contents(tmp_path / "run") == before
 
 
@@ -688,7 +688,7 @@ def test_a_later_state_elsewhere_is_reported(
     (place,) = (tmp_path / "spare").iterdir()
     with pytest.raises(InputError, match="No space left"):
         train(config, out)
-    assert f"a later state of this run is in {place}: resume it with --out-dir {place}" in (
+    assert f"a later state of this run is in {place}: resume it with out_dir {place}" in (
         capsys.readouterr().err
     )
 

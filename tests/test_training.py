@@ -131,7 +131,7 @@ def test_a_finished_run_is_read_not_repeated(tiny: Make, tmp_path: Path):
     [
         ({"model": {"width": 32}}, "auto", r"model.width: 16 -> 32"),
         ({"seed": 5}, "auto", r"seed: 0 -> 5"),
-        ({}, "never", "--resume never would overwrite"),
+        ({}, "never", "resume never would overwrite"),
     ],
 )
 def test_a_run_is_never_overwritten(

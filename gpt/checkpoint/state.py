@@ -9,13 +9,10 @@ from typing import Annotated
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from gpt.checkpoint import Checkpoint
-from gpt.errors import InputError
-from gpt.io.files import Natural
+from gpt.errors import InputError, option
+from gpt.io.files import Loss, Natural, Time
 
 FORMAT = 5
-
-Time = Annotated[float, Field(ge=0, le=1e100)]
-Loss = Annotated[float, Field(ge=-1e100, le=1e100)] | None
 
 
 @dataclass
@@ -81,7 +78,8 @@ def read_state(checkpoint: Checkpoint) -> State:
     if type(found) is int and 0 < found < FORMAT:
         raise InputError(
             f"{checkpoint.name}: was saved by an earlier version of steadygpt, and this one cannot "
-            "resume it;\nsample.py still reads it; train with that version, or in another --out-dir"
+            "resume it;\nsample.py still reads it; train with that version, or in another "
+            f"{option('out_dir')}"
         )
     if found != FORMAT:
         raise InputError(f"{checkpoint.name}: state.json: format is {found!r}, not {FORMAT}")

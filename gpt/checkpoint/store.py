@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gpt.errors import InputError
+from gpt.errors import InputError, option
 from gpt.io.files import (
     PARTIAL_PREFIX,
     fsync,
@@ -404,7 +404,7 @@ def newest_intact(
     if skipped:
         raise InputError(
             f"{skipped[0]};\nnone of the {len(skipped)} checkpoints in {folder} is intact; "
-            "choose another --out-dir to start over"
+            f"choose another {option('out_dir')} to start over"
         )
     return None, []
 

@@ -28,6 +28,8 @@ COMMANDS = {
     "checkpoint": "python -m gpt.checkpoint",
     "diagnose": "python -m gpt.diagnostics",
     "coordcheck": "steadygpt coordcheck",
+    "runs": "steadygpt runs",
+    "plot": "steadygpt plot",
     "export": "steadygpt export",
     "clean": "steadygpt clean",
     "completion": "steadygpt completion",
@@ -43,6 +45,8 @@ usage: steadygpt COMMAND ...   (COMMAND --help for details)
   checkpoint verify DIR    check that checkpoints are intact
   diagnose RUN_DIR         plot the statistics of a run's layers
   coordcheck CONFIG.yaml   check that updates do not depend on the width, as in muP
+  runs [DIR]               list runs: status, losses, time, and the options that differ
+  plot RUN ...             plot the losses of several runs in one picture
   export RUN_DIR OUT       write a run's model for Hugging Face transformers
   clean [DIR ...]          remove checkpoints and prepared data that nothing needs
   completion SHELL         complete commands, options and files with Tab in bash, zsh or fish

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
-from gpt.errors import InputError, StoppedError, format_error
+from gpt.errors import InputError, StoppedError, format_error, naming_flags
 from gpt.io.console import set_encoding, show
 from gpt.io.wait import leave
 
@@ -46,7 +46,8 @@ def command(prog: str) -> Iterator[None]:
     atexit.register(gc.freeze)  # spares the process 0.7 s of collecting torch's objects as it exits
     try:
         # KeyboardInterrupt, the default, would be lost, or become another error, in many imports.
-        with _signal_handlers({signal.SIGINT: lambda number, frame: os._exit(130)}):
+        interrupt = {signal.SIGINT: lambda number, frame: os._exit(130)}
+        with _signal_handlers(interrupt), naming_flags():
             yield
     except InputError as error:
         show("\n".join(f"{prog}: {line}" for line in format_error(error)), sys.stderr)

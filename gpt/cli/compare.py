@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from gpt.cli.common import StopSignals
-from gpt.cli.flags import as_flag, parse
+from gpt.cli.flags import parse
 from gpt.cli.paths import explained
 from gpt.compare import grid as grids
 from gpt.compare.grid import Cell, Grid
 from gpt.config import Config, FileName, FileNames, Seconds, Section, WorkerCount
 from gpt.config.shipped import names
-from gpt.errors import InputError
+from gpt.errors import InputError, as_flag
 from gpt.io.console import Console, show
 
 if TYPE_CHECKING:

@@ -41,7 +41,7 @@ def diagnose(run_dir: Path) -> Path:
     """
     from gpt import metrics
     from gpt.run.directory import RunDirectory
-    from gpt.run.plot import has_layers, plot_layers
+    from gpt.run.layer_plot import has_layers, plot_layers
 
     run = RunDirectory(run_dir)
     run.read_config()  # refuses a directory that is not a run

@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from gpt import __version__
 from gpt.cli import tab
 from gpt.config import Section, nest, option_fields, validate
-from gpt.errors import InputError, nearest
+from gpt.errors import InputError, as_flag, nearest
 
 Arguments = TypeVar("Arguments", bound=Section)
 Schema = Mapping[str, Any]
@@ -76,11 +76,6 @@ def parse(
         return as_flag(name) if name in names else str(fields[name].title)
 
     return validate(arguments, own, origin), nest(given)
-
-
-def as_flag(path: str) -> str:
-    """`model.tied_head` becomes `--model.tied-head`; `json_`, whose name is taken, `--json`."""
-    return "--" + path.rstrip("_").replace("_", "-")
 
 
 def _is_boolean(field: FieldInfo) -> bool:

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from gpt.cli.flags import parse
 from gpt.cli.paths import find_checkpoint
-from gpt.config import Count, Device, FileName, SampleCount, Sampling, Seed, Weights
+from gpt.config import Device, FileName, Generation, SampleCount, Weights
 from gpt.errors import InputError
 from gpt.hardware.size import check_sampling
 from gpt.io.console import show, write_result
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MAX_PROMPT = 2**26  # bytes
 
 
-class Arguments(Sampling):
+class Arguments(Generation):
     """Generate text from a run directory; it goes to stdout as it is generated.
 
     Examples:
@@ -45,10 +45,6 @@ class Arguments(Sampling):
     """A UTF-8 file with the text to continue."""
     num_samples: SampleCount = 1
     """Number of texts, generated in one batch."""
-    max_new_tokens: Count = 200
-    """Tokens to add to the prompt, unless end of text comes first."""
-    seed: Seed = 0
-    """Random seed; sample i does not depend on the number of samples."""
     checkpoint: str = Field("best", title="best|latest|STEP")
     """best (by validation loss), latest, a step such as 250, or the path of a checkpoint."""
     device: Device = "auto"
@@ -126,7 +122,7 @@ def sample(arguments: Arguments, prompt: str, prog: str = "sample.py") -> Iterat
     run, checkpoint = find_checkpoint(arguments.run_dir, given, prog)
 
     from gpt.data.tokenizer import encode
-    from gpt.generate import Decoder, generate
+    from gpt.generation import Decoder, generate_tokens
     from gpt.hardware.device import pick_device
     from gpt.hardware.memory import total_memory
     from gpt.inference import optimize_for_inference
@@ -156,7 +152,7 @@ def sample(arguments: Arguments, prompt: str, prog: str = "sample.py") -> Iterat
         size=model.token_embedding.weight.element_size(),
         memory=total_memory(device),
     )
-    rows = generate(
+    rows = generate_tokens(
         model,
         tokens,
         samples=count,
@@ -177,7 +173,7 @@ def _to_text(
     Args:
         rows: the next token of each of the `count` texts.
     """
-    from gpt.generate import TextDecoder
+    from gpt.generation import TextDecoder
 
     decoders = [TextDecoder(encoding) for _ in range(count)]
     texts = [prompt] * count

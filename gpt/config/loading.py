@@ -24,9 +24,9 @@ from gpt.config.options import Config, ModelConfig
 from gpt.config.shipped import find
 from gpt.config.source import Source, describe
 from gpt.config.strict_yaml import read_yaml
-from gpt.config.trees import leaves, merge
+from gpt.config.trees import leaves, merge, nest
 from gpt.config.values import Section, expand_user, spell, unquoted
-from gpt.errors import InputError, nearest
+from gpt.errors import InputError, nearest, option
 
 MAX_BASES = 16  # base files in a chain
 MAX_ERRORS = 100  # errors described in one message
@@ -39,10 +39,12 @@ def load(
     *,
     out_dir: str | Path | None = None,
 ) -> Config:
-    """The config in the YAML file `path`, its bases, and `overrides` (a nested mapping) on top.
+    """The config in the YAML file `path`, its bases, and `overrides` on top.
 
     Args:
         path: a file, or the name of a config that comes with steadygpt, such as `quickstart`.
+        overrides: options by dotted path, nested, or both:
+            `{"optimizer.learning_rate": 3e-3, "model": {"layers": 6}}`.
         out_dir: the run directory; runs/NAME by default. If it holds a run that started from
             `init_from`, the source itself is no longer needed.
 
@@ -50,16 +52,20 @@ def load(
         InputError: with every error at once, by dotted path, and the nearest valid name; or the
             source that `init_from` names is missing, or conflicts with an option.
     """
-    path, overrides = find(path, "config"), overrides or {}
-    layers = [{"name": path.stem}, *_layers(path), overrides]
-    tree, flags = functools.reduce(merge, layers), {key for key, _ in leaves(overrides)}
+    path = find(path, "config")
+    given = dict(leaves(overrides or {}))
+    layers = [{"name": path.stem}, *_layers(path), nest(given)]
 
     def origin(key: str) -> str:
-        if any(f"{key}.".startswith(f"{flag}.") for flag in flags):  # or it is in the flag's list
-            return f"--{key}"
+        if any(f"{key}.".startswith(f"{name}.") for name in given):  # or it is in the flag's list
+            return option(key)
         return f"{path}: {key}" if key else str(path)
 
-    config = _validated(tree, origin, out_dir)
+    merged = functools.reduce(merge, layers)
+    kept = {*dict(leaves(merged)), *option_paths(Config)}
+    # What is below an option that has a value, such as model.layers.x, is not merged, but unknown.
+    unknown = {key: v for key, v in given.items() if key not in kept and v is not None}
+    config = _validated({**merged, **unknown}, origin, out_dir)
     config.set_cautions(cautions(config, layers))
     return config
 

@@ -475,6 +475,15 @@ class Sampling(Section):
     """Drop tokens below this fraction of the largest probability (Nguyen et al. 2024)."""
 
 
+class Generation(Sampling):
+    """How a text is generated, apart from its prompt."""
+
+    max_new_tokens: Count = 200
+    """Tokens to add to the prompt, unless end of text comes first."""
+    seed: Seed = 0
+    """Random seed; sample i does not depend on the number of samples."""
+
+
 class SamplingConfig(Sampling):
     """Text that the model writes during training, into samples/."""
 

@@ -7,7 +7,9 @@ Bugs remain ordinary exceptions with a traceback.
 
 from __future__ import annotations
 
+import contextlib
 import unicodedata
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from gpt.errors.names import closest, nearest
@@ -20,9 +22,12 @@ __all__ = [
     "StepInterruptedError",
     "StoppedError",
     "UnreachableError",
+    "as_flag",
     "closest",
     "format_error",
+    "naming_flags",
     "nearest",
+    "option",
     "printable",
 ]
 
@@ -43,6 +48,30 @@ class UnreachableError(InputError):
 
 class StoppedError(Exception):
     """The user asked to stop; the work so far is saved, and the next start continues it."""
+
+
+_named_as_flags = False
+
+
+@contextlib.contextmanager
+def naming_flags() -> Iterator[None]:
+    """A context in which messages name options as flags, for users of a command line."""
+    global _named_as_flags
+    before, _named_as_flags = _named_as_flags, True
+    try:
+        yield
+    finally:
+        _named_as_flags = before
+
+
+def option(path: str) -> str:
+    """How a message names an option: `out_dir` to Python, `--out-dir` in a command."""
+    return as_flag(path) if _named_as_flags else path
+
+
+def as_flag(path: str) -> str:
+    """`model.tied_head` becomes `--model.tied-head`; `json_`, whose name is taken, `--json`."""
+    return "--" + path.rstrip("_").replace("_", "-")
 
 
 def format_error(error: InputError) -> list[str]:

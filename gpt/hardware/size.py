@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gpt.config import Config, ModelConfig
-from gpt.errors import InputError
+from gpt.errors import InputError, option
 
 FP32 = 4  # bytes per number
 # Numbers of optimizer state per parameter, at least; other optimizers may have fewer than one.
@@ -101,11 +101,12 @@ def check_sampling(
         InputError: gives the memory needed and available in GB.
     """
     cached = min(tokens, model.context)
+    what = f"{option('num_samples')} {samples:,}"
     needs = {
-        f"--num-samples {samples:,}: caching the keys and values of {cached:,} tokens each": (
+        f"{what}: caching the keys and values of {cached:,} tokens each": (
             2 * size * samples * cached * model.width * model.layers
         ),
-        f"--num-samples {samples:,}: computing their logits": FP32 * samples * vocab_size,
+        f"{what}: computing their logits": FP32 * samples * vocab_size,
     }
     _check(needs, memory)
 

@@ -1,11 +1,13 @@
 """Printing: text from users and files is encoded and escaped in one place.
 
-Progress goes to stderr, as a bar on a terminal and as plain lines otherwise; stdout carries results
-only. This module's output is for people; machine-readable records are in gpt/metrics.py.
+Progress goes to stderr, as a bar on a terminal or in a notebook, and as plain lines otherwise;
+stdout carries results only. This module's output is for people; machine-readable records are in
+gpt/metrics.py.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import sys
 import time
@@ -94,10 +96,8 @@ class Console:
         self._total, self._first, self._what, self._unit = total, done, what, unit
         self._every, self._began = every, time.monotonic()
         self._printed = self._began
-        if sys.stderr.isatty() and not self._quiet:
-            from tqdm import tqdm  # needed on a terminal only
-
-            self._bar = tqdm(
+        if (sys.stderr.isatty() or _in_notebook()) and not self._quiet:
+            self._bar = _bar_class()(
                 total=total,
                 initial=done,
                 desc=what or None,
@@ -131,6 +131,27 @@ class Console:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _in_notebook() -> bool:
+    """Whether stderr is the output of a notebook's cell, which can show a bar too."""
+    return type(sys.stderr).__module__.startswith("ipykernel.")
+
+
+def _bar_class() -> type[tqdm[Any]]:
+    """A bar of text; in a notebook with ipywidgets, a widget."""
+    if _in_notebook() and importlib.util.find_spec("ipywidgets"):
+        from tqdm.notebook import tqdm_notebook
+
+        return tqdm_notebook
+    from tqdm import tqdm
+
+    return tqdm
+
+
+def format_loss(loss: float) -> str:
+    """A loss with four decimals, unless it has exploded."""
+    return f"{loss:.4f}" if abs(loss) < 1e4 else f"{loss:.1e}"
 
 
 def duration(seconds: float) -> str:

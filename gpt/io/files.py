@@ -28,7 +28,10 @@ from gpt.errors import InputError
 from gpt.io.wait import TIMEOUT, wait_for
 
 T = TypeVar("T")
-Natural = Annotated[int, Field(ge=0, le=2**53)]  # in JSON files; any program reads it exactly
+# Numbers in JSON files; any program reads them.
+Natural = Annotated[int, Field(ge=0, le=2**53)]
+Time = Annotated[float, Field(ge=0, le=1e100)]
+Loss = Annotated[float, Field(ge=-1e100, le=1e100)] | None
 
 SMALL = 2**26  # default size limit, in bytes, of a file that is read at once
 LOCK = ".lock"  # in a directory in which one process at a time may work
@@ -224,6 +227,22 @@ def lock_directory(directory: Path, refusal: str) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):  # not empty, or already deleted
             directory.rmdir()
+
+
+def is_locked(directory: Path) -> bool:
+    """Whether a process holds the lock of a directory.
+
+    A lock left by a killed process is acquired for an instant to find that out. One that this user
+    may not open counts as held.
+    """
+    lock = directory / LOCK
+    if not lock.is_file():
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except (Timeout, OSError):
+        return True
 
 
 def is_partial(path: Path) -> bool:

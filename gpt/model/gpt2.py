@@ -6,7 +6,7 @@ A block is causal self-attention and a feed-forward network, joined by residual 
 norms; how they are joined is the block's placement (placement.py). Norms are in norm.py, initial
 weights in init.py. Shapes: B sequences, T tokens, d channels, h heads, V tokens in the vocabulary.
 
-Not here: training (gpt/training.py) and sampling (gpt/generate.py).
+Not here: training (gpt/training.py) and sampling (gpt/generation.py).
 """
 
 from __future__ import annotations

@@ -11,5 +11,7 @@ cleanup.py    files that nothing needs any more
 loading.py    a trained model from its directory
 banner.py     a summary of a config, before anything runs
 cautions.py   warnings before anything runs
-plot.py       loss.png and layers.png
+plot.py       loss.png, and what all plots share
+layer_plot.py layers.png
+notebook.py   how a notebook shows a result
 """

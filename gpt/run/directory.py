@@ -1,5 +1,7 @@
 """A run directory: the files of a run, and reading and writing them.
 
+This module does not import torch, so that many runs are listed at once.
+
 runs/NAME/config.yaml, environment.json, tokenizer.json, metrics.jsonl, history.jsonl,
           result.json, loss.png, layers.png, samples/, checkpoints/
 """
@@ -17,18 +19,29 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import TypeAdapter
 
 from gpt import __version__
 from gpt import config as configs
-from gpt.checkpoint.state import Loss, Time
 from gpt.config import Config
-from gpt.diagnostics.failure import Failure
+from gpt.diagnostics.fault import Failure
 from gpt.errors import InputError
-from gpt.io.files import SMALL, Natural, lock_directory, open_for_update, read_json, write_text
+from gpt.io.console import duration, format_loss
+from gpt.io.files import (
+    SMALL,
+    Loss,
+    Natural,
+    Time,
+    lock_directory,
+    open_for_update,
+    read_json,
+    write_text,
+)
+
+if TYPE_CHECKING:
+    import torch
 
 Status = Literal["finished", "diverged", "interrupted"]
 
@@ -78,6 +91,32 @@ class RunResult:
         """Whether the fields are consistent: a finished run made updates and was evaluated."""
         evaluated = (self.val_loss, self.best_val_loss, self.val_bits_per_byte)
         return self.status != "finished" or (self.step > 0 and None not in evaluated)
+
+    def _repr_html_(self) -> str:
+        """The numbers and the curve, for a notebook."""
+        from gpt.run.notebook import to_html
+
+        losses = {
+            "validation loss": self.val_loss,
+            "lowest": self.best_val_loss,
+            "bits per byte": self.val_bits_per_byte,
+            "training loss": self.train_loss,
+        }
+        numbers = {
+            **{name: format_loss(loss) for name, loss in losses.items() if loss is not None},
+            "updates": f"{self.step:,}",
+            "tokens": f"{self.tokens:,}",
+            "time": duration(self.seconds),
+            "tokens/s": f"{self.tokens_per_second:,.0f}",
+        }
+        advice = self.failure.advice if self.failure is not None else ()
+        metrics = RunDirectory(self.directory).metrics
+        return to_html(
+            str(self.directory), f"{self.status}: {self.reason}", numbers, advice, metrics
+        )
+
+
+_RESULT = TypeAdapter(RunResult)
 
 
 class RunDirectory:
@@ -163,7 +202,7 @@ class RunDirectory:
             return None
         tree = read_json(self.result, dict[str, Any])
         try:
-            result = TypeAdapter(RunResult).validate_python({**tree, "directory": self.path})
+            result = _RESULT.validate_python({**tree, "directory": self.path})
         except ValueError:
             result = None
         if result is None or not result.is_consistent:
@@ -192,6 +231,8 @@ class RunDirectory:
                 initial_weights (see `gpt.model.init.fingerprints`) and, of a run that started from
                 a checkpoint, started_from.
         """
+        import torch
+
         packages = ("numpy", "safetensors", "tiktoken", "tokenizers", "torch")
         versions = {"python": platform.python_version(), "steadygpt": __version__}
         for name in packages:

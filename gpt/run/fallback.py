@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gpt import checkpoint as store
 from gpt.config import Config
-from gpt.errors import InputError
+from gpt.errors import InputError, option
 from gpt.io.files import make_folder, write_bytes
 from gpt.run.directory import RunDirectory
 
@@ -64,7 +64,7 @@ def save_to_fallback(
         )
     return InputError(
         f"{reason};\n{before}, and the state of step {step} is in {made}:\n"
-        f"--out-dir {made} resumes from there"
+        f"{option('out_dir')} {made} resumes from there"
     )
 
 

@@ -1,28 +1,39 @@
-"""Loading a trained model from its run directory."""
+"""Loading a trained model from its run directory, and generating text with it."""
 
 from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from gpt import checkpoint as store
 from gpt.checkpoint import Checkpoint, PrunedError
 from gpt.checkpoint.weights import load_weights
+from gpt.config import Generation, validate
 from gpt.data import tokenizer
 from gpt.data.tokenizer import Encoding
-from gpt.errors import InputError
+from gpt.errors import InputError, option
+from gpt.generation import continue_text
 from gpt.hardware.size import check_loading, parameters
 from gpt.model.gpt2 import GPT
-from gpt.run.directory import RunDirectory
+from gpt.run.directory import RunDirectory, RunResult
 
 ATTEMPTS = 100  # to read a checkpoint of a run that is still training and pruning
 
 
+class TrainedRun(NamedTuple):
+    """A trained model with its tokenizer, and the number of updates it has had."""
+
+    model: GPT
+    encoding: Encoding
+    step: int
+
+
 def load_run(
-    path: Path, checkpoint: str = "best", device: torch.device | str = "cpu"
-) -> tuple[GPT, Encoding, int]:
+    path: str | Path, checkpoint: str | int = "best", device: torch.device | str = "cpu"
+) -> TrainedRun:
     """The model, tokenizer and step of a run, from its directory alone.
 
     Args:
@@ -32,6 +43,7 @@ def load_run(
     Raises:
         InputError: there is no such run or checkpoint, or it is damaged.
     """
+    path, checkpoint = Path(path), str(checkpoint)
     run = RunDirectory(path)
     config = run.read_config()
     for _ in range(ATTEMPTS):  # a run that trains may prune what was just chosen
@@ -54,7 +66,55 @@ def load_run(
         load_weights(model, loaded.model)
     except ValueError as error:
         raise InputError(f"{folder}: does not fit {run.config}: {error}") from None
-    return model.to(device).eval(), encoding, loaded.step
+    return TrainedRun(model.to(device).eval(), encoding, loaded.step)
+
+
+def generate(
+    run: TrainedRun | RunResult | str | Path,
+    prompt: str = "",
+    *,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """`prompt` and the text with which a run continues it, as `sample.py` does.
+
+    Args:
+        run: a result of `load_run`; or a result of `train` or a run directory, whose best
+            checkpoint is then loaded at each call.
+        prompt: text to continue; empty starts a new document.
+        max_new_tokens, temperature, top_k, top_p, min_p, seed: see `gpt.config.Generation` and its
+            base. Another seed gives another text; temperature 0 always takes the most likely token.
+
+    Raises:
+        InputError: an option is out of range, the prompt has a character that the vocabulary
+            lacks, or the run cannot be loaded.
+    """
+    options = validate(
+        Generation,
+        {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "seed": seed,
+        },
+    )
+    if not isinstance(run, TrainedRun):
+        run = load_run(run.directory if isinstance(run, RunResult) else run)
+    return continue_text(
+        run.model,
+        run.encoding,
+        prompt,
+        tokens=options.max_new_tokens,
+        sampling=options,
+        seed=options.seed,
+        origin="prompt",
+    )
 
 
 def _choose(run: RunDirectory, checkpoint: str) -> Path:
@@ -67,8 +127,8 @@ def _choose(run: RunDirectory, checkpoint: str) -> Path:
     found = store.named(checkpoint, run.checkpoints)
     if found is None or found.resolve().parent != run.checkpoints.resolve():
         raise InputError(
-            f"--checkpoint {checkpoint}: no such checkpoint; {run.path} has best, latest, "
-            + ", ".join(map(str, available))
+            f"{option('checkpoint')} {checkpoint}: no such checkpoint; {run.path} has best, "
+            f"latest, {', '.join(map(str, available))}"
         )
     return found
 
@@ -97,5 +157,5 @@ def _read(run: RunDirectory, folder: Path) -> tuple[Checkpoint, Encoding]:
                 read(other)
             except InputError:
                 continue
-            raise InputError(f"{error};\n--checkpoint {step} is intact") from None
+            raise InputError(f"{error};\n{option('checkpoint')} {step} is intact") from None
         raise

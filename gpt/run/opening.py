@@ -14,7 +14,7 @@ from gpt.checkpoint.weights import load_weights
 from gpt.config import Config, describe_differences
 from gpt.data import tokenizer
 from gpt.data.prepared import Dataset
-from gpt.errors import InputError
+from gpt.errors import InputError, option
 from gpt.exchange import pretrained
 from gpt.io.console import Console
 from gpt.io.files import remove_partial, write_text
@@ -40,7 +40,8 @@ def check_tokens(plan: ResumePlan, config: Config, dataset: Dataset) -> None:
         raise InputError(
             f"{plan.directory.path}: the checkpoint was trained on tokens other than the config's "
             f"({'; '.join(describe_differences(data)) or 'the text has changed'});\n"
-            "use the same text, or start a new run in another --out-dir without --resume"
+            f"use the same text, or start a new run in another {option('out_dir')} "
+            f"without {option('resume')}"
         )
 
 
@@ -145,7 +146,9 @@ def announce(plan: ResumePlan, config: Config, step: int, console: Console) -> N
         console.say(f"skipped: {damage}")
     later = later_fallback(config, directory.path, step) if resuming else None
     if later is not None:
-        console.say(f"a later state of this run is in {later}: resume it with --out-dir {later}")
+        console.say(
+            f"a later state of this run is in {later}: resume it with {option('out_dir')} {later}"
+        )
     if plan.damaged:
         console.say(f"resuming from step {step}")
         for path in store.steps(directory.checkpoints).values():

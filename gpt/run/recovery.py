@@ -10,8 +10,9 @@ from torch import Tensor
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.checkpoint.state import Progress
 from gpt.data.sequences import ValidationSequences
-from gpt.diagnostics.failure import FaultLocation, first_nonfinite
-from gpt.errors import Fault, InputError
+from gpt.diagnostics.failure import first_nonfinite
+from gpt.diagnostics.fault import FaultLocation
+from gpt.errors import Fault, InputError, option
 from gpt.hardware.memory import is_out_of_memory, smaller
 from gpt.run.opening import restore
 from gpt.trainer import Trainer, host_tensor
@@ -142,7 +143,7 @@ def advise_on_memory(trainer: Trainer, step: int, make_batch: MakeBatch, shortag
     automatic = trainer.config.training.micro_batch == "auto"
     return (
         f"training.micro_batch: out of memory with {tried} sequences at a time; {fitting} "
-        f"would fit;\n--training.micro-batch {fitting}"
+        f"would fit;\n{option('training.micro_batch')} {fitting}"
         + ("" if automatic else ", or auto, which finds one that fits,")
         + " resumes from the last checkpoint"
     )

@@ -15,7 +15,7 @@ from gpt import checkpoint as store
 from gpt.checkpoint import Checkpoint
 from gpt.checkpoint.state import Progress, read_state
 from gpt.config import Config, Differences, describe_differences, may_change
-from gpt.errors import InputError, nearest
+from gpt.errors import InputError, nearest, option
 from gpt.exchange import pretrained
 from gpt.exchange.pretrained import Pretrained
 from gpt.io.files import is_partial, read_json
@@ -126,7 +126,7 @@ def describe_lr_change(before: Config, now: Config, progress: Progress) -> str |
     )
 
 
-def ended_run(config: Config, path: Path, resume: str) -> RunResult | None:
+def ended_run(config: Config, path: Path, resume: str | Path) -> RunResult | None:
     """The result of a run in `path` that has ended; None if there is something left to train.
 
     Raises:
@@ -143,7 +143,7 @@ def ended_run(config: Config, path: Path, resume: str) -> RunResult | None:
     if result.status == "diverged" and "training.nonfinite" in changes:
         raise InputError(
             f"{path}: has diverged and cannot be resumed; to continue from its last checkpoint in "
-            "another --out-dir, pass that checkpoint to --resume"
+            f"another {option('out_dir')}, pass that checkpoint to {option('resume')}"
         )
     steps = config.training.steps
     if result.status == "finished" and steps != result.step and not EXTENDING.isdisjoint(changes):
@@ -155,7 +155,7 @@ def ended_run(config: Config, path: Path, resume: str) -> RunResult | None:
     return result
 
 
-def open_run(config: Config, path: Path, resume: str, *, fetch: bool = True) -> ResumePlan:
+def open_run(config: Config, path: Path, resume: str | Path, *, fetch: bool = True) -> ResumePlan:
     """Decide how a run of `config` in the directory `path` starts. Writes nothing.
 
     Args:
@@ -182,7 +182,9 @@ def open_run(config: Config, path: Path, resume: str, *, fetch: bool = True) -> 
     directory.check_paths()
     checkpoint, damaged = store.newest_intact(directory.checkpoints)
     if checkpoint is None and result is not None and result.step:
-        raise InputError(f"{path}: has no checkpoint to resume from; choose another --out-dir")
+        raise InputError(
+            f"{path}: has no checkpoint to resume from; choose another {option('out_dir')}"
+        )
     steps = config.training.steps
     most = steps - ("training.steps" in changes)  # a new length must leave something to train
     if checkpoint is not None and checkpoint.step > most:
@@ -209,13 +211,13 @@ def _pretrained(config: Config, fetch: bool) -> Pretrained | None:
 
 
 def _same_run(
-    directory: RunDirectory, config: Config, resume: str
+    directory: RunDirectory, config: Config, resume: str | Path
 ) -> tuple[Differences, RunResult | None]:
     """The changed options, all of which a resumed run may change, and the run's result."""
     if resume != "auto" and not _started_from(directory, _origin(config, resume)):
         raise InputError(
-            f"{directory.path}: holds a run, which --resume {resume} would overwrite;\n"
-            "choose another --out-dir, or resume it with --resume auto"
+            f"{directory.path}: holds a run, which {option('resume')} {resume} would overwrite;\n"
+            f"choose another {option('out_dir')}, or resume it with {option('resume')} auto"
         )
     changes = directory.read_config().differences(config)
     refused = [option for option in changes if not may_change(option)]
@@ -225,7 +227,7 @@ def _same_run(
         shown = "; ".join(lines[:5]) + ("; ..." if len(lines) > 5 else "")
         raise InputError(
             f"{directory.path}: contains a run with a different config ({shown});\n"
-            "choose another --out-dir or name, or give that run's config to resume it"
+            f"choose another {option('out_dir')} or name, or give that run's config to resume it"
         )
     return changes, directory.read_result()
 
@@ -246,17 +248,19 @@ def _check_unused(directory: RunDirectory, checkpoint: Path | None) -> None:
         and all(is_partial(p) or p.name in origin for p in (path.iterdir() if path in ours else ()))
         for path in directory.path.iterdir()
     ):
-        raise InputError(f"{directory.path}: exists and is not a run; choose another --out-dir")
+        raise InputError(
+            f"{directory.path}: exists and is not a run; choose another {option('out_dir')}"
+        )
 
 
-def _find(config: Config, resume: str) -> Path | None:
+def _find(config: Config, resume: str | Path) -> Path | None:
     """The checkpoint folder that `resume` names, if it names one that exists."""
     if resume in ("auto", "never"):
         return None
-    return store.named(resume, _own_checkpoints(config))
+    return store.named(str(resume), _own_checkpoints(config))
 
 
-def _origin(config: Config, resume: str) -> str | None:
+def _origin(config: Config, resume: str | Path) -> str | None:
     """The absolute path of the checkpoint that `resume` names, which may be gone by now."""
     if resume in ("auto", "never"):
         return None
@@ -275,7 +279,7 @@ def _started_from(directory: RunDirectory, origin: str | None) -> bool:
     return bool(read_json(directory.environment, dict[str, Any]).get("started_from") == origin)
 
 
-def _start_from(config: Config, resume: str) -> tuple[Checkpoint | None, Config | None]:
+def _start_from(config: Config, resume: str | Path) -> tuple[Checkpoint | None, Config | None]:
     """The checkpoint that `resume` names, and the config of its run."""
     if resume in ("auto", "never"):
         return None, None
@@ -284,13 +288,15 @@ def _start_from(config: Config, resume: str) -> tuple[Checkpoint | None, Config 
         run = RunDirectory(Path(resume))
         if run.config.is_file():
             raise InputError(
-                f"--resume {resume}: is a run; to start from its newest checkpoint: --resume "
-                f"{run.checkpoints / 'latest'}\nto continue that run: --out-dir {resume}"
+                f"{option('resume')} {resume}: is a run; to start from its newest checkpoint: "
+                f"{option('resume')} {run.checkpoints / 'latest'}\n"
+                f"to continue that run: {option('out_dir')} {resume}"
             )
         own = _own_checkpoints(config)
         raise InputError(
-            f"--resume {resume}: is neither auto, never nor a checkpoint folder, such as "
-            f"runs/NAME/checkpoints/step-00001000{nearest(resume, ['auto', 'never', 'latest'])};\n"
+            f"{option('resume')} {resume}: is neither auto, never nor a checkpoint folder, such as "
+            "runs/NAME/checkpoints/step-00001000"
+            f"{nearest(str(resume), ['auto', 'never', 'latest'])};\n"
             f"{own} holds {', '.join(map(str, store.steps(own))) or 'no checkpoint'}"
         )
     folder = found.resolve()
@@ -302,11 +308,13 @@ def _start_from(config: Config, resume: str) -> tuple[Checkpoint | None, Config 
     }
     if different:
         first, *_ = describe_differences(different)
-        raise InputError(f"--resume {resume}: has another model, optimizer or data: {first}")
+        raise InputError(
+            f"{option('resume')} {resume}: has another model, optimizer or data: {first}"
+        )
     checkpoint = store.load(folder)
     if checkpoint.step >= config.training.steps:
         raise InputError(
-            f"--resume {resume}: is at step {checkpoint.step}, and training.steps is "
+            f"{option('resume')} {resume}: is at step {checkpoint.step}, and training.steps is "
             f"{config.training.steps}: nothing is left to train"
         )
     return checkpoint, origin

@@ -29,11 +29,12 @@ from gpt.data import tokenizer
 from gpt.data.prepared import Dataset
 from gpt.data.sequences import TrainingSequences, ValidationSequences, prefetch
 from gpt.diagnostics.curvature import loss_hessian, measure_sharpness, stability_threshold
-from gpt.diagnostics.failure import Failure, FaultLocation, advice, describe_location
+from gpt.diagnostics.failure import advice, describe_location
+from gpt.diagnostics.fault import Failure, FaultLocation
 from gpt.diagnostics.layers import LayerStats
 from gpt.diagnostics.noise_scale import measure_noise_scale, part_size
 from gpt.errors import Fault, InputError, NonFiniteError, StepInterruptedError
-from gpt.generate import continue_text
+from gpt.generation import continue_text
 from gpt.hardware.memory import is_out_of_memory, release_memory
 from gpt.io.console import Console
 from gpt.io.files import write_text

@@ -30,9 +30,8 @@ from gpt.compare.analysis.outcomes import Outcome
 from gpt.compare.analysis.results import Summary
 from gpt.compare.grid import Grid
 from gpt.compare.init_probes import InitProbe
-from gpt.run.plot import label, literal_text
+from gpt.run.plot import COLORS, label, literal_text
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 SHAPES = "os^Dv"
 SYMBOLS = dict(zip(SHAPES, "●■▲◆▼", strict=True))

@@ -9,7 +9,13 @@ import torch
 
 from gpt.config import DataConfig, ModelConfig, Sampling
 from gpt.data.tokenizer import bytes_tokenizer
-from gpt.generate import TextDecoder, continue_text, generate, logits_to_probs, sample_tokens
+from gpt.generation import (
+    TextDecoder,
+    continue_text,
+    generate_tokens,
+    logits_to_probs,
+    sample_tokens,
+)
 from gpt.model.gpt2 import GPT
 from gpt.model.init import initialize
 from gpt.rng import generator
@@ -39,7 +45,7 @@ def run(
     seed = int(options.pop("seed", 0))
     stop = int(options.pop("stop", -1))
     sampling = Sampling.model_validate(options)
-    steps = generate(
+    steps = generate_tokens(
         model, prompt, samples=count, tokens=n, sampling=sampling, seed=seed, stop=stop
     )
     return [list(column) for column in zip(*steps, strict=True)]
@@ -93,7 +99,7 @@ def test_a_sample_stops_at_end_of_text_and_the_others_continue(model: GPT):
 
 def test_the_models_mode_and_cache_are_restored(model: GPT):
     model.train()
-    steps = generate(model, [1], samples=1, tokens=5, sampling=Sampling(), seed=0, stop=-1)
+    steps = generate_tokens(model, [1], samples=1, tokens=5, sampling=Sampling(), seed=0, stop=-1)
     next(steps)
     steps.close()
     assert model.training

@@ -1,8 +1,8 @@
 """Sampling: generate text token by token, with a key/value cache.
 
-`generate` repeats two steps: a `Decoder` computes the logits of the next token, and `sample_tokens`
-draws it after temperature, top-k, top-p and min-p. Each sample has its own random generator, so the
-first of five samples is the same text as a single sample with that seed.
+`generate_tokens` repeats two steps: a `Decoder` computes the logits of the next token, and
+`sample_tokens` draws it after temperature, top-k, top-p and min-p. Each sample has its own random
+generator, so the first of five samples is the same text as a single sample with that seed.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Graph:
 
 
 @torch.inference_mode()
-def generate(
+def generate_tokens(
     model: GPT,
     prompt: list[int],
     *,
@@ -224,17 +224,19 @@ def continue_text(
     sampling: Sampling,
     seed: int,
     on_token: Callable[[], object] = lambda: None,
+    origin: str = "sampling.prompt",
 ) -> str:
     """`prompt` and at most `tokens` more tokens; an empty prompt starts a new document.
 
     Args:
         on_token: called for each token; an exception that it raises stops generation.
+        origin: what a message calls the prompt.
     """
     decoder = TextDecoder(encoding)
     text = [prompt]
-    steps = generate(
+    steps = generate_tokens(
         model,
-        encode(encoding, prompt, "sampling.prompt") or [encoding.eot_token],
+        encode(encoding, prompt, origin) or [encoding.eot_token],
         samples=1,
         tokens=tokens,
         sampling=sampling,
