@@ -25,6 +25,7 @@ COMMANDS = {
     "checkpoint": "python -m gpt.checkpoint",
     "diagnose": "python -m gpt.diagnostics",
     "coordcheck": "steadygpt coordcheck",
+    "plan": "steadygpt plan",
 }
 USAGE = """\
 usage: steadygpt COMMAND ...   (COMMAND --help for details)
@@ -36,6 +37,7 @@ usage: steadygpt COMMAND ...   (COMMAND --help for details)
   checkpoint verify DIR    check that checkpoints are intact
   diagnose RUN_DIR         plot the statistics of a run's layers
   coordcheck CONFIG.yaml   check that updates do not depend on the width, as in muP
+  plan CONFIG.yaml         what a run will cost, and which model a budget deserves
 
   --version                print the version"""
 

@@ -68,8 +68,8 @@ def parse(
 
 
 def as_flag(path: str) -> str:
-    """`model.tied_head` becomes `--model.tied-head`."""
-    return "--" + path.replace("_", "-")
+    """`model.tied_head` becomes `--model.tied-head`; `json_`, whose name is taken, `--json`."""
+    return "--" + path.rstrip("_").replace("_", "-")
 
 
 def _normalize(argv: Sequence[str], flags: Collection[str]) -> list[str]:

@@ -90,41 +90,26 @@ def report(result: RunResult | None, prog: str = "train.py") -> int:
 
 def _plan(config: Config, out_dir: Path, resume: str) -> str:
     """What would be trained, without training."""
-    import torch
-
-    from gpt.data import preparation
-    from gpt.data.sequences import TrainingSequences, ValidationSequences
-    from gpt.hardware import memory
-    from gpt.hardware.device import pick_device
-    from gpt.model.gpt2 import GPT
+    from gpt.plan import report
     from gpt.run.banner import describe
     from gpt.run.resume import open_run
 
     opened = open_run(config, out_dir, resume)
     if opened.result is not None:
         return f"{out_dir}: {opened.result.status}, nothing is left to do: {opened.result.reason}"
-    device = pick_device(config.training.device)
-    train_tokens = None
-    if preparation.find(config.data) is not None:
-        dataset = preparation.prepare(config.data)
-        train_tokens, vocab_size = dataset.train_tokens, dataset.encoding.n_vocab
-        TrainingSequences(dataset.train, config.model.context, config.data_seed)
-        ValidationSequences(dataset.val, config.model.context, config.evaluation.sequences)
-    else:
-        vocab_size = preparation.vocab_size(config.data)
-    memory.check_fits(config, device, vocab_size)
-    with torch.device("meta"):
-        model = GPT(config.model, vocab_size)
+    plan = report.make(config)
+    if plan.refusal is not None:
+        raise plan.refusal
     described = describe(
         config,
-        model,
-        device=device,
-        micro_batch=memory.micro_batch(config, vocab_size, device),
-        train_tokens=train_tokens,
+        plan.model,
+        device=plan.device,
+        micro_batch=plan.memory.micro_batch,
+        train_tokens=plan.data.train_tokens,
         directory=out_dir,
         done=opened.checkpoint.step if opened.checkpoint else 0,
     )
-    return "\n".join([*opened.describe_changes(config), described])
+    return "\n".join([*opened.describe_changes(config), described, report.describe(plan)])
 
 
 def _describe(result: RunResult, prog: str) -> str:
