@@ -58,7 +58,13 @@ def main(argv: Sequence[str], prog: str = "steadygpt plan") -> int:
         write_result(json.dumps(tree, indent=2) + "\n")
     elif given:
         changes = describe_differences(config.differences(planned))
-        text = [f"{config.name}, resized for {origin}. Changed:", *changes, "", describe(plan), RATE]
+        text = [
+            f"{config.name}, resized for {origin}. Changed:",
+            *changes,
+            "",
+            describe(plan),
+            RATE,
+        ]
         lines = "\n".join(text).splitlines()
         write_result("".join(f"# {line}".rstrip() + "\n" for line in lines) + planned.to_yaml())
     else:

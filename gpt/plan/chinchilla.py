@@ -56,7 +56,9 @@ def largest_model(model: ModelConfig, vocab_size: int, fits: Fits, refusal: str)
         one, two = cost(units, least), cost(units, least + 1)
 
         def too_large(layers: int) -> bool:
-            return not fits(*(a + (b - a) * (layers - least) for a, b in zip(one, two, strict=True)))
+            return not fits(
+                *(a + (b - a) * (layers - least) for a, b in zip(one, two, strict=True))
+            )
 
         return least - 1 + bisect_left(range(least, MOST_LAYERS + 1), True, key=too_large)
 
@@ -69,8 +71,8 @@ def largest_model(model: ModelConfig, vocab_size: int, fits: Fits, refusal: str)
     if not candidates:
         n, flops = cost(1, least)
         raise InputError(
-            f"{refusal}: too small for any model like this; the smallest, model.layers: {least} and "
-            f"model.width: {unit}, has {n:,} parameters and deserves "
+            f"{refusal}: too small for any model like this; the smallest, model.layers: {least} "
+            f"and model.width: {unit}, has {n:,} parameters and deserves "
             f"{TOKENS_PER_PARAMETER * n:,} tokens, {TOKENS_PER_PARAMETER * n * flops:.2g} FLOPs"
         )
     units = min(candidates, key=lambda units: abs(math.log(ratio(units) / target)))

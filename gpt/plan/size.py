@@ -6,7 +6,6 @@ option and placement counts as it is built, and the largest model takes a few se
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -103,12 +102,13 @@ class Memory:
         """The most that is in use at once.
 
         Gradients appear as the activations vanish that they are computed from. Only those of an
-        earlier micro-batch are there together with all activations.
+        earlier micro-batch are there together with all activations. A checkpoint is written faster
+        than the next update's activations appear.
         """
         computing, updating = self.activations + self.logits, self.gradients + self.update
         if self.micro_batch < self.batch:
             computing += self.gradients
-        used = self.weights + self.optimizer + self.saving + max(computing, updating)
+        used = self.weights + self.optimizer + max(computing, updating, self.saving)
         fixed, fraction = self.allocator
         return int(fixed + (1 + fraction) * used)
 
