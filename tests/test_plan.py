@@ -22,7 +22,7 @@ from gpt.config import Config, load, merge, nest, validate
 from gpt.errors import InputError
 from gpt.model.gpt2 import ACTIVATIONS, GPT
 from gpt.model.norm import NORMS
-from gpt.model.placement import PLACEMENTS
+from gpt.model.placement import PLACEMENTS, Block
 from gpt.optim import OPTIMIZERS, Optimizer
 from gpt.plan import budget, report, size, timing
 from gpt.plan.published import PUBLISHED
@@ -54,37 +54,31 @@ OPTIONS: dict[str, list[Any]] = {
 }
 
 
-def models() -> dict[str, Config]:
-    """A config for every pair of values of two options, as far as it is valid."""
-    found: dict[str, Config] = {}
-    pairs = itertools.combinations(OPTIONS, 2)
-    for tree in (dict(p) for p in pairs_of_values(list(pairs))):
-        model = {"layers": 4, "width": 12, "heads": 3, "context": 8, **nest(tree)}
-        try:
-            found[str(tree)] = validate(Config, {"model": model})
-        except InputError:
-            continue
-    return found
-
-
-def pairs_of_values(names: list[tuple[str, str]]) -> list[list[tuple[str, Any]]]:
+def pairs_of_options() -> list[dict[str, Any]]:
+    """Every pair of values of two options."""
     return [
-        [(one, a), (other, b)]
-        for one, other in names
+        {one: a, other: b}
+        for one, other in itertools.combinations(OPTIONS, 2)
         for a, b in itertools.product(OPTIONS[one], OPTIONS[other])
     ]
 
 
-@pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [97, pytest.param(1, marks=pytest.mark.slow)])
 def test_parameters_are_those_of_a_built_model(every: int):
-    configs = models()
-    assert len(configs) > 500
-    for name, config in list(configs.items())[::every]:
-        planned, built = size.build(config.model, 30), GPT(config.model, 30)
-        counts = size.parameters(planned)
-        assert sum(counts.values()) == built.num_parameters(), name
+    counted = 0
+    for options in pairs_of_options()[::every]:
+        tree = {"layers": 4, "width": 12, "heads": 3, "context": 8, **nest(options)}
+        try:
+            model = validate(Config, {"model": tree}).model
+        except InputError:  # the two contradict each other
+            continue
+        built, counts = GPT(model, 30), size.parameters(size.build(model, 30))
+        assert sum(counts.values()) == built.num_parameters(), options
         norms = [m for m in built.modules() if type(m).__name__.endswith(("Norm", "Tanh"))]
-        assert counts["norms"] == sum(p.numel() for m in norms for p in m.parameters()), name
+        own = (p for m in norms if not isinstance(m, Block) for p in m.parameters())
+        assert counts["norms"] == sum(p.numel() for p in own), options
+        counted += 1
+    assert counted > 500 / every
 
 
 def test_the_parts_of_gpt2():
@@ -101,7 +95,11 @@ def test_the_parts_of_gpt2():
     }
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+QUICK = ("norm.placement", "attention.qk_norm", "attention.soft_cap", "dropout")
+REST = [pytest.param(option, marks=pytest.mark.slow) for option in OPTIONS if option not in QUICK]
+
+
+@pytest.mark.parametrize("option", [*QUICK, *REST])
 def test_activations_are_what_autograd_saves(option: str):
     for value in OPTIONS[option]:
         model = {"layers": 4, "width": 24, "heads": 3, "context": 16, **nest({option: value})}
@@ -194,7 +192,7 @@ def largest_by_search(config: Config, tokens: float) -> dict[int, int]:
     """The deepest model of each number of heads, by building them all."""
     deepest: dict[int, int] = {}
     width = config.model.width // config.model.heads
-    for heads, layers in itertools.product(range(1, 9), range(1, 15)):
+    for heads, layers in itertools.product(range(2, 6), range(1, 9)):
         shape = {"layers": layers, "heads": heads, "width": heads * width}
         model = validate(Config, merge(config.model_dump(), {"model": shape})).model
         with torch.device("meta"):
@@ -228,7 +226,7 @@ def test_a_budget_of_flops_is_spent_at_20_tokens_per_parameter(tiny: Make, place
 
 def test_more_budget_never_deserves_a_smaller_model(tiny: Make):
     sizes = []
-    for flops in (1e10, 1e12, 1e14, 1e16, 1e20):
+    for flops in (1e10, 1e12, 1e14, 1e16):
         model = budget.for_flops(tiny(), 257, flops, "--budget").model
         sizes.append(size.build(model, 257).num_parameters())
         assert 4 <= model.width / model.layers <= 16  # of `tiny`: 8
@@ -281,29 +279,32 @@ def test_hours_deserve_what_the_machine_computes_in_them(
     [
         (
             ["--budget", "1e3"],
-            ["--budget 1000: too small for any model like this", "257 ", "FLOPs"],
+            ["--budget 1000: too small for any model like this", "1.2e+09 FLOPs"],
         ),
         (["--tokens", "7"], ["--tokens 7: too small for any model like this"]),
         (["--hours", "1e-6"], ["--hours 1e-06: too small for any model like this"]),
-        (["--budget", "-1"], ["--budget: -1 is not between 1 and 1e+30"]),
-        (["--tokens", "0"], ["--tokens: 0 is not between 1 and 1,000,000,000,000,000"]),
+        (["--budget", "-1"], ["--budget: '-1' is not between 1 and 1e+30"]),
+        (["--tokens", "0"], ["--tokens: '0' is not between 1 and 1,000,000,000,000,000"]),
         (["--tokens", "1.5"], ["--tokens: must be a valid integer"]),
         (["--hours", "nan"], ["--hours: 'nan'"]),
         (["--budget", "1e12", "--hours", "1"], ["--budget and --hours: give only one of them"]),
-        (["--budget", "1e30"], ["--budget 1e+30: ", "training.steps", "is not between"]),
-        (["--tokens", "1e15"], ["--tokens 1e+15: ", "needs at least", "GB of memory"]),
+        (["--budget", "1e22"], ["--budget 1e+22: deserves ", "steps of 64 tokens, but at most"]),
+        (["--tokens", "2e7"], ["--tokens 2e+07: training ", "needs at least", "GB of memory"]),
         (
-            ["--tokens", "6e4", "--training.batch-sequences", "10000"],
-            ["--tokens 60000: deserves 60,000 tokens, less than one batch of 160,000"],
+            ["--tokens", "9e4", "--training.batch-sequences", "10000"],
+            ["--tokens 90000: deserves 90,000 tokens, less than one batch of 160,000"],
         ),
         (["--budgte", "1"], ["--budgte: no such option; perhaps you meant --budget"]),
     ],
 )
 def test_bad_budgets(
-    flags: list[str], words: list[str], tiny_file: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str],
+    words: list[str],
+    tiny_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    if "1e15" in flags or "1e30" in flags:
-        flags = [*flags, "--training.batch-sequences", "1000"]
+    monkeypatch.setattr("gpt.hardware.size.machine_memory", lambda: 10**7)
     code, out, err = called(capsys, "plan", tiny_file, *flags)
     assert code == 2, err
     assert out == ""
@@ -342,7 +343,8 @@ def test_json_has_the_same_numbers(tiny_file: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    "flags", [["--budget", "3e9"], ["--tokens", "6e4"], ["--hours", "3e-4", "--model.dropout", "0"]]
+    "flags",
+    [["--budget", "3e9"], ["--tokens", "9e4", "--optimizer.name", "muon"], ["--hours", "0.01"]],
 )
 def test_the_config_of_a_budget_trains(
     flags: list[str], tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -359,12 +361,12 @@ def test_the_config_of_a_budget_trains(
 
 
 def test_a_model_that_does_not_fit_is_described_all_the_same(
-    tiny_file: Path, capsys: pytest.CaptureFixture[str]
+    tiny_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    huge = ["--model.width", "20000", "--model.layers", "100"]
-    code, out, err = called(capsys, "plan", tiny_file, *huge)
+    monkeypatch.setattr("gpt.hardware.size.machine_memory", lambda: 10**5)
+    code, out, err = called(capsys, "plan", tiny_file)
     assert code == 2
-    assert "parameters 480," in out
+    assert "more than the 100 kB of this machine's cpu" in out
     assert "not measured, as training does not fit into the memory" in out
     assert re.match(r"steadygpt plan: training .* needs at least [\d,.]+ GB of memory, ", err)
     assert len(err.splitlines()) == 1

@@ -7,8 +7,9 @@ the warm-up and the steps between evaluations take the same fractions of the run
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import get_args
 
-from gpt.config import Config, ModelConfig, merge, nest, validate
+from gpt.config import Config, Count, ModelConfig, merge, nest, validate
 from gpt.errors import InputError
 from gpt.hardware.device import pick_device
 from gpt.plan.chinchilla import TOKENS_PER_PARAMETER, largest_model
@@ -19,6 +20,7 @@ from gpt.trainer import Trainer
 TIMED_SECONDS = 1.0  # of updates of one model
 ROUNDS = 4  # models that are timed, at most: each gives the FLOP/s that choose the next
 SETTLED = 0.1  # relative change of the FLOP/s after which the next model would be about the same
+MOST_STEPS = get_args(Count)[1].maximum
 SCALED = (  # with the number of steps
     "schedule.warmup_steps",
     "evaluation.every",
@@ -95,12 +97,18 @@ def _resized(config: Config, model: ModelConfig, tokens: float, origin: str) -> 
             f"{origin}: deserves {tokens:,.0f} tokens, less than one batch of {batch:,}; "
             "lower training.batch_sequences or raise the budget"
         )
+    if steps > MOST_STEPS:
+        raise InputError(
+            f"{origin}: deserves {steps:,} steps of {batch:,} tokens, but at most {MOST_STEPS:,} "
+            "are possible; raise training.batch_sequences or lower the budget"
+        )
     old, given = config.training.steps, config.model_dump()
     options: dict[str, object] = {"training.steps": steps}
     for option in SCALED:
         section, name = option.split(".")
         if given[section][name]:
-            options[option] = max(1, round(given[section][name] * steps / old))
+            scaled = max(1, round(given[section][name] * steps / old))
+            options[option] = min(scaled, MOST_STEPS)
     if config.checkpoint.keep_every is not None:  # a multiple of the steps between checkpoints
         times = config.checkpoint.keep_every // config.save_every
         saved = options.get("checkpoint.every") or options["evaluation.every"]

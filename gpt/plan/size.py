@@ -102,13 +102,14 @@ class Memory:
         """The most that is in use at once.
 
         Gradients appear as the activations vanish that they are computed from. Only those of an
-        earlier micro-batch are there together with all activations. A checkpoint is written faster
-        than the next update's activations appear.
+        earlier micro-batch are there together with all activations. A checkpoint may still be
+        written when the next update's gradients are there.
         """
-        computing, updating = self.activations + self.logits, self.gradients + self.update
+        computing = self.activations + self.logits
+        updating = self.gradients + self.update + self.saving
         if self.micro_batch < self.batch:
             computing += self.gradients
-        used = self.weights + self.optimizer + max(computing, updating, self.saving)
+        used = self.weights + self.optimizer + max(computing, updating)
         fixed, fraction = self.allocator
         return int(fixed + (1 + fraction) * used)
 
