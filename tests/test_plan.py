@@ -412,7 +412,7 @@ LONG = {"width": 256, "heads": 4, "layers": 4, "context": 256}
         {"model": LONG, "training": {"batch_sequences": 16, "micro_batch": 8}},
         {"model": WIDE, "training": {"batch_sequences": 2, "micro_batch": 2}},
         {
-            "model": WIDE,
+            "model": {**WIDE, "width": 256},
             "training": {"batch_sequences": 2, "micro_batch": 2},
             "optimizer": {"name": "muon"},
         },

@@ -22,8 +22,9 @@ PARTS = ("token embedding", "position embedding", "attention", "MLP", "norms", "
 # Of the 16 d numbers per token that a pre-norm block saves in fp32, half precision keeps the 2 d of
 # the residual stream and halves the others: (2 * 4 + 14 * 2) / (16 * 4).
 HALF_PRECISION = 9 / 16
-# What a C library keeps of freed memory: bytes, and a fraction of what is in use at the peak.
-ALLOCATOR = (64 * 10**6, 0.15)  # measured with glibc: docs/planning.md
+# What glibc keeps of freed memory, fitted to measurements (docs/planning.md): 15% of what is in use,
+# and another 70% of it up to 64 MB.
+ALLOCATOR = (0.15, 0.7, 64 * 10**6)
 CHECKPOINT_TENSOR = 110  # bytes of a tensor's entry in the header of a safetensors file
 
 
@@ -69,8 +70,8 @@ class Memory:
         token: logits of one token, their log-softmax and the gradients of both.
         micro_batch: sequences of a forward pass.
         batch: sequences of an update.
-        loss_tokens: of one sequence, or those of a chunk of the loss.
-        allocator: (bytes, fraction) that the C library keeps of freed memory.
+        context, loss_chunk: tokens of a sequence, and of a part of the loss.
+        allocator: as ALLOCATOR; zeros where unknown.
     """
 
     weights: int
@@ -84,7 +85,7 @@ class Memory:
     batch: int
     context: int
     loss_chunk: int | None
-    allocator: tuple[int, float]
+    allocator: tuple[float, float, int]
 
     @property
     def activations(self) -> int:
@@ -110,8 +111,8 @@ class Memory:
         if self.micro_batch < self.batch:
             computing += self.gradients
         used = self.weights + self.optimizer + max(computing, updating)
-        fixed, fraction = self.allocator
-        return int(fixed + (1 + fraction) * used)
+        always, small, at_most = self.allocator
+        return int((1 + always) * used + min(small * used, at_most))
 
     def parts(self) -> dict[str, int]:
         """The parts that people ask for, by name; not all are in use at once."""
@@ -144,7 +145,7 @@ def memory(config: Config, model: GPT, micro_batch: int, device: str) -> Memory:
         batch=config.batch_sequences,
         context=config.model.context,
         loss_chunk=config.training.loss_chunk,
-        allocator=ALLOCATOR if device == "cpu" else (0, 0.0),
+        allocator=ALLOCATOR if device == "cpu" else (0.0, 0.0, 0),
     )
 
 
