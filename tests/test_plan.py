@@ -415,6 +415,7 @@ LONG = {"width": 256, "heads": 4, "layers": 4, "context": 256}
             "model": {**WIDE, "width": 256},
             "training": {"batch_sequences": 2, "micro_batch": 2},
             "optimizer": {"name": "muon"},
+            "checkpoint": {"every": 100},  # written while Muon updates, it may or may not coincide
         },
     ],
 )

@@ -66,6 +66,7 @@ class Memory:
         weights, gradients, optimizer: of the whole model; `optimizer` is its state.
         update: what the optimizer needs only while it updates.
         saving: copies of weights and optimizer state while a checkpoint is written.
+        saves_while_training: whether there are checkpoints before the last step.
         sequence: activations of one sequence, saved for the backward pass.
         token: logits of one token, their log-softmax and the gradients of both.
         micro_batch: sequences of a forward pass.
@@ -79,6 +80,7 @@ class Memory:
     optimizer: int
     update: int
     saving: int
+    saves_while_training: bool
     sequence: int
     token: int
     micro_batch: int
@@ -107,10 +109,11 @@ class Memory:
         written when the next update's gradients are there.
         """
         computing = self.activations + self.logits
-        updating = self.gradients + self.update + self.saving
+        updating = self.gradients + self.update
+        updating += self.saving if self.saves_while_training else 0
         if self.micro_batch < self.batch:
             computing += self.gradients
-        used = self.weights + self.optimizer + max(computing, updating)
+        used = self.weights + self.optimizer + max(computing, updating, self.saving)
         always, small, at_most = self.allocator
         return int((1 + always) * used + min(small * used, at_most))
 
@@ -139,6 +142,7 @@ def memory(config: Config, model: GPT, micro_batch: int, device: str) -> Memory:
         optimizer=optimizer,
         update=FP32 * update,
         saving=0 if device == "cuda" else weights + optimizer,
+        saves_while_training=config.save_every < config.training.steps,
         sequence=sequence,
         token=token,
         micro_batch=micro_batch,
