@@ -22,8 +22,8 @@ PARTS = ("token embedding", "position embedding", "attention", "MLP", "norms", "
 # Of the 16 d numbers per token that a pre-norm block saves in fp32, half precision keeps the 2 d of
 # the residual stream and halves the others: (2 * 4 + 14 * 2) / (16 * 4).
 HALF_PRECISION = 9 / 16
-# What glibc keeps of freed memory, fitted to measurements (docs/planning.md): 15% of what is in use,
-# and another 70% of it up to 64 MB.
+# What glibc keeps of freed memory, fitted to measurements (docs/planning.md): 15% of what is in
+# use, and another 70% of it up to 64 MB.
 ALLOCATOR = (0.15, 0.7, 64 * 10**6)
 CHECKPOINT_TENSOR = 110  # bytes of a tensor's entry in the header of a safetensors file
 
