@@ -23,8 +23,8 @@ PARTS = ("token embedding", "position embedding", "attention", "MLP", "norms", "
 # the residual stream and halves the others: (2 * 4 + 14 * 2) / (16 * 4).
 HALF_PRECISION = 9 / 16
 # What glibc keeps of freed memory, fitted to measurements (docs/planning.md): 15% of what is in
-# use, and another 70% of it up to 64 MB.
-ALLOCATOR = (0.15, 0.7, 64 * 10**6)
+# use at the peak, and 90% of what forward and backward pass use, up to 64 MB.
+ALLOCATOR = (0.15, 0.9, 64 * 10**6)
 CHECKPOINT_TENSOR = 110  # bytes of a tensor's entry in the header of a safetensors file
 
 
@@ -114,8 +114,8 @@ class Memory:
         if self.micro_batch < self.batch:
             computing += self.gradients
         used = self.weights + self.optimizer + max(computing, updating, self.saving)
-        always, small, at_most = self.allocator
-        return int((1 + always) * used + min(small * used, at_most))
+        share, of_computing, at_most = self.allocator
+        return int((1 + share) * used + min(of_computing * computing, at_most))
 
     def parts(self) -> dict[str, int]:
         """The parts that people ask for, by name; not all are in use at once."""
