@@ -344,7 +344,7 @@ def test_json_has_the_same_numbers(tiny_file: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize(
     "flags",
-    [["--budget", "3e9"], ["--tokens", "9e4", "--optimizer.name", "muon"], ["--hours", "0.01"]],
+    [["--budget", "3e9"], ["--tokens", "9e4", "--optimizer.name", "muon"], ["--hours", "0.2"]],
 )
 def test_the_config_of_a_budget_trains(
     flags: list[str], tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
