@@ -106,13 +106,7 @@ def report(result: RunResult | None, prog: str = "train.py") -> int:
 
 def _plan(config: Config, out_dir: Path, resume: str) -> str:
     """What would be trained, without training."""
-    import torch
-
-    from gpt.data import preparation
-    from gpt.data.sequences import TrainingSequences, ValidationSequences
-    from gpt.hardware import memory
-    from gpt.hardware.device import pick_device
-    from gpt.model.gpt2 import GPT
+    from gpt.plan import report
     from gpt.run.banner import describe
     from gpt.run.cautions import cautions
     from gpt.run.resume import open_run
@@ -120,33 +114,26 @@ def _plan(config: Config, out_dir: Path, resume: str) -> str:
     opened = open_run(config, out_dir, resume, fetch=False)
     if opened.result is not None:
         return f"{out_dir}: {opened.result.status}, nothing is left to do: {opened.result.reason}"
-    device = pick_device(config.training.device)
-    lines, weights, dataset = opened.describe_changes(config), opened.pretrained, None
+    lines, weights = opened.describe_changes(config), opened.pretrained
     if weights is not None:
         lines.append(weights.summary(config.model))
-    if preparation.find(config.data) is not None:
-        dataset = preparation.prepare(config.data)
-        vocab_size = dataset.encoding.n_vocab
-        if weights is not None:
-            weights.check_vocabulary(config.data, dataset.encoding)
-        TrainingSequences(dataset.train, config.model.context, config.data_seed)
-        ValidationSequences(dataset.val, config.model.context, config.evaluation.sequences)
-    else:
-        vocab_size = preparation.vocab_size(config.data)
-    memory.check_fits(config, device, vocab_size)
-    with torch.device("meta"):
-        model = GPT(config.model, vocab_size)
+    plan = report.make(config)
+    dataset = plan.data.dataset
+    if weights is not None and dataset is not None:
+        weights.check_vocabulary(config.data, dataset.encoding)
+    if plan.refusal is not None:
+        raise plan.refusal
     described = describe(
         config,
-        model,
-        device=device,
-        micro_batch=memory.micro_batch(config, vocab_size, device),
+        plan.model,
+        device=plan.device,
+        micro_batch=plan.memory.micro_batch,
         dataset=dataset,
         directory=out_dir,
         done=opened.checkpoint.step if opened.checkpoint else 0,
     )
     Console().warn(cautions(config, dataset))
-    return "\n".join([*lines, described])
+    return "\n".join([*lines, described, report.describe(plan)])
 
 
 def _describe(result: RunResult, prog: str) -> str:

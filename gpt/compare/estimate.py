@@ -8,7 +8,6 @@ workers slow each other down, and that runs may diverge early.
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +25,15 @@ from gpt.hardware.device import pick_device
 from gpt.hardware.memory import release_memory
 from gpt.hardware.size import check_probing
 from gpt.model.gpt2 import GPT
+from gpt.plan.size import checkpoint_bytes
+from gpt.plan.timing import TIMED_FLOPS, evaluation_seconds, make_trainer, now, update_seconds
 from gpt.trainer import Trainer
 
 TIMED_TOGETHER = 8  # cells of a batch that are timed, at most
 TIMED_SECONDS = 1.0  # of all kinds of updates together; each is timed at least once
-TIMED_FLOPS = {"cpu": 2e10, "mps": 2e11, "cuda": 2e13}  # of an update; a longer one is scaled up
 START_SECONDS = 2.0  # of a cell: reading the data, making the model, drawing loss.png
 METRICS_BYTES = 300  # a step
 CELL_BYTES = 400_000  # loss.png, the digests of its weights, its part of the report
-CHECKPOINT_BYTES = 12  # a parameter: its weight and Adam's two moments, fp32
 KEPT = 3  # checkpoints of a cell at once, while it runs
 
 
@@ -94,11 +93,9 @@ def estimate(
     as_one = alone = 0.0  # seconds
     for task in tasks:
         config, count = task.cells[0].config, len(task.cells)
-        update, per_token, parameters = measured[_kind_of_update(config)]
+        update, per_token, checkpoint = measured[_kind_of_update(config)]
         steps, batch = config.training.steps, config.batch_sequences
-        evaluations = 2 + (steps - 1) // config.evaluation.every
-        evaluated = (config.evaluation.sequences or batch) * evaluations
-        seconds = START_SECONDS + update * evaluated / batch / 3  # forward: a third
+        seconds = START_SECONDS + evaluation_seconds(config, update)
         if task.batched:
             seconds += steps * _measure_together(config, vocab_size, count)
             as_one += seconds * count
@@ -107,9 +104,8 @@ def estimate(
         tokens += count * steps * batch * config.model.context
         flops += float(per_token) * count * steps * batch * config.model.context
         disk += count * (METRICS_BYTES * steps + CELL_BYTES)
-        checkpoint = CHECKPOINT_BYTES * parameters * KEPT
-        largest = max(largest, checkpoint * (count if task.batched else workers))
-        disk += count * checkpoint if keep_checkpoints else 0
+        largest = max(largest, KEPT * checkpoint * (count if task.batched else workers))
+        disk += count * KEPT * checkpoint if keep_checkpoints else 0
     torch.set_num_threads(threads)
     for device in {task.cells[0].config.training.device for task in tasks}:
         release_memory(pick_device(device))
@@ -162,33 +158,15 @@ def _kind_of_update(config: Config) -> str:
 
 
 def _measure(config: Config, vocab_size: int, seconds: float) -> tuple[float, int, int]:
-    """Seconds of an update, FLOPs of a token, and parameters.
+    """Seconds of an update, FLOPs of a token, and bytes of a checkpoint.
 
     Args:
         seconds: to spend on it, with at least one update.
     """
-    device = pick_device(config.training.device)
-    trainer = Trainer(config, vocab_size, device)
-    trainer.reset()
-    flops = trainer.model.flops_per_token()
-    context, parameters = config.model.context, trainer.model.num_parameters()
-    affordable = int(TIMED_FLOPS[device.type] // flops)
-    length = min(context, max(1, affordable))
-    sequences = min(trainer.micro_batch, max(1, affordable // length))
-    tokens = torch.randint(vocab_size, (sequences, length))
-    scale = config.batch_sequences * context / tokens.numel()
-    computing = updating = 0.0
-    count = -1  # the first update warms up
-    while count < 1 or computing + updating < seconds:
-        began = _now(device)
-        loss, grad_norm = trainer.backward(1, tokens, tokens)
-        between = _now(device)
-        trainer.update(1.0, loss, grad_norm)
-        count += 1
-        if count:
-            computing += between - began
-            updating += _now(device) - between
-    return (computing * scale + updating) / count, flops, parameters
+    trainer = make_trainer(config, vocab_size, pick_device(config.training.device))
+    model = trainer.model
+    update = update_seconds(trainer, vocab_size, seconds)
+    return update, model.flops_per_token(), checkpoint_bytes(model, config.optimizer)
 
 
 def _measure_together(config: Config, vocab_size: int, cells: int) -> float:
@@ -207,12 +185,6 @@ def _measure_together(config: Config, vocab_size: int, cells: int) -> float:
     tokens = torch.randint(vocab_size, (count, config.batch_sequences, config.model.context))
     began = 0.0
     for _ in range(2):  # the first update warms up
-        began = _now(device)
+        began = now(device)
         batched.update([1.0] * count, *batched.backward(tokens, tokens))
-    return (_now(device) - began) / count
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.monotonic()
+    return (now(device) - began) / count

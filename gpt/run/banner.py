@@ -1,6 +1,6 @@
 """A summary of a config before anything runs: device, size, batch, epochs.
 
-The banner of a run and `--dry-run` both come from `describe`.
+The banner of a run and `--dry-run` both come from `describe`; what the run costs is in gpt/plan.
 """
 
 from __future__ import annotations

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from gpt.config import Config
 from gpt.data.prepared import Dataset
 from gpt.hardware.size import parameters
+from gpt.plan import TOKENS_PER_PARAMETER, USEFUL_EPOCHS
 
 FEW_TOKENS = 10_000  # a loss with a deviation of 2 to 3 nats per token is then uncertain by 0.03
 MANY_EPOCHS = 100
-USEFUL_EPOCHS = 4  # as good as new text, further ones ever less; Muennighoff et al. 2023
-FEW_PER_PARAMETER = 0.1  # tokens; about 20 make the best use of compute, Hoffmann et al. 2022
+FEW_PER_PARAMETER = 0.1  # tokens
 
 
 def cautions(config: Config, dataset: Dataset | None) -> list[str]:
@@ -87,8 +87,9 @@ def _of_training(config: Config, dataset: Dataset) -> Iterator[str]:
         helps = "raise training.steps" if useful == seen else "add text"
         yield (
             f"{useful / numbers:.2g} training tokens per parameter ({useful:,} in at most "
-            f"{USEFUL_EPOCHS} epochs, {numbers:,} parameters), where about 20 are best (Hoffmann "
-            f"et al. 2022); {helps}, or lower model.width or model.layers"
+            f"{USEFUL_EPOCHS} epochs, {numbers:,} parameters), where about "
+            f"{TOKENS_PER_PARAMETER} are best (Hoffmann et al. 2022); {helps}, or lower "
+            "model.width or model.layers"
         )
 
 

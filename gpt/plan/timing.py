@@ -1,0 +1,75 @@
+"""How long training takes, extrapolated from a few updates that are timed on this machine."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from gpt.config import Config
+from gpt.trainer import Trainer
+
+TIMED_FLOPS = {"cpu": 2e10, "mps": 2e11, "cuda": 2e13}  # of an update; a longer one is scaled up
+
+
+def make_trainer(config: Config, vocab_size: int, device: torch.device) -> Trainer:
+    """A trainer to time. On a CPU it is not compiled, which takes longer than it saves.
+
+    Raises:
+        InputError: the config cannot run here.
+    """
+    if device.type == "cpu":
+        plain = config.training.model_copy(update={"compile": False})
+        config = config.model_copy(update={"training": plain})
+    trainer = Trainer(config, vocab_size, device)
+    trainer.reset()
+    return trainer
+
+
+def update_seconds(trainer: Trainer, vocab_size: int, seconds: float) -> float:
+    """Seconds of an update of the whole batch.
+
+    Args:
+        trainer: after `reset`; its weights change.
+        seconds: to spend on it, with at least one update.
+    """
+    config, device = trainer.config, trainer.device
+    context = config.model.context
+    affordable = int(TIMED_FLOPS[device.type] // trainer.model.flops_per_token())
+    length = min(context, max(1, affordable))
+    sequences = min(trainer.micro_batch, max(1, affordable // length))
+    tokens = torch.randint(vocab_size, (sequences, length))
+    scale = config.batch_sequences * context / tokens.numel()
+    computing = updating = 0.0
+    count = -1  # the first update warms up
+    while count < 1 or computing + updating < seconds:
+        began = now(device)
+        loss, grad_norm = trainer.backward(1, tokens, tokens)
+        between = now(device)
+        trainer.update(1.0, loss, grad_norm)
+        count += 1
+        if count:
+            computing += between - began
+            updating += now(device) - between
+    return (computing * scale + updating) / count
+
+
+def evaluation_seconds(config: Config, update: float, sequences: int | None = None) -> float:
+    """Seconds of all evaluations of a run, whose forward pass takes a third of an update.
+
+    Args:
+        update: seconds of an update.
+        sequences: validation sequences; None: unknown, and taken to be a batch unless the config
+            limits them.
+    """
+    count = 2 + (config.training.steps - 1) // config.evaluation.every
+    limits = [n for n in (sequences, config.evaluation.sequences) if n is not None]
+    evaluated = min(limits, default=config.batch_sequences)
+    return update * count * evaluated / config.batch_sequences / 3
+
+
+def now(device: torch.device) -> float:
+    """The time in seconds, once the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()
