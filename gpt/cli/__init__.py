@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "train.py",
     "sample": "sample.py",
     "compare": "compare.py",
+    "scaling": "steadygpt scaling",
     "prepare": "python -m gpt.data",
     "checkpoint": "python -m gpt.checkpoint",
     "diagnose": "python -m gpt.diagnostics",
@@ -32,6 +33,7 @@ usage: steadygpt COMMAND ...   (COMMAND --help for details)
   train CONFIG.yaml        train a GPT
   sample RUN_DIR           generate text from a run
   compare GRID.yaml        compare training stability over a grid of runs
+  scaling LADDER.yaml      fit Chinchilla's law to a ladder of sizes and compute budgets
   prepare CONFIG.yaml      prepare a config's data without training
   checkpoint verify DIR    check that checkpoints are intact
   diagnose RUN_DIR         plot the statistics of a run's layers
