@@ -88,8 +88,8 @@ def best_size(study: Study) -> Plot | None:
             axes.plot([curve.flops] * 2, bar, color="#d55e00", lw=1)
     if minima:
         label = "parabolas" + (f", a = {study.exponent.a:.2f}" if study.exponent else "")
-        star = {"color": "#d55e00", "ms": 11, "mec": INK, "mew": 0.5, "label": label}
-        axes.plot([*minima], [*minima.values()], "*", **star)
+        (line,) = axes.plot([*minima], [*minima.values()], "*", color="#d55e00", ms=11, label=label)
+        line.set(markeredgecolor=INK, markeredgewidth=0.5)
     sizes = [n for curve in study.curves for n in curve.n]
     axes.set_ylim(min(sizes) / 1.5, max(sizes) * 1.5)
     axes.set_xscale("log")

@@ -36,7 +36,6 @@ EXPONENTS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2, 2.0)  # alpha and beta of the s
 STARTS = 8  # of all pairs of EXPONENTS, those with the lowest objective
 MOST_EXPONENT = 4.0
 LEAST_COEFFICIENT = 1e-4  # E, and A and B at mean log N and D, relative to the lowest loss
-RESAMPLES = 500
 LEAST_SETTINGS = 8  # of N and D; the law has five constants
 
 
@@ -176,7 +175,7 @@ def fit(runs: Runs, starts: int = STARTS, near: Law | None = None) -> Law:
     return objective.law(min(found, key=lambda each: float(each.fun)).x)
 
 
-def bootstrap(runs: Runs, law: Law, resamples: int = RESAMPLES, seed: int = 0) -> list[Law]:
+def bootstrap(runs: Runs, law: Law, resamples: int) -> list[Law]:
     """Laws fitted to resamples of the settings, pairs of N and D, each with all of its seeds.
 
     A setting's seeds share its distance from the law, which is more than the spread of its seeds
@@ -185,7 +184,7 @@ def bootstrap(runs: Runs, law: Law, resamples: int = RESAMPLES, seed: int = 0) -
     Args:
         law: the fit to all runs, one of the two starting points of each.
     """
-    random, settings = np.random.default_rng(seed), runs.settings()
+    random, settings = np.random.default_rng(0), runs.settings()
     laws: list[Law] = []
     while len(laws) < resamples:
         drawn = random.integers(len(settings), size=len(settings))

@@ -42,6 +42,7 @@ from gpt.scaling.ladder import FACTOR, FLOPS, Ladder, make_grid
 from gpt.scaling.law import LEAST_SETTINGS, Law, Runs
 
 VERSION = 1  # of summary.json
+RESAMPLES = 500  # of the settings, for intervals
 EMBEDDINGS = ("token_embedding.weight", "position_embedding.weight")
 
 
@@ -279,7 +280,7 @@ def _fit(points: Sequence[Point], runs: Runs, budgets: Sequence[float]) -> tuple
             f"{LEAST_SIZES} sizes; here are {len(settings)} with {sizes}."
         )
     law = laws.fit(runs)
-    resampled = laws.bootstrap(runs, law)
+    resampled = laws.bootstrap(runs, law, RESAMPLES)
     names = ("E", "A", "B", "alpha", "beta", "a", "b")
     return (
         Fit(
