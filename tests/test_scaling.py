@@ -159,11 +159,13 @@ def test_from_ladder_to_report(trainer: Trainer, start: Start, tmp_path: Path):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["planned"] == len(trainer.seen) == 2 * 12
     assert summary["failed"] == dict.fromkeys(trainer.diverged, "diverged")
-    estimates = summary["fit"]["estimates"]
+    constants = summary["fit"]["constants"]
     for name in ("E", "A", "B", "alpha", "beta", "a"):
-        assert estimates[name] == pytest.approx(getattr(LAW, name), rel=1e-3)
+        assert constants[name]["value"] == pytest.approx(getattr(LAW, name), rel=1e-3)
     assert len(summary["curves"]) == 3
-    assert summary["fit"]["best"][-1]["parameters"] == pytest.approx(LAW.best_size(2e10), rel=0.01)
+    assert summary["fit"]["best"][-1]["parameters"]["value"] == pytest.approx(
+        LAW.best_size(2e10), rel=0.01
+    )
     report = (folder / "report.md").read_text()
     assert report.startswith("# Tiny \\| \\*ladder\\*\n")
     for text in (out, report):

@@ -77,9 +77,13 @@ def best_size(study: Study) -> Plot | None:
     if study.fit is not None:
         law = study.fit.law
         axes.plot(
-            budgets, [b.parameters for b in best], color="#0072b2", label=f"law, a = {law.a:.2f}"
+            budgets,
+            [b.parameters.value for b in best],
+            color="#0072b2",
+            label=f"law, a = {law.a:.2f}",
         )
-        low, high = ([getattr(b.interval, end) for b in best] for end in ("low", "high"))
+        intervals = [b.parameters.interval for b in best]
+        low, high = [each.low for each in intervals], [each.high for each in intervals]
         axes.fill_between(budgets, low, high, color="#0072b2", alpha=0.15, lw=0)
     minima = {curve.flops: curve.best for curve in found if curve.best is not None}
     for curve in found:
@@ -98,12 +102,17 @@ def best_size(study: Study) -> Plot | None:
     axes.set_xlabel("C = 6 N D, FLOPs")
     axes.set_ylabel("best N")
     axes.legend(fontsize=8)
+    texts = [f"{count_text(b.parameters.value)} for {b.flops:.2g} FLOPs" for b in best]
     return Plot(
         "losses",
         "Best size against compute",
         "Bars and band are 95% intervals; a bar is missing where the curvature of a parabola is "
         "not established. The dashed line is Chinchilla's ratio of tokens to parameters.",
-        "; ".join(f"law: {count_text(b.parameters)} for {b.flops:.2g} FLOPs" for b in best),
+        "Best size by the law: "
+        + (
+            "; ".join(f"{count_text(b.parameters.value)} for {b.flops:.2g} FLOPs" for b in best)
+            or "no law"
+        ),
         figure,
     )
 

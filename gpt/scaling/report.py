@@ -20,7 +20,7 @@ from gpt.scaling.isoflop import LEAST_BUDGETS, Curve
 from gpt.scaling.law import DELTA
 from gpt.scaling.study import Study
 
-SYMBOLS = {"E": "E", "A": "A", "B": "B", "alpha": "α", "beta": "β", "a": "a", "b": "b"}
+SYMBOLS = {"alpha": "α", "beta": "β"}
 MEANINGS = {
     "E": "irreducible loss, nats per token",
     "A": "coefficient of the term of N",
@@ -81,8 +81,8 @@ def conclusions(study: Study) -> list[str]:
     """What the runs show, in sentences."""
     found = []
     if study.fit is not None:
-        a, b = study.fit.estimates["a"], study.fit.estimates["b"]
-        interval = study.fit.intervals["a"]
+        a, b = study.fit.constants["a"].value, study.fit.constants["b"].value
+        interval = study.fit.constants["a"].interval
         half = "includes" if interval.low <= 0.5 <= interval.high else "does not include"
         found.append(
             f"By the parametric law, the best size for C FLOPs grows as C^{a:.2f} (95% interval of "
@@ -135,7 +135,7 @@ def limits(study: Study) -> list[str]:
             "exponents of a small range at small sizes need not be those of theirs."
         )
     if study.fit is not None:
-        interval = study.fit.intervals["E"]
+        interval = study.fit.constants["E"].interval
         lowest = min(point.loss for point in study.points)
         known = interval.high - interval.low < IDENTIFIED * lowest
         found.append(
@@ -185,9 +185,9 @@ def law_rows(study: Study) -> list[tuple[str, str, str, str]]:
     """A table of the law's constants."""
     rows = [("constant", "estimate", "95% interval", "meaning")]
     if study.fit is not None:
-        for name, estimate in study.fit.estimates.items():
-            interval = _interval(study.fit.intervals[name], ".4g")
-            rows.append((SYMBOLS[name], f"{estimate:.4g}", interval, MEANINGS[name]))
+        for name, each in study.fit.constants.items():
+            interval = _interval(each.interval, ".4g")
+            rows.append((SYMBOLS.get(name, name), f"{each.value:.4g}", interval, MEANINGS[name]))
     return rows
 
 
@@ -200,9 +200,9 @@ def best_rows(study: Study) -> list[tuple[str, ...]]:
     for curve, by_law in zip(study.curves, best, strict=True):
         law = ("", "")
         if by_law is not None:
-            span = f"({_counts(by_law.interval)})"
+            size = by_law.parameters
             law = (
-                f"{count_text(by_law.parameters)} {span}",
+                f"{count_text(size.value)} ({_counts(size.interval)})",
                 f"{by_law.tokens_per_parameter:.3g}",
             )
         lowest = min(curve.loss)

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from operator import attrgetter
+from dataclasses import asdict, dataclass, fields
+from operator import attrgetter, methodcaller
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +38,12 @@ from gpt.model.gpt2 import GPT
 from gpt.scaling import isoflop
 from gpt.scaling import law as laws
 from gpt.scaling.isoflop import LEAST_SIZES, Curve, Exponent
-from gpt.scaling.ladder import FACTOR, FLOPS, Ladder, make_grid
+from gpt.scaling.ladder import FACTOR, Ladder, make_grid
 from gpt.scaling.law import LEAST_SETTINGS, Law, Runs
 
 VERSION = 1  # of summary.json
 RESAMPLES = 500  # of the settings, for intervals
+CONSTANTS = ("E", "A", "B", "alpha", "beta", "a", "b")
 EMBEDDINGS = ("token_embedding.weight", "position_embedding.weight")
 
 
@@ -67,10 +68,13 @@ class Point:
     tokens: int
     loss: float
 
-    @property
-    def flops(self) -> int:
-        """The compute, 6 N D."""
-        return FLOPS * self.parameters * self.tokens
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number that the law gives, and its 95% interval over resamples of the settings."""
+
+    value: float
+    interval: Interval
 
 
 @dataclass(frozen=True)
@@ -78,30 +82,32 @@ class Best:
     """The size with the lowest loss for a budget of 6 N D FLOPs, by the law."""
 
     flops: float
-    parameters: float
-    interval: Interval
+    parameters: Estimate
     tokens_per_parameter: float
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The parametric law, with 95% intervals over resamples of the settings.
+    """The parametric law.
 
     Attributes:
-        estimates, intervals: E, A, B, alpha, beta, and the exponents a and b.
+        constants: E, A, B, alpha and beta, and the exponents a and b of the best N and D.
         best: of each budget.
         error: root mean square of log observed minus log predicted loss.
         a_without_embeddings: the exponent a if N, and with it C, leaves out the embeddings.
         resamples: number of them.
     """
 
-    law: Law
-    estimates: dict[str, float]
-    intervals: dict[str, Interval]
+    constants: dict[str, Estimate]
     best: list[Best]
     error: float
     a_without_embeddings: float
     resamples: int
+
+    @property
+    def law(self) -> Law:
+        """The law of the constants."""
+        return Law(**{field.name: self.constants[field.name].value for field in fields(Law)})
 
 
 @dataclass(frozen=True)
@@ -281,21 +287,22 @@ def _fit(points: Sequence[Point], runs: Runs, budgets: Sequence[float]) -> tuple
         )
     law = laws.fit(runs)
     resampled = laws.bootstrap(runs, law, RESAMPLES)
-    names = ("E", "A", "B", "alpha", "beta", "a", "b")
-    return (
-        Fit(
-            law,
-            {name: getattr(law, name) for name in names},
-            {name: laws.interval(resampled, attrgetter(name)) for name in names},
-            [_best(law, resampled, flops) for flops in budgets],
-            float(np.sqrt(np.mean(np.log(runs.loss / law.loss(runs.n, runs.d)) ** 2))),
-            laws.fit(_runs(points, without_embeddings=True)).a,
-            len(resampled),
-        ),
-        "",
+
+    def estimate(quantity: Callable[[Law], float]) -> Estimate:
+        return Estimate(quantity(law), laws.interval(resampled, quantity))
+
+    fitted = Fit(
+        {name: estimate(attrgetter(name)) for name in CONSTANTS},
+        [
+            Best(
+                flops,
+                estimate(methodcaller("best_size", flops)),
+                law.tokens_per_parameter(flops),
+            )
+            for flops in budgets
+        ],
+        float(np.sqrt(np.mean(np.log(runs.loss / law.loss(runs.n, runs.d)) ** 2))),
+        laws.fit(_runs(points, without_embeddings=True)).a,
+        len(resampled),
     )
-
-
-def _best(law: Law, resampled: list[Law], flops: float) -> Best:
-    interval = laws.interval(resampled, lambda law: law.best_size(flops))
-    return Best(flops, law.best_size(flops), interval, law.tokens_per_parameter(flops))
+    return fitted, ""
