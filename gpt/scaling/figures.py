@@ -108,11 +108,7 @@ def best_size(study: Study) -> Plot | None:
         "Best size against compute",
         "Bars and band are 95% intervals; a bar is missing where the curvature of a parabola is "
         "not established. The dashed line is Chinchilla's ratio of tokens to parameters.",
-        "Best size by the law: "
-        + (
-            "; ".join(f"{count_text(b.parameters.value)} for {b.flops:.2g} FLOPs" for b in best)
-            or "no law"
-        ),
+        f"Best size by the law: {'; '.join(texts) or 'no law'}",
         figure,
     )
 
