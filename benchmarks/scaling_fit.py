@@ -20,12 +20,12 @@ from gpt.compare.analysis.statistics import Interval
 from gpt.scaling import isoflop
 from gpt.scaling.law import Law, Runs, bootstrap, fit, interval
 
-LAW = Law(E=1.0, A=60.0, B=180.0, alpha=0.35, beta=0.33)  # of about the losses of small byte models
-SIZES = (11_728, 22_200, 35_744, 52_360, 72_048, 120_640)
-BUDGETS = (1e10, 3e10, 1e11, 3e11, 1e12)
-RATIOS = (1.0, 400.0)  # tokens per parameter
-SEEDS = 2
-ERRORS = {"small errors": (0.001, 0.002), "large errors": (0.004, 0.004)}  # shared, of each run
+LAW = Law(E=1.2, A=12.0, B=50.0, alpha=0.35, beta=0.33)  # of about the losses of small byte models
+SIZES = (4_328, 7_644, 11_728, 22_200, 35_744, 72_048, 120_640)
+BUDGETS = (5e9, 1.5e10, 5e10, 1.5e11)
+RATIOS = (0.7, 200.0)  # tokens per parameter
+SEEDS = 1
+ERRORS = {"small errors": (0.001, 0.002), "large errors": (0.007, 0.007)}  # shared, of each run
 QUANTITIES: dict[str, Callable[[Law], float]] = {
     "E": lambda law: law.E,
     "alpha": lambda law: law.alpha,

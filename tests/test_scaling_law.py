@@ -82,12 +82,23 @@ def test_the_best_size_is_that_of_a_search():
     assert REFIT.a == pytest.approx(0.5126, abs=1e-4)  # as they report
 
 
+def test_losses_that_depend_on_nothing_have_a_law_too():
+    runs = ladder(BYTES, [1e10, 3e10, 1e11])
+    flat = Runs(runs.n, runs.d, np.full_like(runs.loss, 2.5))
+    law = fit(flat)
+    for each in (law, *bootstrap(flat, law, resamples=3)):
+        assert np.allclose(each.loss(flat.n, flat.d), 2.5, atol=1e-3)
+        assert 0 < each.a < 1
+        assert 0 <= each.best_size(1e11) <= 1e305
+        assert 0 <= each.tokens_per_parameter(1e11) <= 1e305
+
+
 def test_intervals_contain_the_truth_and_copies_of_runs_do_not_narrow_them():
     runs = ladder(BYTES, [1e10, 3e10, 1e11, 3e11], noise=0.003)
     twice = Runs(*(np.tile(values, 2) for values in (runs.n, runs.d, runs.loss)))
     found = []
     for each in (runs, twice):
-        laws = bootstrap(each, fit(each), resamples=20)
+        laws = bootstrap(each, fit(each), resamples=15)
         found.append(interval(laws, lambda law: law.a))
     assert found[0].low < BYTES.a < found[0].high
     assert found[0].high - found[0].low > 0.005

@@ -18,7 +18,7 @@ POINTS = 100  # of a curve
 
 def count_text(number: float) -> str:
     """A number to three digits, such as 59,800."""
-    return f"{float(f'{number:.3g}'):,.0f}"
+    return f"{float(f'{number:.3g}'):,.0f}" if number < 1e15 else f"{number:.3g}"
 
 
 def isoflop(study: Study) -> Plot | None:

@@ -34,7 +34,7 @@ Values = NDArray[np.float64]
 DELTA = 1e-3  # of Huber's loss, in nats of log L; Hoffmann et al. 2022, section 3.3
 EXPONENTS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2, 2.0)  # alpha and beta of the starts
 STARTS = 8  # of all pairs of EXPONENTS, those with the lowest objective
-MOST_EXPONENT = 4.0
+LEAST_EXPONENT, MOST_EXPONENT = 1e-3, 4.0
 LEAST_COEFFICIENT = 1e-4  # E, and A and B at mean log N and D, relative to the lowest loss
 LEAST_SETTINGS = 8  # of N and D; the law has five constants
 
@@ -68,12 +68,20 @@ class Law:
 
         It is G (C / 6)^a with G = (alpha A / (beta B))^(1 / (alpha + beta)), their equation 4.
         """
-        ratio = self.alpha * self.A / (self.beta * self.B)
-        return float(ratio ** (1 / (self.alpha + self.beta)) * (flops / FLOPS) ** self.a)
+        return _exp(self._log_best_size(flops))
 
     def tokens_per_parameter(self, flops: float) -> float:
         """D / N at `best_size`."""
-        return flops / FLOPS / self.best_size(flops) ** 2
+        return _exp(math.log(flops / FLOPS) - 2 * self._log_best_size(flops))
+
+    def _log_best_size(self, flops: float) -> float:
+        log_ratio = math.log(self.alpha * self.A) - math.log(self.beta * self.B)
+        return log_ratio / (self.alpha + self.beta) + self.a * math.log(flops / FLOPS)
+
+
+def _exp(x: float) -> float:
+    """The exponential, at most 1e304: laws of nearly constant losses have extreme best sizes."""
+    return math.exp(min(x, 700.0))
 
 
 @dataclass(frozen=True)
@@ -167,7 +175,7 @@ def fit(runs: Runs, starts: int = STARTS, near: Law | None = None) -> Law:
             x,
             jac=True,
             method="L-BFGS-B",
-            bounds=[*[(low, None)] * 3, *[(0, MOST_EXPONENT)] * 2],
+            bounds=[*[(low, None)] * 3, *[(LEAST_EXPONENT, MOST_EXPONENT)] * 2],
             options={"maxiter": 2000, "ftol": 1e-12, "gtol": 1e-6, "maxcor": 20},
         )
         for x in points
