@@ -32,6 +32,7 @@ MEANINGS = {
 }
 # E is identified if its interval is narrower than this fraction of the lowest loss.
 IDENTIFIED = 0.2
+DISAGREEMENT = 1.5  # factor between best sizes
 
 
 def write_report(directory: Path, study: Study, outcomes: Sequence[Outcome]) -> None:
@@ -106,6 +107,7 @@ def conclusions(study: Study) -> list[str]:
             f"Parabolas give no exponent: {count} of {len(study.curves)} budgets have a minimum "
             f"among their sizes, and an exponent needs {LEAST_BUDGETS}."
         )
+    found += _disagreement(study)
     if study.failed:
         found.append(
             f"{len(study.failed)} of {study.planned} runs failed ({_by_status(study.failed)}; "
@@ -117,6 +119,22 @@ def conclusions(study: Study) -> list[str]:
             f"({_by_status(study.missing)}); run the same command to retry them."
         )
     return found
+
+
+def _disagreement(study: Study) -> list[str]:
+    """A warning if the law and the parabola of the largest budget have different best sizes."""
+    parabola = study.curves[-1].best if study.curves else None
+    if study.fit is None or parabola is None:
+        return []
+    law = study.fit.best[-1].parameters.value
+    factor = max(law / parabola, parabola / law)
+    if factor < DISAGREEMENT:
+        return []
+    return [
+        f"The two disagree: for {study.curves[-1].flops:.2g} FLOPs the best size is "
+        f"{count_text(law)} by the law and {count_text(parabola)} by the parabola, a factor of "
+        f"{factor:.1f}. So the law does not describe these runs, and its exponents mean little."
+    ]
 
 
 def _by_status(cells: Mapping[str, str]) -> str:
