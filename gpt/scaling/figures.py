@@ -98,6 +98,7 @@ def best_size(study: Study) -> Plot | None:
     axes.set_ylim(min(sizes) / 1.5, max(sizes) * 1.5)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    plain_numbers(axes.xaxis)
     plain_numbers(axes.yaxis)
     axes.set_xlabel("C = 6 N D, FLOPs")
     axes.set_ylabel("best N")
