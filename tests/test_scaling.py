@@ -19,7 +19,7 @@ from gpt.config import Config
 from gpt.config.shipped import names
 from gpt.run.directory import RunDirectory
 from gpt.scaling import ladder as ladders
-from gpt.scaling import study
+from gpt.scaling import results
 from gpt.scaling.law import Law
 from gpt.scaling.study import plan
 
@@ -104,7 +104,7 @@ def trainer(
     stub = Trainer(tiny_run)
     monkeypatch.setattr(worker, "_train", stub)
     monkeypatch.setattr(estimate, "TIMED_SECONDS", 0.01)
-    monkeypatch.setattr(study, "RESAMPLES", 3)
+    monkeypatch.setattr(results, "RESAMPLES", 3)
     return stub
 
 

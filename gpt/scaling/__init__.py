@@ -3,7 +3,8 @@
 ladder.py   the config: sizes and compute budgets -> a grid of runs, which gpt.compare runs
 law.py      Chinchilla's parametric law, fitted to the runs
 isoflop.py  the best size of each budget, from a parabola
-study.py    runs -> both fits and their intervals
+study.py    from ladder to report
+results.py  runs -> both fits and their intervals
 report.py   the results in words and tables
 figures.py  the results in pictures
 

@@ -18,7 +18,7 @@ from gpt.io.files import write_text
 from gpt.scaling.figures import count_text, draw
 from gpt.scaling.isoflop import LEAST_BUDGETS, Curve
 from gpt.scaling.law import DELTA
-from gpt.scaling.study import Study
+from gpt.scaling.results import Study
 
 SYMBOLS = {"alpha": "α", "beta": "β"}
 MEANINGS = {
