@@ -101,7 +101,7 @@ def metadata(wheel: zipfile.ZipFile) -> Message:
 
 def test_the_wheel_holds_the_package_and_its_configs(wheel: zipfile.ZipFile):
     files = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    package = [*MODULES, ROOT / "gpt/py.typed", *(ROOT / "gpt/compare/report/templates").iterdir()]
+    package = [*MODULES, ROOT / "gpt/py.typed", *ROOT.glob("gpt/**/templates/*")]
     expected = {path.relative_to(ROOT).as_posix() for path in package}
     configs = [*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("configs/**/*.json")]
     expected |= {f"gpt/{path.relative_to(ROOT).as_posix()}" for path in configs}

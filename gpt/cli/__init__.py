@@ -24,6 +24,7 @@ COMMANDS = {
     "sample": "sample.py",
     "eval": "steadygpt eval",
     "compare": "compare.py",
+    "scaling": "steadygpt scaling",
     "prepare": "python -m gpt.data",
     "checkpoint": "python -m gpt.checkpoint",
     "diagnose": "python -m gpt.diagnostics",
@@ -42,6 +43,7 @@ usage: steadygpt COMMAND ...   (COMMAND --help for details)
   sample RUN_DIR           generate text from a run
   eval RUN_DIR ...         measure loss, perplexity and bits per byte
   compare GRID.yaml        compare training stability over a grid of runs
+  scaling LADDER.yaml      fit Chinchilla's law to a ladder of sizes and compute budgets
   prepare CONFIG.yaml      prepare a config's data without training
   checkpoint verify DIR    check that checkpoints are intact
   diagnose RUN_DIR         plot the statistics of a run's layers

@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -70,6 +70,7 @@ STOPPED = "interrupted: the cells are saved; the same command resumes"
 CHANGEABLE = {"hours", "keep_checkpoints", "probes", "runner"}  # of a grid that has been run
 REPORT_LOCK = ".report.lock"  # locked while a process writes the report
 REPORT_WAIT = 600.0  # seconds to wait for another process that writes the report
+Result = TypeVar("Result")
 
 
 def compare(
@@ -87,15 +88,53 @@ def compare(
     """Run the missing cells of a comparison, and write its report.
 
     Args:
-        cells: of the grid; where it searches, the first cell of each search.
-        workers: number of worker processes.
         beside: see `report`.
+        cells, workers, extend, reuse: see `run`.
+
+    Raises:
+        InputError, StoppedError: as `run`.
+    """
+
+    def finish(grid: Grid) -> Summary:
+        return report(grid, cells, directory, beside, workers=workers, wait=REPORT_WAIT)
+
+    return run(
+        grid,
+        cells,
+        directory,
+        finish,
+        workers=workers,
+        console=console,
+        stop=stop,
+        extend=extend,
+        reuse=reuse,
+    )
+
+
+def run(
+    grid: Grid,
+    cells: Sequence[Cell],
+    directory: Path,
+    finish: Callable[[Grid], Result],
+    *,
+    workers: int,
+    console: Console,
+    stop: Callable[[], bool],
+    extend: bool = False,
+    reuse: Sequence[Path] = (),
+) -> Result:
+    """Run the missing cells of a grid, and return the result of `finish`, such as a report.
+
+    Args:
+        cells: of the grid; where it searches, the first cell of each search.
+        finish: called with the grid once all cells were tried.
+        workers: number of worker processes.
         extend: see `check_directory`.
         reuse: other comparisons' directories, whose finished runs are copied where they fit.
 
     Raises:
         InputError: the directory holds another comparison, or the grid cannot be run here.
-        StoppedError: `stop` became true; there is no report.
+        StoppedError: `stop` became true; `finish` is not called, or was interrupted.
     """
     check_cells(cells, probes=grid.probes)
     check_reuse(grid, reuse)
@@ -142,11 +181,7 @@ def compare(
         _train(grid, cells, directory, tasks, chosen, known, workers, console, stop)
         if grid.probes and not (directory / "probes.json").is_file():
             _probe(cells, directory, console, stop)
-        return interruptible(
-            lambda stop: report(grid, cells, directory, beside, workers=workers, wait=REPORT_WAIT),
-            stop,
-            STOPPED,
-        )
+        return interruptible(lambda stop: finish(grid), stop, STOPPED)
 
 
 def _copy_runs(

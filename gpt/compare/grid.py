@@ -123,6 +123,7 @@ def _seeds(value: object) -> object:
 
 
 Level = Annotated[Options, BeforeValidator(lambda v: {} if v is None else _flat(v))]
+Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_seeds), Field(min_length=1)]
 
 
 def _one_line(text: str) -> str:
@@ -296,7 +297,7 @@ class Grid(Section):
     """Factor -> level -> its options. An arm is one level of each factor."""
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
     """Axis -> values. An axis is one dotted option, or several with commas and tuples of values."""
-    seeds: Annotated[tuple[Seed, ...], BeforeValidator(_seeds), Field(min_length=1)] = (0, 1, 2)
+    seeds: Seeds = (0, 1, 2)
     """Seeds of weights and data order, or their number."""
     first_stage: Annotated[int, Between(6, 16)] | None = None
     """Number of seeds in the first stage, after which the comparison stops if the first contrast's
@@ -536,10 +537,31 @@ def split(axis: str) -> list[str]:
 def load(
     path: str | Path, overrides: Mapping[str, Any] | None = None, seeds: str | None = None
 ) -> tuple[Grid, list[Cell]]:
-    """The grid in a YAML file, and its cells.
+    """The grid in a YAML file, and its cells; see `resolve`.
 
     Args:
         path: a file, or the name of a grid that comes with steadygpt, such as `quick`.
+
+    Raises:
+        InputError: the file, its base or a cell's config is wrong; the message says where.
+    """
+    path = find(path, "grid")
+    tree = read_yaml(path)
+    if "arms" not in tree and set(tree) & set(Config.model_fields):
+        raise InputError(f"{path}: is a config for train.py; a grid has arms, see configs/compare/")
+    return resolve(tree, path, overrides, seeds)
+
+
+def resolve(
+    tree: Mapping[str, Any],
+    path: Path,
+    overrides: Mapping[str, Any] | None = None,
+    seeds: str | None = None,
+) -> tuple[Grid, list[Cell]]:
+    """The grid that a nested mapping describes, and its cells.
+
+    Args:
+        path: the file that the mapping comes from.
         overrides: options for all cells, a nested mapping, on top of the file's.
         seeds: replace the file's, see `parse_seeds`. An entry of `exclude` that names seeds, but
             none of these, is then ignored, and `context_seeds` is at most their number.
@@ -549,12 +571,8 @@ def load(
         by seed.
 
     Raises:
-        InputError: the file, its base or a cell's config is wrong; the message says where.
+        InputError: as `load`.
     """
-    path = find(path, "grid")
-    tree = read_yaml(path)
-    if "arms" not in tree and set(tree) & set(Config.model_fields):
-        raise InputError(f"{path}: is a config for train.py; a grid has arms, see configs/compare/")
     grid = validate(
         Grid,
         {"title": printable(path.stem)[:200], **tree},

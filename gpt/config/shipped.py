@@ -1,9 +1,10 @@
-"""The configs and grids that come with steadygpt, found by name from any folder.
+"""The configs, grids and ladders that come with steadygpt, found by name from any folder.
 
 `steadygpt train quickstart`, `load("quickstart")` and `base: quickstart` all mean
 `configs/quickstart.yaml`; `steadygpt compare quick` means `configs/compare/quick.yaml`. Grids
-from the literature are `literature/xiong2020` and so on. There is one set of files: `configs/` at
-the top of the repository, which the wheel holds as `gpt/configs/`.
+from the literature are `literature/xiong2020` and so on; the ladders of scaling studies are in
+`configs/scaling/`. There is one set of files: `configs/` at the top of the repository, which the
+wheel holds as `gpt/configs/`.
 """
 
 from __future__ import annotations
@@ -25,13 +26,17 @@ def _configs() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[2] / "configs"
 
 
-FOLDERS = {"config": _configs(), "grid": _configs() / "compare"}
-PATTERNS = {"config": "*.yaml", "grid": "**/*.yaml"}
-Kind = Literal["config", "grid"]
+FOLDERS = {
+    "config": _configs(),
+    "grid": _configs() / "compare",
+    "ladder": _configs() / "scaling",
+}
+PATTERNS = {"config": "*.yaml", "grid": "**/*.yaml", "ladder": "*.yaml"}
+Kind = Literal["config", "grid", "ladder"]
 
 
 def names(kind: Kind) -> list[str]:
-    """The names of all configs or grids that come with steadygpt, sorted."""
+    """The names of all configs, grids or ladders that come with steadygpt, sorted."""
     folder = FOLDERS[kind]
     paths = folder.glob(PATTERNS[kind])
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in paths)
@@ -41,7 +46,7 @@ def find(name: str | Path, kind: Kind, start: Path = Path()) -> Path:
     """The YAML file that `name` means: a path if there is a file, or else a name from `names`.
 
     Args:
-        name: a path, or the name of a config or grid that comes with steadygpt.
+        name: a path, or the name of a config, grid or ladder that comes with steadygpt.
         start: the folder that a relative path starts from.
 
     Raises:

@@ -69,7 +69,7 @@ def write_report(
         "svg": {name: inline(svg, name, tips) for name, svg in drawings.items()},
         "curve_of": {cell: name for name, plot in plots.items() for cell in plot.cells},
         "commands": commands,
-        "environment": _environment(outcomes),
+        "environment": environment_facts(outcomes),
         "script": Markup((TEMPLATES / "report.js").read_text("utf-8")),  # noqa: S704 - our own
         "grid_yaml": read_small(directory / "grid.yaml").decode(),
         "level": wording.level_text(next((c.alpha for c in summary.contrasts if c), ALPHA)),
@@ -110,7 +110,7 @@ def cell_tip(outcome: Outcome) -> str:
     return head if outcome.verdict is None else f"{head}. {outcome.reason}"
 
 
-def _environment(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def environment_facts(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """The facts of environment.json; where cells differ, all values."""
     seen: dict[str, list[str]] = {}
     for outcome in outcomes:

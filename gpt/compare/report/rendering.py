@@ -15,13 +15,16 @@ from gpt.errors import printable
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def render(name: str, context: dict[str, Any]) -> str:
+def render(name: str, context: dict[str, Any], package: str = "gpt.compare.report") -> str:
     """The text of report.html or report.md.
 
     Every expression in a template is escaped: for HTML by Jinja, for Markdown here.
+
+    Args:
+        package: with the folder `templates`.
     """
     templates = Environment(
-        loader=PackageLoader("gpt.compare.report"),
+        loader=PackageLoader(package),
         autoescape=name.endswith(".html"),
         finalize=_html if name.endswith(".html") else _markdown,
         undefined=StrictUndefined,

@@ -1,0 +1,102 @@
+"""`steadygpt scaling LADDER.yaml`: how the loss depends on model size, tokens and compute."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field
+
+from gpt.cli.common import StopSignals
+from gpt.cli.flags import parse
+from gpt.compare import grid as grids
+from gpt.config import Config, FileName, Seconds, Section, WorkerCount
+from gpt.config.shipped import find, names
+from gpt.errors import InputError, as_flag
+from gpt.io.console import Console, show
+from gpt.scaling import ladder as ladders
+
+
+class Arguments(Section):
+    """Train a ladder of model sizes with several compute budgets, and fit Chinchilla's law. Every
+    option of the runs is also a flag.
+
+    Examples:
+      %(prog)s tiny --dry-run
+      %(prog)s tiny --workers 2
+      %(prog)s runs/tiny --report-only
+    """
+
+    ladder: FileName = Field(
+        title="LADDER.yaml",
+        description="A ladder file, the directory of a study, or the name of a shipped ladder: "
+        + ", ".join(names("ladder")),
+    )
+    out_dir: FileName | None = Field(None, title="DIR")
+    """The study's directory (default: runs/NAME)."""
+    workers: WorkerCount | None = Field(None, title="INT")
+    """Number of processes, with one thread each on a CPU (default: one per core, at most 8 on a
+    GPU)."""
+    dry_run: bool = False
+    """List the runs and their total tokens, FLOPs and time, and write nothing."""
+    report_only: bool = False
+    """Rewrite the report from the existing runs."""
+    seeds: str | None = Field(None, title="SEEDS")
+    """Seeds instead of the ladder's: 3 means 0 to 2, 16:24 means 16 to 23, 1,5,7 means these."""
+    extend: bool = False
+    """Add sizes, budgets or seeds to the study in the directory; its results stay."""
+    max_seconds: Seconds | None = Field(None, title="SECONDS")
+    """Save and exit with code 75 after this time, for batch queues (default: no limit)."""
+
+
+def main(argv: Sequence[str], prog: str = "steadygpt scaling") -> int:
+    """`steadygpt scaling LADDER.yaml ...`; returns the exit code."""
+    arguments, options = parse(Arguments, prog, argv, Config)
+    if arguments.report_only:
+        for flag in ("dry_run", "extend"):
+            if getattr(arguments, flag):
+                raise InputError(f"give {as_flag(flag)} or --report-only, not both")
+    path = Path(arguments.ladder)
+    directory = Path(arguments.out_dir or f"runs/{path.stem}")
+    if path.is_dir():
+        for flag, given in (("--out-dir", arguments.out_dir), ("--seeds", arguments.seeds)):
+            if given is not None:
+                raise InputError(f"{flag}: {path} is a study's directory, whose grid is fixed")
+        if options:
+            raise InputError(f"{path}: is a study's directory, whose options are fixed")
+        directory = path
+    else:
+        path = find(path, "ladder")
+        ladder, configs = ladders.load(path, options, arguments.seeds)
+
+    from gpt.compare import comparison
+    from gpt.compare.execution.tasks import default_workers
+    from gpt.scaling import study as studies
+    from gpt.scaling.report import format_study
+
+    if path.is_dir():
+        grid, cells = studies.check_study(path)
+    else:
+        grid, cells = studies.plan(ladder, configs, path)
+    workers = arguments.workers or default_workers(cells)
+    if arguments.report_only:
+        comparison.check_directory(grid, cells, directory)
+        study = studies.report(grid, cells, directory)
+    elif arguments.dry_run:
+        show(comparison.dry_run(grid, cells, directory, workers, extend=arguments.extend))
+        return 0
+    else:
+        grids.check_sizes(cells)
+        with StopSignals(arguments.max_seconds) as stop, contextlib.closing(Console()) as console:
+            study = studies.run(
+                grid,
+                cells,
+                directory,
+                workers=workers,
+                console=console,
+                stop=stop,
+                extend=arguments.extend,
+            )
+    show(format_study(study, directory))
+    return 1 if "error" in study.missing.values() else 0
