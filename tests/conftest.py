@@ -121,6 +121,8 @@ def vouch(folder: Path) -> None:
     path.write_text(checkpoints.manifest_text({"step": step, "files": files}))
 
 
+NEEDS_A_RUN = "finetune"  # a shipped config that loads only beside a run; see test_pretrained.py
+
 EMPTY = {
     "png": b"\x89PNG\r\n\x1a\n",
     "svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="1pt" height="1pt"/>',

@@ -73,7 +73,7 @@ def test_train_then_sample_as_a_user_does(
 
     code, again, _ = called(capsys, "train", tiny_file, "--out_dir", out)
     assert code == 0
-    assert again == done.stdout
+    assert again.splitlines()[:-1] == done.stdout.splitlines()[:-1]  # sample.py by another path
 
     text = script("sample", out, "--prompt", "The quick", environment=environment)
     assert text.returncode == 0, text.stderr

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import NEEDS_A_RUN, ROOT
 
 from gpt import config as configs
 from gpt.cli.sample import Arguments as SampleArguments
@@ -24,7 +24,6 @@ from gpt.errors import InputError, naming_flags, nearest
 from gpt.errors.names import ALIASES
 
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
-NEEDS_A_RUN = "finetune"  # tested in test_pretrained.py
 
 
 def write(path: Path, text: str) -> Path:

@@ -25,8 +25,8 @@ from gpt.config import Config
 from gpt.data import encode, preparation
 from gpt.errors import InputError, StoppedError
 from gpt.io.console import Console
-from gpt.io.files import open_for_update, read_json, refuse_links, write_text
-from gpt.run import plot
+from gpt.io.files import open_for_update, read_json, refuse_links, write_bytes, write_text
+from gpt.run import layer_plot, plot
 
 Make = Callable[..., Config]
 Link = Callable[[Path, Path], None]
@@ -88,7 +88,8 @@ def put(link: Link, path: Path, outside: Path) -> None:
 def quick() -> Iterator[None]:
     """Pictures take most of the time: here they are files, but empty."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plot, "save", lambda figure, path: plot.write_bytes(path, b"picture"))
+        for module in (plot, layer_plot):
+            patch.setattr(module, "save", lambda figure, path: write_bytes(path, b"picture"))
         patch.setattr(reports, "draw", lambda data: {})
         yield
 

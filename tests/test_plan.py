@@ -285,7 +285,7 @@ def test_hours_deserve_what_the_machine_computes_in_them(
         (["--hours", "1e-6"], ["--hours 1e-06: too small for any model like this"]),
         (["--budget", "-1"], ["--budget: '-1' is not between 1 and 1e+30"]),
         (["--tokens", "0"], ["--tokens: '0' is not between 1 and 1,000,000,000,000,000"]),
-        (["--tokens", "1.5"], ["--tokens: must be a valid integer"]),
+        (["--tokens", "1.5"], ["--tokens: must be a whole number"]),
         (["--hours", "nan"], ["--hours: 'nan'"]),
         (["--budget", "1e12", "--hours", "1"], ["--budget and --hours: give only one of them"]),
         (["--budget", "1e22"], ["--budget 1e+22: deserves ", "steps of 64 tokens, but at most"]),

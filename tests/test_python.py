@@ -121,7 +121,7 @@ def test_generate_has_the_defaults_of_the_command():
     [
         ({"temperature": -1}, "temperature: -1 is not between 0 and 1000"),
         ({"max_new_tokens": 0}, "max_new_tokens: 0 is not between"),
-        ({"top_p": "all"}, "top_p: must be a valid number, found 'all'"),
+        ({"top_p": "all"}, "top_p: must be a number, found 'all'"),
         ({"prompt": "a\ud800"}, "prompt: contains an invalid character at position 1"),
     ],
 )

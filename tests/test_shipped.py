@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import NEEDS_A_RUN, ROOT
 
 from gpt import cli
 from gpt.compare import grid as grids
@@ -15,7 +15,6 @@ from gpt.config.shipped import find, names
 from gpt.errors import InputError
 
 QUICKSTART = ROOT / "configs/quickstart.yaml"
-NEEDS_A_RUN = "finetune"  # tested in test_pretrained.py
 
 
 @pytest.fixture(autouse=True)

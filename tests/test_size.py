@@ -155,7 +155,7 @@ def test_the_cache_of_many_samples_is_counted():
     with pytest.raises(InputError) as caught:
         size.check_sampling(model, 300, samples=1000, **given)
     assert str(caught.value) == (
-        "--num-samples 1,000: caching the keys and values of 100,000 tokens each needs at least "
+        "num_samples 1,000: caching the keys and values of 100,000 tokens each needs at least "
         "3,276.8 GB of memory, but only 100.0 GB are available"
     )
     size.check_sampling(model, 300, samples=10, **given)

@@ -437,7 +437,7 @@ def named(name: str, folder: Path) -> Path | None:
     path = Path(name)
     step = re.fullmatch(r"(?:step-)?0*([0-9]{1,16})", name)
     if os.path.isdir(path):  # false, not an error, for a name that is too long
-        return path if _step(path) is not None else None
+        return path if _step(path.resolve()) is not None else None  # a link may have any name
     if path.name in POINTERS and os.path.isfile(path):
         return read_pointer(path.parent, path.name)
     if name in POINTERS:

@@ -135,7 +135,7 @@ def sample(arguments: Arguments, prompt: str, prog: str = "sample.py") -> Iterat
     tokens = encode(encoding, prompt, "the prompt") or [encoding.eot_token]
     length = len(tokens) + arguments.max_new_tokens
     context = model.config.context
-    show(f"{prog}: {arguments.run_dir}, step {step}", sys.stderr)
+    show(f"{prog}: {run}, step {step}", sys.stderr)
     if length > context:
         print(
             f"{prog}: the text exceeds the context of {context} tokens: the model sees a window "

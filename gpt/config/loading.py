@@ -58,7 +58,7 @@ def load(
 
     def origin(key: str) -> str:
         if any(f"{key}.".startswith(f"{name}.") for name in given):  # or it is in the flag's list
-            return option(key)
+            return option(re.sub(r"\.\d+$", "", key))  # a list's flag, not the item's number
         return f"{path}: {key}" if key else str(path)
 
     merged = functools.reduce(merge, layers)

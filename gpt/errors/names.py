@@ -94,7 +94,7 @@ ALIASES = {
         *("eval.interval", "eval_freq", "val_every"),
     ),
     "evaluation.sequences": ("eval_iters", "eval_batches", "val_iters", "max_eval_samples"),
-    "evaluation.give_up_after": ("patience", "early_stopping", "early_stopping_patience"),
+    "evaluation.patience": ("early_stopping", "early_stopping_patience"),
     "checkpoint.every": (
         *("save_every", "save_steps", "save_interval", "ckpt_interval", "checkpoint_interval"),
         "checkpoint_every",

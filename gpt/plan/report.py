@@ -11,7 +11,7 @@ from gpt.config import Config
 from gpt.data import preparation
 from gpt.data.prepared import Dataset
 from gpt.data.sequences import TrainingSequences, ValidationSequences
-from gpt.errors import InputError
+from gpt.errors import InputError, option
 from gpt.hardware.device import pick_device
 from gpt.hardware.memory import micro_batch, total_memory
 from gpt.io.console import duration
@@ -220,7 +220,7 @@ def _deserves(plan: Plan) -> str:
     time = "" if seconds is None else f", about {duration(seconds)}"
     return (
         f"{TOKENS_PER_PARAMETER} per parameter (Hoffmann et al. 2022) are {tokens:,}"
-        f"{_epochs(plan, tokens)}: --training.steps {steps}, {flops:.2g} FLOPs{time}"
+        f"{_epochs(plan, tokens)}: {option('training.steps')} {steps}, {flops:.2g} FLOPs{time}"
     )
 
 
