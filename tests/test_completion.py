@@ -39,7 +39,8 @@ def offered(line: str, folder: Path, environment: dict[str, str]) -> list[str]:
 
 
 def test_commands_their_arguments_and_options(folder: Path, environment: dict[str, str]):
-    assert offered("steadygpt ", folder, environment) == [*COMMANDS, "--version"]
+    assert offered("steadygpt ", folder, environment) == [*COMMANDS]
+    assert "--version" in offered("steadygpt --", folder, environment)
     assert offered("steadygpt train ", folder, environment) == [
         *names("config"),
         "my.yaml",
@@ -67,6 +68,7 @@ def test_values_are_those_of_the_help(folder: Path, monkeypatch: pytest.MonkeyPa
         "auto|never|CHECKPOINT": ["auto", "never", "runs/"],
         "FILE": ["my.yaml", "notes.txt", "runs/"],
         "GRID.yaml": [*names("grid"), "my.yaml", "runs/"],
+        "LADDER.yaml": [*names("ladder"), "my.yaml", "runs/"],
     }
     assert {placeholder: values(placeholder) for placeholder in expected} == expected
     assert values("RUN_DIR", "runs/") == ["runs/one/"]

@@ -115,6 +115,10 @@ def test_a_run_from_a_checkpoint_is_rewarmed_too(
     last, reached = rates(tmp_path / "origin")[20], 0.05 * lr_multiplier(faster.schedule, 25, 30)
     text = f"moves from {last:.2e} at step 20 to {reached:.2e} at step 25, by a factor"
     assert text in capsys.readouterr().err
+    same_length = faster.model_copy(update={"training": tiny().training})
+    described = describe_lr_change(tiny(), same_length, Progress(step=10))
+    assert described is not None
+    assert described.startswith("another schedule or rate: the learning rate moves from")
     own = rates(tmp_path / "run")
     assert last < own[21] < own[22] < own[23] < own[24] < own[25] == reached
 

@@ -118,10 +118,12 @@ def describe_lr_change(before: Config, now: Config, progress: Progress) -> str |
         return None
     then = min(step + max(rewarm, 1), now.training.steps)
     rate = _rate(now, then, start_rewarm(before, now, progress))
+    longer = before.training.steps != now.training.steps
+    spans = f"the {now.schedule.body} schedule now spans {now.training.steps} steps"
+    why = spans if longer else "another schedule or rate"
     return (
-        f"the {now.schedule.body} schedule now spans {now.training.steps} steps: the learning rate "
-        f"{'moves' if rewarm else 'jumps'} from {last:.2e} at step {step} to {rate:.2e} at step "
-        f"{then}, by a factor of {rate / last:.3g}"
+        f"{why}: the learning rate {'moves' if rewarm else 'jumps'} from {last:.2e} at step {step} "
+        f"to {rate:.2e} at step {then}, by a factor of {rate / last:.3g}"
         + ("" if rewarm else "; schedule.rewarm: N spreads this over N updates")
     )
 
