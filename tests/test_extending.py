@@ -119,6 +119,9 @@ def test_a_run_from_a_checkpoint_is_rewarmed_too(
     described = describe_lr_change(tiny(), same_length, Progress(step=10))
     assert described is not None
     assert described.startswith("another schedule or rate: the learning rate moves from")
+    late = describe_lr_change(tiny(), faster, Progress(step=28))
+    assert late is not None
+    assert late.endswith(", the end; schedule.rewarm (5) is more than the 2 updates left")
     own = rates(tmp_path / "run")
     assert last < own[21] < own[22] < own[23] < own[24] < own[25] == reached
 
@@ -157,8 +160,23 @@ def test_a_run_stops_early_and_keeps_its_best_checkpoint(
     kept = checkpoints.steps(tmp_path / "run/checkpoints")
     assert list(kept) == [9, 15]
     assert report(result) == 0
-    assert f"best checkpoint  {kept[9]}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"best checkpoint  {kept[9]}" in printed
+    assert "before the first update" not in printed
     assert run(config, tmp_path / "run").step == 15  # nothing is left to do
+
+
+@pytest.mark.usefixtures("losses")
+def test_a_run_that_only_becomes_worse_is_said_to(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(globals(), "LOSSES", (3.0, 5.0, 4.0))
+    result = run(tiny(evaluation={"every": 3, "patience": 2}), tmp_path / "run")
+    assert result.step == 6
+    assert report(result) == 0
+    printed = capsys.readouterr().out
+    assert "No evaluation was better than the one before the first update." in printed
+    assert "step-00000006 (lowest loss of those saved;" in printed
 
 
 @pytest.mark.usefixtures("losses")

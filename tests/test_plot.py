@@ -93,7 +93,7 @@ def test_a_title_is_shown_literally(title: str, tmp_path: Path, monkeypatch: pyt
         (0.25, 0.9, "0.3 0.4 0.6"),
         (0.2, 7.0, "0.3 1 3"),
         (3e-5, 4e-4, "3e-05 0.0001 0.0003"),
-        (2.0, 9e5, "10 100 1000 10000 100000"),
+        (2.0, 9e5, "10 1000 100000"),
     ],
 )
 def test_labels_of_a_logarithmic_axis_are_plain_and_apart(least: float, most: float, labels: str):
