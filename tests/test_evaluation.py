@@ -163,6 +163,18 @@ def test_one_document_is_cut_into_contiguous_blocks(model: GPT, length: int, blo
         assert found.loss.error == pytest.approx(error, rel=1e-9)
 
 
+@pytest.mark.parametrize("stride", [1, 3, 7])
+def test_blocks_are_no_shorter_for_a_smaller_stride(model: GPT, stride: int):
+    short = evaluate(model, [text(60)], byte_lengths=LENGTHS, stride=stride)
+    assert (short.units, short.loss.error) == (None, None)
+    side_by_side, strided = (
+        evaluate(model, [text(2100)], byte_lengths=LENGTHS, stride=n) for n in (CONTEXT, stride)
+    )
+    assert 32 <= strided.unit_count <= 64
+    assert strided.effective_units > 32
+    assert strided.loss.error == pytest.approx(side_by_side.loss.error, rel=0.5)
+
+
 def test_identical_documents_have_no_error(model: GPT):
     tokens = np.tile(text(CONTEXT), 20)
     tokens = np.concatenate([[END], tokens])  # windows begin where documents begin
@@ -296,7 +308,7 @@ def test_checkpoints_of_one_run_are_told_apart(run: Path, capsys: pytest.Capture
     ]
     assert f"\n{run} step 10 " in tables
     assert re.search(rf"training logged [\d.]+ for {run} step 10, [\d.]+ for {run} step 20;", notes)
-    assert notes.count("the text is one document") == 1
+    assert notes.count("one short document") == 1
 
 
 def test_errors_are_shown_with_two_digits():

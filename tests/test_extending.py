@@ -119,7 +119,7 @@ def test_a_run_from_a_checkpoint_is_rewarmed_too(
     described = describe_lr_change(tiny(), same_length, Progress(step=10))
     assert described is not None
     assert described.startswith("another schedule or rate: the learning rate moves from")
-    late = describe_lr_change(tiny(), faster, Progress(step=28))
+    late = describe_lr_change(tiny(training={"steps": 29}), faster, Progress(step=28))
     assert late is not None
     assert late.endswith(", the end; schedule.rewarm (5) is more than the 2 updates left")
     own = rates(tmp_path / "run")
