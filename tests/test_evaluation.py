@@ -243,6 +243,30 @@ def test_the_loss_is_the_one_that_training_logged(
     assert bits == pytest.approx(logged["val_bits_per_byte"], rel=2e-7)
 
 
+def test_it_computes_as_training_does(
+    run: Path,
+    tmp_path: Path,
+    tiny: Callable[..., Config],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """In the run's precision, with as many logits at a time."""
+    data = {"validation": {"path": [str(run.parent / "val.txt")]}}
+    training = {"steps": 2, "precision": "bf16", "loss_chunk": 7}
+    config = tiny(data=data, training=training, evaluation={"sequences": None})
+    logged = train(config, tmp_path / "run", quiet=True).val_loss
+    chunks, token_losses = [], evaluation.token_losses
+
+    def noted(model: GPT, *rest: torch.Tensor) -> torch.Tensor:
+        chunks.append(model.loss_chunk)
+        return token_losses(model, *rest)
+
+    monkeypatch.setattr(evaluation, "token_losses", noted)
+    (found,) = evaluated(capsys, tmp_path / "run")["runs"]
+    assert found["loss"]["value"] == pytest.approx(logged, rel=2e-7)
+    assert set(chunks) == {7}
+
+
 def test_it_evaluates_whole_windows_as_training_does(tiny_run: Path, tiny: Callable[..., Config]):
     network, encoding, _ = load_run(tiny_run)
     dataset = prepare(tiny().data)

@@ -204,6 +204,17 @@ def test_more_patience_continues_a_run_that_stopped_early(tiny: Make, tmp_path: 
 
 
 @pytest.mark.usefixtures("losses")
+def test_a_run_from_a_checkpoint_has_its_own_patience(tiny: Make, tmp_path: Path):
+    """The losses 4.5, 3.0, 3.0: only the last one is no new lowest of this run."""
+    options = {"checkpoint": {"keep": 9}, "training": {"steps": 12}}
+    run(tiny(evaluation={"every": 3}, **options), tmp_path / "origin")
+    config = tiny(evaluation={"every": 3, "patience": 1}, **options | {"training": {"steps": 15}})
+    origin = str(tmp_path / "origin/checkpoints/step-00000006")
+    result = run(config, tmp_path / "run", resume=origin)
+    assert (result.step, result.stopped_early, result.best_val_loss) == (12, True, 3.0)
+
+
+@pytest.mark.usefixtures("losses")
 def test_runs_in_one_batch_stop_early_each_by_itself(tiny: Make, tmp_path: Path):
     config = tiny(evaluation={"every": 3, "patience": 2}, training={"steps": 18})
     others = [config.model_copy(update={"seed": seed}) for seed in (0, 1)]

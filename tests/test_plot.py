@@ -23,18 +23,8 @@ def _rendered() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("steps", "norm", "rate"),  # every pair of values once
-    [
-        (3, 3e-5, 1.23e-4),
-        (3, 0.3, 0.012),
-        (3, 4e3, 30.0),
-        (500, 3e-5, 0.012),
-        (500, 0.3, 30.0),
-        (500, 4e3, 1.23e-4),
-        (120_000, 3e-5, 30.0),
-        (120_000, 0.3, 1.23e-4),
-        (120_000, 4e3, 0.012),
-    ],
+    ("steps", "norm", "rate"),  # each on an axis of its own
+    [(3, 3e-5, 30.0), (500, 0.3, 0.012), (120_000, 4e3, 1.23e-4)],
 )
 def test_all_text_is_inside_the_plot(
     rate: float, norm: float, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
