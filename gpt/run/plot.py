@@ -187,6 +187,7 @@ class _Plain(LogFormatter):
     """Plain numbers, such as 0.3, where matplotlib would write 3e-01 or TeX."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
+        assert self.axis is not None, "set by the axis"
         least, most = self.axis.get_view_interval()
         crowded = most > 10 * least and f"{x:.0e}"[0] not in "13"
         return f"{x:g}" if super().__call__(x, pos) and not crowded else ""
