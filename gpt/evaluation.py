@@ -12,7 +12,8 @@ L = sum(l) / sum(n), with the loss l and the tokens n of each of D documents,
     SE² = D / (D - 1) * sum((l - L n)²) / sum(n)²
 
 (the "clustered" standard error of Miller 2024, for documents of any length). A single document is
-cut into contiguous blocks instead, by which the error describes that document only.
+cut into contiguous blocks instead, by which the error describes that document only. No block is
+shorter than a context, whatever the stride, because neighboring tokens resemble each other.
 
 Pure: from a model and tokens to numbers, in constant memory. Files are read by gpt/data.
 """
@@ -182,7 +183,7 @@ class _Sums:
         self.documents, self.moments = 0, np.zeros((3, 3))  # sum of v v^T over documents
         self.open = np.zeros(3)  # the document whose end has not been seen
         self.blocks: list[Numbers] = []
-        self.block_size, self.last_block = 1, 1  # in windows; those in the last block
+        self.block_size = context  # in tokens; the last block may be shorter
         self.by_position = np.zeros((2, context))  # loss and tokens
 
     def add(self, losses: Numbers, targets: Ids, first: int) -> None:
@@ -199,15 +200,13 @@ class _Sums:
         self._add_to_documents(values.reshape(3, -1), targets.ravel() == self.end_of_text)
 
     def _add_to_blocks(self, window: Numbers) -> None:
-        """Blocks of equally many windows, twice as many whenever there are too many blocks."""
-        if self.last_block == self.block_size:
+        """Blocks of whole windows, twice as long whenever there are too many blocks."""
+        if not self.blocks or self.blocks[-1][TOKENS] >= self.block_size:
             if len(self.blocks) == MAX_BLOCKS:
                 pairs = zip(self.blocks[::2], self.blocks[1::2], strict=True)
                 self.blocks, self.block_size = [a + b for a, b in pairs], 2 * self.block_size
             self.blocks.append(np.zeros(3))
-            self.last_block = 0
         self.blocks[-1] = self.blocks[-1] + window
-        self.last_block += 1
 
     def _add_to_documents(self, values: Numbers, ends: npt.NDArray[np.bool_]) -> None:
         """Add (3, N) values of N tokens, of which some end a document."""

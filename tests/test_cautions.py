@@ -110,9 +110,15 @@ def test_shipped_configs_are_without_warnings(name: str):
         ("data: {dtype: uint32, hub: {split: test}}", {}, ["data.dtype", "data.hub.split"]),
         ("diagnostics: {sequences: 3}", {}, ["diagnostics.sequences"]),
         ("data: {validation: {source: stdlib}, holdout: tail}", {}, ["data.holdout"]),
+        (
+            "sampling: {tokens: 0, prompt: Once, every: 5}",
+            {},
+            ["sampling.every", "sampling.prompt"],
+        ),
         # Set below the variant: it was for another one.
         ("optimizer: {beta1: 0.8}", {"optimizer.name": "sgd", "optimizer.learning_rate": 1}, []),
         ("schedule: {warmup_steps: 50}", {"schedule.warmup": "none"}, []),
+        ("sampling: {prompt: Once}", {"sampling.tokens": "0"}, []),
         ("base: tiny-shakespeare-char", {"data.source": "stdlib", "data.path": []}, []),
         # Read by another source.
         ("data: {text_field: body, mix: [{source: jsonl, path: a.jsonl}]}", {}, []),

@@ -39,15 +39,18 @@ def offered(line: str, folder: Path, environment: dict[str, str]) -> list[str]:
 
 
 def test_commands_their_arguments_and_options(folder: Path, environment: dict[str, str]):
-    assert offered("steadygpt ", folder, environment) == [*COMMANDS, "--version"]
-    assert offered("steadygpt train ", folder, environment) == [
-        *names("config"),
-        "my.yaml",
-        "runs/",
-    ]
+    assert offered("steadygpt ", folder, environment) == [*COMMANDS]
     line = "steadygpt train quickstart --seed 1 --schedule.wa"
     assert offered(line, folder, environment) == ["--schedule.warmup", "--schedule.warmup-steps"]
-    assert offered("steadygpt trian ", folder, environment) == []
+
+
+@pytest.mark.slow
+def test_the_start_of_a_line(folder: Path, environment: dict[str, str]):
+    files = ["my.yaml", "runs/"]
+    expected = {"train ": [*names("config"), *files], "trian ": [], "--": ["--help", "--version"]}
+    assert {typed: offered(f"steadygpt {typed}", folder, environment) for typed in expected} == (
+        expected
+    )
 
 
 def values(placeholder: str, prefix: str = "") -> list[str]:
@@ -66,7 +69,9 @@ def test_values_are_those_of_the_help(folder: Path, monkeypatch: pytest.MonkeyPa
         "RUN_DIR": ["runs/"],
         "auto|never|CHECKPOINT": ["auto", "never", "runs/"],
         "FILE": ["my.yaml", "notes.txt", "runs/"],
+        "CONFIG.yaml": [*names("config"), "my.yaml", "runs/"],
         "GRID.yaml": [*names("grid"), "my.yaml", "runs/"],
+        "LADDER.yaml": [*names("ladder"), "my.yaml", "runs/"],
     }
     assert {placeholder: values(placeholder) for placeholder in expected} == expected
     assert values("RUN_DIR", "runs/") == ["runs/one/"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -162,6 +163,18 @@ def test_one_document_is_cut_into_contiguous_blocks(model: GPT, length: int, blo
         assert found.loss.error == pytest.approx(error, rel=1e-9)
 
 
+@pytest.mark.parametrize("stride", [1, 3, 7])
+def test_blocks_are_no_shorter_for_a_smaller_stride(model: GPT, stride: int):
+    short = evaluate(model, [text(60)], byte_lengths=LENGTHS, stride=stride)
+    assert (short.units, short.loss.error) == (None, None)
+    side_by_side, strided = (
+        evaluate(model, [text(2100)], byte_lengths=LENGTHS, stride=n) for n in (CONTEXT, stride)
+    )
+    assert 32 <= strided.unit_count <= 64
+    assert strided.effective_units > 32
+    assert strided.loss.error == pytest.approx(side_by_side.loss.error, rel=0.5)
+
+
 def test_identical_documents_have_no_error(model: GPT):
     tokens = np.tile(text(CONTEXT), 20)
     tokens = np.concatenate([[END], tokens])  # windows begin where documents begin
@@ -230,6 +243,30 @@ def test_the_loss_is_the_one_that_training_logged(
     assert bits == pytest.approx(logged["val_bits_per_byte"], rel=2e-7)
 
 
+def test_it_computes_as_training_does(
+    run: Path,
+    tmp_path: Path,
+    tiny: Callable[..., Config],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """In the run's precision, with as many logits at a time."""
+    data = {"validation": {"path": [str(run.parent / "val.txt")]}}
+    training = {"steps": 2, "precision": "bf16", "loss_chunk": 7}
+    config = tiny(data=data, training=training, evaluation={"sequences": None})
+    logged = train(config, tmp_path / "run", quiet=True).val_loss
+    chunks, token_losses = [], evaluation.token_losses
+
+    def noted(model: GPT, *rest: torch.Tensor) -> torch.Tensor:
+        chunks.append(model.loss_chunk)
+        return token_losses(model, *rest)
+
+    monkeypatch.setattr(evaluation, "token_losses", noted)
+    (found,) = evaluated(capsys, tmp_path / "run")["runs"]
+    assert found["loss"]["value"] == pytest.approx(logged, rel=2e-7)
+    assert set(chunks) == {7}
+
+
 def test_it_evaluates_whole_windows_as_training_does(tiny_run: Path, tiny: Callable[..., Config]):
     network, encoding, _ = load_run(tiny_run)
     dataset = prepare(tiny().data)
@@ -264,8 +301,7 @@ def test_a_run_and_a_file_with_the_same_text_agree(
 def test_several_runs_are_one_table(
     run: Path, tiny_run: Path, tmp_path: Path, tiny: Callable[..., Config], capsys
 ):
-    vocabulary = {"tokenizer": "chars"}
-    train(tiny(data=vocabulary, training={"steps": 1}), tmp_path / "chars", quiet=True)
+    train(tiny(data={"tokenizer": "chars"}, training={"steps": 1}), tmp_path / "chars", quiet=True)
     code, out, _ = called(capsys, "eval", tiny_run, tmp_path / "chars", run)
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()[1:4]] == [
@@ -273,13 +309,30 @@ def test_several_runs_are_one_table(
         str(tmp_path / "chars"),
         str(run),
     ]
-    assert "trained and evaluated on different texts" in out
+    assert "evaluated on different texts" in out
     assert "bits per byte are" in out
+    found = evaluated(capsys, tiny_run, tmp_path / "chars")  # one text, two vocabularies
+    assert len({each["text_sha256"] for each in found["runs"]}) == 1
+    assert not any("different texts" in note for note in found["notes"])
     (tmp_path / "a.txt").write_text("The quick brown fox.")
     code, out, _ = called(capsys, "eval", tiny_run, run, "--data.path", tmp_path / "a.txt")
     assert code == 0
     assert "different" not in out
-    assert out.count("one short document, so there are no standard errors") == 2
+    assert out.count("one short document, so there are no standard errors") == 1
+
+
+def test_checkpoints_of_one_run_are_told_apart(run: Path, capsys: pytest.CaptureFixture[str]):
+    early, late = (run / f"checkpoints/step-{step:08d}" for step in (10, 20))
+    code, out, _ = called(capsys, "eval", early, late, "--stride", "3")
+    assert code == 0
+    tables, notes = out.split("note: ", 1)
+    assert [line.split()[:2] for line in tables.splitlines()[1:3]] == [
+        [str(run), "10"],
+        [str(run), "20"],
+    ]
+    assert f"\n{run} step 10 " in tables
+    assert re.search(rf"training logged [\d.]+ for {run} step 10, [\d.]+ for {run} step 20;", notes)
+    assert notes.count("one short document") == 1
 
 
 def test_errors_are_shown_with_two_digits():
@@ -321,6 +374,11 @@ def test_a_text_that_has_changed_is_not_the_run_s(
     data = {"path": [str(tmp_path / "a.txt")], "cache_dir": str(tmp_path / "cache")}
     train(tiny(data=data, training={"steps": 1}), tmp_path / "run", quiet=True)
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["data"]["path"]
+    (tmp_path / "a.txt").unlink()
+    code, _, err = called(capsys, "eval", tmp_path / "run")
+    assert code == 2
+    assert f"{tmp_path / 'run'}: its text cannot be read: data.path" in err
+    assert "--data.path FILE" in err
     (tmp_path / "a.txt").write_text("Six seven eight nine ten. " * 40)
     code, _, err = called(capsys, "eval", tmp_path / "run")
     assert code == 2

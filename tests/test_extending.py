@@ -115,6 +115,13 @@ def test_a_run_from_a_checkpoint_is_rewarmed_too(
     last, reached = rates(tmp_path / "origin")[20], 0.05 * lr_multiplier(faster.schedule, 25, 30)
     text = f"moves from {last:.2e} at step 20 to {reached:.2e} at step 25, by a factor"
     assert text in capsys.readouterr().err
+    same_length = faster.model_copy(update={"training": tiny().training})
+    described = describe_lr_change(tiny(), same_length, Progress(step=10))
+    assert described is not None
+    assert described.startswith("another schedule or rate: the learning rate moves from")
+    late = describe_lr_change(tiny(training={"steps": 29}), faster, Progress(step=28))
+    assert late is not None
+    assert late.endswith(", the end; schedule.rewarm (5) is more than the 2 updates left")
     own = rates(tmp_path / "run")
     assert last < own[21] < own[22] < own[23] < own[24] < own[25] == reached
 
@@ -153,8 +160,23 @@ def test_a_run_stops_early_and_keeps_its_best_checkpoint(
     kept = checkpoints.steps(tmp_path / "run/checkpoints")
     assert list(kept) == [9, 15]
     assert report(result) == 0
-    assert f"best checkpoint  {kept[9]}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"best checkpoint  {kept[9]}" in printed
+    assert "before the first update" not in printed
     assert run(config, tmp_path / "run").step == 15  # nothing is left to do
+
+
+@pytest.mark.usefixtures("losses")
+def test_a_run_that_only_becomes_worse_is_said_to(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(globals(), "LOSSES", (3.0, 5.0, 4.0))
+    result = run(tiny(evaluation={"every": 3, "patience": 2}), tmp_path / "run")
+    assert result.step == 6
+    assert report(result) == 0
+    printed = capsys.readouterr().out
+    assert "No evaluation was better than the one before the first update." in printed
+    assert "step-00000006 (lowest loss of those saved;" in printed
 
 
 @pytest.mark.usefixtures("losses")
@@ -179,6 +201,17 @@ def test_more_patience_continues_a_run_that_stopped_early(tiny: Make, tmp_path: 
     patient = run(tiny(evaluation={"every": 3, "patience": 3}, **options), tmp_path / "run")
     assert (patient.step, patient.stopped_early) == (17, False)
     assert patient.reason == "completed all 17 steps"
+
+
+@pytest.mark.usefixtures("losses")
+def test_a_run_from_a_checkpoint_has_its_own_patience(tiny: Make, tmp_path: Path):
+    """The losses 4.5, 3.0, 3.0: only the last one is no new lowest of this run."""
+    options = {"checkpoint": {"keep": 9}, "training": {"steps": 12}}
+    run(tiny(evaluation={"every": 3}, **options), tmp_path / "origin")
+    config = tiny(evaluation={"every": 3, "patience": 1}, **options | {"training": {"steps": 15}})
+    origin = str(tmp_path / "origin/checkpoints/step-00000006")
+    result = run(config, tmp_path / "run", resume=origin)
+    assert (result.step, result.stopped_early, result.best_val_loss) == (12, True, 3.0)
 
 
 @pytest.mark.usefixtures("losses")

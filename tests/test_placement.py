@@ -512,6 +512,10 @@ REFUSED = [
         ["norm.bias: true", "norm.type rms, which has no bias"],
     ),
     ({"norm": {"type": "none", "bias": True}}, ["norm.bias: true", "norm.type none, which has no"]),
+    (
+        {"norm": {"placement": "rezero", "bias": True, "eps": 1e-3}},
+        ["norm.bias: true", "norm.eps: 0.001 conflicts with placement rezero, which has no norms"],
+    ),
     ({"norm": {"type": "rms", "alpha0": 1.0}}, ["norm.alpha0: 1.0", "any norm.type but dyt"]),
     ({"norm": {"alpha0": 1.0}}, ["norm.alpha0: 1.0", "any norm.type but dyt"]),
 ]

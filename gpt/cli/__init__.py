@@ -65,7 +65,8 @@ def main() -> int:
         name = tab.typed_command()
         if name not in COMMANDS:
             commands = argparse.ArgumentParser()
-            commands.add_argument("command", choices=[*COMMANDS, "--version"])
+            commands.add_argument("command", choices=COMMANDS)
+            commands.add_argument("--version", action="version")
             tab.complete(commands, words_before=1)
     if name in COMMANDS:
         return run(name, sys.argv[2:], f"steadygpt {name}")

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -72,7 +72,8 @@ class Result:
     Attributes:
         step: of the checkpoint.
         text: "validation", or the source that the flags name.
-        text_sha256: fingerprint of the run's data; None for a text that the flags name.
+        text_sha256: of the documents, as UTF-8 with a byte 0xff after each; the same for all
+            tokenizers.
         vocabulary_sha256: of tokenizer.json.
         training_loss: the validation loss that training logged at this step, if that was of the
             same text; nats per token.
@@ -81,7 +82,7 @@ class Result:
     run: str
     step: int
     text: str
-    text_sha256: str | None
+    text_sha256: str
     tokenizer: str
     vocabulary: int
     vocabulary_sha256: str
@@ -145,11 +146,11 @@ def _evaluate(
     model.loss_chunk = config.training.loss_chunk
     context = config.model.context
     stride = arguments.stride or context
-    fingerprint = training_loss = None
+    training_loss, digest = None, hashlib.sha256()
     show(f"{prog}: {path}, step {step}", sys.stderr)
     with contextlib.closing(Console()) as console, flush_denormals():
         if text is None:
-            tokens, fingerprint = _own_validation(run.read_environment(), path, config, console)
+            tokens = _own_validation(run.read_environment(), path, config, console)
             lines = metrics.read_up_to(run.metrics, step)
             at_step = [r["val_loss"] for r in lines if r["step"] == step and "val_loss" in r]
             training_loss = at_step[-1] if at_step else None
@@ -158,7 +159,7 @@ def _evaluate(
         with autocast(device, config.training.precision):
             result = evaluation.evaluate(
                 model,
-                tokens,
+                _hashed(tokens, encoding, digest),
                 byte_lengths=tokenizer.byte_lengths(encoding),
                 stride=stride,
                 batch=micro_batch(config, encoding.n_vocab, device),
@@ -167,7 +168,7 @@ def _evaluate(
         run=str(path),
         step=step,
         text="validation" if text is None else " ".join([text.source, *text.path]),
-        text_sha256=fingerprint,
+        text_sha256=digest.hexdigest(),
         tokenizer=encoding.name,
         vocabulary=encoding.n_vocab,
         vocabulary_sha256=hashlib.sha256(tokenizer.to_json(encoding).encode()).hexdigest(),
@@ -180,13 +181,19 @@ def _evaluate(
 
 def _own_validation(
     environment: dict[str, Any], path: Path, config: Config, console: Console
-) -> tuple[Iterator[Tokens], str]:
-    """The validation tokens of a run in pieces, and the fingerprint of its data.
+) -> Iterator[Tokens]:
+    """The validation tokens of a run, in pieces.
 
     Raises:
         InputError: the text is missing, or is not the one on which the run was trained.
     """
-    dataset = prepare.prepare(config)
+    try:
+        dataset = prepare.prepare(config)
+    except InputError as error:
+        raise InputError(
+            f"{path}: its text cannot be read: {error}\nto evaluate another text, name it: "
+            "--data.path FILE"
+        ) from None
     if dataset.fingerprint != environment.get("data_fingerprint"):
         raise InputError(
             f"{path}: the text has changed since the run was trained on it; to evaluate it as it "
@@ -199,7 +206,17 @@ def _own_validation(
             yield dataset.val[start : start + PIECE]
             console.progress(min(start + PIECE, len(dataset.val)) * dataset.val.itemsize)
 
-    return pieces(), dataset.fingerprint
+    return pieces()
+
+
+def _hashed(
+    tokens: Iterable[Tokens], encoding: Encoding, digest: hashlib._Hash
+) -> Iterator[Tokens]:
+    """The same tokens; their text is added to the digest, with a byte 0xff for end of text."""
+    texts = [*encoding.tokens, b"\xff"]  # which UTF-8 never contains
+    for piece in tokens:
+        digest.update(b"".join(map(texts.__getitem__, piece.tolist())))
+        yield piece
 
 
 def _given_text(text: Text, encoding: Encoding, console: Console) -> Iterator[Tokens]:
@@ -259,12 +276,12 @@ def _describe(results: Sequence[Result]) -> str:
     longest = max((each.evaluation.by_position for each in results), key=len)
     ranges = [f"{p.first}" if p.first == p.last else f"{p.first}-{p.last}" for p in longest]
     positions = [["loss by tokens of context", *ranges]]
-    for each in results:
+    for label, each in zip(_labels(results), results, strict=True):
         losses = [
             "-" if p.loss is None or p.tokens < FEW_TOKENS else f"{p.loss:.3f}"
             for p in each.evaluation.by_position
         ]
-        positions.append([each.run, *losses, *[""] * (len(longest) - len(losses))])
+        positions.append([label, *losses, *[""] * (len(longest) - len(losses))])
     notes = [f"note: {note}" for note in _notes(results)]
     shown = any(cell not in ("-", "") for row in positions[1:] for cell in row[1:])
     tables = [aligned(rows), aligned(positions) if shown else [], notes]
@@ -286,23 +303,44 @@ def _exponent(value: float) -> int:
     return int(f"{value:.1e}".partition("e")[2])
 
 
+def _labels(results: Sequence[Result]) -> list[str]:
+    """The run of each result, with its step if there are several of that run."""
+    runs = [result.run for result in results]
+    return [
+        f"{result.run} step {result.step}" if runs.count(result.run) > 1 else result.run
+        for result in results
+    ]
+
+
 def _notes(results: Sequence[Result]) -> list[str]:
     """What one has to know in order to read the numbers of these runs."""
     notes: list[str] = []
     if len({result.text_sha256 for result in results}) > 1:
         notes.append(
-            "the runs were trained and evaluated on different texts; --data.path FILE evaluates "
-            "all on one text"
+            "the runs were evaluated on different texts; --data.path FILE evaluates all on one text"
         )
     if len({result.vocabulary_sha256 for result in results}) > 1:
         notes.append(
             "losses per token and perplexities of different vocabularies are not comparable; bits "
             "per byte are"
         )
-    for result in results:
-        for note in (_note_on_errors(result), _note_on_training(result)):
-            if note:
-                notes.append(f"{result.run}: {note}")
+    labels = _labels(results)
+    of_errors: dict[str, list[str]] = {}  # note -> the runs that it is about
+    for label, result in zip(labels, results, strict=True):
+        of_errors.setdefault(_note_on_errors(result), []).append(label)
+    for note, about in of_errors.items():
+        if note:
+            notes.append(note if len(about) == len(results) else f"{', '.join(about)}: {note}")
+    logged = [
+        f"{result.training_loss:.4f} for {label}"
+        for label, result in zip(labels, results, strict=True)
+        if _differs_from_training(result)
+    ]
+    if logged:
+        notes.append(
+            f"training logged {', '.join(logged)}; it measures whole windows side by side, at most "
+            "evaluation.sequences of them"
+        )
     return notes
 
 
@@ -310,7 +348,7 @@ def _note_on_errors(result: Result) -> str:
     """What the standard errors of a run rest on; empty if on enough documents."""
     found = result.evaluation
     if found.units is None:
-        return "one short document, so there are no standard errors"
+        return "the text is one short document, so there are no standard errors"
     if found.units == "blocks":
         return (
             f"the text is one document; its standard errors are by {found.unit_count} contiguous "
@@ -320,15 +358,10 @@ def _note_on_errors(result: Result) -> str:
         return ""
     unequal = f" of {found.unit_count:,} very unequal" if found.unit_count >= FEW else ""
     number = f"{found.effective_units:.1f}" if unequal else f"{found.unit_count}"
-    return f"its standard errors are rough, as they rest on {number}{unequal} documents"
+    return f"the standard errors are rough, as they rest on {number}{unequal} documents"
 
 
-def _note_on_training(result: Result) -> str:
-    """How the loss differs from the one that training logged; empty if it does not."""
+def _differs_from_training(result: Result) -> bool:
+    """Whether training logged another loss at this step, as it is printed."""
     logged, loss = result.training_loss, result.evaluation.loss.value
-    if logged is None or loss is None or f"{logged:.4f}" == f"{loss:.4f}":
-        return ""
-    return (
-        f"training logged {logged:.4f} at this step, on whole windows that do not overlap, at most "
-        "evaluation.sequences of them"
-    )
+    return logged is not None and loss is not None and f"{logged:.4f}" != f"{loss:.4f}"

@@ -18,7 +18,11 @@ from gpt.config.shipped import Kind, names
 if TYPE_CHECKING:
     from argcomplete.completers import BaseCompleter
 
-SHIPPED: dict[str, Kind] = {"CONFIG.yaml": "config", "GRID.yaml": "grid"}  # by placeholder
+SHIPPED: dict[str, Kind] = {  # by placeholder
+    "CONFIG.yaml": "config",
+    "GRID.yaml": "grid",
+    "LADDER.yaml": "ladder",
+}
 WORD = re.compile(r"(?<![\w.])[a-z][\w.-]*")  # of a placeholder, which may be typed as it is
 FOLDER = re.compile(r"DIR|CHECKPOINT")
 FILE = re.compile(r"PATH|FILE|\.yaml")

@@ -138,6 +138,7 @@ def _plan(config: Config, out_dir: Path, resume: str) -> str:
 
 def _describe(result: RunResult, prog: str) -> str:
     from gpt import checkpoint as store
+    from gpt import metrics
     from gpt.run.directory import RunDirectory
 
     run = RunDirectory(result.directory)
@@ -151,6 +152,9 @@ def _describe(result: RunResult, prog: str) -> str:
         )
         with contextlib.suppress(InputError):  # a result without its environment.json
             lines += _what_it_means(result.val_loss, run.guessing_losses())
+        before = [r.get("val_loss") for r in metrics.read(run.metrics) if r["step"] == 0]
+        if result.best_val_loss in before:
+            lines.append("  No evaluation was better than the one before the first update.")
     if run.plot.is_file():
         lines.append(f"  plot             {run.plot}")
     samples = sorted(run.samples.glob("step-*.txt"))
@@ -167,7 +171,9 @@ def _describe(result: RunResult, prog: str) -> str:
     if saved:
         best = store.read_pointer(run.checkpoints, "best")
         if best is not None:
-            lines.append(f"  best checkpoint  {best} (lowest validation loss; sampled by default)")
+            lines.append(
+                f"  best checkpoint  {best} (lowest loss of those saved; sampled by default)"
+            )
         command = [*typed("sample", prog), str(result.directory), "--num-samples", "3"]
         lines.append(f"  more samples     {shlex.join(command)}")
     return "\n".join(lines)

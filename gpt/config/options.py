@@ -284,6 +284,8 @@ class ModelConfig(Section):
             "norm.type": norm.type if norm.type not in (None, "none") else None,
             "norm.final_norm": "on" if norm.final_norm == "on" else None,
             "norm.embedding": "true" if norm.embedding else None,
+            "norm.bias": "true" if norm.bias else None,
+            "norm.eps": norm.eps if norm.eps != NormConfig.model_fields["eps"].default else None,
             "attention.qk_norm": "true" if self.attention.qk_norm else None,
         }
         for option, value in wanted.items():
@@ -487,11 +489,11 @@ class Generation(Sampling):
 class SamplingConfig(Sampling):
     """Text that the model writes during training, into samples/."""
 
-    every: Count | None = None
+    every: Annotated[Count | None, Only("tokens")] = None
     """Steps between samples. Unset: as evaluation.every."""
     tokens: CountOrZero = 200
     """Tokens per sample; 0 writes none."""
-    prompt: str = ""
+    prompt: Annotated[str, Only("tokens")] = ""
     """Text to continue; empty starts a new document."""
 
 

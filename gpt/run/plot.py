@@ -183,10 +183,20 @@ def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return means
 
 
+class _Plain(LogFormatter):
+    """Plain numbers, such as 0.3, where matplotlib would write 3e-01 or TeX."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        assert self.axis is not None, "set by the axis"
+        least, most = self.axis.get_view_interval()
+        crowded = most > 10 * least and f"{x:.0e}"[0] not in "13"
+        return f"{x:g}" if super().__call__(x, pos) and not crowded else ""
+
+
 def label_plainly(axes: Axes) -> None:
-    """Label a logarithmic y-axis with plain numbers, because matplotlib would write TeX."""
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter())
+    """Label a logarithmic y-axis with plain numbers that do not overlap."""
+    axes.yaxis.set_major_formatter(_Plain())
+    axes.yaxis.set_minor_formatter(_Plain())
 
 
 def save(figure: Figure, path: Path) -> None:

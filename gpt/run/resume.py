@@ -116,13 +116,18 @@ def describe_lr_change(before: Config, now: Config, progress: Progress) -> str |
     last = _rate(before, step, progress.rewarm_from)
     if math.isclose(last, _rate(now, step, None), rel_tol=1e-6):
         return None
-    then = min(step + max(rewarm, 1), now.training.steps)
+    left = now.training.steps - step
+    then = step + min(max(rewarm, 1), left)
     rate = _rate(now, then, start_rewarm(before, now, progress))
+    longer = before.training.steps != now.training.steps
+    spans = f"the {now.schedule.body} schedule now spans {now.training.steps} steps"
+    why = spans if longer else "another schedule or rate"
+    advice = "" if rewarm else "; schedule.rewarm: N spreads this over N updates"
+    if rewarm > left:
+        advice = f", the end; schedule.rewarm ({rewarm}) is more than the {left} updates left"
     return (
-        f"the {now.schedule.body} schedule now spans {now.training.steps} steps: the learning rate "
-        f"{'moves' if rewarm else 'jumps'} from {last:.2e} at step {step} to {rate:.2e} at step "
-        f"{then}, by a factor of {rate / last:.3g}"
-        + ("" if rewarm else "; schedule.rewarm: N spreads this over N updates")
+        f"{why}: the learning rate {'moves' if rewarm else 'jumps'} from {last:.2e} at step {step} "
+        f"to {rate:.2e} at step {then}, by a factor of {rate / last:.3g}{advice}"
     )
 
 
