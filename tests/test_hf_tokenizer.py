@@ -156,6 +156,10 @@ REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
     "space before": (lambda t: t["pre_tokenizer"].update(add_prefix_space=True), "ByteLevel"),
     "another split": (lambda t: t.update(pre_tokenizer={"type": "Whitespace"}), "Whitespace"),
     "no split": (lambda t: t.update(pre_tokenizer=None), "pre-tokenizer None"),
+    "merges of whole texts": (
+        lambda t: t["pre_tokenizer"].update(use_regex=False),
+        "not split into words",
+    ),
     "another model": (lambda t: t["model"].update(type="Unigram"), "Unigram"),
     "suffix": (lambda t: t["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix"),
     "dropout": (lambda t: t["model"].update(dropout=0.1), "dropout"),

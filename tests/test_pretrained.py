@@ -106,6 +106,20 @@ def test_a_checkpoint_is_a_source_too(tiny_run: Path, written: Write):
     assert all(torch.equal(found[name], each) for name, each in source.state_dict().items())
 
 
+@pytest.mark.parametrize("pointer", ["latest", "best"])
+def test_the_file_that_names_a_checkpoint_is_a_source(
+    pointer: str, tiny_run: Path, tmp_path: Path, written: Write
+):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    (run / "checkpoints/latest").write_text("step-00000020\n")
+    (run / "checkpoints/best").write_text("step-00000010\n")
+    config = load(written(run / "checkpoints" / pointer))
+    assert config.data.vocabulary == str(run / "tokenizer.json")
+    weights = pretrained.find(config)
+    assert weights.folder.name == (run / "checkpoints" / pointer).read_text().strip()
+
+
 def test_a_shorter_context_and_another_dropout_are_allowed(tiny_run: Path, written: Write):
     config = load(written(tiny_run, model={"context": 5, "dropout": 0.2}))
     assert (config.model.context, config.model.dropout) == (5, 0.2)
@@ -160,6 +174,22 @@ def test_a_resumed_run_does_not_need_its_source(
     assert code == 2
     assert f"{path}: init_from: {source}: no such folder" in err
     assert not (tmp_path / "new").exists()
+
+
+def test_another_run_from_its_checkpoint_does_not_need_the_source(
+    tiny_run: Path, written: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    source, out = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(tiny_run, source)
+    short = {"steps": 2}, {"every": 2}
+    path = written(source, training=short[0], evaluation=short[1])
+    assert train(load(path), out, quiet=True).status == "finished"
+    shutil.rmtree(source)
+    longer = ("--training.steps", 4, "--resume", out / "checkpoints/latest")
+    code, _, err = called(capsys, "train", path, "--out-dir", tmp_path / "branch", *longer)
+    assert code == 0, err
+    assert "initial weights" not in err
+    assert json.loads((tmp_path / "branch/result.json").read_text())["step"] == 4
 
 
 def test_a_run_whose_source_is_gone_cannot_return_to_it(tiny_run: Path, written: Write, tmp_path):
@@ -387,6 +417,20 @@ def test_another_vocabulary_of_the_same_size_is_refused(
     assert called(capsys, "train", same, "--out-dir", tmp_path / "run")[0] == 0
 
 
+@pytest.mark.parametrize("tokenizer", ["bpe", "chars"])
+def test_a_vocabulary_made_from_the_new_text_is_refused_before_any_is_prepared(
+    tokenizer: str, tiny_run: Path, written: Write, tmp_path: Path, capsys
+):
+    data = {"tokenizer": tokenizer, "cache_dir": str(tmp_path / "cache")}
+    path = written(tiny_run, data=data)
+    for more in ([], ["--dry-run"]):
+        code, _, err = called(capsys, "train", path, "--out-dir", tmp_path / "run", *more)
+        assert code == 2
+        assert f"data.tokenizer: {tokenizer} makes a vocabulary from the new text" in err
+        assert f"data.vocabulary: {tiny_run / 'tokenizer.json'}" in err
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_damaged_checkpoint_is_refused(tiny_run: Path, tmp_path: Path, written: Write):
     shutil.copytree(tiny_run, tmp_path / "copy")
     checkpoint = tmp_path / "copy/checkpoints/step-00000020"
@@ -407,6 +451,10 @@ def test_a_damaged_checkpoint_is_refused(tiny_run: Path, tmp_path: Path, written
     [
         ("runs/none", r"runs/none: no such folder;\nset init_from to a run directory"),
         ("../x/y/z", r"no such folder"),
+        ("mine", r"mine: no such folder; perhaps you meant runs/mine"),
+        ("runs/mien", r"runs/mien: no such folder; perhaps you meant runs/mine"),
+        ("runs/mine/checkpoints", r"nor config\.json; perhaps you meant runs/mine;"),
+        ("runs", r"runs: has neither .* nor config\.json; perhaps you meant runs/mine;"),
         ("folder", r"folder: has neither config\.yaml nor config\.json"),
         ("file.txt", r"file\.txt: is a file"),
         ("folder/nothing", r"folder/nothing: no such folder"),
@@ -423,10 +471,21 @@ def test_a_name_of_nothing_is_refused_without_a_network(
     monkeypatch.setattr("gpt.config.source.download", None)
     (tmp_path / "folder").mkdir()
     (tmp_path / "step-00000001").mkdir()
+    (tmp_path / "runs/mine/checkpoints").mkdir(parents=True)
+    (tmp_path / "runs/mine/config.yaml").touch()
     (tmp_path / "file.txt").touch()
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"init_from": source}))
     with pytest.raises(InputError, match=message):
         load("c.yaml")
+
+
+def test_a_repository_without_safetensors_is_refused(
+    written: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    monkeypatch.setattr("gpt.config.source.download", lambda *arguments: tmp_path)
+    with pytest.raises(InputError, match=r"me/model: has no model\.safetensors on the hub"):
+        pretrained.find(load(written("me/model")))
 
 
 # -- GPT-2's names, comparisons, ensembles ---------------------------------------------------------

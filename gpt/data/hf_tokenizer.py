@@ -209,6 +209,8 @@ def read(tree: dict[str, Any]) -> tuple[str, list[bytes], list[str]]:
         return name, [text.encode() for text in texts[:end]], []
     tokens = [from_printable(text) for text in texts[:end]]
     merges = [each if isinstance(each, str) else " ".join(each) for each in model["merges"]]
+    if name == "bytes" and merges:
+        raise ValueError("it merges bytes of text that is not split into words first")
     if merges != recover_merges(tokens):
         raise ValueError("its merges are not in the order of the ids")
     return name, tokens, merges

@@ -26,13 +26,11 @@ from gpt.trainer import Trainer
 
 
 def check_tokens(plan: ResumePlan, config: Config, dataset: Dataset) -> None:
-    """Refuse to resume a run on different data, or to use weights with another vocabulary.
+    """Refuse to resume a run on different data.
 
     Raises:
-        InputError: the prepared tokens differ from those of the checkpoint or the weights.
+        InputError: the prepared tokens differ from those of the checkpoint.
     """
-    if plan.pretrained is not None:
-        plan.pretrained.check_vocabulary(config.data, dataset.encoding)
     if plan.checkpoint is None:
         return
     if read_state(plan.checkpoint).data_fingerprint != dataset.fingerprint:
