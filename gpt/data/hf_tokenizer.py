@@ -64,10 +64,11 @@ def from_printable(text: str) -> bytes:
 # Writing
 
 
-def write(name: str, tokens: list[bytes]) -> dict[str, str]:
+def write(name: str, tokens: list[bytes], context: int) -> dict[str, str]:
     """The files of a tokenizer that `transformers` loads, by name.
 
-    Text is never searched for "<|endoftext|>" (`split_special_tokens`), as in training.
+    Text is never searched for "<|endoftext|>" (`split_special_tokens`), as in training. `context`
+    is the model's, in tokens.
 
     Raises:
         ValueError: the tokens are not those of a BPE.
@@ -95,6 +96,7 @@ def write(name: str, tokens: list[bytes]) -> dict[str, str]:
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT),
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
+        "model_max_length": context,
     }
     files = {"tokenizer.json": tree, "tokenizer_config.json": options}
     return {

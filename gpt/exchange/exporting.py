@@ -95,7 +95,7 @@ def export(model: GPT, encoding: Encoding, out: Path, card: str) -> None:
             }
         ),
         "generation_config.json": _to_json(ends),
-        **to_hf(encoding),
+        **to_hf(encoding, model.config.context),
         "README.md": card,
     }
     tensors = to_tensors(LAYOUTS[kind], model)
