@@ -27,8 +27,8 @@ from test_hub import COMMIT, Hub
 
 from gpt import load, load_run, train
 from gpt.compare import grid as grids
-from gpt.config import Config, merge
-from gpt.config.layouts import SIZES
+from gpt.config import Config, merge, nest
+from gpt.config.layouts import LAYOUTS, SIZES
 from gpt.ensemble import train_together
 from gpt.errors import InputError
 from gpt.exchange import pretrained
@@ -281,6 +281,44 @@ def test_other_forms_of_the_same_folder(folder: Path, tmp_path: Path, written: W
             assert torch.equal(found[key], tensor), (name, key)
 
 
+# The values that transformers 5.23 documents for keys that a config.json leaves out.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "layers": 12, "heads": 12, "width": 768, "context": 1024, "dropout": 0.1,
+        "norm.eps": 1e-5, "norm.placement": "pre", "mlp.activation": "gelu_tanh",
+        "tied_head": True,
+    },
+    "opt": {
+        "layers": 12, "heads": 12, "width": 768, "context": 2048, "dropout": 0.1,
+        "norm.placement": "post", "mlp.activation": "relu", "tied_head": True,
+    },
+}  # fmt: skip
+
+
+def test_what_a_config_leaves_out_has_the_value_of_transformers():
+    assert LAYOUTS["gpt2"].to_options({}) == nest(DEFAULTS["gpt2"])
+    assert LAYOUTS["opt"].to_options({"do_layer_norm_before": False}) == nest(DEFAULTS["opt"])
+    with pytest.raises(InputError, match="do_layer_norm_before: True is not supported"):
+        LAYOUTS["opt"].to_options({})
+
+
+@pytest.mark.parametrize(
+    ("spelled", "ours"),
+    [
+        ("gelu_new", "gelu_tanh"),
+        ("gelu_pytorch_tanh", "gelu_tanh"),
+        ("gelu_python_tanh", "gelu_tanh"),
+        ("gelu", "gelu"),
+        ("gelu_python", "gelu"),
+        ("relu", "relu"),
+        ("relu2", "relu2"),
+    ],
+)
+def test_the_spellings_of_activations(spelled: str, ours: str):
+    options = LAYOUTS["gpt2"].to_options({"activation_function": spelled})
+    assert options["mlp"] == {"activation": ours}
+
+
 # -- What is refused ------------------------------------------------------------------------------
 
 
@@ -328,6 +366,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "scaling": (
         lambda f: edit(f, scale_attn_by_inverse_layer_idx=True),
         "config.json: scale_attn_by_inverse_layer_idx: True is not supported, only False",
+    ),
+    "scores": (
+        lambda f: edit(f, scale_attn_weights=False),
+        "scale_attn_weights: False is not supported, only True",
     ),
     "activation": (lambda f: edit(f, activation_function="silu"), "activation_function: 'silu' is"),
     "inner": (lambda f: edit(f, n_inner="x"), "n_inner: 'x' is not a whole number"),
@@ -484,7 +526,9 @@ def test_a_repository_without_safetensors_is_refused(
 ):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     monkeypatch.setattr("gpt.config.source.download", lambda *arguments: tmp_path)
-    with pytest.raises(InputError, match=r"me/model: has no model\.safetensors on the hub"):
+    with pytest.raises(
+        InputError, match=r"init_from: me/model: has no model\.safetensors on the hub"
+    ):
         pretrained.find(load(written("me/model")))
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from gpt.config.layouts import LAYOUTS, SIZES, Layout
 from gpt.config.strict_yaml import read_yaml
 from gpt.config.values import expand_user
-from gpt.errors import InputError, UnreachableError, closest, nearest
+from gpt.errors import InputError, UnreachableError, closest, nearest, option
 from gpt.io.files import read_json
 from gpt.io.wait import TIMEOUT, wait_for
 
@@ -172,11 +172,15 @@ def locate(source: Source) -> Path:
         UnreachableError: the hub does not respond within `RESPONSE` seconds.
     """
     if source.repository is not None:
-        folder = download(source.repository, ("model*.safetensors", INDEX), _is_complete)
+        try:
+            folder = download(source.repository, ("model*.safetensors", INDEX), _is_complete)
+        except InputError as error:
+            raise type(error)(f"{option('init_from')}: {error}") from None
         if not _is_complete(folder):
             raise InputError(
-                f"{source.repository}: has no {WEIGHTS} on the hub, and no other format is read "
-                "(loading a .bin can execute code);\nconvert it, in Python with transformers: "
+                f"{option('init_from')}: {source.repository}: has no {WEIGHTS} on the hub, and no "
+                "other format is read (loading a .bin can execute code);\n"
+                "convert it, in Python with transformers: "
                 f"AutoModelForCausalLM.from_pretrained({source.repository!r}).save_pretrained('NEW')"
             )
         return folder
