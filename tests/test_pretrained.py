@@ -65,10 +65,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def started(config: Config) -> GPT:
+def started(config: Config, weights: pretrained.Pretrained | None = None) -> GPT:
     """The network of a run before its first update."""
     trainer = Trainer(config, BYTES.n_vocab, torch.device("cpu"))
-    start_afresh(trainer, lambda: torch.tensor(TOKENS)[:, : config.model.context])
+    start_afresh(trainer, lambda: torch.tensor(TOKENS)[:, : config.model.context], weights)
     return trainer.model
 
 
@@ -116,8 +116,12 @@ def test_the_file_that_names_a_checkpoint_is_a_source(
     (run / "checkpoints/best").write_text("step-00000010\n")
     config = load(written(run / "checkpoints" / pointer))
     assert config.data.vocabulary == str(run / "tokenizer.json")
-    weights = pretrained.find(config)
-    assert weights.folder.name == (run / "checkpoints" / pointer).read_text().strip()
+    weights, chosen = pretrained.find(config), run / "checkpoints" / pointer
+    assert weights.folder.name == chosen.read_text().strip()
+    chosen.write_text("step-00000020\n" if pointer == "best" else "step-00000010\n")
+    found = started(config, weights)  # the run has trained on, and the weights are those found
+    expected = load_file(weights.folder / "model.safetensors")
+    assert torch.equal(found.token_embedding.weight, expected["token_embedding.weight"])
 
 
 def test_a_shorter_context_and_another_dropout_are_allowed(tiny_run: Path, written: Write):
@@ -408,7 +412,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "vocabulary": (
         lambda f: replace(f, transformer__wte__weight=torch.zeros(300, 8)),
-        "data.tokenizer: file has 257 tokens, but the weights",
+        "are for 300;\ntrain.py: set data.vocabulary to that of the weights",
     ),
     "damaged": (
         lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 100),

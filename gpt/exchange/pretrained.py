@@ -105,8 +105,9 @@ class Pretrained:
         """
         kind, theirs = TOKENIZERS[config.tokenizer], self.source.data
         weights = f"the weights of init_from {self.source.name}"
-        own = [f"data.{option}: {value}" for option, value in theirs.items()]
-        advice = f"set {' and '.join(own or ['data.vocabulary to that of the weights'])}"
+        same = all(getattr(config, option) == value for option, value in theirs.items())
+        own = " and ".join(f"data.{option}: {value}" for option, value in theirs.items())
+        advice = "set data.vocabulary to that of the weights" if same else f"set {own}"
         if kind.trained_on is not None:
             raise InputError(
                 f"data.tokenizer: {config.tokenizer} makes a vocabulary from the new text, but "
@@ -118,7 +119,7 @@ class Pretrained:
                 f"data.tokenizer: {config.tokenizer} has {encoding.n_vocab:,} tokens, but "
                 f"{weights} are for {self.vocab_size:,};\n{advice}"
             )
-        if any(getattr(config, option) != value for option, value in theirs.items()):
+        if not same:
             source = DataConfig.model_validate(theirs)
             if list(TOKENIZERS[source.tokenizer].make(source, ()).tokens) != list(encoding.tokens):
                 raise InputError(
