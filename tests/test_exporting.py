@@ -22,6 +22,7 @@ from gpt.config import Config, ModelConfig, nest, option_paths
 from gpt.config.layouts import LAYOUTS, OF_INITIALIZATION, without_counterpart
 from gpt.data.tokenizer import bytes_tokenizer
 from gpt.errors import InputError
+from gpt.exchange import card as card_of
 from gpt.exchange import exporting
 from gpt.exchange.exporting import export, layout_for
 from gpt.model.gpt2 import GPT
@@ -167,6 +168,8 @@ def test_the_files_describe_the_same_function(options: dict[str, Any], tmp_path:
     c = folder.config
     assert c["vocab_size"] == 257
     assert (c["bos_token_id"], c["eos_token_id"]) == (256, 256)
+    limit = json.loads((tmp_path / "out/tokenizer_config.json").read_text())["model_max_length"]
+    assert limit == SHAPE["context"]
     dropouts = {value for key, value in c.items() if "drop" in key}
     assert dropouts == {options.get("dropout", 0.0)}
 
@@ -270,7 +273,34 @@ def load_config(run: Path) -> Config:
     return Config.model_validate(yaml.safe_load((run / "config.yaml").read_text()))
 
 
-def test_nothing_is_overwritten(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_card_names_each_loss_and_source(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """A loss of an earlier step says so; names on the hub are kept, and paths are not."""
+    run, out = tmp_path / "run", tmp_path / "my out"
+    shutil.copytree(tiny_run, run)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    kept = [r for r in records if r["step"] < 20 or "val_loss" not in r]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept))
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("init_from: null", "init_from: me/model"))
+    code, printed, _ = called(capsys, "export", run, out, "--checkpoint", 20)
+    assert code == 0
+    assert f"finetune --init-from '{out}' --data.path MY.txt" in printed
+    card = (out / "README.md").read_text()
+    known = {record["step"]: record["val_loss"] for record in kept if "val_loss" in record}
+    assert f"| validation loss after {max(known)} updates | {known[max(known)]:.4f} |" in card
+    assert "| initial weights | me/model |" in card
+    assert "init_from: me/model" in card
+    options = {"init_from": "/home/me/secret/runs/x", "data": {"hub": {"name": "/home/me/secret"}}}
+    shortened = card_of._without_folders(options)
+    assert shortened == {"init_from": "x", "data": {"hub": {"name": "secret"}}}
+
+
+def test_nothing_is_overwritten(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine").touch()
     (tmp_path / "file").touch()
@@ -280,9 +310,14 @@ def test_nothing_is_overwritten(tiny_run: Path, tmp_path: Path, capsys: pytest.C
         ("full", "not empty"),
         ("file", "not a folder"),
         ("link", "not a folder"),
+        ("file/out", f"cannot be made, because {tmp_path / 'file'} is not a folder"),
     ):
         code, _, err = called(capsys, "export", tiny_run, tmp_path / name)
         assert (code, problem in err) == (2, True)
+    monkeypatch.chdir(tmp_path / "empty")
+    code, _, err = called(capsys, "export", tiny_run, ".")
+    assert (code, "is the working directory" in err) == (2, True)
+    monkeypatch.chdir(tmp_path)
     assert called(capsys, "export", tiny_run, tmp_path / "empty")[0] == 0
     assert (tmp_path / "empty/config.json").is_file()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import math
@@ -47,6 +48,7 @@ MEAN = [
 ]
 
 
+@functools.cache
 def make(name: str) -> Encoding:
     known = [*TRAINING, *MEAN, MIXED] if name == "chars" else TRAINING
     try:
@@ -61,7 +63,7 @@ def encoding(request: pytest.FixtureRequest) -> Encoding:
 
 
 def written(encoding: Encoding, folder: Path) -> Path:
-    for name, text in to_hf(encoding).items():
+    for name, text in to_hf(encoding, 64).items():
         (folder / name).write_text(text, "utf-8")
     return folder
 
@@ -156,6 +158,10 @@ REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
     "space before": (lambda t: t["pre_tokenizer"].update(add_prefix_space=True), "ByteLevel"),
     "another split": (lambda t: t.update(pre_tokenizer={"type": "Whitespace"}), "Whitespace"),
     "no split": (lambda t: t.update(pre_tokenizer=None), "pre-tokenizer None"),
+    "merges of whole texts": (
+        lambda t: t["pre_tokenizer"].update(use_regex=False),
+        "not split into words",
+    ),
     "another model": (lambda t: t["model"].update(type="Unigram"), "Unigram"),
     "suffix": (lambda t: t["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix"),
     "dropout": (lambda t: t["model"].update(dropout=0.1), "dropout"),
@@ -198,7 +204,7 @@ def test_a_vocabulary_that_is_not_a_bpe_cannot_be_written():
     tokens = [bytes([byte]) for byte in range(256)]
     for more, what in (([b"abc"], "token 256"), ([b"a" * 600], "token 256")):
         with pytest.raises(InputError, match=what):
-            to_hf(Encoding("bpe", [*tokens, *more]))
+            to_hf(Encoding("bpe", [*tokens, *more]), 64)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -216,6 +222,7 @@ def test_transformers_loads_it_offline(encoding: Encoding, exported: Path):
     end = encoding.eot_token
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (end, end, end)
     assert len(theirs) == encoding.n_vocab
+    assert len(theirs("word " * 100, truncation=True)["input_ids"]) == 64
 
 
 TASK = """\

@@ -27,8 +27,8 @@ from test_hub import COMMIT, Hub
 
 from gpt import load, load_run, train
 from gpt.compare import grid as grids
-from gpt.config import Config, merge
-from gpt.config.layouts import SIZES
+from gpt.config import Config, merge, nest
+from gpt.config.layouts import LAYOUTS, SIZES
 from gpt.ensemble import train_together
 from gpt.errors import InputError
 from gpt.exchange import pretrained
@@ -65,10 +65,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def started(config: Config) -> GPT:
+def started(config: Config, weights: pretrained.Pretrained | None = None) -> GPT:
     """The network of a run before its first update."""
     trainer = Trainer(config, BYTES.n_vocab, torch.device("cpu"))
-    start_afresh(trainer, lambda: torch.tensor(TOKENS)[:, : config.model.context])
+    start_afresh(trainer, lambda: torch.tensor(TOKENS)[:, : config.model.context], weights)
     return trainer.model
 
 
@@ -104,6 +104,24 @@ def test_a_checkpoint_is_a_source_too(tiny_run: Path, written: Write):
     assert config.data.vocabulary == str(checkpoint / "tokenizer.json")
     found, (source, *_) = started(config).state_dict(), load_run(tiny_run, "10")
     assert all(torch.equal(found[name], each) for name, each in source.state_dict().items())
+
+
+@pytest.mark.parametrize("pointer", ["latest", "best"])
+def test_the_file_that_names_a_checkpoint_is_a_source(
+    pointer: str, tiny_run: Path, tmp_path: Path, written: Write
+):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    (run / "checkpoints/latest").write_text("step-00000020\n")
+    (run / "checkpoints/best").write_text("step-00000010\n")
+    config = load(written(run / "checkpoints" / pointer))
+    assert config.data.vocabulary == str(run / "tokenizer.json")
+    weights, chosen = pretrained.find(config), run / "checkpoints" / pointer
+    assert weights.folder.name == chosen.read_text().strip()
+    chosen.write_text("step-00000020\n" if pointer == "best" else "step-00000010\n")
+    found = started(config, weights)  # the run has trained on, and the weights are those found
+    expected = load_file(weights.folder / "model.safetensors")
+    assert torch.equal(found.token_embedding.weight, expected["token_embedding.weight"])
 
 
 def test_a_shorter_context_and_another_dropout_are_allowed(tiny_run: Path, written: Write):
@@ -160,6 +178,22 @@ def test_a_resumed_run_does_not_need_its_source(
     assert code == 2
     assert f"{path}: init_from: {source}: no such folder" in err
     assert not (tmp_path / "new").exists()
+
+
+def test_another_run_from_its_checkpoint_does_not_need_the_source(
+    tiny_run: Path, written: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    source, out = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(tiny_run, source)
+    short = {"steps": 2}, {"every": 2}
+    path = written(source, training=short[0], evaluation=short[1])
+    assert train(load(path), out, quiet=True).status == "finished"
+    shutil.rmtree(source)
+    longer = ("--training.steps", 4, "--resume", out / "checkpoints/latest")
+    code, _, err = called(capsys, "train", path, "--out-dir", tmp_path / "branch", *longer)
+    assert code == 0, err
+    assert "initial weights" not in err
+    assert json.loads((tmp_path / "branch/result.json").read_text())["step"] == 4
 
 
 def test_a_run_whose_source_is_gone_cannot_return_to_it(tiny_run: Path, written: Write, tmp_path):
@@ -251,6 +285,44 @@ def test_other_forms_of_the_same_folder(folder: Path, tmp_path: Path, written: W
             assert torch.equal(found[key], tensor), (name, key)
 
 
+# The values that transformers 5.23 documents for keys that a config.json leaves out.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "layers": 12, "heads": 12, "width": 768, "context": 1024, "dropout": 0.1,
+        "norm.eps": 1e-5, "norm.placement": "pre", "mlp.activation": "gelu_tanh",
+        "tied_head": True,
+    },
+    "opt": {
+        "layers": 12, "heads": 12, "width": 768, "context": 2048, "dropout": 0.1,
+        "norm.placement": "post", "mlp.activation": "relu", "tied_head": True,
+    },
+}  # fmt: skip
+
+
+def test_what_a_config_leaves_out_has_the_value_of_transformers():
+    assert LAYOUTS["gpt2"].to_options({}) == nest(DEFAULTS["gpt2"])
+    assert LAYOUTS["opt"].to_options({"do_layer_norm_before": False}) == nest(DEFAULTS["opt"])
+    with pytest.raises(InputError, match="do_layer_norm_before: True is not supported"):
+        LAYOUTS["opt"].to_options({})
+
+
+@pytest.mark.parametrize(
+    ("spelled", "ours"),
+    [
+        ("gelu_new", "gelu_tanh"),
+        ("gelu_pytorch_tanh", "gelu_tanh"),
+        ("gelu_python_tanh", "gelu_tanh"),
+        ("gelu", "gelu"),
+        ("gelu_python", "gelu"),
+        ("relu", "relu"),
+        ("relu2", "relu2"),
+    ],
+)
+def test_the_spellings_of_activations(spelled: str, ours: str):
+    options = LAYOUTS["gpt2"].to_options({"activation_function": spelled})
+    assert options["mlp"] == {"activation": ours}
+
+
 # -- What is refused ------------------------------------------------------------------------------
 
 
@@ -299,6 +371,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit(f, scale_attn_by_inverse_layer_idx=True),
         "config.json: scale_attn_by_inverse_layer_idx: True is not supported, only False",
     ),
+    "scores": (
+        lambda f: edit(f, scale_attn_weights=False),
+        "scale_attn_weights: False is not supported, only True",
+    ),
     "activation": (lambda f: edit(f, activation_function="silu"), "activation_function: 'silu' is"),
     "inner": (lambda f: edit(f, n_inner="x"), "n_inner: 'x' is not a whole number"),
     "width": (lambda f: edit(f, n_embd="wide"), "config.json: n_embd: must be"),
@@ -336,7 +412,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "vocabulary": (
         lambda f: replace(f, transformer__wte__weight=torch.zeros(300, 8)),
-        "data.tokenizer: file has 257 tokens, but the weights",
+        "are for 300;\ntrain.py: set data.vocabulary to that of the weights",
     ),
     "damaged": (
         lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 100),
@@ -387,6 +463,20 @@ def test_another_vocabulary_of_the_same_size_is_refused(
     assert called(capsys, "train", same, "--out-dir", tmp_path / "run")[0] == 0
 
 
+@pytest.mark.parametrize("tokenizer", ["bpe", "chars"])
+def test_a_vocabulary_made_from_the_new_text_is_refused_before_any_is_prepared(
+    tokenizer: str, tiny_run: Path, written: Write, tmp_path: Path, capsys
+):
+    data = {"tokenizer": tokenizer, "cache_dir": str(tmp_path / "cache")}
+    path = written(tiny_run, data=data)
+    for more in ([], ["--dry-run"]):
+        code, _, err = called(capsys, "train", path, "--out-dir", tmp_path / "run", *more)
+        assert code == 2
+        assert f"data.tokenizer: {tokenizer} makes a vocabulary from the new text" in err
+        assert f"data.vocabulary: {tiny_run / 'tokenizer.json'}" in err
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_damaged_checkpoint_is_refused(tiny_run: Path, tmp_path: Path, written: Write):
     shutil.copytree(tiny_run, tmp_path / "copy")
     checkpoint = tmp_path / "copy/checkpoints/step-00000020"
@@ -407,6 +497,10 @@ def test_a_damaged_checkpoint_is_refused(tiny_run: Path, tmp_path: Path, written
     [
         ("runs/none", r"runs/none: no such folder;\nset init_from to a run directory"),
         ("../x/y/z", r"no such folder"),
+        ("mine", r"mine: no such folder; perhaps you meant runs/mine"),
+        ("runs/mien", r"runs/mien: no such folder; perhaps you meant runs/mine"),
+        ("runs/mine/checkpoints", r"nor config\.json; perhaps you meant runs/mine;"),
+        ("runs", r"runs: has neither .* nor config\.json; perhaps you meant runs/mine;"),
         ("folder", r"folder: has neither config\.yaml nor config\.json"),
         ("file.txt", r"file\.txt: is a file"),
         ("folder/nothing", r"folder/nothing: no such folder"),
@@ -423,10 +517,23 @@ def test_a_name_of_nothing_is_refused_without_a_network(
     monkeypatch.setattr("gpt.config.source.download", None)
     (tmp_path / "folder").mkdir()
     (tmp_path / "step-00000001").mkdir()
+    (tmp_path / "runs/mine/checkpoints").mkdir(parents=True)
+    (tmp_path / "runs/mine/config.yaml").touch()
     (tmp_path / "file.txt").touch()
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"init_from": source}))
     with pytest.raises(InputError, match=message):
         load("c.yaml")
+
+
+def test_a_repository_without_safetensors_is_refused(
+    written: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    monkeypatch.setattr("gpt.config.source.download", lambda *arguments: tmp_path)
+    with pytest.raises(
+        InputError, match=r"init_from: me/model: has no model\.safetensors on the hub"
+    ):
+        pretrained.find(load(written("me/model")))
 
 
 # -- GPT-2's names, comparisons, ensembles ---------------------------------------------------------

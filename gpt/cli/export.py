@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
+from gpt.cli.common import typed
 from gpt.cli.flags import parse
 from gpt.cli.paths import find_checkpoint
 from gpt.config import FileName, Section
@@ -35,11 +37,11 @@ def main(argv: Sequence[str], prog: str = "steadygpt export") -> int:
     arguments, _ = parse(Arguments, prog, argv)
     given = arguments.checkpoint if "checkpoint" in arguments.model_fields_set else None
     run, checkpoint = find_checkpoint(arguments.run_dir, given, prog)
-    show(export(run, Path(arguments.out), checkpoint))
+    show(export(run, Path(arguments.out), checkpoint, prog))
     return 0
 
 
-def export(run_dir: Path, out: Path, checkpoint: str = "best") -> str:
+def export(run_dir: Path, out: Path, checkpoint: str, prog: str) -> str:
     """Write the folder; returns what it holds, in a few lines.
 
     Raises:
@@ -59,11 +61,12 @@ def export(run_dir: Path, out: Path, checkpoint: str = "best") -> str:
     architecture = LAYOUTS[exporting.layout_for(config.model)].architecture
     exporting.check_target(out)
     model, encoding, step = load_run(run_dir, checkpoint)
-    losses: dict[str, float] = {}
-    for record in metrics.read_up_to(run.metrics, step):
-        for name, key in (("training loss", "loss"), ("validation loss", "val_loss")):
-            if record.get(key) is not None:
-                losses[name] = record[key]
+    losses = {}
+    for name, key in (("training loss", "loss"), ("validation loss", "val_loss")):
+        known = [r for r in metrics.read_up_to(run.metrics, step) if r.get(key) is not None]
+        if known:
+            at = known[-1]["step"]
+            losses[name if at == step else f"{name} after {at:,} updates"] = known[-1][key]
     environment = read_json(run.environment, dict[str, Any]) if run.environment.is_file() else {}
     card = model_card(
         config,
@@ -75,8 +78,9 @@ def export(run_dir: Path, out: Path, checkpoint: str = "best") -> str:
         losses=losses,
     )
     exporting.export(model, encoding, out, card)
+    tune = [*typed("train", prog), "finetune", "--init-from", str(out)]
     return (
         f"{out}: {run_dir}, step {step}, as {architecture}, {model.num_parameters():,} parameters\n"
         f"  in Python    transformers.pipeline('text-generation', model={str(out)!r})\n"
-        f"  fine-tune    steadygpt train finetune --init-from {out}"
+        f"  fine-tune    {shlex.join([*tune, '--data.path', 'MY.txt'])}"
     )

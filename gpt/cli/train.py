@@ -12,7 +12,7 @@ from pydantic import Field
 
 from gpt.cli.common import EXIT_CODES, StopSignals, repeated, typed
 from gpt.cli.flags import parse
-from gpt.cli.paths import explained
+from gpt.cli.paths import explained, run_of_checkpoint
 from gpt.config import Config, FileName, Seconds, Section, source
 from gpt.config import load as load_config
 from gpt.config.shipped import names
@@ -67,8 +67,11 @@ def load(argv: Sequence[str], prog: str = "train.py") -> tuple[Arguments, Config
         InputError: either is invalid.
     """
     arguments, options = parse(Arguments, prog, argv, Config)
+    out_dir, started_from = arguments.out_dir, run_of_checkpoint(Path(arguments.resume))
+    if started_from is not None and not (out_dir and (Path(out_dir) / "config.yaml").is_file()):
+        out_dir = str(started_from)  # whose init_from may be gone
     with explained(arguments.config, prog, "config"):
-        return arguments, load_config(arguments.config, options, out_dir=arguments.out_dir)
+        return arguments, load_config(arguments.config, options, out_dir=out_dir)
 
 
 def train(arguments: Arguments, config: Config) -> RunResult | None:
@@ -82,10 +85,9 @@ def train(arguments: Arguments, config: Config) -> RunResult | None:
     if arguments.dry_run:
         show(_plan(config, out_dir, arguments.resume))
         return None
-    if config.init_from is not None and not out_dir.exists():
-        source.locate(
-            source.describe(config.init_from)
-        )  # so that a hub that does not respond is reported soon
+    starts_afresh = arguments.resume in ("auto", "never") and not out_dir.exists()
+    if config.init_from is not None and starts_afresh:  # a silent hub is reported soon
+        source.locate(source.describe(config.init_from))
 
     import torch
 
@@ -119,8 +121,6 @@ def _plan(config: Config, out_dir: Path, resume: str) -> str:
         lines.append(weights.summary(config.model))
     plan = report.make(config)
     dataset = plan.data.dataset
-    if weights is not None and dataset is not None:
-        weights.check_vocabulary(config.data, dataset.encoding)
     if plan.refusal is not None:
         raise plan.refusal
     described = describe(

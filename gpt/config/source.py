@@ -1,7 +1,7 @@
 """What `init_from` names, and the options that it sets: those of its network and its vocabulary.
 
     a run directory      the checkpoint with its lowest validation loss; config.yaml has the options
-    a checkpoint folder  RUN/checkpoints/step-00001000
+    a checkpoint         RUN/checkpoints/step-00001000, or RUN/checkpoints/latest (or best)
     a folder             in one of the layouts of layouts.py; config.json has the options
     a name on the hub    such as gpt2, whose options need no network; see `SIZES`
 
@@ -12,6 +12,7 @@ weights themselves are read by gpt/exchange/pretrained.py.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,18 +22,20 @@ from typing import Any
 from gpt.config.layouts import LAYOUTS, SIZES, Layout
 from gpt.config.strict_yaml import read_yaml
 from gpt.config.values import expand_user
-from gpt.errors import InputError, UnreachableError, nearest
+from gpt.errors import InputError, UnreachableError, closest, nearest, option
 from gpt.io.files import read_json
 from gpt.io.wait import TIMEOUT, wait_for
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 STEP = re.compile(r"step-\d+")  # the name of a checkpoint's folder
+POINTERS = ("latest", "best")  # files of a run that name one
 DESCRIPTION = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+RUNS = Path("runs")
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # which of several files holds a tensor
 RESPONSE = TIMEOUT / 2  # seconds, so that a start without a network ends within ten
 ALLOWED = (
-    "set init_from to a run directory, a checkpoint folder, a folder in the Hugging Face layout "
+    "set init_from to a run directory, a checkpoint of one, a folder in the Hugging Face layout "
     f"(config.json, model.safetensors), or a name on the hub such as {', '.join(SIZES)}"
 )
 
@@ -69,6 +72,8 @@ def describe(name: str) -> Source:
     path = Path(expand_user(name))
     if path.is_dir():
         return _of_checkpoint(name, path) if STEP.fullmatch(path.name) else _of_folder(name, path)
+    if path.name in POINTERS and path.is_file():
+        return _of_checkpoint(name, path)
     if path.exists():
         raise InputError(f"{name}: is a file;\n{ALLOWED}")
     repository = name.removeprefix("openai-community/")
@@ -77,26 +82,37 @@ def describe(name: str) -> Source:
         data = {"tokenizer": "gpt2"}
         return _of_layout(name, None, f"openai-community/{repository}", tree, data, name)
     local = path.parts[:1] == ("runs",) or (path.parent != Path() and path.parent.is_dir())
-    if local or not HUB_NAME.fullmatch(name):
-        names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise InputError(f"{name}: no such folder{nearest(path.name, names)};\n{ALLOWED}")
+    if local or (RUNS / path).is_dir() or not HUB_NAME.fullmatch(name):
+        raise InputError(f"{name}: no such folder{_similar(path)};\n{ALLOWED}")
     folder = download(name, DESCRIPTION, lambda folder: (folder / "config.json").is_file())
     tree = _read_config(folder)
     return _of_layout(name, folder, name, tree, _vocabulary(folder), f"{name}: config.json")
+
+
+def _similar(path: Path) -> str:
+    """`"; perhaps you meant X"` for the folder or run whose name is like that of `path`."""
+    folders = [each for each in (RUNS, path.parent) if each.is_dir()]
+    known = {each.name: each for folder in folders for each in folder.iterdir() if each.is_dir()}
+    found = closest(path.name, known)
+    return "" if found is None else f"; perhaps you meant {known[found]}"
 
 
 def _of_checkpoint(name: str, path: Path) -> Source:
     run = path.absolute().parents[1]
     if not (run / "config.yaml").is_file():
         raise InputError(f"{name}: its run's config is missing: {run / 'config.yaml'}")
-    return _of_run(name, path, run / "config.yaml", path / "tokenizer.json")
+    holder = path if path.is_dir() else run
+    return _of_run(name, path, run / "config.yaml", holder / "tokenizer.json")
 
 
 def _of_folder(name: str, path: Path) -> Source:
     if (path / "config.yaml").is_file():
         return _of_run(name, path, path / "config.yaml", path / "tokenizer.json")
     if not (path / "config.json").is_file():
-        raise InputError(f"{name}: has neither config.yaml nor config.json;\n{ALLOWED}")
+        runs = (path.absolute().parent, *sorted(path.glob("*")), *sorted(path.glob("cells/*")))
+        run = next((str(each) for each in runs if (each / "config.yaml").is_file()), None)
+        hint = "" if run is None else f"; perhaps you meant {os.path.relpath(run)}"
+        raise InputError(f"{name}: has neither config.yaml nor config.json{hint};\n{ALLOWED}")
     tree, data = _read_config(path), _vocabulary(path)
     return _of_layout(name, path, None, tree, data, str(path / "config.json"))
 
@@ -152,11 +168,22 @@ def locate(source: Source) -> Path:
     """The folder with the weights of a source, fetched from the hub if need be.
 
     Raises:
-        InputError: there is no such repository.
+        InputError: there is no such repository, or it holds no safetensors.
         UnreachableError: the hub does not respond within `RESPONSE` seconds.
     """
     if source.repository is not None:
-        return download(source.repository, ("model*.safetensors", INDEX), _is_complete)
+        try:
+            folder = download(source.repository, ("model*.safetensors", INDEX), _is_complete)
+        except InputError as error:
+            raise type(error)(f"{option('init_from')}: {error}") from None
+        if not _is_complete(folder):
+            raise InputError(
+                f"{option('init_from')}: {source.repository}: has no {WEIGHTS} on the hub, and no "
+                "other format is read (loading a .bin can execute code);\n"
+                "convert it, in Python with transformers: "
+                f"AutoModelForCausalLM.from_pretrained({source.repository!r}).save_pretrained('NEW')"
+            )
+        return folder
     assert source.folder is not None
     return source.folder
 

@@ -64,10 +64,11 @@ def from_printable(text: str) -> bytes:
 # Writing
 
 
-def write(name: str, tokens: list[bytes]) -> dict[str, str]:
+def write(name: str, tokens: list[bytes], context: int) -> dict[str, str]:
     """The files of a tokenizer that `transformers` loads, by name.
 
-    Text is never searched for "<|endoftext|>" (`split_special_tokens`), as in training.
+    Text is never searched for "<|endoftext|>" (`split_special_tokens`), as in training. `context`
+    is the model's, in tokens.
 
     Raises:
         ValueError: the tokens are not those of a BPE.
@@ -95,6 +96,7 @@ def write(name: str, tokens: list[bytes]) -> dict[str, str]:
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT),
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
+        "model_max_length": context,
     }
     files = {"tokenizer.json": tree, "tokenizer_config.json": options}
     return {
@@ -209,6 +211,8 @@ def read(tree: dict[str, Any]) -> tuple[str, list[bytes], list[str]]:
         return name, [text.encode() for text in texts[:end]], []
     tokens = [from_printable(text) for text in texts[:end]]
     merges = [each if isinstance(each, str) else " ".join(each) for each in model["merges"]]
+    if name == "bytes" and merges:
+        raise ValueError("it merges bytes of text that is not split into words first")
     if merges != recover_merges(tokens):
         raise ValueError("its merges are not in the order of the ids")
     return name, tokens, merges

@@ -323,14 +323,17 @@ def to_json(encoding: Encoding) -> str:
     return json.dumps(tree, ensure_ascii=False) + "\n"
 
 
-def to_hf(encoding: Encoding) -> dict[str, str]:
+def to_hf(encoding: Encoding, context: int) -> dict[str, str]:
     """The files, by name, from which `transformers.AutoTokenizer` gives the same ids, offline.
+
+    Args:
+        context: tokens to which `truncation=True` shortens a text.
 
     Raises:
         InputError: the vocabulary, which was not trained here, is not a BPE.
     """
     try:
-        return hf_tokenizer.write(encoding.name, list(encoding.tokens))
+        return hf_tokenizer.write(encoding.name, list(encoding.tokens), context)
     except ValueError as error:
         raise InputError(f"the tokenizer cannot be written as Hugging Face's: {error}") from None
 

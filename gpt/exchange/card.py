@@ -9,9 +9,12 @@ import yaml
 
 from gpt import __version__
 from gpt.config import Config
+from gpt.config.source import HUB_NAME
 
-# Options that name files. Only the files' names go into the card, since it may be published.
-OF_FILES = {"path", "vocabulary", "cache_dir", "spare_dir", "init_from"}
+# Options that name files, or things on the hub. Of a path, only its last part goes into the card,
+# since it may be published; what may be a name on the hub (OWNER/NAME) stays as it is.
+OF_FILES = {"path", "vocabulary", "cache_dir", "spare_dir"}
+OF_FILES_OR_HUB = {"init_from", "name"}
 CARD = """\
 ---
 library_name: transformers
@@ -34,7 +37,7 @@ print(generate({prompt!r}, max_new_tokens=100)[0]["generated_text"])
 |---|---|
 {rows}
 
-Losses are in nats per token, on validation text that the model was not trained on.
+Losses are in nats per token. The validation text was not used in training.
 
 ## License
 
@@ -97,4 +100,7 @@ def _without_folders(value: Any, option: str = "") -> Any:
         return {key: _without_folders(each, key) for key, each in value.items()}
     if isinstance(value, list):
         return [_without_folders(each, option) for each in value]
-    return Path(value).name if option in OF_FILES and isinstance(value, str) else value
+    if not isinstance(value, str) or option not in OF_FILES | OF_FILES_OR_HUB:
+        return value
+    kept = option in OF_FILES_OR_HUB and HUB_NAME.fullmatch(value)
+    return value if kept else Path(value).name

@@ -57,8 +57,13 @@ def check_target(out: Path) -> None:
     """Check that a folder can be made at `out`, which does not exist or is an empty folder.
 
     Raises:
-        InputError: something is there.
+        InputError: something is there, or `out` is the working directory or within a file.
     """
+    parent = next(path for path in out.absolute().parents if path.exists())
+    if not parent.is_dir():
+        raise InputError(f"{out}: cannot be made, because {parent} is not a folder")
+    if out.resolve() == Path.cwd():  # it is replaced, and the shell would be left without a folder
+        raise InputError(f"{out}: is the working directory; name a new folder")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise InputError(f"{out}: exists and is not a folder; name another one")
     if out.is_dir() and any(out.iterdir()):
@@ -90,7 +95,7 @@ def export(model: GPT, encoding: Encoding, out: Path, card: str) -> None:
             }
         ),
         "generation_config.json": _to_json(ends),
-        **to_hf(encoding),
+        **to_hf(encoding, model.config.context),
         "README.md": card,
     }
     tensors = to_tensors(LAYOUTS[kind], model)

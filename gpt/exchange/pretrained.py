@@ -20,7 +20,7 @@ from gpt import checkpoint as store
 from gpt.config import Config, DataConfig, ModelConfig, validate
 from gpt.config.layouts import Layout, Part
 from gpt.config.source import INDEX, Source, describe, locate, weight_files
-from gpt.data.tokenizer import TOKENIZERS, Encoding
+from gpt.data.tokenizer import TOKENIZERS
 from gpt.errors import InputError
 from gpt.io.files import size_and_hash
 from gpt.model.gpt2 import GPT
@@ -95,24 +95,33 @@ class Pretrained:
             found.append(tensor.T if part.transposed and tensor.dim() == 2 else tensor)
         return (torch.cat(found) if len(found) > 1 else found[0]).contiguous()
 
-    def check_vocabulary(self, config: DataConfig, encoding: Encoding) -> None:
-        """Check that `encoding`, which `config` describes, is the vocabulary of the weights.
+    def check_vocabulary(self, config: DataConfig) -> None:
+        """Check that the vocabulary that `config` describes is that of the weights.
+
+        It needs no data, so that a wrong one is reported before a large corpus is prepared.
 
         Raises:
-            InputError: it is another one.
+            InputError: it is another one, or would be trained on the new text.
         """
+        kind, theirs = TOKENIZERS[config.tokenizer], self.source.data
         weights = f"the weights of init_from {self.source.name}"
-        advice = "leave out data.tokenizer and data.vocabulary"
+        same = all(getattr(config, option) == value for option, value in theirs.items())
+        own = " and ".join(f"data.{option}: {value}" for option, value in theirs.items())
+        advice = "set data.vocabulary to that of the weights" if same else f"set {own}"
+        if kind.trained_on is not None:
+            raise InputError(
+                f"data.tokenizer: {config.tokenizer} makes a vocabulary from the new text, but "
+                f"{weights} belong to another;\n{advice}"
+            )
+        encoding = kind.make(config, ())
         if encoding.n_vocab != self.vocab_size:
             raise InputError(
                 f"data.tokenizer: {config.tokenizer} has {encoding.n_vocab:,} tokens, but "
-                f"{weights} are for {self.vocab_size:,};\n"
-                + (advice if self.source.data else "set data.vocabulary to that of the weights")
+                f"{weights} are for {self.vocab_size:,};\n{advice}"
             )
-        theirs = self.source.data
-        if any(getattr(config, option) != value for option, value in theirs.items()):
-            own = DataConfig.model_validate(theirs)
-            if list(TOKENIZERS[own.tokenizer].make(own, ()).tokens) != list(encoding.tokens):
+        if not same:
+            source = DataConfig.model_validate(theirs)
+            if list(TOKENIZERS[source.tokenizer].make(source, ()).tokens) != list(encoding.tokens):
                 raise InputError(
                     f"data.tokenizer: {config.tokenizer} has other tokens than {weights};\n{advice}"
                 )
@@ -157,8 +166,9 @@ def find(config: Config, *, fetch: bool = True) -> Pretrained | None:
 
 def _checkpoint(folder: Path) -> Path:
     """The folder of a checkpoint: itself, or of a run the best, as when it is sampled from."""
-    if store.STEP_NAME.fullmatch(folder.name):
-        return folder
+    named = store.named(str(folder), folder)
+    if named is not None:
+        return named
     available = store.steps(folder / "checkpoints")
     if not available:
         raise InputError(f"init_from: {folder}: holds no checkpoint yet")

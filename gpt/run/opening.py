@@ -16,6 +16,7 @@ from gpt.data import tokenizer
 from gpt.data.prepared import Dataset
 from gpt.errors import InputError, option
 from gpt.exchange import pretrained
+from gpt.exchange.pretrained import Pretrained
 from gpt.io.console import Console
 from gpt.io.files import remove_partial, write_text
 from gpt.model.init import fingerprints
@@ -26,13 +27,11 @@ from gpt.trainer import Trainer
 
 
 def check_tokens(plan: ResumePlan, config: Config, dataset: Dataset) -> None:
-    """Refuse to resume a run on different data, or to use weights with another vocabulary.
+    """Refuse to resume a run on different data.
 
     Raises:
-        InputError: the prepared tokens differ from those of the checkpoint or the weights.
+        InputError: the prepared tokens differ from those of the checkpoint.
     """
-    if plan.pretrained is not None:
-        plan.pretrained.check_vocabulary(config.data, dataset.encoding)
     if plan.checkpoint is None:
         return
     if read_state(plan.checkpoint).data_fingerprint != dataset.fingerprint:
@@ -46,12 +45,17 @@ def check_tokens(plan: ResumePlan, config: Config, dataset: Dataset) -> None:
 
 
 def restore(
-    trainer: Trainer, checkpoint: Checkpoint | None, first_inputs: Callable[[], Tensor]
+    trainer: Trainer,
+    checkpoint: Checkpoint | None,
+    first_inputs: Callable[[], Tensor],
+    weights: Pretrained | None = None,
 ) -> Progress:
     """Set the trainer's state from a checkpoint, or as it is before the first update.
 
     Args:
         first_inputs: makes (B, T) tokens of the first batch, for placements that calibrate on them.
+        weights: those of `init_from`, if they have been found already. Found again, they may be
+            others: a run that still trains has a new best checkpoint.
 
     Returns:
         The progress at that point.
@@ -60,7 +64,7 @@ def restore(
         InputError: the checkpoint does not fit the config.
     """
     if checkpoint is None:
-        start_afresh(trainer, first_inputs)
+        start_afresh(trainer, first_inputs, weights)
         return Progress()
     state = read_state(checkpoint)
     try:
@@ -73,14 +77,17 @@ def restore(
     return state.progress
 
 
-def start_afresh(trainer: Trainer, first_inputs: Callable[[], Tensor]) -> None:
+def start_afresh(
+    trainer: Trainer, first_inputs: Callable[[], Tensor], weights: Pretrained | None = None
+) -> None:
     """Set the trainer's state before the first update: new weights, or those of `init_from`.
 
     Raises:
         InputError: the weights of `init_from` do not fit.
     """
     config = trainer.config
-    weights = pretrained.find(config) if config.init_from is not None else None
+    if weights is None and config.init_from is not None:
+        weights = pretrained.find(config)
     loaded = weights.load(config.model) if weights is not None else None  # before anything changes
     trainer.reset()
     if loaded is None:

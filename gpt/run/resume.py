@@ -209,10 +209,17 @@ def open_run(config: Config, path: Path, resume: str | Path, *, fetch: bool = Tr
 
 
 def _pretrained(config: Config, fetch: bool) -> Pretrained | None:
-    """The weights of `init_from`; None without any, or if they would have to be fetched."""
+    """The weights of `init_from`; None without any, or if they would have to be fetched.
+
+    Raises:
+        InputError: they do not fit the config, or its vocabulary is not theirs.
+    """
     if config.init_from is None:
         return None
-    return pretrained.find(config, fetch=fetch)
+    weights = pretrained.find(config, fetch=fetch)
+    if weights is not None:
+        weights.check_vocabulary(config.data)
+    return weights
 
 
 def _same_run(
@@ -309,7 +316,8 @@ def _start_from(config: Config, resume: str | Path) -> tuple[Checkpoint | None, 
     different = {
         option: values
         for option, values in origin.differences(config).items()
-        if option.startswith(("model.", "data.", "optimizer.name")) and option != "data.cache_dir"
+        if option.startswith(("model.", "data.", "optimizer.name"))
+        and option not in ("data.cache_dir", "data.vocabulary")  # the tokens must be the same ones
     }
     if different:
         first, *_ = describe_differences(different)

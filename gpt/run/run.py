@@ -95,7 +95,9 @@ class Run:
         self.validation = ValidationSequences(dataset.val, context, config.evaluation.sequences)
         self.unigram_entropy = dataset.unigram_entropy(self._target_counts)
         opening.check_tokens(plan, config, dataset)
-        self.progress = opening.restore(trainer, plan.checkpoint, self._first_inputs)
+        self.progress = opening.restore(
+            trainer, plan.checkpoint, self._first_inputs, plan.pretrained
+        )
         opening.adopt_checkpoint(plan, config, trainer, self.progress)
         self._open(plan)
 
