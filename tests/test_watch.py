@@ -464,9 +464,9 @@ def test_thousands_of_runs_take_seconds(runs: Path):
 
 
 def test_wide_letters_keep_the_columns_aligned():
-    names = ["名前", "plain", "e\u0301te\u0301"]
+    names = ["ｎ前", "plain", "e\u0301te\u0301"]
     rows = [RunSummary(name, Path(name), "finished", step=1, steps=2) for name in names]
     lines = RunTable(rows).format().splitlines()[-3:]
-    assert lines[0] == "名前   finished   1/2"
+    assert lines[0] == "ｎ前   finished   1/2"
     assert lines[1] == "plain  finished   1/2"
     assert lines[2] == "e\u0301te\u0301    finished   1/2"
