@@ -61,4 +61,4 @@ if not TYPE_CHECKING:  # hidden from type checkers, which therefore report unkno
         return getattr(importlib.import_module(_HOMES[name]), name)
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+        return sorted([*__all__, "__version__"])

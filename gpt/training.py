@@ -28,7 +28,7 @@ from gpt.run.banner import describe
 from gpt.run.cautions import cautions
 from gpt.run.directory import RunDirectory, RunResult
 from gpt.run.recovery import advise_on_memory
-from gpt.run.resume import ended_run, open_run
+from gpt.run.resume import check_types, ended_run, open_run
 from gpt.run.run import Run
 from gpt.trainer import Trainer
 
@@ -67,6 +67,7 @@ def train(
         OutOfMemoryError: not even one sequence fits in memory, or not as many as configured.
         StoppedError: `stop` returned true during data preparation; the next start continues there.
     """
+    check_types(config, resume)
     path = Path(out_dir) if out_dir is not None else Path("runs") / config.name
     device = pick_device(config.training.device)
     ended = ended_run(config, path, resume)

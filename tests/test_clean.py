@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,42 @@ def test_what_a_run_needs_is_kept(place: Path, clean: Call, change: Any, kept: l
     assert (place / "runs/one/checkpoints/step-00000020").is_dir()
 
 
+@pytest.mark.parametrize("pointer", ["latest", "best"])
+def test_the_checkpoint_that_another_is_replaced_by_is_kept(place: Path, clean: Call, pointer: str):
+    checkpoints_of_one = place / "runs/one/checkpoints"
+    named = "05" if pointer == "best" else "20"
+    (checkpoints_of_one / "best").write_text("step-00000005\n")
+    (checkpoints_of_one / f"step-000000{named}/model.safetensors").write_bytes(b"damaged")
+    assert clean("--yes")[1] == "nothing to remove\n"
+    assert list(checkpoints.steps(checkpoints_of_one)) == [5, 10, 15, 20]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("init_from: null", f"init_from: {STEPS[1]}"),
+        ("vocabulary: null", f"vocabulary: {STEPS[1]}/tokenizer.json"),
+    ],
+)
+def test_what_another_run_started_from_is_kept(place: Path, clean: Call, before: str, after: str):
+    other = place / "elsewhere/two"
+    other.mkdir(parents=True)
+    shutil.copy(place / "runs/one/config.yaml", other)
+    set_config(other, before, after)
+    assert listed(clean("--yes")[1]) == ["in all", STEPS[0], STEPS[2]]
+    assert (place / STEPS[1]).is_dir()
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_data_of_runs_elsewhere_is_kept(place: Path, clean: Call, tmp_path: Path, link: bool):
+    if link:
+        shutil.move(place / "runs/one", tmp_path / "one")
+        (place / "runs/one").symlink_to(tmp_path / "one")
+    else:
+        shutil.move(place / "runs", place / "comparisons")
+    assert clean("cache", "--yes")[1] == "nothing to remove\n"
+
+
 def test_an_interrupted_run_keeps_its_checkpoints(place: Path, clean: Call):
     path = place / "runs/one/result.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "interrupted"}))
@@ -112,9 +150,16 @@ def test_damaged_and_partial_files(place: Path, clean: Call):
     (run / "result.json").unlink()
     (run / ".writing-result.json-123").write_text("{")
     (run / "checkpoints/.writing-step").mkdir()
+    (place / "runs/.writing-export").mkdir()
+    weights = place / "runs/.writing-export/model.safetensors"
+    weights.write_text("")  # by a process that may still be at it
     (place / "runs/.writing-notes").write_text("")
-    code, out, _ = clean("--yes")
+    os.utime(place / "runs/.writing-notes", (0, time.time() - 2 * cleanup.RECENT))
+    code, out, error = clean("--yes")
     assert code == 0
+    assert "runs/.writing-export: has changed within the last hour" in error
+    assert weights.exists()
+    shutil.rmtree(weights.parent)
     assert listed(out) == [
         *("in all", "runs/.writing-notes", "runs/one/.writing-result.json-123"),
         *("runs/one/checkpoints/.writing-step", "runs/one/checkpoints/damaged-step-00000005"),
@@ -204,11 +249,30 @@ def test_the_state_that_was_saved_elsewhere(place: Path, clean: Call):
     assert clean()[1] == "nothing to remove\n"
     (run / "result.json").write_text(result)
     assert str(spare) in clean()[1]
+    metrics = (spare / "metrics.jsonl").read_text()
+    (spare / "metrics.jsonl").write_text(metrics.replace('"step_seconds":', '"step_seconds":1'))
+    assert str(spare) not in clean()[1]  # of another run with this config
+    (spare / "metrics.jsonl").write_text(metrics)
     (spare / "result.json").write_text(result)  # it was resumed there
     assert str(spare) not in clean()[1]
     (spare / "result.json").unlink()
     clean("--yes")
     assert [path.name for path in (place / "spare").iterdir()] == ["other-1234"]
+
+
+def test_what_is_needed_since_the_question_is_kept(
+    place: Path, clean: Call, monkeypatch: pytest.MonkeyPatch
+):
+    def answer() -> str:
+        (place / "runs/one/checkpoints/best").write_text("step-00000005\n")
+        return "y\n"
+
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(terminal, "readline", answer)
+    monkeypatch.setattr(sys, "stdin", terminal)
+    assert "removed 2 of 3" in clean()[1]
+    assert list(checkpoints.steps(place / "runs/one/checkpoints")) == [5, 20]
 
 
 @pytest.mark.parametrize(("answer", "left"), [("y\n", 1), ("YES\n", 1), ("\n", 4), ("", 4)])

@@ -22,7 +22,7 @@ from gpt import InputError, TrainedRun, generate, load_run, train
 from gpt.config import Config, Generation
 from gpt.errors import option
 from gpt.io.console import Console
-from gpt.run.directory import RunDirectory
+from gpt.run.directory import RunDirectory, RunResult
 
 # What only commands call, and advice that result.json stores as flags.
 COMMANDS_ONLY = ("gpt/cli", "gpt/compare", "gpt/coordinates.py", "gpt/diagnostics/failure.py")
@@ -268,3 +268,43 @@ def test_quiet_prints_nothing(
     gpt.plot(result)
     assert notebook.getvalue() == ""
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.fixture
+def result(tiny_run: Path) -> RunResult:
+    """The result of a finished run."""
+    found = RunDirectory(tiny_run).read_result()
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda run: gpt.train("quickstart"), "config: must be what load returns"),
+        (lambda run: gpt.train(Config(), resume=True), "resume: must be auto, never or a check"),
+        (lambda run: gpt.load({"seed": 1}), "path: must name a config file, found dict"),
+        (lambda run: gpt.load("quickstart", ["seed=1"]), "overrides: must be a dict of options"),
+        (lambda run: gpt.load_run(run.directory, device="gpu"), "device: 'gpu' is not a device"),
+        (lambda run: gpt.generate(run, 3), "prompt: must be text, found 3"),
+        (lambda run: gpt.generate(Config()), "must be a directory or a result of train, found a C"),
+        (lambda run: gpt.plot([run]), "must be a directory or a result of train, found a list"),
+        (lambda run: gpt.plot(gpt.load_run(run)), "a result of train, found a TrainedRun"),
+        (lambda run: gpt.read_metrics(3), "a result of train, found 3"),
+        (lambda run: gpt.list_runs(None), "a result of train, found None"),
+    ],
+)
+def test_an_argument_of_a_wrong_type(result: RunResult, wrong: Any, message: str):
+    with pytest.raises(InputError, match=re.escape(message)):
+        wrong(result)
+
+
+def test_every_function_takes_the_result_of_a_run(result: RunResult):
+    assert gpt.load_run(result).step == result.step
+    assert [row.path for row in gpt.list_runs(result)] == [result.directory]
+    assert len(gpt.plot(result)) == 1
+    assert gpt.read_metrics(result)["step"][-1] == result.step
+
+
+def test_dir_lists_what_is_public():
+    assert dir(gpt) == sorted([*gpt.__all__, "__version__"])

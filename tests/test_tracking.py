@@ -257,7 +257,7 @@ def test_an_unknown_name(tiny: Make):
 def test_an_unknown_name_after_a_flag(tiny_file: Path, capsys: pytest.CaptureFixture[str]):
     code, _, error = called(capsys, "train", tiny_file, "--tracking", "wandb", "trackia")
     assert code == 2
-    assert error.startswith("train.py: --tracking.1: 'trackia' is not one of ")
+    assert error.startswith("train.py: --tracking: 'trackia' is not one of ")
 
 
 @pytest.mark.parametrize("flags", [[], ["--dry-run"]])

@@ -29,7 +29,8 @@ from gpt.run.plot import COLORS, literal_text
 from gpt.watch import picture
 from gpt.watch.curves import Curve
 from gpt.watch.picture import Curves
-from gpt.watch.survey import read_options, summarize
+from gpt.watch.survey import RunSummary, read_options, summarize
+from gpt.watch.table import RunTable
 
 
 def write_run(path: Path, losses: list[float | None], **options: Any) -> Path:
@@ -460,3 +461,12 @@ def test_thousands_of_runs_take_seconds(runs: Path):
     assert len({row.options["seed"] for row in table}) == 3000
     assert str(table).count("\n") == 3004
     assert time.process_time() - start < 15  # 4 s
+
+
+def test_wide_letters_keep_the_columns_aligned():
+    names = ["ｎ前", "plain", "e\u0301te\u0301"]
+    rows = [RunSummary(name, Path(name), "finished", step=1, steps=2) for name in names]
+    lines = RunTable(rows).format().splitlines()[-3:]
+    assert lines[0] == "ｎ前   finished   1/2"
+    assert lines[1] == "plain  finished   1/2"
+    assert lines[2] == "e\u0301te\u0301    finished   1/2"

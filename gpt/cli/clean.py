@@ -24,7 +24,7 @@ DEFAULT = ("runs", "cache")  # where training puts runs and prepared data
 class Arguments(Section):
     """List what nothing needs any more, with sizes, and remove it after asking: checkpoints of
     ended runs other than latest, best and checkpoint.keep_every's, damaged ones that were set
-    aside, prepared data that no run uses, and what killed processes left.
+    aside, prepared data that no known run uses, and what killed processes left.
 
     Examples:
       %(prog)s
@@ -32,8 +32,8 @@ class Arguments(Section):
     """
 
     directories: FileNames = Field((), title="[DIR ...]")
-    """Folders of runs, comparisons and prepared data (default: runs and cache). Prepared data is
-    kept if a run in these or in runs uses it."""
+    """Folders of runs, comparisons and prepared data (default: runs and cache). Whatever a run in
+    these or below the working directory uses is kept; runs elsewhere are not known."""
     yes: bool = False
     """Remove without asking."""
 
@@ -54,8 +54,9 @@ def clean(folders: Sequence[Path], yes: bool) -> None:
     """List what can go below some folders, and remove it if `yes`, or if the user agrees."""
     from gpt.run import cleanup
 
-    leftovers, busy = cleanup.find(folders, Path(DEFAULT[0]))
-    for line in busy:
+    users = [Path(), Path(DEFAULT[0])]  # runs/ may be a link
+    leftovers, left_alone = cleanup.find(folders, users)
+    for line in left_alone:
         show(line, sys.stderr)
     if not leftovers:
         show("nothing to remove")
@@ -65,7 +66,8 @@ def clean(folders: Sequence[Path], yes: bool) -> None:
         show("nothing was removed" + ("" if sys.stdin.isatty() else "; --yes removes all of it"))
         return
     freed, number = 0, 0
-    for leftover in leftovers:
+    still = leftovers if yes else cleanup.find(folders, users)[0]  # since the question was asked
+    for leftover in (each for each in leftovers if each in still):
         try:
             cleanup.remove(leftover)
         except InputError as error:  # in use since it was listed

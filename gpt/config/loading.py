@@ -52,6 +52,13 @@ def load(
         InputError: with every error at once, by dotted path, and the nearest valid name; or the
             source that `init_from` names is missing, or conflicts with an option.
     """
+    if not isinstance(path, str | Path):
+        raise InputError(f"path: must name a config file, found {type(path).__name__}")
+    if not isinstance(overrides, Mapping | None):
+        raise InputError(
+            "overrides: must be a dict of options, such as {'training.steps': 100}, "
+            f"found {overrides!r}"
+        )
     path = find(path, "config")
     given = dict(leaves(overrides or {}))
     layers = [{"name": path.stem}, *_layers(path), nest(given)]

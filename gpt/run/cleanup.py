@@ -2,7 +2,8 @@
 
 Only what this program makes is found, by the names that it gives. Symbolic links are neither
 followed nor removed. A run or comparison in which a process works, and data that one is preparing,
-are left alone: whatever belongs to one is found and removed while this process holds its lock.
+are left alone: whatever belongs to one is removed while this process holds its lock. So is whatever
+the config of a run names, such as the checkpoint that another run started from.
 """
 
 from __future__ import annotations
@@ -11,17 +12,22 @@ import contextlib
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gpt import checkpoint as store
+from gpt import metrics
+from gpt.config import read_yaml
 from gpt.errors import InputError
 from gpt.io.files import PARTIAL_PREFIX, lock_directory, lock_file, read_json
 from gpt.run.directory import RunDirectory
 from gpt.run.fallback import fallback_parent
 
+RECENT = 3600.0  # seconds since its last change, after which no process is writing a file any more
+CONFIGS = ("config.yaml", "grid.yaml")  # of a run, and of a comparison
 OF_CACHE = ("meta.json", "tokenizer.json", "counts.bin", "val.bin")  # by which one is recognized
 
 
@@ -42,40 +48,49 @@ class Leftover:
     owner: Path | None
 
 
-def find(folders: Sequence[Path], runs: Path) -> tuple[list[Leftover], list[str]]:
+def find(folders: Sequence[Path], users: Sequence[Path] = ()) -> tuple[list[Leftover], list[str]]:
     """Everything below some folders that can go, and what was left alone, as sentences.
 
     Args:
         folders: of runs, comparisons and prepared data.
-        runs: where else there may be runs that use the prepared data.
+        users: other folders with runs that may use what is found.
 
     Raises:
         OSError: a folder cannot be read.
     """
-    found: list[Leftover] = []
     used: set[str] = set()  # fingerprints of the runs' data
-    for folder, _, _ in _walk([runs]):
+    named: set[Path] = set()
+    for folder, owner, _ in _walk([*users, *folders], links=True):
         used |= _fingerprint(folder / "environment.json", "data_fingerprint")
-    caches: dict[Path, str] = {}
+        if folder == owner:
+            named |= _named_paths(folder)
+    found: list[Leftover] = []
+    left: dict[Path, str] = {}
     for folder, owner, entries in _walk(folders):
-        used |= _fingerprint(folder / "environment.json", "data_fingerprint")
-        for fingerprint in _fingerprint(folder / "meta.json", "fingerprint"):
-            if all((folder / name).is_file() for name in OF_CACHE):
-                caches[folder] = fingerprint
-        found += [_partial(path, owner) for path in entries if path.name.startswith(PARTIAL_PREFIX)]
+        fingerprint = _fingerprint(folder / "meta.json", "fingerprint")
+        if fingerprint - used and all((folder / name).is_file() for name in OF_CACHE):
+            found.append(_unused(folder))
+        for path in entries:
+            if path.name.startswith(PARTIAL_PREFIX):
+                if owner is None and time.time() - _changed(path) < RECENT:
+                    left[path] = "has changed within the last hour: a process may be writing it"
+                else:
+                    found.append(_partial(path, owner))
         found += [_preparation(path) for path in entries if _is_preparation(path)]
         if folder == owner:
             found += _of_run(RunDirectory(folder))
-    found += [_unused(path) for path, fingerprint in caches.items() if fingerprint not in used]
-    busy: dict[Path | None, str] = {}
+    sentences = [f"left alone: {path}: {why}" for path, why in left.items()]
+    busy: set[Path | None] = set()
     for owner in dict.fromkeys(each.owner for each in found):
         try:
             with _locked(owner):
                 pass
         except InputError as error:
-            busy[owner] = f"left alone: {error}"
+            busy.add(owner)
+            sentences.append(f"left alone: {error}")
     free = {each.path: each for each in found if each.owner not in busy}
-    return list(free.values()), list(busy.values())
+    needed = {path for name in named for path in (name, *name.parents)}
+    return [each for each in free.values() if each.path.resolve() not in needed], sentences
 
 
 def remove(leftover: Leftover) -> None:
@@ -92,28 +107,59 @@ def remove(leftover: Leftover) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _walk(folders: Iterable[Path]) -> Iterator[tuple[Path, Path | None, list[Path]]]:
-    """Each folder, the run or comparison that it belongs to, and its entries without links."""
+def _walk(
+    folders: Iterable[Path], *, links: bool = False
+) -> Iterator[tuple[Path, Path | None, list[Path]]]:
+    """Each folder, the run or comparison that it belongs to, and its entries without links.
+
+    Args:
+        links: follow those to a run or comparison; one to another folder may lead anywhere.
+    """
     waiting: list[tuple[Path, Path | None]] = [(folder, None) for folder in folders]
     seen: set[tuple[int, int]] = set()
     while waiting:
         folder, owner = waiting.pop()
         try:
-            info, entries = folder.stat(), _entries(folder)
+            info = folder.stat()
+            everything = sorted(Path(entry.path) for entry in os.scandir(folder))
         except FileNotFoundError:  # deleted meanwhile
             continue
+        entries = [path for path in everything if not path.is_symlink()]
         if (info.st_dev, info.st_ino) in seen:  # given twice, or inside another one
             continue
         seen.add((info.st_dev, info.st_ino))
-        if any((folder / name).is_file() for name in ("config.yaml", "grid.yaml")):
+        if _is_owner(folder):
             owner = folder
         yield folder, owner, entries
-        below = (path for path in reversed(entries) if not path.name.startswith("."))
-        waiting += [(path, owner) for path in below if path.is_dir()]
+        for path in reversed(everything):
+            followed = path in entries or (links and _is_owner(path))
+            if followed and not path.name.startswith(".") and path.is_dir():
+                waiting.append((path, owner))
 
 
-def _entries(folder: Path) -> list[Path]:
-    return sorted(Path(entry.path) for entry in os.scandir(folder) if not entry.is_symlink())
+def _is_owner(folder: Path) -> bool:
+    """Whether a folder holds a run or a comparison."""
+    return any((folder / name).is_file() for name in CONFIGS)
+
+
+def _named_paths(folder: Path) -> set[Path]:
+    """The paths in the configs of a run or comparison: `init_from`, `data.path` and so on."""
+    trees: list[Any] = []
+    for name in CONFIGS:
+        with contextlib.suppress(InputError):
+            trees.append(read_yaml(folder / name))
+    return {
+        Path(text).resolve() for text in _strings(trees) if "/" in text and os.path.exists(text)
+    }
+
+
+def _strings(tree: Any) -> Iterator[str]:
+    """All texts in a tree of dicts and lists."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, dict | list):
+        for each in tree.values() if isinstance(tree, dict) else tree:
+            yield from _strings(each)
 
 
 def _fingerprint(path: Path, key: str) -> set[str]:
@@ -138,7 +184,7 @@ def _preparation(path: Path) -> Leftover:
 
 
 def _unused(path: Path) -> Leftover:
-    return Leftover(path, "prepared data that no run uses", _size(path), _lock_of_cache(path))
+    return Leftover(path, "prepared data that no run here uses", _size(path), _lock_of_cache(path))
 
 
 def _lock_of_cache(folder: Path) -> Path:
@@ -161,23 +207,31 @@ def _of_run(run: RunDirectory) -> list[Leftover]:
     if result is None or result.status == "interrupted":
         return found
     every = config.checkpoint.keep_every
-    pointers = [store.read_pointer(folder, name) for name in ("latest", "best")]
-    for step, path in store.steps(folder).items():
-        kept = path in pointers or (every is not None and step % every == 0)
-        if not kept and any(pointers) and not path.is_symlink():
-            why = "a checkpoint that is neither latest nor best, of a run that has ended"
-            found.append(Leftover(path, why, _size(path), run.path))
+    pointers = {store.read_pointer(folder, name) for name in store.POINTERS} - {None}
+    others = [
+        Leftover(path, "a checkpoint that is neither latest nor best", _size(path), run.path)
+        for step, path in store.steps(folder).items()
+        if not (path in pointers or path.is_symlink() or (every and step % every == 0))
+    ]
+    if others and pointers and all(path and store.is_intact(path) for path in pointers):
+        found += others  # otherwise one of them may be the newest intact one
     if result.status == "finished":
         for path in sorted(fallback_parent(config).glob(f"{config.name}-*")):
             spare = RunDirectory(path)
             with contextlib.suppress(InputError, OSError):
                 same = spare.config.is_file() and not spare.read_config().differences(config)
+                same = same and _first_update(spare) == _first_update(run)
                 own = spare.read_result() if same else result
                 unfinished = own is None or own.status == "interrupted"
                 if unfinished and not path.is_symlink() and not path.samefile(run.path):
                     why = f"saved when {run.path} could not be written, which has finished since"
                     found.append(Leftover(path, why, _size(path), path))
     return found
+
+
+def _first_update(run: RunDirectory) -> metrics.Record:
+    """What was measured at the first update, the seconds included, by which one knows a run."""
+    return next((each for each in metrics.read(run.metrics) if "loss" in each), {})
 
 
 @contextlib.contextmanager
@@ -195,6 +249,11 @@ def _locked(owner: Path | None) -> Iterator[None]:
     else:
         with lock_file(owner, f"{owner}: a process is preparing this data"):
             yield
+
+
+def _changed(path: Path) -> float:
+    """When a file, or anything in a folder, was last changed (Unix time)."""
+    return max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
 
 
 def _size(path: Path) -> int:

@@ -117,6 +117,24 @@ class RunResult:
 
 
 _RESULT = TypeAdapter(RunResult)
+AnyRun = str | Path | RunResult  # a run, to callers from Python
+
+
+def path_of(run: AnyRun) -> Path:
+    """The directory of a run.
+
+    Raises:
+        InputError: it is neither a directory's name nor a result of `train`.
+    """
+    if isinstance(run, RunResult):
+        return run.directory
+    if isinstance(run, str | Path):
+        return Path(run)
+    raise InputError(f"a run must be a directory or a result of train, found {_kind(run)}")
+
+
+def _kind(value: object) -> str:
+    return f"{value!r}" if isinstance(value, int | None) else f"a {type(value).__name__}"
 
 
 class RunDirectory:

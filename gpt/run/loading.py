@@ -16,9 +16,10 @@ from gpt.data import tokenizer
 from gpt.data.tokenizer import Encoding
 from gpt.errors import InputError, option
 from gpt.generation import continue_text
+from gpt.hardware.device import pick_device
 from gpt.hardware.size import check_loading, parameters
 from gpt.model.gpt2 import GPT
-from gpt.run.directory import RunDirectory, RunResult
+from gpt.run.directory import AnyRun, RunDirectory, path_of
 
 ATTEMPTS = 100  # to read a checkpoint of a run that is still training and pruning
 
@@ -32,45 +33,46 @@ class TrainedRun(NamedTuple):
 
 
 def load_run(
-    path: str | Path, checkpoint: str | int = "best", device: torch.device | str = "cpu"
+    run: AnyRun, checkpoint: str | int = "best", device: torch.device | str = "cpu"
 ) -> TrainedRun:
     """The model, tokenizer and step of a run, from its directory alone.
 
     Args:
+        run: a run directory, or a result of `train`.
         checkpoint: "best" (the saved one with the lowest validation loss; the newest if none was
             evaluated), "latest", or a step, or the path of one of the run's checkpoints.
 
     Raises:
-        InputError: there is no such run or checkpoint, or it is damaged.
+        InputError: there is no such run, checkpoint or device, or it is damaged.
     """
-    path, checkpoint = Path(path), str(checkpoint)
-    run = RunDirectory(path)
-    config = run.read_config()
+    path, checkpoint, device = path_of(run), str(checkpoint), _device(device)
+    directory = RunDirectory(path)
+    config = directory.read_config()
     for _ in range(ATTEMPTS):  # a run that trains may prune what was just chosen
-        folder = _choose(run, checkpoint)
+        folder = _choose(directory, checkpoint)
         with contextlib.suppress(PrunedError):
-            loaded, encoding = _read(run, folder)
+            loaded, encoding = _read(directory, folder)
             break
     else:
         raise InputError(f"{path}: checkpoints are deleted faster than they can be read")
-    check_loading(config.model, encoding.n_vocab, str(run.config))
+    check_loading(config.model, encoding.n_vocab, str(directory.config))
     held = sum(tensor.numel() for tensor in loaded.model.values())
     least = parameters(config.model, encoding.n_vocab)
     if held < least:  # checked before thousands of blocks are built for nothing
         raise InputError(
-            f"{folder}: does not fit {run.config}: it holds {held:,} parameters, but "
+            f"{folder}: does not fit {directory.config}: it holds {held:,} parameters, but "
             f"at least {least:,} are needed"
         )
     model = GPT(config.model, encoding.n_vocab)
     try:
         load_weights(model, loaded.model)
     except ValueError as error:
-        raise InputError(f"{folder}: does not fit {run.config}: {error}") from None
+        raise InputError(f"{folder}: does not fit {directory.config}: {error}") from None
     return TrainedRun(model.to(device).eval(), encoding, loaded.step)
 
 
 def generate(
-    run: TrainedRun | RunResult | str | Path,
+    run: TrainedRun | AnyRun,
     prompt: str = "",
     *,
     max_new_tokens: int = 200,
@@ -104,8 +106,10 @@ def generate(
             "seed": seed,
         },
     )
+    if not isinstance(prompt, str):
+        raise InputError(f"prompt: must be text, found {prompt!r}")
     if not isinstance(run, TrainedRun):
-        run = load_run(run.directory if isinstance(run, RunResult) else run)
+        run = load_run(run)
     return continue_text(
         run.model,
         run.encoding,
@@ -115,6 +119,16 @@ def generate(
         seed=options.seed,
         origin="prompt",
     )
+
+
+def _device(device: torch.device | str) -> torch.device:
+    """The device of that name, if there is one."""
+    if device in ("auto", "cpu", "cuda", "mps"):
+        return pick_device(str(device))
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InputError(f"device: {device!r} is not a device; try cpu, cuda or cuda:1") from None
 
 
 def _choose(run: RunDirectory, checkpoint: str) -> Path:

@@ -131,6 +131,19 @@ def describe_lr_change(before: Config, now: Config, progress: Progress) -> str |
     )
 
 
+def check_types(config: Config, resume: str | Path) -> None:
+    """Check two arguments of `train`.
+
+    Raises:
+        InputError: one is of another type.
+    """
+    if not isinstance(config, Config):
+        found = type(config).__name__
+        raise InputError(f"config: must be what load returns, load('quickstart'); found a {found}")
+    if not isinstance(resume, str | Path):
+        raise InputError(f"resume: must be auto, never or a checkpoint folder, found {resume!r}")
+
+
 def ended_run(config: Config, path: Path, resume: str | Path) -> RunResult | None:
     """The result of a run in `path` that has ended; None if there is something left to train.
 

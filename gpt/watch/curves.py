@@ -14,14 +14,13 @@ from numpy.typing import NDArray
 
 from gpt import metrics
 from gpt.errors import InputError
-from gpt.run.directory import RunDirectory, RunResult
+from gpt.run.directory import AnyRun, RunDirectory, path_of
 from gpt.run.plot import smooth
 from gpt.watch.survey import find_runs, read_options
 from gpt.watch.table import PLACES, differing, format_value
 
 X = Literal["step", "tokens", "seconds"]
 Column = NDArray[np.float64]
-AnyRun = str | Path | RunResult  # a run, to callers from Python
 
 MOST_OPTIONS = 3  # in a label
 
@@ -62,7 +61,7 @@ def _find(runs: Sequence[AnyRun]) -> list[Path]:
         raise InputError("no runs given")
     paths: dict[Path, Path] = {}
     for run in runs:
-        given = run.directory if isinstance(run, RunResult) else Path(run)
+        given = path_of(run)
         folders = [given] if given.exists() else [Path(p) for p in sorted(glob.glob(str(given)))]
         if not folders:
             raise InputError(f"{given}: no such directory")
@@ -112,7 +111,7 @@ def read_metrics(run: AnyRun) -> dict[str, Column]:
     Raises:
         InputError: there is no such run, or its metrics.jsonl is damaged.
     """
-    directory = RunDirectory(run.directory if isinstance(run, RunResult) else Path(run))
+    directory = RunDirectory(path_of(run))
     read_options(directory)  # refuses a directory that is not a run
     return _columns(metrics.read(directory.metrics))
 

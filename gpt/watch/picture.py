@@ -15,8 +15,9 @@ from matplotlib.lines import Line2D
 
 from gpt.errors import InputError, nearest
 from gpt.io.files import open_regular, reading, write_bytes
+from gpt.run.directory import AnyRun
 from gpt.run.plot import COLORS, NOTEBOOK_DPI, label, label_plainly, literal_text, to_bytes
-from gpt.watch.curves import AnyRun, Column, Curve, X, read_curves
+from gpt.watch.curves import Column, Curve, X, read_curves
 from gpt.watch.table import csv_text
 
 DASHES = ("-", "--")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import io
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from gpt.errors import InputError, option, printable
 from gpt.io.console import duration, format_loss
+from gpt.run.directory import AnyRun, path_of
 from gpt.watch.survey import RunSummary, find, find_runs, is_comparison, summarize
 
 NUMBERS = (
@@ -77,7 +79,7 @@ class RunTable:
         ]
         full = [row for row, summary in zip(cells, self, strict=True) if not summary.note]
         widths = [
-            max(map(len, (*title, *(row[i] for row in (cells if i < 2 else full)))))
+            max(map(display_width, (*title, *(row[i] for row in (cells if i < 2 else full)))))
             for i, title in enumerate(header)
         ]
         columns = len(header) if full else 2
@@ -171,10 +173,21 @@ def _total(widths: Sequence[int]) -> int:
 def _line(texts: Sequence[str], widths: Sequence[int]) -> str:
     """Texts in columns: the first two to the left, the others to the right."""
     aligned = [
-        text.ljust(width) if i < 2 else text.rjust(width)
+        text + _blank(text, width) if i < 2 else _blank(text, width) + text
         for i, (text, width) in enumerate(zip(texts, widths, strict=True))
     ]
     return GAP.join(aligned).rstrip()
+
+
+def _blank(text: str, width: int) -> str:
+    """The spaces that fill up a column."""
+    return " " * max(0, width - display_width(text))
+
+
+def display_width(text: str) -> int:
+    """The columns that `text` takes on a terminal: two for a wide letter, none for an accent."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.category(c) in ("Mn", "Me") for c in text)
 
 
 def _html(text: str) -> str:
@@ -197,7 +210,7 @@ def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def list_runs(folder: str | Path = "runs", *, cells: bool = False) -> RunTable:
+def list_runs(folder: AnyRun = "runs", *, cells: bool = False) -> RunTable:
     """A table of all runs in a folder, in a notebook or printed; a comparison is one row.
 
     Args:
@@ -207,7 +220,7 @@ def list_runs(folder: str | Path = "runs", *, cells: bool = False) -> RunTable:
     Raises:
         InputError: there is no such folder.
     """
-    folder = Path(folder)
+    folder = path_of(folder)
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "no such directory"
         raise InputError(f"{folder}: {what}")
