@@ -15,7 +15,6 @@ from gpt.cli.common import typed
 from gpt.config import Config, read_yaml
 from gpt.config.shipped import names
 from gpt.errors import InputError, closest
-from gpt.scaling.ladder import is_study
 
 Kind = Literal[
     "run",
@@ -48,6 +47,8 @@ def kind(path: Path) -> Kind:
         whole = kind(path.absolute().parents[1]) if is_cell else "nothing"
         return "cell" if whole in ("comparison", "study") else "run"
     if (path / "grid.yaml").is_file():
+        from gpt.scaling.ladder import is_study  # here, as few commands need it
+
         with contextlib.suppress(InputError, OSError):
             return "study" if is_study(read_yaml(path / "grid.yaml")) else "comparison"
         return "comparison"
