@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
@@ -158,6 +159,32 @@ def test_gradients_and_activations_coexist_only_with_several_micro_batches():
         assert size.largest_micro_batch(takes[1], takes[n].peak) == n
         assert size.largest_micro_batch(takes[1], takes[n].peak - 1) in (fewer, 6)
     assert size.largest_micro_batch(takes[1], takes[1].peak - 1) is None
+
+
+def test_a_checkpoint_is_written_while_the_next_update_runs():
+    """On a CPU, which also keeps freed memory: 15%, and what was computed, up to 64 MB."""
+    config = validate(Config, {"evaluation": {"every": 10}, "training": {"steps": 20}})
+    model = size.build(config.model, 300)
+    takes = size.memory(config, model, config.batch_sequences, "cpu")
+    parts, computing = takes.parts(), takes.activations + takes.logits
+    assert parts["saving"] == 3 * parts["weights"] == parts["weights"] + parts["optimizer"]
+    updating = parts["gradients"] + parts["saving"]
+    kept = parts["weights"] + parts["optimizer"]
+    in_use = kept + max(computing, updating)
+    assert takes.peak == int(1.15 * in_use + min(computing, 64e6))
+    small = dataclasses.replace(takes, micro_batch=1, batch=1)
+    assert small.activations + small.logits < min(updating, 64e6)
+    computing = small.activations + small.logits
+    assert small.peak == int(1.15 * (kept + updating) + computing)
+    once = dataclasses.replace(small, saves_while_training=False)
+    assert once.peak == int(1.15 * (kept + parts["saving"]) + computing)
+
+
+def test_an_evaluation_takes_a_third_of_the_updates_time_per_sequence(tiny: Make):
+    config = tiny(training={"steps": 20, "batch_sequences": 4}, evaluation={"every": 10})
+    for sequences, batches in ((4, 1), (12, 2), (None, 2)):  # 8 at most; steps 0, 10, 20
+        expected = 3 * batches * 0.5 / 3
+        assert timing.evaluation_seconds(config, 0.5, sequences) == pytest.approx(expected)
 
 
 def test_a_large_model_is_timed_on_enough_tokens(tiny: Make, monkeypatch: pytest.MonkeyPatch):
