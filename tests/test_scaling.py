@@ -173,7 +173,10 @@ def test_from_ladder_to_report(trainer: Trainer, start: Start, tmp_path: Path):
         assert "1 of 24 runs failed (1 diverged; cells.csv names them)" in text
     for sentence in ("Nothing is known outside", "0.001 for all sizes", "seen once"):
         assert sentence in report
-    for row in ("| constant | estimate | 95% interval | meaning |", f"| width 8 | {parameters(8):,} |"):
+    for row in (
+        "| constant | estimate | 95% interval | meaning |",
+        f"| width 8 | {parameters(8):,} |",
+    ):
         assert f"\n{row}" in report
     assert report.count("\n\n|") == 3  # tables, each after an empty line
     assert {path.name for path in (folder / "figures").iterdir()} == {
@@ -259,33 +262,41 @@ def test_wrong_input_is_exit_2(
 @pytest.mark.parametrize(
     ("command", "given", "words"),
     [
-        ("scaling", "configs/quickstart.yaml", "is a config, not a ladder; to train it: {train}"),
+        ("scaling", "config.yaml", "is a config, not a ladder; to train it: {train}"),
         ("scaling", "quickstart", "is a shipped config; to train it: {train}"),
-        ("scaling", "configs/compare/quick.yaml", "is a grid; to run it: {compare}"),
+        ("scaling", "grid.yaml", "is a grid; to run it: {compare}"),
         ("scaling", "quick", "is a shipped grid; to run it: {compare}"),
-        ("scaling", "docs/quick", "is a comparison; to continue it: {compare}"),
-        ("scaling", "tiny --out-dir docs/quick", "docs/quick: is a comparison; to continue it: "),
-        ("compare", "docs/scaling", "is a scaling study; to continue it: {scaling}"),
-        ("compare", "quick --out-dir docs/scaling", "docs/scaling: is a scaling study; "),
-        ("compare", "configs/scaling/tiny.yaml", "is a ladder; to run it: {scaling}"),
+        ("scaling", "quick-1", "is a comparison; to continue it: {compare}"),
+        ("scaling", "tiny --out-dir quick-1", "quick-1: is a comparison; to continue it: "),
+        ("compare", "tiny-1", "is a scaling study; to continue it: {scaling}"),
+        ("compare", "quick --out-dir tiny-1", "tiny-1: is a scaling study; to continue it: "),
+        ("compare", "ladder.yaml", "is a ladder; to run it: {scaling}"),
         ("compare", "tiny", "is a shipped ladder; to run it: {scaling}"),
-        ("compare", "quick --model.heads 7", "heads (7) must divide"),  # and not that it is a grid
-        ("train", "configs/scaling/tiny.yaml", "is a ladder; to run it: {scaling}"),
-        ("train", "docs/scaling", "is a scaling study; to continue it: {scaling}"),
+        ("compare", "quick --model.heads 7", "heads (7) must divide"),  # not that it is a grid
+        ("train", "ladder.yaml", "is a ladder; to run it: {scaling}"),
+        ("train", "tiny-1", "is a scaling study; to continue it: {scaling}"),
         ("train", "tiny", "is a shipped ladder; to run it: {scaling}"),
-        ("sample", "configs/scaling/tiny.yaml", "is a ladder, not a run; to run it: {scaling}"),
-        ("sample", "docs/scaling", "is a scaling study; each of its cells is a run, such as "),
+        ("sample", "ladder.yaml", "is a ladder, not a run; to run it: {scaling}"),
+        ("sample", "tiny-1", "is a scaling study; each of its cells is a run, such as "),
     ],
 )
 def test_a_path_of_another_kind_is_named(
     command: str,
     given: str,
     words: str,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.chdir(ROOT)
-    code, out, err = called(capsys, command, *given.split())
+    monkeypatch.chdir(tmp_path)
+    files = {"config": "quickstart", "grid": "compare/quick", "ladder": "scaling/tiny"}
+    for name, shipped in files.items():
+        shutil.copy(ROOT / f"configs/{shipped}.yaml", f"{name}.yaml")
+    for folder, docs in (("tiny-1", "scaling"), ("quick-1", "quick")):
+        Path(folder).mkdir()
+        shutil.copy(ROOT / f"docs/{docs}/grid.yaml", folder)
+    nothing = [] if command == "sample" else ["--dry-run"]
+    code, out, err = called(capsys, command, *given.split(), *nothing)
     assert (code, out) == (2, "")
     before, _, name = words.partition("{")
     assert before in err

@@ -155,9 +155,7 @@ def _is_shipped(path: str, prog: str, wanted: Wanted) -> str | None:
     return f"is a shipped {name}; to {purpose} it: {_command(command, prog, path)}"
 
 
-def check_directory(
-    directory: Path, prog: str, wanted: Literal["comparison", "study"]
-) -> None:
+def check_directory(directory: Path, prog: str, wanted: Literal["comparison", "study"]) -> None:
     """Refuse to write a comparison's report over that of a scaling study, or the reverse.
 
     Raises:

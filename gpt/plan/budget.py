@@ -15,7 +15,7 @@ from gpt.hardware.device import pick_device
 from gpt.plan import TOKENS_PER_PARAMETER
 from gpt.plan.chinchilla import largest_model
 from gpt.plan.size import build
-from gpt.plan.timing import LONGER, evaluation_seconds, make_trainer, update_seconds
+from gpt.plan.timing import evaluation_seconds, make_trainer, update_seconds
 
 TIMED_SECONDS = 1.0  # of updates of one model
 ROUNDS = 4  # models that are timed, at most: each gives the FLOP/s that choose the next
@@ -77,7 +77,7 @@ BUDGETS: dict[str, Callable[[Config, int, float, str], Config]] = {
 def _flops_per_second(config: Config, vocab_size: int) -> float:
     """FLOPs of the updates of a run, divided by its whole time."""
     trainer = make_trainer(config, vocab_size, pick_device(config.training.device))
-    update = update_seconds(trainer, vocab_size, TIMED_SECONDS, LONGER)
+    update = update_seconds(trainer, vocab_size, TIMED_SECONDS)
     steps = config.training.steps
     batch = config.batch_sequences * config.model.context * trainer.model.flops_per_token()
     return steps * batch / (steps * update + evaluation_seconds(config, update))

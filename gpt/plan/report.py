@@ -25,7 +25,7 @@ from gpt.plan.size import (
     memory,
     parameters,
 )
-from gpt.plan.timing import LONGER, evaluation_seconds, make_trainer, update_seconds
+from gpt.plan.timing import evaluation_seconds, make_trainer, update_seconds
 
 TIMED_SECONDS = 1.0
 
@@ -150,7 +150,7 @@ def make(config: Config) -> Plan:
     except InputError as error:
         refusal = error
     else:
-        update = update_seconds(trainer, data.vocab_size, TIMED_SECONDS, LONGER)
+        update = update_seconds(trainer, data.vocab_size, TIMED_SECONDS)
     sequences = micro_batch(config, data.vocab_size, device)
     takes = memory(config, model, sequences, device.type)
     available = total_memory(device)

@@ -11,7 +11,7 @@ from gpt.config import Config
 from gpt.trainer import Trainer
 
 TIMED_FLOPS = {"cpu": 2e10, "mps": 2e11, "cuda": 2e13}  # of an update; a longer one is scaled up
-LONGER = 10  # times as many for an estimate of one run, since a large model is slow on few tokens
+LONGER = 10  # times as many for the estimate of one run, as a large model is slow on few tokens
 
 
 def make_trainer(config: Config, vocab_size: int, device: torch.device) -> Trainer:
@@ -29,7 +29,7 @@ def make_trainer(config: Config, vocab_size: int, device: torch.device) -> Train
 
 
 def update_seconds(
-    trainer: Trainer, vocab_size: int, seconds: float, longer: float = 1.0
+    trainer: Trainer, vocab_size: int, seconds: float, longer: float = LONGER
 ) -> float:
     """Seconds of an update of the whole batch.
 
