@@ -84,3 +84,17 @@ def test_redirected_output_is_utf8(variables: dict[str, str], tmp_path: Path):
     printed = yaml.safe_load(done.stdout.decode("utf-8"))
     assert printed["sampling"]["prompt"] == tree["sampling"]["prompt"]
     assert printed["data"]["cache_dir"] == tree["data"]["cache_dir"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (59.6, "1:00"),
+        (3723, "1:02:03"),
+        (172_799, "47:59:59"),
+        (2e5, "2.3 days"),
+        (1.2e8, "1,389 days"),
+    ],
+)
+def test_a_duration_is_in_the_units_of_its_size(seconds: float, text: str):
+    assert console.duration(seconds) == text

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, rendering
+from test_cli import called
 
 from gpt import cli, metrics
 from gpt.compare.execution.tasks import Task
@@ -172,6 +173,12 @@ def test_from_ladder_to_report(trainer: Trainer, start: Start, tmp_path: Path):
         assert "1 of 24 runs failed (1 diverged; cells.csv names them)" in text
     for sentence in ("Nothing is known outside", "0.001 for all sizes", "seen once"):
         assert sentence in report
+    for row in (
+        "| constant | estimate | 95% interval | meaning |",
+        f"| width 8 | {parameters(8):,} |",
+    ):
+        assert f"\n{row}" in report
+    assert report.count("\n\n|") == 3  # tables, each after an empty line
     assert {path.name for path in (folder / "figures").iterdir()} == {
         f"{name}.{ending}" for name in ("isoflop", "best-size") for ending in ("png", "svg")
     }
@@ -207,8 +214,9 @@ def test_lost_runs_are_retried_and_a_study_can_grow(trainer: Trainer, start: Sta
 def test_a_dry_run_lists_runs_and_writes_nothing(start: Start, tmp_path: Path):
     code, out, _ = start("--dry-run")
     assert code == 0
-    for text in (RUN, "24: 5 arms, 2 seeds", "FLOPs"):
+    for text in (RUN, "24: 5 arms, 2 seeds\n", "FLOPs"):
         assert text in out
+    assert "question" not in out
     assert not (tmp_path / "study").exists()
 
 
@@ -251,16 +259,52 @@ def test_wrong_input_is_exit_2(
     assert not (tmp_path / "study").exists()
 
 
-def test_files_and_folders_that_are_not_a_ladder(start: Start, tmp_path: Path):
-    code, _, err = start(path=ROOT / "configs/quickstart.yaml")
-    assert code == 2
-    assert "is a config for train; a ladder has sizes" in err
-    code, _, err = start(path=ROOT / "configs/compare/quick.yaml")
-    assert code == 2
-    assert "is a grid for compare; a ladder has sizes" in err
-    code, _, err = start(path=ROOT / "docs/quick")
-    assert code == 2
-    assert "is a comparison; `steadygpt compare` runs and reports it" in err
+@pytest.mark.parametrize(
+    ("command", "given", "words"),
+    [
+        ("scaling", "config.yaml", "is a config, not a ladder; to train it: {train}"),
+        ("scaling", "quickstart", "is a shipped config; to train it: {train}"),
+        ("scaling", "grid.yaml", "is a grid; to run it: {compare}"),
+        ("scaling", "quick", "is a shipped grid; to run it: {compare}"),
+        ("scaling", "quick-1", "is a comparison; to continue it: {compare}"),
+        ("scaling", "tiny --out-dir quick-1", "quick-1: is a comparison; to continue it: "),
+        ("compare", "tiny-1", "is a scaling study; to continue it: {scaling}"),
+        ("compare", "quick --out-dir tiny-1", "tiny-1: is a scaling study; to continue it: "),
+        ("compare", "ladder.yaml", "is a ladder; to run it: {scaling}"),
+        ("compare", "tiny", "is a shipped ladder; to run it: {scaling}"),
+        ("compare", "quick --model.heads 7", "heads (7) must divide"),  # not that it is a grid
+        ("train", "ladder.yaml", "is a ladder; to run it: {scaling}"),
+        ("train", "tiny-1", "is a scaling study; to continue it: {scaling}"),
+        ("train", "tiny", "is a shipped ladder; to run it: {scaling}"),
+        ("sample", "ladder.yaml", "is a ladder, not a run; to run it: {scaling}"),
+        ("sample", "tiny-1", "is a scaling study; each of its cells is a run, such as "),
+    ],
+)
+def test_a_path_of_another_kind_is_named(
+    command: str,
+    given: str,
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    files = {"config": "quickstart", "grid": "compare/quick", "ladder": "scaling/tiny"}
+    for name, shipped in files.items():
+        shutil.copy(ROOT / f"configs/{shipped}.yaml", f"{name}.yaml")
+    for folder, docs in (("tiny-1", "scaling"), ("quick-1", "quick")):
+        Path(folder).mkdir()
+        shutil.copy(ROOT / f"docs/{docs}/grid.yaml", folder)
+    nothing = [] if command == "sample" else ["--dry-run"]
+    code, out, err = called(capsys, command, *given.split(), *nothing)
+    assert (code, out) == (2, "")
+    before, _, name = words.partition("{")
+    assert before in err
+    assert f"{name.rstrip('}')} {given}\n" in err or not name
+    assert len(err.splitlines()) <= 3
+
+
+def test_a_folder_that_is_not_a_study(start: Start, tmp_path: Path):
     code, _, err = start(path=tmp_path)
     assert code == 2
     assert "is not the directory of a scaling study" in err

@@ -67,11 +67,14 @@ def command(prog: str) -> Iterator[None]:
         raise SystemExit(2) from None
 
 
+SCRIPTS = ("train", "sample", "compare")  # that a clone has at its top; others are commands only
+
+
 def typed(name: str, prog: str) -> list[str]:
     """The words that start the command `name`, as a user who typed `prog` would type them."""
     here, python, script = Path.cwd(), Path(sys.executable), Path(sys.argv[0])
     interpreter = str(python.relative_to(here)) if python.is_relative_to(here) else "python"
-    if prog.endswith(".py"):
+    if prog.endswith(".py") and name in SCRIPTS:
         other = f"{name}.py"
         return [interpreter, str(script.with_name(other)) if script.name == prog else other]
     if prog.startswith("steadygpt") and script.name != "__main__.py":

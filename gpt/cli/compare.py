@@ -12,7 +12,7 @@ from pydantic import Field
 
 from gpt.cli.common import StopSignals
 from gpt.cli.flags import parse
-from gpt.cli.paths import explained
+from gpt.cli.paths import check_directory, explained
 from gpt.compare import grid as grids
 from gpt.compare.grid import Cell, Grid
 from gpt.config import Config, FileName, FileNames, Seconds, Section, WorkerCount
@@ -97,6 +97,7 @@ def load(argv: Sequence[str], prog: str = "compare.py") -> tuple[Arguments, Comp
     with explained(arguments.grid, prog, "grid"):
         path, directory = _locate(arguments)
         grid, cells = grids.load(path, options, arguments.seeds)
+    check_directory(directory, prog, "comparison")
     if arguments.runner is not None:
         grid = grid.model_copy(update={"runner": arguments.runner})
     if not arguments.report_only:

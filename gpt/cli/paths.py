@@ -17,16 +17,40 @@ from gpt.config.shipped import names
 from gpt.errors import InputError, closest
 
 Kind = Literal[
-    "run", "cell", "comparison", "checkpoint", "grid", "config", "file", "folder", "nothing"
+    "run",
+    "cell",
+    "comparison",
+    "study",
+    "checkpoint",
+    "grid",
+    "ladder",
+    "config",
+    "file",
+    "folder",
+    "nothing",
 ]
+Wanted = Literal["config", "grid", "ladder"]
+# What is not a run: its name, and the command that takes it.
+NAMES: dict[Kind, tuple[str, str]] = {
+    "config": ("config", "train"),
+    "comparison": ("comparison", "compare"),
+    "study": ("scaling study", "scaling"),
+    "grid": ("grid", "compare"),
+    "ladder": ("ladder", "scaling"),
+}
 
 
 def kind(path: Path) -> Kind:
-    """What a path holds; a `cell` is a run of a comparison."""
+    """What a path holds; a `cell` is a run of a comparison or of a scaling study."""
     if (path / "config.yaml").is_file():
         is_cell = path.absolute().parent.name == "cells"
-        return "cell" if is_cell and kind(path.absolute().parents[1]) == "comparison" else "run"
+        whole = kind(path.absolute().parents[1]) if is_cell else "nothing"
+        return "cell" if whole in ("comparison", "study") else "run"
     if (path / "grid.yaml").is_file():
+        from gpt.scaling.ladder import is_study  # here, as few commands need it
+
+        with contextlib.suppress(InputError, OSError):
+            return "study" if is_study(read_yaml(path / "grid.yaml")) else "comparison"
         return "comparison"
     if run_of_checkpoint(path) is not None:
         return "checkpoint"
@@ -37,6 +61,8 @@ def kind(path: Path) -> Kind:
             keys = set(read_yaml(path))
             if "arms" in keys:
                 return "grid"
+            if "sizes" in keys:
+                return "ladder"
             if keys & set(Config.model_fields):
                 return "config"
         return "file"
@@ -53,8 +79,8 @@ def run_of_checkpoint(path: Path) -> Path | None:
 
 
 @contextlib.contextmanager
-def explained(path: str, prog: str, wanted: Literal["config", "grid"]) -> Iterator[None]:
-    """A context for reading a config or a grid: says if the path is of another kind.
+def explained(path: str, prog: str, wanted: Wanted) -> Iterator[None]:
+    """A context for reading a config, grid or ladder: says if the path is of another kind.
 
     Raises:
         InputError: what the path is, and the command that takes it; or the error of the reading.
@@ -63,7 +89,9 @@ def explained(path: str, prog: str, wanted: Literal["config", "grid"]) -> Iterat
         yield
     except InputError:
         answer = (
-            _instead_of_grid(path, prog) if wanted == "grid" else _instead_of_config(path, prog)
+            _instead_of_config(path, prog)
+            if wanted == "config"
+            else _instead_of_grid(path, prog, wanted)
         )
         if answer is None:
             raise
@@ -81,30 +109,61 @@ def _instead_of_config(path: str, prog: str) -> str | None:
             config = (run_of_checkpoint(given) or given) / "config.yaml"
             started = _command("train", prog, config, "--resume", given, "--out-dir", "runs/NEW")
             return f"is a checkpoint; to start a run from it:\n{started}"
-        case "comparison":
-            return f"is a comparison; to continue it: {_command('compare', prog, path)}"
-        case "grid":
-            return f"is a grid; to run it: {_command('compare', prog, path)}"
+        case "comparison" | "study" | "grid" | "ladder" as found:
+            return _is_a(found, path, prog)
         case "folder":
             trained = _command("train", prog, "own-text", "--data.path", path)
             return f"is a folder, not a regular file; to train on the texts in it:\n{trained}"
-        case "nothing" if path in names("grid"):
-            return f"is a shipped grid; to run it: {_command('compare', prog, path)}"
+        case "nothing":
+            return _is_shipped(path, prog, "config")
     return None
 
 
-def _instead_of_grid(path: str, prog: str) -> str | None:
+def _instead_of_grid(path: str, prog: str, wanted: Literal["grid", "ladder"]) -> str | None:
     given = Path(path)
     match kind(given):
         case "run" | "checkpoint" | "cell" as found:
             what = {"run": "run directory", "cell": "run of a comparison"}.get(found, found)
+            directory = {"grid": "comparison", "ladder": "study"}[wanted]
             sampled = _command("sample", prog, given)
-            return f"is a {what}, not a comparison directory; to sample from it: {sampled}"
+            return f"is a {what}, not a {directory} directory; to sample from it: {sampled}"
         case "config":
-            return f"is a config, not a grid; to train it: {_train(path, prog)}"
-        case "nothing" if path in names("config"):
-            return f"is a shipped config; to train it: {_train(path, prog)}"
+            return f"is a config, not a {wanted}; to train it: {_train(path, prog)}"
+        case "comparison" | "study" | "grid" | "ladder" as found:
+            takes = {"grid": "compare", "ladder": "scaling"}[wanted]
+            return _is_a(found, path, prog) if NAMES[found][1] != takes else None
+        case "nothing":
+            return _is_shipped(path, prog, wanted)
     return None
+
+
+def _is_a(found: Kind, path: str | Path, prog: str) -> str:
+    """What a path is, and the command that takes it."""
+    name, command = NAMES[found]
+    purpose = "run" if found in ("grid", "ladder") else "continue"
+    return f"is a {name}; to {purpose} it: {_command(command, prog, path)}"
+
+
+def _is_shipped(path: str, prog: str, wanted: Wanted) -> str | None:
+    """The same for a name that comes with steadygpt, of another kind."""
+    kinds: tuple[Wanted, ...] = ("config", "grid", "ladder")
+    found = next((each for each in kinds if each != wanted and path in names(each)), None)
+    if found is None or path in names(wanted):
+        return None
+    name, command = NAMES[found]
+    purpose = "train" if found == "config" else "run"
+    return f"is a shipped {name}; to {purpose} it: {_command(command, prog, path)}"
+
+
+def check_directory(directory: Path, prog: str, wanted: Literal["comparison", "study"]) -> None:
+    """Refuse to write a comparison's report over that of a scaling study, or the reverse.
+
+    Raises:
+        InputError: what the directory holds, and the command that takes it.
+    """
+    found = kind(directory)
+    if found in ("comparison", "study") and found != wanted:
+        raise InputError(f"{directory}: {_is_a(found, directory, prog)}")
 
 
 def find_run(path: str, prog: str) -> Path:
@@ -119,11 +178,12 @@ def find_run(path: str, prog: str) -> Path:
             return given
         case "checkpoint":
             return run_of_checkpoint(given) or given
-        case "comparison":
+        case "comparison" | "study" as found:
             cell = next(iter(_runs(given / "cells")), given / "cells/CELL")
-            answer = f"is a comparison; each of its cells is a run, such as {cell}"
-        case "grid":
-            answer = f"is a grid, not a run; to run it: {_command('compare', prog, path)}"
+            answer = f"is a {NAMES[found][0]}; each of its cells is a run, such as {cell}"
+        case "grid" | "ladder" as found:
+            name, command = NAMES[found]
+            answer = f"is a {name}, not a run; to run it: {_command(command, prog, path)}"
         case "config" | "file" | "folder" if kind(given.parent) in ("run", "cell"):
             answer = f"is a part of a run; name the run: {given.parent}"
         case "config":

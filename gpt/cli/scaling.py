@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import Field
 
 from gpt.cli.common import StopSignals
 from gpt.cli.flags import parse
+from gpt.cli.paths import check_directory, explained
 from gpt.compare import grid as grids
 from gpt.config import Config, FileName, Seconds, Section, WorkerCount
 from gpt.config.shipped import find, names
@@ -58,26 +59,23 @@ def main(argv: Sequence[str], prog: str = "steadygpt scaling") -> int:
             if getattr(arguments, flag):
                 raise InputError(f"give {as_flag(flag)} or --report-only, not both")
     path = Path(arguments.ladder)
-    directory = Path(arguments.out_dir or f"runs/{path.stem}")
-    if path.is_dir():
-        for flag, given in (("--out-dir", arguments.out_dir), ("--seeds", arguments.seeds)):
-            if given is not None:
-                raise InputError(f"{flag}: {path} is a study's directory, whose grid is fixed")
-        if options:
-            raise InputError(f"{path}: is a study's directory, whose options are fixed")
-        directory = path
-    else:
-        path = find(path, "ladder")
-        ladder, configs = ladders.load(path, options, arguments.seeds)
+    is_directory = path.is_dir()
+    directory = path if is_directory else Path(arguments.out_dir or f"runs/{path.stem}")
+    check_directory(directory, prog, "study")
+    with explained(arguments.ladder, prog, "ladder"):
+        if is_directory:
+            _check_fixed(arguments, options)
+            grid, cells = grids.load(path / "grid.yaml")
+        else:
+            path = find(path, "ladder")
+            ladder, configs = ladders.load(path, options, arguments.seeds)
 
     from gpt.compare import comparison
     from gpt.compare.execution.tasks import default_workers
     from gpt.scaling import study as studies
     from gpt.scaling.report import format_study
 
-    if path.is_dir():
-        grid, cells = studies.check_study(path)
-    else:
+    if not is_directory:
         grid, cells = studies.plan(ladder, configs, path)
     workers = arguments.workers or default_workers(cells)
     if arguments.report_only:
@@ -100,3 +98,19 @@ def main(argv: Sequence[str], prog: str = "steadygpt scaling") -> int:
             )
     show(format_study(study, directory))
     return 1 if "error" in study.missing.values() else 0
+
+
+def _check_fixed(arguments: Arguments, options: Mapping[str, object]) -> None:
+    """Refuse what would change a study that is given as a directory.
+
+    Raises:
+        InputError: it has no grid, or a flag or option was given.
+    """
+    path = arguments.ladder
+    if not (Path(path) / "grid.yaml").is_file():
+        raise InputError(f"{path}: is not the directory of a scaling study (no grid.yaml)")
+    for flag, given in (("--out-dir", arguments.out_dir), ("--seeds", arguments.seeds)):
+        if given is not None:
+            raise InputError(f"{flag}: {path} is a study's directory, whose grid is fixed")
+    if options:
+        raise InputError(f"{path}: is a study's directory, whose options are fixed")

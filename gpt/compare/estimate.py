@@ -165,7 +165,7 @@ def _measure(config: Config, vocab_size: int, seconds: float) -> tuple[float, in
     """
     trainer = make_trainer(config, vocab_size, pick_device(config.training.device))
     model = trainer.model
-    update = update_seconds(trainer, vocab_size, seconds)
+    update = update_seconds(trainer, vocab_size, seconds, longer=1)
     return update, model.flops_per_token(), checkpoint_bytes(model, config.optimizer)
 
 

@@ -39,14 +39,17 @@ def describe(
     every = len(grid.seeds) * sum(
         math.prod(map(len, {**grid.grid, **arm.axes}.values())) for arm in arms
     )
+    questions = " ".join(contrast.question for contrast in grid.contrasts)
     rows = {
-        "question": " ".join(contrast.question for contrast in grid.contrasts) or "none registered",
+        **({"question": questions} if questions else {}),
         "arms": "; ".join(arm.name for arm in arms),
         "cells": f"{most}{with_result + estimated.cells}: "
         f"{_count(len(arms), 'arm')}, {_count(len(grid.seeds), 'seed')}"
         + (f" (stops after {grid.first_stage} if they agree)" if grid.first_stage else "")
         + "".join(
-            f", {_count(len(values), 'value')} of {axis}" for axis, values in grid.grid.items()
+            f", {_count(len(values), 'value')} of {axis}"
+            for axis, values in grid.grid.items()
+            if not any(axis in arm.axes for arm in arms)  # which have values of their own
         )
         + (f", up to {search.most_runs} rates of each, chosen by a search" if search else "")
         + (f"; {_count(every - len(cells), 'combination')} left out" if len(cells) < every else "")

@@ -155,7 +155,9 @@ def format_loss(loss: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format a duration as `1:02:03` or `2:03`."""
+    """Format a duration as `1:02:03` or `2:03`, and from two days on as `2.1 days`."""
+    if seconds >= 2 * 86_400:
+        return f"{seconds / 86_400:,.{1 if seconds < 1e6 else 0}f} days"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

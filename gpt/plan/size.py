@@ -23,8 +23,8 @@ PARTS = ("token embedding", "position embedding", "attention", "MLP", "norms", "
 # the residual stream and halves the others: (2 * 4 + 14 * 2) / (16 * 4).
 HALF_PRECISION = 9 / 16
 # What glibc keeps of freed memory, fitted to measurements (docs/planning.md): 15% of what is in
-# use at the peak, and 90% of what forward and backward pass use, up to 64 MB.
-ALLOCATOR = (0.15, 0.9, 64 * 10**6)
+# use at the peak, and as much as forward and backward pass use, up to 64 MB.
+ALLOCATOR = (0.15, 64 * 10**6)
 CHECKPOINT_TENSOR = 110  # bytes of a tensor's entry in the header of a safetensors file
 
 
@@ -87,7 +87,7 @@ class Memory:
     batch: int
     context: int
     loss_chunk: int | None
-    allocator: tuple[float, float, int]
+    allocator: tuple[float, int]
 
     @property
     def activations(self) -> int:
@@ -114,8 +114,8 @@ class Memory:
         if self.micro_batch < self.batch:
             computing += self.gradients
         used = self.weights + self.optimizer + max(computing, updating, self.saving)
-        share, of_computing, at_most = self.allocator
-        return int((1 + share) * used + min(of_computing * computing, at_most))
+        share, at_most = self.allocator
+        return int((1 + share) * used + min(computing, at_most))
 
     def parts(self) -> dict[str, int]:
         """The parts that people ask for, by name; not all are in use at once."""
@@ -149,7 +149,7 @@ def memory(config: Config, model: GPT, micro_batch: int, device: str) -> Memory:
         batch=config.batch_sequences,
         context=config.model.context,
         loss_chunk=config.training.loss_chunk,
-        allocator=ALLOCATOR if device == "cpu" else (0.0, 0.0, 0),
+        allocator=ALLOCATOR if device == "cpu" else (0.0, 0),
     )
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 
 import torch
+from torch import Tensor
 
 from gpt.config import Config
 from gpt.trainer import Trainer
 
 TIMED_FLOPS = {"cpu": 2e10, "mps": 2e11, "cuda": 2e13}  # of an update; a longer one is scaled up
+LONGER = 10  # times as many for the estimate of one run, as a large model is slow on few tokens
 
 
 def make_trainer(config: Config, vocab_size: int, device: torch.device) -> Trainer:
@@ -26,20 +28,25 @@ def make_trainer(config: Config, vocab_size: int, device: torch.device) -> Train
     return trainer
 
 
-def update_seconds(trainer: Trainer, vocab_size: int, seconds: float) -> float:
+def update_seconds(
+    trainer: Trainer, vocab_size: int, seconds: float, longer: float = LONGER
+) -> float:
     """Seconds of an update of the whole batch.
 
     Args:
         trainer: after `reset`; its weights change.
         seconds: to spend on it, with at least one update.
+        longer: how many times TIMED_FLOPS an update may take, after a first one that warms up.
     """
     config, device = trainer.config, trainer.device
-    context = config.model.context
-    affordable = int(TIMED_FLOPS[device.type] // trainer.model.flops_per_token())
-    length = min(context, max(1, affordable))
-    sequences = min(trainer.micro_batch, max(1, affordable // length))
-    tokens = torch.randint(vocab_size, (sequences, length))
-    scale = config.batch_sequences * context / tokens.numel()
+
+    def batch(flops: float) -> Tensor:
+        affordable = int(flops // trainer.model.flops_per_token())
+        length = min(config.model.context, max(1, affordable))
+        sequences = min(trainer.micro_batch, max(1, affordable // length))
+        return torch.randint(vocab_size, (sequences, length))
+
+    tokens = batch(TIMED_FLOPS[device.type])
     computing = updating = 0.0
     count = -1  # the first update warms up
     while count < 1 or computing + updating < seconds:
@@ -51,6 +58,9 @@ def update_seconds(trainer: Trainer, vocab_size: int, seconds: float) -> float:
         if count:
             computing += between - began
             updating += now(device) - between
+        else:
+            tokens = batch(longer * TIMED_FLOPS[device.type])
+    scale = config.batch_sequences * config.model.context / tokens.numel()
     return (computing * scale + updating) / count
 
 

@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gpt.compare.figures.base import INK, PALE, Plot, plain_numbers, plot_style
+from gpt.plan import TOKENS_PER_PARAMETER
 from gpt.scaling.ladder import FLOPS
 from gpt.scaling.results import Study
 
-TOKENS_PER_PARAMETER = 20  # of Chinchilla, 70 billion parameters and 1.4 trillion tokens
 POINTS = 100  # of a curve
 
 

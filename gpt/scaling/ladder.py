@@ -101,6 +101,12 @@ class Ladder(Section):
         return self
 
 
+def is_study(grid: Mapping[str, Any]) -> bool:
+    """Whether a grid, as read from its file, is one of `make_grid`."""
+    arms, axes = grid.get("arms"), grid.get("grid")
+    return isinstance(arms, dict) and isinstance(axes, dict) and [*arms, *axes] == [FACTOR, AXIS]
+
+
 def load(
     path: str | Path, overrides: Mapping[str, Any] | None = None, seeds: str | None = None
 ) -> tuple[Ladder, dict[str, Config]]:
@@ -120,9 +126,6 @@ def load(
     """
     path = find(path, "ladder")
     tree = read_yaml(path)
-    for key, what in (("arms", "a grid for compare"), ("model", "a config for train")):
-        if "sizes" not in tree and key in tree:
-            raise InputError(f"{path}: is {what}; a ladder has sizes, see configs/scaling/")
     ladder = validate(
         Ladder,
         {"title": printable(path.stem)[:200], **tree},

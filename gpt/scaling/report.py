@@ -133,7 +133,8 @@ def _disagreement(study: Study) -> list[str]:
     return [
         f"The two disagree: for {study.curves[-1].flops:.2g} FLOPs the best size is "
         f"{count_text(law)} by the law and {count_text(parabola)} by the parabola, a factor of "
-        f"{factor:.1f}. So the law does not describe these runs, and its exponents mean little."
+        f"{factor:.1f}. So at least one of them does not describe these runs, and neither exponent "
+        "should be quoted."
     ]
 
 

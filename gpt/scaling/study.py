@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 
 from gpt.compare import comparison
-from gpt.compare import grid as grids
 from gpt.compare.analysis.outcomes import NO_RESULT
 from gpt.compare.analysis.searches import read_outcomes
 from gpt.compare.grid import Cell, Grid
@@ -31,7 +30,7 @@ from gpt.errors import InputError
 from gpt.io.console import Console
 from gpt.io.files import lock_file, refuse_links, write_text
 from gpt.model.gpt2 import GPT
-from gpt.scaling.ladder import FACTOR, Ladder, make_grid
+from gpt.scaling.ladder import Ladder, make_grid
 from gpt.scaling.report import write_report
 from gpt.scaling.results import Study, summarize
 
@@ -54,20 +53,6 @@ def plan(ladder: Ladder, configs: Mapping[str, Config], path: Path) -> tuple[Gri
             name: GPT(config.model, vocabulary).num_parameters() for name, config in configs.items()
         }
     return make_grid(ladder, configs, sizes, path)
-
-
-def check_study(path: Path) -> tuple[Grid, list[Cell]]:
-    """The grid in a study's directory, and its cells.
-
-    Raises:
-        InputError: the directory does not hold a scaling study.
-    """
-    if not (path / "grid.yaml").is_file():
-        raise InputError(f"{path}: is not the directory of a scaling study (no grid.yaml)")
-    grid, cells = grids.load(path / "grid.yaml")
-    if list(grid.arms) != [FACTOR]:
-        raise InputError(f"{path}: is a comparison; `steadygpt compare` runs and reports it")
-    return grid, cells
 
 
 def run(
