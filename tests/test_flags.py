@@ -71,7 +71,7 @@ def test_a_commands_own_arguments_are_validated():
     assert str(caught.value).splitlines() == [
         "CONFIG.yaml: '' is empty, and must name a file or folder",
         "--out-dir: '' is empty, and must name a file or folder",
-        "--max-seconds: '0' is not between 0.001 and 1e+09",
+        "--max-seconds: '0' is not between 0.001 and 1e+09; null switches it off",
     ]
 
 

@@ -72,19 +72,32 @@ def explained(path: str, prog: str, wanted: Literal["config", "grid"]) -> Iterat
 
 def _instead_of_config(path: str, prog: str) -> str | None:
     given = Path(path)
+    trains = prog.removesuffix(".py").endswith("train")
     match kind(given):
-        case "run" | "cell":
+        case "run" | "cell" | "checkpoint" as found if not trains:
+            config = (run_of_checkpoint(given) or given) / "config.yaml"
+            what = "checkpoint" if found == "checkpoint" else "run directory"
+            return f"is a {what}; to use its config: {prog} {shlex.quote(str(config))}"
+        case "run":
             resumed = _command("train", prog, given / "config.yaml", "--out-dir", given)
             sampled = _command("sample", prog, given)
             return f"is a run directory;\nto resume it: {resumed}\nto sample from it: {sampled}"
+        case "cell":
+            return (
+                f"is a run of a comparison; {_continued(given, prog)};\n{_by_itself(given, prog)}"
+            )
         case "checkpoint":
             config = (run_of_checkpoint(given) or given) / "config.yaml"
             started = _command("train", prog, config, "--resume", given, "--out-dir", "runs/NEW")
             return f"is a checkpoint; to start a run from it:\n{started}"
+        case "file" | "folder" if kind(given.parent) in ("run", "cell"):
+            return f"is a part of the run {given.parent}, not a config"
         case "comparison":
             return f"is a comparison; to continue it: {_command('compare', prog, path)}"
         case "grid":
             return f"is a grid; to run it: {_command('compare', prog, path)}"
+        case "folder" if _runs(given):
+            return f"is a folder of runs, such as {_runs(given)[0]}, not a config"
         case "folder":
             trained = _command("train", prog, "own-text", "--data.path", path)
             return f"is a folder, not a regular file; to train on the texts in it:\n{trained}"
@@ -96,10 +109,12 @@ def _instead_of_config(path: str, prog: str) -> str | None:
 def _instead_of_grid(path: str, prog: str) -> str | None:
     given = Path(path)
     match kind(given):
-        case "run" | "checkpoint" | "cell" as found:
-            what = {"run": "run directory", "cell": "run of a comparison"}.get(found, found)
+        case "run" | "checkpoint" as found:
+            what = {"run": "run directory"}.get(found, found)
             sampled = _command("sample", prog, given)
             return f"is a {what}, not a comparison directory; to sample from it: {sampled}"
+        case "cell":
+            return f"is a run of a comparison; {_continued(given, prog)}"
         case "config":
             return f"is a config, not a grid; to train it: {_train(path, prog)}"
         case "nothing" if path in names("config"):
@@ -159,16 +174,25 @@ def find_checkpoint(path: str, checkpoint: str | None, prog: str) -> tuple[Path,
     """
     run = find_run(path, prog)
     if kind(run) == "cell" and not (run / "checkpoints").is_dir():
-        train = [*typed("train", prog), str(run / "config.yaml"), "--out-dir", f"runs/{run.name}"]
         raise InputError(
             f"{run}: is a cell of a comparison, which keeps checkpoints only with "
-            f"keep_checkpoints: true;\nto train it by itself: {shlex.join(train)}"
+            f"keep_checkpoints: true;\n{_by_itself(run, prog)}"
         )
     if run == Path(path):
         return run, checkpoint or "best"
     if checkpoint is not None:
         raise InputError(f"--checkpoint: {path} is already a checkpoint")
     return run, path
+
+
+def _continued(cell: Path, prog: str) -> str:
+    comparison = cell.parents[1] if len(cell.parts) > 2 else cell.absolute().parents[1]
+    return f"to continue that: {_command('compare', prog, comparison)}"
+
+
+def _by_itself(cell: Path, prog: str) -> str:
+    config, out = cell / "config.yaml", f"runs/{cell.absolute().name}"
+    return f"to train it by itself: {_command('train', prog, config, '--out-dir', out)}"
 
 
 def _runs(folder: str | Path) -> list[Path]:
