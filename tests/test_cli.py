@@ -185,6 +185,11 @@ def test_paths_of_another_kind(
         ("sample", grid, "is a grid, not a run; to run it: python compare.py g.yaml"),
         ("sample", "runs/tyni", "runs/tyni: no such directory; perhaps you meant runs/tiny"),
         ("sample", "tiny", "perhaps you meant runs/tiny"),
+        (
+            "sample",
+            run / "checkpoints/step-9",
+            "runs/tiny/checkpoints holds best, latest, step-00000010, step-00000020\n",
+        ),
         ("sample", run / "config.yaml", "is a part of a run; name the run: runs/tiny"),
         ("sample", run / "checkpoints", "is a part of a run; name the run: runs/tiny"),
         ("sample", "quickstart", "it is a shipped config; to train it: python train.py quickstart"),
