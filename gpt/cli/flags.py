@@ -66,8 +66,8 @@ def parse(
     try:
         namespace, unknown = _parser(arguments, prog, config).parse_known_args(words)
     except argparse.ArgumentError as error:
-        text = _describe_flags(words, flags, titles) or _describe(error, words, switches)
-        raise InputError(text) from None
+        wrong = "" if error.argument_name else _describe_flags(words, flags, titles)
+        raise InputError(wrong or _describe(error, words, switches)) from None
     if unknown:
         text = _describe_flags(unknown, flags, titles)
         raise InputError(text or _describe_unknown(unknown, flags, words, booleans, switches))
