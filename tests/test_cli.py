@@ -164,9 +164,14 @@ def test_paths_of_another_kind(
         ("train", "texts", "python train.py own-text --data.path texts"),
         ("train", "quickstrat.yaml", "perhaps you meant quickstart\n"),
         ("train", "x/c.yaml", "no such file"),
-        ("prepare", run, "is a run directory"),
+        ("train", cell, "to continue that: python compare.py runs/compared;\n"),
+        ("train", run / "checkpoints", "is a part of the run runs/tiny, not a config"),
+        ("train", run / "metrics.jsonl", "is a part of the run runs/tiny, not a config"),
+        ("train", "runs", "is a folder of runs, such as runs/tiny, not a config"),
+        ("prepare", run, "to use its config: python -m gpt.data runs/tiny/config.yaml\n"),
+        ("plan", step, "to use its config: steadygpt plan runs/tiny/config.yaml\n"),
         ("compare", run, f"to sample from it: python sample.py {run}"),
-        ("compare", cell, "is a run of a comparison"),
+        ("compare", cell, "is a run of a comparison; to continue that: python compare.py runs/com"),
         ("compare", "c.yaml", "is a config, not a grid; to train it: python train.py c.yaml"),
         ("compare", "quickstart", "is a shipped config; to train it: python train.py quickstart"),
         ("compare", "gg.yaml", "perhaps you meant g.yaml"),
@@ -180,6 +185,11 @@ def test_paths_of_another_kind(
         ("sample", grid, "is a grid, not a run; to run it: python compare.py g.yaml"),
         ("sample", "runs/tyni", "runs/tyni: no such directory; perhaps you meant runs/tiny"),
         ("sample", "tiny", "perhaps you meant runs/tiny"),
+        (
+            "sample",
+            run / "checkpoints/step-9",
+            "runs/tiny/checkpoints holds best, latest, step-00000010, step-00000020\n",
+        ),
         ("sample", run / "config.yaml", "is a part of a run; name the run: runs/tiny"),
         ("sample", run / "checkpoints", "is a part of a run; name the run: runs/tiny"),
         ("sample", "quickstart", "it is a shipped config; to train it: python train.py quickstart"),
@@ -502,9 +512,31 @@ def test_the_installed_command_runs_the_same_commands(
     monkeypatch.setattr(sys, "argv", ["steadygpt", "train", str(tiny_file), "--print-config"])
     assert cli.main() == 0
     assert yaml.safe_load(capsys.readouterr().out)["name"] == "tiny"
-    monkeypatch.setattr(sys, "argv", ["steadygpt", "trian"])
+    monkeypatch.setattr(sys, "argv", ["steadygpt", "help"])
+    assert cli.main() == 0
+    assert capsys.readouterr().out.startswith("usage: steadygpt COMMAND")
+    monkeypatch.setattr(sys, "argv", ["steadygpt", "help", "runs"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    assert capsys.readouterr().out.startswith("usage: steadygpt runs")
+
+
+@pytest.mark.parametrize(
+    ("typed", "hint"),
+    [
+        ("trian", "; perhaps you meant train"),
+        ("generate", "; perhaps you meant sample"),
+        ("--versoin", "; perhaps you meant --version"),
+        ("brew", ""),
+    ],
+)
+def test_a_command_that_does_not_exist(
+    typed: str, hint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "argv", ["steadygpt", typed])
     assert cli.main() == 2
-    assert "perhaps you meant train" in capsys.readouterr().err
+    message = f"steadygpt: {typed}: no such command{hint}; steadygpt --help lists all\n"
+    assert capsys.readouterr() == ("", message)
 
 
 # -- arguments ---------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import yaml
 from conftest import NEEDS_A_RUN, ROOT
 
 from gpt import config as configs
+from gpt.cli import COMMANDS
 from gpt.cli.sample import Arguments as SampleArguments
 from gpt.config import Config, ModelConfig, load, option_paths, validate
 from gpt.config.loading import schema
@@ -382,10 +383,21 @@ def test_the_nearest_option(typed: str, meant: str):
         ("temperature", "sampling.temperature"),
         ("dtype", "training.precision"),
         ("nlayers", "model.layers"),
+        ("eps", "optimizer.eps"),
+        ("norm.eps", "model.norm.eps"),
+        ("eval.max_iters", "evaluation.sequences"),
+        ("report_to", "tracking"),
+        ("model_name_or_path", "init_from"),
+        ("tokenizer_dir", "data.vocabulary"),
     ],
 )
 def test_an_option_by_its_name_in_another_program(typed: str, meant: str):
     assert nearest(typed, option_paths(Config)) == f"; perhaps you meant {meant}"
+
+
+@pytest.mark.parametrize("typed", ["fused", "gradient_checkpointing", "train.do_train"])
+def test_an_option_without_counterpart_has_no_hint(typed: str):
+    assert nearest(typed, [*option_paths(Config), "training", "checkpoint"]) == ""
 
 
 @pytest.mark.parametrize(
@@ -407,10 +419,12 @@ def test_every_alias_is_of_a_name_that_exists_and_hides_none():
     schemas = json.dumps([Config.model_json_schema(), SampleArguments.model_json_schema()])
     values = set(re.findall(r'"(\w+)"', "".join(re.findall(r'"enum": \[.*?\]', schemas))))
     names = {name.replace("-", "_") for name in ALIASES}
-    assert names - values - options - sections == {"out_dir", "resume", "workers"}
+    own = {"out_dir", "resume", "max_seconds", "workers"}  # arguments of commands
+    assert names - values - options - sections - set(COMMANDS) == own
     lasts = {path.rpartition(".")[2] for path in option_paths(Config)}
     hidden = {a for name, aliases in ALIASES.items() if "." in name for a in aliases} & lasts
-    assert hidden == {"dtype"}  # of other programs: of the weights; of data: of token files
+    # In other programs, dtype is that of the weights, not of token files, and eps is Adam's.
+    assert hidden == {"dtype", "eps"}
 
 
 @pytest.mark.parametrize(
@@ -432,6 +446,9 @@ def test_every_alias_is_of_a_name_that_exists_and_hides_none():
             "must be auto, cpu, cuda or mps, found 'gpu'; perhaps you m",
         ),
         ("training.precision", "bfloat16", "perhaps you meant bf16"),
+        ("training.precision", 16, "found 16; perhaps you meant fp16"),
+        ("model.mlp.activation", "relu_squared", "perhaps you meant relu2"),
+        ("optimizer.name", "paged_adamw_8bit", "perhaps you meant adamw"),
         ("training.micro_batch", "x", "must be auto or a whole number, found 'x'"),
         ("training.micro_batch", 0, "training.micro_batch: 0 is not between 1 and 1,000,000,000"),
         ("training.steps", 2.5, "must be a whole number, found 2.5"),
@@ -447,7 +464,12 @@ def test_every_alias_is_of_a_name_that_exists_and_hides_none():
             False,
             "false is a boolean, not a number; null switches it off: no",
         ),
-        ("checkpoint.every", "off", "found 'off'; null unsets it: as evaluation"),
+        ("checkpoint.every", "off", "found 'off'; null unsets it: as evaluation.every"),
+        ("optimizer.clip", 0.0, "0.0 is not between 1e-30 and 1e+30; null switches it off: no"),
+        ("sampling.top_k", -1, "; null unsets it: from all"),
+        ("evaluation.patience", 0, "0 is not between 1 and 1,000,000,000; null switches it off"),
+        ("tracking", "none", "'none' is not one of tensorboard, wandb, trackio; [] means none"),
+        ("tracking", False, "tracking: must be a list, found false; [] means none"),
         ("evaluation.every", "none", "evaluation.every: must be a whole number, found 'none'"),
         ("data.path", {"a": None}, "data.path: must be a list, found {a: null}"),
         (

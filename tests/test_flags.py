@@ -71,7 +71,7 @@ def test_a_commands_own_arguments_are_validated():
     assert str(caught.value).splitlines() == [
         "CONFIG.yaml: '' is empty, and must name a file or folder",
         "--out-dir: '' is empty, and must name a file or folder",
-        "--max-seconds: '0' is not between 0.001 and 1e+09",
+        "--max-seconds: '0' is not between 0.001 and 1e+09; null switches it off",
     ]
 
 
@@ -85,6 +85,7 @@ def test_a_commands_own_arguments_are_validated():
         (["--seed", "--dry-run"], "--seed: needs a value"),
         (["--dry-run=x"], "--dry-run: takes no value"),
         (["--seed", "1", "--seed=2"], "--seed: given twice"),
+        (["--config", "d.yaml"], "--config: no such option; CONFIG.yaml is written without it"),
         (["--data.path", "a", "--data.path", "b"], "--data.path: given twice; all values"),
         (["b.yaml"], "'b.yaml': unexpected argument; a file builds on another by naming it as its"),
         (
@@ -135,8 +136,26 @@ def test_words_that_are_meant_as_a_prompt(argv: list[str], option: str):
 
 
 def test_a_missing_argument_is_named():
-    with pytest.raises(InputError, match=r"are required: CONFIG\.yaml$"):
+    with pytest.raises(InputError, match=r"^missing: CONFIG\.yaml; see --help$"):
         parse(TrainArguments, "train.py", ["--dry-run"], Config)
+
+
+def test_only_a_list_given_twice_is_said_to_follow_one_flag():
+    with pytest.raises(InputError, match=r"^--seed: given twice$"):
+        options("--seed", "1", "--seed=2")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--config=c.yaml"], "--config: no such option; CONFIG.yaml is written without it"),
+        (["--lr", "3"], "--lr: no such option; perhaps you meant --optimizer.learning-rate"),
+    ],
+)
+def test_an_unknown_flag_is_named_before_a_missing_argument(argv: list[str], message: str):
+    with pytest.raises(InputError) as caught:
+        parse(TrainArguments, "train.py", argv, Config)
+    assert str(caught.value).startswith(message)
 
 
 def test_unknown_flags_are_reported_together():

@@ -17,6 +17,7 @@ from gpt.config import Config
 from gpt.training import train
 
 README = (ROOT / "README.md").read_text("utf-8")
+COMPARING = (ROOT / "docs/comparing.md").read_text("utf-8")
 BLOCKS = re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
 
@@ -57,8 +58,13 @@ def test_compare_commands(
     assert capsys.readouterr().out
 
 
-def test_its_grid_loads(tmp_path: Path):
-    (example,) = re.findall(r"```yaml\n(base: .*?)```", README, re.DOTALL)
+def test_it_lists_every_command():
+    table = README[README.index("| command | what it does |") :].partition("\n\n")[0]
+    assert sorted(re.findall(r"`(\w+)`", table)) == sorted(cli.COMMANDS)
+
+
+def test_the_grid_in_comparing_loads(tmp_path: Path):
+    (example,) = re.findall(r"```yaml\n(base: .*?)```", COMPARING, re.DOTALL)
     (tmp_path / "compare").mkdir()
     (tmp_path / "compare/mine.yaml").write_text(example)
     shutil.copy(ROOT / "configs/pre-norm.yaml", tmp_path)
@@ -131,6 +137,7 @@ def test_runs_and_plot_commands(
 
 def test_files_that_it_names_exist():
     named = set(re.findall(r"\]\(([^)#:]+)\)", README))
+    named |= {f"docs/{name}" for name in re.findall(r"\]\(([^)#:]+)\)", COMPARING)}
     named |= set(re.findall(r"`((?:configs|gpt|tests|benchmarks)/[\w./-]+)`", README))
     assert named
     assert [name for name in named if not (ROOT / name).exists()] == []

@@ -70,13 +70,16 @@ def main() -> int:
             tab.complete(commands, words_before=1)
     if name in COMMANDS:
         return run(name, sys.argv[2:], f"steadygpt {name}")
-    if name in ("-h", "--help"):
+    if name == "help" and len(sys.argv) > 2 and sys.argv[2] in COMMANDS:
+        return run(sys.argv[2], ["--help"], f"steadygpt {sys.argv[2]}")
+    if name in ("-h", "--help", "help"):
         show(USAGE)
         return 0
     if name in ("-V", "--version"):
         show(f"steadygpt {__version__}")
         return 0
-    show(f"steadygpt: {name}: no such command{nearest(name, COMMANDS)}\n{USAGE}", sys.stderr)
+    hint = nearest(name, [*COMMANDS, "--version"])
+    show(f"steadygpt: {name}: no such command{hint}; steadygpt --help lists all", sys.stderr)
     return 2
 
 

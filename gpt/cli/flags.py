@@ -61,13 +61,16 @@ def parse(
     flags = [as_flag(path) for path in [*names, *options]]
     switches = {as_flag(name) for name in names if fields[name].annotation is bool}
     booleans = {as_flag(path) for path, field in options.items() if _is_boolean(field)}
+    titles = {as_flag(name): _title(field) for name, field in fields.items() if name not in names}
     words = _normalize(argv, set(flags) - switches, booleans)
     try:
         namespace, unknown = _parser(arguments, prog, config).parse_known_args(words)
     except argparse.ArgumentError as error:
-        raise InputError(_describe(error, words, switches)) from None
+        wrong = "" if error.argument_name else _describe_flags(words, flags, titles)
+        raise InputError(wrong or _describe(error, words, switches)) from None
     if unknown:
-        raise InputError(_describe_unknown(unknown, flags, words, booleans, switches))
+        text = _describe_flags(unknown, flags, titles)
+        raise InputError(text or _describe_unknown(unknown, flags, words, booleans, switches))
     given = vars(namespace)
     own = {name: given.pop(name) for name in fields if name in given}
 
@@ -124,12 +127,28 @@ def _describe(error: argparse.ArgumentError, words: list[str], switches: Collect
     if flag is not None:
         return f"{flag}: needs a value; one that begins with two dashes is written {flag}=--value"
     dashed = any(word.startswith("-") and not FLAG.fullmatch(word) for word in words)
-    hint = "; write ./-name for a file whose name begins with a dash" if dashed else ""
-    return error.message + hint
+    hint = "write ./-name for a file whose name begins with a dash" if dashed else "see --help"
+    return f"{error.message.replace('the following arguments are required', 'missing')}; {hint}"
 
 
 def _quoted(words: list[str]) -> str:
     return shlex.quote(" ".join(words))
+
+
+def _describe_flags(words: list[str], flags: Collection[str], titles: Mapping[str, str]) -> str:
+    """The flags among the words that do not exist, and what they may have meant; "" if all do.
+
+    Args:
+        titles: the names of the arguments that have no flag, by the flag that they do not have.
+    """
+    before = words[: words.index("--")] if "--" in words else words
+    given = (word.partition("=")[0] for word in before if FLAG.fullmatch(word))
+    wrong = [flag for flag in given if flag not in {*flags, "--help", "--version", "-h", "-V"}]
+    return "\n".join(
+        f"{flag}: no such option"
+        + (f"; {titles[flag]} is written without it" if flag in titles else nearest(flag, flags))
+        for flag in wrong[:3]
+    )
 
 
 def _describe_unknown(
@@ -140,9 +159,6 @@ def _describe_unknown(
     switches: Collection[str],
 ) -> str:
     """What is wrong with words that argparse could not use, and what they may have meant."""
-    wrong = [word.partition("=")[0] for word in unknown if word.startswith("--")]
-    if wrong:
-        return "\n".join(f"{flag}: no such option{nearest(flag, flags)}" for flag in wrong[:3])
     word = unknown[0]
     at = words.index(word) if word in words else 0
     flag, value = words[max(at - 2, 0)], words[max(at - 1, 0)]
@@ -175,6 +191,11 @@ def _is_positional(field: FieldInfo) -> bool:
     return field.is_required() or str(field.title).startswith("[")
 
 
+def _title(field: FieldInfo) -> str:
+    """What the help calls an argument without a flag: `DIR`, whose title is `[DIR ...]`."""
+    return str(field.title).strip("[]").removesuffix("...").strip()
+
+
 class _HelpFormatter(argparse.HelpFormatter):
     """argparse's own, except that names such as post-norm are not broken at the hyphen."""
 
@@ -200,7 +221,8 @@ class _StoreOnce(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         if hasattr(namespace, self.dest):
-            raise InputError(f"{option_string}: given twice; all values of a list follow one flag")
+            hint = "; all values of a list follow one flag" if self.nargs == "*" else ""
+            raise InputError(f"{option_string}: given twice{hint}")
         setattr(namespace, self.dest, values)
 
 
@@ -230,7 +252,7 @@ def _parser(arguments: type[Section], prog: str, config: type[Section] | None) -
             nargs = {(True, False): "?", (False, True): "+", (True, True): "*"}
             parser.add_argument(
                 name,
-                metavar=title.strip("[]").removesuffix("...").strip(),
+                metavar=_title(field),
                 nargs=nargs.get((optional, several)),
                 help=field.description,
             )

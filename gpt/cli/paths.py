@@ -6,6 +6,7 @@ Its message says what the path is, and gives the command that works. Nothing her
 from __future__ import annotations
 
 import contextlib
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,17 +101,30 @@ def explained(path: str, prog: str, wanted: Wanted) -> Iterator[None]:
 
 def _instead_of_config(path: str, prog: str) -> str | None:
     given = Path(path)
+    trains = prog.removesuffix(".py").endswith("train")
     match kind(given):
-        case "run" | "cell":
+        case "run" | "cell" | "checkpoint" as found if not trains:
+            config = (run_of_checkpoint(given) or given) / "config.yaml"
+            what = "checkpoint" if found == "checkpoint" else "run directory"
+            return f"is a {what}; to use its config: {prog} {shlex.quote(str(config))}"
+        case "run":
             resumed = _command("train", prog, given / "config.yaml", "--out-dir", given)
             sampled = _command("sample", prog, given)
             return f"is a run directory;\nto resume it: {resumed}\nto sample from it: {sampled}"
+        case "cell":
+            return (
+                f"is a run of a comparison; {_continued(given, prog)};\n{_by_itself(given, prog)}"
+            )
         case "checkpoint":
             config = (run_of_checkpoint(given) or given) / "config.yaml"
             started = _command("train", prog, config, "--resume", given, "--out-dir", "runs/NEW")
             return f"is a checkpoint; to start a run from it:\n{started}"
+        case "file" | "folder" if kind(given.parent) in ("run", "cell"):
+            return f"is a part of the run {given.parent}, not a config"
         case "comparison" | "study" | "grid" | "ladder" as found:
             return _is_a(found, path, prog)
+        case "folder" if _runs(given):
+            return f"is a folder of runs, such as {_runs(given)[0]}, not a config"
         case "folder":
             trained = _command("train", prog, "own-text", "--data.path", path)
             return f"is a folder, not a regular file; to train on the texts in it:\n{trained}"
@@ -122,11 +136,13 @@ def _instead_of_config(path: str, prog: str) -> str | None:
 def _instead_of_grid(path: str, prog: str, wanted: Literal["grid", "ladder"]) -> str | None:
     given = Path(path)
     match kind(given):
-        case "run" | "checkpoint" | "cell" as found:
-            what = {"run": "run directory", "cell": "run of a comparison"}.get(found, found)
+        case "run" | "checkpoint" as found:
+            what = {"run": "run directory"}.get(found, found)
             directory = {"grid": "comparison", "ladder": "study"}[wanted]
             sampled = _command("sample", prog, given)
             return f"is a {what}, not a {directory} directory; to sample from it: {sampled}"
+        case "cell":
+            return f"is a run of a comparison; {_continued(given, prog)}"
         case "config":
             return f"is a config, not a {wanted}; to train it: {_train(path, prog)}"
         case "comparison" | "study" | "grid" | "ladder" as found:
@@ -198,6 +214,10 @@ def find_run(path: str, prog: str) -> Path:
             inside = next(iter(_runs(given)), None)
             hint = f"; perhaps you meant {inside}" if inside else ""
             answer = f"is not a run (no config.yaml){hint}"
+        case _ if given.parent.name == "checkpoints" and kind(given.parents[1]) in ("run", "cell"):
+            found = sorted(each.name for each in given.parent.iterdir())
+            saved = [name for name in found if re.fullmatch(r"step-\d+|latest|best", name)]
+            answer = f"no such checkpoint; {given.parent} holds {', '.join(saved) or 'none'}"
         case _:
             known = {each.name: each for folder in ("runs", given.parent) for each in _runs(folder)}
             near = closest(given.name, known)
@@ -219,16 +239,25 @@ def find_checkpoint(path: str, checkpoint: str | None, prog: str) -> tuple[Path,
     """
     run = find_run(path, prog)
     if kind(run) == "cell" and not (run / "checkpoints").is_dir():
-        train = [*typed("train", prog), str(run / "config.yaml"), "--out-dir", f"runs/{run.name}"]
         raise InputError(
             f"{run}: is a cell of a comparison, which keeps checkpoints only with "
-            f"keep_checkpoints: true;\nto train it by itself: {shlex.join(train)}"
+            f"keep_checkpoints: true;\n{_by_itself(run, prog)}"
         )
     if run == Path(path):
         return run, checkpoint or "best"
     if checkpoint is not None:
         raise InputError(f"--checkpoint: {path} is already a checkpoint")
     return run, path
+
+
+def _continued(cell: Path, prog: str) -> str:
+    comparison = cell.parents[1] if len(cell.parts) > 2 else cell.absolute().parents[1]
+    return f"to continue that: {_command('compare', prog, comparison)}"
+
+
+def _by_itself(cell: Path, prog: str) -> str:
+    config, out = cell / "config.yaml", f"runs/{cell.absolute().name}"
+    return f"to train it by itself: {_command('train', prog, config, '--out-dir', out)}"
 
 
 def _runs(folder: str | Path) -> list[Path]:

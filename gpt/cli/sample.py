@@ -45,7 +45,7 @@ class Arguments(Generation):
     """A UTF-8 file with the text to continue."""
     num_samples: SampleCount = 1
     """Number of texts, generated in one batch."""
-    checkpoint: str = Field("best", title="best|latest|STEP")
+    checkpoint: FileName = Field("best", title="best|latest|STEP")
     """best (by validation loss), latest, a step such as 250, or the path of a checkpoint."""
     device: Device = "auto"
     """auto picks cuda, then mps, then cpu."""

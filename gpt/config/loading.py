@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -250,7 +250,8 @@ REQUIRED = {
     "model_type": "a mapping of options",
 }
 BRANCH = re.compile(r"\[key\]|(str|int|float|bool|literal|dict|list|tuple|function-\w+)(\[.*\])?")
-OFF = ("none", "off", "no", "false", "never", "null")
+# How an option is switched off in other programs, or by those who guess.
+OFF = ("none", "off", "no", "false", "never", "null", "0", "0.0", "-1", "inf")
 
 
 def _key(location: tuple[int | str, ...]) -> str:
@@ -266,7 +267,7 @@ def _explain(section: type[Section], key: str, errors: list[ErrorDetails]) -> st
         found, names = errors[0]["input"], ", ".join(dict.fromkeys(wanted))
         names = " or ".join(names.rsplit(", ", 1))
         problems = [f"must be {names}, found {spell(found)}{nearest(unquoted(found), wanted)}"]
-    hint = _null_hint(section, key, errors[0]["input"])
+    hint = _off_hint(section, key, errors[0]["input"])
     return "; or ".join(dict.fromkeys(problems)) + hint
 
 
@@ -305,16 +306,18 @@ def _wanted(error: ErrorDetails) -> list[str]:
     return [REQUIRED[error["type"]]]
 
 
-def _null_hint(section: type[Section], key: str, value: object) -> str:
-    """How to switch an option off, where `value` is a word for that and null is meant."""
-    above, _, name = key.rpartition(".")
+def _off_hint(section: type[Section], key: str, value: object) -> str:
+    """How to switch an option off, where `value` is a word for that but not the right one."""
+    above, _, name = re.sub(r"\.\d+$", "", key).rpartition(".")
     below = _section_at(section, above)
     field = below.model_fields.get(name) if below else None
-    if field is None or type(None) not in get_args(field.annotation):
+    if field is None or unquoted(value).lower() not in OFF:
         return ""
-    if unquoted(value).lower() not in OFF:
+    if get_origin(field.annotation) is tuple:
+        return "; [] means none"
+    if type(None) not in get_args(field.annotation):
         return ""
-    meaning = re.search(r"(null|Unset): ([^.]+)", field.description or "")
+    meaning = re.search(r"(null|Unset): (.+?)\.(?:\s|$)", field.description or "", re.DOTALL)
     if meaning is None:
         return "; null switches it off"
     return f"; null {'switches it off' if meaning[1] == 'null' else 'unsets it'}: {meaning[2]}"

@@ -322,7 +322,9 @@ class ModelConfig(Section):
                 )
             return self
         if base is None:
-            raise ValueError("parametrization: mup needs mup_base_width, where rates are tuned")
+            raise ValueError(
+                "parametrization: mup needs mup_base_width, the width at which rates were tuned"
+            )
         if base % self.heads:
             raise ValueError(
                 f"heads ({self.heads}) must divide mup_base_width ({base}): "

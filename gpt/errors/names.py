@@ -8,7 +8,10 @@ from collections.abc import Iterable
 # Names of options and values in other programs (nanoGPT, litgpt, torch, and TrainingArguments and
 # the model configs of transformers), by the name that they have here. A name may have several.
 ALIASES = {
-    "out-dir": ("output_dir", "log_dir", "run_dir", "save_dir"),
+    "out-dir": (
+        *("output_dir", "overwrite_output_dir", "log_dir", "logging_dir", "run_dir", "save_dir"),
+    ),
+    "max-seconds": ("max_time", "time_limit", "timeout"),
     "name": ("run_name", "output_dir", "out_dir", "wandb_run_name", "experiment_name"),
     "resume": ("resume_from_checkpoint", "load", "ckpt", "ckpt_path"),
     "seed": ("random_seed", "manual_seed"),
@@ -18,6 +21,11 @@ ALIASES = {
     "checkpoint": ("ckpt", "ckpt_path", "checkpoint_dir", "step"),
     "weights": ("dtype", "torch_dtype", "precision", "quantize"),
     "workers": ("jobs", "n_jobs", "num_workers", "processes"),
+    "init_from": (
+        *("model_name", "model_name_or_path", "pretrained", "initial_checkpoint_dir"),
+        *("checkpoint_dir", "resume_from_checkpoint", "load_from", "base_model", "finetune_from"),
+    ),
+    "tracking": ("wandb_log", "wandb", "wandb_project", "report_to", "logger", "logger_name"),
     "training": ("train", "trainer", "training_args"),
     "evaluation": ("eval", "validation"),
     "sampling": ("generation", "generate", "sample"),
@@ -28,8 +36,11 @@ ALIASES = {
         *("text", "file", "files", "corpus"),
     ),
     "data.hub.name": ("dataset_name", "hf_dataset", "dataset_id"),
+    "data.hub.config": ("dataset_config_name", "dataset_config", "subset"),
     "data.text_field": ("text_column", "text_key", "column", "field"),
     "data.tokenizer": ("tokenizer_name", "tokenizer_type", "encoding"),
+    "data.vocabulary": ("tokenizer_dir", "tokenizer_path", "tokenizer_file", "vocab_file", "vocab"),
+    "data.windows": ("shuffle", "sampler"),
     "data.val_fraction": (
         *("validation_fraction", "val_split_fraction", "val_split", "validation_split"),
         *("val_ratio", "test_size", "validation_split_percentage"),
@@ -51,33 +62,42 @@ ALIASES = {
         *("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "hidden_dropout"),
         *("p_dropout", "drop_rate"),
     ),
+    "model.bias": ("attention_bias", "add_bias", "use_bias", "mlp_bias"),
     "model.tied_head": ("tie_word_embeddings", "tie_weights", "tie_embeddings", "weight_tying"),
     "model.norm.type": ("norm", "norm_class_name", "norm_type", "normalization"),
-    "model.norm.placement": ("norm_position", "norm_first", "pre_norm", "prenorm"),
-    "model.norm.eps": ("layer_norm_epsilon", "layer_norm_eps", "norm_eps", "rms_norm_eps"),
+    "model.norm.placement": (
+        *("norm_position", "post_attention_norm", "norm_first", "pre_norm", "prenorm"),
+    ),
+    "model.norm.eps": (
+        *("layer_norm_epsilon", "layer_norm_eps", "norm_eps", "rms_norm_eps", "model.eps"),
+    ),
     "model.init.regime": ("init", "initialization", "initializer_range", "init_std"),
-    "model.mlp.activation": ("activation_function", "hidden_act", "act_fn", "nonlinearity"),
+    "model.attention.qk_norm": ("norm_qk", "qk_layernorm", "qknorm"),
+    "model.mlp.activation": (
+        *("activation_function", "hidden_act", "act_fn", "nonlinearity", "mlp_class_name"),
+        *("hidden_activation", "act"),
+    ),
     "model.mlp.multiple": ("n_inner", "intermediate_size", "mlp_ratio", "dim_feedforward", "d_ff"),
     "optimizer.name": ("optimizer", "optim", "optimizer_type", "opt"),
     "optimizer.learning_rate": ("lr", "max_lr", "base_lr", "peak_lr", "step_size"),
     "optimizer.beta1": ("adam_beta1", "betas"),
     "optimizer.beta2": ("adam_beta2",),
-    "optimizer.eps": ("adam_epsilon", "epsilon", "adam_eps"),
+    "optimizer.eps": ("eps", "adam_epsilon", "epsilon", "adam_eps"),
     "optimizer.weight_decay": ("wd", "decay", "l2"),
     "optimizer.clip": (
         *("grad_clip", "gradient_clip", "max_grad_norm", "max_norm", "clip_grad_norm"),
         *("clip_grad", "gradient_clip_val"),
     ),
-    "schedule.warmup_steps": ("warmup_iters", "lr_warmup_steps", "warmup_ratio"),
+    "schedule.warmup_steps": ("warmup_iters", "lr_warmup_steps", "warmup_ratio", "warmup_fraction"),
     "schedule.body": (
         *("schedule", "scheduler", "lr_schedule", "lr_scheduler", "lr_scheduler_type"),
-        *("decay_lr", "lr_decay", "schedule_type"),
+        *("decay_lr", "lr_decay", "schedule_type", "lr_scheduler_kwargs"),
     ),
     "schedule.final_ratio": ("min_lr", "min_lr_ratio", "final_lr", "lr_min", "eta_min"),
     "training.steps": (
         *("max_iters", "iters", "n_iters", "num_iters", "num_iterations", "iterations"),
         *("max_steps", "num_steps", "n_steps", "train_steps", "total_steps", "lr_decay_iters"),
-        *("epochs", "num_epochs", "num_train_epochs", "max_epochs", "max_tokens"),
+        *("epochs", "num_epochs", "num_train_epochs", "max_epochs", "max_tokens", "t_max"),
     ),
     "training.batch_sequences": ("batch_size", "global_batch_size", "train_batch_size", "bs"),
     "training.batch_tokens": ("total_batch_size", "tokens_per_batch", "tokens_per_step"),
@@ -88,16 +108,20 @@ ALIASES = {
     ),
     "training.precision": ("dtype", "torch_dtype", "amp", "mixed_precision", "fp16", "bf16"),
     "training.compile": ("torch_compile",),
+    "training.device": ("use_cpu", "no_cuda", "accelerator"),
     "training.log_every": ("log_interval", "logging_steps", "log_freq", "log_every_n_steps"),
     "evaluation.every": (
         *("eval_interval", "eval_steps", "eval_every", "val_interval", "val_check_interval"),
-        *("eval.interval", "eval_freq", "val_every"),
+        *("eval.interval", "eval_freq", "val_every", "eval_strategy", "evaluation_strategy"),
     ),
-    "evaluation.sequences": ("eval_iters", "eval_batches", "val_iters", "max_eval_samples"),
+    "evaluation.sequences": (
+        *("eval_iters", "eval_batches", "val_iters", "max_eval_samples", "eval.max_iters"),
+        "eval_accumulation_steps",
+    ),
     "evaluation.patience": ("early_stopping", "early_stopping_patience"),
     "checkpoint.every": (
         *("save_every", "save_steps", "save_interval", "ckpt_interval", "checkpoint_interval"),
-        "checkpoint_every",
+        *("checkpoint_every", "always_save_checkpoint", "save_strategy"),
     ),
     "checkpoint.keep": ("save_total_limit", "keep_last", "max_checkpoints", "max_to_keep"),
     "temperature": ("temp",),
@@ -105,22 +129,42 @@ ALIASES = {
     "sampling.every": ("sample_every", "sample_interval"),
     "sampling.prompt": ("start", "sample_prompt"),
     "sampling.tokens": ("max_new_tokens", "max_tokens", "eval.max_new_tokens"),
+    # Commands
+    "train": ("pretrain", "finetune", "fine_tune", "fit"),
+    "sample": ("generate", "chat", "complete"),
+    "eval": ("evaluate", "evaluation", "test", "validate"),
+    "prepare": ("prepare_data", "preprocess", "tokenize", "data"),
+    "compare": ("sweep", "grid"),
+    "runs": ("list", "ls", "status"),
+    "plan": ("estimate", "dry_run", "budget"),
+    "export": ("convert", "convert_to_litgpt", "save"),
     # Values
-    "adamw": ("adam", "adamw_torch", "adamw_hf", "adamw_torch_fused", "fused_adamw"),
+    "adamw": (
+        *("adam", "adamw_torch", "adamw_hf", "adamw_torch_fused", "fused_adamw", "adamw_8bit"),
+        *("adamw_bnb_8bit", "paged_adamw", "paged_adamw_8bit", "paged_adamw_32bit"),
+    ),
     "muon": ("muonclip", "normuon"),
     "bpe": ("byte_level_bpe", "bytelevel", "sentencepiece"),
     "bytes": ("byte", "byte_level", "utf_8", "utf8"),
     "chars": ("char", "character", "characters"),
     "gpt2": ("gpt_2", "tiktoken", "r50k_base"),
     "text": ("txt", "file", "files", "folder", "utf_8"),
-    "hub": ("hf", "huggingface", "hugging_face", "datasets", "openwebtext"),
+    "file": ("hf", "huggingface", "hugging_face", "pretrained", "tokenizers"),
+    "hub": (
+        *("hf", "huggingface", "hugging_face", "datasets", "openwebtext", "fineweb", "wikitext"),
+        "tinystories",
+    ),
+    "tensorboard": ("tb", "tensor_board"),
+    "wandb": ("weights_and_biases", "weights&biases"),
     "layer": ("ln", "layernorm", "layer_norm"),
     "rms": ("rmsnorm", "rms_norm"),
     "batch": ("bn", "batchnorm", "batch_norm"),
     "pre": ("preln", "pre_ln", "prenorm", "pre_norm"),
     "post": ("postln", "post_ln", "postnorm", "post_norm"),
+    "peri": ("sandwich", "sandwich_ln", "both"),
     "res_post": ("olmo2", "reordered", "swin2"),
-    "gelu_tanh": ("gelu_new", "gelu_fast", "gelu_approx", "gelu_pytorch_tanh", "gelu_tanh_approx"),
+    "relu2": ("squared_relu", "relu_squared", "sqrelu", "relu^2"),
+    "gelu_tanh": ("gelu_new", "gelu_fast", "gelu_approx", "gelu_pytorch_tanh", "quick_gelu"),
     "swiglu": ("silu", "swish", "glu", "geglu"),
     "small": ("smallinit", "small_init"),
     "xavier": ("glorot", "xavier_normal", "xavier_uniform"),
@@ -133,10 +177,16 @@ ALIASES = {
     "cuda": ("gpu", "nvidia"),
     "mps": ("metal", "apple"),
     "fp32": ("float32", "float", "32", "32_true", "full", "tf32"),
-    "bf16": ("bfloat16", "bf16_true", "bf16_mixed", "16"),
-    "fp16": ("float16", "half", "fp16_mixed", "16_mixed", "16_true"),
+    "bf16": ("bfloat16", "bf16_true", "bf16_mixed"),
+    "fp16": ("float16", "half", "fp16_mixed", "16", "16_mixed", "16_true"),
     "int8": ("8bit", "int4", "bnb.int8"),
 }  # fmt: skip
+
+# Options of other programs that have no counterpart here, but resemble another name.
+WITHOUT_COUNTERPART = {
+    *("dampening", "dataloader_num_workers", "do_eval", "do_train", "fused"),
+    *("gradient_checkpointing", "preprocessing_num_workers"),
+}
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -148,9 +198,10 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def closest(name: str, names: Iterable[str]) -> str | None:
     """The valid name that `name` may have meant, or None.
 
-    What other programs call an option or a value comes first (`ALIASES`). Then a name with the same
-    last part wins, so that `learning_rate` finds `optimizer.learning_rate`; next comes a similar
-    name, and then one with which `name` begins, so that `prenorm` finds `pre`.
+    A name that ends with `name` comes first, so that `norm.eps` finds `model.norm.eps`, and then
+    what other programs call an option or a value (`ALIASES`). Then a name with the same last part
+    wins, so that `optim.learning_rate` finds `optimizer.learning_rate`; next comes a similar name,
+    and then one with which `name` begins, so that `prenorm` finds `pre`.
     """
     name = _plain(name)
     known = {_plain(valid): valid for valid in reversed(list(names))}
@@ -168,7 +219,10 @@ def closest(name: str, names: Iterable[str]) -> str | None:
         parts = "." in name and difflib.SequenceMatcher(a=last, b=near.rpartition(".")[2])
         return not parts or parts.ratio() >= 0.5
 
+    if last in WITHOUT_COUNTERPART:
+        return None
     found = [  # the surest first
+        *(plain for plain in known if "." in name and plain.endswith(f".{name}")),
         by_alias.get(name) or by_alias.get(last),
         by_last.get(last),
         *difflib.get_close_matches(name, known, n=1, cutoff=0.8),
