@@ -215,8 +215,8 @@ def find_run(path: str, prog: str) -> Path:
             hint = f"; perhaps you meant {inside}" if inside else ""
             answer = f"is not a run (no config.yaml){hint}"
         case _ if given.parent.name == "checkpoints" and kind(given.parents[1]) in ("run", "cell"):
-            found = sorted(each.name for each in given.parent.iterdir())
-            saved = [name for name in found if re.fullmatch(r"step-\d+|latest|best", name)]
+            entries = sorted(each.name for each in given.parent.iterdir())
+            saved = [name for name in entries if re.fullmatch(r"step-\d+|latest|best", name)]
             answer = f"no such checkpoint; {given.parent} holds {', '.join(saved) or 'none'}"
         case _:
             known = {each.name: each for folder in ("runs", given.parent) for each in _runs(folder)}
