@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from gpt.config import SourceConfig
-from gpt.data import tokenizer
+from gpt.config import DataConfig, SourceConfig
+from gpt.data import preparation, tokenizer
 from gpt.data.sources import SOURCES
 from gpt.data.sources import hub as hub_source
 from gpt.data.tokenizer import GPT2_FILES, GPT2_URL
@@ -231,6 +231,18 @@ def test_an_unreachable_hub_is_noticed_soon(prepare: Prepare, silent: str, serve
         assert way in err
     assert seconds < 10 + 5  # of which up to 5 are for Python and the library to start
     assert prepare.left() == []
+
+
+def test_the_size_of_a_vocabulary_is_not_sought_on_an_unreachable_hub(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def refuse(config: SourceConfig) -> str:
+        raise UnreachableError("no answer")
+
+    monkeypatch.setattr(preparation, "resolve_commit", refuse)
+    config = DataConfig(source="hub", hub={"name": "me/data"}, tokenizer="chars")
+    with pytest.raises(UnreachableError, match="no answer"):  # and no retries of the library
+        preparation.vocab_size(config)
 
 
 @pytest.mark.slow

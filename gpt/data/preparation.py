@@ -15,6 +15,7 @@ from gpt.config import DataConfig
 from gpt.data.build import STOPPED, Build
 from gpt.data.cache import PlannedSource, plan
 from gpt.data.prepared import Dataset, open_dataset
+from gpt.data.sources.hub import resolve_commit
 from gpt.data.tokenizer import TOKENIZERS
 from gpt.data.vocabulary import train_tokenizer
 from gpt.errors import InputError
@@ -93,4 +94,5 @@ def vocab_size(config: DataConfig) -> int:
     if TOKENIZERS[config.tokenizer].trained_on == "sample":
         return config.vocab_size
     _, sources = plan(config)
+    sources = [source.at(resolve_commit(source.config)) for source in sources]  # checks access
     return train_tokenizer(config, sources).n_vocab
