@@ -149,7 +149,7 @@ def test_arms_whose_updates_take_different_times_are_timed_separately(
     [
         (
             "configs/quickstart.yaml",
-            "is a config, not a grid; to train it: python train.py configs/quickstart.yaml",
+            "python train.py configs/quickstart.yaml",
         ),
         ("docs", "docs: is not a comparison directory (no grid.yaml)"),
         ("configs/compare/quik.yaml", "quik.yaml: no such file"),

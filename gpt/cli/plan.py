@@ -48,12 +48,9 @@ def main(argv: Sequence[str], prog: str = "steadygpt plan") -> int:
     if len(given) > 1:
         raise InputError(f"{' and '.join(map(as_flag, given))}: give only one of them")
 
-    import torch
-
     from gpt.plan.budget import BUDGETS
     from gpt.plan.report import describe, find_data, make
 
-    torch.set_flush_denormal(True)  # as training does
     planned = config
     for name, value in given.items():
         origin = f"{as_flag(name)} {value:g}"

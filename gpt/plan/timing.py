@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gpt.config import Config
+from gpt.hardware.device import flush_denormals
 from gpt.trainer import Trainer
 
 TIMED_FLOPS = {"cpu": 2e10, "mps": 2e11, "cuda": 2e13}  # of an update; a longer one is scaled up
@@ -28,6 +29,7 @@ def make_trainer(config: Config, vocab_size: int, device: torch.device) -> Train
     return trainer
 
 
+@flush_denormals()  # as training does
 def update_seconds(
     trainer: Trainer, vocab_size: int, seconds: float, longer: float = LONGER
 ) -> float:
