@@ -114,6 +114,7 @@ def test_cells_are_divided_into_tasks_by_shape(
         make_tasks(cells, "batched")
 
 
+@pytest.mark.slow
 def test_batched_cells_are_stopped_saved_and_resumed(
     two_batched: TwoCells, request: pytest.FixtureRequest
 ):

@@ -56,6 +56,7 @@ def insert(path: Path, table: str, code: str, entry: str) -> None:
     path.write_text(f"{before}\n{code}\n{start}{inside}\n{entry}}}\n{rest}", "utf-8")
 
 
+@pytest.mark.slow
 def test_it_trains_samples_and_is_looked_into(
     extended: Path, tiny: Callable[..., Config], environment: dict[str, str], tmp_path: Path
 ):

@@ -29,6 +29,7 @@ from gpt.config import Config, ModelConfig, merge, validate
 from gpt.config.shipped import names
 
 
+@pytest.mark.slow
 def test_the_networks_of_all_shipped_grids_can_be_measured(
     tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

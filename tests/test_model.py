@@ -398,6 +398,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 def test_a_chunked_loss_takes_less_memory(environment: dict[str, str]):
     peaks = []

@@ -156,6 +156,7 @@ def test_all_plots_are_drawn_and_have_files(directory: Path):
         ElementTree.parse(directory / f"figures/{name}.svg")
 
 
+@pytest.mark.slow
 def test_saved_plots_are_laid_out(directory: Path, tmp_path: Path):
     for name, plot in draw(PlotData(*comparison.read_comparison(directory), [])).items():
         save(name, plot, tmp_path)

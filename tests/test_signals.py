@@ -33,7 +33,9 @@ def test_ctrl_c_before_there_is_anything_to_save(
     assert called(capsys, name, "x")[0] == 130
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_the_run_can_be_resumed(
     tiny: Make, tmp_path: Path, environment: dict[str, str], number: signal.Signals
 ):

@@ -485,6 +485,7 @@ def test_a_run_with_chunks_of_the_loss_is_the_plain_run(
     assert_near(tmp_path / "plain", tmp_path / "chunks")
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_the_plain_run_and_no_shape_is_left_open(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -27,6 +27,7 @@ def two_cells(tiny: Make, tmp_path: Path) -> TwoCells:
     return TwoCells(tiny, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_killed_cell_is_recorded_and_the_others_continue(
     two_cells: TwoCells, request: pytest.FixtureRequest
 ):
@@ -79,6 +80,7 @@ def test_a_stop_does_not_wait_for_workers_that_are_starting(
     assert not list(two_cells.directory.glob("cells/*/result.json"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_does_not_reach_workers_that_are_starting(two_cells: TwoCells):
     """A terminal sends it to the whole process group."""
     interrupted: set[int] = set()
