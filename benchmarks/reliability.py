@@ -261,14 +261,16 @@ class Fault:
                     self.flushed[stat.st_ino] = stat.st_size
             fsync(handle)
 
-        def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        def save(
+            tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None
+        ) -> None:
             def half() -> None:
-                save_file(tensors, path)
+                save_file(tensors, path, metadata)
                 os.truncate(path, path.stat().st_size // 2)
 
             self._stage(f"write {path}")
             self._stage(f"write half of {path}", half)
-            save_file(tensors, path)
+            save_file(tensors, path, metadata)
 
         def append(log: metrics.MetricsLog, records: Iterable[metrics.Record]) -> None:
             records, path = list(records), Path(self.folder) / "metrics.jsonl"
