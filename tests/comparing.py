@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from gpt import cli, metrics
-from gpt.compare import comparison
+from gpt.compare import comparison, estimate
 from gpt.compare.analysis.results import Summary
+from gpt.compare.execution import worker
 from gpt.compare.execution.tasks import Task
 from gpt.compare.grid import Cell, load
 from gpt.config import Config
@@ -116,22 +117,19 @@ class TwoCells:
         return self.run(stop=kill_one), len(workers)
 
 
-class Trainer:
-    """Writes runs that end as a table says, instead of training; `seen` are their ids.
+class Stub:
+    """Writes runs instead of training; `seen` are their ids.
 
     Args:
         template: a finished run.
 
     Attributes:
-        edges: arm -> seed -> the highest rate at which its runs train.
         lost: the ids of cells whose runs fail with an error.
     """
 
     def __init__(self, template: Path) -> None:
         self.template, self.seen = template, list[str]()
-        self.edges: Edges = {}
         self.lost: set[str] = set()
-        self.slow_below = 0.0
 
     def __call__(self, task: Task, paths: Sequence[Path], *_: object) -> list[Any]:
         return [self.train(cell, path) for cell, path in zip(task.cells, paths, strict=True)]
@@ -144,17 +142,41 @@ class Trainer:
         shutil.rmtree(path / "checkpoints")
         run = RunDirectory(path)
         run.config.write_text(cell.config.to_yaml())
+        records = metrics.read(run.metrics)
+        self.change(cell, run, records)
+        run.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return run.read_result()
+
+    def change(self, cell: Cell, run: RunDirectory, records: list[metrics.Record]) -> None:
+        """Make the copy of the template the run of a cell."""
+        raise NotImplementedError
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(worker, "_train", self)
+        monkeypatch.setattr(estimate, "TIMED_SECONDS", 0.01)
+
+
+class Trainer(Stub):
+    """Its runs end as a table says.
+
+    Attributes:
+        edges: arm -> seed -> the highest rate at which its runs train.
+    """
+
+    def __init__(self, template: Path) -> None:
+        super().__init__(template)
+        self.edges: Edges = {}
+        self.slow_below = 0.0
+
+    def change(self, cell: Cell, run: RunDirectory, records: list[metrics.Record]) -> None:
         rate = cell.config.optimizer.learning_rate
         slow = rate < self.slow_below and not cell.longer
         trained = not slow and rate <= self.edges[cell.arm][cell.config.seed]
-        records = metrics.read(run.metrics)
         for number, record in enumerate(records):
             if "loss" in record:
                 record["loss"] = 5 - 0.01 * number if slow else 3.0
             if "val_loss" in record:
                 record["val_loss"] = 1.0 if trained else 5.0
-        run.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
-        return run.read_result()
 
 
 def compare(

@@ -334,10 +334,6 @@ def trainer(
     """Cells are not trained, but end as its `edges` say."""
     from comparing import Trainer
 
-    from gpt.compare import estimate
-    from gpt.compare.execution import worker
-
     stub = Trainer(tiny_run)
-    monkeypatch.setattr(worker, "_train", stub)
-    monkeypatch.setattr(estimate, "TIMED_SECONDS", 0.01)
+    stub.install(monkeypatch)
     return stub

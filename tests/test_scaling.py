@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from comparing import Stub
 from conftest import ROOT, rendering
 from test_cli import called
 
 from gpt import cli, metrics
-from gpt.compare.execution.tasks import Task
 from gpt.compare.grid import Cell
 from gpt.config import Config
 from gpt.config.shipped import names
@@ -52,25 +52,15 @@ def rungs(tiny: Callable[..., Config]) -> dict[str, Any]:
     }
 
 
-class Trainer:
-    """Writes runs whose losses follow LAW, instead of training; `seen` are the runs' ids."""
+class Trainer(Stub):
+    """Its runs' losses follow LAW."""
 
     def __init__(self, template: Path) -> None:
-        self.template, self.seen = template, list[str]()
+        super().__init__(template)
         self.diverged: set[str] = set()
-        self.lost: set[str] = set()
 
-    def __call__(self, task: Task, paths: Sequence[Path], *_: object) -> list[Any]:
-        return [self.train(cell, path) for cell, path in zip(task.cells, paths, strict=True)]
-
-    def train(self, cell: Cell, path: Path) -> Any:
-        self.seen.append(cell.id)
-        if cell.id in self.lost:
-            return MemoryError("too little")
-        shutil.copytree(self.template, path, dirs_exist_ok=True)
-        shutil.rmtree(path / "checkpoints")
-        run, config = RunDirectory(path), cell.config
-        run.config.write_text(config.to_yaml())
+    def change(self, cell: Cell, run: RunDirectory, records: list[metrics.Record]) -> None:
+        config = cell.config
         width, total = config.model.width, parameters(config.model.width)
         embeddings = (VOCABULARY + CONTEXT) * width
         shapes = {"token_embedding": [VOCABULARY, width], "position_embedding": [CONTEXT, width]}
@@ -82,29 +72,22 @@ class Trainer:
         }
         run.environment.write_text(json.dumps(environment))
         tokens = config.training.steps * config.batch_sequences * CONTEXT
-        records = metrics.read(run.metrics)
         for number, record in enumerate(records):
             if "loss" in record:
                 record["loss"] = 2.0 - 0.01 * number
             if "val_loss" in record:
                 record["val_loss"] = float(LAW.loss(total, tokens))
-        run.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
         if cell.id in self.diverged:
             result = json.loads(run.result.read_text())
             run.result.write_text(json.dumps({**result, "status": "diverged", "reason": "loss"}))
-        return run.read_result()
 
 
 @pytest.fixture
 def trainer(
     tiny_run: Path, in_this_process: None, no_pictures: None, monkeypatch: pytest.MonkeyPatch
 ) -> Trainer:
-    from gpt.compare import estimate
-    from gpt.compare.execution import worker
-
     stub = Trainer(tiny_run)
-    monkeypatch.setattr(worker, "_train", stub)
-    monkeypatch.setattr(estimate, "TIMED_SECONDS", 0.01)
+    stub.install(monkeypatch)
     monkeypatch.setattr(results, "RESAMPLES", 3)
     return stub
 

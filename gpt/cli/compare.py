@@ -24,7 +24,35 @@ if TYPE_CHECKING:
     from gpt.compare.analysis.results import Summary
 
 
-class Arguments(Section):
+class CellArguments(Section):
+    """The arguments of commands that train many cells: `compare` and `scaling`."""
+
+    out_dir: FileName | None = Field(None, title="DIR")
+    """The directory to write (default: runs/NAME)."""
+    workers: WorkerCount | None = Field(None, title="INT")
+    """Number of processes, with one thread each on a CPU (default: one per core, at most 8 on a
+    GPU)."""
+    dry_run: bool = False
+    """List the runs and their total tokens, FLOPs and time, and write nothing."""
+    report_only: bool = False
+    """Rewrite the report from the existing runs."""
+    seeds: str | None = Field(None, title="SEEDS")
+    """Seeds instead of the file's: 8 means 0 to 7, 16:24 means 16 to 23, 1,5,7 means these."""
+    max_seconds: Seconds | None = Field(None, title="SECONDS")
+    """Save and exit with code 75 after this time, for batch queues (default: no limit)."""
+
+    def check_report_only(self, *others: str) -> None:
+        """Refuse flags that --report-only would ignore.
+
+        Raises:
+            InputError: names the first one.
+        """
+        for name in others if self.report_only else ():
+            if getattr(self, name):
+                raise InputError(f"give {as_flag(name)} or --report-only, not both")
+
+
+class Arguments(CellArguments):
     """Compare arms over learning rates, settings and seeds. Every option of the cells is also a
     flag.
 
@@ -40,22 +68,11 @@ class Arguments(Section):
         description="A grid file, the directory of a comparison, or the name of a shipped grid: "
         + ", ".join(names("grid")),
     )
-    out_dir: FileName | None = Field(None, title="DIR")
-    """The comparison directory (default: runs/NAME)."""
-    workers: WorkerCount | None = Field(None, title="INT")
-    """Number of processes, with one thread each on a CPU (default: one per core, at most 8 on a
-    GPU)."""
     runner: Literal["auto", "processes", "batched"] | None = Field(
         None, title="auto|processes|batched"
     )
     """batched: train all cells of one shape together; processes: train each cell alone, in one
     of the worker processes; auto: batched on a GPU, else processes (default: the grid's)."""
-    dry_run: bool = False
-    """List the cells and their total tokens, FLOPs and time, and write nothing."""
-    report_only: bool = False
-    """Rewrite the report from the existing runs."""
-    seeds: str | None = Field(None, title="SEEDS")
-    """Seeds instead of the grid's: 8 means 0 to 7, 16:24 means 16 to 23, 1,5,7 means these."""
     extend: bool = False
     """Add arms, rates, seeds or contrasts to the comparison in the directory; its results stay. The
     report says what was added after results were known."""
@@ -63,8 +80,6 @@ class Arguments(Section):
     """Other comparisons, whose finished runs are copied if their configs are the same."""
     beside: FileName | None = Field(None, title="DIR")
     """Another comparison, to show next to this one in the report."""
-    max_seconds: Seconds | None = Field(None, title="SECONDS")
-    """Save and exit with code 75 after this time, for batch queues (default: no limit)."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +105,7 @@ def load(argv: Sequence[str], prog: str = "compare.py") -> tuple[Arguments, Comp
         InputError: either is invalid.
     """
     arguments, options = parse(Arguments, prog, argv, Config)
-    if arguments.report_only:
-        for flag in ("dry_run", "extend", "reuse"):
-            if getattr(arguments, flag):
-                raise InputError(f"give {as_flag(flag)} or --report-only, not both")
+    arguments.check_report_only("dry_run", "extend", "reuse")
     with explained(arguments.grid, prog, "grid"):
         path, directory = _locate(arguments)
         grid, cells = grids.load(path, options, arguments.seeds)

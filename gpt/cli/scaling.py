@@ -9,17 +9,18 @@ from pathlib import Path
 from pydantic import Field
 
 from gpt.cli.common import StopSignals
+from gpt.cli.compare import CellArguments
 from gpt.cli.flags import parse
 from gpt.cli.paths import check_directory, explained
 from gpt.compare import grid as grids
-from gpt.config import Config, FileName, Seconds, Section, WorkerCount
+from gpt.config import Config, FileName
 from gpt.config.shipped import find, names
-from gpt.errors import InputError, as_flag
+from gpt.errors import InputError
 from gpt.io.console import Console, show
 from gpt.scaling import ladder as ladders
 
 
-class Arguments(Section):
+class Arguments(CellArguments):
     """Train a ladder of model sizes with several compute budgets, and fit Chinchilla's law. Every
     option of the runs is also a flag.
 
@@ -34,30 +35,14 @@ class Arguments(Section):
         description="A ladder file, the directory of a study, or the name of a shipped ladder: "
         + ", ".join(names("ladder")),
     )
-    out_dir: FileName | None = Field(None, title="DIR")
-    """The study's directory (default: runs/NAME)."""
-    workers: WorkerCount | None = Field(None, title="INT")
-    """Number of processes, with one thread each on a CPU (default: one per core, at most 8 on a
-    GPU)."""
-    dry_run: bool = False
-    """List the runs and their total tokens, FLOPs and time, and write nothing."""
-    report_only: bool = False
-    """Rewrite the report from the existing runs."""
-    seeds: str | None = Field(None, title="SEEDS")
-    """Seeds instead of the ladder's: 3 means 0 to 2, 16:24 means 16 to 23, 1,5,7 means these."""
     extend: bool = False
     """Add sizes, budgets or seeds to the study in the directory; its results stay."""
-    max_seconds: Seconds | None = Field(None, title="SECONDS")
-    """Save and exit with code 75 after this time, for batch queues (default: no limit)."""
 
 
 def main(argv: Sequence[str], prog: str = "steadygpt scaling") -> int:
     """`steadygpt scaling LADDER.yaml ...`; returns the exit code."""
     arguments, options = parse(Arguments, prog, argv, Config)
-    if arguments.report_only:
-        for flag in ("dry_run", "extend"):
-            if getattr(arguments, flag):
-                raise InputError(f"give {as_flag(flag)} or --report-only, not both")
+    arguments.check_report_only("dry_run", "extend")
     path = Path(arguments.ladder)
     is_directory = path.is_dir()
     directory = path if is_directory else Path(arguments.out_dir or f"runs/{path.stem}")

@@ -22,11 +22,12 @@ grid with a first stage has two rounds; its first contrast decides whether there
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -302,6 +303,24 @@ def _probe(
     write_init_probes(directory, init_probes)
 
 
+@contextlib.contextmanager
+def writing_report(directory: Path, wait: float) -> Iterator[None]:
+    """A context in which no other process writes the report of a directory.
+
+    Args:
+        wait: seconds to wait for one that does.
+
+    Raises:
+        InputError: there is no directory, there is a symbolic link in it, or the wait was in vain.
+    """
+    if not directory.is_dir():
+        raise InputError(f"{directory}: {NO_RESULT}")
+    refuse_links(directory)
+    busy = f"{directory}: another process is writing its report; run this again in a minute"
+    with lock_file(directory / REPORT_LOCK, busy, wait):
+        yield
+
+
 def report(
     grid: Grid,
     cells: Sequence[Cell],
@@ -324,11 +343,7 @@ def report(
         InputError: no cell has a result, a file is damaged, there is a symbolic link, or another
             process writes this report.
     """
-    if not directory.is_dir():
-        raise InputError(f"{directory}: {NO_RESULT}")
-    refuse_links(directory)
-    busy = f"{directory}: another process is writing its report; run this again in a minute"
-    with lock_file(directory / REPORT_LOCK, busy, wait):
+    with writing_report(directory, wait):
         every = read_outcomes(grid, cells, directory)
         outcomes = [outcome for outcome in every if not outcome.cell.longer]
         init_probes = read_init_probes(directory, [arm.name for arm in grid.all_arms()])

@@ -20,15 +20,13 @@ from pathlib import Path
 import torch
 
 from gpt.compare import comparison
-from gpt.compare.analysis.outcomes import NO_RESULT
 from gpt.compare.analysis.searches import read_outcomes
 from gpt.compare.grid import Cell, Grid
 from gpt.compare.report.cells_csv import csv_text
 from gpt.config import Config
 from gpt.data import preparation
-from gpt.errors import InputError
 from gpt.io.console import Console
-from gpt.io.files import lock_file, refuse_links, write_text
+from gpt.io.files import write_text
 from gpt.model.gpt2 import GPT
 from gpt.scaling.ladder import Ladder, make_grid
 from gpt.scaling.report import write_report
@@ -100,11 +98,7 @@ def report(grid: Grid, cells: Sequence[Cell], directory: Path, wait: float = 0.0
         InputError: no cell has a result, a file is damaged, there is a symbolic link, or another
             process writes this report.
     """
-    if not directory.is_dir():
-        raise InputError(f"{directory}: {NO_RESULT}")
-    refuse_links(directory)
-    busy = f"{directory}: another process is writing its report; run this again in a minute"
-    with lock_file(directory / comparison.REPORT_LOCK, busy, wait):
+    with comparison.writing_report(directory, wait):
         outcomes = read_outcomes(grid, cells, directory)
         study = summarize(grid.title, outcomes)
         write_text(directory / "cells.csv", csv_text(outcomes))
