@@ -247,6 +247,8 @@ def test_overrides_are_nested_or_dotted_or_both():
         with pytest.raises(InputError) as caught:
             load("quickstart", {wrong: 3})
         assert str(caught.value).startswith(message)
+    with pytest.raises(InputError, match=r"^model\.norm\.7: no such option"):
+        load("quickstart", {"model": {"norm": {7: 1}}})
 
 
 def test_the_resolved_config_reads_back_equal(tmp_path: Path):
@@ -407,6 +409,9 @@ def test_an_option_without_counterpart_has_no_hint(typed: str):
         ({"optimizer": {"lr": 1}}, "lr: no such option; perhaps you meant optimizer.learning_rate"),
         ({"train": {"lr": 1}}, "train: no such option; perhaps you meant training"),
         ({"eval": {"interval": 1}}, "eval: no such option; perhaps you meant evaluation"),
+        ({7.5: 1}, "7.5: no such option"),
+        ({"model": {"norm": {7: 1}}}, "model.norm.7: no such option"),
+        ({"data": {"mix": [{7: 1}]}}, "data.mix.0.7: no such option"),
     ],
 )
 def test_a_key_by_its_name_in_another_program(tree: dict[str, Any], message: str):

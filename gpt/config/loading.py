@@ -60,18 +60,23 @@ def load(
             f"found {overrides!r}"
         )
     path = find(path, "config")
-    given = dict(leaves(overrides or {}))
+    given, options = dict(leaves(overrides or {})), set(option_paths(Config))
     layers = [{"name": path.stem}, *_layers(path), nest(given)]
 
     def origin(key: str) -> str:
         if any(f"{key}.".startswith(f"{name}.") for name in given):  # or it is in the flag's list
-            return option(re.sub(r"\.\d+$", "", key))  # a list's flag, not the item's number
+            whole = re.sub(r"\.\d+$", "", key)  # the list's flag, not the number of its item
+            return option(whole if whole in options else key)
         return f"{path}: {key}" if key else str(path)
 
     merged = functools.reduce(merge, layers)
-    kept = {*dict(leaves(merged)), *option_paths(Config)}
+    kept = options | dict(leaves(merged)).keys()
     # What is below an option that has a value, such as model.layers.x, is not merged, but unknown.
-    unknown = {key: v for key, v in given.items() if key not in kept and v is not None}
+    unknown = {
+        key: value
+        for key, value in given.items()
+        if key not in kept and not (value is None or isinstance(value, Mapping))
+    }
     config = _validated({**merged, **unknown}, origin, out_dir)
     config.set_cautions(cautions(config, layers))
     return config
@@ -287,6 +292,8 @@ def _problem(section: type[Section], key: str, error: ErrorDetails) -> str:
             return f"{found} is not Unicode text"
         case "missing":
             return "is missing"
+        case "invalid_key":  # a number, for example
+            return "no such option"
         case "conflict" | "blank":
             return message
         case "too_short":
@@ -296,6 +303,8 @@ def _problem(section: type[Section], key: str, error: ErrorDetails) -> str:
             return f"must have at most {context['max_length']} items, found {found}"
         case "string_too_long":
             return f"must have at most {context['max_length']} characters, found {found}"
+        case other if other not in (*REQUIRED, "literal_error"):
+            return f"{message[0].lower()}{message[1:]}, found {found}"
     return ""
 
 
