@@ -5,7 +5,7 @@
 Reports call a plateau slow if its loss is still falling (`still_falling`), and searches repeat
 those still above H1 (`is_too_slow`) with more updates. Both judge by the loss. Here each plateaued
 cell runs again, with its seed, rate and warm-up, for a multiple of its updates, in DIR-x3. The
-table, printed last, shows for each arm how many of the plateaus called stuck, and slow, then train.
+table, printed last, shows how many then train, by arm and by what the plateau had been called.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
     """Run the plateaus again, and print how they end."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("directory", type=Path, help="of a finished comparison")
-    parser.add_argument("--times", type=int, default=3, help="as many updates (default: 3)")
+    parser.add_argument("--times", type=int, default=3, help="times as many updates (default: 3)")
     parser.add_argument("--workers", type=int, default=2)
     flags = parser.parse_args()
     grid, _, outcomes = read_comparison(flags.directory)

@@ -61,7 +61,8 @@ def check(
         config: of every network except for the width; the number of heads stays.
         widths: at least two.
         steps: updates before the measurement, at the full learning rate.
-        seeds: networks of each width, with their own weights; and batches, without `data.seed`.
+        seeds: networks of each width, each with its own weights and, unless `data.seed` is set,
+            its own batches.
 
     Raises:
         InputError: a width does not fit the config or the memory, a change is 0 or not finite, or
@@ -97,7 +98,7 @@ def _change(name: str, widths: Sequence[int], squares: Sequence[float]) -> Chang
 def verdict(changes: Sequence[Change]) -> str:
     """What the slopes say about the width, in one line that names the worst one.
 
-    Growth above FLAT is worse than any decline, and a decline down to FALLING is none.
+    Growth above FLAT is worse than any decline; a slope down to FALLING is not a decline.
     """
     highest = max(changes, key=lambda change: change.slope)
     lowest = min(changes, key=lambda change: change.slope)

@@ -5,15 +5,15 @@
 The documents of a text are joined, each followed by end of text, as in training; so with a stride
 of the whole context, the windows are those of the validation loss. The first token is only context.
 
-Tokens of one document are not independent, documents are. Each number is a ratio of sums over
+Tokens of one document are not independent, but documents are. Each number is a ratio of sums over
 documents, whose standard error is the linearized one of Cochran (1977, section 6.3): for
 L = sum(l) / sum(n), with the loss l and the tokens n of each of D documents,
 
     SE² = D / (D - 1) * sum((l - L n)²) / sum(n)²
 
 (the "clustered" standard error of Miller 2024, for documents of any length). A single document is
-cut into contiguous blocks instead, by which the error describes that document only. No block is
-shorter than a context, whatever the stride, because neighboring tokens resemble each other.
+cut into contiguous blocks instead, so that the error describes that document only. No block but
+the last is shorter than a context, whatever the stride: neighboring tokens resemble each other.
 
 Pure: from a model and tokens to numbers, in constant memory. Files are read by gpt/data.
 """
@@ -39,9 +39,9 @@ from gpt.model.gpt2 import GPT
 
 Numbers = npt.NDArray[np.float64]
 
-MAX_BLOCKS = 64  # of a single document; when there are as many, each two are joined
+MAX_BLOCKS = 64  # of a single document; before there are more, they are joined in pairs
 MIN_BLOCKS = 10  # with fewer, a standard error would say little
-LOSS, TOKENS, BYTES = range(3)  # of a vector of sums
+LOSS, TOKENS, BYTES = range(3)  # the indices into a vector of sums
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class PositionLoss:
-    """The mean loss, in nats, of the tokens that are predicted from `first` to `last` tokens."""
+    """The mean loss, in nats, of the tokens with `first` to `last` tokens of context."""
 
     first: int
     last: int
@@ -74,7 +74,7 @@ class Evaluation:
         tokens, bytes: those that were predicted: all but the first token.
         documents: documents with a predicted token.
         units: what the standard errors treat as independent; None: there are no standard errors.
-        unit_count: the number of these units; of very unequal ones, what counts is
+        unit_count: the number of these units; if they are very unequal, what counts is
             `effective_units`, sum(n)² / sum(n²) for units of n tokens (Kish 1965).
         by_position: the loss by the number of tokens that the model sees.
     """
@@ -102,7 +102,7 @@ def evaluate(
     """How well a model predicts a text.
 
     Args:
-        model: in evaluation mode, on any device; `loss_chunk` limits the logits at a time.
+        model: in evaluation mode, on any device; its `loss_chunk` limits the logits in memory.
         tokens: the ids of the text in pieces of any length; each document ends with end of text.
         byte_lengths: UTF-8 bytes of each token, by id; that of end of text, the last id, is 0.
         stride: tokens between the starts of two windows; the context, by default. See `windows`.
@@ -159,7 +159,7 @@ def windows(tokens: Iterable[Tokens], context: int, stride: int) -> Iterator[tup
 
 
 def _batches(found: Iterator[tuple[Ids, int]], size: int) -> Iterator[tuple[Ids, int]]:
-    """Consecutive windows of one shape, at most `size` at a time: (B, T + 1), and the scored."""
+    """Consecutive windows of one shape, up to `size` of them: (B, T + 1), and the number scored."""
     for (_, scored), group in itertools.groupby(found, key=lambda w: (len(w[0]), w[1])):
         while part := [ids for ids, _ in itertools.islice(group, size)]:
             yield np.stack(part), scored

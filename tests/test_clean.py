@@ -72,7 +72,7 @@ def test_checkpoints_of_a_finished_run(place: Path, clean: Call):
     before = contents(place)
     code, out, _ = clean()
     assert (code, listed(out)) == (0, ["in all", *STEPS])
-    assert "nothing was removed; --yes removes all of it" in out
+    assert "nothing was removed; --yes removes them all" in out
     assert contents(place) == before
     size = sum(file.stat().st_size for step in STEPS for file in (place / step).iterdir())
     assert f"{size / 1e6:,.1f} MB  in all" in out

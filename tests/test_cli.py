@@ -23,6 +23,7 @@ from gpt import cli
 from gpt.cli.common import StopSignals
 from gpt.config import Config
 from gpt.data.preparation import prepare
+from gpt.scaling.ladder import AXIS, FACTOR
 from gpt.training import train
 
 Make = Callable[..., Config]
@@ -153,6 +154,11 @@ def test_paths_of_another_kind(
     cell.mkdir(parents=True)
     (cell / "config.yaml").write_text("{}")
     (cell.parents[1] / "grid.yaml").write_text(grid.read_text())
+    sized = Path("runs/sizes/cells/one")
+    sized.mkdir(parents=True)
+    (sized / "config.yaml").write_text("{}")
+    study = {"arms": {FACTOR: {"s": {}}}, "grid": {AXIS: [1]}}
+    (sized.parents[1] / "grid.yaml").write_text(json.dumps(study))
     for command, path, words in (
         (
             "train",
@@ -166,14 +172,16 @@ def test_paths_of_another_kind(
         ("train", "texts", "python train.py own-text --data.path texts"),
         ("train", "quickstrat.yaml", "perhaps you meant quickstart\n"),
         ("train", "x/c.yaml", "no such file"),
-        ("train", cell, "to continue that: python compare.py runs/compared;\n"),
+        ("train", cell, "to continue the comparison: python compare.py runs/compared;\n"),
         ("train", run / "checkpoints", "is a part of the run runs/tiny, not a config"),
         ("train", run / "metrics.jsonl", "is a part of the run runs/tiny, not a config"),
         ("train", "runs", "is a folder of runs, such as runs/tiny, not a config"),
         ("prepare", run, "to use its config: python -m gpt.data runs/tiny/config.yaml\n"),
         ("plan", step, "to use its config: steadygpt plan runs/tiny/config.yaml\n"),
         ("compare", run, f"to sample from it: python sample.py {run}"),
-        ("compare", cell, "is a run of a comparison; to continue that: python compare.py runs/com"),
+        ("compare", cell, "is a run of a comparison; to continue the comparison: python compare.p"),
+        ("train", sized, "to continue the scaling study: python scaling runs/sizes;\n"),
+        ("sample", sized, "is a run of a scaling study, which keeps checkpoints only with"),
         ("compare", "c.yaml", "is a config, not a grid; to train it: python train.py c.yaml"),
         ("compare", "quickstart", "is a shipped config; to train it: python train.py quickstart"),
         ("compare", "gg.yaml", "perhaps you meant g.yaml"),

@@ -121,7 +121,7 @@ def test_a_run_from_a_checkpoint_is_rewarmed_too(
     assert described.startswith("another schedule or rate: the learning rate moves from")
     late = describe_lr_change(tiny(training={"steps": 29}), faster, Progress(step=28))
     assert late is not None
-    assert late.endswith(", the end; schedule.rewarm (5) is more than the 2 updates left")
+    assert late.endswith("; schedule.rewarm (5) is more than the 2 updates left")
     own = rates(tmp_path / "run")
     assert last < own[21] < own[22] < own[23] < own[24] < own[25] == reached
 

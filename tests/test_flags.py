@@ -125,7 +125,7 @@ def test_a_boolean_before_the_config_does_not_take_it():
 @pytest.mark.parametrize(
     ("argv", "option"),
     [
-        (["Once", "upon a"], "a text to continue is an option: --prompt 'Once upon a'"),
+        (["Once", "upon a"], "to continue a text: --prompt 'Once upon a'"),
         (["--prompt", "It's", "I"], """a text of several words is quoted: --prompt 'It'"'"'s I'"""),
     ],
 )

@@ -427,7 +427,7 @@ def asking(question: dict[str, Any], **changes: Any) -> dict[str, Any]:
         *(
             (
                 asking({**CONTRAST, "measure": "log_column", "column": column}),
-                f"contrasts.0: column: {column} is 0 in a steady run, and has no log",
+                f"contrasts.0: column: {column} is 0 in a steady run, and 0 has no log",
             )
             for column in (
                 "spikes",
@@ -441,7 +441,7 @@ def asking(question: dict[str, Any], **changes: Any) -> dict[str, Any]:
         *(
             (
                 asking({**CONTRAST, "measure": "failure", **changes}),
-                f"contrasts.0: margin: {changes['margin']} is not between -{bound} and {bound}",
+                f"contrasts.0: margin: {changes['margin']} must be above -{bound} and below {bound}",
             )
             for bound, changes in [
                 (1, {"margin": 5}),

@@ -281,7 +281,7 @@ def result(tiny_run: Path) -> RunResult:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda run: gpt.train("quickstart"), "config: must be what load returns"),
+        (lambda run: gpt.train("quickstart"), "config: must come from load"),
         (lambda run: gpt.train(Config(), resume=True), "resume: must be auto, never or a check"),
         (lambda run: gpt.load({"seed": 1}), "path: must name a config file, found dict"),
         (lambda run: gpt.load("quickstart", ["seed=1"]), "overrides: must be a dict of options"),

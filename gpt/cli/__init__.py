@@ -48,7 +48,7 @@ usage: steadygpt COMMAND ...   (COMMAND --help for details)
   checkpoint verify DIR    check that checkpoints are intact
   diagnose RUN_DIR         plot the statistics of a run's layers
   coordcheck CONFIG.yaml   check that updates do not depend on the width, as in muP
-  plan CONFIG.yaml         what a run will cost, and which model a budget deserves
+  plan CONFIG.yaml         show what a run will cost, and which model a budget deserves
   runs [DIR]               list runs: status, losses, time, and the options that differ
   plot RUN ...             plot the losses of several runs in one picture
   export RUN_DIR OUT       write a run's model for Hugging Face transformers

@@ -1,4 +1,4 @@
-"""`steadygpt clean [DIR ...]`: list and remove files that nothing needs any more."""
+"""`steadygpt clean [DIR ...]`: list and remove files that are no longer needed."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ DEFAULT = ("runs", "cache")  # where training puts runs and prepared data
 
 
 class Arguments(Section):
-    """List what nothing needs any more, with sizes, and remove it after asking: checkpoints of
-    ended runs other than latest, best and checkpoint.keep_every's, damaged ones that were set
+    """List what is no longer needed, with sizes, and remove it after asking: checkpoints of ended
+    runs other than latest, best and those of checkpoint.keep_every, damaged ones that were set
     aside, prepared data that no known run uses, and what killed processes left.
 
     Examples:
@@ -63,10 +63,10 @@ def clean(folders: Sequence[Path], yes: bool) -> None:
         return
     show(_table(leftovers))
     if not (yes or _agrees(len(leftovers))):
-        show("nothing was removed" + ("" if sys.stdin.isatty() else "; --yes removes all of it"))
+        show("nothing was removed" + ("" if sys.stdin.isatty() else "; --yes removes them all"))
         return
     freed, number = 0, 0
-    still = leftovers if yes else cleanup.find(folders, users)[0]  # since the question was asked
+    still = leftovers if yes else cleanup.find(folders, users)[0]  # runs may have changed meanwhile
     for leftover in (each for each in leftovers if each in still):
         try:
             cleanup.remove(leftover)

@@ -14,7 +14,7 @@ from gpt.io.console import write_result
 
 class Arguments(Section):
     """Print a script that makes a shell complete commands, options, values and files with Tab.
-    Run it at each start: in ~/.bashrc, ~/.zshrc (after compinit) or ~/.config/fish/config.fish.
+    Have each shell run it: in ~/.bashrc, ~/.zshrc (after compinit) or ~/.config/fish/config.fish.
 
     Examples:
       eval "$(%(prog)s bash)"

@@ -46,8 +46,8 @@ class Arguments(Section):
     checkpoint: FileName = Field("best", title="best|latest|STEP")
     """best (by validation loss), latest, or a step such as 250."""
     stride: Count | None = None
-    """Tokens between the starts of two windows, which score their last STRIDE tokens: the smaller,
-    the more context each token has, and the longer it takes (default: the whole context)."""
+    """Tokens between the starts of two windows, which score their last STRIDE tokens. A smaller
+    stride gives each token more context, and takes longer (default: the whole context)."""
     device: Device = "auto"
     """auto picks cuda, then mps, then cpu."""
     json_: bool = False
@@ -55,7 +55,7 @@ class Arguments(Section):
 
 
 class Text(SourceConfig):
-    """The text, encoded with each run's own tokenizer. Without these, the run's validation text."""
+    """The text, encoded with each run's own tokenizer; by default, the run's validation text."""
 
     source: Annotated[str, Choice("gpt.data.sources", "SOURCES")] = "text"
     """Text, JSONL or Parquet files, Python's standard library, the hub, or token files."""
@@ -351,13 +351,13 @@ def _note_on_errors(result: Result) -> str:
         return "the text is one short document, so there are no standard errors"
     if found.units == "blocks":
         return (
-            f"the text is one document; its standard errors are by {found.unit_count} contiguous "
-            "blocks, and say nothing about other documents"
+            f"the text is one document; the standard errors come from {found.unit_count} "
+            "contiguous blocks, and say nothing about other documents"
         )
     if found.effective_units >= FEW:
         return ""
     unequal = f" of {found.unit_count:,} very unequal" if found.unit_count >= FEW else ""
-    number = f"{found.effective_units:.1f}" if unequal else f"{found.unit_count}"
+    number = f"effectively {found.effective_units:.1f}" if unequal else f"{found.unit_count}"
     return f"the standard errors are rough, as they rest on {number}{unequal} documents"
 
 

@@ -27,7 +27,7 @@ class Arguments(Section):
     run_dir: FileName = Field(title="RUN_DIR")
     """A run directory, such as runs/quickstart, or one of its checkpoints."""
     out: FileName = Field(title="OUT")
-    """The folder to write, which must not exist or be empty."""
+    """The folder to write, which must be empty or not exist yet."""
     checkpoint: FileName = Field("best", title="best|latest|STEP")
     """best (by validation loss), latest, or a step such as 250."""
 

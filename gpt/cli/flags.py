@@ -13,7 +13,7 @@ import re
 import shlex
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, NoReturn, TypeVar, get_args
 
 from pydantic.fields import FieldInfo
 
@@ -35,7 +35,7 @@ def parse(
     argv: Sequence[str],
     config: type[Section] | None = None,
 ) -> tuple[Arguments, dict[str, Any]]:
-    """Read a command line. `--help` prints the help and exits with code 0, and so does Tab.
+    """Read a command line. `--help` prints the help and exits with code 0; Tab prints completions.
 
     Args:
         arguments: the command's own arguments. Required ones are positional, and so are those
@@ -94,7 +94,7 @@ def _normalize(argv: Sequence[str], flags: Collection[str], booleans: Collection
 
     Args:
         flags: those that take a value.
-        booleans: those of them that may be without one.
+        booleans: those of them whose value may be omitted.
 
     Raises:
         InputError: a word contains a NUL character.
@@ -139,7 +139,7 @@ def _describe_flags(words: list[str], flags: Collection[str], titles: Mapping[st
     """The flags among the words that do not exist, and what they may have meant; "" if all do.
 
     Args:
-        titles: the names of the arguments that have no flag, by the flag that they do not have.
+        titles: the names of the arguments that have no flag, by the flag that they would have.
     """
     before = words[: words.index("--")] if "--" in words else words
     given = (word.partition("=")[0] for word in before if FLAG.fullmatch(word))
@@ -176,7 +176,7 @@ def _describe_unknown(
     elif word.endswith((".yaml", ".yml")):
         hint = "; a file builds on another by naming it as its base"
     elif "--prompt" in flags:
-        hint = f"; a text to continue is an option: --prompt {_quoted(unknown)}"
+        hint = f"; to continue a text: --prompt {_quoted(unknown)}"
     else:
         hint = ""
     return f"{word!r}: unexpected argument{hint}"
@@ -187,7 +187,7 @@ def _describe_unknown(
 
 
 def _is_positional(field: FieldInfo) -> bool:
-    """Whether an argument has no flag: a required one, or a title in brackets."""
+    """Whether an argument has no flag: a required one, or one whose title is in brackets."""
     return field.is_required() or str(field.title).startswith("[")
 
 
@@ -302,10 +302,6 @@ def _settings(field: FieldInfo, schema: Schema) -> dict[str, Any]:
         "metavar": field.title or _metavar(field, schema, nullable),
         "help": f"{field.description}{default}".replace("%", "%%"),
     }
-
-
-def _is_list(field: FieldInfo) -> bool:
-    return get_origin(field.annotation) is tuple
 
 
 def _is_nullable(field: FieldInfo) -> bool:

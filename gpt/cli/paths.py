@@ -1,6 +1,6 @@
-"""What a path on the command line holds, for a command that was given another kind than it takes.
+"""What a path on the command line holds, if it is of another kind than the command takes.
 
-Its message says what the path is, and gives the command that works. Nothing here imports torch.
+The error says what the path is, and gives the command that works. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def kind(path: Path) -> Kind:
 
 
 def run_of_checkpoint(path: Path) -> Path | None:
-    """The run whose checkpoint a path is: its folder, or a file such as `latest`."""
+    """The run of the checkpoint that a path is: a step's folder, or a file such as `latest`."""
     if path.absolute().parent.name != "checkpoints":
         return None
     run = path.parents[1] if len(path.parts) > 2 else path.absolute().parents[1]
@@ -84,7 +84,7 @@ def explained(path: str, prog: str, wanted: Wanted) -> Iterator[None]:
     """A context for reading a config, grid or ladder: says if the path is of another kind.
 
     Raises:
-        InputError: what the path is, and the command that takes it; or the error of the reading.
+        InputError: what the path is, and the command that takes it; or the error of reading it.
     """
     try:
         yield
@@ -112,9 +112,7 @@ def _instead_of_config(path: str, prog: str) -> str | None:
             sampled = _command("sample", prog, given)
             return f"is a run directory;\nto resume it: {resumed}\nto sample from it: {sampled}"
         case "cell":
-            return (
-                f"is a run of a comparison; {_continued(given, prog)};\n{_by_itself(given, prog)}"
-            )
+            return f"{_is_a_cell(given, prog)};\n{_by_itself(given, prog)}"
         case "checkpoint":
             config = (run_of_checkpoint(given) or given) / "config.yaml"
             started = _command("train", prog, config, "--resume", given, "--out-dir", "runs/NEW")
@@ -142,7 +140,7 @@ def _instead_of_grid(path: str, prog: str, wanted: Literal["grid", "ladder"]) ->
             sampled = _command("sample", prog, given)
             return f"is a {what}, not a {directory} directory; to sample from it: {sampled}"
         case "cell":
-            return f"is a run of a comparison; {_continued(given, prog)}"
+            return _is_a_cell(given, prog)
         case "config":
             return f"is a config, not a {wanted}; to train it: {_train(path, prog)}"
         case "comparison" | "study" | "grid" | "ladder" as found:
@@ -240,8 +238,8 @@ def find_checkpoint(path: str, checkpoint: str | None, prog: str) -> tuple[Path,
     run = find_run(path, prog)
     if kind(run) == "cell" and not (run / "checkpoints").is_dir():
         raise InputError(
-            f"{run}: is a cell of a comparison, which keeps checkpoints only with "
-            f"keep_checkpoints: true;\n{_by_itself(run, prog)}"
+            f"{run}: is a run of a {NAMES[kind(_whole(run))][0]}, which keeps checkpoints only "
+            f"with keep_checkpoints: true;\n{_by_itself(run, prog)}"
         )
     if run == Path(path):
         return run, checkpoint or "best"
@@ -250,9 +248,16 @@ def find_checkpoint(path: str, checkpoint: str | None, prog: str) -> tuple[Path,
     return run, path
 
 
-def _continued(cell: Path, prog: str) -> str:
-    comparison = cell.parents[1] if len(cell.parts) > 2 else cell.absolute().parents[1]
-    return f"to continue that: {_command('compare', prog, comparison)}"
+def _is_a_cell(cell: Path, prog: str) -> str:
+    """What a cell is, and the command that takes the directory it belongs to."""
+    whole = _whole(cell)
+    name, command = NAMES[kind(whole)]
+    return f"is a run of a {name}; to continue the {name}: {_command(command, prog, whole)}"
+
+
+def _whole(cell: Path) -> Path:
+    """The comparison or study that a cell belongs to."""
+    return cell.parents[1] if len(cell.parts) > 2 else cell.absolute().parents[1]
 
 
 def _by_itself(cell: Path, prog: str) -> str:

@@ -30,7 +30,7 @@ class Arguments(prepare.Arguments):
     """
 
     budget: Flops | None = None
-    """FLOPs of training: print the config of the model that deserves them."""
+    """FLOPs of training: print the config of the model that makes the best use of them."""
     hours: Hours | None = None
     """The same for hours on this machine."""
     tokens: Tokens | None = None

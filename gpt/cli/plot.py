@@ -26,7 +26,7 @@ class Arguments(Section):
     x: X = "step"
     """What to plot against; seconds are those of updates, without evaluations."""
     out: FileName = Field("curves.png", title="FILE.png|FILE.svg")
-    """Where to save the picture; an existing file is replaced only if it is such a picture."""
+    """Where to save the picture; an existing file is replaced only if it is an earlier one."""
     csv: bool = False
     """Print the plotted numbers as CSV, and draw nothing."""
 

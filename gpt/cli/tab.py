@@ -1,8 +1,8 @@
 """What a shell offers when Tab is pressed: the options of a command, their values, and files.
 
-argcomplete starts the program with the line typed so far; `steadygpt completion` prints the script
-that does so. What a value may be is read from the placeholder in the help, such as
-`{adamw,radam}`, `auto|INT` or `RUN_DIR`, so nothing is listed a second time.
+The script that `steadygpt completion` prints makes the shell start the program with the line typed
+so far, and argcomplete answers. What a value may be is read from the placeholder in the help, such
+as `{adamw,radam}`, `auto|INT` or `RUN_DIR`, so nothing is listed a second time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SHIPPED: dict[str, Kind] = {  # by placeholder
     "GRID.yaml": "grid",
     "LADDER.yaml": "ladder",
 }
-WORD = re.compile(r"(?<![\w.])[a-z][\w.-]*")  # of a placeholder, which may be typed as it is
+WORD = re.compile(r"(?<![\w.])[a-z][\w.-]*")  # in a placeholder: a value that is typed as it is
 FOLDER = re.compile(r"DIR|CHECKPOINT")
 FILE = re.compile(r"PATH|FILE|\.yaml")
 

@@ -86,7 +86,7 @@ def train(arguments: Arguments, config: Config) -> RunResult | None:
         show(_plan(config, out_dir, arguments.resume))
         return None
     starts_afresh = arguments.resume in ("auto", "never") and not out_dir.exists()
-    if config.init_from is not None and starts_afresh:  # a silent hub is reported soon
+    if config.init_from is not None and starts_afresh:  # an unreachable hub is reported early
         source.locate(source.describe(config.init_from))
 
     import torch

@@ -215,12 +215,12 @@ class Contrast(Section):
         if self.column is not None and self.measure not in ("column", "log_column"):
             raise ValueError("column: needs measure: column or log_column")
         if self.measure == "log_column" and self.column in get_args(SteadyColumn):
-            raise ValueError(f"column: {self.column} is 0 in a steady run, and has no log")
+            raise ValueError(f"column: {self.column} is 0 in a steady run, and 0 has no log")
         bound = len(self.arms) // 2
         if self.measure == "failure" and not self.slope and abs(self.margin) >= bound:
             raise ValueError(
-                f"margin: {self.margin:g} is not between -{bound} and {bound}, as every value of "
-                "this contrast of failed fractions is"
+                f"margin: {self.margin:g} must be above -{bound} and below {bound}, the limits of "
+                "this contrast of failed fractions"
             )
         for key, values in self.at.items():
             if len(set(map(as_text, values))) < len(values):
@@ -239,7 +239,7 @@ class Contrast(Section):
         return self
 
     def values(self, arm: str) -> dict[str, list[Any]]:
-        """Option -> the values at which an arm is compared; by all others, at every value."""
+        """Option -> the values at which an arm is compared; of other options, all values count."""
         return {**self.at, **({RATE: [self.rates[arm]]} if self.rates else {})}
 
     def includes(self, cell: Cell) -> bool:
@@ -300,8 +300,8 @@ class Grid(Section):
     seeds: Seeds = (0, 1, 2)
     """Seeds of weights and data order, or their number."""
     first_stage: Annotated[int, Between(6, 16)] | None = None
-    """Number of seeds in the first stage, after which the comparison stops if the first contrast's
-    differences all lie on one side of its margin. Each stage has its own significance level."""
+    """Number of seeds in the first stage, after which the comparison stops if they answer the first
+    contrast. Each stage has its own significance level."""
     context_seeds: Count | None = None
     """How many of the seeds to run for cells outside all contrasts; by default all."""
     search: Search | None = None
@@ -667,10 +667,10 @@ def _check_stages(first_stage: int, grid: Grid, origin: str) -> None:
 
 
 def _check_context(context_seeds: int, grid: Grid, cells: Sequence[Cell], origin: str) -> None:
-    """Refuse a number of seeds for cells outside all contrasts that has no effect.
+    """Refuse a value of `context_seeds` that has no effect.
 
     Raises:
-        InputError: it is above the number of seeds, or there is no such cell.
+        InputError: it is above the number of seeds, or every cell is in a contrast.
     """
     if context_seeds > len(grid.seeds):
         raise InputError(
@@ -719,9 +719,9 @@ def shared_points(
 ) -> tuple[list[int], list[Point]]:
     """Seeds and points such that every arm has every seed at every point.
 
-    Of the seeds that all arms have, and while some arm lacks a run, the seed or the point that
-    lacks the largest part of its runs is left out: one incomplete seed does not remove the points
-    that all others have.
+    Starting with the seeds that all arms have, the seed or the point that lacks the largest part of
+    its runs is left out, until no arm lacks a run. So one incomplete seed does not remove the
+    points that all others have.
 
     Args:
         runs: arm -> its runs, by seed and point.
@@ -794,7 +794,7 @@ def _check_slope(values: Sequence[Any], origin: str) -> None:
     """Refuse a slope over values other than two or more positive numbers.
 
     Raises:
-        InputError: they are others.
+        InputError: they are not such numbers.
     """
     numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
     if len(numbers) < len(values) or len(set(numbers)) < 2 or min(numbers) <= 0:
@@ -805,7 +805,7 @@ def _check_column(column: Column, cells: Sequence[Cell], origin: str) -> None:
     """Refuse a column that is empty whatever the results are.
 
     Raises:
-        InputError: it is, in a cell.
+        InputError: it would be empty in some cell.
     """
     needs: dict[str, Callable[[Config], bool]] = {}
     if column in get_args(DiagnosticsColumn):

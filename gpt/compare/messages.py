@@ -45,7 +45,11 @@ def describe(
         "arms": "; ".join(arm.name for arm in arms),
         "cells": f"{most}{with_result + estimated.cells}: "
         f"{_count(len(arms), 'arm')}, {_count(len(grid.seeds), 'seed')}"
-        + (f" (stops after {grid.first_stage} if they agree)" if grid.first_stage else "")
+        + (
+            f" (stops after {grid.first_stage} if they answer the first contrast)"
+            if grid.first_stage
+            else ""
+        )
         + "".join(
             f", {_count(len(values), 'value')} of {axis}"
             for axis, values in grid.grid.items()

@@ -167,10 +167,10 @@ def register(
 def _carried_out(
     before: Registration, known: Collection[str], contrasts: int, trained: Collection[str]
 ) -> Registration:
-    """A registration without what a start that was killed recorded, and did not do.
+    """A registration without the additions that a start recorded, but was killed before making.
 
-    It may have been killed before it wrote its grid, or before it copied all runs: those that are
-    trained now were added all the same, unless there was no result then.
+    It may have been killed before it wrote its grid, or before it copied all runs. Cells that it
+    was to copy and that are trained now still count as added, unless there was no result then.
 
     Args:
         known, contrasts: the cells of the directory's grid, and how many contrasts it has.

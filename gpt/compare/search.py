@@ -6,10 +6,10 @@ has seen both; bisects until the highest rate that trained and the lowest that f
 and then tries the rate above those two. A run that trains there is counted, but does not move the
 threshold.
 
-A run that may be merely slow has not learned enough either, but because its rate is too low. So it
-runs again, for LONGER times as many updates, and counts as that run ends; one that is slow even
-then sends the search upwards. Every decision is a pure function of the runs so far, so that a
-search can be replayed from their results alone.
+A run that may be merely slow has not learned enough either, but perhaps because its rate is too
+low. So it is repeated with LONGER times as many updates, and the end of the repetition counts; one
+that is slow even then sends the search upwards. Every decision is a pure function of the runs so
+far, so that a search can be replayed from their results alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 GALLOP = 2  # steps
-LONGER = 3  # times as many updates, of a run that was slow
+LONGER = 3  # times as many updates, when a slow run is repeated
 
 Ending = Literal["trained", "slow", "failed", "lost"]  # lost: without a result
 Bound = Literal["", "above", "below", "unclear"]

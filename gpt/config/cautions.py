@@ -1,13 +1,13 @@
-"""What a config says that its author may not have meant, without being wrong.
+"""Options of a config that are valid, but that its author may not have meant.
 
 Two mistakes cost many a run: to set an option that the chosen variant does not read, and to switch
 to another optimizer with the learning rate of the one before. Both are decided by layers: the base
 files, the file and the flags, each on top of those before. Only what was set together with a
-variant, or on top of it, was meant for it; so a flag that switches `optimizer.name` makes no noise
-about the momentum in the file, and an arm of a comparison none about its base.
+variant, or on top of it, was meant for it; so a flag that switches `optimizer.name` causes no
+warning about the momentum in the file, nor does an arm of a comparison about its base.
 
-A warning, not a default for each optimizer: a good rate also depends on the width, the batch and
-the schedule, and a file that names its rate keeps it whatever else a flag changes.
+These are warnings, in place of a default rate for each optimizer: a good rate also depends on the
+width, the batch and the schedule, and a file's rate stays whatever else a flag changes.
 """
 
 from __future__ import annotations

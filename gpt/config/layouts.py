@@ -4,8 +4,8 @@ A layout is a kind of `config.json` and the names of the tensors in `model.safet
 which the `transformers` library defines. `LAYOUTS` is the only list of them. It serves both ways:
 `init_from` reads such a folder, and `steadygpt export` writes one. Nothing here imports torch.
 
-Which options a layout can express is not listed: those that survive the way there and back,
-see `without_counterpart`.
+Which options a layout can express is not listed: they are those that survive the way there and
+back, see `without_counterpart`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ ACTIVATIONS = {
     "relu": ("relu",),
     "relu2": ("relu2",),
 }
-OWN = "steadygpt"  # a key of config.json, with options that no key of the layout's own expresses
+OWN = "steadygpt"  # a key of config.json, for options that none of the layout's keys expresses
 OWN_OPTIONS = ("bias", "norm.bias")  # without biases, the layout's are zeros
 
-# Options without counterpart that make no difference to a trained network. Export computes the
-# one effect that they have, a scale of the logits, into the last norm.
+# Options without counterpart that a trained network does not need. Export folds their
+# only effect, a scale of the logits, into the last norm.
 OF_INITIALIZATION = ("init.", "norm.alpha0")
 
 
@@ -225,7 +225,7 @@ SIZES = {
 
 
 def effective(model: ModelConfig) -> dict[str, Any]:
-    """The options by dotted path, with what their defaults amount to in place of null and auto.
+    """The options by dotted path, with null and auto replaced by the values that they stand for.
 
     Two networks that compute the same function from the same weights have equal values, except for
     the options of the initial weights.

@@ -71,7 +71,7 @@ def load(
 
     merged = functools.reduce(merge, layers)
     kept = options | dict(leaves(merged)).keys()
-    # What is below an option that has a value, such as model.layers.x, is not merged, but unknown.
+    # A key below an option that has a value, such as model.layers.x, is not merged: it is unknown.
     unknown = {
         key: value
         for key, value in given.items()
@@ -115,7 +115,7 @@ def _named(path: Path) -> dict[str, Any]:
 
 
 def _source(name: str, out_dir: Path, origin: Callable[[str], str]) -> Source:
-    """The source that `init_from` names; without it, the run that started from it."""
+    """The source that `init_from` names; if it is gone, the run that started from it."""
     try:
         return describe(name)
     except InputError as error:
@@ -172,7 +172,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _layers(path: Path) -> list[dict[str, Any]]:
-    """The options in a YAML file, after those of its base, of the base's base before it, and so on.
+    """The options in a YAML file and in its bases, a mapping for each, the lowest base first.
 
     Raises:
         InputError: a file is missing or not valid YAML, a base leads back to its file, or the
@@ -277,7 +277,7 @@ def _explain(section: type[Section], key: str, errors: list[ErrorDetails]) -> st
 
 
 def _problem(section: type[Section], key: str, error: ErrorDetails) -> str:
-    """What is wrong, unless the value is of the wrong type or none of a few words."""
+    """What is wrong; empty if the value is of the wrong type, or not one of the allowed words."""
     found, message, context = spell(error["input"]), error["msg"], error.get("ctx", {})
     match error["type"]:
         case "extra_forbidden":
@@ -354,7 +354,7 @@ def _section_at(section: type[Section], path: str) -> type[Section] | None:
 
 
 def _section_in(annotation: object) -> type[Section] | None:
-    """The section that values of an annotation are, or are lists of."""
+    """The section in an annotation: the type of its values, or of the items of a list."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return next((each for each in map(_section_in, get_args(annotation)) if each), None)

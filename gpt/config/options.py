@@ -130,7 +130,7 @@ class DataConfig(SourceConfig):
     vocabulary: FileName | None = None
     """The tokenizer.json of a run, preparation or export, or its folder (tokenizer: file)."""
     holdout: Annotated[Literal["documents", "tail"], Only("validation", (None,))] = "documents"
-    """Validation text: whole documents, by a hash; or the tail of each, as of one in any case."""
+    """Validation text: whole documents, by hash, or the tail of each; of a single one, its tail."""
     val_fraction: Annotated[SplitFraction, Only("validation", (None,))] = 0.03
     """Fraction of the text that is held out for validation."""
     windows: Literal["epochs", "random", "fixed"] = "epochs"
@@ -605,7 +605,7 @@ class Config(Section):
         every, saved = self.evaluation.every, self.save_every
         if self.evaluation.patience is not None and every % saved:
             raise ValueError(
-                f"evaluation.patience needs a checkpoint of every evaluation, the best among them: "
+                f"evaluation.patience needs a checkpoint at every evaluation, to save the best: "
                 f"checkpoint.every ({saved}) must divide evaluation.every ({every}), or be null"
             )
         return self

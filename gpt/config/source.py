@@ -3,7 +3,7 @@
     a run directory      the checkpoint with its lowest validation loss; config.yaml has the options
     a checkpoint         RUN/checkpoints/step-00001000, or RUN/checkpoints/latest (or best)
     a folder             in one of the layouts of layouts.py; config.json has the options
-    a name on the hub    such as gpt2, whose options need no network; see `SIZES`
+    a name on the hub    such as gpt2, whose options are known offline; see `SIZES`
 
 So a config says only what it changes. `loading.load` takes the other options from the source, and
 refuses values with which the weights would not compute what they were trained to compute. The
@@ -33,7 +33,7 @@ DESCRIPTION = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.
 RUNS = Path("runs")
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # which of several files holds a tensor
-RESPONSE = TIMEOUT / 2  # seconds, so that a start without a network ends within ten
+RESPONSE = TIMEOUT / 2  # seconds, so that a start that is offline ends within ten
 ALLOWED = (
     "set init_from to a run directory, a checkpoint of one, a folder in the Hugging Face layout "
     f"(config.json, model.safetensors), or a name on the hub such as {', '.join(SIZES)}"

@@ -197,14 +197,14 @@ class Only:
 class TunedFor:
     """Marks an option whose value suits one value of another option of its section.
 
-    Values in `alike` share theirs.
+    A value that suits one of those in `alike` suits all of them.
     """
 
     other: str
     alike: tuple[str, ...] = ()
 
     def differ(self, before: object, after: object) -> bool:
-        """Whether a value for one suits the other only by chance."""
+        """Whether a value chosen for `before` may not suit `after`."""
         return before != after and not {before, after} <= set(self.alike)
 
 

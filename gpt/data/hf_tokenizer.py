@@ -4,8 +4,8 @@ The `tokenizers` library splits text with a pre-tokenizer and then looks up each
 merges it (BPE). With the settings below it gives the same ids as tiktoken does. A BPE needs its
 merges in order, which our vocabularies do not contain; they are recovered from the ranks.
 
-This is a file format only: it deals in the name of a tokenizer and the bytes of its tokens, in the
-order of their ids. The id after the last is end of text.
+This module knows only the file format: it reads and writes the name of a tokenizer and the bytes of
+its tokens, in the order of their ids. The id after the last is end of text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CHARACTERS = {
     "invert": False,
 }
 
-# How the library splits text as our tokenizers do; `use_regex` stands for GPT-2's pattern.
+# With these, the library splits text as our tokenizers do; `use_regex` stands for GPT-2's pattern.
 PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
     "bytes": {**_BYTE_LEVEL, "use_regex": False},
     "chars": _CHARACTERS,

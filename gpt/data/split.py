@@ -61,7 +61,7 @@ def split_documents(
 def holds_out_tail(config: DataConfig, sources: list[PlannedSource], end_of_text: int) -> bool:
     """Whether the end of each document is held out: if so configured, or if there is only one.
 
-    Of a dataset on the hub, which has no files here, several documents are expected.
+    A dataset on the hub, which has no files here, is assumed to have several documents.
     """
     if config.holdout == "tail" or not all(source.files for source in sources):
         return config.holdout == "tail"

@@ -330,12 +330,12 @@ def to_hf(encoding: Encoding, context: int) -> dict[str, str]:
         context: tokens to which `truncation=True` shortens a text.
 
     Raises:
-        InputError: the vocabulary, which was not trained here, is not a BPE.
+        InputError: the vocabulary is not a BPE; one that was trained here always is.
     """
     try:
         return hf_tokenizer.write(encoding.name, list(encoding.tokens), context)
     except ValueError as error:
-        raise InputError(f"the tokenizer cannot be written as Hugging Face's: {error}") from None
+        raise InputError(f"the tokenizer cannot be written for Hugging Face: {error}") from None
 
 
 def load(path: Path) -> Encoding:

@@ -127,7 +127,7 @@ def loss_hessian(
         with _twice_differentiable(model):
             return hessian_product(model.loss_fn(x, y, z_loss)[0], parameters)
 
-    # A single graph serves all products; several are built again for each one.
+    # A single graph serves all products; several graphs are rebuilt for each product.
     get_product = functools.cache(of_part) if len(parts) == 1 else of_part
 
     def product(v: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def loss_hessian(
 
 
 def sharpness(model: GPT, product: Product) -> float:
-    """The largest eigenvalue of a matrix of the model's weights; NaN if it was not found."""
+    """The largest eigenvalue of a Hessian, given by its product; NaN if it was not found."""
     start = torch.randn(model.num_parameters(), generator=generator("curvature"))
     return largest_eigenvalue(product, start.to(next(model.parameters())))
 
@@ -152,8 +152,8 @@ def adam_preconditioner(
     """The diagonal of AdamW's P in the next update, (sqrt(v) + ε)/f: (n,).
 
     v is that of the update itself: it includes the gradients in the model, clipped. Cohen et al.'s
-    code (init2winit) reads v from the optimizer's state, from before them. With full batches it
-    hardly differs, but where a gradient is seldom nonzero, as for a rare token's embedding, that v
+    code (init2winit) reads v from the optimizer's state, without them. With full batches that v
+    hardly differs, but where a gradient is seldom nonzero, as for a rare token's embedding, it
     is far too small whenever the token occurs. f is the parameter's factor on the learning rate.
     The bias correction of the first moment is in `stability_threshold`.
 

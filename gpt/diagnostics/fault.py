@@ -1,4 +1,4 @@
-"""How a run diverged, as its result.json holds it; failure.py finds it out."""
+"""How a run diverged, as recorded in its result.json; failure.py finds the place."""
 
 from __future__ import annotations
 

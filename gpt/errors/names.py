@@ -182,7 +182,7 @@ ALIASES = {
     "int8": ("8bit", "int4", "bnb.int8"),
 }  # fmt: skip
 
-# Options of other programs that have no counterpart here, but resemble another name.
+# Options of other programs that have no counterpart here, but resemble a name here.
 WITHOUT_COUNTERPART = {
     *("dampening", "dataloader_num_workers", "do_eval", "do_train", "fused"),
     *("gradient_checkpointing", "preprocessing_num_workers"),
@@ -215,7 +215,7 @@ def closest(name: str, names: Iterable[str]) -> str | None:
     }
     prefixes = [p for p in reversed(known) if "." not in name and len(p) > 2 and name.startswith(p)]
 
-    def alike(near: str) -> bool:  # not only in the section that both are in
+    def alike(near: str) -> bool:  # not only because both are in the same section
         parts = "." in name and difflib.SequenceMatcher(a=last, b=near.rpartition(".")[2])
         return not parts or parts.ratio() >= 0.5
 

@@ -1,4 +1,4 @@
-"""Weights and vocabularies in and out: our runs, and folders in the Hugging Face layout.
+"""Import and export of weights and vocabularies: runs, and folders in the Hugging Face layout.
 
     pretrained.py    the weights that `init_from` names, checked before they are loaded
     exporting.py     a trained network as such a folder

@@ -11,8 +11,8 @@ from gpt import __version__
 from gpt.config import Config
 from gpt.config.source import HUB_NAME
 
-# Options that name files, or things on the hub. Of a path, only its last part goes into the card,
-# since it may be published; what may be a name on the hub (OWNER/NAME) stays as it is.
+# Options that name files, or things on the hub. Of a path, only the last part goes into the card,
+# since a card may be published; what may be a name on the hub (OWNER/NAME) stays as it is.
 OF_FILES = {"path", "vocabulary", "cache_dir", "spare_dir"}
 OF_FILES_OR_HUB = {"init_from", "name"}
 CARD = """\

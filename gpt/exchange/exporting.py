@@ -4,7 +4,7 @@
     tokenizer.json, tokenizer_config.json                      by gpt/data/tokenizer.py
     README.md                                                  by card.py
 
-No file needs transformers to be written. A network that no layout can express is refused with
+Writing them does not need transformers. A network that no layout can express is refused with
 the options that have no counterpart.
 """
 
@@ -41,14 +41,14 @@ def layout_for(model: ModelConfig) -> str:
     if kind is None:
         raise InputError(
             f"model.norm.placement: {model.norm.placement} has no counterpart in transformers; "
-            + " and ".join(f"{p} has, {LAYOUTS[k].architecture}" for p, k in placements.items())
+            + " and ".join(f"{p} has {LAYOUTS[k].architecture}" for p, k in placements.items())
         )
     missing = without_counterpart(LAYOUTS[kind], model)
     if missing:
         options = "; ".join(f"model.{option}: {value}" for option, value in missing.items())
         raise InputError(
             f"{options}: without counterpart in {LAYOUTS[kind].architecture} of transformers, "
-            "so that the network cannot be exported"
+            "so the network cannot be exported"
         )
     return kind
 

@@ -51,7 +51,7 @@ class Pretrained:
         folder: the folder with the weights; of a run, its checkpoint.
         headers: all tensors in the folder.
         context, vocab_size: of the weights.
-        parts: of each parameter of ours, the names of the tensors with its numbers. The biases of
+        parts: for each of our parameters, the names of the tensors that hold its numbers. Biases of
             a network without biases are included: they must be 0.
     """
 
@@ -90,7 +90,7 @@ class Pretrained:
         for name in names:
             with safe_open(self.headers[name].file, "pt") as file:
                 tensor: Tensor = file.get_tensor(name)
-            tensor = tensor.float() if tensor.is_floating_point() else tensor  # or a count
+            tensor = tensor.float() if tensor.is_floating_point() else tensor  # a count
             tensor = tensor[part.extra_rows :] if part.extra_rows else tensor
             found.append(tensor.T if part.transposed and tensor.dim() == 2 else tensor)
         return (torch.cat(found) if len(found) > 1 else found[0]).contiguous()
@@ -98,7 +98,7 @@ class Pretrained:
     def check_vocabulary(self, config: DataConfig) -> None:
         """Check that the vocabulary that `config` describes is that of the weights.
 
-        It needs no data, so that a wrong one is reported before a large corpus is prepared.
+        This needs no data, so a wrong vocabulary is reported before a large corpus is prepared.
 
         Raises:
             InputError: it is another one, or would be trained on the new text.
@@ -165,7 +165,7 @@ def find(config: Config, *, fetch: bool = True) -> Pretrained | None:
 
 
 def _checkpoint(folder: Path) -> Path:
-    """The folder of a checkpoint: itself, or of a run the best, as when it is sampled from."""
+    """The folder of a checkpoint: `folder` itself, or that of a run's best, as for sampling."""
     named = store.named(str(folder), folder)
     if named is not None:
         return named
@@ -226,7 +226,7 @@ def _check(
             raise InputError(f"{folder}: has no tensor {name}, of shape {list(shape)}")
         if header.shape != shape:
             found = f"{name} has the shape {list(header.shape)}, not {list(shape)}"
-            raise InputError(f"{header.file}: {found}, which the config describes")
+            raise InputError(f"{header.file}: {found} as the config requires")
         if layout is not None and header.format not in FORMATS:
             known = ", ".join(FORMATS)
             raise InputError(f"{header.file}: {name} has {header.format} numbers, not {known}")

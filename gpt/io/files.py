@@ -28,7 +28,7 @@ from gpt.errors import InputError
 from gpt.io.wait import TIMEOUT, wait_for
 
 T = TypeVar("T")
-# Numbers in JSON files; any program reads them.
+# Numbers in JSON files, within ranges that any program can read.
 Natural = Annotated[int, Field(ge=0, le=2**53)]
 Time = Annotated[float, Field(ge=0, le=1e100)]
 Loss = Annotated[float, Field(ge=-1e100, le=1e100)] | None

@@ -5,4 +5,4 @@ budget.py find the model that a budget deserves; report.py puts it together.
 """
 
 TOKENS_PER_PARAMETER = 20  # make the best use of compute; Hoffmann et al. 2022
-USEFUL_EPOCHS = 4  # repeated text is almost as good as new, up to these; Muennighoff et al. 2023
+USEFUL_EPOCHS = 4  # until then, repeated text is almost as good as new; Muennighoff et al. 2023

@@ -18,8 +18,8 @@ from gpt.plan.size import build
 from gpt.plan.timing import evaluation_seconds, make_trainer, update_seconds
 
 TIMED_SECONDS = 1.0  # of updates of one model
-ROUNDS = 4  # models that are timed, at most: each gives the FLOP/s that choose the next
-SETTLED = 0.1  # relative change of the FLOP/s after which the next model would be about the same
+ROUNDS = 4  # at most this many models are timed, besides the config's own
+SETTLED = 0.1  # relative change of the FLOP/s below which the next model would be about the same
 MOST_STEPS = get_args(Count)[1].maximum
 SCALED = (  # with the number of steps
     "schedule.warmup_steps",
@@ -31,7 +31,7 @@ SCALED = (  # with the number of steps
 
 
 def for_tokens(config: Config, vocab_size: int, tokens: float, origin: str) -> Config:
-    """The largest model that has 20 of `tokens` per parameter."""
+    """The largest model for which `tokens` are at least 20 per parameter."""
 
     def fits(parameters: float, flops: float) -> bool:
         return TOKENS_PER_PARAMETER * parameters <= tokens
@@ -93,12 +93,12 @@ def _resized(config: Config, model: ModelConfig, tokens: float, origin: str) -> 
     steps = int(tokens // batch)
     if steps < 1:
         raise InputError(
-            f"{origin}: deserves {tokens:,.0f} tokens, less than one batch of {batch:,}; "
+            f"{origin}: gives {tokens:,.0f} tokens, less than one batch of {batch:,}; "
             "lower training.batch_sequences or raise the budget"
         )
     if steps > MOST_STEPS:
         raise InputError(
-            f"{origin}: deserves {steps:,} steps of {batch:,} tokens, but at most {MOST_STEPS:,} "
+            f"{origin}: gives {steps:,} steps of {batch:,} tokens, but at most {MOST_STEPS:,} "
             "are possible; raise training.batch_sequences or lower the budget"
         )
     old, given = config.training.steps, config.model_dump()

@@ -52,7 +52,7 @@ def largest_model(model: ModelConfig, vocab_size: int, fits: Fits, refusal: str)
 
     @cache
     def depth(units: int) -> int:
-        """The largest number of layers that fits, each of which costs the same; or `least - 1`."""
+        """The largest number of equally costly layers that fits; `least - 1` if none fits."""
         one, two = cost(units, least), cost(units, least + 1)
 
         def too_large(layers: int) -> bool:

@@ -54,9 +54,9 @@ class Plan:
     """What a run takes.
 
     Attributes:
-        model: without its numbers (`size.build`).
+        model: on the meta device, without data (`size.build`).
         available: bytes of memory of the device, None if unknown.
-        refusal: why the run does not fit into the memory, None if it may.
+        refusal: why the run does not fit into the memory; None if it may fit.
         update: seconds of an update, None if it was not timed.
     """
 
@@ -199,8 +199,8 @@ def _time(plan: Plan, seconds: float | None) -> str:
     if plan.update is None or seconds is None:
         return "not measured, as training does not fit into the memory"
     return (
-        f"about {duration(seconds)}, of updates that took {plan.update:.3g} s on this machine's "
-        f"{plan.device.type} and of evaluations"
+        f"about {duration(seconds)}, for updates of {plan.update:.3g} s as timed on this machine's "
+        f"{plan.device.type}, and for evaluations"
     )
 
 

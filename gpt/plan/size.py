@@ -1,6 +1,6 @@
 """The size of a run, from its config alone: parameters, memory and checkpoints.
 
-All is read off a model on the "meta" device, whose tensors have shapes but no numbers. So every
+All is read off a model on the "meta" device, whose tensors have shapes but no data. So every
 option and placement counts as it is built, and the largest model takes a few seconds.
 """
 
@@ -29,13 +29,13 @@ CHECKPOINT_TENSOR = 110  # bytes of a tensor's entry in the header of a safetens
 
 
 def build(model: ModelConfig, vocab_size: int) -> GPT:
-    """The model without its numbers, on the "meta" device."""
+    """The model without its data, on the "meta" device."""
     with torch.device("meta"):
         return GPT(model, vocab_size)
 
 
 def parameters(model: GPT) -> dict[str, int]:
-    """Trainable parameters by part; "placement" are a placement's own, and a tied head has none."""
+    """Trainable parameters by part; "placement": those it adds itself; a tied head has none."""
     counts = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
         counts[_part(name)] += parameter.numel()
@@ -104,7 +104,7 @@ class Memory:
     def peak(self) -> int:
         """The most that is in use at once.
 
-        Gradients appear as the activations vanish that they are computed from. Only those of an
+        As gradients appear, the activations that they are computed from are freed. Only those of an
         earlier micro-batch are there together with all activations. A checkpoint may still be
         written when the next update's gradients are there.
         """
@@ -167,8 +167,8 @@ def optimizer_numbers(model: GPT, config: OptimizerConfig) -> dict[str, tuple[in
     return numbers
 
 
-# Adam's two moments; Adafactor's means over rows and columns; momentum. Muon also has Nesterov's
-# gradients and, of all matrices of one shape at a time, three copies: a third of the blocks.
+# Adam's two moments; Adafactor's means over rows and columns; momentum. Muon also needs Nesterov's
+# gradients, and three copies of all matrices of one shape, about a third of the blocks' weights.
 OPTIMIZER_NUMBERS: dict[str, Callable[[torch.Size, OptimizerConfig], tuple[int, int]]] = {
     "adamw": lambda shape, config: (2 * shape.numel(), 0),
     "radam": lambda shape, config: (2 * shape.numel(), 0),

@@ -16,7 +16,7 @@ LONGER = 10  # times as many for the estimate of one run, as a large model is sl
 
 
 def make_trainer(config: Config, vocab_size: int, device: torch.device) -> Trainer:
-    """A trainer to time. On a CPU it is not compiled, which takes longer than it saves.
+    """A trainer to time. On a CPU it is not compiled, as compiling takes longer than it saves.
 
     Raises:
         InputError: the config cannot run here.

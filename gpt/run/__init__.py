@@ -7,7 +7,7 @@ resume.py     how training starts in a directory: fresh, resumed, or ended
 opening.py    restoring a run's state, and making its directory ready
 recovery.py   rolling back, locating a failure, advising on memory
 fallback.py   another directory for a run whose own cannot be written
-cleanup.py    files that nothing needs any more
+cleanup.py    files that are no longer needed
 loading.py    a trained model from its directory
 banner.py     a summary of a config, before anything runs
 cautions.py   warnings before anything runs

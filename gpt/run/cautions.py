@@ -1,6 +1,6 @@
 """Warnings about a run before it starts: too little text to learn from, or to measure a loss on.
 
-None is an error, since a run may be meant so; each is one line that names the option that helps.
+None is an error, as a run may be meant that way; each is one line that names the option that helps.
 This module does not import torch.
 """
 
@@ -13,7 +13,7 @@ from gpt.data.prepared import Dataset
 from gpt.hardware.size import parameters
 from gpt.plan import TOKENS_PER_PARAMETER, USEFUL_EPOCHS
 
-FEW_TOKENS = 10_000  # a loss with a deviation of 2 to 3 nats per token is then uncertain by 0.03
+FEW_TOKENS = 10_000  # token losses have a standard deviation of 2 to 3 nats; their mean, of 0.03
 MANY_EPOCHS = 100
 FEW_PER_PARAMETER = 0.1  # tokens
 
@@ -78,7 +78,7 @@ def _of_training(config: Config, dataset: Dataset) -> Iterator[str]:
         )
     if seen >= MANY_EPOCHS * tokens:
         yield (
-            f"{seen / tokens:,.0f} epochs: the model will know the text by heart; lower "
+            f"{seen / tokens:,.0f} epochs: the model will memorize the text; lower "
             "training.steps, or add text"
         )
     numbers = parameters(config.model, dataset.encoding.n_vocab)

@@ -1,9 +1,9 @@
-"""Files that nothing needs any more: finding and removing them, for `steadygpt clean`.
+"""Files that are no longer needed: finding and removing them, for `steadygpt clean`.
 
 Only what this program makes is found, by the names that it gives. Symbolic links are neither
-followed nor removed. A run or comparison in which a process works, and data that one is preparing,
-are left alone: whatever belongs to one is removed while this process holds its lock. So is whatever
-the config of a run names, such as the checkpoint that another run started from.
+followed nor removed. A run or comparison in which a process works, and data that a process is
+preparing, are left alone: each is locked while something that belongs to it is removed. Whatever
+the config of a run names, such as the checkpoint in `init_from`, is left alone too.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from gpt.io.files import PARTIAL_PREFIX, lock_directory, lock_file, read_json
 from gpt.run.directory import RunDirectory
 from gpt.run.fallback import fallback_parent
 
-RECENT = 3600.0  # seconds since its last change, after which no process is writing a file any more
+RECENT = 3600.0  # seconds; a file that last changed longer ago is not being written anymore
 CONFIGS = ("config.yaml", "grid.yaml")  # of a run, and of a comparison
-OF_CACHE = ("meta.json", "tokenizer.json", "counts.bin", "val.bin")  # by which one is recognized
+OF_CACHE = ("meta.json", "tokenizer.json", "counts.bin", "val.bin")  # to recognize a cache by
 
 
 @dataclass(frozen=True)
@@ -224,13 +224,13 @@ def _of_run(run: RunDirectory) -> list[Leftover]:
                 own = spare.read_result() if same else result
                 unfinished = own is None or own.status == "interrupted"
                 if unfinished and not path.is_symlink() and not path.samefile(run.path):
-                    why = f"saved when {run.path} could not be written, which has finished since"
+                    why = f"saved when {run.path} could not be written; that run has since finished"
                     found.append(Leftover(path, why, _size(path), path))
     return found
 
 
 def _first_update(run: RunDirectory) -> metrics.Record:
-    """What was measured at the first update, the seconds included, by which one knows a run."""
+    """What was measured at the first update, including the seconds, which identifies a run."""
     return next((each for each in metrics.read(run.metrics) if "loss" in each), {})
 
 

@@ -1,6 +1,6 @@
 """A run directory: the files of a run, and reading and writing them.
 
-This module does not import torch, so that many runs are listed at once.
+This module does not import torch, so that listing runs starts quickly.
 
 runs/NAME/config.yaml, environment.json, tokenizer.json, metrics.jsonl, history.jsonl,
           result.json, loss.png, layers.png, samples/, checkpoints/
@@ -198,7 +198,7 @@ class RunDirectory:
         return read_json(self.environment, dict[str, Any])
 
     def guessing_losses(self) -> dict[str, float]:
-        """The module's `guessing_losses` of this run.
+        """The losses of guessing on this run's data; see the function `guessing_losses`.
 
         Raises:
             InputError: environment.json is missing or damaged.
@@ -247,7 +247,7 @@ class RunDirectory:
         Args:
             facts: more fields: micro_batch, data_fingerprint, unigram_entropy,
                 initial_weights (see `gpt.model.init.fingerprints`) and, of a run that started from
-                a checkpoint, started_from.
+                a checkpoint or other weights, started_from or init_from.
         """
         import torch
 

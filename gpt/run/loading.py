@@ -40,7 +40,7 @@ def load_run(
     Args:
         run: a run directory, or a result of `train`.
         checkpoint: "best" (the saved one with the lowest validation loss; the newest if none was
-            evaluated), "latest", or a step, or the path of one of the run's checkpoints.
+            evaluated), "latest", a step, or the path of one of the run's checkpoints.
 
     Raises:
         InputError: there is no such run, checkpoint or device, or it is damaged.
@@ -82,7 +82,7 @@ def generate(
     min_p: float = 0.0,
     seed: int = 0,
 ) -> str:
-    """`prompt` and the text with which a run continues it, as `sample.py` does.
+    """`prompt` and the text with which a run continues it, as `sample.py` prints it.
 
     Args:
         run: a result of `load_run`; or a result of `train` or a run directory, whose best

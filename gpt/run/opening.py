@@ -54,8 +54,8 @@ def restore(
 
     Args:
         first_inputs: makes (B, T) tokens of the first batch, for placements that calibrate on them.
-        weights: those of `init_from`, if they have been found already. Found again, they may be
-            others: a run that still trains has a new best checkpoint.
+        weights: those of `init_from`, if they have been found already. Looked up again, they
+            might differ: a run that still trains may have a new best checkpoint.
 
     Returns:
         The progress at that point.

@@ -169,10 +169,10 @@ def _plot_losses(
 
 
 def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Means over each finite value and 1/SMOOTHING of all before and after it.
+    """Means over each finite value and its neighbors, 1/SMOOTHING of all values on either side.
 
-    It is the same number on both sides, so the curve is not shifted: towards both ends they become
-    fewer, and it ends at the last value. What is not finite becomes NaN.
+    The number of neighbors is the same on both sides, so the curve is not shifted; it shrinks
+    towards both ends, so the curve ends at the last value. What is not finite becomes NaN.
     """
     known = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(values[known])])

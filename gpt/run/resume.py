@@ -31,7 +31,7 @@ class ResumePlan:
     Attributes:
         directory: where the run is, or will be.
         checkpoint: to start from; None: from the initial weights.
-        before: the config of the checkpoint's run, if another one continues it, or a longer one.
+        before: the config of the checkpoint's run, if this is another run or has another length.
         pretrained: the weights of `init_from`, if they are the initial ones.
         result: of a run that has ended, so that nothing is left to do.
         existing: whether the directory already holds this run.
@@ -67,7 +67,7 @@ class ResumePlan:
         return lines
 
 
-# A change of these options may leave a finished run more to do.
+# Changing one of these options may give a finished run more to do.
 EXTENDING = {"training.steps", "evaluation.give_up_after", "evaluation.patience"}
 
 RewarmFrom = tuple[int, float] | None  # a step, and the learning rate of its update
@@ -124,7 +124,7 @@ def describe_lr_change(before: Config, now: Config, progress: Progress) -> str |
     why = spans if longer else "another schedule or rate"
     advice = "" if rewarm else "; schedule.rewarm: N spreads this over N updates"
     if rewarm > left:
-        advice = f", the end; schedule.rewarm ({rewarm}) is more than the {left} updates left"
+        advice = f"; schedule.rewarm ({rewarm}) is more than the {left} updates left"
     return (
         f"{why}: the learning rate {'moves' if rewarm else 'jumps'} from {last:.2e} at step {step} "
         f"to {rate:.2e} at step {then}, by a factor of {rate / last:.3g}{advice}"
@@ -139,7 +139,7 @@ def check_types(config: Config, resume: str | Path) -> None:
     """
     if not isinstance(config, Config):
         found = type(config).__name__
-        raise InputError(f"config: must be what load returns, load('quickstart'); found a {found}")
+        raise InputError(f"config: must come from load, as in load('quickstart'); found a {found}")
     if not isinstance(resume, str | Path):
         raise InputError(f"resume: must be auto, never or a checkpoint folder, found {resume!r}")
 
@@ -179,7 +179,7 @@ def open_run(config: Config, path: Path, resume: str | Path, *, fetch: bool = Tr
     Args:
         resume: "auto" resumes an unfinished run of the same config; "never" requires a fresh
             directory; anything else names a checkpoint (see `gpt.checkpoint.named`; without a
-            folder, of runs/NAME) from which a fresh directory starts. Repeated, it resumes.
+            folder, of runs/NAME) from which a fresh directory starts. Calling again resumes.
         fetch: whether weights on the hub may be fetched, as they must be before training.
 
     Raises:
@@ -298,7 +298,7 @@ def _own_checkpoints(config: Config) -> Path:
 
 
 def _started_from(directory: RunDirectory, origin: str | None) -> bool:
-    """Whether a run was started from a checkpoint, or was killed before that was written."""
+    """Whether a run was started from `origin`, or was killed before environment.json said so."""
     if origin is None or not directory.environment.is_file():
         return origin is not None
     return bool(read_json(directory.environment, dict[str, Any]).get("started_from") == origin)

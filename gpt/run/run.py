@@ -246,7 +246,7 @@ class Run:
         return layer_stats
 
     def _attempt(self, name: str, measure: Callable[[], object]) -> None:
-        """Measure something, and only say so, once, if memory runs out."""
+        """Measure something; if memory runs out, leave it out and say so, once."""
         try:
             measure()
             return

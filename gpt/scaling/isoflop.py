@@ -21,7 +21,7 @@ from gpt.compare.analysis.statistics import ALPHA, Interval
 from gpt.scaling.ladder import FLOPS
 from gpt.scaling.law import Runs, Values
 
-SAME_BUDGET = 1.03  # largest ratio of neighboring budgets that are one: steps are rounded
+SAME_BUDGET = 1.03  # largest ratio of budgets that count as the same: steps are rounded
 LEAST_SIZES = 4  # of a budget, so that the parabola leaves a degree of freedom
 LEAST_BUDGETS = 3  # for an exponent with an interval
 

@@ -15,9 +15,9 @@ C is trained on D = C / (6 N) tokens.
 
 Every combination is a run of its own, whose schedule ends with its budget. A loss taken before a
 longer schedule's end is too high, and biases the exponents (Hoffmann et al. 2022, section 3.1).
-Decays that branch off one run (Hägele et al. 2024) would save few updates where budgets grow by a
-factor of three, and runs would depend on each other. The warm-up is a fraction of the steps: one of
-a fixed length is too long for the smallest budgets (Porian et al. 2024).
+Decays that branch off one run (Hägele et al. 2024) would save about a quarter of the updates where
+budgets grow by a factor of three, but runs would depend on each other. The warm-up is a fraction of
+the steps: one of a fixed length is too long for the smallest budgets (Porian et al. 2024).
 
 The learning rate of each size is stated: by `model.parametrization: mup`, with which the rate found
 at the smallest width is that of all others (Yang et al. 2022), or by the options of the sizes.
@@ -102,7 +102,7 @@ class Ladder(Section):
 
 
 def is_study(grid: Mapping[str, Any]) -> bool:
-    """Whether a grid, as read from its file, is one of `make_grid`."""
+    """Whether a grid, as read from its file, was made by `make_grid`."""
     arms, axes = grid.get("arms"), grid.get("grid")
     return isinstance(arms, dict) and isinstance(axes, dict) and [*arms, *axes] == [FACTOR, AXIS]
 
@@ -113,7 +113,7 @@ def load(
     """The ladder in a YAML file, and the config of each size.
 
     Args:
-        path: a file, or the name of a ladder that comes with steadygpt, such as `quick`.
+        path: a file, or the name of a ladder that comes with steadygpt, such as `tiny`.
         overrides: options of all runs, a nested mapping, on top of the file's.
         seeds: replace the file's, see `grids.parse_seeds`.
 
@@ -169,7 +169,7 @@ def _steps(ladder: Ladder, config: Config, parameters: int) -> list[int]:
             counts.append(round(tokens / batch))
             if counts[-1] < LEAST_STEPS:
                 raise InputError(
-                    f"{flops:g} FLOPs are {counts[-1]} steps of {batch:,} tokens, at least "
+                    f"{flops:g} FLOPs are {counts[-1]} steps of {batch:,} tokens, but at least "
                     f"{LEAST_STEPS} are needed; use smaller batches,\nor raise flops or the lower "
                     "end of tokens_per_parameter"
                 )

@@ -6,11 +6,11 @@ N is the number of parameters, D of training tokens, L the final validation loss
 the sum over runs of Huber's loss of log L, with delta = 1e-3 as theirs, by L-BFGS from many starts.
 The predicted log L is the log-sum-exp of e, a - alpha log N and b - beta log D.
 
-Besiroglu et al. 2024 could not reproduce their numbers, and found two reasons that matter here.
-Their optimizer stopped early, since a mean of Huber losses is smaller than L-BFGS's absolute
-tolerances; the objective here is a sum in units of delta^2, and log N and log D are centered. And
-their coefficients were rounded, which biases predictions: A and E multiply large powers, so
-summary.json has all digits.
+Besiroglu et al. 2024 could not reproduce Hoffmann et al.'s numbers, and found two reasons that
+matter here. The optimizer had stopped early, since a mean of Huber losses is smaller than L-BFGS's
+absolute tolerances; the objective here is a sum in units of delta^2, and log N and log D are
+centered. And the published constants were rounded, which biases predictions: a rounded exponent
+changes the powers of large N and D. So summary.json has all digits.
 
 This module knows nothing of cells or files, only numbers.
 """
@@ -111,8 +111,8 @@ class Runs:
 class _Objective:
     """The sum of Huber losses in units of DELTA^2, and its gradient.
 
-    The argument x is (e, a', b', alpha, beta). Centered, log N and log D are nearly uncorrelated
-    with the coefficients: a' = a - alpha mean(log N), and b' likewise.
+    The argument x is (e, a', b', alpha, beta). With log N and log D centered, the exponents are
+    nearly uncorrelated with the coefficients: a' = a - alpha mean(log N), and b' likewise.
     """
 
     def __init__(self, runs: Runs) -> None:

@@ -70,7 +70,7 @@ def format_study(study: Study, directory: Path) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of text, all but the first on the right."""
+    """Columns of text, all but the first aligned on the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(["", row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
@@ -98,7 +98,7 @@ def conclusions(study: Study) -> list[str]:
         found.append(f"There is no parametric law. {study.unfitted}")
     if study.exponent is not None:
         found.append(
-            f"By the minima of parabolas, {study.exponent.budgets} budgets, the exponent is "
+            f"By the parabolas' minima for {study.exponent.budgets} budgets, the exponent is "
             f"{study.exponent.a:.2f} ({_interval(study.exponent.interval, '.2f')})."
         )
     else:
@@ -131,7 +131,7 @@ def _disagreement(study: Study) -> list[str]:
     if factor < DISAGREEMENT:
         return []
     return [
-        f"The two disagree: for {study.curves[-1].flops:.2g} FLOPs the best size is "
+        f"Law and parabola disagree: for {study.curves[-1].flops:.2g} FLOPs the best size is "
         f"{count_text(law)} by the law and {count_text(parabola)} by the parabola, a factor of "
         f"{factor:.1f}. So at least one of them does not describe these runs, and neither exponent "
         "should be quoted."
@@ -151,7 +151,7 @@ def limits(study: Study) -> list[str]:
         found.append(
             f"Nothing is known outside the ranges of these runs: N {of_n}, D {of_d}. Hoffmann et "
             "al. 2022 trained 70 million to 16 billion parameters on 5 to 500 billion tokens; the "
-            "exponents of a small range at small sizes need not be those of theirs."
+            "exponents of a small range at small sizes need not equal theirs."
         )
     if study.fit is not None:
         interval = study.fit.constants["E"].interval
@@ -169,15 +169,15 @@ def limits(study: Study) -> list[str]:
         )
         found.append(
             "The intervals show how the fit depends on which pairs of N and D were run, not "
-            "whether the law holds: any other formula that bends alike would fit as well. The runs "
-            f"are {100 * study.fit.error:.2g}% from this one (root mean square)."
+            "whether the law holds: any other formula with a similar curvature would fit as well. "
+            f"The runs deviate from the law by {100 * study.fit.error:.2g}% (root mean square)."
         )
     found += [
         "Losses are per token of this vocabulary, so E, A and B are not those of another one.",
         "Learning rate, batch and shape were not tuned for each size and budget. A choice that "
         "suits small sizes better than large ones, or short runs better than long ones, biases the "
         "exponents.",
-        "The law is for tokens seen once. Runs longer than the training text would bend upward.",
+        "The law is for tokens seen once. Runs over more than one epoch would end above it.",
     ]
     return found
 

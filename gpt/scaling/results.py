@@ -165,7 +165,7 @@ def _fit(points: Sequence[Point], runs: Runs, budgets: Sequence[float]) -> tuple
     if len(settings) < LEAST_SETTINGS or sizes < LEAST_SIZES:
         return None, (
             f"The law has five constants and needs at least {LEAST_SETTINGS} pairs of N and D with "
-            f"{LEAST_SIZES} sizes; here are {len(settings)} with {sizes}."
+            f"{LEAST_SIZES} sizes; this study has {len(settings)} with {sizes}."
         )
     law = laws.fit(runs)
     resampled = laws.bootstrap(runs, law, RESAMPLES)

@@ -7,7 +7,7 @@
       summary.json    the law and the best size of each budget, with intervals
       report.md, figures/
 
-What a comparison also writes of its runs (command.json, registration.json, lost.json) is there too.
+The other files of a comparison (command.json, registration.json, lost.json) are there too.
 Started again, a study runs only the cells that are missing.
 """
 

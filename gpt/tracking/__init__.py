@@ -34,7 +34,7 @@ TRACKERS: dict[str, type[Tracker]] = {
     "trackio": Trackio,
 }
 FINISH_SECONDS = 30.0  # how long an ended run waits for its trackers
-STOP_SECONDS = 5.0  # how long one that was stopped does; its next start copies everything again
+STOP_SECONDS = 5.0  # how long a stopped run waits; its next start copies everything again
 
 
 def check_installed(names: Iterable[str]) -> None:
@@ -52,7 +52,7 @@ def check_installed(names: Iterable[str]) -> None:
 
 
 def _is_installed(package: str) -> bool:
-    """Whether there is such a distribution; a folder like W&B's wandb/ can be imported too."""
+    """Whether a distribution is installed; an import would also find a folder like W&B's wandb/."""
     try:
         importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:

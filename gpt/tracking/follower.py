@@ -110,7 +110,7 @@ class Follower(threading.Thread):
         return None
 
     def _copy(self) -> bool:
-        """Copy the file as it is now and grows; returns False when another file has replaced it."""
+        """Copy the file, and what is appended to it; returns False once it is replaced."""
         with self.metrics.open("rb") as file:
             tracker = self.tracker(self.tracked)
             step, values = 0, Values()

@@ -16,10 +16,10 @@ class WandB:
     """An offline run with all steps, for `wandb sync`; the run's earlier folders are deleted.
 
     The folder is not in the run directory, because W&B makes symbolic links in it, which a run
-    directory must not contain. Its id is always the same, so that a folder that is synchronized
-    again replaces the run on the server. (wandb ignores `resume` in an offline run.)
+    directory must not contain. The run's id is always the same, so that a folder that is
+    uploaded again replaces the run on the server. (wandb ignores `resume` in an offline run.)
 
-    W&B's own variables choose otherwise: WANDB_MODE=online, WANDB_DIR, WANDB_PROJECT, ...
+    W&B's environment variables take precedence: WANDB_MODE=online, WANDB_DIR, WANDB_PROJECT, ...
     """
 
     def __init__(self, run: TrackedRun) -> None:

@@ -31,7 +31,7 @@ METADATA: dict[str, dict[str, Any]] = {
     "png": {"Software": CREATOR},
     "svg": {"Creator": CREATOR, "Date": None},
 }
-CREATOR_WITHIN = 4096  # bytes of a file
+CREATOR_WITHIN = 4096  # bytes at the start of a file
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,6 +1,6 @@
-"""The runs and comparisons in a folder: where they are, how far they have come, what they ended at.
+"""The runs and comparisons in a folder: where they are, how far they have come, how they ended.
 
-A damaged directory is described like any other, by what is wrong with it.
+A damaged directory is listed too, with what is wrong with it.
 """
 
 from __future__ import annotations
@@ -170,10 +170,10 @@ def _parameters(run: RunDirectory) -> int | None:
 
 
 def read_options(run: RunDirectory) -> dict[str, Any]:
-    """The options of a run by dotted path, without the checks and defaults of `load`.
+    """The options of a run by dotted path, without the checks of `load`.
 
-    An option that its version of steadygpt did not have has today's default. This takes a tenth of
-    the time of `load`, since runs have most sections of their configs in common.
+    An option that is newer than the run has today's default. This takes a tenth of the time of
+    `load`, since a section that several runs have in common is parsed only once.
 
     Raises:
         InputError: config.yaml is missing or damaged.

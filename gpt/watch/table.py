@@ -1,4 +1,4 @@
-"""A table of runs: what each has come to, and the options in which they differ."""
+"""A table of runs: the status and numbers of each, and the options in which they differ."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def _total(widths: Sequence[int]) -> int:
 
 
 def _line(texts: Sequence[str], widths: Sequence[int]) -> str:
-    """Texts in columns: the first two to the left, the others to the right."""
+    """Texts in columns: the first two left-aligned, the others right-aligned."""
     aligned = [
         text + _blank(text, width) if i < 2 else _blank(text, width) + text
         for i, (text, width) in enumerate(zip(texts, widths, strict=True))

@@ -250,7 +250,7 @@ def measure(
 def _extremes(
     contrast: Contrast, common: CommonRuns, keys: Sequence[tuple[str, int, Point]]
 ) -> list[tuple[int, ...]]:
-    """Each lost run's end, best (0) or worst (1), at which the contrast is lowest; and highest."""
+    """The ends of the lost runs, best (0) or worst (1), that make the contrast lowest; highest."""
     weights = _weights(contrast, common)
     signs = dict(zip(contrast.arms, SIGNS, strict=False))
     return [

@@ -185,7 +185,7 @@ def _result(search: Search, outcomes: Sequence[Outcome]) -> SearchResult:
     found, first = bracket(decisions[-1].endings if decisions else {}), outcomes[0]
     low, high = _ends(search, found)
     if found.bound == "below":
-        low = None  # it was slow
+        low = None  # the run there was slow
     known = [math.log(end) for end in (low, high) if end is not None]
     return SearchResult(
         arm=first.cell.arm,

@@ -60,8 +60,8 @@ def mean_interval(values: Sequence[float], alpha: float = ALPHA) -> Interval | N
 def at_least(interval: Interval, half: float) -> Interval:
     """An interval, or one of this half width about its middle, whichever is wider.
 
-    For values that are known only to within `half`, on average. If their spread is larger, that is
-    part of it; if they agree, all may err on the same side (benchmarks/intervals.py).
+    For values that are known only to within `half`, on average. If their spread is larger, it
+    includes that error; if they agree, all may err on the same side (benchmarks/intervals.py).
     """
     middle = (interval.low + interval.high) / 2
     return Interval(min(interval.low, middle - half), max(interval.high, middle + half))
@@ -439,7 +439,7 @@ def _log_span(
     seeds: Sequence[Runs], chosen: NDArray[np.int_], weight: float
 ) -> tuple[float, float]:
     """The range of weight * log `lr50` of resampled seeds: the bracket around the fit."""
-    if weight == 0:  # an open end would not be a number
+    if weight == 0:  # times an open end, it would be NaN
         return 0.0, 0.0
     found = _lr50(tuple(sorted(run for seed in chosen for run in seeds[seed])))
     fit, half = math.log(found.rate), 0.0

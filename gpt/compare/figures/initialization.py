@@ -91,7 +91,7 @@ def sharpness_by_depth(data: PlotData) -> Plot | None:
 
 
 def _networks(data: PlotData, of: Literal["text", "token"]) -> list[InitProbe]:
-    """Those with such probes."""
+    """The networks that were probed on text, or on single tokens."""
     return [each for each in data.init_probes if getattr(each, of)]
 
 
