@@ -356,6 +356,7 @@ def test_the_nearest_variant(typed: str, meant: str):
         ("model.widht", "model.width"),
         ("learning_rate", "optimizer.learning_rate"),
         ("data_sed", "data.seed"),
+        ("data.tokenizer.type", "data.tokenizer"),
     ],
 )
 def test_the_nearest_option(typed: str, meant: str):

@@ -198,8 +198,9 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def closest(name: str, names: Iterable[str]) -> str | None:
     """The valid name that `name` may have meant, or None.
 
-    A name that ends with `name` comes first, so that `norm.eps` finds `model.norm.eps`, and then
-    what other programs call an option or a value (`ALIASES`). Then a name with the same last part
+    A name that ends with `name` comes first, so that `norm.eps` finds `model.norm.eps`; next an
+    option whose value was typed as a section, so that `data.tokenizer.type` finds `data.tokenizer`;
+    then what other programs call an option or a value (`ALIASES`). Then a name with the same last part
     wins, so that `optim.learning_rate` finds `optimizer.learning_rate`; next comes a similar name,
     and then one with which `name` begins, so that `prenorm` finds `pre`.
     """
@@ -223,6 +224,7 @@ def closest(name: str, names: Iterable[str]) -> str | None:
         return None
     found = [  # the surest first
         *(plain for plain in known if "." in name and plain.endswith(f".{name}")),
+        *(plain for plain in known if plain == name.rpartition(".")[0]),
         by_alias.get(name) or by_alias.get(last),
         by_last.get(last),
         *difflib.get_close_matches(name, known, n=1, cutoff=0.8),
