@@ -23,11 +23,11 @@ from gpt.config import Config, merge, validate
 from gpt.data.prepared import Dataset
 from gpt.data.sequences import TrainingSequences
 from gpt.errors import InputError
-from gpt.hardware.device import pick_device
+from gpt.hardware.device import host_tensor, pick_device
 from gpt.model.gpt2 import GPT, CausalSelfAttention, causal_mask
 from gpt.model.placement import Block
 from gpt.run.plot import label, literal_text, save
-from gpt.trainer import Trainer, host_tensor
+from gpt.trainer import Trainer
 
 # Log-log slopes up to this are nearer to muP's 0 than to the 1 of Adam's standard rates.
 FLAT = 0.5

@@ -26,26 +26,15 @@ def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Gene
     return torch.Generator(device).manual_seed(derive(*key))
 
 
-_GLOBAL = threading.Lock()  # held while a thread draws from torch's global generators
+_GLOBAL = threading.Lock()  # held while a thread draws from them
 
 
 @contextlib.contextmanager
-def global_generator(device: torch.device, *key: int | str) -> Iterator[None]:
-    """Seed torch's global generators from `key` for a `with` block, and restore them after it.
+def global_generators_restored(device: torch.device) -> Iterator[None]:
+    """Restore torch's global generators, the CPU's and the device's, after a `with` block.
 
-    Dropout and the constructors of torch's modules draw from these generators and accept no others.
-    A lock admits one thread at a time, so that runs in several threads of a process do not draw
-    each other's numbers.
-
-    Args:
-        device: the device whose generator is seeded along with the CPU's.
-        key: as for `derive`; without one, the generators are restored but not seeded.
+    The constructors of torch's modules draw from these generators and accept no others. A lock
+    admits one thread at a time.
     """
-    devices = [device] if device.type == "cuda" else []
-    with _GLOBAL, torch.random.fork_rng(devices):
-        if key:
-            torch.default_generator.manual_seed(derive(*key))
-        if key and devices:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(derive(*key))
+    with _GLOBAL, torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield

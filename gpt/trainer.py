@@ -13,20 +13,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Generator
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gpt.checkpoint import Checkpoint
 from gpt.checkpoint.weights import load_weights
 from gpt.config import Config
-from gpt.data.sequences import Ids, ValidationSequences
+from gpt.data.sequences import ValidationSequences
 from gpt.hardware import device as devices
+from gpt.hardware.device import host_tensor
 from gpt.hardware.memory import check_fits, micro_batch, release_memory, retry_with_less_memory
+from gpt.model.dropout import drawing_from
 from gpt.model.gpt2 import GPT
 from gpt.model.init import initialize
 from gpt.optim import Optimizer
-from gpt.rng import global_generator
+from gpt.rng import generator, global_generators_restored
 
 
 class Trainer:
@@ -60,7 +61,9 @@ class Trainer:
         check_fits(config, device, vocab_size)
         self.config, self.device = config, device
         self.check_stop, self.notify = check_stop, notify
-        with global_generator(device):  # torch draws initial weights, which `reset` replaces
+        with global_generators_restored(
+            device
+        ):  # torch draws initial weights, which `reset` replaces
             self.model = GPT(config.model, vocab_size).to(device)
         self.model.loss_chunk = config.training.loss_chunk
         self.loss_fn = self.model.loss_fn
@@ -82,7 +85,7 @@ class Trainer:
 
     def calibrate(self, inputs: Tensor) -> None:
         """Let the placement set its own weights from (B, T) tokens of the first batch."""
-        with global_generator(self.device, self.config.seed, "calibration"):  # for dropout
+        with self.dropout("calibration", sequences=range(len(inputs))):
             self.model.calibrate(self.to_device(inputs))
 
     def load(self, checkpoint: Checkpoint, scaler: dict[str, float | int], updates: int) -> None:
@@ -144,15 +147,20 @@ class Trainer:
     def micro_batches(
         self, step: int, inputs: Tensor, targets: Tensor
     ) -> Generator[tuple[Tensor, Tensor]]:
-        """The micro-batches of a batch; dropout uses a different seed in each."""
-        seed, dropout = self.config.seed, self.config.model.dropout
-        parts = zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True)
-        for index, part in enumerate(parts):
-            if index:
+        """The micro-batches of a batch; while the caller computes, dropout follows `step`."""
+        numbers = range(len(inputs))  # of the sequences
+        for first in numbers[:: self.micro_batch]:
+            if first:
                 self.check_stop()
-            generator = global_generator(self.device, seed, "dropout", step, index)
-            with generator if dropout else contextlib.nullcontext():  # while the caller computes
-                yield part
+            part = slice(first, first + self.micro_batch)
+            with self.dropout("dropout", step, sequences=numbers[part]):
+                yield inputs[part], targets[part]
+
+    def dropout(self, *key: int | str, sequences: range) -> contextlib.AbstractContextManager[None]:
+        """A context in which the masks of a sequence are a function of (seed, key, its number)."""
+        numbers = sequences if self.config.model.dropout else ()
+        seed, device = self.config.seed, self.device
+        return drawing_from([generator(seed, *key, n, device=device) for n in numbers])
 
     def update(self, lr_scale: float, loss: Tensor, grad_norm: Tensor) -> bool:
         """Clip the gradients and update the weights, at `lr_scale` times the learning rate.
@@ -219,9 +227,3 @@ class Trainer:
     def autocast(self) -> torch.autocast:
         """A context in which matrix products and attention run in `training.precision`."""
         return devices.autocast(self.device, self.config.training.precision)
-
-
-def host_tensor(array: Ids, device: torch.device) -> Tensor:
-    """The array as a tensor on the host, in memory from which a GPU copies without waiting."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory() if device.type == "cuda" else tensor

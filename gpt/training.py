@@ -44,9 +44,8 @@ def train(
 ) -> RunResult:
     """Train a GPT as `config` says.
 
-    Several threads may train at once, each in a directory of its own; with dropout, they take turns
-    computing micro-batches. Settings that are global to the process (torch's random generators, the
-    treatment of denormal numbers) are restored on return.
+    Several threads may train at once, each in a directory of its own. Settings that are global to
+    the process (torch's random generators, the treatment of denormal numbers) are restored.
 
     Args:
         out_dir: the run directory; runs/NAME by default.

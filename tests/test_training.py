@@ -20,6 +20,7 @@ from gpt.data.sequences import TrainingSequences, ValidationSequences
 from gpt.errors import InputError
 from gpt.hardware import memory
 from gpt.hardware.device import peak_flops
+from gpt.model import dropout
 from gpt.model.gpt2 import GPT
 from gpt.model.init import fingerprints, initialize
 from gpt.run.directory import RunResult
@@ -195,7 +196,8 @@ def test_training_leaves_the_callers_random_numbers_alone(tiny: Make, tmp_path: 
 
 def test_micro_batches_add_up_to_the_batch(tiny: Make, tmp_path: Path):
     for size in (1, 2, 4):
-        run(tiny(training={"micro_batch": size}), tmp_path / str(size))
+        options = {"training": {"micro_batch": size}, "model": {"dropout": 0.2}}
+        run(tiny(**options), tmp_path / str(size))
     whole = records(tmp_path / "4")
     for size in ("1", "2"):
         for mine, theirs in zip(records(tmp_path / size), whole, strict=True):
@@ -205,29 +207,34 @@ def test_micro_batches_add_up_to_the_batch(tiny: Make, tmp_path: Path):
             )
 
 
-def test_dropout_draws_another_mask_for_each_seed_step_and_micro_batch(
+def test_dropout_draws_another_mask_for_each_seed_step_and_sequence(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """Whatever the micro-batch: each mask is of one sequence, at one place in the network."""
     masks: list[str] = []  # digests
+    draw = dropout._kept
 
-    def forward(self: torch.nn.Dropout, x: torch.Tensor) -> torch.Tensor:
-        y = torch.nn.functional.dropout(x, self.p, self.training)
-        if self.training:
-            masks.append(hashlib.sha256((y != 0).numpy().tobytes()).hexdigest())
-        return y
+    def kept(x: torch.Tensor, probability: float) -> torch.Tensor:
+        drawn = draw(x, probability)
+        masks.extend(hashlib.sha256(each.numpy().tobytes()).hexdigest() for each in drawn)
+        return drawn
 
-    def masks_of(name: str, seed: int) -> list[str]:
+    def masks_of(name: str, seed: int, micro_batch: int) -> list[str]:
         masks.clear()
-        options = {"training": {"steps": 2, "micro_batch": 2}, "sampling": {"tokens": 0}}
-        run(tiny(seed=seed, model={"dropout": 0.3}, **options), tmp_path / name)
-        return masks.copy()
+        training = {"steps": 2, "batch_sequences": 4, "micro_batch": micro_batch}
+        shape = {"dropout": 0.3, "layers": 2}
+        run(
+            tiny(seed=seed, model=shape, training=training, sampling={"tokens": 0}), tmp_path / name
+        )
+        return sorted(masks)
 
-    monkeypatch.setattr(torch.nn.Dropout, "forward", forward)
-    first = masks_of("first", seed=0)
-    assert len(first) == 2 * 2 * 5  # steps, micro-batches; embeddings and two in each of two blocks
+    monkeypatch.setattr(dropout, "_kept", kept)
+    first = masks_of("first", seed=0, micro_batch=2)
+    assert len(first) == 2 * 4 * (1 + 2 * 3)  # steps, sequences; embeddings, and three in a block
     assert len(set(first)) == len(first)
-    assert masks_of("again", seed=0) == first
-    assert not set(masks_of("other", seed=1)) & set(first)
+    for micro_batch in (1, 2, 4):
+        assert masks_of(f"again-{micro_batch}", seed=0, micro_batch=micro_batch) == first
+    assert not set(masks_of("other", seed=1, micro_batch=2)) & set(first)
 
 
 def test_a_batch_in_tokens_is_the_same_batch(tiny: Make, tmp_path: Path):

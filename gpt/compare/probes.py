@@ -30,7 +30,7 @@ from gpt.model.gpt2 import GPT, FusedLinear
 from gpt.model.init import initialize
 from gpt.model.parametrization import lr_factor
 from gpt.model.placement import PLACEMENTS
-from gpt.rng import generator, global_generator
+from gpt.rng import generator, global_generators_restored
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, both (B, T) integers
 
@@ -188,7 +188,9 @@ def _measure(
 
 def _initialized(config: ModelConfig, vocab_size: int, inputs: Tensor, seed: int) -> GPT:
     """A model before its first update, in evaluation mode."""
-    with global_generator(inputs.device):  # torch draws its own weights, which are then replaced
+    with global_generators_restored(
+        inputs.device
+    ):  # torch draws its own weights, which are then replaced
         model = GPT(config, vocab_size).eval()
     initialize(model, config, seed)
     for module in model.modules():

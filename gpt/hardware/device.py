@@ -7,7 +7,10 @@ import re
 import sys
 from collections.abc import Iterator
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from gpt.errors import InputError
 
@@ -53,6 +56,12 @@ def pick_device(name: str) -> torch.device:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """A context in which matrix products and attention run in `training.precision`."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+def host_tensor(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
+    """The array as a tensor on the host, in memory from which a GPU copies without waiting."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:

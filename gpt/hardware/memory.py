@@ -22,8 +22,8 @@ def micro_batch(config: Config, vocab_size: int, device: torch.device, *, models
 
     A token needs 17 d L numbers for activations (the 34 bytes of Korthikanti et al. 2022 at 16
     bits) and 3 V fp32 numbers for logits, the latter for at most `training.loss_chunk` tokens at a
-    time. The attention matrix is never formed, except with a soft cap: the scores, their tanh and
-    the weights then take h T L numbers each.
+    time. The attention matrix is never formed, except with a soft cap (the scores, their tanh and the
+    weights then take h T L numbers each) or with dropout (weights, mask and what is kept).
 
     Args:
         models: how many models run forward at once, each with that many sequences.
@@ -32,7 +32,8 @@ def micro_batch(config: Config, vocab_size: int, device: torch.device, *, models
         return config.training.micro_batch
     model = config.model
     number = 4 if config.training.precision == "fp32" else 2
-    attention = 3 * model.heads * model.context if model.attention.soft_cap is not None else 0
+    formed = model.attention.soft_cap is not None or model.dropout > 0
+    attention = 3 * model.heads * model.context if formed else 0
     token, logits = (17 * model.width + attention) * model.layers * number, 3 * vocab_size * 4
     memory, chunk = _activation_memory(device) // models, config.training.loss_chunk
     fitting = max(1, memory // ((token + logits) * model.context))

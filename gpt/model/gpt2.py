@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt.config import ModelConfig
+from gpt.model.dropout import Dropout
 from gpt.model.init import logit_scale
 from gpt.model.kv_cache import KVCache
 from gpt.model.loss import chunked_next_token_loss, next_token_loss
@@ -56,7 +57,7 @@ class CausalSelfAttention(Sublayer):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.dropout = config.dropout
+        self.weight_dropout = Dropout(config.dropout)
         self.cap = config.attention.soft_cap
         self.q_scale = logit_factor(config, "attention")
         self.qkv = FusedLinear(config.width, config.width, ("q", "k", "v"), config.bias)
@@ -64,7 +65,7 @@ class CausalSelfAttention(Sublayer):
         self.q_norm = make_norm(config, width) if qk_norm else nn.Identity()
         self.k_norm = make_norm(config, width) if qk_norm else nn.Identity()
         self.out = nn.Linear(config.width, config.width, bias=config.bias)
-        self.out_dropout = nn.Dropout(config.dropout)
+        self.out_dropout = Dropout(config.dropout)
         self.kernel: Callable[..., Tensor] = F.scaled_dot_product_attention
         self.cache: KVCache | None = None
 
@@ -90,19 +91,19 @@ class CausalSelfAttention(Sublayer):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Weighted sums of v: q (B, h, T, d/h), k and v (B, h, S, d/h) -> (B, h, T, d/h).
 
-        torch's kernel never forms the (T, S) weights, but cannot cap the scores.
+        torch's kernel never forms the (T, S) weights, but cannot cap scores or drop by sequence.
 
         Args:
             attn_mask: (T, S), true where a query attends to a key; None: the causal mask.
         """
         T, S = q.shape[2], k.shape[2]
-        dropout = self.dropout if self.training else 0.0
-        if self.cap is not None:
-            return F.dropout(self.weights(self.scores(q, k), attn_mask), dropout) @ v
+        dropping = self.training and self.weight_dropout.p > 0
+        if self.cap is not None or dropping:
+            return self.weight_dropout(self.weights(self.scores(q, k), attn_mask)) @ v
         causal = attn_mask is None and T == S
         if attn_mask is None and 1 < T < S:
             attn_mask = causal_mask(T, S, q.device)
-        return self.kernel(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=causal)
+        return self.kernel(q, k, v, attn_mask=attn_mask, is_causal=causal)
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Inner products q k^T / sqrt(d/h): (B, h, T, d/h), (B, h, S, d/h) -> (B, h, T, S)."""
@@ -166,7 +167,7 @@ class MLP(Sublayer):
         self.up = FusedLinear(config.width, hidden, parts, config.bias)
         self.activation = ACTIVATIONS[config.mlp.activation]
         self.out = nn.Linear(hidden, config.width, bias=config.bias)
-        self.out_dropout = nn.Dropout(config.dropout)
+        self.out_dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, d) -> (B, T, d)."""
@@ -200,7 +201,7 @@ class GPT(nn.Module):
         self.vocab_size = vocab_size
         self.token_embedding = nn.Embedding(vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.context, config.width)
-        self.embedding_dropout = nn.Dropout(config.dropout)
+        self.embedding_dropout = Dropout(config.dropout)
         self.embedding_norm = make_norm(config) if config.norm.embedding else nn.Identity()
         self.placement: type[Block] = PLACEMENTS[config.norm.placement]
         self.blocks = nn.ModuleList(

@@ -135,7 +135,7 @@ def memory(config: Config, model: GPT, micro_batch: int, device: str) -> Memory:
     weights = FP32 * model.num_parameters()
     state, update = map(sum, zip(*optimizer_numbers(model, config.optimizer).values(), strict=True))
     optimizer = FP32 * state
-    sequence, token = _saved_by_one(config, model, device)
+    sequence, token = _saved_by_one(config, model)
     return Memory(
         weights=weights,
         gradients=weights,
@@ -178,13 +178,13 @@ OPTIMIZER_NUMBERS: dict[str, Callable[[torch.Size, OptimizerConfig], tuple[int, 
 }
 
 
-def _saved_by_one(config: Config, model: GPT, device: str) -> tuple[int, int]:
+def _saved_by_one(config: Config, model: GPT) -> tuple[int, int]:
     """Bytes of the activations of one sequence, and of the logits of one token.
 
     The backward pass of the loss holds two gradients of V numbers beside what is saved.
     """
     tokens = torch.zeros(1, config.model.context, dtype=torch.long, device="meta")
-    if device == "cuda" or not config.model.dropout:  # else torch has no fused kernel
+    if not config.model.dropout:  # else the weights of attention are formed
         for attention in model.attentions():
             attention.kernel = _attend
     hidden = _saved_bytes(model, lambda: model.hidden(tokens))

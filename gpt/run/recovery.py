@@ -13,9 +13,10 @@ from gpt.data.sequences import ValidationSequences
 from gpt.diagnostics.failure import first_nonfinite
 from gpt.diagnostics.fault import FaultLocation
 from gpt.errors import Fault, InputError, option
+from gpt.hardware.device import host_tensor
 from gpt.hardware.memory import is_out_of_memory, smaller
 from gpt.run.opening import restore
-from gpt.trainer import Trainer, host_tensor
+from gpt.trainer import Trainer
 
 MakeBatch = Callable[[int], tuple[Tensor, Tensor]]  # step -> inputs and targets, on the host
 

@@ -35,6 +35,7 @@ from gpt.diagnostics.layers import LayerStats
 from gpt.diagnostics.noise_scale import measure_noise_scale, part_size
 from gpt.errors import Fault, InputError, NonFiniteError, StepInterruptedError
 from gpt.generation import continue_text
+from gpt.hardware.device import host_tensor
 from gpt.hardware.memory import is_out_of_memory, release_memory
 from gpt.io.console import Console
 from gpt.io.files import write_text
@@ -43,7 +44,7 @@ from gpt.run.directory import RunDirectory, RunResult, Status, guessing_losses
 from gpt.run.log import Measured, RunLog, Update
 from gpt.run.resume import ResumePlan, lr_scale
 from gpt.tracking import Tracking
-from gpt.trainer import Trainer, host_tensor
+from gpt.trainer import Trainer
 
 CALIBRATION_SEQUENCES = 64  # at most this many, from the first batch, calibrate a placement
 
