@@ -179,7 +179,7 @@ def test_paths_of_another_kind(
         ("prepare", run, "to use its config: python -m gpt.data runs/tiny/config.yaml\n"),
         ("plan", step, "to use its config: steadygpt plan runs/tiny/config.yaml\n"),
         ("compare", run, f"to sample from it: python sample.py {run}"),
-        ("compare", cell, "is a run of a comparison; to continue the comparison: python compare.p"),
+        ("compare", cell, "is a run of a comparison; to continue the comparison: python comp"),
         ("train", sized, "to continue the scaling study: python scaling runs/sizes;\n"),
         ("sample", sized, "is a run of a scaling study, which keeps checkpoints only with"),
         ("compare", "c.yaml", "is a config, not a grid; to train it: python train.py c.yaml"),

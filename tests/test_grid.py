@@ -441,7 +441,8 @@ def asking(question: dict[str, Any], **changes: Any) -> dict[str, Any]:
         *(
             (
                 asking({**CONTRAST, "measure": "failure", **changes}),
-                f"contrasts.0: margin: {changes['margin']} must be above -{bound} and below {bound}",
+                f"contrasts.0: margin: {changes['margin']} must be above -{bound} and "
+                f"below {bound}",
             )
             for bound, changes in [
                 (1, {"margin": 5}),

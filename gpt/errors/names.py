@@ -200,9 +200,9 @@ def closest(name: str, names: Iterable[str]) -> str | None:
 
     A name that ends with `name` comes first, so that `norm.eps` finds `model.norm.eps`; next an
     option whose value was typed as a section, so that `data.tokenizer.type` finds `data.tokenizer`;
-    then what other programs call an option or a value (`ALIASES`). Then a name with the same last part
-    wins, so that `optim.learning_rate` finds `optimizer.learning_rate`; next comes a similar name,
-    and then one with which `name` begins, so that `prenorm` finds `pre`.
+    then what other programs call an option or a value (`ALIASES`). Then a name with the same last
+    part wins, so that `optim.learning_rate` finds `optimizer.learning_rate`; next comes a similar
+    name, and then one with which `name` begins, so that `prenorm` finds `pre`.
     """
     name = _plain(name)
     known = {_plain(valid): valid for valid in reversed(list(names))}
