@@ -11,7 +11,7 @@ their global norm, and handed to the optimizer. Files, the schedule and the cons
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ class Trainer:
         loss_fn: of the model, compiled if the config says so.
         optimizer, scaler: set by `reset` and `load`.
         micro_batch: sequences per forward pass.
+        processes: how many share a batch (gpt/distributed/); here, one.
+        first_sequence: of a batch, the first that this process computes.
         skips_nonfinite: whether `update` leaves out updates that are not finite.
 
     Raises:
@@ -70,6 +72,7 @@ class Trainer:
         if config.training.compile:  # a smaller last batch of validation is compiled separately
             self.loss_fn = torch.compile(self.loss_fn, dynamic=False)
         self.micro_batch = micro_batch(config, vocab_size, device)
+        self.processes, self.first_sequence = 1, 0
         fp16 = config.training.precision == "fp16"
         self.skips_nonfinite = config.training.nonfinite == "skip" or fp16
 
@@ -85,8 +88,10 @@ class Trainer:
 
     def calibrate(self, inputs: Tensor) -> None:
         """Let the placement set its own weights from (B, T) tokens of the first batch."""
+        model = self.whole_model()
         with self.dropout("calibration", sequences=range(len(inputs))):
-            self.model.calibrate(self.to_device(inputs))
+            model.calibrate(self.to_device(inputs))
+        self.set_weights(model.state_dict())
 
     def load(self, checkpoint: Checkpoint, scaler: dict[str, float | int], updates: int) -> None:
         """Continue from a checkpoint.
@@ -100,14 +105,30 @@ class Trainer:
         """
         self.reset()
         try:
-            load_weights(self.model, checkpoint.model)
-            self.optimizer.load_state_tensors(checkpoint.optimizer)
+            self.set_weights(checkpoint.model)
+            self.set_optimizer_state(checkpoint.optimizer)
             if updates and self.optimizer.has_state and not checkpoint.optimizer:
                 raise ValueError("the optimizer's state is missing")
             if scaler and self.scaler.is_enabled():
                 self.scaler.load_state_dict(scaler)
         except (KeyError, RuntimeError) as error:
             raise ValueError(str(error)) from None
+
+    def set_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the weights; raises a ValueError if they are another model's."""
+        load_weights(self.model, tensors)
+
+    def set_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the optimizer's state; raises a ValueError if it is of another one."""
+        self.optimizer.load_state_tensors(tensors)
+
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The weights, and the optimizer's state, for a checkpoint."""
+        return self.model.state_dict(), self.optimizer.state_tensors()
+
+    def whole_model(self) -> GPT:
+        """The model with all its weights, for this process alone."""
+        return self.model
 
     @torch.no_grad()
     def weights_are_finite(self) -> bool:
@@ -148,8 +169,8 @@ class Trainer:
         self, step: int, inputs: Tensor, targets: Tensor
     ) -> Generator[tuple[Tensor, Tensor]]:
         """The micro-batches of a batch; while the caller computes, dropout follows `step`."""
-        numbers = range(len(inputs))  # of the sequences
-        for first in numbers[:: self.micro_batch]:
+        numbers = range(self.first_sequence, self.first_sequence + len(inputs))
+        for first in range(0, len(inputs), self.micro_batch):
             if first:
                 self.check_stop()
             part = slice(first, first + self.micro_batch)

@@ -19,12 +19,14 @@ from pathlib import Path
 
 from gpt.config import Config
 from gpt.data.preparation import prepare
+from gpt.distributed.group import Group
+from gpt.distributed.lead import make_trainer, together
 from gpt.errors import NonFiniteError, OutOfMemoryError, StepInterruptedError
 from gpt.hardware.device import flush_denormals, pick_device
 from gpt.hardware.memory import check_fits, is_out_of_memory
 from gpt.io.console import Console
 from gpt.io.wait import raise_if
-from gpt.run.banner import describe
+from gpt.run.banner import describe_run
 from gpt.run.cautions import cautions
 from gpt.run.directory import RunDirectory, RunResult
 from gpt.run.recovery import advise_on_memory
@@ -69,38 +71,33 @@ def train(
     check_types(config, resume)
     path = Path(out_dir) if out_dir is not None else Path("runs") / config.name
     device = pick_device(config.training.device)
-    ended = ended_run(config, path, resume)
-    if ended is not None:
-        return ended
-    check_fits(config, device)
-    with (
-        RunDirectory(path).lock(),
-        flush_denormals(),
-        contextlib.closing(Console(quiet)) as console,
-    ):
-        plan = open_run(config, path, resume)
-        if plan.result is not None:  # another process has just finished it
-            return plan.result
-        dataset = prepare(config.data, console, stop)
-        check_stop = functools.partial(raise_if, stop)
-        trainer = Trainer(
-            config, dataset.encoding.n_vocab, device, check_stop=check_stop, notify=console.say
-        )
-        run = Run(config, plan, dataset, trainer, console, stop=stop, on_update=on_update)
-        with contextlib.closing(run):
-            console.say(
-                describe(
-                    config,
-                    trainer.model,
-                    device=device,
-                    micro_batch=trainer.micro_batch,
-                    dataset=dataset,
-                    directory=path,
-                    done=run.progress.step,
-                )
+
+    def lead(group: Group) -> RunResult:
+        ended = ended_run(config, path, resume)
+        if ended is not None:
+            return ended
+        check_fits(config, device)
+        with (
+            RunDirectory(path).lock(),
+            flush_denormals(),
+            contextlib.closing(Console(quiet)) as console,
+        ):
+            plan = open_run(config, path, resume)
+            if plan.result is not None:  # another process has just finished it
+                return plan.result
+            asked = group.any_asked(stop)
+            dataset = prepare(config.data, console, asked)
+            check_stop = functools.partial(raise_if, asked)
+            trainer = make_trainer(
+                config, dataset.encoding.n_vocab, group, check_stop=check_stop, notify=console.say
             )
-            console.warn(cautions(config, dataset))
-            return _fit_or_recover(run, trainer)
+            run = Run(config, plan, dataset, trainer, console, stop=asked, on_update=on_update)
+            with contextlib.closing(run):
+                console.say(describe_run(config, trainer, dataset, path, done=run.progress.step))
+                console.warn(cautions(config, dataset))
+                return _fit_or_recover(run, trainer)
+
+    return together(config, device, stop, lead)
 
 
 def _fit_or_recover(run: Run, trainer: Trainer) -> RunResult:

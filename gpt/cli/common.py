@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
-from gpt.errors import InputError, StoppedError, format_error, naming_flags
+from gpt.errors import InputError, LostProcessError, StoppedError, format_error, naming_flags
 from gpt.io.console import set_encoding, show
 from gpt.io.wait import leave
 
@@ -55,6 +55,9 @@ def command(prog: str) -> Iterator[None]:
     except StoppedError as stopped:
         show(f"{prog}: {stopped}:\n  {repeated(prog)}", sys.stderr)
         leave(75)
+    except LostProcessError as lost:
+        show(f"{prog}: {lost}:\n  {repeated(prog)}", sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         leave(130)
     except BrokenPipeError:  # the reader of stdout, such as head, has closed it
@@ -105,10 +108,11 @@ class StopSignals:
 
     Args:
         max_seconds: the time limit, from now; None: no limit.
+        quiet: do not say that a stop was requested.
     """
 
-    def __init__(self, max_seconds: float | None = None) -> None:
-        self._requested = False
+    def __init__(self, max_seconds: float | None = None, *, quiet: bool = False) -> None:
+        self._requested, self._quiet = False, quiet
         self._max_seconds = math.inf if max_seconds is None else max_seconds
         self._deadline = time.monotonic() + self._max_seconds
         self._handlers = _signal_handlers(dict.fromkeys(STOP_SIGNALS, self._request))
@@ -116,7 +120,7 @@ class StopSignals:
     def __call__(self) -> bool:
         if not self._requested and time.monotonic() > self._deadline:
             self._requested = True
-            print(f"\nreached the time limit of {self._max_seconds:g} s: stopping", file=sys.stderr)
+            self._say(f"\nreached the time limit of {self._max_seconds:g} s: stopping\n")
         return self._requested
 
     def __enter__(self) -> StopSignals:
@@ -131,7 +135,11 @@ class StopSignals:
         for each in STOP_SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: stopping; a second signal kills the process\n".encode())
+        self._say(f"\n{name}: stopping; a second signal kills the process\n")
+
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            os.write(2, text.encode())  # not `print`, which a signal may have interrupted
 
 
 @contextlib.contextmanager

@@ -6,17 +6,19 @@ import contextlib
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from gpt.cli.common import EXIT_CODES, StopSignals, repeated, typed
 from gpt.cli.flags import parse
 from gpt.cli.paths import explained, run_of_checkpoint
-from gpt.config import Config, FileName, Seconds, Section, source
+from gpt.config import Config, Count, FileName, Seconds, Section, source
 from gpt.config import load as load_config
 from gpt.config.shipped import names
+from gpt.config.values import CountOrZero
 from gpt.errors import InputError
+from gpt.hardware.processes import launched
 from gpt.hardware.size import check_cpu_training
 from gpt.io.console import Console, show, write_result
 from gpt.io.files import read_small
@@ -49,6 +51,10 @@ class Arguments(Section):
     """Describe what would be trained, and write nothing."""
     print_config: bool = False
     """Print the resolved config as YAML."""
+    processes: Literal["auto"] | Count | None = Field(None, title="N|auto")
+    """Short for --training.processes: the processes on this machine that share each batch."""
+    max_restarts: CountOrZero = 3
+    """How often those processes start again, from the last checkpoint, after one was killed."""
     max_seconds: Seconds | None = Field(None, title="SECONDS")
     """Save and exit with code 75 after this time, for batch queues (default: no limit)."""
 
@@ -70,6 +76,8 @@ def load(argv: Sequence[str], prog: str = "train.py") -> tuple[Arguments, Config
     out_dir, started_from = arguments.out_dir, run_of_checkpoint(Path(arguments.resume))
     if started_from is not None and not (out_dir and (Path(out_dir) / "config.yaml").is_file()):
         out_dir = str(started_from)  # whose init_from may be gone
+    if arguments.processes is not None:
+        options.setdefault("training", {})["processes"] = arguments.processes
     with explained(arguments.config, prog, "config"):
         return arguments, load_config(arguments.config, options, out_dir=out_dir)
 
@@ -89,6 +97,17 @@ def train(arguments: Arguments, config: Config) -> RunResult | None:
     if config.init_from is not None and starts_afresh:  # an unreachable hub is reported early
         source.locate(source.describe(config.init_from))
 
+    if config.training.processes != 1 and launched() == 1:
+        from gpt.cli import launch
+
+        return launch.train(
+            config,
+            out_dir,
+            processes=launch.count(config),
+            resume=arguments.resume,
+            max_restarts=arguments.max_restarts,
+            max_seconds=arguments.max_seconds,
+        )
     import torch
 
     from gpt import training

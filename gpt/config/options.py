@@ -37,6 +37,7 @@ from gpt.config.values import (
     Rate,
     Ratio,
     RunName,
+    Seconds,
     Section,
     Seed,
     SoftCap,
@@ -411,6 +412,14 @@ class TrainingConfig(Section):
     """Sequences per forward pass; must divide the batch. Gradients accumulate over the batch."""
     device: Device = "auto"
     """auto picks cuda, then mps, then cpu."""
+    processes: Literal["auto"] | Count = 1
+    """Processes that share each batch; auto: one per GPU, or on a CPU the fastest number that a
+    short timing finds. Started by torchrun, a run uses those that torchrun started."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes share the work: ddp, each with a whole model (Li et al. 2020); fsdp,
+    FSDP2, which divides weights, gradients and optimizer state (Zhao et al. 2023)."""
+    process_timeout: Seconds = 1800.0
+    """Seconds after which a process that does not respond ends a run of several processes."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the forward and backward pass; weights stay fp32. fp16 uses loss scaling."""
     z_loss: Factor = 0.0
@@ -659,6 +668,9 @@ MAY_CHANGE = (
     "training.micro_batch",
     "training.loss_chunk",
     "training.device",
+    "training.processes",
+    "training.parallel",
+    "training.process_timeout",
     "training.compile",
     "training.nonfinite",
     "training.nonfinite_limit",

@@ -17,6 +17,7 @@ from gpt.errors.names import closest, nearest
 __all__ = [
     "Fault",
     "InputError",
+    "LostProcessError",
     "NonFiniteError",
     "OutOfMemoryError",
     "StepInterruptedError",
@@ -44,6 +45,10 @@ class OutOfMemoryError(InputError):
 
 class UnreachableError(InputError):
     """A server does not answer; the same command may succeed later."""
+
+
+class LostProcessError(Exception):
+    """One of the processes of a run was killed, or does not respond."""
 
 
 class StoppedError(Exception):

@@ -22,8 +22,8 @@ def micro_batch(config: Config, vocab_size: int, device: torch.device, *, models
 
     A token needs 17 d L numbers for activations (the 34 bytes of Korthikanti et al. 2022 at 16
     bits) and 3 V fp32 numbers for logits, the latter for at most `training.loss_chunk` tokens at a
-    time. The attention matrix is never formed, except with a soft cap (the scores, their tanh and the
-    weights then take h T L numbers each) or with dropout (weights, mask and what is kept).
+    time. The attention matrix is never formed, except with a soft cap (the scores, their tanh and
+    the weights then take h T L numbers each) or with dropout (weights, mask and what is kept).
 
     Args:
         models: how many models run forward at once, each with that many sequences.

@@ -15,6 +15,23 @@ from gpt.model.gpt2 import GPT
 from gpt.model.init import depth_scaled
 from gpt.model.placement import PLACEMENTS, has_final_norm
 from gpt.run.cautions import describe_validation
+from gpt.trainer import Trainer
+
+
+def describe_run(
+    config: Config, trainer: Trainer, dataset: Dataset, directory: Path, *, done: int
+) -> str:
+    """A few lines that describe the run that `trainer` is about to compute; see `describe`."""
+    return describe(
+        config,
+        trainer.model,
+        device=trainer.device,
+        processes=trainer.processes,
+        micro_batch=trainer.micro_batch,
+        dataset=dataset,
+        directory=directory,
+        done=done,
+    )
 
 
 def describe(
@@ -23,6 +40,7 @@ def describe(
     *,
     device: torch.device,
     micro_batch: int,
+    processes: int = 1,
     dataset: Dataset | None,
     directory: Path,
     done: int,
@@ -31,6 +49,7 @@ def describe(
 
     Args:
         model: on any device, "meta" included; only its size counts.
+        processes: how many share a batch, each in micro-batches of `micro_batch` sequences.
         dataset: the prepared data, None if it is not prepared yet.
         done: updates that an earlier session has made.
     """
@@ -41,7 +60,8 @@ def describe(
     warmup = f"{schedule.warmup} warm-up of {schedule.warmup_steps:,} steps"
     if schedule.effective_warmup_steps >= config.training.steps:
         warmup += " (the whole run or longer)"
-    parts = config.batch_sequences // micro_batch
+    parts = config.batch_sequences // processes // micro_batch
+    shared = f", {processes} processes ({config.training.parallel})" if processes > 1 else ""
     if dataset is None:
         data = "not prepared yet"
     else:
@@ -50,7 +70,7 @@ def describe(
         data = f"{dataset.train_tokens:,} training tokens, {passes}; {describe_validation(dataset)}"
     rows = {
         "steps": f"{config.training.steps:,}" + (f", of which {done:,} are done" if done else ""),
-        "device": f"{device.type}, {config.training.precision}",
+        "device": f"{device.type}, {config.training.precision}{shared}",
         "model": f"{parameters:,} parameters, {parameters - embeddings:,} without embeddings",
         "blocks": _blocks(config.model, config.init_from),
         "batch": f"{batch_tokens:,} tokens per step: {config.batch_sequences} sequences of "

@@ -92,6 +92,15 @@ class RunResult:
         evaluated = (self.val_loss, self.best_val_loss, self.val_bits_per_byte)
         return self.status != "finished" or (self.step > 0 and None not in evaluated)
 
+    def to_json(self) -> str:
+        """All fields, for another process."""
+        return _RESULT.dump_json(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> RunResult:
+        """The result that `to_json` wrote."""
+        return _RESULT.validate_json(text)
+
     def _repr_html_(self) -> str:
         """The numbers and the curve, for a notebook."""
         from gpt.run.notebook import to_html

@@ -10,7 +10,6 @@ from torch import Tensor
 from gpt import checkpoint as store
 from gpt.checkpoint import Checkpoint
 from gpt.checkpoint.state import Progress, read_state
-from gpt.checkpoint.weights import load_weights
 from gpt.config import Config, describe_differences
 from gpt.data import tokenizer
 from gpt.data.prepared import Dataset
@@ -94,7 +93,7 @@ def start_afresh(
         trainer.calibrate(first_inputs())
         return
     try:
-        load_weights(trainer.model, loaded)
+        trainer.set_weights(loaded)
     except ValueError as error:
         raise InputError(f"init_from: {config.init_from}: does not fit: {error}") from None
 
@@ -199,8 +198,9 @@ def write_identity(
         directory.write_environment(
             trainer.device,
             **source,
+            processes=trainer.processes,
             micro_batch=trainer.micro_batch,
             data_fingerprint=dataset.fingerprint,
             unigram_entropy=unigram_entropy,
-            initial_weights=fingerprints(trainer.model),
+            initial_weights=fingerprints(trainer.whole_model()),
         )

@@ -98,7 +98,7 @@ def locate_in_batch(
 
 def locate_in_validation(trainer: Trainer, sequences: ValidationSequences) -> FaultLocation | None:
     """Find what becomes non-finite first in the validation sequences."""
-    trainer.model.eval()
+    trainer.whole_model().eval()
     return _first_nonfinite(
         trainer,
         (
@@ -116,7 +116,7 @@ def _first_nonfinite(
             trainer.check_stop()
             x, y = trainer.to_device(x), trainer.to_device(y)
             with trainer.autocast():
-                place = first_nonfinite(trainer.model, x, y, trainer.config.training.z_loss)
+                place = first_nonfinite(trainer.whole_model(), x, y, trainer.config.training.z_loss)
             if place is not None:
                 return place
     return None

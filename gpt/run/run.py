@@ -509,7 +509,7 @@ class Run:
         self.trainer.check_stop()
         options = self.config.sampling
         text = continue_text(
-            self.trainer.model,
+            self.trainer.whole_model(),
             self.dataset.encoding,
             options.prompt,
             tokens=options.tokens,
@@ -542,8 +542,7 @@ class Run:
             data_fingerprint=self.dataset.fingerprint,
         )
         return Checkpoint(
-            self.trainer.model.state_dict(),
-            self.trainer.optimizer.state_tensors(),
+            *self.trainer.tensors(),
             asdict(state),
             tokenizer.to_json(self.dataset.encoding),
         )

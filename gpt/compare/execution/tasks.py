@@ -6,7 +6,6 @@ whose weights are stacked and trained in the same matrix products (see gpt/ensem
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from gpt.compare.grid import Cell, Runner
 from gpt.ensemble import shape, unsupported_reason
 from gpt.errors import InputError
 from gpt.hardware.device import pick_device
+from gpt.hardware.processes import cores
 
 GPU_WORKERS = 8
 
@@ -55,8 +55,5 @@ def make_tasks(cells: Sequence[Cell], runner: Runner) -> list[Task]:
 
 def default_workers(cells: Sequence[Cell]) -> int:
     """One for each core that this process may use; at most one per cell, and eight on a GPU."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
     device = pick_device(cells[0].config.training.device)
-    return min(len(cells), cores if device.type == "cpu" else min(GPU_WORKERS, cores))
+    return min(len(cells), cores() if device.type == "cpu" else min(GPU_WORKERS, cores()))

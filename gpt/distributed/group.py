@@ -1,0 +1,275 @@
+"""The processes of one run: how they find each other, agree, exchange messages, and fail.
+
+torchrun, or gpt/distributed/launch.py, sets RANK, WORLD_SIZE and the other variables of
+torch.distributed's "env://" in the environment of each process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import (  # type: ignore[attr-defined]
+    HashStore,
+    PrefixStore,
+    Store,
+    rendezvous,
+)
+
+from gpt.config import Config
+from gpt.errors import InputError, LostProcessError, StoppedError, option
+from gpt.hardware.processes import check_processes, cores, launched
+
+MESSAGE = 1024  # bytes of a message
+STOP_POLL = 0.2  # seconds between two looks for a stop that another process was asked for
+PATIENCE = 5.0  # seconds to wait for the reason why another process failed
+CODE = Path(__file__).parents[1]  # the package
+
+
+class Group:
+    """A process and the others of its run, if there are any. Rank 0 leads.
+
+    Attributes:
+        rank, size: the number of this process, and how many there are.
+        device: where this process computes.
+    """
+
+    def __init__(self, device: torch.device, rank: int, size: int, store: Store) -> None:
+        self.device, self.rank, self.size, self.store = device, rank, size, store
+        self._looked, self._stop, self._started = 0.0, False, False
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process leads the others."""
+        return self.rank == 0
+
+    # -- Messages --------------------------------------------------------------------------------
+
+    def send(self, *message: Any) -> None:
+        """From rank 0 to all others: a name and numbers, as short as MESSAGE allows."""
+        text = json.dumps(message).encode()
+        assert len(text) <= MESSAGE, f"a message of {len(text)} bytes"
+        dist.broadcast(torch.frombuffer(bytearray(text.ljust(MESSAGE)), dtype=torch.uint8), 0)
+
+    def receive(self) -> list[Any]:
+        """The next message of rank 0."""
+        buffer = torch.empty(MESSAGE, dtype=torch.uint8)
+        dist.broadcast(buffer, 0)
+        message: list[Any] = json.loads(bytes(buffer.numpy()))
+        return message
+
+    def scatter(self, whole: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+        """The share of this process in a tensor of integers, whose first dimension is divided.
+
+        Args:
+            whole: on rank 0, on the CPU, of `size` times as many rows; None elsewhere.
+            shape: of a share.
+        """
+        share = torch.empty(shape, dtype=torch.int64)
+        parts = None if whole is None else [p.contiguous() for p in whole.chunk(self.size)]
+        dist.scatter(share, parts, 0)
+        return share
+
+    def smallest(self, number: int) -> int:
+        """The smallest of the processes' numbers."""
+        tensor = torch.tensor(number)
+        dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        return int(tensor)
+
+    # -- Waiting and stopping --------------------------------------------------------------------
+
+    def start(self, vocab_size: int) -> None:
+        """On rank 0: the data is prepared, so the others can begin to follow."""
+        self._started = True
+        self.store.set("ready", "1")
+        self.send("vocabulary", vocab_size)
+
+    def is_ready(self) -> bool:
+        """Whether rank 0 has started, which may take hours, as it prepares the data.
+
+        Raises:
+            SystemExit: it has failed, and has said why.
+        """
+        if self.store.check(["failure"]):
+            self.fail(1)
+        return self.store.check(["ready"])
+
+    def has_ended(self) -> bool:
+        """Whether there is a result."""
+        return self.store.check(["result"])
+
+    def publish(self, result: str) -> None:
+        """On rank 0: end the run, with its result for the others."""
+        self.store.set("result", result)
+        if self._started:
+            self.send("end")
+
+    def result(self) -> str:
+        """What rank 0 published."""
+        return str(self.store.get("result").decode())
+
+    def ask_to_stop(self) -> None:
+        """Ask rank 0 to end the run, because this process was asked to stop."""
+        self.store.set("stop", "1")
+
+    def any_asked(self, stop: Callable[[], bool]) -> Callable[[], bool]:
+        """Whether this process, by `stop`, or another one was asked to stop.
+
+        What it returns looks for the others at most every STOP_POLL seconds.
+        """
+        if self.size == 1:
+            return stop
+
+        def asked() -> bool:
+            now = time.monotonic()
+            if not self._stop and now > self._looked + STOP_POLL:
+                self._looked, self._stop = now, self.store.check(["stop"])
+            return self._stop or stop()
+
+        return asked
+
+    # -- Failing ---------------------------------------------------------------------------------
+
+    def fail(self, code: int) -> None:
+        """Note that this process fails, unless another one has failed before.
+
+        Raises:
+            SystemExit: another one has, and has said why; with its exit code.
+        """
+        mine = f"{self.rank} {code}"
+        first = self.store.compare_set("failure", "", mine).decode()
+        if first != mine:
+            raise SystemExit(int(first.split()[1]))
+
+    def lost(self, error: Exception) -> NoReturn:
+        """End this process, which another one has left waiting.
+
+        Raises:
+            SystemExit: that one has said why; with its exit code.
+            LostProcessError: it was killed, or does not respond.
+        """
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end and not self.store.check(["failure"]):
+            time.sleep(0.1)
+        self.fail(1)
+        raise LostProcessError(
+            f"another process of the run was killed or does not respond: {_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+@contextlib.contextmanager
+def joined(config: Config, device: torch.device) -> Iterator[Group]:
+    """The group of the processes that train `config` together; perhaps of this one alone.
+
+    Raises:
+        InputError: the processes cannot share the batch, or have other configs or other code.
+        SystemExit: another process has failed, and has said why.
+    """
+    size = launched()
+    if size == 1:
+        if config.training.processes not in (1, "auto"):
+            raise InputError(
+                f"{option('training.processes')}: {config.training.processes}, but this is one "
+                "process; start them with train.py or torchrun, not from Python"
+            )
+        yield Group(device, 0, 1, HashStore())
+        return
+    check_processes(config, size)
+    timeout = datetime.timedelta(seconds=config.training.process_timeout)
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    # The launcher's store outlives a restart, and with it the addresses of the last attempt.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"attempt {attempt}", store)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    group = Group(device, rank, size, store)
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", size))  # this machine's cores
+        torch.set_num_threads(max(1, cores() // sharing))
+    _agree(group, config)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    try:
+        yield group
+    finally:
+        dist.destroy_process_group()
+
+
+def _agree(group: Group, config: Config) -> None:
+    """Check that all processes have one config and one version of the program.
+
+    Raises:
+        InputError: on rank 0, if they do not.
+        SystemExit: on the others, then.
+    """
+    mine = {"config": config.to_yaml(), "code": _code_digest()}
+    group.store.set(f"identity {group.rank}", json.dumps(mine))
+    if not group.leads:
+        if group.store.get("agreed") != b"yes":
+            raise SystemExit(2)
+        return
+    for rank in range(1, group.size):
+        other = json.loads(group.store.get(f"identity {rank}"))
+        different = [what for what, value in mine.items() if other[what] != value]
+        if different:
+            group.store.set("agreed", "no")
+            raise InputError(
+                f"the process of rank {rank} has another {different[0]} than that of rank 0; "
+                "start all with the same command, on the same version of steadygpt"
+            )
+    group.store.set("agreed", "yes")
+
+
+def _code_digest() -> str:
+    """SHA-256 of the package's source."""
+    digest = hashlib.sha256()
+    for path in sorted(CODE.rglob("*.py")):
+        digest.update(path.relative_to(CODE).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def failing_together(group: Group) -> Iterator[None]:
+    """A context in which an error of one process ends all, and is shown once, with its rank.
+
+    Raises:
+        InputError, StoppedError: of this process.
+        LostProcessError: another process was killed, or does not respond.
+        SystemExit: another process has failed, and has said why.
+    """
+    try:
+        yield
+    except (InputError, StoppedError) as error:
+        group.fail(2 if isinstance(error, InputError) else 75)
+        if not group.leads:
+            error.args = (f"rank {group.rank}: {error}",)
+        raise
+    except RuntimeError as error:
+        if _is_of_another(error):
+            group.lost(error)
+        group.fail(1)
+        raise
+    except Exception:
+        group.fail(1)
+        raise
+
+
+def _is_of_another(error: RuntimeError) -> bool:
+    """Whether a collective operation failed because of another process."""
+    words = ("gloo", "nccl", "timed out", "connection", "socket")
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)

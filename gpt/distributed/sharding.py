@@ -1,0 +1,76 @@
+"""FSDP2: the blocks' weights, gradients and optimizer state are divided among the processes.
+
+torch's `fully_shard` (Zhao et al. 2023; PyTorch's FSDP2) makes every parameter a DTensor, of which
+a process holds some rows. A block's weights are gathered just before it computes, and its gradients
+are summed and divided again after that. Outside of this module, checkpoints and samples see whole
+tensors only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from gpt.config import Config
+from gpt.errors import InputError
+from gpt.model.gpt2 import GPT
+
+
+def check_can_shard(config: Config, model: GPT) -> None:
+    """Refuse what does not work on shards.
+
+    Raises:
+        InputError: names the option.
+    """
+    reasons = {
+        "training.precision: fp16 scales the loss by what all gradients have in common": (
+            config.training.precision == "fp16"
+        ),
+        "diagnostics.every needs whole weights and gradients": config.diagnostics.every is not None,
+        "training.compile is not supported with it": config.training.compile,
+    }
+    single = next((name for name, p in model.named_parameters() if p.ndim == 0), None)
+    reasons[f"{single} is a single number, which cannot be divided"] = single is not None
+    for reason, applies in reasons.items():
+        if applies:
+            raise InputError(f"training.parallel: fsdp: {reason}; use ddp")
+
+
+def shard(model: GPT, processes: int, device: torch.device) -> DeviceMesh:
+    """Divide the parameters of `model` in place; returns the processes that share them."""
+    mesh = init_device_mesh(device.type, (processes,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "loss_fn")
+    return mesh
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, of which each process may hold a part; all must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def set_whole(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor] | None) -> None:
+    """Copy whole tensors of rank 0 into the parts that the processes own; all must call this.
+
+    Args:
+        own: in each process, tensors of the same names in the same order.
+        tensors: on rank 0, of the same names; None elsewhere.
+    """
+    for name, part in own.items():
+        like = part.to_local() if isinstance(part, DTensor) else part
+        full = torch.empty(part.shape, dtype=part.dtype, device=like.device)
+        if tensors is not None:
+            full.copy_(tensors[name])
+        if isinstance(part, DTensor):
+            full = distribute_tensor(full, part.device_mesh, part.placements)
+        else:
+            dist.broadcast(full, 0)
+        part.copy_(full)
