@@ -18,7 +18,7 @@ from gpt.config import load as load_config
 from gpt.config.shipped import names
 from gpt.config.values import CountOrZero
 from gpt.errors import InputError
-from gpt.hardware.processes import launched
+from gpt.hardware.processes import launched, leads
 from gpt.hardware.size import check_cpu_training
 from gpt.io.console import Console, show, write_result
 from gpt.io.files import read_small
@@ -121,7 +121,8 @@ def report(result: RunResult | None, prog: str = "train.py") -> int:
     """Print the result, and return the exit code."""
     if result is None:
         return 0
-    show(_describe(result, prog))
+    if leads():
+        show(_describe(result, prog))
     return EXIT_CODES[result.status]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -34,6 +35,7 @@ MESSAGE = 1024  # bytes of a message
 STOP_POLL = 0.2  # seconds between two looks for a stop that another process was asked for
 PATIENCE = 5.0  # seconds to wait for the reason why another process failed
 CODE = Path(__file__).parents[1]  # the package
+_runs = itertools.count()  # of this process
 
 
 class Group:
@@ -191,9 +193,9 @@ def joined(config: Config, device: torch.device) -> Iterator[Group]:
     check_processes(config, size)
     timeout = datetime.timedelta(seconds=config.training.process_timeout)
     store, rank, size = next(rendezvous("env://", timeout=timeout))
-    # The launcher's store outlives a restart, and with it the addresses of the last attempt.
+    # The launcher's store outlives a run and a restart, and with it the addresses of old groups.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = PrefixStore(f"attempt {attempt}", store)
+    store = PrefixStore(f"attempt {attempt}, run {next(_runs)}", store)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)

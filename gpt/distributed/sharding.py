@@ -8,12 +8,13 @@ tensors only.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -42,14 +43,14 @@ def check_can_shard(config: Config, model: GPT) -> None:
             raise InputError(f"training.parallel: fsdp: {reason}; use ddp")
 
 
-def shard(model: GPT, processes: int, device: torch.device) -> DeviceMesh:
-    """Divide the parameters of `model` in place; returns the processes that share them."""
+def shard(model: GPT, processes: int, device: torch.device) -> None:
+    """Divide the parameters of `model` among all processes, in place."""
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(device.type, (processes,))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "loss_fn")
-    return mesh
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -14,6 +14,11 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def leads() -> bool:
+    """Whether this process is the only one, or the one of rank 0, which talks to the user."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def cores() -> int:
     """How many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
