@@ -9,18 +9,21 @@ tensors only.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.overrides import TorchFunctionMode
 
 from gpt.config import Config
 from gpt.errors import InputError
 from gpt.model.gpt2 import GPT
+from gpt.optim import Optimizer
 
 
 def check_can_shard(config: Config, model: GPT) -> None:
@@ -51,6 +54,34 @@ def shard(model: GPT, processes: int, device: torch.device) -> None:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "loss_fn")
+
+
+class ShardedOptimizer(Optimizer):
+    """An optimizer of parameters that are divided among all processes."""
+
+    def step(self, lr_scale: float = 1.0) -> None:
+        """As `Optimizer.step`; all processes must call this."""
+        with _WholeNorms():
+            super().step(lr_scale)
+
+
+class _WholeNorms(TorchFunctionMode):
+    """A context in which torch.norm is never a partial result of each process.
+
+    torch's Adafactor squares such norms in place, which partial results do not support.
+    """
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.norm, torch.Tensor.norm) and isinstance(result, DTensor):
+            return result.redistribute(placements=[Replicate()])
+        return result
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -24,7 +24,13 @@ from gpt.checkpoint.weights import load_weights
 from gpt.config import Config
 from gpt.data.sequences import ValidationSequences
 from gpt.distributed.group import Group
-from gpt.distributed.sharding import check_can_shard, set_whole, shard, whole
+from gpt.distributed.sharding import (
+    ShardedOptimizer,
+    check_can_shard,
+    set_whole,
+    shard,
+    whole,
+)
 from gpt.model.gpt2 import GPT
 from gpt.model.init import initialize
 from gpt.optim import Optimizer
@@ -114,7 +120,7 @@ class ParallelTrainer(Trainer):
             initialize(plain, self.config.model, self.config.seed)
         set_whole(self.model.state_dict(), plain.state_dict() if plain is not None else None)
         config = self.config.optimizer
-        self.optimizer = Optimizer(self.model.named_parameters(), config, self.model.m)
+        self.optimizer = ShardedOptimizer(self.model.named_parameters(), config, self.model.m)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
 
     def load(self, checkpoint: Checkpoint, scaler: dict[str, float | int], updates: int) -> None:
@@ -177,6 +183,7 @@ class ParallelTrainer(Trainer):
         if not self.sharded:
             return self.model
         model = self._plain_model().to(self.device)
+        model.loss_chunk = self.model.loss_chunk
         load_weights(model, self.tensors()[0])
         return model
 
@@ -199,12 +206,18 @@ class ParallelTrainer(Trainer):
     def backward(self, step: int, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gradients of one batch; see `Trainer.backward`."""
         share = (len(inputs) // self.processes, inputs.shape[1])
-        with self._with_others("backward", step, *share):
-            return self._backward_share(step, *share, (inputs, targets))
+        with self._with_others("backward", step, self.micro_batch, *share):
+            return self._backward_share(step, self.micro_batch, *share, (inputs, targets))
 
     def _backward_share(
-        self, step: int, sequences: int, length: int, batch: tuple[Tensor, Tensor] | None = None
+        self,
+        step: int,
+        micro_batch: int,
+        sequences: int,
+        length: int,
+        batch: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
+        self.micro_batch = micro_batch  # all change it together
         x, y = self._share(sequences, length, batch)
         loss, grad_norm = self._backward(step, x, y)
         dist.all_reduce(loss)

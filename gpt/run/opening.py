@@ -112,9 +112,11 @@ def adopt_checkpoint(
         progress.evals_since_best = 0
         progress.start_step = progress.step
     elif checkpoint is not None and config.training.micro_batch == "auto":
-        trainer.micro_batch = checkpoint.state["micro_batch"]  # keeps the order of sums
-        if trainer.micro_batch > config.batch_sequences:
+        micro_batch = checkpoint.state["micro_batch"]
+        if micro_batch > config.batch_sequences:
             raise InputError(f"{checkpoint.name}: micro-batch is larger than the batch")
+        if trainer.config.batch_sequences % micro_batch == 0:  # the share of a process
+            trainer.micro_batch = micro_batch  # keeps the order of sums
     if plan.before is None:
         return
     progress.rewarm_from = start_rewarm(plan.before, config, progress)

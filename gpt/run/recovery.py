@@ -15,6 +15,7 @@ from gpt.diagnostics.fault import FaultLocation
 from gpt.errors import Fault, InputError, option
 from gpt.hardware.device import host_tensor
 from gpt.hardware.memory import is_out_of_memory, smaller
+from gpt.model.gpt2 import GPT
 from gpt.run.opening import restore
 from gpt.trainer import Trainer
 
@@ -93,14 +94,14 @@ def locate_in_batch(
 ) -> FaultLocation | None:
     """Find what becomes non-finite first in a training batch with the weights as they are."""
     x, y = trainer.to_device(inputs), trainer.to_device(targets)
-    return _first_nonfinite(trainer, trainer.micro_batches(step, x, y))
+    return _first_nonfinite(trainer, trainer.whole_model(), trainer.micro_batches(step, x, y))
 
 
 def locate_in_validation(trainer: Trainer, sequences: ValidationSequences) -> FaultLocation | None:
     """Find what becomes non-finite first in the validation sequences."""
-    trainer.whole_model().eval()
     return _first_nonfinite(
         trainer,
+        trainer.whole_model().eval(),
         (
             (host_tensor(x, trainer.device), host_tensor(y, trainer.device))
             for x, y in sequences.batches(trainer.micro_batch)
@@ -109,14 +110,14 @@ def locate_in_validation(trainer: Trainer, sequences: ValidationSequences) -> Fa
 
 
 def _first_nonfinite(
-    trainer: Trainer, batches: Generator[tuple[Tensor, Tensor]]
+    trainer: Trainer, model: GPT, batches: Generator[tuple[Tensor, Tensor]]
 ) -> FaultLocation | None:
     with contextlib.closing(batches):
         for x, y in batches:
             trainer.check_stop()
             x, y = trainer.to_device(x), trainer.to_device(y)
             with trainer.autocast():
-                place = first_nonfinite(trainer.whole_model(), x, y, trainer.config.training.z_loss)
+                place = first_nonfinite(model, x, y, trainer.config.training.z_loss)
             if place is not None:
                 return place
     return None
