@@ -32,7 +32,7 @@ from gpt.diagnostics.layers import LayerStats
 from gpt.errors import NonFiniteError, StepInterruptedError
 from gpt.hardware import memory
 from gpt.hardware.device import autocast, flush_denormals, pick_device
-from gpt.hardware.memory import is_out_of_memory, release_memory, retry_with_less_memory
+from gpt.hardware.memory import is_out_of_memory, release_memory, with_less_memory
 from gpt.io.console import Console
 from gpt.io.wait import raise_if
 from gpt.model.gpt2 import GPT
@@ -136,6 +136,7 @@ class BatchedTrainer:
     def __len__(self) -> int:
         return len(self.alive)
 
+    @with_less_memory
     def backward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gradients of one batch for each cell, and leave them in the parameters.
 
@@ -145,15 +146,12 @@ class BatchedTrainer:
         Returns:
             The cells' cross-entropies and gradient norms: (N,) and (N,), on the device.
         """
-        x, y = self._to_device(inputs), self._to_device(targets)
-        return retry_with_less_memory(self, lambda: self._backward(x, y))
-
-    def _backward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        on_device = self._to_device(inputs), self._to_device(targets)
         gradients = self._gradients()
         for gradient in gradients:
             gradient.zero_()
         losses = torch.zeros(len(self), device=self.device)
-        micro_batches = (half.split(self.micro_batch, dim=1) for half in (inputs, targets))
+        micro_batches = (half.split(self.micro_batch, dim=1) for half in on_device)
         for x, y in zip(*micro_batches, strict=True):
             with autocast(self.device, self.config.training.precision):
                 total_loss, cross_entropy = self.loss_fn(self.weights, x, y)

@@ -22,7 +22,7 @@ from gpt.config import Config
 from gpt.data.sequences import ValidationSequences
 from gpt.hardware import device as devices
 from gpt.hardware.device import host_tensor
-from gpt.hardware.memory import check_fits, micro_batch, release_memory, retry_with_less_memory
+from gpt.hardware.memory import check_fits, micro_batch, release_memory, with_less_memory
 from gpt.model.dropout import drawing_from
 from gpt.model.gpt2 import GPT
 from gpt.model.init import initialize
@@ -63,9 +63,7 @@ class Trainer:
         check_fits(config, device, vocab_size)
         self.config, self.device = config, device
         self.check_stop, self.notify = check_stop, notify
-        with global_generators_restored(
-            device
-        ):  # torch draws initial weights, which `reset` replaces
+        with global_generators_restored(device):  # torch draws weights, which `reset` replaces
             self.model = GPT(config.model, vocab_size).to(device)
         self.model.loss_chunk = config.training.loss_chunk
         self.loss_fn = self.model.loss_fn
@@ -137,6 +135,7 @@ class Trainer:
 
     # -- One training step -----------------------------------------------------------------------
 
+    @with_less_memory
     def backward(self, step: int, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gradients of one batch, and leave them in the parameters.
 
@@ -149,11 +148,8 @@ class Trainer:
             clipped: scalars on the device.
         """
         x, y = self.to_device(inputs), self.to_device(targets)
-        return retry_with_less_memory(self, lambda: self._backward(step, x, y))
-
-    def _backward(self, step: int, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         loss = torch.zeros((), device=self.device)
-        with contextlib.closing(self.micro_batches(step, inputs, targets)) as micro_batches:
+        with contextlib.closing(self.micro_batches(step, x, y)) as micro_batches:
             for x, y in micro_batches:
                 with self.autocast():
                     total_loss, cross_entropy = self.loss_fn(x, y, self.config.training.z_loss)
@@ -205,12 +201,10 @@ class Trainer:
 
     # -- Evaluation ------------------------------------------------------------------------------
 
+    @with_less_memory
+    @torch.no_grad()
     def evaluate(self, sequences: ValidationSequences) -> float:
         """Mean cross-entropy of the validation sequences, in nats per token."""
-        return retry_with_less_memory(self, lambda: self._evaluate(sequences))
-
-    @torch.no_grad()
-    def _evaluate(self, sequences: ValidationSequences) -> float:
         total = torch.zeros((), device=self.device)
         self.model.eval()
         try:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt.data.sequences import CYCLE, TrainingSequences, ValidationSequences, prefetch
+from gpt.data.prefetch import prefetch
+from gpt.data.sequences import CYCLE, TrainingSequences, ValidationSequences
 from gpt.errors import InputError
 
 TOKENS = np.arange(1000, dtype=np.uint16)

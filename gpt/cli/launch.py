@@ -16,6 +16,7 @@ import traceback
 import uuid
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -27,16 +28,22 @@ from gpt.errors import InputError, LostProcessError, StoppedError, naming_flags
 from gpt.hardware.device import pick_device
 from gpt.hardware.processes import check_processes, cores
 from gpt.io.console import show
-from gpt.run.directory import RunResult
+from gpt.io.files import read_json
+from gpt.run.directory import RunDirectory, RunResult
 
 
-def count(config: Config) -> int:
-    """How many processes to start for `config`.
+def count(config: Config, out_dir: Path) -> int:
+    """How many processes to start for `config`: with auto, at most as many as may be useful.
+
+    A run that exists is resumed with as many as it has.
 
     Raises:
         InputError: they cannot share its batches.
     """
     given = config.training.processes
+    environment = RunDirectory(out_dir).environment
+    if given == "auto" and environment.is_file():
+        given = read_json(environment, dict[str, Any]).get("processes", 1)
     if given != "auto":
         check_processes(config, given)
         return given

@@ -18,7 +18,7 @@ from gpt.config import load as load_config
 from gpt.config.shipped import names
 from gpt.config.values import CountOrZero
 from gpt.errors import InputError
-from gpt.hardware.processes import launched, leads
+from gpt.hardware.processes import check_processes, launched, leads
 from gpt.hardware.size import check_cpu_training
 from gpt.io.console import Console, show, write_result
 from gpt.io.files import read_small
@@ -100,14 +100,16 @@ def train(arguments: Arguments, config: Config) -> RunResult | None:
     if config.training.processes != 1 and launched() == 1:
         from gpt.cli import launch
 
-        return launch.train(
-            config,
-            out_dir,
-            processes=launch.count(config),
-            resume=arguments.resume,
-            max_restarts=arguments.max_restarts,
-            max_seconds=arguments.max_seconds,
-        )
+        processes = launch.count(config, out_dir)
+        if processes > 1:
+            return launch.train(
+                config,
+                out_dir,
+                processes=processes,
+                resume=arguments.resume,
+                max_restarts=arguments.max_restarts,
+                max_seconds=arguments.max_seconds,
+            )
     import torch
 
     from gpt import training
@@ -143,9 +145,13 @@ def _plan(config: Config, out_dir: Path, resume: str) -> str:
     dataset = plan.data.dataset
     if plan.refusal is not None:
         raise plan.refusal
+    processes = config.training.processes if launched() == 1 else launched()
+    if processes != "auto":
+        check_processes(config, processes)
     described = describe(
         config,
         plan.model,
+        processes=1 if processes == "auto" else processes,
         device=plan.device,
         micro_batch=plan.memory.micro_batch,
         dataset=dataset,

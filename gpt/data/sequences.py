@@ -7,9 +7,8 @@ inputs shifted by one token. Validation sequences never change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,6 @@ from gpt.rng import derive
 
 Ids = npt.NDArray[np.int64]
 Batch = tuple[Ids, Ids]  # inputs and targets, (sequences, T) each
-Item = TypeVar("Item")
 
 CHECK_EVERY = 256  # sequences between two calls of `check`
 CYCLE = 1000  # samples; every cycle divides them among several sources in the same proportion
@@ -177,15 +175,3 @@ class ValidationSequences:
 def _inputs_and_targets(windows: list[Tokens]) -> Batch:
     rows = np.stack(windows).astype(np.int64)
     return rows[:, :-1], rows[:, 1:]
-
-
-def prefetch(make: Callable[[int], Item], steps: Iterable[int]) -> Generator[Item]:
-    """`map(make, steps)`, computing the next item in a thread while the current one is used."""
-    with ThreadPoolExecutor(1) as pool:
-        upcoming = None
-        for step in steps:
-            current, upcoming = upcoming, pool.submit(make, step)
-            if current is not None:
-                yield current.result()
-        if upcoming is not None:
-            yield upcoming.result()

@@ -113,7 +113,12 @@ class Group:
     def publish(self, result: str) -> None:
         """On rank 0: end the run, with its result for the others."""
         self.store.set("result", result)
+        self.release()
+
+    def release(self) -> None:
+        """On rank 0: let the others stop following."""
         if self._started:
+            self._started = False
             self.send("end")
 
     def result(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -10,10 +11,13 @@ import torch
 from gpt.config import Config
 from gpt.distributed.group import Group, failing_together, joined
 from gpt.distributed.trainer import ParallelTrainer
+from gpt.hardware.device import flush_denormals
+from gpt.hardware.processes import cores
 from gpt.run.directory import RunResult
 from gpt.trainer import Trainer
 
 Stop = Callable[[], bool]
+TIMED = 5  # updates
 
 
 def together(
@@ -46,8 +50,11 @@ def _follow(config: Config, group: Group, stop: Stop) -> RunResult:
             group.ask_to_stop()
         time.sleep(0.1)
     if group.is_ready():
-        _, vocab_size = group.receive()
-        ParallelTrainer(config, vocab_size, group).follow(stop)
+        with flush_denormals():
+            _, vocab_size = group.receive()
+            ParallelTrainer(config, vocab_size, group).follow(stop)
+    while not group.has_ended():  # rank 0 may continue alone
+        time.sleep(0.1)
     return RunResult.from_json(group.result())
 
 
@@ -55,16 +62,57 @@ def make_trainer(
     config: Config,
     vocab_size: int,
     group: Group,
-    *,
     check_stop: Callable[[], object],
     notify: Callable[[str], object],
+    resuming: bool,
 ) -> Trainer:
     """The trainer of the only process, or of rank 0.
+
+    Args:
+        check_stop, notify: see `Trainer`.
+        resuming: `training.processes: auto` is decided for a new run only, as another number of
+            processes sums in another order.
 
     Raises:
         InputError: see `Trainer` and `ParallelTrainer`.
     """
-    if group.size == 1:
+
+    def alone() -> Trainer:
         return Trainer(config, vocab_size, group.device, check_stop=check_stop, notify=notify)
+
+    if group.size == 1:
+        return alone()
     group.start(vocab_size)
-    return ParallelTrainer(config, vocab_size, group, check_stop=check_stop, notify=notify)
+    trainer = ParallelTrainer(config, vocab_size, group, check_stop=check_stop, notify=notify)
+    if config.training.processes != "auto" or group.device.type != "cpu" or resuming:
+        return trainer
+    threads = torch.get_num_threads()
+    shared = _update_seconds(trainer, vocab_size)
+    torch.set_num_threads(cores())
+    single = alone()
+    whole = _update_seconds(single, vocab_size)
+    faster = "1 process" if whole < shared else f"{group.size} processes"
+    notify(
+        f"training.processes auto: {shared:.3g} s for an update by {group.size} processes with "
+        f"{threads} thread{'s' if threads > 1 else ''} each, {whole:.3g} s by 1 process with "
+        f"{cores()}: training in {faster}"
+    )
+    if whole < shared:
+        group.release()
+        return single
+    torch.set_num_threads(threads)
+    return trainer
+
+
+@flush_denormals()  # as training does
+def _update_seconds(trainer: Trainer, vocab_size: int) -> float:
+    """Seconds of an update of one micro-batch for each process, the median of TIMED."""
+    sequences = trainer.micro_batch * trainer.processes
+    tokens = torch.randint(vocab_size, (sequences, trainer.config.model.context))
+    trainer.reset()
+    seconds = []
+    for _ in range(1 + TIMED):  # the first warms up
+        began = time.monotonic()
+        trainer.update(1.0, *trainer.backward(1, tokens, tokens))
+        seconds.append((time.monotonic() - began) / sequences * trainer.config.batch_sequences)
+    return statistics.median(seconds[1:])

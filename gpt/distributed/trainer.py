@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -58,11 +58,12 @@ class ParallelTrainer(Trainer):
         notify: Callable[[str], object] = lambda text: None,
     ) -> None:
         device, share = group.device, config.batch_sequences // group.size
-        own = _of_share(config, share)
+        own = _of_share(config, share, config.training.micro_batch)
         super().__init__(own, vocab_size, device, check_stop=check_stop, notify=notify)
         self.group, self.vocab_size = group, vocab_size
         self.processes, self.first_sequence = group.size, group.rank * share
         self.micro_batch = group.smallest(self.micro_batch)
+        self.config = _of_share(config, share, self.micro_batch)  # not "auto": none goes alone
         self.sharded = config.training.parallel == "fsdp"
         if self.sharded:
             check_can_shard(config, self.model)
@@ -219,7 +220,7 @@ class ParallelTrainer(Trainer):
     ) -> tuple[Tensor, Tensor]:
         self.micro_batch = micro_batch  # all change it together
         x, y = self._share(sequences, length, batch)
-        loss, grad_norm = self._backward(step, x, y)
+        loss, grad_norm = super().backward(step, x, y)
         dist.all_reduce(loss)
         self._computed = loss / self.processes, whole(grad_norm)
         return self._computed
@@ -315,10 +316,9 @@ class _Loss(nn.Module):
         return self.model.loss_fn(tokens, targets, z_loss)
 
 
-def _of_share(config: Config, share: int) -> Config:
+def _of_share(config: Config, share: int, micro_batch: Literal["auto"] | int) -> Config:
     """The config with a batch of `share` sequences, in micro-batches that divide it."""
-    given = config.training.micro_batch
-    if given != "auto":
-        given = max(n for n in range(1, min(given, share) + 1) if share % n == 0)
-    batch = {"batch_sequences": share, "batch_tokens": None, "micro_batch": given}
+    if micro_batch != "auto":
+        micro_batch = max(n for n in range(1, min(micro_batch, share) + 1) if share % n == 0)
+    batch = {"batch_sequences": share, "batch_tokens": None, "micro_batch": micro_batch}
     return config.model_copy(update={"training": config.training.model_copy(update=batch)})

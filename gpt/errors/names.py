@@ -109,7 +109,7 @@ ALIASES = {
     "training.precision": ("dtype", "torch_dtype", "amp", "mixed_precision", "fp16", "bf16"),
     "training.compile": ("torch_compile",),
     "training.processes": ("nproc_per_node", "nproc", "num_processes", "world_size", "devices"),
-    "training.parallel": ("parallel", "strategy", "fsdp", "ddp", "distributed"),
+    "training.parallel": ("strategy", "fsdp", "ddp", "distributed"),
     "training.device": ("use_cpu", "no_cuda", "accelerator"),
     "training.log_every": ("log_interval", "logging_steps", "log_freq", "log_every_n_steps"),
     "evaluation.every": (

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 
@@ -13,6 +14,7 @@ from gpt.hardware import size
 from gpt.model.gpt2 import GPT
 
 Computed = TypeVar("Computed")
+Given = ParamSpec("Given")
 
 MODEL_BYTES = 24  # per parameter: weight, gradient, step, two moments, a copy while stacking
 
@@ -98,20 +100,30 @@ class MicroBatched(Protocol):
         """Use that many sequences per forward pass from now on."""
 
 
-def retry_with_less_memory(trainer: MicroBatched, compute: Callable[[], Computed]) -> Computed:
-    """The result of `compute()`, repeated with smaller micro-batches while memory runs out.
+Trainer = TypeVar("Trainer", bound=MicroBatched)
+
+
+def with_less_memory(
+    compute: Callable[Concatenate[Trainer, Given], Computed],
+) -> Callable[Concatenate[Trainer, Given], Computed]:
+    """A method that is repeated with smaller micro-batches while memory runs out.
 
     Only `training.micro_batch: auto` is ever made smaller.
     """
-    while True:
-        try:
-            return compute()
-        except Exception as error:
-            fewer = smaller(trainer.micro_batch, trainer.config.batch_sequences)
-            automatic = trainer.config.training.micro_batch == "auto"
-            if not is_out_of_memory(error) or not automatic or fewer is None:
-                raise
-        trainer.set_micro_batch(fewer)  # outside `except`: the failed attempt's memory is free
+
+    @functools.wraps(compute)
+    def repeat(trainer: Trainer, /, *args: Given.args, **options: Given.kwargs) -> Computed:
+        while True:
+            try:
+                return compute(trainer, *args, **options)
+            except Exception as error:
+                fewer = smaller(trainer.micro_batch, trainer.config.batch_sequences)
+                automatic = trainer.config.training.micro_batch == "auto"
+                if not is_out_of_memory(error) or not automatic or fewer is None:
+                    raise
+            trainer.set_micro_batch(fewer)  # outside `except`: the failed attempt's memory is free
+
+    return repeat
 
 
 def smaller(micro_batch: int, batch: int) -> int | None:

@@ -26,8 +26,9 @@ from gpt.checkpoint.manager import CheckpointManager
 from gpt.checkpoint.state import Progress, State, read_state
 from gpt.config import Config
 from gpt.data import tokenizer
+from gpt.data.prefetch import prefetch
 from gpt.data.prepared import Dataset
-from gpt.data.sequences import TrainingSequences, ValidationSequences, prefetch
+from gpt.data.sequences import TrainingSequences, ValidationSequences
 from gpt.diagnostics.curvature import loss_hessian, measure_sharpness, stability_threshold
 from gpt.diagnostics.failure import advice, describe_location
 from gpt.diagnostics.fault import Failure, FaultLocation
