@@ -45,11 +45,13 @@ def count(config: Config, out_dir: Path) -> int:
     if given == "auto" and environment.is_file():
         given = read_json(environment, dict[str, Any]).get("processes", 1)
     if given != "auto":
-        check_processes(config, given)
-        return given
-    device = pick_device(config.training.device)
-    most = torch.cuda.device_count() if device.type == "cuda" else cores()
-    return max(n for n in range(1, most + 1) if config.batch_sequences % n == 0)
+        processes = given
+    else:
+        device = pick_device(config.training.device)
+        most = torch.cuda.device_count() if device.type == "cuda" else cores()
+        processes = max(n for n in range(1, most + 1) if config.batch_sequences % n == 0)
+    check_processes(config, processes)
+    return processes
 
 
 Answer = RunResult | InputError | StoppedError | None

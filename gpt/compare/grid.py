@@ -892,6 +892,11 @@ def _cell(grid: Grid, arm: Arm, placed: Options, seed: int, varied: list[str], o
             f"{where}: evaluation.patience: runs that stop early see different numbers of batches, "
             "so they cannot be compared; leave it out"
         )
+    if config.training.processes != 1:
+        raise InputError(
+            f"{where}: training.processes: {config.training.processes}, but each cell is trained "
+            "in one process, and several cells at a time;\nset it to 1, or leave it out"
+        )
     own = {key: _value(config, key) for key in varied}
     setting = {key: own[key] for key in placed if key != RATE}
     return Cell(name, arm.name, own, setting, config)

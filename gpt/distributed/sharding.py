@@ -20,30 +20,23 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.overrides import TorchFunctionMode
 
-from gpt.config import Config
-from gpt.errors import InputError
+from gpt.errors import InputError, option
 from gpt.model.gpt2 import GPT
 from gpt.optim import Optimizer
 
 
-def check_can_shard(config: Config, model: GPT) -> None:
-    """Refuse what does not work on shards.
+def check_can_shard(model: GPT) -> None:
+    """Refuse a model that cannot be divided.
 
     Raises:
-        InputError: names the option.
+        InputError: names a parameter.
     """
-    reasons = {
-        "training.precision: fp16 scales the loss by what all gradients have in common": (
-            config.training.precision == "fp16"
-        ),
-        "diagnostics.every needs whole weights and gradients": config.diagnostics.every is not None,
-        "training.compile is not supported with it": config.training.compile,
-    }
     single = next((name for name, p in model.named_parameters() if p.ndim == 0), None)
-    reasons[f"{single} is a single number, which cannot be divided"] = single is not None
-    for reason, applies in reasons.items():
-        if applies:
-            raise InputError(f"training.parallel: fsdp: {reason}; use ddp")
+    if single is not None:
+        raise InputError(
+            f"{option('training.parallel')}: fsdp: {single} is a single number, which cannot be "
+            "divided; use ddp"
+        )
 
 
 def shard(model: GPT, processes: int, device: torch.device) -> None:

@@ -66,7 +66,7 @@ class ParallelTrainer(Trainer):
         self.config = _of_share(config, share, self.micro_batch)  # not "auto": none goes alone
         self.sharded = config.training.parallel == "fsdp"
         if self.sharded:
-            check_can_shard(config, self.model)
+            check_can_shard(self.model)
             shard(self.model, group.size, device)
             self.loss_fn = self.model.loss_fn
         else:
@@ -77,6 +77,18 @@ class ParallelTrainer(Trainer):
             )
             compiled = config.training.compile
             self.loss_fn = torch.compile(self._ddp, dynamic=False) if compiled else self._ddp
+            self._order_buckets()
+
+    def _order_buckets(self) -> None:
+        """Let DDP order the gradients that it sums together, which it does after one backward pass.
+
+        Else the first update of a resumed run would sum in another order than an uninterrupted run.
+        """
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        with global_generators_restored(self.device), self.autocast():
+            total_loss, _ = self._ddp(token, token)
+        total_loss.backward()
+        self.model.zero_grad()
 
     # -- The other processes ---------------------------------------------------------------------
 

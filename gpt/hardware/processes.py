@@ -27,10 +27,11 @@ def cores() -> int:
 
 
 def check_processes(config: Config, processes: int) -> None:
-    """Refuse a number of processes that cannot share each batch of `config` equally.
+    """Refuse a number of processes that cannot train `config` together.
 
     Raises:
-        InputError: names the numbers that can; or an option that needs the whole batch.
+        InputError: it does not divide the batch, and names the numbers that do; or an option needs
+            the whole batch, or the whole model.
     """
     batch, norm = config.batch_sequences, config.model.norm.type
     if batch % processes:
@@ -45,3 +46,23 @@ def check_processes(config: Config, processes: int) -> None:
             f"{option('training.processes')}: {processes}, but the statistics of "
             f"{option('model.norm.type')} {norm} are over the sequences of one process; use 1"
         )
+    if processes > 1 and config.training.parallel == "fsdp":
+        _check_sharded(config)
+
+
+def _check_sharded(config: Config) -> None:
+    """Refuse what does not work if each process holds a part of the model."""
+    training = config.training
+    conflicts = {
+        "training.precision": (training.precision == "fp16", "fp16, whose scale all must agree on"),
+        "training.compile": (training.compile, "true, which is not supported"),
+        "diagnostics.every": (
+            config.diagnostics.every is not None,
+            f"{config.diagnostics.every}, which measures whole weights and gradients",
+        ),
+    }
+    for name, (applies, why) in conflicts.items():
+        if applies:
+            raise InputError(
+                f"{option('training.parallel')}: fsdp conflicts with {option(name)} {why}; use ddp"
+            )
