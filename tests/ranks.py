@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gpt import training
 from gpt.config import Config, validate
+from gpt.distributed import group
 from gpt.distributed.trainer import ParallelTrainer
 from gpt.errors import InputError
 from gpt.model.gpt2 import GPT
@@ -34,18 +35,22 @@ Job = dict[str, Any]
 
     tree, out: the config and the run directory
     stop: stop after this many updates
-    bad: {step: factor}: multiply the training loss of the last process by the factor, each once
-    count: the step of which to count the messages
+    bad: {step: factor}: multiply what the last process minimizes in that step, once
+    count: the step whose collective operations rank 0 counts
     scalar: give ReZero's blocks a parameter without dimensions
+    differs: "config" or "code": of what the last process has another version
 """
 
 
 def work(jobs: Sequence[Job]) -> None:
     """Do the jobs one after another; each leaves rank-R.json in its run directory."""
     rank = int(os.environ.get("RANK", "0"))
+    last = rank == int(os.environ.get("WORLD_SIZE", "1")) - 1
     for job in jobs:
-        out = Path(job["out"])
-        with observed(job, last=rank == int(os.environ.get("WORLD_SIZE", "1")) - 1) as seen:
+        out, tree = Path(job["out"]), job["tree"]
+        if last and job.get("differs") == "config":
+            tree = {**tree, "seed": 7}
+        with observed(job, last=last) as seen:
             made: list[None] = []
             options: dict[str, Any] = {}
             if "stop" in job:
@@ -53,7 +58,7 @@ def work(jobs: Sequence[Job]) -> None:
                 options = {"on_update": lambda made=made: made.append(None)}
                 options["stop"] = lambda made=made, stop=stop: len(made) >= stop
             try:
-                training.train(validate(Config, job["tree"]), out, quiet=True, **options)
+                training.train(validate(Config, tree), out, quiet=True, **options)
             except (InputError, SystemExit) as error:
                 seen["error"] = f"{type(error).__name__}: {error}"
         out.mkdir(parents=True, exist_ok=True)
@@ -82,25 +87,26 @@ def observed(job: Job, *, last: bool) -> Iterator[dict[str, Any]]:
         if not self.training:
             seen["evaluated"] += len(x)
         total_loss, cross_entropy = loss_fn(self, x, *rest)
-        factor = factors[0] if self.training else 1.0
-        return total_loss * factor, cross_entropy * factor
+        return total_loss * factors[0], cross_entropy
 
     with contextlib.ExitStack() as stack:
 
-        def replace(owner: type, name: str, function: Any) -> None:
+        def replace(owner: Any, name: str, function: Any) -> None:
             stack.enter_context(mock.patch.object(owner, name, function))
 
         replace(Trainer, "backward", observed_backward)
         replace(GPT, "loss_fn", observed_loss)
-        for name in ("_backward_share", "_update") if "count" in job else ():
+        for name in ("backward", "update") if "count" in job else ():
             replace(ParallelTrainer, name, _counted(name, job["count"], seen))
+        if last and job.get("differs") == "code":
+            replace(group, "_code_digest", lambda: "another")
         if "scalar" in job:
             replace(ReZero, "__init__", _with_scalar(ReZero.__init__))
         yield seen
 
 
 def _counted(name: str, step: int, seen: dict[str, Any]) -> Any:
-    """The method, which counts the collective operations of its `step`th call."""
+    """The method of rank 0, which counts the collective operations of its `step`th call."""
     method, calls = getattr(ParallelTrainer, name), [0]
 
     def counted(self: ParallelTrainer, *arguments: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
@@ -12,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, VERSE
+import yaml
+from conftest import ROOT
 from ranks import Job, work
 from safetensors.torch import load_file
 from test_cli import called
-from test_training import records, tensors
+from test_training import records
 
 from gpt.config import Config, merge
 from gpt.errors import InputError
-from gpt.model.placement import PLACEMENTS
-from gpt.optim import OPTIMIZERS
 from gpt.training import train
 
 Make = Callable[..., Config]
@@ -87,35 +87,18 @@ def assert_same_bits(a: Path, b: Path, step: int) -> None:
         assert [key for key in one if not one[key].equal(other[key])] == []
 
 
-@pytest.fixture(scope="module")
-def trees(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Options]:
+BASE: Options = {
+    "optimizer": {"learning_rate": 3e-3},
+    "training": {"batch_sequences": BATCH, "log_every": 1},
+    "evaluation": {"sequences": 7},  # which no number of processes divides
+    "sampling": {"tokens": 0},
+}
+
+
+@pytest.fixture(scope="session")
+def trees(tree: Options) -> Callable[..., Options]:
     """`trees(options, ...)` are the options of a run of 20 steps, the later ones on top."""
-    folder = tmp_path_factory.mktemp("shared")
-    for index in range(40):
-        (folder / f"{index:02}.txt").write_text(VERSE.format(index) * (index % 5 + 2))
-    base: Options = {
-        "data": {
-            "source": "text",
-            "path": [str(folder)],
-            "tokenizer": "bytes",
-            "val_fraction": 0.2,
-            "cache_dir": str(folder / "cache"),
-        },
-        "model": {"layers": 2, "heads": 2, "width": 16, "context": 16},
-        "schedule": {"warmup_steps": 5},
-        "optimizer": {"learning_rate": 3e-3},
-        "training": {"steps": 20, "batch_sequences": BATCH, "device": "cpu", "log_every": 1},
-        "evaluation": {"every": 10, "sequences": 7},  # which no number of processes divides
-        "sampling": {"tokens": 0},
-    }
-
-    def make(*changes: Options) -> Options:
-        tree = base
-        for each in changes:
-            tree = merge(tree, each)
-        return tree
-
-    return make
+    return lambda *changes: functools.reduce(merge, changes, merge(tree, BASE))
 
 
 # Accumulation, clipping that acts, and every option of the loss, in one run.
@@ -125,11 +108,7 @@ MIXED: Options = {
     "training": {"steps": 50, "micro_batch": 3, "z_loss": 1e-3, "loss_chunk": 20},
     "evaluation": {"every": 25},
 }
-ADAFACTOR: Options = {
-    "model": {"norm": {"placement": "post"}},
-    "optimizer": {"name": "adafactor", "learning_rate": 0.01},
-    "training": {"micro_batch": 2},
-}
+POST: Options = {"model": {"norm": {"placement": "post"}}, "training": {"micro_batch": 2}}
 DIVERGING: Options = {
     "model": {"norm": {"placement": "none"}},
     "optimizer": {"name": "sgd", "learning_rate": 3e4, "clip": None},
@@ -143,27 +122,24 @@ def two(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, Path]:
     """Folders of runs by two processes, and of the same runs by one."""
+    short: Options = {"training": {"steps": 6}}
+    rezero: Options = {"model": {"norm": {"placement": "rezero"}}}
     jobs: dict[str, Job] = {
         "ddp": {"tree": trees(MIXED), "count": 3},
-        "stopped": {"tree": trees(MIXED, {"training": {"steps": 6}}), "stop": 3},
-        "fsdp": {"tree": trees(ADAFACTOR, FSDP)},
-        "fsdp stopped": {"tree": trees(ADAFACTOR, FSDP), "stop": 10},
+        "fsdp": {"tree": trees(POST, FSDP), "stop": 10},
         "diverged": {"tree": trees(DIVERGING)},
-        "fp16": {
-            "tree": trees({"training": {"precision": "fp16", "steps": 4}}),
-            "bad": {2: math.inf},
-        },
-        "single number": {
-            "tree": trees(FSDP, {"model": {"norm": {"placement": "rezero"}}}),
-            "scalar": True,
-        },
+        "fp16": {"tree": trees(short, {"training": {"precision": "fp16"}}), "bad": {2: 1e38}},
+        "whole": {"tree": trees(MIXED, short)},
+        "parts": {"tree": trees(MIXED, short), "stop": 3},
+        "number": {"tree": trees(FSDP, rezero), "scalar": True},
+        "config": {"tree": trees(short), "differs": "config"},
+        "code": {"tree": trees(short), "differs": "code"},
     }
     several, one = (tmp_path_factory.mktemp(name) for name in ("several", "one"))
-    again = {"out": str(several / "stopped"), "tree": jobs["stopped"]["tree"]}
-    whole = {"tree": jobs["stopped"]["tree"]}
-    launch(2, {**jobs, "resumed": again, "whole": whole}, several, environment)
-    compared = ("ddp", "fsdp", "diverged", "fp16")
-    alone({name: jobs[name] for name in compared}, one)
+    again = {"tree": trees(MIXED, short), "out": str(several / "parts")}
+    launch(2, {**jobs, "parts again": again}, several, environment)
+    alone({name: jobs[name] for name in ("ddp", "diverged", "fp16")}, one)
+    alone({"fsdp": {"tree": trees(POST)}}, one)
     return several, one
 
 
@@ -176,26 +152,22 @@ def test_every_process_gets_its_share_of_the_same_batches(two: Any):
         assert ["".join(texts) for texts in zip(*(p[1:] for p in parts), strict=True)] == batch
 
 
-@pytest.mark.parametrize("run", ["ddp", "fsdp"])
-def test_losses_are_those_of_one_process(two: Any, run: str):
-    several, one = (path / run for path in two)
+def test_losses_are_those_of_one_process(two: Any):
+    several, one = (path / "ddp" for path in two)
     assert_same_training(several, one)
-    assert any(line.get("grad_norm", 0) > 0.1 for line in records(one))  # so MIXED is clipped
+    assert min(line["grad_norm"] for line in records(one) if "loss" in line) > 0.1  # clipped
 
 
 def test_an_evaluation_is_shared(two: Any):
-    for run in ("ddp", "fsdp"):
-        counts = [seen(two[0] / run, rank)["evaluated"] for rank in (0, 1)]
-        assert counts == [3 * 4, 3 * 3]  # three evaluations of 7 sequences
+    assert [seen(two[0] / "fsdp", rank)["evaluated"] for rank in (0, 1)] == [4, 3]
 
 
 def test_a_step_needs_few_messages(two: Any):
-    """Two texts (backward, update), the batch, the gradients of DDP's one bucket, and the loss."""
-    for rank in (0, 1):
-        assert seen(two[0] / "ddp", rank)["messages"] == {
-            "_backward_share": {"gloo:scatter": 1, "gloo:all_reduce": 2},
-            "_update": {},
-        }
+    """Two requests, the batch, the gradients (which fit in one bucket of DDP), and the loss."""
+    assert seen(two[0] / "ddp")["messages"] == {
+        "backward": {"gloo:broadcast": 1, "gloo:scatter": 1, "gloo:all_reduce": 2},
+        "update": {"gloo:broadcast": 1},
+    }
 
 
 def test_a_divergence_is_located_as_in_one_process(two: Any):
@@ -212,26 +184,168 @@ def test_all_processes_agree_on_the_loss_scale(two: Any):
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(two: Any):
-    assert result(two[0] / "stopped")["status"] == "finished"
-    assert_same_bits(two[0] / "stopped", two[0] / "whole", step=6)
+    assert result(two[0] / "parts")["status"] == "finished"
+    assert_same_bits(two[0] / "parts", two[0] / "whole", step=6)
 
 
-def test_one_process_resumes_what_two_have_divided(two: Any, tmp_path: Path, capsys: Any):
-    """Adafactor's state of rows and columns, too; and the text of a checkpoint can be sampled."""
-    several, one = two
+def test_one_process_samples_and_resumes_what_two_have_divided(
+    two: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    several, one = (path / "fsdp" for path in two)
     resumed = tmp_path / "resumed"
-    shutil.copytree(several / "fsdp stopped", resumed)
+    shutil.copytree(several, resumed)
     code, text, _ = called(capsys, "sample", resumed, "--max-new-tokens", "3", "--prompt", "The")
     assert code == 0
     assert text.startswith("The")
-    config = json.loads((several / "jobs.json").read_text())[3]["tree"]
-    from gpt.config import validate
-
-    assert train(validate(Config, config), resumed, quiet=True).step == 20
-    assert_close(records(resumed), records(one / "fsdp"))
+    config = Config.model_validate(yaml.safe_load((resumed / "config.yaml").read_text()))
+    assert result(resumed)["step"] == 10
+    assert train(config, resumed, quiet=True).step == 20
+    assert_same_training(resumed, one)
 
 
 def test_what_cannot_be_divided_is_named(two: Any):
-    errors = [seen(two[0] / "single number", rank)["error"] for rank in (0, 1)]
-    assert any("blocks.0.b is a single number, which cannot be divided; use ddp" in e for e in errors)
-    assert not (two[0] / "single number" / "config.yaml").exists()
+    errors = [seen(two[0] / "number", rank)["error"] for rank in (0, 1)]
+    assert any(
+        "blocks.0.b is a single number, which cannot be divided; use ddp" in e for e in errors
+    )
+    assert not (two[0] / "number" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("what", ["config", "code"])
+def test_processes_that_differ_are_refused_by_the_first(two: Any, what: str):
+    errors = [seen(two[0] / what, rank)["error"] for rank in (0, 1)]
+    assert errors == [
+        f"InputError: the process of rank 1 has another {what} than that of rank 0; start all with "
+        "the same command, on the same version of steadygpt",
+        "SystemExit: 2",
+    ]
+
+
+# -- Every option, and other numbers of processes ----------------------------------------------
+
+
+def of(name: str, **options: Any) -> Options:
+    """A section of options, nested as `a.b` says."""
+    for key in reversed(name.split(".")):
+        options = {key: options}
+    return options
+
+
+RATES = {"sgd": 0.05, "adafactor": 0.01}
+OF_OPTIMIZER: dict[str, Options] = {
+    name: of("optimizer", name=name, learning_rate=RATES.get(name, 3e-3)) for name in OPTIMIZERS
+}
+OF_PLACEMENT: dict[str, Options] = {
+    name: {"model": {"layers": 4 if name == "mix" else 2, "norm": {"placement": name}}}
+    for name in PLACEMENTS
+}
+OTHERS: dict[str, Options] = {
+    "mup": of("model", parametrization="mup", mup_base_width=8),
+    "qk-norm": of("model", attention={"qk_norm": True}, mlp={"activation": "swiglu"}),
+    "rms": of("model.norm", type="rms", embedding=True),
+    "dyt": of("model.norm", type="dyt"),
+    "scale": of("model.norm", type="scale"),
+    "random": of("data", windows="random"),
+    "fixed": of("data", windows="fixed"),
+    "diagnostics": {
+        **of("diagnostics", every=25, sequences=2, sharpness=4, noise_scale=True),
+        **of("training", micro_batch=2),
+    },
+    "skip": of("training", nonfinite="skip"),
+    "rollback": of("training", nonfinite="rollback"),
+}
+BAD: dict[str, dict[int, float]] = {"skip": {7: math.nan}, "rollback": {17: math.nan}}
+
+
+def in_ddp_and_fsdp(trees: Callable[..., Options]) -> tuple[dict[str, Job], dict[str, Job]]:
+    """Runs of 50 steps with DDP, and of 12 with FSDP2, which takes longer on a CPU."""
+    changes = {**OF_OPTIMIZER, **OF_PLACEMENT, **OTHERS}
+    mix = [{"path": trees()["data"]["path"], "weight": weight} for weight in (2, 1)]
+    changes["sources"] = of("data", path=[], mix=mix)
+    long, brief = of("training", steps=50), of("training", steps=12)
+    ddp = {name: {"tree": trees(change, long)} for name, change in changes.items()}
+    divided = [*OF_OPTIMIZER, "admin", "dlcl", "residual", "qk-norm", "skip", "rollback"]
+    fsdp = {name: {"tree": trees(changes[name], brief)} for name in divided}
+    fsdp["rollback"]["tree"] = ddp["rollback"]["tree"]  # whose failure is after step 12
+    for name, bad in BAD.items():
+        ddp[name]["bad"] = fsdp[name]["bad"] = bad
+    return ddp, fsdp
+
+
+@pytest.mark.slow
+def test_every_option_trains_as_in_one_process(
+    trees: Callable[..., Options], environment: dict[str, str], tmp_path: Path
+):
+    ddp, fsdp = in_ddp_and_fsdp(trees)
+    for name, jobs in {"one": ddp, "ddp": ddp, "one of fsdp": fsdp, "fsdp": fsdp}.items():
+        (tmp_path / name).mkdir()
+        if name.startswith("one"):
+            alone(jobs, tmp_path / name)
+        else:
+            divided = {n: {**job, "tree": merge(job["tree"], FSDP)} for n, job in jobs.items()}
+            launch(2, jobs if name == "ddp" else divided, tmp_path / name, environment)
+    for jobs, several, one in ((ddp, "ddp", "one"), (fsdp, "fsdp", "one of fsdp")):
+        for name in jobs:
+            assert_same_training(tmp_path / several / name, tmp_path / one / name)
+        assert result(tmp_path / several / "skip")["skipped_updates"] == 1
+        assert result(tmp_path / several / "rollback")["rollbacks"] == 1
+
+
+# -- Refused before anything starts ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--processes 5",
+            "--training.processes: 5 cannot share a batch of 4 sequences equally; use 1, 2, 4, or "
+            "another --training.batch-sequences",
+        ),
+        (
+            "--processes 2 --model.norm.type batch",
+            "--training.processes: 2, but the statistics of --model.norm.type batch are over the "
+            "sequences of one process; use 1",
+        ),
+        (
+            "--processes 2 --training.parallel fsdp --training.precision fp16",
+            "--training.parallel: fsdp conflicts with --training.precision fp16, whose scale all "
+            "must agree on; use ddp",
+        ),
+        (
+            "--processes 2 --training.parallel fsdp --diagnostics.every 5",
+            "--training.parallel: fsdp conflicts with --diagnostics.every 5, which measures whole "
+            "weights and gradients; use ddp",
+        ),
+        (
+            "--processes 2 --training.parallel fsdp --training.compile",
+            "--training.parallel: fsdp conflicts with --training.compile true, which is not "
+            "supported; use ddp",
+        ),
+    ],
+)
+def test_what_processes_cannot_share_is_refused(
+    tiny_file: Path, tmp_path: Path, capsys: Any, flags: str, message: str
+):
+    arguments = (tiny_file, *flags.split(), "--out-dir", tmp_path / "run")
+    code, _, error = called(capsys, "train", *arguments)
+    assert (code, error) == (2, f"train.py: {message}\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_refuses_it_too(tiny_file: Path, tmp_path: Path, capsys: Any):
+    flags = ("--processes", "5", "--dry-run", "--out-dir", tmp_path / "run")
+    code, _, error = called(capsys, "train", tiny_file, *flags)
+    assert code == 2
+    assert "5 cannot share a batch of 4 sequences equally" in error
+
+
+def test_python_does_not_start_processes(tiny: Make, tmp_path: Path):
+    with pytest.raises(InputError, match=r"processes: 2, but this is one process; start them with"):
+        train(tiny(training={"processes": 2}), tmp_path / "run")
+
+
+def test_cells_of_a_comparison_are_trained_in_one_process_each(run_grid: Any):
+    code, _, error = run_grid("--training.processes", "2")
+    assert code == 2
+    assert "training.processes: 2, but each cell is trained in one process" in error
