@@ -226,9 +226,9 @@ def test_processes_that_differ_are_refused_by_the_first(two: Any, what: str):
 # -- Every option, and other numbers of processes ----------------------------------------------
 
 
-def of(name: str, **options: Any) -> Options:
+def of(section: str, /, **options: Any) -> Options:
     """A section of options, nested as `a.b` says."""
-    for key in reversed(name.split(".")):
+    for key in reversed(section.split(".")):
         options = {key: options}
     return options
 
