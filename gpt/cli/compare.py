@@ -6,16 +6,27 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from gpt.cli.common import StopSignals
+from gpt.cli.engines import check_engine, make_engine
 from gpt.cli.flags import parse
 from gpt.cli.paths import check_directory, explained
 from gpt.compare import grid as grids
 from gpt.compare.grid import Cell, Grid
-from gpt.config import Config, FileName, FileNames, Seconds, Section, WorkerCount
+from gpt.config import (
+    Choice,
+    Config,
+    FileName,
+    FileNames,
+    Resource,
+    Seconds,
+    Section,
+    Texts,
+    WorkerCount,
+)
 from gpt.config.shipped import names
 from gpt.errors import InputError, as_flag
 from gpt.io.console import Console, show
@@ -31,7 +42,19 @@ class CellArguments(Section):
     """The directory to write (default: runs/NAME)."""
     workers: WorkerCount | None = Field(None, title="INT")
     """Number of processes, with one thread each on a CPU (default: one per core, at most 8 on a
-    GPU)."""
+    GPU). With other engines, how many tasks run at once (default: as many as fit)."""
+    engine: Annotated[str, Choice("gpt.compare.execution.engines", "ENGINES")] = "local"
+    """Where the cells run: in processes on this machine, on a Ray cluster, or as array jobs of
+    Slurm; the results are the same."""
+    address: str | None = Field(None, title="auto|HOST:PORT")
+    """ray: the cluster (default: one of this machine alone, which is started)."""
+    cpus_per_task: Resource | None = None
+    """ray: the CPUs that a task occupies, such as 0.5 (default: 1)."""
+    gpus_per_task: Resource | None = None
+    """ray: the GPUs that a task occupies (default: 0.125 if the cells train on GPUs)."""
+    sbatch: Texts = Field((), title="NAME=VALUE")
+    """slurm: options of sbatch, such as time=4:00:00 partition=gpu gpus-per-task=1; the time limit
+    is needed."""
     dry_run: bool = False
     """List the runs and their total tokens, FLOPs and time, and write nothing."""
     report_only: bool = False
@@ -106,6 +129,7 @@ def load(argv: Sequence[str], prog: str = "compare.py") -> tuple[Arguments, Comp
     """
     arguments, options = parse(Arguments, prog, argv, Config)
     arguments.check_report_only("dry_run", "extend", "reuse")
+    check_engine(arguments)
     with explained(arguments.grid, prog, "grid"):
         path, directory = _locate(arguments)
         grid, cells = grids.load(path, options, arguments.seeds)
@@ -146,26 +170,33 @@ def compare(arguments: Arguments, comparison: Comparison) -> Summary | None:
     other = Path(arguments.beside) if arguments.beside is not None else None
     if other is not None:
         comparisons.read_comparison(other)  # raises before any cell runs
-    workers = arguments.workers or default_workers(cells)
     if arguments.report_only:
         comparisons.check_directory(grid, cells, directory)
+        workers = arguments.workers or default_workers(cells)
         return comparisons.report(grid, cells, directory, other, workers=workers)
-    extend, reuse = arguments.extend, [Path(each) for each in arguments.reuse]
-    if arguments.dry_run:
-        show(comparisons.dry_run(grid, cells, directory, workers, extend=extend, reuse=reuse))
-        return None
-    with StopSignals(arguments.max_seconds) as stop, contextlib.closing(Console()) as console:
-        return comparisons.compare(
-            grid,
-            cells,
-            directory,
-            workers=workers,
-            console=console,
-            stop=stop,
-            beside=other,
-            extend=extend,
-            reuse=reuse,
-        )
+    with make_engine(arguments) as engine:
+        workers = arguments.workers or engine.workers(cells)
+        extend, reuse = arguments.extend, [Path(each) for each in arguments.reuse]
+        if arguments.dry_run:
+            show(
+                comparisons.dry_run(
+                    grid, cells, directory, workers, extend=extend, reuse=reuse, engine=engine
+                )
+            )
+            return None
+        with StopSignals(arguments.max_seconds) as stop, contextlib.closing(Console()) as console:
+            return comparisons.compare(
+                grid,
+                cells,
+                directory,
+                workers=workers,
+                console=console,
+                stop=stop,
+                beside=other,
+                extend=extend,
+                reuse=reuse,
+                engine=engine,
+            )
 
 
 def report(summary: Summary | None, comparison: Comparison) -> int:

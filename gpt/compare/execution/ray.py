@@ -1,0 +1,230 @@
+"""The engine `ray`: tasks on the nodes of a Ray cluster.
+
+Without an address, it starts a cluster of this machine alone, which ends with the comparison. Tasks
+say in files what they do, and hear of a stop there (remote.py); their answers come through Ray.
+
+If the process or the node of a task dies, the task is run again, on whichever node has room, and
+its cells resume from their last save. After MOST_DEATHS deaths, they are recorded as killed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from gpt.compare.execution import remote
+from gpt.compare.execution.cell_runs import CellError
+from gpt.compare.execution.engine import Engine, Work
+from gpt.compare.execution.tasks import GPU_WORKERS, Task
+from gpt.compare.grid import Cell
+from gpt.errors import InputError, UnreachableError
+from gpt.hardware.device import pick_device
+from gpt.io.wait import wait_for
+
+MOST_DEATHS = 3  # of the processes and nodes of one task
+SECONDS_BETWEEN_POLLS = 0.2
+PROBE_SECONDS = 5.0  # to reach the port of an address
+CONNECT_SECONDS = 14.0  # for Ray to answer there
+
+
+@dataclass(frozen=True)
+class Ray(Engine):
+    """Tasks on a Ray cluster.
+
+    Attributes:
+        address: "auto" or HOST:PORT of a cluster; None starts one here.
+        cpus_per_task: how many of a node's CPUs a task occupies; None is one.
+        gpus_per_task: of its GPUs; None is an eighth if cells train on GPUs.
+    """
+
+    address: str | None = None
+    cpus_per_task: float | None = None
+    gpus_per_task: float | None = None
+
+    def __enter__(self) -> Self:
+        import ray
+
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        logging.getLogger("ray").setLevel(logging.CRITICAL)
+        quiet = {"log_to_driver": False, "configure_logging": False}
+        if self.address is None:  # in this thread, as Ray's processes end with the one it starts in
+            before = signal.getsignal(signal.SIGTERM)
+            ray.init("local", include_dashboard=False, **quiet)
+            signal.signal(signal.SIGTERM, before)
+            return self
+        try:
+            if ":" in self.address:
+                _probe(self.address)
+            wait_for(lambda: ray.init(self.address, **quiet), CONNECT_SECONDS)
+        except InputError:
+            raise
+        except TimeoutError:
+            raise UnreachableError(f"--address: {self.address}: no Ray cluster answers") from None
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UnreachableError(f"--address: {self.address}: {_first_line(error)}") from None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        import ray
+
+        ray.shutdown()
+
+    def workers(self, cells: Sequence[Cell]) -> int:
+        """As many tasks as the cluster has room for."""
+        return max(1, _room(self._demand(cells)))
+
+    def _demand(self, cells: Sequence[Cell]) -> dict[str, float]:
+        """The resources of a task."""
+        on_gpu = any(pick_device(cell.config.training.device).type == "cuda" for cell in cells)
+        default = {"CPU": 1.0, "GPU": 1 / GPU_WORKERS if on_gpu else 0.0}
+        given = {"CPU": self.cpus_per_task, "GPU": self.gpus_per_task}
+        return {name: default[name] if n is None else n for name, n in given.items()}
+
+    def run(self, work: Work) -> bool:
+        import ray
+
+        cells = [cell for task in work.tasks for cell in task.cells]
+        demand = self._demand(cells)
+        if cells and not _room(demand):
+            needs = " and ".join(f"{number:g} {name}s" for name, number in demand.items())
+            raise InputError(
+                f"no node of the Ray cluster has the {needs} of a task; "
+                "see --cpus-per-task and --gpus-per-task"
+            )
+        session = remote.begin(
+            work.directory,
+            keep_checkpoints=work.keep_checkpoints,
+            threads=max(1, int(demand["CPU"])),
+            locked=True,
+        )
+        options = {"num_cpus": demand["CPU"], "num_gpus": demand["GPU"], "max_retries": 0}
+        train = ray.remote(**options)(remote.Session.train)
+        stopped = False
+        waiting, deaths = deque(work.tasks), Counter[str]()
+        running: dict[Any, Task] = {}
+        failure: InputError | None = None
+        progress = _Progress(work, session)
+        try:
+            while running or waiting:
+                while waiting and len(running) < work.workers:
+                    task = waiting.popleft()
+                    running[train.remote(session, task)] = task
+                done, _ = ray.wait(list(running), timeout=SECONDS_BETWEEN_POLLS)
+                for answer in done:
+                    task = running.pop(answer)
+                    session.forget(task.name)
+                    try:
+                        work.record(task, ray.get(answer))
+                    except ray.exceptions.RayTaskError as error:
+                        failure = failure or _failure(error)
+                    except ray.exceptions.RayError as error:
+                        deaths[task.name] += 1
+                        if deaths[task.name] < MOST_DEATHS:
+                            waiting.appendleft(task)
+                            work.say(f"{task.name}: {_first_line(error)}; it is run again")
+                        else:
+                            work.record(task, [_killed(error)] * len(task.cells))
+                progress.show(running.values())
+                if failure or work.stop() or session.is_over():
+                    session.stop()
+                    waiting.clear()
+                    running = {
+                        a: task for a, task in running.items() if session.has_begun(task.name)
+                    }
+                    stopped = True
+        finally:
+            session.close()
+        if failure is not None:
+            raise failure
+        return not stopped
+
+
+class _Progress:
+    """Shows the updates of the running tasks, and warns of locks that do not hold."""
+
+    def __init__(self, work: Work, session: remote.Session) -> None:
+        self.work, self.session = work, session
+        self.updates: dict[str, int] = {}
+        self.next, self.warned = 0.0, False
+
+    def show(self, running: Iterable[Task]) -> None:
+        """Read the files of the running tasks, if it is time."""
+        if time.monotonic() < self.next:
+            return
+        for task in running:
+            self.updates |= self.session.updates(task.name)
+        self.work.progress(self.updates)
+        host = self.session.unlocked()
+        if host is not None and not self.warned:
+            self.warned = True
+            self.work.say(
+                f"warning: locks in {self.session.directory} do not hold on node {host}: make sure "
+                "that no other process works there (docs/cluster.md)"
+            )
+        self.next = time.monotonic() + remote.SECONDS_BETWEEN_UPDATES
+
+
+def _probe(address: str) -> None:
+    """Check that something listens at HOST:PORT.
+
+    Raises:
+        InputError: the address has another form.
+        OSError: nothing does.
+    """
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or not 0 < int(port) < 65536 or not host or "/" in host:
+        raise InputError(f"--address: {address!r} is neither auto nor HOST:PORT")
+    try:
+        wait_for(
+            lambda: socket.create_connection((host, int(port)), PROBE_SECONDS).close(),
+            PROBE_SECONDS,
+        )
+    except OSError as error:
+        raise OSError(f"cannot be reached: {error.strerror or error}") from None
+
+
+def _room(demand: Mapping[str, float]) -> int:
+    """How many tasks the nodes of the cluster have room for."""
+    import ray
+
+    needed = {name: number for name, number in demand.items() if number}
+    return sum(
+        min(
+            (int(node["Resources"].get(name, 0.0) / n + 1e-9) for name, n in needed.items()),
+            default=1,
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    )
+
+
+def _failure(error: Any) -> InputError:
+    """What keeps a node from running tasks, from a `RayTaskError`.
+
+    Raises:
+        Exception: it is none of the expected errors.
+    """
+    if isinstance(error.cause, InputError):
+        return error.cause
+    if isinstance(error.cause, ModuleNotFoundError):
+        return InputError(f"node {error.ip}: {error.cause}; install steadygpt on every node")
+    raise error
+
+
+def _killed(error: Exception) -> CellError:
+    import ray
+
+    out_of_memory = isinstance(error, ray.exceptions.OutOfMemoryError)
+    status: Literal["killed", "out of memory"] = "out of memory" if out_of_memory else "killed"
+    return CellError(status, f"died {MOST_DEATHS} times: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
