@@ -9,13 +9,15 @@ its cells resume from their last save. After MOST_DEATHS deaths, they are record
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import socket
+import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -62,7 +64,8 @@ class Ray(Engine):
         try:
             if ":" in self.address:
                 _probe(self.address)
-            wait_for(lambda: ray.init(self.address, **quiet), CONNECT_SECONDS)
+            with _silent_stderr():
+                wait_for(lambda: ray.init(self.address, **quiet), CONNECT_SECONDS)
         except InputError:
             raise
         except TimeoutError:
@@ -169,6 +172,20 @@ class _Progress:
                 "that no other process works there (docs/cluster.md)"
             )
         self.next = time.monotonic() + remote.SECONDS_BETWEEN_UPDATES
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Discard what Ray's C++ prints meanwhile; errors are exceptions."""
+    sys.stderr.flush()
+    before = os.dup(2)
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
 
 
 def _probe(address: str) -> None:
