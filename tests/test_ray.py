@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -16,15 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comparing import Make, called, grid_tree, write
+from comparing import Make, called, grid_tree, tables, write
 
 from gpt.compare.execution import remote
 from gpt.compare.execution.tasks import Task
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
-
-TIMES = ("seconds", "registered", "git_commit")
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +47,13 @@ def grid_of(tiny: Make, folder: Path, steps: int, **changes: Any) -> Path:
     return write(folder / "grid.yaml", grid_tree(base, probes=False, **changes))
 
 
-def tables(directory: Path) -> tuple[Any, Any]:
-    """cells.csv and summary.json, without times."""
-    with (directory / "cells.csv").open() as file:
-        rows = [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
-    summary = json.loads((directory / "summary.json").read_text())
-    return rows, {key: value for key, value in summary.items() if key not in TIMES}
-
-
 def test_a_node_that_is_killed_loses_nothing(
-    cluster: Any, tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_pictures: None
+    cluster: Any,
+    tiny: Make,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+    no_pictures: None,
 ):
     path = grid_of(tiny, tmp_path, 400, exclude=[{"arm": "pre", "seed": 1}])
     victim = next(iter(cluster.worker_nodes))
@@ -88,7 +82,8 @@ def test_a_node_that_is_killed_loses_nothing(
     assert not (directory / "lost.json").exists()
     assert not (directory / "cluster").exists()
 
-    code, _, _ = called(capsys, path, "--out-dir", tmp_path / "local", "--workers", 2)
+    request.getfixturevalue("in_this_process")
+    code, _, _ = called(capsys, path, "--out-dir", tmp_path / "local")
     assert code == 0
     assert tables(directory) == tables(tmp_path / "local")
 

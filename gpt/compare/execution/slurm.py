@@ -138,6 +138,7 @@ class Slurm(Engine):
         if rest:
             waiting |= self._submit(work, session, rest, queue)
         updates: dict[str, int] = {}
+        failed = False
         while waiting:
             for job, (name, task) in list(waiting.items()):
                 updates |= session.updates(name)
@@ -146,6 +147,7 @@ class Slurm(Engine):
                     errors = _killed(session, job, name, task)
                 if errors is not None:
                     work.record(task, [errors.get(cell.id) for cell in task.cells])
+                    failed = failed or bool(errors)
                     del waiting[job]
                     session.forget(name)
                     _ending(session, name).unlink(missing_ok=True)
@@ -159,8 +161,11 @@ class Slurm(Engine):
                     f"scancel {arrays};\nthe same command waits for them again"
                 )
             time.sleep(SECONDS_BETWEEN_POLLS if waiting else 0.0)
-        session.stop()
-        queue.clear()
+        if failed:  # the logs may say more
+            session.stop()
+            queue.clear()
+        else:
+            session.close()
         return True
 
     def _submit(
@@ -182,7 +187,7 @@ class Slurm(Engine):
                 with executor.batch():
                     jobs = [executor.submit(element) for element in elements]
             except (FailedJobError, FailedSubmissionError) as error:
-                raise InputError(f"sbatch: {str(error).strip().splitlines()[-1]}") from None
+                raise InputError(str(error).strip().splitlines()[-1]) from None
             for path in executor.folder.iterdir():
                 if path.is_symlink():  # submitit's, to the script; comparisons have no links
                     path.unlink()
