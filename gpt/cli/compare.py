@@ -51,7 +51,8 @@ class CellArguments(Section):
     cpus_per_task: Resource | None = None
     """ray: the CPUs that a task occupies, such as 0.5 (default: 1)."""
     gpus_per_task: Resource | None = None
-    """ray: the GPUs that a task occupies (default: 0.125 if the cells train on GPUs)."""
+    """ray: the GPUs that a task occupies (default, if cells train on GPUs: 1 for a batch, else
+    0.125)."""
     sbatch: Texts = Field((), title="NAME=VALUE")
     """slurm: options of sbatch, such as time=4:00:00 partition=gpu gpus-per-task=1; the time limit
     is needed."""
@@ -175,7 +176,8 @@ def compare(arguments: Arguments, comparison: Comparison) -> Summary | None:
         workers = arguments.workers or default_workers(cells)
         return comparisons.report(grid, cells, directory, other, workers=workers)
     with make_engine(arguments) as engine:
-        workers = arguments.workers or engine.workers(cells)
+        most = engine.workers(cells)
+        workers = arguments.workers or most
         extend, reuse = arguments.extend, [Path(each) for each in arguments.reuse]
         if arguments.dry_run:
             show(

@@ -30,6 +30,8 @@ def check_engine(arguments: CellArguments) -> None:
         number = getattr(arguments, flag)
         if number is not None and number > 1 and not float(number).is_integer():
             raise InputError(f"{as_flag(flag)}: {number:g} is above 1 and not a whole number")
+    if arguments.cpus_per_task == 0 and not arguments.gpus_per_task:
+        raise InputError("--cpus-per-task: 0 needs --gpus-per-task, or nothing limits the tasks")
     package = PACKAGES.get(engine)
     if package is not None and not is_installed(package):
         raise InputError(

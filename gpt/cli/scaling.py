@@ -69,7 +69,8 @@ def main(argv: Sequence[str], prog: str = "steadygpt scaling") -> int:
     else:
         extend = arguments.extend
         with make_engine(arguments) as engine:
-            workers = arguments.workers or engine.workers(cells)
+            most = engine.workers(cells)
+            workers = arguments.workers or most
             if arguments.dry_run:
                 show(
                     comparison.dry_run(

@@ -52,7 +52,7 @@ class Local(Engine):
         index = {name: number for number, name in enumerate(ids)}
 
         def show() -> None:
-            work.progress(dict(zip(ids, pool.shared.steps, strict=True)))
+            work.progress(dict(zip(ids, pool.shared.steps[:], strict=True)))
 
         def record(task: Task, answer: Future[list[CellError | None]]) -> None:
             work.record(task, _errors(answer, len(task.cells)))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -43,7 +44,8 @@ class Ray(Engine):
     Attributes:
         address: "auto" or HOST:PORT of a cluster; None starts one here.
         cpus_per_task: how many of a node's CPUs a task occupies; None is one.
-        gpus_per_task: of its GPUs; None is an eighth if cells train on GPUs.
+        gpus_per_task: of its GPUs; None is one for a batch that trains on a GPU, and an eighth for
+            a single cell.
     """
 
     address: str | None = None
@@ -55,7 +57,7 @@ class Ray(Engine):
 
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         logging.getLogger("ray").setLevel(logging.CRITICAL)
-        quiet = {"log_to_driver": False, "configure_logging": False}
+        quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
         if self.address is None:  # in this thread, as Ray's processes end with the one it starts in
             before = signal.getsignal(signal.SIGTERM)
             ray.init("local", include_dashboard=False, **quiet)
@@ -69,7 +71,10 @@ class Ray(Engine):
         except InputError:
             raise
         except TimeoutError:
-            raise UnreachableError(f"--address: {self.address}: no Ray cluster answers") from None
+            raise UnreachableError(
+                f"--address: {self.address}: no Ray cluster answers; if it needs a token, set "
+                "RAY_AUTH_MODE=token"
+            ) from None
         except (OSError, RuntimeError, ValueError) as error:
             raise UnreachableError(f"--address: {self.address}: {_first_line(error)}") from None
         return self
@@ -80,35 +85,40 @@ class Ray(Engine):
         ray.shutdown()
 
     def workers(self, cells: Sequence[Cell]) -> int:
-        """As many tasks as the cluster has room for."""
-        return max(1, _room(self._demand(cells)))
+        """As many tasks as the cluster has room for.
 
-    def _demand(self, cells: Sequence[Cell]) -> dict[str, float]:
+        Raises:
+            InputError: no node has room for one.
+        """
+        demand = self._demand(cells)
+        room = _room(demand)
+        if not room:
+            needs = [f"{n:g} {name}{'s' if n > 1 else ''}" for name, n in demand.items() if n]
+            raise InputError(
+                f"no node of the Ray cluster has the {' and '.join(needs)} of a task; "
+                "see --cpus-per-task and --gpus-per-task"
+            )
+        return room
+
+    def _demand(self, cells: Sequence[Cell], *, batched: bool = False) -> dict[str, float]:
         """The resources of a task."""
         on_gpu = any(pick_device(cell.config.training.device).type == "cuda" for cell in cells)
-        default = {"CPU": 1.0, "GPU": 1 / GPU_WORKERS if on_gpu else 0.0}
-        given = {"CPU": self.cpus_per_task, "GPU": self.gpus_per_task}
-        return {name: default[name] if n is None else n for name, n in given.items()}
+        gpus = 0.0 if not on_gpu else 1.0 if batched else 1 / GPU_WORKERS
+        return {
+            "CPU": 1.0 if self.cpus_per_task is None else self.cpus_per_task,
+            "GPU": gpus if self.gpus_per_task is None else self.gpus_per_task,
+        }
 
     def run(self, work: Work) -> bool:
         import ray
 
-        cells = [cell for task in work.tasks for cell in task.cells]
-        demand = self._demand(cells)
-        if cells and not _room(demand):
-            needs = " and ".join(f"{number:g} {name}s" for name, number in demand.items())
-            raise InputError(
-                f"no node of the Ray cluster has the {needs} of a task; "
-                "see --cpus-per-task and --gpus-per-task"
-            )
         session = remote.begin(
             work.directory,
             keep_checkpoints=work.keep_checkpoints,
-            threads=max(1, int(demand["CPU"])),
+            threads=max(1, int(self.cpus_per_task or 1)),
             locked=True,
         )
-        options = {"num_cpus": demand["CPU"], "num_gpus": demand["GPU"], "max_retries": 0}
-        train = ray.remote(**options)(remote.Session.train)
+        train = ray.remote(max_retries=0)(remote.Session.train)
         stopped = False
         waiting, deaths = deque(work.tasks), Counter[str]()
         running: dict[Any, Task] = {}
@@ -118,7 +128,9 @@ class Ray(Engine):
             while running or waiting:
                 while waiting and len(running) < work.workers:
                     task = waiting.popleft()
-                    running[train.remote(session, task)] = task
+                    demand = self._demand(task.cells, batched=task.batched)
+                    options = {"num_cpus": demand["CPU"], "num_gpus": demand["GPU"]}
+                    running[train.options(**options).remote(session, task)] = task
                 done, _ = ray.wait(list(running), timeout=SECONDS_BETWEEN_POLLS)
                 for answer in done:
                     task = running.pop(answer)
@@ -129,11 +141,11 @@ class Ray(Engine):
                         failure = failure or _failure(error)
                     except ray.exceptions.RayError as error:
                         deaths[task.name] += 1
-                        if deaths[task.name] < MOST_DEATHS:
+                        if deaths[task.name] == MOST_DEATHS:
+                            work.record(task, [_killed(error)] * len(task.cells))
+                        elif not stopped:
                             waiting.appendleft(task)
                             work.say(f"{task.name}: {_first_line(error)}; it is run again")
-                        else:
-                            work.record(task, [_killed(error)] * len(task.cells))
                 progress.show(running.values())
                 if failure or work.stop() or session.is_over():
                     session.stop()
@@ -211,12 +223,8 @@ def _room(demand: Mapping[str, float]) -> int:
     """How many tasks the nodes of the cluster have room for."""
     import ray
 
-    needed = {name: number for name, number in demand.items() if number}
     return sum(
-        min(
-            (int(node["Resources"].get(name, 0.0) / n + 1e-9) for name, n in needed.items()),
-            default=1,
-        )
+        min(int(node["Resources"].get(name, 0) / n + 1e-9) for name, n in demand.items() if n)
         for node in ray.nodes()
         if node["Alive"]
     )
@@ -226,12 +234,18 @@ def _failure(error: Any) -> InputError:
     """What keeps a node from running tasks, from a `RayTaskError`.
 
     Raises:
-        Exception: it is none of the expected errors.
+        RayTaskError: it is something else.
     """
+    import ray
+
     if isinstance(error.cause, InputError):
         return error.cause
-    if isinstance(error.cause, ModuleNotFoundError):
-        return InputError(f"node {error.ip}: {error.cause}; install steadygpt on every node")
+    if isinstance(error.cause, ray.exceptions.RaySystemError):  # the node cannot read the task
+        address = re.search(r"ip=([^,)]+)", str(error))
+        reason = str(error).strip().rpartition("\n")[2]
+        return InputError(
+            f"node {address[1] if address else '?'}: {reason}; every node needs the same steadygpt"
+        )
     raise error
 
 
