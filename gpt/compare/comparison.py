@@ -6,6 +6,7 @@
       registration.json  seeds, hash of seeds and contrasts, before first result; later additions
       cells/CELL/     a run directory each
       lost.json       cells without a result, and why; only if there are any
+      cluster/        of tasks that run on other machines (execution/remote.py), until they end
       search.json     the runs of each search, and what was decided after each; only of searches
       probes.json     measurements of the networks at initialization
       cells.csv       one row per cell
