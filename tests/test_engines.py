@@ -13,7 +13,7 @@ import pytest
 from comparing import Make, TwoCells
 from test_cli import called
 
-from gpt.cli import engines as flags
+from gpt.cli import cells
 from gpt.compare import estimate
 from gpt.compare.execution import remote
 from gpt.compare.execution.engines import ENGINES
@@ -55,7 +55,7 @@ def test_a_missing_package_is_named_with_its_command(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(flags, "is_installed", lambda name: False)
+    monkeypatch.setattr(cells, "is_installed", lambda name: False)
     code, _, err = called(capsys, "compare", "quick", "--engine", engine)
     assert code == 2
     assert f"{package} is not installed: pip install 'steadygpt[{engine}]'" in err
@@ -63,13 +63,13 @@ def test_a_missing_package_is_named_with_its_command(
 
 def test_every_engine_has_the_fields_of_its_flags():
     for name, engine in ENGINES.items():
-        assert set(engine.__dataclass_fields__) == set(flags.FLAGS.get(name, ()))
+        assert set(engine.__dataclass_fields__) == set(cells.FLAGS.get(name, ()))
 
 
 def test_slurm_without_its_commands(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    monkeypatch.setattr(flags, "is_installed", lambda name: True)
+    monkeypatch.setattr(cells, "is_installed", lambda name: True)
     monkeypatch.setenv("PATH", str(tmp_path))
     arguments = ("quick", "--engine", "slurm", "--sbatch", "time=1")
     code, _, err = called(capsys, "compare", *arguments, "--out-dir", tmp_path / "x")
@@ -119,7 +119,7 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None) 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", sys.argv)
     (tmp_path / "comparison").mkdir()
-    return remote.begin(Path("comparison"), keep_checkpoints=False, threads=1, locked=True)
+    return remote.begin(Path("comparison"), keep_checkpoints=False, threads=1, attended=True)
 
 
 def test_it_trains_and_counts_its_updates(
@@ -162,7 +162,7 @@ def test_it_saves_once_the_token_is_deleted_and_resumes(
     assert result is not None
     assert (result.status, result.step) == ("interrupted", 7)
 
-    again = remote.begin(session.directory, keep_checkpoints=False, threads=1, locked=True)
+    again = remote.begin(session.directory, keep_checkpoints=False, threads=1, attended=True)
     assert again.token != session.token
     assert again.train(task) == [None]
     result = run.read_result()

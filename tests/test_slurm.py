@@ -208,7 +208,7 @@ def test_an_element_that_is_warned_is_requeued_by_submitit(tiny: Make, tmp_path:
     _, cells = load(grid_of(tiny, tmp_path, 2000))
     prepare(cells[0].config.data)
     directory = tmp_path / "local"
-    session = remote.begin(directory, keep_checkpoints=False, threads=1, locked=False)
+    session = remote.begin(directory, keep_checkpoints=False, threads=1, attended=False)
     (task, *_) = make_tasks(cells, "processes")
     executor = submitit.LocalExecutor(tmp_path / "jobs")
     job = executor.submit(Element(session, task))

@@ -6,74 +6,23 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from gpt.cli.cells import CellArguments
 from gpt.cli.common import StopSignals
-from gpt.cli.engines import check_engine, make_engine
 from gpt.cli.flags import parse
 from gpt.cli.paths import check_directory, explained
 from gpt.compare import grid as grids
 from gpt.compare.grid import Cell, Grid
-from gpt.config import (
-    Choice,
-    Config,
-    FileName,
-    FileNames,
-    Resource,
-    Seconds,
-    Section,
-    Texts,
-    WorkerCount,
-)
+from gpt.config import Config, FileName, FileNames
 from gpt.config.shipped import names
-from gpt.errors import InputError, as_flag
+from gpt.errors import InputError
 from gpt.io.console import Console, show
 
 if TYPE_CHECKING:
     from gpt.compare.analysis.results import Summary
-
-
-class CellArguments(Section):
-    """The arguments of commands that train many cells: `compare` and `scaling`."""
-
-    out_dir: FileName | None = Field(None, title="DIR")
-    """The directory to write (default: runs/NAME)."""
-    workers: WorkerCount | None = Field(None, title="INT")
-    """Number of processes, with one thread each on a CPU (default: one per core, at most 8 on a
-    GPU). With other engines, how many tasks run at once (default: as many as fit)."""
-    engine: Annotated[str, Choice("gpt.compare.execution.engines", "ENGINES")] = "local"
-    """Where the cells run: in processes on this machine, on a Ray cluster, or as array jobs of
-    Slurm; the results are the same."""
-    address: str | None = Field(None, title="auto|HOST:PORT")
-    """ray: the cluster (default: one of this machine alone, which is started)."""
-    cpus_per_task: Resource | None = None
-    """ray: the CPUs that a task occupies, such as 0.5 (default: 1)."""
-    gpus_per_task: Resource | None = None
-    """ray: the GPUs that a task occupies (default, if cells train on GPUs: 1 for a batch, else
-    0.125)."""
-    sbatch: Texts = Field((), title="NAME=VALUE")
-    """slurm: options of sbatch, such as time=4:00:00 partition=gpu gpus-per-task=1; the time limit
-    is needed."""
-    dry_run: bool = False
-    """List the runs and their total tokens, FLOPs and time, and write nothing."""
-    report_only: bool = False
-    """Rewrite the report from the existing runs."""
-    seeds: str | None = Field(None, title="SEEDS")
-    """Seeds instead of the file's: 8 means 0 to 7, 16:24 means 16 to 23, 1,5,7 means these."""
-    max_seconds: Seconds | None = Field(None, title="SECONDS")
-    """Save and exit with code 75 after this time, for batch queues (default: no limit)."""
-
-    def check_report_only(self, *others: str) -> None:
-        """Refuse flags that --report-only would ignore.
-
-        Raises:
-            InputError: names the first one.
-        """
-        for name in others if self.report_only else ():
-            if getattr(self, name):
-                raise InputError(f"give {as_flag(name)} or --report-only, not both")
 
 
 class Arguments(CellArguments):
@@ -85,6 +34,7 @@ class Arguments(CellArguments):
       %(prog)s quick --dry-run
       %(prog)s norms --training.steps 100 --seeds 4 --out-dir runs/short
       %(prog)s runs/quick --report-only
+      %(prog)s quick --engine slurm --sbatch time=1:00:00 partition=small
     """
 
     grid: FileName = Field(
@@ -130,7 +80,7 @@ def load(argv: Sequence[str], prog: str = "compare.py") -> tuple[Arguments, Comp
     """
     arguments, options = parse(Arguments, prog, argv, Config)
     arguments.check_report_only("dry_run", "extend", "reuse")
-    check_engine(arguments)
+    arguments.check_engine()
     with explained(arguments.grid, prog, "grid"):
         path, directory = _locate(arguments)
         grid, cells = grids.load(path, options, arguments.seeds)
@@ -175,7 +125,7 @@ def compare(arguments: Arguments, comparison: Comparison) -> Summary | None:
         comparisons.check_directory(grid, cells, directory)
         workers = arguments.workers or default_workers(cells)
         return comparisons.report(grid, cells, directory, other, workers=workers)
-    with make_engine(arguments) as engine:
+    with arguments.make_engine() as engine:
         most = engine.workers(cells)
         workers = arguments.workers or most
         extend, reuse = arguments.extend, [Path(each) for each in arguments.reuse]

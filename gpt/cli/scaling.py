@@ -8,9 +8,8 @@ from pathlib import Path
 
 from pydantic import Field
 
+from gpt.cli.cells import CellArguments
 from gpt.cli.common import StopSignals
-from gpt.cli.compare import CellArguments
-from gpt.cli.engines import check_engine, make_engine
 from gpt.cli.flags import parse
 from gpt.cli.paths import check_directory, explained
 from gpt.compare import grid as grids
@@ -44,7 +43,7 @@ def main(argv: Sequence[str], prog: str = "steadygpt scaling") -> int:
     """`steadygpt scaling LADDER.yaml ...`; returns the exit code."""
     arguments, options = parse(Arguments, prog, argv, Config)
     arguments.check_report_only("dry_run", "extend")
-    check_engine(arguments)
+    arguments.check_engine()
     path = Path(arguments.ladder)
     is_directory = path.is_dir()
     directory = path if is_directory else Path(arguments.out_dir or f"runs/{path.stem}")
@@ -68,7 +67,7 @@ def main(argv: Sequence[str], prog: str = "steadygpt scaling") -> int:
         study = studies.report(grid, cells, directory)
     else:
         extend = arguments.extend
-        with make_engine(arguments) as engine:
+        with arguments.make_engine() as engine:
             most = engine.workers(cells)
             workers = arguments.workers or most
             if arguments.dry_run:

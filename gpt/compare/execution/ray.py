@@ -116,7 +116,7 @@ class Ray(Engine):
             work.directory,
             keep_checkpoints=work.keep_checkpoints,
             threads=max(1, int(self.cpus_per_task or 1)),
-            locked=True,
+            attended=True,
         )
         train = ray.remote(max_retries=0)(remote.Session.train)
         stopped = False

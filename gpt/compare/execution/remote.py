@@ -57,7 +57,8 @@ class Session:
         argv: the command line, for environment.json.
         keep_checkpoints: see `train_task`.
         threads: for each task.
-        locked: whether the lock of the comparison is held for as long as tasks run.
+        attended: whether the process that holds the lock of the comparison lives for as long as
+            tasks run. Then they test the lock, and stop once the token is gone.
     """
 
     directory: Path
@@ -67,7 +68,7 @@ class Session:
     argv: list[str]
     keep_checkpoints: bool
     threads: int
-    locked: bool
+    attended: bool
 
     @property
     def folder(self) -> Path:
@@ -90,7 +91,7 @@ class Session:
         is_over = _Throttled(self.is_over)
 
         def stopping() -> bool:
-            return stop() or is_over()
+            return stop() or (self.attended and is_over())
 
         counter = _Counter(self.folder / "updates", [cell.id for cell in task.cells])
         _wait_for_locks([cell_directory(self.directory, cell) for cell in task.cells], stopping)
@@ -121,7 +122,7 @@ class Session:
                     f"node {host} has {package} {version}, but the comparison was started with "
                     f"{self.code[package]}; install the same on every node"
                 )
-        if self.locked and not is_locked(self.directory):
+        if self.attended and not is_locked(self.directory):
             (self.folder / "unlocked").write_text(host)
 
     def is_over(self) -> bool:
@@ -163,14 +164,14 @@ class Session:
         return path.read_text() if path.is_file() else None
 
 
-def begin(directory: Path, *, keep_checkpoints: bool, threads: int, locked: bool) -> Session:
+def begin(directory: Path, *, keep_checkpoints: bool, threads: int, attended: bool) -> Session:
     """Write the files of a session whose tasks will run on other machines.
 
     Args:
-        locked: see `Session`; if not, a token that is there is kept, as tasks may be running.
+        attended: see `Session`; if not, a token that is there is kept, as tasks may be running.
     """
     folder = directory.absolute() / FOLDER
-    if locked:
+    if attended:
         shutil.rmtree(folder, ignore_errors=True)
     (folder / "updates").mkdir(parents=True, exist_ok=True)
     path = folder / "token"
@@ -184,7 +185,7 @@ def begin(directory: Path, *, keep_checkpoints: bool, threads: int, locked: bool
         command_line(),
         keep_checkpoints,
         threads,
-        locked,
+        attended,
     )
 
 

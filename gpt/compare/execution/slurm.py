@@ -129,7 +129,7 @@ class Slurm(Engine):
             work.directory,
             keep_checkpoints=work.keep_checkpoints,
             threads=int(threads) if threads.isdecimal() else 1,
-            locked=False,
+            attended=False,
         )
         queue = _Queue(session)
         waiting, rest = queue.split(work.tasks)
@@ -152,8 +152,6 @@ class Slurm(Engine):
                     session.forget(name)
                     _ending(session, name).unlink(missing_ok=True)
             work.progress(updates)
-            if session.is_over():
-                return False
             if waiting and work.stop():
                 arrays = " ".join(sorted({job.partition("_")[0] for job in waiting}))
                 raise StoppedError(
