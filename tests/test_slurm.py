@@ -37,6 +37,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = fake_slurm.install(tmp_path / "bin")
     monkeypatch.setenv("PATH", f"{folder.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv(fake_slurm.STATE, str(folder))
+    monkeypatch.setattr(estimate, "TIMED_SECONDS", 0.01)
     monkeypatch.setattr(slurm, "SECONDS_BETWEEN_POLLS", 0.1)
     monkeypatch.setattr(slurm, "SECONDS_BETWEEN_QUERIES", 1.0)
     return folder
@@ -75,7 +76,7 @@ def resumed(directory: Path) -> int:
 
 
 @pytest.mark.slow
-def test_cells_are_requeued_at_the_time_limit_and_end_as_locally(
+def test_it_may_be_stopped_and_is_requeued_at_the_time_limit_and_ends_as_locally(
     state: Path,
     tiny: Make,
     tmp_path: Path,
@@ -84,10 +85,24 @@ def test_cells_are_requeued_at_the_time_limit_and_end_as_locally(
     no_pictures: None,
 ):
     path, directory = grid_of(tiny, tmp_path, 1000), tmp_path / "slurm"
-    with once_it_trains(directory, "scancel", "--signal=USR2", "100_0"):
-        code, _, err = called(capsys, path, "--out-dir", directory, *FLAGS)
-    assert code == 0
+    arguments = [path, "--out-dir", directory, *FLAGS]
+    with pytest.raises(SystemExit) as end:
+        called(capsys, *arguments, "--max-seconds", "2")
+    assert end.value.code == 75
+    err = capsys.readouterr().err
     assert "submitted 2 tasks as Slurm job 100" in err
+    assert "2 tasks, which continue in Slurm until scancel 100" in err
+
+    with pytest.raises(SystemExit) as end:
+        called(capsys, path, "--out-dir", directory)
+    assert end.value.code == 2
+    assert "its cells may still run in Slurm" in capsys.readouterr().err
+
+    with once_it_trains(directory, "scancel", "--signal=USR2", "100_0"):
+        code, _, err = called(capsys, *arguments)
+    assert code == 0
+    assert "2 tasks are in Slurm's queue already" in err
+    assert len(list(state.glob("*.sh"))) == 1
     assert (state / "100_0.requeued").exists()
     assert resumed(directory) == 1
     assert not (directory / "cluster").exists()
@@ -96,29 +111,6 @@ def test_cells_are_requeued_at_the_time_limit_and_end_as_locally(
     code, _, _ = called(capsys, path, "--out-dir", tmp_path / "local")
     assert code == 0
     assert tables(directory) == tables(tmp_path / "local")
-
-
-@pytest.mark.slow
-def test_stopped_and_started_again_it_submits_nothing_twice(
-    state: Path, tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_pictures: None
-):
-    path, directory = grid_of(tiny, tmp_path, 1000), tmp_path / "slurm"
-    arguments = [path, "--out-dir", directory, *FLAGS]
-    with pytest.raises(SystemExit) as end:
-        called(capsys, *arguments, "--max-seconds", "2")
-    assert end.value.code == 75
-    err = capsys.readouterr().err
-    assert "2 tasks, which continue in Slurm until scancel 100" in err
-
-    with pytest.raises(SystemExit) as end:
-        called(capsys, path, "--out-dir", directory)
-    assert end.value.code == 2
-    assert "its cells may still run in Slurm" in capsys.readouterr().err
-
-    code, _, err = called(capsys, *arguments)
-    assert code == 0
-    assert "2 tasks are in Slurm's queue already" in err
-    assert len(list(state.glob("*.sh"))) == 1
 
 
 @pytest.mark.slow
@@ -144,13 +136,8 @@ def test_elements_that_are_canceled_are_recorded_and_run_by_the_next_start(
 
 
 def test_what_sbatch_refuses_is_one_line(
-    state: Path,
-    tiny: Make,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    state: Path, tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(estimate, "TIMED_SECONDS", 0.01)
     reason = "sbatch: error: invalid partition specified: small"
     (state / "refusal").write_text(reason)
     path = grid_of(tiny, tmp_path, 2)
@@ -161,13 +148,8 @@ def test_what_sbatch_refuses_is_one_line(
 
 
 def test_a_dry_run_prints_the_script_that_is_submitted(
-    state: Path,
-    tiny: Make,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    state: Path, tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(estimate, "TIMED_SECONDS", 0.01)
     path, directory = grid_of(tiny, tmp_path, 2), tmp_path / "slurm"
     code, out, _ = called(capsys, path, "--out-dir", directory, *FLAGS, "--dry-run")
     assert code == 0
@@ -205,7 +187,7 @@ def test_other_time_limits_are_refused(text: str):
 @pytest.mark.slow
 def test_an_element_that_is_warned_is_requeued_by_submitit(tiny: Make, tmp_path: Path):
     """With submitit's own executor for one machine, which requeues on exit code 144."""
-    _, cells = load(grid_of(tiny, tmp_path, 2000))
+    _, cells = load(grid_of(tiny, tmp_path, 1000))
     prepare(cells[0].config.data)
     directory = tmp_path / "local"
     session = remote.begin(directory, keep_checkpoints=False, threads=1, attended=False)

@@ -76,7 +76,7 @@ class Ray(Engine):
                 "RAY_AUTH_MODE=token"
             ) from None
         except (OSError, RuntimeError, ValueError) as error:
-            raise UnreachableError(f"--address: {self.address}: {_first_line(error)}") from None
+            raise UnreachableError(f"--address: {self.address}: {_summary(error)}") from None
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -145,7 +145,7 @@ class Ray(Engine):
                             work.record(task, [_killed(error)] * len(task.cells))
                         elif not stopped:
                             waiting.appendleft(task)
-                            work.say(f"{task.name}: {_first_line(error)}; it is run again")
+                            work.say(f"{task.name}: {_summary(error)}; it is run again")
                 progress.show(running.values())
                 if failure or work.stop() or session.is_over():
                     session.stop()
@@ -254,8 +254,9 @@ def _killed(error: Exception) -> CellError:
 
     out_of_memory = isinstance(error, ray.exceptions.OutOfMemoryError)
     status: Literal["killed", "out of memory"] = "out of memory" if out_of_memory else "killed"
-    return CellError(status, f"died {MOST_DEATHS} times: {_first_line(error)}")
+    return CellError(status, f"died {MOST_DEATHS} times: {_summary(error)}")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+def _summary(error: Exception) -> str:
+    """The first sentence of one of Ray's messages."""
+    return re.split(r"\.\s|\.?$|\n", str(error), maxsplit=1)[0]
