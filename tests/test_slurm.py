@@ -91,7 +91,7 @@ def test_it_may_be_stopped_and_is_requeued_at_the_time_limit_and_ends_as_locally
     assert end.value.code == 75
     err = capsys.readouterr().err
     assert "submitted 2 tasks as Slurm job 100" in err
-    assert "2 tasks, which continue in Slurm until scancel 100" in err
+    assert "2 tasks, still queued or running in Slurm until scancel 100;" in err
 
     with pytest.raises(SystemExit) as end:
         called(capsys, path, "--out-dir", directory)
@@ -101,7 +101,7 @@ def test_it_may_be_stopped_and_is_requeued_at_the_time_limit_and_ends_as_locally
     with once_it_trains(directory, "scancel", "--signal=USR2", "100_0"):
         code, _, err = called(capsys, *arguments)
     assert code == 0
-    assert "2 tasks are in Slurm's queue already" in err
+    assert "in Slurm already: 2 tasks" in err
     assert len(list(state.glob("*.sh"))) == 1
     assert (state / "100_0.requeued").exists()
     assert resumed(directory) == 1
@@ -129,7 +129,7 @@ def test_elements_that_are_canceled_are_recorded_and_run_by_the_next_start(
 
     code, out, err = called(capsys, path, "--out-dir", directory, *FLAGS)
     assert code == 0
-    assert "submitted 1 tasks as Slurm job 101" in err
+    assert "submitted 1 task as Slurm job 101" in err
     assert not (directory / "lost.json").exists()
     assert not (directory / "cluster").exists()
     assert resumed(directory) == 1  # SIGTERM saved it

@@ -126,8 +126,7 @@ def compare(arguments: Arguments, comparison: Comparison) -> Summary | None:
         workers = arguments.workers or default_workers(cells)
         return comparisons.report(grid, cells, directory, other, workers=workers)
     with arguments.make_engine() as engine:
-        most = engine.workers(cells)
-        workers = arguments.workers or most
+        workers = engine.workers(cells, arguments.workers)
         extend, reuse = arguments.extend, [Path(each) for each in arguments.reuse]
         if arguments.dry_run:
             show(

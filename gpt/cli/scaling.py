@@ -68,8 +68,7 @@ def main(argv: Sequence[str], prog: str = "steadygpt scaling") -> int:
     else:
         extend = arguments.extend
         with arguments.make_engine() as engine:
-            most = engine.workers(cells)
-            workers = arguments.workers or most
+            workers = engine.workers(cells, arguments.workers)
             if arguments.dry_run:
                 show(
                     comparison.dry_run(

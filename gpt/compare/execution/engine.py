@@ -59,9 +59,16 @@ class Engine(abc.ABC):
             StoppedError: `work.stop` became true, with a message that says what continues.
         """
 
-    def workers(self, cells: Sequence[Cell]) -> int:
-        """How many tasks run at once by default."""
-        return default_workers(cells)
+    def workers(self, cells: Sequence[Cell], wanted: int | None) -> int:
+        """How many tasks run at once, at most.
+
+        Args:
+            wanted: by the user; None leaves it to the engine.
+
+        Raises:
+            InputError: none can run.
+        """
+        return wanted or default_workers(cells)
 
     def preview(self, tasks: Sequence[Task], directory: Path, workers: int) -> str:
         """What would be submitted, for --dry-run; the arguments are those of `Work`."""

@@ -84,12 +84,8 @@ class Ray(Engine):
 
         ray.shutdown()
 
-    def workers(self, cells: Sequence[Cell]) -> int:
-        """As many tasks as the cluster has room for.
-
-        Raises:
-            InputError: no node has room for one.
-        """
+    def workers(self, cells: Sequence[Cell], wanted: int | None) -> int:
+        """By default, as many tasks as the cluster has room for; see `Engine.workers`."""
         demand = self._demand(cells)
         room = _room(demand)
         if not room:
@@ -98,7 +94,7 @@ class Ray(Engine):
                 f"no node of the Ray cluster has the {' and '.join(needs)} of a task; "
                 "see --cpus-per-task and --gpus-per-task"
             )
-        return room
+        return wanted or room
 
     def _demand(self, cells: Sequence[Cell], *, batched: bool = False) -> dict[str, float]:
         """The resources of a task."""

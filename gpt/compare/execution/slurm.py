@@ -24,7 +24,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -111,9 +111,9 @@ class Slurm(Engine):
         )
         return executor
 
-    def workers(self, cells: Sequence[Cell]) -> int:
-        """As many tasks as an array may have."""
-        return min(len(cells), MOST_ELEMENTS)
+    def workers(self, cells: Sequence[Cell], wanted: int | None) -> int:
+        """By default, as many tasks as an array may have; see `Engine.workers`."""
+        return wanted or min(len(cells), MOST_ELEMENTS)
 
     def preview(self, tasks: Sequence[Task], directory: Path, workers: int) -> str:
         """The script of the first array job."""
@@ -134,7 +134,7 @@ class Slurm(Engine):
         queue = _Queue(session)
         waiting, rest = queue.split(work.tasks)
         if waiting:
-            work.say(f"{len(waiting)} tasks are in Slurm's queue already")
+            work.say(f"in Slurm already: {_count(waiting)}")
         if rest:
             waiting |= self._submit(work, session, rest, queue)
         updates: dict[str, int] = {}
@@ -155,10 +155,11 @@ class Slurm(Engine):
             if waiting and work.stop():
                 arrays = " ".join(sorted({job.partition("_")[0] for job in waiting}))
                 raise StoppedError(
-                    f"stopped waiting for {len(waiting)} tasks, which continue in Slurm until "
-                    f"scancel {arrays};\nthe same command waits for them again"
+                    f"stopped waiting for {_count(waiting)}, still queued or running in Slurm "
+                    f"until scancel {arrays};\nthe same command waits again"
                 )
-            time.sleep(SECONDS_BETWEEN_POLLS if waiting else 0.0)
+            if waiting:
+                time.sleep(SECONDS_BETWEEN_POLLS)
         if failed:  # the logs may say more
             session.stop()
             queue.clear()
@@ -192,8 +193,12 @@ class Slurm(Engine):
             ids = [job.job_id for job in jobs]
             queue.add(ids, array)
             submitted |= {i: Waiting(t.name, t) for i, t in zip(ids, array, strict=True)}
-            work.say(f"submitted {len(array)} tasks as Slurm job {ids[0].partition('_')[0]}")
+            work.say(f"submitted {_count(array)} as Slurm job {ids[0].partition('_')[0]}")
         return submitted
+
+
+def _count(tasks: Sized) -> str:
+    return f"{len(tasks)} task{'' if len(tasks) == 1 else 's'}"
 
 
 # ---------------------------------------------------------------------------------------------
