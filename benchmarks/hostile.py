@@ -68,7 +68,7 @@ import gpt.run.plot
 import gpt.training
 from gpt import cli
 from gpt.compare import report as reports
-from gpt.compare.execution import runner, worker
+from gpt.compare.execution import local
 from gpt.config import Config, option_paths, read_yaml
 from gpt.config import load as load_config
 from gpt.data import preparation
@@ -84,8 +84,8 @@ Command = Callable[[list[str]], int]
 
 
 def inline(pool: Any, jobs: Any, workers: int) -> bool:
-    """Replaces `runner._Pool.run`: runs the jobs in this process, which saves seconds."""
-    worker._shared = replace(pool.shared, parent=os.getppid())
+    """Replaces `local.Pool.run`: runs the jobs in this process, which saves seconds."""
+    local._shared = replace(pool.shared, parent=os.getppid())
     for job in jobs:
         future: Future[Any] = Future()
         try:
@@ -411,7 +411,7 @@ def _called(action: Callable[[], object], given: Input) -> int:
     sys.argv = [given.command, *given.arguments]
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(os, "fsync", return_value=None))
-        stack.enter_context(mock.patch.object(runner._Pool, "run", inline))
+        stack.enter_context(mock.patch.object(local.Pool, "run", inline))
         if not given.draws:
             for module in (gpt.run.plot, gpt.run.layer_plot):
                 stack.enter_context(mock.patch.object(module, "save", return_value=None))

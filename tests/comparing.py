@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -72,6 +73,17 @@ def write_grid(tiny: Make, folder: Path) -> Path:
         optimizer={"clip": None, "weight_decay": 0},
     )
     return write(folder / "small.yaml", grid_tree(base))
+
+
+TIMES = ("seconds", "registered")
+
+
+def tables(directory: Path) -> tuple[Any, Any]:
+    """cells.csv and summary.json, without times."""
+    with (directory / "cells.csv").open() as file:
+        rows = [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+    summary = json.loads((directory / "summary.json").read_text())
+    return rows, {key: value for key, value in summary.items() if key not in TIMES}
 
 
 class TwoCells:

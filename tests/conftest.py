@@ -94,11 +94,11 @@ def few_probes() -> Iterator[None]:
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Comparisons train their cells in this process: workers take seconds to start."""
-    from gpt.compare.execution import runner, worker
+    from gpt.compare.execution import local
 
-    def run(self: runner._Pool, jobs: Sequence[runner._Job], workers: int) -> bool:
-        shared = worker.Shared(self.shared.stop, self.shared.steps, os.getppid())
-        monkeypatch.setattr(worker, "_shared", shared, raising=False)
+    def run(self: local.Pool, jobs: Sequence[local.Job], workers: int) -> bool:
+        shared = local.Shared(self.shared.stop, self.shared.steps, os.getppid())
+        monkeypatch.setattr(local, "_shared", shared, raising=False)
         for job in jobs:
             if self.stop():
                 shared.stop.value = True
@@ -110,7 +110,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
             job.done(answer)
         return not shared.stop.value
 
-    monkeypatch.setattr(runner._Pool, "run", run)
+    monkeypatch.setattr(local.Pool, "run", run)
 
 
 def vouch(folder: Path) -> None:

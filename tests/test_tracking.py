@@ -50,7 +50,7 @@ class Memory:
 def tracked(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> Config:
     """A config with a tracker that is installed everywhere."""
     Memory.runs = []
-    monkeypatch.setattr(tracking, "_is_installed", lambda package: True)
+    monkeypatch.setattr(tracking, "is_installed", lambda package: True)
     monkeypatch.setitem(tracking.TRACKERS, "trackio", Memory)
     monkeypatch.setattr(tracking.follower, "POLL", 0.01)
     return tiny(tracking="trackio", training={"nonfinite": "rollback"}, diagnostics={"every": 5})
@@ -268,7 +268,7 @@ def test_a_missing_package_is_named_before_anything_is_written(
     capsys: pytest.CaptureFixture[str],
     flags: list[str],
 ):
-    monkeypatch.setattr(tracking, "_is_installed", lambda package: package == "trackio")
+    monkeypatch.setattr(tracking, "is_installed", lambda package: package == "trackio")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "wandb").mkdir()  # can be imported, but is not the package
     out, cache = tmp_path / "run", tmp_path / "cache"
@@ -288,13 +288,13 @@ def test_a_missing_package_is_named_before_anything_is_written(
     assert (code, printed.count("- wandb")) == (0, 1)
 
 
-def test_a_package_that_is_installed_is_found():
-    assert tracking._is_installed("pytest")
-    assert not tracking._is_installed("steadygpt-no-such-package")
+def test_a_package_thatis_installed_is_found():
+    assert tracking.is_installed("pytest")
+    assert not tracking.is_installed("steadygpt-no-such-package")
 
 
 def test_a_finished_run_needs_no_package(tiny_run: Path, tiny: Make, monkeypatch: Any):
-    monkeypatch.setattr(tracking, "_is_installed", lambda package: False)
+    monkeypatch.setattr(tracking, "is_installed", lambda package: False)
     assert run(tiny(tracking="wandb"), tiny_run).status == "finished"
 
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import psutil
 import pytest
 from comparing import Make, TwoCells
 
-from gpt.compare.execution import worker
+from gpt.compare.execution import local, worker
+from gpt.compare.execution.cell_runs import CellError
 from gpt.compare.execution.tasks import Task
 from gpt.compare.grid import Cell
 from gpt.compare.messages import format_summary
@@ -51,12 +49,12 @@ def test_a_killed_cell_is_recorded_and_the_others_continue(
 
 
 class Touch:
-    """In place of `worker.begin`: leaves a file."""
+    """In place of `local.begin`: leaves a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __call__(self, shared: worker.Shared) -> None:
+    def __call__(self, shared: local.Shared) -> None:
         self.path.touch()
 
 
@@ -71,7 +69,7 @@ def test_a_stop_does_not_wait_for_workers_that_are_starting(
         return bool(workers)
 
     began = tmp_path / "began"
-    monkeypatch.setattr(worker, "begin", Touch(began))
+    monkeypatch.setattr(local, "begin", Touch(began))
     with pytest.raises(StoppedError):
         two_cells.run(stop=stop)
     assert workers
@@ -100,7 +98,7 @@ def test_ctrl_c_does_not_reach_workers_that_are_starting(two_cells: TwoCells):
 def test_workers_that_cannot_start_end_the_comparison(
     two_cells: TwoCells, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(worker, "begin", len)  # raises in the worker
+    monkeypatch.setattr(local, "begin", len)  # raises in the worker
     with pytest.raises(OutOfMemoryError, match="ended while they were starting"):
         two_cells.run()
 
@@ -112,9 +110,8 @@ def test_a_cell_that_needs_too_much_memory_is_recorded(
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
 
     monkeypatch.setattr(worker, "train", exhausted)
-    monkeypatch.setattr(worker, "_shared", shared_memory(), raising=False)
     cell = Cell("one", "arm", {}, {}, tiny())
-    (error,) = worker.train_task(Task((cell,), batched=False), tmp_path, [0], False)
+    (error,) = train_alone(cell, tmp_path)
     assert error is not None
     assert error.status == "out of memory"
     assert "can't allocate memory" in error.reason
@@ -127,14 +124,19 @@ def test_an_unexpected_error_is_recorded_with_its_line(
         raise ZeroDivisionError("division by zero")
 
     monkeypatch.setattr(worker, "train", faulty)
-    monkeypatch.setattr(worker, "_shared", shared_memory(), raising=False)
     cell = Cell("one", "arm", {}, {}, tiny())
-    (error,) = worker.train_task(Task((cell,), batched=False), tmp_path, [0], False)
+    (error,) = train_alone(cell, tmp_path)
     assert error is not None
     assert error.status == "error"
     assert "ZeroDivisionError: division by zero (test_workers.py:" in error.reason
 
 
-def shared_memory() -> Any:
-    """What a worker shares with its parent, before a stop."""
-    return worker.Shared(SimpleNamespace(value=0), [0], os.getppid())  # type: ignore[arg-type]
+def train_alone(cell: Cell, directory: Path) -> list[CellError | None]:
+    return worker.train_task(
+        Task((cell,), batched=False),
+        directory,
+        keep_checkpoints=False,
+        save_checkpoints=False,
+        stop=lambda: False,
+        on_update=lambda index: None,
+    )

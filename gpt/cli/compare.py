@@ -10,46 +10,19 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from gpt.cli.cells import CellArguments
 from gpt.cli.common import StopSignals
 from gpt.cli.flags import parse
 from gpt.cli.paths import check_directory, explained
 from gpt.compare import grid as grids
 from gpt.compare.grid import Cell, Grid
-from gpt.config import Config, FileName, FileNames, Seconds, Section, WorkerCount
+from gpt.config import Config, FileName, FileNames
 from gpt.config.shipped import names
-from gpt.errors import InputError, as_flag
+from gpt.errors import InputError
 from gpt.io.console import Console, show
 
 if TYPE_CHECKING:
     from gpt.compare.analysis.results import Summary
-
-
-class CellArguments(Section):
-    """The arguments of commands that train many cells: `compare` and `scaling`."""
-
-    out_dir: FileName | None = Field(None, title="DIR")
-    """The directory to write (default: runs/NAME)."""
-    workers: WorkerCount | None = Field(None, title="INT")
-    """Number of processes, with one thread each on a CPU (default: one per core, at most 8 on a
-    GPU)."""
-    dry_run: bool = False
-    """List the runs and their total tokens, FLOPs and time, and write nothing."""
-    report_only: bool = False
-    """Rewrite the report from the existing runs."""
-    seeds: str | None = Field(None, title="SEEDS")
-    """Seeds instead of the file's: 8 means 0 to 7, 16:24 means 16 to 23, 1,5,7 means these."""
-    max_seconds: Seconds | None = Field(None, title="SECONDS")
-    """Save and exit with code 75 after this time, for batch queues (default: no limit)."""
-
-    def check_report_only(self, *others: str) -> None:
-        """Refuse flags that --report-only would ignore.
-
-        Raises:
-            InputError: names the first one.
-        """
-        for name in others if self.report_only else ():
-            if getattr(self, name):
-                raise InputError(f"give {as_flag(name)} or --report-only, not both")
 
 
 class Arguments(CellArguments):
@@ -61,6 +34,7 @@ class Arguments(CellArguments):
       %(prog)s quick --dry-run
       %(prog)s norms --training.steps 100 --seeds 4 --out-dir runs/short
       %(prog)s runs/quick --report-only
+      %(prog)s quick --engine slurm --sbatch time=1:00:00 partition=small
     """
 
     grid: FileName = Field(
@@ -106,6 +80,7 @@ def load(argv: Sequence[str], prog: str = "compare.py") -> tuple[Arguments, Comp
     """
     arguments, options = parse(Arguments, prog, argv, Config)
     arguments.check_report_only("dry_run", "extend", "reuse")
+    arguments.check_engine()
     with explained(arguments.grid, prog, "grid"):
         path, directory = _locate(arguments)
         grid, cells = grids.load(path, options, arguments.seeds)
@@ -146,26 +121,33 @@ def compare(arguments: Arguments, comparison: Comparison) -> Summary | None:
     other = Path(arguments.beside) if arguments.beside is not None else None
     if other is not None:
         comparisons.read_comparison(other)  # raises before any cell runs
-    workers = arguments.workers or default_workers(cells)
     if arguments.report_only:
         comparisons.check_directory(grid, cells, directory)
+        workers = arguments.workers or default_workers(cells)
         return comparisons.report(grid, cells, directory, other, workers=workers)
-    extend, reuse = arguments.extend, [Path(each) for each in arguments.reuse]
-    if arguments.dry_run:
-        show(comparisons.dry_run(grid, cells, directory, workers, extend=extend, reuse=reuse))
-        return None
-    with StopSignals(arguments.max_seconds) as stop, contextlib.closing(Console()) as console:
-        return comparisons.compare(
-            grid,
-            cells,
-            directory,
-            workers=workers,
-            console=console,
-            stop=stop,
-            beside=other,
-            extend=extend,
-            reuse=reuse,
-        )
+    with arguments.make_engine() as engine:
+        workers = engine.workers(cells, arguments.workers)
+        extend, reuse = arguments.extend, [Path(each) for each in arguments.reuse]
+        if arguments.dry_run:
+            show(
+                comparisons.dry_run(
+                    grid, cells, directory, workers, extend=extend, reuse=reuse, engine=engine
+                )
+            )
+            return None
+        with StopSignals(arguments.max_seconds) as stop, contextlib.closing(Console()) as console:
+            return comparisons.compare(
+                grid,
+                cells,
+                directory,
+                workers=workers,
+                console=console,
+                stop=stop,
+                beside=other,
+                extend=extend,
+                reuse=reuse,
+                engine=engine,
+            )
 
 
 def report(summary: Summary | None, comparison: Comparison) -> int:

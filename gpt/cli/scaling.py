@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pydantic import Field
 
+from gpt.cli.cells import CellArguments
 from gpt.cli.common import StopSignals
-from gpt.cli.compare import CellArguments
 from gpt.cli.flags import parse
 from gpt.cli.paths import check_directory, explained
 from gpt.compare import grid as grids
@@ -43,6 +43,7 @@ def main(argv: Sequence[str], prog: str = "steadygpt scaling") -> int:
     """`steadygpt scaling LADDER.yaml ...`; returns the exit code."""
     arguments, options = parse(Arguments, prog, argv, Config)
     arguments.check_report_only("dry_run", "extend")
+    arguments.check_engine()
     path = Path(arguments.ladder)
     is_directory = path.is_dir()
     directory = path if is_directory else Path(arguments.out_dir or f"runs/{path.stem}")
@@ -56,31 +57,40 @@ def main(argv: Sequence[str], prog: str = "steadygpt scaling") -> int:
             ladder, configs = ladders.load(path, options, arguments.seeds)
 
     from gpt.compare import comparison
-    from gpt.compare.execution.tasks import default_workers
     from gpt.scaling import study as studies
     from gpt.scaling.report import format_study
 
     if not is_directory:
         grid, cells = studies.plan(ladder, configs, path)
-    workers = arguments.workers or default_workers(cells)
     if arguments.report_only:
         comparison.check_directory(grid, cells, directory)
         study = studies.report(grid, cells, directory)
-    elif arguments.dry_run:
-        show(comparison.dry_run(grid, cells, directory, workers, extend=arguments.extend))
-        return 0
     else:
-        grids.check_sizes(cells)
-        with StopSignals(arguments.max_seconds) as stop, contextlib.closing(Console()) as console:
-            study = studies.run(
-                grid,
-                cells,
-                directory,
-                workers=workers,
-                console=console,
-                stop=stop,
-                extend=arguments.extend,
-            )
+        extend = arguments.extend
+        with arguments.make_engine() as engine:
+            workers = engine.workers(cells, arguments.workers)
+            if arguments.dry_run:
+                show(
+                    comparison.dry_run(
+                        grid, cells, directory, workers, extend=extend, engine=engine
+                    )
+                )
+                return 0
+            grids.check_sizes(cells)
+            with (
+                StopSignals(arguments.max_seconds) as stop,
+                contextlib.closing(Console()) as console,
+            ):
+                study = studies.run(
+                    grid,
+                    cells,
+                    directory,
+                    workers=workers,
+                    console=console,
+                    stop=stop,
+                    extend=extend,
+                    engine=engine,
+                )
     show(format_study(study, directory))
     return 1 if "error" in study.missing.values() else 0
 

@@ -6,6 +6,7 @@
       registration.json  seeds, hash of seeds and contrasts, before first result; later additions
       cells/CELL/     a run directory each
       lost.json       cells without a result, and why; only if there are any
+      cluster/        of tasks that run on other machines (execution/remote.py), until they end
       search.json     the runs of each search, and what was decided after each; only of searches
       probes.json     measurements of the networks at initialization
       cells.csv       one row per cell
@@ -43,6 +44,7 @@ from gpt.compare.analysis.searches import choose, has_stopped, read_outcomes, wr
 from gpt.compare.analysis.summary import summarize
 from gpt.compare.estimate import check_affordable, check_cells, estimate
 from gpt.compare.execution.cell_runs import read_lost
+from gpt.compare.execution.engine import Engine
 from gpt.compare.execution.runner import run_tasks
 from gpt.compare.execution.tasks import Task, make_tasks
 from gpt.compare.grid import Cell, Grid
@@ -85,12 +87,13 @@ def compare(
     beside: Path | None = None,
     extend: bool = False,
     reuse: Sequence[Path] = (),
+    engine: Engine | None = None,
 ) -> Summary:
     """Run the missing cells of a comparison, and write its report.
 
     Args:
         beside: see `report`.
-        cells, workers, extend, reuse: see `run`.
+        cells, workers, extend, reuse, engine: see `run`.
 
     Raises:
         InputError, StoppedError: as `run`.
@@ -109,6 +112,7 @@ def compare(
         stop=stop,
         extend=extend,
         reuse=reuse,
+        engine=engine,
     )
 
 
@@ -123,15 +127,17 @@ def run(
     stop: Callable[[], bool],
     extend: bool = False,
     reuse: Sequence[Path] = (),
+    engine: Engine | None = None,
 ) -> Result:
     """Run the missing cells of a grid, and return the result of `finish`, such as a report.
 
     Args:
         cells: of the grid; where it searches, the first cell of each search.
         finish: called with the grid once all cells were tried.
-        workers: number of worker processes.
+        workers: how many tasks run at once, at most.
         extend: see `check_directory`.
         reuse: other comparisons' directories, whose finished runs are copied where they fit.
+        engine: where the tasks run; by default in processes on this machine.
 
     Raises:
         InputError: the directory holds another comparison, or the grid cannot be run here.
@@ -179,7 +185,7 @@ def run(
         if tasks or copied:
             append_command(directory)
         _copy_runs(copies, grid, cells, directory, results, console, stop)
-        _train(grid, cells, directory, tasks, chosen, known, workers, console, stop)
+        _train(grid, cells, directory, tasks, chosen, known, workers, console, stop, engine)
         if grid.probes and not (directory / "probes.json").is_file():
             _probe(cells, directory, console, stop)
         return interruptible(lambda stop: finish(grid), stop, STOPPED)
@@ -223,6 +229,7 @@ def _train(
     workers: int,
     console: Console,
     stop: Callable[[], bool],
+    engine: Engine | None,
 ) -> None:
     """Run the tasks, and those of later rounds, which depend on the results.
 
@@ -247,6 +254,7 @@ def _train(
             console=console,
             stop=stop,
             describe=lambda cell: format_outcome(read_outcome(cell, directory)),
+            engine=engine,
         )
         if not done:
             raise StoppedError(STOPPED)
@@ -450,11 +458,12 @@ def dry_run(
     *,
     extend: bool = False,
     reuse: Sequence[Path] = (),
+    engine: Engine | None = None,
 ) -> str:
-    """A description of what would be run, and the list of cells.
+    """A description of what would be run, the list of cells, and what the engine would submit.
 
     Args:
-        extend, reuse: as for `compare`.
+        extend, reuse, engine: as for `compare`.
 
     Raises:
         InputError: as `compare`.
@@ -489,7 +498,8 @@ def dry_run(
         lines.append(f"registered on {before.time}: SHA-256 {before.sha256}")
     finished = len(chosen) - len(missing)
     described = describe(grid, cells, directory, estimated, tasks, workers, finished)
-    return "\n".join([described, *lines])
+    submitted = engine.preview(tasks, directory, workers) if engine is not None and tasks else ""
+    return "\n".join([described, *lines, *([submitted] if submitted else [])])
 
 
 @dataclass(frozen=True)

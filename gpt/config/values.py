@@ -165,6 +165,9 @@ def as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+Texts = Annotated[tuple[str, ...], BeforeValidator(as_list, json_schema_input_type=str | list[str])]
+
+
 # ---------------------------------------------------------------------------------------------
 # Options that depend on a variant
 
@@ -277,6 +280,7 @@ Rate = Positive  # a learning rate
 Epsilon = Annotated[float, Between(1e-30, 1e3)]
 Factor = Annotated[float, Between(0.0, 1e3)]  # multiplies a loss, a weight or a logit
 Ratio = Annotated[float, Between(1e-6, 1e6)]  # relative to other numbers of its kind
+Resource = Annotated[float, Between(0.0, 1e4)]  # a part of the CPUs or GPUs of a machine
 SoftCap = Annotated[float, Between(1e-3, 1e6)]
 Multiple = Annotated[float, Between(1e-5, 1e3)]
 Seconds = Annotated[float, Between(1e-3, 1e9)]

@@ -10,7 +10,6 @@ import torch
 
 from gpt.config import Config
 from gpt.distributed.group import Group, failing_together, joined
-from gpt.distributed.trainer import ParallelTrainer
 from gpt.hardware.device import flush_denormals
 from gpt.hardware.processes import cores
 from gpt.run.directory import RunResult
@@ -50,6 +49,8 @@ def _follow(config: Config, group: Group, stop: Stop) -> RunResult:
             group.ask_to_stop()
         time.sleep(0.1)
     if group.is_ready():
+        from gpt.distributed.trainer import ParallelTrainer
+
         with flush_denormals():
             _, vocab_size = group.receive()
             ParallelTrainer(config, vocab_size, group).follow(stop)
@@ -82,6 +83,8 @@ def make_trainer(
 
     if group.size == 1:
         return alone()
+    from gpt.distributed.trainer import ParallelTrainer  # a second of imports, if needed
+
     group.start(vocab_size)
     trainer = ParallelTrainer(config, vocab_size, group, check_stop=check_stop, notify=notify)
     if config.training.processes != "auto" or group.device.type != "cpu" or resuming:

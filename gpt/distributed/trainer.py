@@ -243,6 +243,7 @@ class ParallelTrainer(Trainer):
         """Inputs and targets of this process, (sequences, length) each, on the device."""
         both = None if batch is None else torch.stack(batch, 1)
         share = self.group.scatter(both, (sequences, 2, length))
+        share = share.pin_memory() if self.device.type == "cuda" else share
         return [self.to_device(part.contiguous()) for part in share.unbind(1)]
 
     def micro_batches(

@@ -15,6 +15,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import socket
 import stat
 from collections.abc import Iterator
 from io import BufferedReader
@@ -184,6 +185,9 @@ def fsync(path: Path) -> None:
 def lock_file(lock: Path, refusal: str, wait: float = 0.0) -> Iterator[None]:
     """Hold an exclusive lock. The file is removed on exit; a killed process leaves it unlocked.
 
+    The file names its process and machine. On a network file system, the lock of a machine that has
+    died may be held for minutes; or locks may not hold between machines at all.
+
     Args:
         wait: seconds to wait for another process that holds it.
 
@@ -196,9 +200,12 @@ def lock_file(lock: Path, refusal: str, wait: float = 0.0) -> Iterator[None]:
         held.acquire(timeout=wait)
         mine = lock.stat()
     except Timeout:
-        raise InputError(refusal) from None
+        raise InputError(refusal + _other_machine(lock)) from None
     except OSError as error:
         raise InputError(f"{lock}: cannot be locked: {error.strerror}") from None
+    if mine.st_nlink == 1:  # not also another file, by a hard link
+        with contextlib.suppress(OSError):  # Windows lets nobody write it
+            lock.write_text(f"{os.getpid()} {socket.gethostname()}\n")
     try:
         yield
     finally:
@@ -206,6 +213,15 @@ def lock_file(lock: Path, refusal: str, wait: float = 0.0) -> Iterator[None]:
             if os.path.samestat(mine, lock.stat()):
                 lock.unlink()
         held.release()
+
+
+def _other_machine(lock: Path) -> str:
+    """` (process 123 on node7)`, if another machine holds a lock."""
+    try:
+        pid, host = read_small(lock, 1000).decode().split()
+    except (OSError, ValueError):  # empty, of an older version, or unreadable on Windows
+        return ""
+    return "" if host == socket.gethostname() else f" (process {pid} on {host})"
 
 
 @contextlib.contextmanager

@@ -51,7 +51,6 @@ class Dropout(nn.Module):
         return f"p={self.p}"
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # it cannot compile generators
 def _kept(x: Tensor, probability: float) -> Tensor:
     """Booleans of the shape of x, each true with that probability."""
     kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)

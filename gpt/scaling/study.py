@@ -21,6 +21,7 @@ import torch
 
 from gpt.compare import comparison
 from gpt.compare.analysis.searches import read_outcomes
+from gpt.compare.execution.engine import Engine
 from gpt.compare.grid import Cell, Grid
 from gpt.compare.report.cells_csv import csv_text
 from gpt.config import Config
@@ -62,11 +63,12 @@ def run(
     console: Console,
     stop: Callable[[], bool],
     extend: bool = False,
+    engine: Engine | None = None,
 ) -> Study:
     """Run the missing cells of a study, and write its report.
 
     Args:
-        workers, extend: as for `gpt.compare.comparison.run`.
+        workers, extend, engine: as for `gpt.compare.comparison.run`.
 
     Raises:
         InputError: the directory holds something else, or the grid cannot be run here.
@@ -85,6 +87,7 @@ def run(
         console=console,
         stop=stop,
         extend=extend,
+        engine=engine,
     )
 
 

@@ -43,7 +43,7 @@ def check_installed(names: Iterable[str]) -> None:
     Raises:
         InputError: names those that are not, and what installs them.
     """
-    missing = [name for name in names if not _is_installed(name)]
+    missing = [name for name in names if not is_installed(name)]
     if missing:
         raise InputError(
             f"tracking: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not "
@@ -51,7 +51,7 @@ def check_installed(names: Iterable[str]) -> None:
         )
 
 
-def _is_installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
     """Whether a distribution is installed; an import would also find a folder like W&B's wandb/."""
     try:
         importlib.metadata.distribution(package)

@@ -1,6 +1,6 @@
 """Which cells are trained together: the tasks of a comparison.
 
-A task is the unit of work of a worker process: a single cell, or a batch of cells of one shape,
+A task is the unit of work of an engine: a single cell, or a batch of cells of one shape,
 whose weights are stacked and trained in the same matrix products (see gpt/ensemble.py).
 """
 
@@ -24,6 +24,11 @@ class Task:
 
     cells: tuple[Cell, ...]
     batched: bool
+
+    @property
+    def name(self) -> str:
+        """The id of its first cell, which names files about the task."""
+        return self.cells[0].id
 
 
 def make_tasks(cells: Sequence[Cell], runner: Runner) -> list[Task]:

@@ -1,25 +1,14 @@
-"""A worker process of a comparison: it trains the cells of one task after another.
+"""What the process of any engine does with a task: it trains the cells into their run directories.
 
-The worker fills run directories and answers its parent, in runner.py, with the error of each cell
-that has no result. Meanwhile the two share memory: the parent's request to stop, at which the
-worker saves its cells after the update in progress, and the number of updates of each cell. If the
-parent dies, the worker stops as well.
+An error in a cell is an answer, and never ends the process.
 """
 
 from __future__ import annotations
 
-import atexit
-import gc
-import os
 import shutil
-import signal
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from multiprocessing.sharedctypes import Synchronized, SynchronizedArray
 from pathlib import Path
-
-import torch
 
 from gpt import metrics
 from gpt.compare.execution.cell_runs import CellError, cell_directory
@@ -29,58 +18,31 @@ from gpt.run.directory import RunDirectory, RunResult
 from gpt.training import train
 
 
-@dataclass(frozen=True)
-class Shared:
-    """Memory shared by the parent and its workers, and the parent's process id.
-
-    Attributes:
-        stop: true once the workers should save their cells, answer, and end.
-        steps: the number of updates of each cell.
-    """
-
-    stop: Synchronized[int]
-    steps: SynchronizedArray[int]
-    parent: int
-
-
-_shared: Shared  # set by `begin`, once per worker process
-
-
-def begin(shared: Shared) -> None:
-    """Prepare this process, before its first task: one thread, and signals left to the parent."""
-    global _shared
-    _shared = shared
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    atexit.register(gc.freeze)  # as in gpt/cli/common.py
-
-
-def _should_stop() -> bool:
-    return bool(_shared.stop.value) or os.getppid() != _shared.parent
-
-
-def _count_update(index: int) -> None:
-    _shared.steps[index] += 1
-
-
 def train_task(
-    task: Task, directory: Path, indices: Sequence[int], keep_checkpoints: bool
+    task: Task,
+    directory: Path,
+    *,
+    keep_checkpoints: bool,
+    save_checkpoints: bool,
+    stop: Callable[[], bool],
+    on_update: Callable[[int], object],
 ) -> list[CellError | None]:
     """Train a task's cells into their run directories.
 
     Args:
         directory: of the comparison.
-        indices: of the cells in `Shared.steps`.
         keep_checkpoints: whether the checkpoints of a cell that has ended are kept.
+        save_checkpoints: whether batched cells are saved as scheduled, or only for a stop.
+        stop: polled often; once it returns true, the cells are saved.
+        on_update: called with the index of each cell that has made an update.
 
     Returns:
         The error of each cell; None if it has a result, or was stopped.
     """
-    if _shared.stop.value:
+    if stop():
         return [None] * len(task.cells)
     paths = [cell_directory(directory, cell) for cell in task.cells]
-    ended = _train(task, paths, indices, keep_checkpoints)
+    ended = _train(task, paths, save_checkpoints, stop, on_update)
     for path, end in zip(paths, ended, strict=True):
         if isinstance(end, RunResult) and end.status != "interrupted" and not keep_checkpoints:
             shutil.rmtree(path / "checkpoints", ignore_errors=True)
@@ -88,21 +50,21 @@ def train_task(
 
 
 def _train(
-    task: Task, paths: Sequence[Path], indices: Sequence[int], keep_checkpoints: bool
+    task: Task,
+    paths: Sequence[Path],
+    save_checkpoints: bool,
+    stop: Callable[[], bool],
+    on_update: Callable[[int], object],
 ) -> Sequence[RunResult | Exception]:
     """The result of each cell, or the exception that it raised."""
     configs = [cell.config for cell in task.cells]
     try:
         if task.batched:
             return train_together(
-                configs,
-                paths,
-                stop=_should_stop,
-                on_update=lambda i: _count_update(indices[i]),
-                save_checkpoints=keep_checkpoints,
+                configs, paths, stop=stop, on_update=on_update, save_checkpoints=save_checkpoints
             )
-        count = partial(_count_update, indices[0])
-        return [train(configs[0], paths[0], quiet=True, stop=_should_stop, on_update=count)]
+        count = partial(on_update, 0)
+        return [train(configs[0], paths[0], quiet=True, stop=stop, on_update=count)]
     except Exception as error:
         return [error] * len(configs)
 
