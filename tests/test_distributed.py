@@ -24,6 +24,7 @@ from gpt.config import Config, merge
 from gpt.errors import InputError
 from gpt.model.placement import PLACEMENTS
 from gpt.optim import OPTIMIZERS
+from gpt.run.cautions import cautions
 from gpt.training import train
 
 Make = Callable[..., Config]
@@ -410,6 +411,23 @@ def test_a_dry_run_refuses_it_too(tiny_file: Path, tmp_path: Path, capsys: Any):
 def test_python_does_not_start_processes(tiny: Make, tmp_path: Path):
     with pytest.raises(InputError, match=r"processes: 2, but this is one process; start them with"):
         train(tiny(training={"processes": 2}), tmp_path / "run")
+
+
+def test_the_number_that_torchrun_has_started_wins(tiny: Make, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    expected = ["training.processes is 4, but torchrun has started 2, which train it"]
+    assert cautions(tiny(training={"processes": 4}), None) == expected
+    for agreeing in (1, 2, "auto"):
+        assert cautions(tiny(training={"processes": agreeing}), None) == []
+
+
+def test_a_plan_is_of_one_process(tiny_file: Path, capsys: Any):
+    code, text, _ = called(capsys, "plan", tiny_file, "--training.processes", "2")
+    assert code == 0
+    assert text.endswith("  processes  2; the memory and the time are those of one alone\n")
+    code, _, error = called(capsys, "plan", tiny_file, "--training.processes", "3")
+    assert code == 2
+    assert "3 cannot share a batch of 4 sequences equally; use 1, 2, 4" in error
 
 
 def test_cells_of_a_comparison_are_trained_in_one_process_each(run_grid: Any):

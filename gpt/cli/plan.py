@@ -11,6 +11,7 @@ from gpt.cli.flags import parse
 from gpt.cli.paths import explained
 from gpt.config import Between, Config, Hours, describe_differences, load
 from gpt.errors import InputError, as_flag
+from gpt.hardware.processes import check_processes
 from gpt.io.console import show, write_result
 
 Flops = Annotated[float, Between(1.0, 1e30)]
@@ -44,6 +45,8 @@ def main(argv: Sequence[str], prog: str = "steadygpt plan") -> int:
     arguments, options = parse(Arguments, prog, argv, Config)
     with explained(arguments.config, prog, "config"):
         config = load(arguments.config, options)
+    if config.training.processes != "auto":
+        check_processes(config, config.training.processes)
     given = arguments.model_dump(include={"budget", "hours", "tokens"}, exclude_none=True)
     if len(given) > 1:
         raise InputError(f"{' and '.join(map(as_flag, given))}: give only one of them")

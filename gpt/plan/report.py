@@ -185,6 +185,9 @@ def describe(plan: Plan) -> str:
         ("tokens", f"{tokens:,}, {tokens / count:.3g} per parameter{_epochs(plan, tokens)}"),
         ("", _deserves(plan)),
     ]
+    if config.training.processes != 1:
+        given = config.training.processes
+        rows.append(("processes", f"{given}; the memory and the time are those of one alone"))
     return "\n".join(f"  {name:<10} {text}" for name, text in rows)
 
 

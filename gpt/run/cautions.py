@@ -1,4 +1,4 @@
-"""Warnings about a run before it starts: too little text to learn from, or to measure a loss on.
+"""Warnings about a run before it starts, such as too little text to measure a loss on.
 
 None is an error, as a run may be meant that way; each is one line that names the option that helps.
 This module does not import torch.
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from gpt.config import Config
 from gpt.data.prepared import Dataset
+from gpt.hardware.processes import launched
 from gpt.hardware.size import parameters
 from gpt.plan import TOKENS_PER_PARAMETER, USEFUL_EPOCHS
 
@@ -24,10 +25,17 @@ def cautions(config: Config, dataset: Dataset | None) -> list[str]:
     Args:
         dataset: the prepared data; None: it is not prepared yet, so nothing is said about it.
     """
-    lines = [*config.cautions]
+    lines = [*config.cautions, *_of_processes(config)]
     if dataset is not None:
         lines += [*_of_validation(config, dataset), *_of_training(config, dataset)]
     return lines
+
+
+def _of_processes(config: Config) -> Iterator[str]:
+    """Whether torchrun has started another number of processes than the config says."""
+    given, started = config.training.processes, launched()
+    if started > 1 and given not in (1, "auto", started):
+        yield f"training.processes is {given}, but torchrun has started {started}, which train it"
 
 
 def describe_validation(dataset: Dataset) -> str:
