@@ -136,6 +136,7 @@ def two(
         "whole": {"tree": trees(MIXED, SHORT)},
         "parts": {"tree": trees(MIXED, SHORT), "stop": 3},
         "number": {"tree": trees(FSDP, rezero), "scalar": True},
+        "batch": {"tree": trees(of("training", batch_sequences=9))},
         "config": {"tree": trees(SHORT), "differs": "config"},
         "code": {"tree": trees(SHORT), "differs": "code"},
     }
@@ -230,6 +231,15 @@ def test_processes_that_differ_are_refused_by_the_first(two: Any, what: str):
     assert errors == [
         f"InputError: the process of rank 1 has another {what} than that of rank 0; start all with "
         "the same command, on the same version of steadygpt",
+        "SystemExit: 2",
+    ]
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_once(two: Any):
+    errors = [seen(two[0] / "batch", rank)["error"] for rank in (0, 1)]
+    assert errors == [
+        "InputError: training.processes: 2 cannot share a batch of 9 sequences equally; use 1, 3, "
+        "9, or another training.batch_sequences",
         "SystemExit: 2",
     ]
 

@@ -195,7 +195,6 @@ def joined(config: Config, device: torch.device) -> Iterator[Group]:
             )
         yield Group(device, 0, 1, HashStore())
         return
-    check_processes(config, size)
     timeout = datetime.timedelta(seconds=config.training.process_timeout)
     store, rank, size = next(rendezvous("env://", timeout=timeout))
     # The launcher's store outlives a run and a restart, and with it the addresses of old groups.
@@ -218,10 +217,10 @@ def joined(config: Config, device: torch.device) -> Iterator[Group]:
 
 
 def _agree(group: Group, config: Config) -> None:
-    """Check that all processes have one config and one version of the program.
+    """Check that the processes can train one config together, with one version of the program.
 
     Raises:
-        InputError: on rank 0, if they do not.
+        InputError: on rank 0, if not.
         SystemExit: on the others, then.
     """
     mine = {"config": config.to_yaml(), "code": _code_digest()}
@@ -230,15 +229,19 @@ def _agree(group: Group, config: Config) -> None:
         if group.store.get("agreed") != b"yes":
             raise SystemExit(2)
         return
-    for rank in range(1, group.size):
-        other = json.loads(group.store.get(f"identity {rank}"))
-        different = [what for what, value in mine.items() if other[what] != value]
-        if different:
-            group.store.set("agreed", "no")
-            raise InputError(
-                f"the process of rank {rank} has another {different[0]} than that of rank 0; "
-                "start all with the same command, on the same version of steadygpt"
-            )
+    try:
+        check_processes(config, group.size)
+        for rank in range(1, group.size):
+            other = json.loads(group.store.get(f"identity {rank}"))
+            different = [what for what, value in mine.items() if other[what] != value]
+            if different:
+                raise InputError(
+                    f"the process of rank {rank} has another {different[0]} than that of rank 0; "
+                    "start all with the same command, on the same version of steadygpt"
+                )
+    except InputError:
+        group.store.set("agreed", "no")
+        raise
     group.store.set("agreed", "yes")
 
 
