@@ -24,13 +24,7 @@ from gpt.checkpoint.weights import load_weights
 from gpt.config import Config
 from gpt.data.sequences import ValidationSequences
 from gpt.distributed.group import Group
-from gpt.distributed.sharding import (
-    ShardedOptimizer,
-    check_can_shard,
-    set_whole,
-    shard,
-    whole,
-)
+from gpt.distributed.sharding import ShardedOptimizer, check_can_shard, set_whole, shard, whole
 from gpt.model.gpt2 import GPT
 from gpt.model.init import initialize
 from gpt.optim import Optimizer
