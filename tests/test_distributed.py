@@ -271,7 +271,7 @@ OTHERS: dict[str, Options] = {
     "random": of("data", windows="random"),
     "fixed": of("data", windows="fixed"),
     "diagnostics": {
-        **of("diagnostics", every=25, sequences=2, sharpness=4, noise_scale=True),
+        **of("diagnostics", every=10, sequences=2, sharpness=4, noise_scale=True),
         **of("training", micro_batch=2),
     },
     "bf16": of("training", precision="bf16"),
@@ -286,13 +286,14 @@ BAD: dict[str, dict[int, float]] = {"skip": {7: math.nan}, "rollback": {7: math.
 
 
 def every_option(trees: Callable[..., Options]) -> dict[str, Job]:
-    """Runs of 50 steps for DDP, and of 8 for FSDP2, whose steps take longer on a CPU."""
+    """Runs of 20 or 50 steps for DDP, and of 8 for FSDP2, whose steps take longer on a CPU."""
     changes = {**OF_OPTIMIZER, **OF_PLACEMENT, **OTHERS}
     mix = [{"path": trees()["data"]["path"], "weight": weight} for weight in (2, 1)]
     changes["sources"] = of("data", path=[], mix=mix)
     jobs: dict[str, Job] = {}
     for name, change in changes.items():
-        jobs[f"ddp {name}"] = {"tree": trees(change, of("training", steps=50))}
+        steps = 20 if name in OTHERS else 50
+        jobs[f"ddp {name}"] = {"tree": trees(change, of("training", steps=steps))}
     for name in (*OF_OPTIMIZER, "admin", "dlcl", "residual", "qk-norm", *BAD, "bf16"):
         jobs[f"fsdp {name}"] = {"tree": trees(changes[name], of("training", steps=8), FSDP)}
     for name, bad in BAD.items():
