@@ -191,6 +191,17 @@ def joined(config: Config, device: torch.device) -> Iterator[Group]:
         yield Group(device, 0, 1, HashStore())
         return
     check_processes(config, size)
+    with connected(config, device) as group:
+        yield group
+
+
+@contextlib.contextmanager
+def connected(config: Config, device: torch.device) -> Iterator[Group]:
+    """The group of the processes that a launcher has started, even if it is a single one.
+
+    Raises:
+        InputError, SystemExit: see `joined`.
+    """
     timeout = datetime.timedelta(seconds=config.training.process_timeout)
     store, rank, size = next(rendezvous("env://", timeout=timeout))
     # The launcher's store outlives a run and a restart, and with it the addresses of old groups.
