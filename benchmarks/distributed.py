@@ -11,7 +11,8 @@ Each way's processes start before the first turn and wait between turns. Steps/s
 ratios to one process with all threads are medians over the turns. CPU time and memory are those of
 every process. Bytes per step are counted twice in rank 0: those of the collective operations on
 gradients and weights, from torch's profiler, times what a ring sends per byte; and what the process
-wrote, from Linux's /proc/self/io, which includes gloo's sockets but not NCCL's.
+wrote, from Linux's /proc/self/io, which includes gloo's sockets but not NCCL's. The loss, which all
+ways must share up to rounding, is that of a fourth step, after a checkpoint was copied and loaded.
 
 The tables are printed last. `--small` shows at toy size that the command works.
 """
@@ -53,7 +54,7 @@ from gpt.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 NUMBER = 4  # bytes of a weight or gradient; both are communicated in fp32
-WARM = 3  # steps before the first turn; their last loss is compared
+WARM = 3  # steps before the first turn
 COUNTED = 3  # steps whose bytes are counted
 COUNT = 0  # the turn in which bytes are counted
 MB = 1e6
@@ -183,29 +184,28 @@ def take_turns(trainer: Trainer, config: Config, group: Group | None) -> None:
     step = updates(trainer, config)
     with turn(group):
         trainer.reset()
-        losses = [step() for _ in range(WARM)]
-        seconds = _timed(step)
+        for _ in range(WARM):
+            step()
     before = usage(trainer, group)
     facts = {
-        "seconds": seconds,
-        "loss": losses[-1],
         "parameters": trainer.model.num_parameters(),
         "micro_batches": -(-trainer.config.batch_sequences // trainer.micro_batch),
     }
     print(json.dumps(facts), flush=True)
     for line in sys.stdin:
+        steps = int(line)
         with turn(group):
-            if int(line) == COUNT:
-                found = counted(trainer, step)
+            if steps == COUNT:
+                found = counted(trainer, config)
             else:
                 began = time.perf_counter()
-                for _ in range(int(line)):
+                for _ in range(steps):
                     step()
-                found = {"seconds": (time.perf_counter() - began) / int(line)}
+                found = {"seconds": (time.perf_counter() - began) / steps}
         after = usage(trainer, group)
-        if int(line) != COUNT:
+        if steps != COUNT:
             used = [now[0] - then[0] for now, then in zip(after, before, strict=True)]
-            found |= {"cpu_seconds": sum(used) / int(line), "peaks": [each[1] for each in after]}
+            found |= {"cpu_seconds": sum(used) / steps, "peaks": [each[1] for each in after]}
         before = after
         print(json.dumps(found), flush=True)
 
@@ -228,12 +228,6 @@ def updates(trainer: Trainer, config: Config) -> Callable[[], float]:
     return update
 
 
-def _timed(compute: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    compute()
-    return time.perf_counter() - began
-
-
 def usage(trainer: Trainer, group: Group | None) -> list[list[float]]:
     """Of each process: the seconds of CPU time, and the peak of its memory in bytes."""
     own = torch.tensor([time.process_time(), peak_bytes(trainer.device)], dtype=torch.float64)
@@ -254,22 +248,31 @@ def _host_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def counted(trainer: Trainer, step: Callable[[], object]) -> dict[str, Any]:
-    """The bytes that rank 0 sends in a step, and its memory while it copies a checkpoint."""
+def counted(trainer: Trainer, config: Config) -> dict[str, Any]:
+    """The bytes that rank 0 sends in a step; its memory while a checkpoint is copied; a loss.
+
+    The loss is that of the step after COUNTED ones from the initial weights, a copy of the
+    checkpoint, and loading that copy.
+    """
+    trainer.reset()
+    step = updates(trainer, config)
     before = _written()
     for _ in range(COUNTED):
         step()
     after, held = _written(), psutil.Process().memory_info().rss
-    Checkpoint(*trainer.tensors(), {}, "").copy()
+    checkpoint = Checkpoint(*trainer.tensors(), {}, "").copy()
     peak = _host_peak()
+    trainer.load(checkpoint, {}, COUNTED)
+    assert trainer.weights_are_finite()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
-        step()
+        loss = step()
     operations = [(event.name, event.input_shapes) for event in profiled.events()]
     return {
         "ring_bytes": ring_bytes(operations, trainer.processes),
         "written_bytes": (after - before) / COUNTED if after else None,
         "held": held,
         "saving_peak": peak,
+        "loss": loss,
     }
 
 
@@ -342,9 +345,7 @@ class Contestant:
 
     def __init__(self, size: Size, way: Way, device: str) -> None:
         self.way = way
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         command = [sys.executable, __file__, "--child"]
         command.append(json.dumps([asdict(size), asdict(way), device]))
         self.processes = [
@@ -381,6 +382,13 @@ class Contestant:
             process.wait()
 
 
+def free_port() -> int:
+    """A port on this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def environment(way: Way, rank: int, port: int) -> dict[str, str]:
     """What torchrun would set for a process, if it is of a group."""
     found = {**os.environ, "OMP_NUM_THREADS": str(way.threads), "KINETO_LOG_LEVEL": "99"}
@@ -411,7 +419,7 @@ def compete(
         for each in all_ways:
             stack.callback(each.close)
         facts = [each.answer() for each in all_ways]
-        steps = [max(1, round(seconds / fact["seconds"])) for fact in facts]
+        steps = [max(1, round(seconds / each.turn(1)["seconds"])) for each in all_ways]
         for number in range(rounds):
             began = time.monotonic()
             for each, count in zip(all_ways, steps, strict=True):
@@ -520,7 +528,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_processes(config_of(size, "", device), processes)
     except InputError as error:
         parser.error(str(error))
-    contestants = ways(processes, device)
+    contestants = ways(processes, device)[-3 if flags.small else 0 :]
     began = _load()
     rows: list[dict[str, Any]] = []
     for number, size in enumerate(sizes):
