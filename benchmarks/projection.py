@@ -4,7 +4,7 @@
 
 A step is computed by 6 N D at an assumed share of the peak, and communicates what docs/scale.md
 counts, at assumed bandwidths. Everything assumed is in `ASSUMED` and `CELLS`, which are printed
-first.
+first. docs/scale.md shows the tables.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ CELLS = {
     "metadata": (10_000.0, "operations a second of the file server that the nodes share"),
     "looks": (5.0, "looks a second of each Ray task at the file that would stop it"),
     "polls": (0.5, "looks a second of the waiting command at each of its tasks"),
-    "files": (16, "files of a cell"),
+    "files": (16, "files of a cell, with its checkpoints"),
     "operations": (4, "operations to create a file: open, write, flush, rename"),
-    "report": (0.05, "seconds of the report for each cell"),
+    "report": (0.01, "seconds of the report for each cell, at most"),
 }
 
 

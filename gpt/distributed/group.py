@@ -34,9 +34,9 @@ from gpt.hardware.processes import check_processes, cores, launched
 MESSAGE = 1024  # bytes of a message
 STOP_POLL = 0.2  # seconds between two looks for a stop that another process was asked for
 PATIENCE = 5.0  # seconds to wait for the reason why another process failed
-# Seconds in which gloo's thread releases the tensors of the last operation. It needs Python's global
-# lock for that: while a DDP module ends the group, both would wait for each other, and at the exit
-# of the process it would crash.
+# Seconds in which gloo's thread releases the tensors of the last operation. It needs Python's
+# global lock for that: while a DDP module ends the group, both would wait for each other, and at
+# the exit of the process it would crash.
 RELEASE = 0.2
 CODE = Path(__file__).parents[1]  # the package
 _runs = itertools.count()  # of this process
