@@ -89,7 +89,7 @@ class Way:
 _CHARS_ON_GPU = {"layers": 6, "heads": 6, "width": 384, "context": 256}  # nanoGPT's
 _CHARS = "tiny-shakespeare-char"
 _EAGER = {"batch_tokens": None, "compile": False}
-SIZES = {
+SIZES = {  # on GPUs, with micro-batches of which several ways fit on one
     "cpu": [
         Size("nanoGPT's for a CPU", _CHARS, 65),
         Size("quickstart", "quickstart", 4096),
@@ -107,14 +107,14 @@ SIZES = {
             65,
             {
                 "model": _CHARS_ON_GPU,
-                "training": {"batch_sequences": 64, "precision": "bf16"},
+                "training": {"batch_sequences": 64, "micro_batch": 64, "precision": "bf16"},
             },
         ),
         Size(
             "GPT-2 124M",
             "gpt2-124m",
             50257,
-            {"training": {**_EAGER, "batch_sequences": 64}},
+            {"training": {**_EAGER, "batch_sequences": 64, "micro_batch": 16}},
         ),
         Size(
             "GPT-2 355M",
@@ -122,7 +122,7 @@ SIZES = {
             50257,
             {
                 "model": {"layers": 24, "heads": 16, "width": 1024},
-                "training": {**_EAGER, "batch_sequences": 64},
+                "training": {**_EAGER, "batch_sequences": 64, "micro_batch": 8},
             },
         ),
     ],
@@ -497,6 +497,13 @@ def _mb(number: float | None) -> str:
     return "unknown" if number is None else f"{number / MB:,.3f}"
 
 
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
 def _load() -> str:
     return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
 
@@ -504,9 +511,9 @@ def _load() -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure all sizes, and print the tables last."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--processes", type=int, help="of a group; by default one a core or GPU")
+    parser.add_argument("--processes", type=_count, help="of a group; by default one a core or GPU")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--rounds", type=int, default=7, help="fewer if time is short")
+    parser.add_argument("--rounds", type=_count, default=7, help="fewer if time is short")
     parser.add_argument("--seconds", type=float, default=1.5, help="of each turn")
     parser.add_argument("--minutes", type=float, default=8.0, help="in all")
     parser.add_argument("--small", action="store_true", help="a toy size on a CPU, one round")
@@ -517,13 +524,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         work(flags.child)
         return
     until = time.monotonic() + 60 * flags.minutes - RESERVE
-    device = "cpu" if flags.small else pick_device(flags.device).type
-    sizes = SIZES["small" if flags.small else device]
-    gpus = torch.cuda.device_count()
-    processes = flags.processes or (gpus if device == "cuda" else cores())
-    if device == "cuda" and processes > gpus:
-        parser.error(f"--processes: {processes}, but there are {gpus} GPUs")
     try:
+        device = "cpu" if flags.small else pick_device(flags.device).type
+        gpus = torch.cuda.device_count()
+        processes = flags.processes or (gpus if device == "cuda" else cores())
+        if device == "cuda" and processes > gpus:
+            raise InputError(f"--processes: {processes}, but there are {gpus} GPUs")
+        sizes = SIZES["small" if flags.small else device]
         for size in sizes:
             check_processes(config_of(size, "", device), processes)
     except InputError as error:

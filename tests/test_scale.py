@@ -78,11 +78,31 @@ def test_a_group_of_one_process(
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-def test_a_number_of_processes_that_cannot_share_the_batch(capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--small", "--processes", "5"], "5 cannot share a batch of 12"),
+        (["--processes", "0"], "argument --processes: 0 is not at least 1"),
+        (["--rounds", "-1"], "argument --rounds: -1 is not at least 1"),
+    ],
+)
+def test_what_cannot_be_measured(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
     with pytest.raises(SystemExit) as ended:
-        distributed.main(["--small", "--processes", "5"])
+        distributed.main(arguments)
     assert ended.value.code == 2
-    assert "5 cannot share a batch of 12" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", distributed.SIZES)
+@pytest.mark.parametrize("parallel", ["", "ddp", "fsdp"])
+def test_all_sizes_are_configs(device: str, parallel: str):
+    for size in distributed.SIZES[device]:
+        training = distributed.config_of(size, parallel, "cpu").training
+        assert training.parallel == (parallel or "ddp")
+        assert not training.compile  # which FSDP2 refuses
+        assert device != "cuda" or training.precision == "bf16"
 
 
 def test_sizes_of_gpt2():
