@@ -1,6 +1,6 @@
 """Training on a CPU in nanoGPT's setting: seconds per step, and seconds to a validation loss.
 
-    python benchmarks/cpu_train.py step --text TEXT [--nanogpt CLONE]
+    python benchmarks/cpu_train.py step --text TEXT [--nanogpt CLONE] [--processes 2]
     python benchmarks/cpu_train.py loss --text TEXT [--nanogpt CLONE] [--seeds 3] [--config YAML]
 
 The setting is 4 layers, 4 heads, 128 channels, a context of 64 characters, batches of 12; TEXT is
@@ -8,17 +8,20 @@ tiny Shakespeare (1,115,394 bytes). `step` times the steps of steadygpt
 (configs/tiny-shakespeare-char.yaml, from its metrics.jsonl), of `transformers` in a plain loop, and
 of nanoGPT's model in a loop that does what its train.py does. They take turns, `--rounds` times;
 medians are compared with the time of a step's matrix products alone. All compute the exact GELU,
-as nanoGPT does; `transformers` is also timed with its own tanh form. `loss` times whole commands,
-including start-up: train.py until it ends, which should reach a loss of at most 1.88 on its
-validation sequences, and nanoGPT's train.py, with its README's options for a CPU, until it prints
-such a loss. The table is printed last; `--json` writes it to a file.
+as nanoGPT does; `transformers` is also timed with its own tanh form. `--processes N` also times
+steadygpt in N processes of one thread each (DDP). `loss` times whole commands, including start-up:
+train.py until it ends, which should reach a loss of at most 1.88 on its validation sequences, and
+nanoGPT's train.py, with its README's options for a CPU, until it prints such a loss. The table is
+printed last; `--json` writes it to a file.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
+import os
 import pickle
 import re
 import shutil
@@ -36,7 +39,7 @@ import torch
 from torch import Tensor
 
 from gpt import metrics
-from gpt.config import load
+from gpt.config import Config, load
 from gpt.training import train
 
 ROOT = Path(__file__).parents[1]
@@ -62,8 +65,8 @@ NANOGPT = {  # its README's options for a CPU
 # -- One step ----------------------------------------------------------------------------------
 
 
-def ours(text: Path, steps: int) -> list[float]:
-    """Seconds of each step of a steadygpt run."""
+def ours(text: Path, steps: int, processes: int = 1) -> list[float]:
+    """Seconds of each step of a steadygpt run, here or in several processes of one thread."""
     options = {
         "data": {"path": [str(text)]},
         "model": {"mlp": {"activation": "gelu"}},
@@ -73,9 +76,20 @@ def ours(text: Path, steps: int) -> list[float]:
     }
     with tempfile.TemporaryDirectory() as folder:
         config = load(ROOT / "configs/tiny-shakespeare-char.yaml", options)
-        train(config, Path(folder) / "run", quiet=True)
+        if processes == 1:
+            train(config, Path(folder) / "run", quiet=True)
+        else:
+            _train_in(processes, config, Path(folder))
         records = metrics.read(Path(folder) / "run/metrics.jsonl")
     return [record["step_seconds"] for record in records if "step_seconds" in record]
+
+
+def _train_in(processes: int, config: Config, folder: Path) -> None:
+    (folder / "config.yaml").write_text(config.to_yaml(), "utf-8")
+    command = [sys.executable, str(ROOT / "train.py"), f"{folder}/config.yaml"]
+    command += ["--out-dir", f"{folder}/run", "--processes", str(processes)]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, capture_output=True, env=one_thread)
 
 
 def loop(
@@ -159,6 +173,11 @@ def _timed(compute: Callable[[], object], times: int) -> float:
 def measure_steps(flags: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each contestant."""
     ways: dict[str, Callable[[Path, int], list[float]]] = {"steadygpt": ours}
+    own_ways = {"steadygpt": "steadygpt is"}
+    if flags.processes > 1:
+        together = f"steadygpt, {flags.processes} processes of 1 thread"
+        ways[together] = functools.partial(ours, processes=flags.processes)
+        own_ways[together] = f"in {flags.processes} processes"
     missing = {}
     try:
         ways["transformers"] = transformers_loop("gelu")
@@ -180,7 +199,10 @@ def measure_steps(flags: argparse.Namespace) -> list[dict[str, Any]]:
         print(f"round {number + 1}: {said}", file=sys.stderr)
     rows: list[dict[str, Any]] = []
     for way, times in taken.items():
-        ratios = [other / own for other, own in zip(times, taken["steadygpt"], strict=True)]
+        ratios = {
+            name: statistics.median(a / b for a, b in zip(times, taken[own], strict=True))
+            for own, name in own_ways.items()
+        }
         rows.append(
             {
                 "way": way,
@@ -188,21 +210,23 @@ def measure_steps(flags: argparse.Namespace) -> list[dict[str, Any]]:
                 "range": [1e3 * min(times), 1e3 * max(times)],
                 "tokens/s": tokens / statistics.median(times),
                 "of the matrix rate": limit / statistics.median(times),
-                "steadygpt is": statistics.median(ratios),
+                **ratios,
             }
         )
     print(f"matrix products: {rate / 1e9:.0f} GFLOP/s; those of a step: {1e3 * limit:.1f} ms")
-    print("| way | ms a step | range | tokens/s | of the matrix rate | steadygpt is |")
-    print("|---|---|---|---|---|---|")
+    titles = ["way", "ms a step", "range", "tokens/s", "of the matrix rate", *own_ways.values()]
+    print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     for row in rows:
         low, high = row["range"]
-        ratio = "" if row["way"] == "steadygpt" else f"{row['steadygpt is']:.2f}x"
+        compared = [
+            "" if row["way"] == own else f"{row[name]:.2f}x" for own, name in own_ways.items()
+        ]
         print(
             f"| {row['way']} | {row['ms a step']:.1f} | {low:.1f} to {high:.1f} | "
-            f"{row['tokens/s']:,.0f} | {row['of the matrix rate']:.0%} | {ratio} |"
+            f"{row['tokens/s']:,.0f} | {row['of the matrix rate']:.0%} | {' | '.join(compared)} |"
         )
     for way, why in missing.items():
-        print(f"| {way} | not measured: {why} | | | | |")
+        print(f"| {way} | not measured: {why} |{' |' * (len(titles) - 2)}")
     return rows
 
 
@@ -289,6 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=["step", "loss"])
     parser.add_argument("--text", type=Path, required=True, help="tiny Shakespeare")
     parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT")
+    parser.add_argument("--processes", type=int, default=1, help="for `step`: also in so many")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=60, help="timed in each round")
     parser.add_argument("--seeds", type=int, default=3)

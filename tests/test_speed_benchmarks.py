@@ -69,12 +69,14 @@ def test_steps_on_a_cpu(
     text, table = tmp_path / "text.txt", tmp_path / "table.json"
     text.write_text("".join(letters))
     arguments = ["step", "--text", str(text), "--rounds", "1", "--steps", "2"]
-    cpu_train.main([*arguments, "--json", str(table)])
+    cpu_train.main([*arguments, "--processes", "2", "--json", str(table)])
     out, _ = capsys.readouterr()
     rows = {row["way"]: row for row in json.loads(table.read_text())["rows"]}
-    assert rows.keys() == {"steadygpt", "transformers", "transformers, gelu_new"}
-    ours, theirs = rows["steadygpt"]["ms a step"], rows["transformers"]["ms a step"]
-    assert rows["transformers"]["steadygpt is"] == pytest.approx(theirs / ours)
+    together = "steadygpt, 2 processes of 1 thread"
+    assert rows.keys() == {"steadygpt", together, "transformers", "transformers, gelu_new"}
+    theirs = rows["transformers"]
+    for way, name in (("steadygpt", "steadygpt is"), (together, "in 2 processes")):
+        assert theirs[name] == pytest.approx(theirs["ms a step"] / rows[way]["ms a step"])
     assert "| nanoGPT | not measured: --nanogpt is not given |" in out
 
 

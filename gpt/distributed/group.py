@@ -34,6 +34,10 @@ from gpt.hardware.processes import check_processes, cores, launched
 MESSAGE = 1024  # bytes of a message
 STOP_POLL = 0.2  # seconds between two looks for a stop that another process was asked for
 PATIENCE = 5.0  # seconds to wait for the reason why another process failed
+# Seconds in which gloo's thread releases the tensors of the last operation. It needs Python's
+# global lock for that: while a DDP module ends the group, both would wait for each other, and at
+# the exit of the process it would crash.
+RELEASE = 0.2
 CODE = Path(__file__).parents[1]  # the package
 _runs = itertools.count()  # of this process
 
@@ -195,6 +199,17 @@ def joined(config: Config, device: torch.device) -> Iterator[Group]:
             )
         yield Group(device, 0, 1, HashStore())
         return
+    with connected(config, device) as group:
+        yield group
+
+
+@contextlib.contextmanager
+def connected(config: Config, device: torch.device) -> Iterator[Group]:
+    """The group of the processes that a launcher has started, even if it is a single one.
+
+    Raises:
+        InputError, SystemExit: see `joined`.
+    """
     timeout = datetime.timedelta(seconds=config.training.process_timeout)
     store, rank, size = next(rendezvous("env://", timeout=timeout))
     # The launcher's store outlives a run and a restart, and with it the addresses of old groups.
@@ -213,6 +228,7 @@ def joined(config: Config, device: torch.device) -> Iterator[Group]:
     try:
         yield group
     finally:
+        time.sleep(RELEASE)
         dist.destroy_process_group()
 
 
