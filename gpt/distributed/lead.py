@@ -9,15 +9,19 @@ from collections.abc import Callable
 import torch
 
 from gpt.config import Config
-from gpt.distributed.group import Group, failing_together, joined
+from gpt.distributed.group import Group, joined
 from gpt.distributed.trainer import ParallelTrainer
+from gpt.errors import OutOfMemoryError
 from gpt.hardware.device import flush_denormals
+from gpt.hardware.memory import is_out_of_memory
 from gpt.hardware.processes import cores
 from gpt.run.directory import RunResult
+from gpt.run.recovery import advise_untried
 from gpt.trainer import Trainer
 
 Stop = Callable[[], bool]
 TIMED = 5  # updates
+POLL = 0.2  # seconds
 
 
 def together(
@@ -33,29 +37,42 @@ def together(
         LostProcessError: a process was killed, or does not respond.
         SystemExit: another process has failed, and has said why.
     """
-    with joined(config, device) as group:
-        if group.size == 1:
-            return lead(group)
-        with failing_together(group):
-            if not group.leads:
-                return _follow(config, group, stop)
-            result = lead(group)
-            group.publish(result.to_json())
-            return result
+    with joined(config, device, stop) as group:
+        if not group.leads:
+            return _follow(config, group, stop)
+        result = lead(group)
+        group.publish(result.to_json())
+        return result
 
 
 def _follow(config: Config, group: Group, stop: Stop) -> RunResult:
-    while not (group.is_ready() or group.has_ended()):
+    """Compute what rank 0 asks for; before that, and if it continues alone, wait for its result."""
+    started = False
+    while not group.wait_for("result", POLL):
         if stop():
             group.ask_to_stop()
-        time.sleep(0.1)
-    if group.is_ready():
-        with flush_denormals():
-            _, vocab_size = group.receive()
-            ParallelTrainer(config, vocab_size, group).follow(stop)
-    while not group.has_ended():  # rank 0 may continue alone
-        time.sleep(0.1)
+        if group.is_ready() and not started:
+            started = True
+            _compute(config, group, stop)
     return RunResult.from_json(group.result())
+
+
+def _compute(config: Config, group: Group, stop: Stop) -> None:
+    """Compute what rank 0 asks for, until it continues alone or ends the run.
+
+    Raises:
+        OutOfMemoryError: this process does not have enough memory.
+    """
+    with flush_denormals():
+        _, vocab_size = group.receive()
+        trainer = ParallelTrainer(config, vocab_size, group)
+        try:
+            trainer.follow(stop)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            shortage = str(error).partition("\n")[0]
+            raise OutOfMemoryError(advise_untried(trainer, shortage)) from None
 
 
 def make_trainer(

@@ -16,12 +16,11 @@ that were stopped, and tries those in lost.json again.
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -41,6 +40,7 @@ from gpt.compare.execution.cell_runs import (
 from gpt.compare.execution.tasks import Task
 from gpt.compare.grid import Cell
 from gpt.errors import OutOfMemoryError
+from gpt.io.children import blocked, environment
 from gpt.io.console import Console
 from gpt.run.directory import RunDirectory
 
@@ -204,7 +204,7 @@ class _Pool:
             return True
         self.shared.stop.value = stopped = False
         with (
-            _environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"),
+            environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"),
             pebble.ProcessPool(
                 min(workers, len(jobs)),
                 initializer=worker.begin,
@@ -212,7 +212,7 @@ class _Pool:
                 context=self.context,
             ) as processes,
         ):
-            with _blocked(signal.SIGINT):  # a terminal also sends it to workers that are starting
+            with blocked(signal.SIGINT):  # a terminal also sends it to workers that are starting
                 futures: dict[Future[Any], _Job] = {
                     processes.schedule(job.function, job.arguments): job for job in jobs
                 }
@@ -235,31 +235,3 @@ class _Pool:
             finally:
                 self.shared.stop.value = True  # also after an error, or they would continue alone
         return not stopped
-
-
-@contextlib.contextmanager
-def _blocked(number: int) -> Iterator[None]:
-    """Delay a signal to this thread; processes and threads started within never receive it."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [number])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    """Set environment variables for the processes that are started within."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
