@@ -8,7 +8,9 @@ would recur, so it ends the run.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
@@ -17,8 +19,10 @@ import sys
 import threading
 import traceback
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
+from multiprocessing.queues import SimpleQueue
 from multiprocessing.sharedctypes import Synchronized, SynchronizedArray
 from pathlib import Path
 from typing import Any
@@ -31,7 +35,7 @@ from gpt.cli.common import STOP_SIGNALS, StopSignals
 from gpt.config import Config
 from gpt.errors import InputError, LostProcessError, StoppedError, naming_flags
 from gpt.hardware.device import pick_device
-from gpt.hardware.processes import check_processes, cores, leads
+from gpt.hardware.processes import check_processes, cores
 from gpt.io.children import blocked, environment
 from gpt.io.console import show
 from gpt.io.files import read_json
@@ -59,27 +63,36 @@ def count(config: Config, out_dir: Path) -> int:
     return max(n for n in range(1, most + 1) if config.batch_sequences % n == 0)
 
 
-Answer = RunResult | InputError | StoppedError | SystemExit | None
-
-
 @dataclass(frozen=True)
 class Shared:
-    """Memory that the processes share with their parent; the arrays are in the order of ranks.
+    """What the processes share with their parent; the arrays are in the order of ranks.
 
     Attributes:
         stop: true once they should save and end.
         pids: their process ids; 0 before they work.
-        answered: whether they are about to end, with an answer.
+        done: whether they have finished their work, and end once all have.
+        errors: an error that ends the run, which the parent raises.
     """
 
     stop: Synchronized[int]
     pids: SynchronizedArray[int]
-    answered: SynchronizedArray[int]
+    done: SynchronizedArray[int]
+    errors: SimpleQueue[BaseException]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What torch hands to the processes that it is about to start, unless an error ends all."""
+        self.raise_error()
+        return self.__dict__
+
+    def raise_error(self) -> None:
+        """In the parent: raise the error of a process, if there is one."""
+        if not self.errors.empty():
+            raise self.errors.get()
 
     def kill_incomplete(self) -> None:
         """Kill all processes if one has died: the others can only wait for it."""
         started = [rank for rank, pid in enumerate(self.pids[:]) if pid]
-        if any(not self.answered[rank] and not _exists(self.pids[rank]) for rank in started):
+        if any(not self.done[rank] and not _exists(self.pids[rank]) for rank in started):
             for pid in (self.pids[rank] for rank in started):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -131,18 +144,19 @@ def train(
         _run,
     )
     context = multiprocessing.get_context("spawn")
+    with environment(PYTHONWARNINGS="ignore:resource_tracker"):  # if this process is killed
+        resource_tracker.ensure_running()
     shared = Shared(
         context.Value("b", False, lock=False),
         context.Array("i", processes, lock=False),
         context.Array("b", processes, lock=False),
+        context.SimpleQueue(),
     )
-    with environment(PYTHONWARNINGS="ignore:resource_tracker"):  # if this process is killed
-        resource_tracker.ensure_running()
 
-    def launched() -> dict[int, Answer]:
+    def launched() -> RunResult:
         with blocked(*STOP_SIGNALS):  # a terminal sends them to all; `shared.stop` is enough
-            answers: dict[int, Answer] = launch(config, out_dir, resume, max_restarts, shared)
-        return answers
+            result: RunResult = launch(config, out_dir, resume, max_restarts, shared)[0]
+        return result
 
     with StopSignals(max_seconds) as stop:
 
@@ -151,13 +165,10 @@ def train(
             shared.kill_incomplete()
 
         try:
-            answers = wait_for(launched, meanwhile=look_after)
+            return wait_for(launched, meanwhile=look_after)
         except ChildFailedError as error:
+            shared.raise_error()
             raise LostProcessError(_describe(error)) from None
-    answer = next(answer for _, answer in sorted(answers.items()) if answer is not None)
-    if isinstance(answer, BaseException):
-        raise answer
-    return answer
 
 
 def _describe(error: ChildFailedError) -> str:
@@ -167,57 +178,54 @@ def _describe(error: ChildFailedError) -> str:
     return f"the process of rank {rank} {how}; the same command resumes"
 
 
-def _run(config: Config, out_dir: Path, resume: str, max_restarts: int, shared: Shared) -> Answer:
-    """Train in one of the processes.
-
-    Returns:
-        The result, on rank 0; what the parent raises; or None, if another process answers.
+def _run(
+    config: Config, out_dir: Path, resume: str, max_restarts: int, shared: Shared
+) -> RunResult | None:
+    """Train in one of the processes; returns the result on rank 0, and None on the others.
 
     Raises:
-        SystemExit: another process was killed or does not respond.
+        SystemExit: this process, or another one, has failed.
     """
     rank, attempt = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
-    shared.answered[rank] = False
+    shared.done[rank] = False
     shared.pids[rank] = os.getpid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    atexit.register(gc.freeze)  # as in gpt/cli/common.py
     terminated: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: terminated.append(number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     if rank == 0 and attempt != "0":
         show(f"restart {attempt} of {max_restarts}: a process was killed or failed", sys.stderr)
-    with naming_flags():
-        answer = _train(config, out_dir, resume, shared, terminated)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torch lets it wait for the others
-    shared.answered[rank] = True
-    return answer
+    with naming_flags(), _reporting(rank, shared):
+        from gpt import training
 
-
-def _train(
-    config: Config, out_dir: Path, resume: str, shared: Shared, terminated: list[int]
-) -> Answer:
-    from gpt import training
-
-    def stop() -> bool:
-        return bool(shared.stop.value or terminated)
-
-    try:
+        stop = lambda: bool(shared.stop.value or terminated)  # noqa: E731
         result = training.train(config, out_dir, resume=resume, stop=stop)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torch lets it wait for the others
+    shared.done[rank] = True
+    return result if rank == 0 else None
+
+
+@contextlib.contextmanager
+def _reporting(rank: int, shared: Shared) -> Iterator[None]:
+    """A context whose errors end the process, and the run if a restart would meet them again."""
+    try:
+        yield
     except (InputError, StoppedError) as error:
-        return error
+        shared.errors.put(error)
     except LostProcessError as error:
         if shared.stop.value:
-            return StoppedError("stopped; the same command resumes")
-        show(str(error), sys.stderr)
-        raise SystemExit(1) from None
-    except SystemExit:
-        return None
+            shared.errors.put(StoppedError("stopped; the same command resumes"))
+        else:
+            show(str(error), sys.stderr)
     except Exception as error:
-        show(f"rank {os.environ['RANK']}:\n{traceback.format_exc()}", sys.stderr)
-        if isinstance(error, torch.AcceleratorError):  # of a GPU, not of the program
-            raise SystemExit(1) from None
-        return SystemExit(1)
-    return result if leads() else None
+        show(f"rank {rank}:\n{traceback.format_exc()}", sys.stderr)
+        if not isinstance(error, torch.AcceleratorError):  # a GPU's failure may pass
+            shared.errors.put(SystemExit(1))
+    else:
+        return
+    raise SystemExit(1)
 
 
 def _end_with_parent() -> None:
