@@ -1,8 +1,9 @@
-"""Does a run survive? `python benchmarks/reliability.py kills|stages|damage|soak|all`.
+"""Does a run survive? `python benchmarks/reliability.py kills|stages|damage|processes|soak|all`.
 
     kills     SIGKILL at random moments to a real `train.py`; the same command then resumes
     stages    SIGKILL at every stage of a short run, especially saves, by fault injection
     damage    checkpoint files truncated, lengthened, deleted, swapped, or with a flipped bit
+    processes SIGKILL to one of two processes at each stage (benchmarks/faulty.py); all restart
     soak      a long run of a tiny model: whether memory, speed and files stay constant
 
 Whatever is done to it, a run must end like the undisturbed one: checkpoints, metrics and samples
@@ -631,6 +632,66 @@ def _is_refused(run: Path, name: str) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------
+# processes
+
+
+def processes(folder: Path, number: int | None, seed: int) -> list[Outcome]:
+    """Kill one of two processes `number` times (default: 20), one in four under torchrun."""
+    began, number = time.monotonic(), number or 20
+    places = [
+        (stage, rank, parallel)
+        for parallel in ("ddp", "fsdp")
+        for stage in ("joining", "data", "backward", "update", "evaluation", "gather", "checkpoint")
+        for rank in (0, 1)
+        if parallel == "fsdp" or stage != "gather"
+    ]
+    rng = random.Random(seed)  # noqa: S311
+    rng.shuffle(places)
+    whole: dict[str, Path] = {}
+    survived = 0
+    for index, (stage, rank, parallel) in zip(range(number), itertools.cycle(places), strict=False):
+        if parallel not in whole:
+            options = {"parallel": parallel, "processes": 2, "steps": 8, **_CPU}
+            config = write_config(folder / parallel, training=options, diagnostics={"every": None})
+            whole[parallel] = folder / parallel / "run"
+            code, log = train_in_two(config, whole[parallel])
+            if code:
+                raise SystemExit(f"the undisturbed run failed:\n{log}")
+        config = folder / parallel / "config.yaml"
+        once = stage in ("joining", "data")
+        run = folder / f"{parallel}-{index}"
+        fault = f"kill {rank} {stage} {1 if once else rng.randint(1, 2)}"
+        code, log = train_in_two(config, run, fault, torchrun=index % 4 == 3)
+        trouble = (
+            [f"ended with {code}: {log[-500:]}"] if code else differences(run, whole[parallel])
+        )
+        if log.count("restart 1") != (index % 4 != 3):
+            trouble.append(f"did not restart once: {log[-500:]}")
+        survived += not trouble
+        print(f"{index + 1} of {number}: {parallel}, {fault}", flush=True)
+        _say(run.name, trouble, run)
+    return [Outcome("processes", survived, number, "survived", time.monotonic() - began)]
+
+
+def train_in_two(
+    config: Path, run: Path, fault: str = "", torchrun: bool = False
+) -> tuple[int, str]:
+    """Train in two processes, of which one fails; returns the exit code and what was printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "FAULT": fault}
+    script = [str(ROOT / "benchmarks/faulty.py"), config.name, "--out-dir", str(run)]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3"]
+    command = [*launcher, *script] if torchrun else script
+    place = run.with_suffix(".files")  # with its own cache, so that kills also hit preparation
+    place.mkdir()
+    shutil.copy(config, place)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=place, env=environment, capture_output=True, text=True
+    )
+    shutil.rmtree(place)
+    return done.returncode, done.stderr + done.stdout
+
+
+# ---------------------------------------------------------------------------------------------
 # soak
 
 
@@ -746,14 +807,14 @@ def _say(name: str, trouble: list[str], folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-PARTS = {"kills": kills, "stages": stages, "damage": damage, "soak": soak}
+PARTS = {"kills": kills, "stages": stages, "damage": damage, "processes": processes, "soak": soak}
 
 
 def main() -> int:
     """Run the chosen parts and print the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=[*PARTS, "all"])
-    parser.add_argument("--number", type=int, help="of kills, stages, damages or soak steps")
+    parser.add_argument("--number", type=int, help="of kills, stages, damages or steps")
     parser.add_argument("--seed", type=int, default=0, help="of moments and damages")
     parser.add_argument("--out-dir", type=Path, help="an empty folder, for what failed")
     options = parser.parse_args()

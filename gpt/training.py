@@ -89,7 +89,7 @@ def train(
             dataset = prepare(config.data, console, asked)
             check_stop = functools.partial(raise_if, asked)
             trainer = make_trainer(
-                config, dataset.encoding.n_vocab, group, check_stop, console.say, plan.resuming
+                config, dataset.encoding.n_vocab, group, check_stop, console.say, plan.processes
             )
             run = Run(config, plan, dataset, trainer, console, stop=asked, on_update=on_update)
             with contextlib.closing(run):

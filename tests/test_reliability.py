@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
     [
         ("kills", 2, ["kills {} of {} survived"]),
         ("stages", 10, ["stages {} of {} survived"]),
+        ("processes", 1, ["processes {} of {} survived"]),
         ("damage", 6, ["damage {} of {} detected", "damaged runs {} of {} recovered"]),
     ],
 )

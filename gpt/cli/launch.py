@@ -1,21 +1,30 @@
 """`--processes N`: train in several processes on this machine, by torch's elastic launcher.
 
-torchrun does the same, also on several machines. Here the result, or the error, of rank 0 returns
-to the parent. A process that crashes or is killed ends all; they start again together, and resume
-from the last checkpoint.
+torchrun does the same, also on several machines. Here the result, or an error, returns to the
+parent, which Ctrl-C reaches and which asks all to stop. If a process is killed or does not respond,
+the parent kills the others, and all start again from the last checkpoint. An error in the program
+would recur, so it ends the run.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import gc
 import logging
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.sharedctypes import Synchronized, SynchronizedArray
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -27,8 +36,10 @@ from gpt.config import Config
 from gpt.errors import InputError, LostProcessError, StoppedError, naming_flags
 from gpt.hardware.device import pick_device
 from gpt.hardware.processes import check_processes, cores
+from gpt.io.children import blocked, environment
 from gpt.io.console import show
 from gpt.io.files import read_json
+from gpt.io.wait import wait_for
 from gpt.run.directory import RunDirectory, RunResult
 
 
@@ -54,7 +65,48 @@ def count(config: Config, out_dir: Path) -> int:
     return processes
 
 
-Answer = RunResult | InputError | StoppedError | None
+@dataclass(frozen=True)
+class Shared:
+    """What the processes share with their parent; the arrays are in the order of ranks.
+
+    Attributes:
+        stop: true once they should save and end.
+        pids: their process ids; 0 before they work.
+        done: whether they have finished their work, and end once all have.
+        errors: an error that ends the run, which the parent raises.
+    """
+
+    stop: Synchronized[int]
+    pids: SynchronizedArray[int]
+    done: SynchronizedArray[int]
+    errors: SimpleQueue[BaseException]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What torch hands to the processes that it is about to start, unless an error ends all."""
+        self.raise_error()
+        return self.__dict__
+
+    def raise_error(self) -> None:
+        """In the parent: raise the error of a process, if there is one."""
+        if not self.errors.empty():
+            raise self.errors.get()
+
+    def kill_incomplete(self) -> None:
+        """Kill all processes if one has died: the others can only wait for it."""
+        started = [rank for rank, pid in enumerate(self.pids[:]) if pid]
+        if any(not self.done[rank] and not _exists(self.pids[rank]) for rank in started):
+            for pid in (self.pids[rank] for rank in started):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.pids[:] = [0] * len(self.pids)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def train(
@@ -69,16 +121,17 @@ def train(
     """Train as `gpt.training.train` does, in several processes.
 
     Args:
-        max_restarts: how often they start again after one of them has crashed or was killed.
+        max_restarts: how often they start again after one of them was killed or did not respond.
         max_seconds: see `StopSignals`.
 
     Raises:
         InputError, StoppedError: as `gpt.training.train`.
-        LostProcessError: a process crashed or was killed once more.
+        LostProcessError: a process was killed or did not respond once more.
+        SystemExit: of an error in the program, whose traceback has been shown.
     """
     for name in ("torch.distributed", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    launched = elastic_launch(
+    launch = elastic_launch(
         LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -88,22 +141,36 @@ def train(
             rdzv_endpoint="localhost:0",
             local_addr="localhost",
             max_restarts=max_restarts,
-            signals_to_handle="",  # `_forward` does
+            signals_to_handle="",  # `stop` does
         ),
         _run,
     )
-    before = {number: signal.signal(number, _forward) for number in STOP_SIGNALS}
-    try:
-        answer: Answer = launched(config, out_dir, resume, max_seconds)[0]
-    except ChildFailedError as error:
-        raise LostProcessError(_describe(error)) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if isinstance(answer, Exception):
-        raise answer
-    assert answer is not None, "rank 0 answers"
-    return answer
+    context = multiprocessing.get_context("spawn")
+    with environment(PYTHONWARNINGS="ignore:resource_tracker"):  # if this process is killed
+        resource_tracker.ensure_running()
+    shared = Shared(
+        context.Value("b", False, lock=False),
+        context.Array("i", processes, lock=False),
+        context.Array("b", processes, lock=False),
+        context.SimpleQueue(),
+    )
+
+    def launched() -> RunResult:
+        with blocked(*STOP_SIGNALS):  # a terminal sends them to all; `shared.stop` is enough
+            result: RunResult = launch(config, out_dir, resume, max_restarts, shared)[0]
+        return result
+
+    with StopSignals(max_seconds) as stop:
+
+        def look_after() -> None:
+            shared.stop.value = stop()
+            shared.kill_incomplete()
+
+        try:
+            return wait_for(launched, meanwhile=look_after)
+        except ChildFailedError as error:
+            shared.raise_error()
+            raise LostProcessError(_describe(error)) from None
 
 
 def _describe(error: ChildFailedError) -> str:
@@ -113,48 +180,59 @@ def _describe(error: ChildFailedError) -> str:
     return f"the process of rank {rank} {how}; the same command resumes"
 
 
-def _forward(number: int, frame: FrameType | None) -> None:
-    """Forward a signal to all processes, which save and end; a second signal kills them."""
-    for child in multiprocessing.active_children():
-        if child.pid is not None:
-            os.kill(child.pid, signal.SIGTERM)
-    for each in STOP_SIGNALS:
-        signal.signal(each, _kill)
-
-
-def _kill(number: int, frame: FrameType | None) -> None:
-    for child in multiprocessing.active_children():
-        child.kill()
-    os._exit(128 + number)
-
-
-def _run(config: Config, out_dir: Path, resume: str, max_seconds: float | None) -> Answer:
-    """Train in one of the processes.
-
-    Returns:
-        On rank 0, the result, or the error that the parent shows; None on the others.
+def _run(
+    config: Config, out_dir: Path, resume: str, max_restarts: int, shared: Shared
+) -> RunResult | None:
+    """Train in one of the processes; returns the result on rank 0, and None on the others.
 
     Raises:
-        SystemExit: it crashed.
+        SystemExit: this process, or another one, has failed.
     """
-    from gpt import training
-
-    os.setsid()  # Ctrl-C reaches the parent alone, which forwards it
+    rank, attempt = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
+    shared.done[rank] = False
+    shared.pids[rank] = os.getpid()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    atexit.register(gc.freeze)  # as in gpt/cli/common.py
+    terminated: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: terminated.append(number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    leads, attempt = os.environ["RANK"] == "0", os.environ["TORCHELASTIC_RESTART_COUNT"]
-    if leads and attempt != "0":
-        show(f"restart {attempt}: a process had failed or was killed", sys.stderr)
-    with naming_flags(), StopSignals(max_seconds, quiet=not leads) as stop:
-        try:
-            result = training.train(config, out_dir, resume=resume, stop=stop)
-        except (InputError, StoppedError) as error:
-            return error
-        except LostProcessError as error:
+    if rank == 0 and attempt != "0":
+        show(f"restart {attempt} of {max_restarts}: a process was killed or failed", sys.stderr)
+    with naming_flags(), _reporting(rank, shared):
+        from gpt import training
+
+        stop = lambda: bool(shared.stop.value or terminated)  # noqa: E731
+        result = training.train(config, out_dir, resume=resume, stop=stop)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torch lets it wait for the others
+    shared.done[rank] = True
+    return result if rank == 0 else None
+
+
+@contextlib.contextmanager
+def _reporting(rank: int, shared: Shared) -> Iterator[None]:
+    """A context whose errors end the process, and the run if a restart would meet them again."""
+    try:
+        yield
+    except (InputError, StoppedError) as error:
+        shared.errors.put(error)
+    except LostProcessError as error:
+        if shared.stop.value:
+            shared.errors.put(StoppedError("stopped; the same command resumes"))
+        else:
             show(str(error), sys.stderr)
-            raise SystemExit(1) from None
-        except SystemExit:
-            return None
-        except Exception:
-            show(f"rank {os.environ['RANK']}:\n{traceback.format_exc()}", sys.stderr)
-            raise SystemExit(1) from None
-    return result if leads else None
+    except Exception as error:
+        show(f"rank {rank}:\n{traceback.format_exc()}", sys.stderr)
+        if not isinstance(error, torch.AcceleratorError):  # a GPU's failure may pass
+            shared.errors.put(SystemExit(1))
+    else:
+        return
+    raise SystemExit(1)
+
+
+def _end_with_parent() -> None:
+    """End this process at once when its parent has died."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -115,7 +115,7 @@ def train(arguments: Arguments, config: Config) -> RunResult | None:
     from gpt import training
 
     torch.set_flush_denormal(True)  # before torch starts its other threads, which inherit it
-    with StopSignals(arguments.max_seconds) as stop:
+    with StopSignals(arguments.max_seconds, quiet=not leads()) as stop:
         return training.train(config, out_dir, resume=arguments.resume, stop=stop)
 
 

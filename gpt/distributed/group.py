@@ -33,7 +33,7 @@ from gpt.hardware.processes import check_processes, cores, launched
 
 MESSAGE = 1024  # bytes of a message
 STOP_POLL = 0.2  # seconds between two looks for a stop that another process was asked for
-PATIENCE = 5.0  # seconds to wait for the reason why another process failed
+PATIENCE = 2.0  # seconds to wait for the reason why another process failed, or for the launcher
 # Seconds in which gloo's thread releases the tensors of the last operation. It needs Python's
 # global lock for that: while a DDP module ends the group, both would wait for each other, and at
 # the exit of the process it would crash.
@@ -101,18 +101,8 @@ class Group:
         self.send("vocabulary", vocab_size)
 
     def is_ready(self) -> bool:
-        """Whether rank 0 has started, which may take hours, as it prepares the data.
-
-        Raises:
-            SystemExit: it has failed, and has said why.
-        """
-        if self.store.check(["failure"]):
-            self.fail(1)
+        """Whether rank 0 has started, which may take hours, as it prepares the data."""
         return self.store.check(["ready"])
-
-    def has_ended(self) -> bool:
-        """Whether there is a result."""
-        return self.store.check(["result"])
 
     def publish(self, result: str) -> None:
         """On rank 0: end the run, with its result for the others."""
@@ -158,9 +148,10 @@ class Group:
             SystemExit: another one has, and has said why; with its exit code.
         """
         mine = f"{self.rank} {code}"
-        first = self.store.compare_set("failure", "", mine).decode()
-        if first != mine:
-            raise SystemExit(int(first.split()[1]))
+        with contextlib.suppress(dist.DistError):  # the launcher, which keeps the store, is gone
+            first = self.store.compare_set("failure", "", mine).decode()
+            if first != mine:
+                raise SystemExit(int(first.split()[1]))
 
     def lost(self, error: Exception) -> NoReturn:
         """End this process, which another one has left waiting.
@@ -169,25 +160,41 @@ class Group:
             SystemExit: that one has said why; with its exit code.
             LostProcessError: it was killed, or does not respond.
         """
-        end = time.monotonic() + PATIENCE
-        while time.monotonic() < end and not self.store.check(["failure"]):
-            time.sleep(0.1)
+        with contextlib.suppress(dist.DistError):
+            self.wait_for("failure", PATIENCE)
         self.fail(1)
-        raise LostProcessError(
-            f"another process of the run was killed or does not respond: {_first_line(error)}"
-        ) from None
+        slow = "timed out" in str(error).lower()
+        why = f"within {option('training.process_timeout')}" if slow else "any more"
+        raise LostProcessError(f"another process of the run does not respond {why}") from None
 
+    def wait_for(self, key: str, seconds: float, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Whether `key` is in the store within some seconds, and before `stop()`.
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+        Raises:
+            SystemExit: another process has failed, and has said why.
+        """
+        end = time.monotonic() + seconds
+        while not self.store.check([key]):
+            if self.store.check(["failure"]):
+                self.fail(1)
+            if time.monotonic() > end or stop():
+                return False
+            time.sleep(0.05)
+        return True
 
 
 @contextlib.contextmanager
-def joined(config: Config, device: torch.device) -> Iterator[Group]:
+def joined(config: Config, device: torch.device, stop: Callable[[], bool]) -> Iterator[Group]:
     """The group of the processes that train `config` together; perhaps of this one alone.
+
+    An error of one process, here or within the context, ends all, and is shown once, with its rank.
+
+    Args:
+        stop: whether this process was asked to stop.
 
     Raises:
         InputError: the processes cannot share the batch, or have other configs or other code.
+        LostProcessError: another process was killed, or does not respond.
         SystemExit: another process has failed, and has said why.
     """
     size = launched()
@@ -199,19 +206,24 @@ def joined(config: Config, device: torch.device) -> Iterator[Group]:
             )
         yield Group(device, 0, 1, HashStore())
         return
-    with connected(config, device) as group:
+    with connected(config, device, stop) as group:
         yield group
 
 
 @contextlib.contextmanager
-def connected(config: Config, device: torch.device) -> Iterator[Group]:
+def connected(
+    config: Config, device: torch.device, stop: Callable[[], bool] = lambda: False
+) -> Iterator[Group]:
     """The group of the processes that a launcher has started, even if it is a single one.
 
     Raises:
-        InputError, SystemExit: see `joined`.
+        InputError, LostProcessError, SystemExit: see `joined`.
     """
     timeout = datetime.timedelta(seconds=config.training.process_timeout)
-    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+    except dist.DistError as error:
+        raise LostProcessError(str(error).partition("\n")[0]) from None
     # The launcher's store outlives a run and a restart, and with it the addresses of old groups.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = PrefixStore(f"attempt {attempt}, run {next(_runs)}", store)
@@ -222,42 +234,43 @@ def connected(config: Config, device: torch.device) -> Iterator[Group]:
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE", size))  # this machine's cores
         torch.set_num_threads(max(1, cores() // sharing))
-    _agree(group, config)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    try:
-        yield group
-    finally:
-        time.sleep(RELEASE)
-        dist.destroy_process_group()
+    with _failing_together(group):
+        _agree(group, config, stop)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        try:
+            yield group
+        finally:
+            time.sleep(RELEASE)
+            dist.destroy_process_group()
 
 
-def _agree(group: Group, config: Config) -> None:
-    """Check that the processes can train one config together, with one version of the program.
+def _agree(group: Group, config: Config, stop: Callable[[], bool]) -> None:
+    """Check that all processes are there, and can train one config with one version of the program.
 
     Raises:
-        InputError: on rank 0, if not.
-        SystemExit: on the others, then.
+        InputError: on rank 0, if they cannot.
+        LostProcessError: one is missing after `training.process_timeout`, or at a stop.
+        SystemExit: another process has failed, and has said why.
     """
     mine = {"config": config.to_yaml(), "code": _code_digest()}
     group.store.set(f"identity {group.rank}", json.dumps(mine))
-    if not group.leads:
-        if group.store.get("agreed") != b"yes":
-            raise SystemExit(2)
-        return
-    try:
+    if group.leads:
         check_processes(config, group.size)
-        for rank in range(1, group.size):
-            other = json.loads(group.store.get(f"identity {rank}"))
-            different = [what for what, value in mine.items() if other[what] != value]
-            if different:
-                raise InputError(
-                    f"the process of rank {rank} has another {different[0]} than that of rank 0; "
-                    "start all with the same command, on the same version of steadygpt"
-                )
-    except InputError:
-        group.store.set("agreed", "no")
-        raise
+    timeout = config.training.process_timeout
+    for rank in range(1, group.size) if group.leads else (0,):
+        key = f"identity {rank}" if group.leads else "agreed"
+        if not group.wait_for(key, timeout, stop):
+            raise LostProcessError(f"the process of rank {rank} has not started")
+        if not group.leads:
+            return
+        other = json.loads(group.store.get(key))
+        different = [what for what, value in mine.items() if other[what] != value]
+        if different:
+            raise InputError(
+                f"the process of rank {rank} has another {different[0]} than that of rank 0; "
+                "start all with the same command, on the same version of steadygpt"
+            )
     group.store.set("agreed", "yes")
 
 
@@ -270,32 +283,27 @@ def _code_digest() -> str:
 
 
 @contextlib.contextmanager
-def failing_together(group: Group) -> Iterator[None]:
-    """A context in which an error of one process ends all, and is shown once, with its rank.
-
-    Raises:
-        InputError, StoppedError: of this process.
-        LostProcessError: another process was killed, or does not respond.
-        SystemExit: another process has failed, and has said why.
-    """
+def _failing_together(group: Group) -> Iterator[None]:
+    """A context in which an error of one process ends all; see `joined`."""
     try:
         yield
-    except (InputError, StoppedError) as error:
-        group.fail(2 if isinstance(error, InputError) else 75)
+    except InputError as error:
+        group.fail(2)
         if not group.leads:
             error.args = (f"rank {group.rank}: {error}",)
         raise
-    except RuntimeError as error:
+    except StoppedError:
+        group.fail(75)
+        raise
+    except Exception as error:
         if _is_of_another(error):
             group.lost(error)
         group.fail(1)
         raise
-    except Exception:
-        group.fail(1)
-        raise
 
 
-def _is_of_another(error: RuntimeError) -> bool:
+def _is_of_another(error: Exception) -> bool:
     """Whether a collective operation failed because of another process."""
-    words = ("gloo", "nccl", "timed out", "connection", "socket")
-    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)  # the file that raised it
+    )

@@ -9,14 +9,18 @@ from collections.abc import Callable
 import torch
 
 from gpt.config import Config
-from gpt.distributed.group import Group, failing_together, joined
+from gpt.distributed.group import Group, joined
+from gpt.errors import OutOfMemoryError
 from gpt.hardware.device import flush_denormals
+from gpt.hardware.memory import is_out_of_memory
 from gpt.hardware.processes import cores
 from gpt.run.directory import RunResult
+from gpt.run.recovery import advise_untried
 from gpt.trainer import Trainer
 
 Stop = Callable[[], bool]
 TIMED = 5  # updates
+POLL = 0.2  # seconds
 
 
 def together(
@@ -32,31 +36,44 @@ def together(
         LostProcessError: a process was killed, or does not respond.
         SystemExit: another process has failed, and has said why.
     """
-    with joined(config, device) as group:
-        if group.size == 1:
-            return lead(group)
-        with failing_together(group):
-            if not group.leads:
-                return _follow(config, group, stop)
-            result = lead(group)
-            group.publish(result.to_json())
-            return result
+    with joined(config, device, stop) as group:
+        if not group.leads:
+            return _follow(config, group, stop)
+        result = lead(group)
+        group.publish(result.to_json())
+        return result
 
 
 def _follow(config: Config, group: Group, stop: Stop) -> RunResult:
-    while not (group.is_ready() or group.has_ended()):
+    """Compute what rank 0 asks for; before that, and if it continues alone, wait for its result."""
+    started = False
+    while not group.wait_for("result", POLL):
         if stop():
             group.ask_to_stop()
-        time.sleep(0.1)
-    if group.is_ready():
-        from gpt.distributed.trainer import ParallelTrainer
-
-        with flush_denormals():
-            _, vocab_size = group.receive()
-            ParallelTrainer(config, vocab_size, group).follow(stop)
-    while not group.has_ended():  # rank 0 may continue alone
-        time.sleep(0.1)
+        if group.is_ready() and not started:
+            started = True
+            _compute(config, group, stop)
     return RunResult.from_json(group.result())
+
+
+def _compute(config: Config, group: Group, stop: Stop) -> None:
+    """Compute what rank 0 asks for, until it continues alone or ends the run.
+
+    Raises:
+        OutOfMemoryError: this process does not have enough memory.
+    """
+    from gpt.distributed.trainer import ParallelTrainer  # a second of imports, if needed
+
+    with flush_denormals():
+        _, vocab_size = group.receive()
+        trainer = ParallelTrainer(config, vocab_size, group)
+        try:
+            trainer.follow(stop)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            shortage = str(error).partition("\n")[0]
+            raise OutOfMemoryError(advise_untried(trainer, shortage)) from None
 
 
 def make_trainer(
@@ -65,14 +82,14 @@ def make_trainer(
     group: Group,
     check_stop: Callable[[], object],
     notify: Callable[[str], object],
-    resuming: bool,
+    before: int | None,
 ) -> Trainer:
     """The trainer of the only process, or of rank 0.
 
     Args:
         check_stop, notify: see `Trainer`.
-        resuming: `training.processes: auto` is decided for a new run only, as another number of
-            processes sums in another order.
+        before: how many processes this run has had; None if it is new. With `training.processes:
+            auto` it keeps their number, as another one sums in another order.
 
     Raises:
         InputError: see `Trainer` and `ParallelTrainer`.
@@ -83,35 +100,43 @@ def make_trainer(
 
     if group.size == 1:
         return alone()
-    from gpt.distributed.trainer import ParallelTrainer  # a second of imports, if needed
+    from gpt.distributed.trainer import ParallelTrainer
 
     group.start(vocab_size)
     trainer = ParallelTrainer(config, vocab_size, group, check_stop=check_stop, notify=notify)
-    if config.training.processes != "auto" or group.device.type != "cpu" or resuming:
+    if config.training.processes != "auto" or group.device.type != "cpu":
         return trainer
-    threads = torch.get_num_threads()
-    shared = _update_seconds(trainer, vocab_size)
+    shares = before > 1 if before is not None else _sharing_is_faster(trainer, alone, notify)
+    if shares:
+        return trainer
+    group.release()
     torch.set_num_threads(cores())
-    single = alone()
-    whole = _update_seconds(single, vocab_size)
-    faster = "1 process" if whole < shared else f"{group.size} processes"
-    notify(
-        f"training.processes auto: {shared:.3g} s for an update by {group.size} processes with "
-        f"{threads} thread{'s' if threads > 1 else ''} each, {whole:.3g} s by 1 process with "
-        f"{cores()}: training in {faster}"
-    )
-    if whole < shared:
-        group.release()
-        return single
+    return alone()
+
+
+def _sharing_is_faster(
+    trainer: Trainer, alone: Callable[[], Trainer], notify: Callable[[str], object]
+) -> bool:
+    """Whether the processes of `trainer` take less time than rank 0 with all threads would."""
+    threads = torch.get_num_threads()
+    shared = _update_seconds(trainer)
+    torch.set_num_threads(cores())
+    whole = _update_seconds(alone())
     torch.set_num_threads(threads)
-    return trainer
+    processes, s = f"{trainer.processes} processes", "s" if threads > 1 else ""
+    notify(
+        f"training.processes auto: {shared:.3g} s for an update by {processes} with {threads} "
+        f"thread{s} each, {whole:.3g} s by 1 process with {cores()}: training in "
+        f"{processes if shared <= whole else '1 process'}"
+    )
+    return shared <= whole
 
 
 @flush_denormals()  # as training does
-def _update_seconds(trainer: Trainer, vocab_size: int) -> float:
+def _update_seconds(trainer: Trainer) -> float:
     """Seconds of an update of one micro-batch for each process, the median of TIMED."""
     sequences = trainer.micro_batch * trainer.processes
-    tokens = torch.randint(vocab_size, (sequences, trainer.config.model.context))
+    tokens = torch.randint(trainer.model.vocab_size, (sequences, trainer.config.model.context))
     trainer.reset()
     seconds = []
     for _ in range(1 + TIMED):  # the first warms up

@@ -126,6 +126,8 @@ def _first_nonfinite(
 # ---------------------------------------------------------------------------------------------
 # Out of memory
 
+SINGLE = "training.micro_batch: out of memory with a single sequence at a time ({})"
+
 
 def advise_on_memory(trainer: Trainer, step: int, make_batch: MakeBatch, shortage: str) -> str:
     """A message that names a smaller micro-batch whose forward and backward pass fits.
@@ -134,6 +136,8 @@ def advise_on_memory(trainer: Trainer, step: int, make_batch: MakeBatch, shortag
         step: of the next update.
         shortage: the allocator's message.
     """
+    if trainer.processes > 1:  # they would all have to try
+        return advise_untried(trainer, shortage)
     tried = trainer.micro_batch
     trainer.check_stop = lambda: None  # the run has ended; a second signal kills it
     inputs, targets = make_batch(step)
@@ -141,13 +145,24 @@ def advise_on_memory(trainer: Trainer, step: int, make_batch: MakeBatch, shortag
     while fitting is not None and not _fits(trainer, fitting, step, inputs, targets):
         fitting = smaller(fitting, trainer.config.batch_sequences)
     if fitting is None:
-        return f"training.micro_batch: out of memory with a single sequence at a time ({shortage})"
+        return SINGLE.format(shortage)
     automatic = trainer.config.training.micro_batch == "auto"
     return (
         f"training.micro_batch: out of memory with {tried} sequences at a time; {fitting} "
         f"would fit;\n{option('training.micro_batch')} {fitting}"
         + ("" if automatic else ", or auto, which finds one that fits,")
         + " resumes from the last checkpoint"
+    )
+
+
+def advise_untried(trainer: Trainer, shortage: str) -> str:
+    """A message that names a smaller micro-batch, which may fit."""
+    tried, fewer = trainer.micro_batch, smaller(trainer.micro_batch, trainer.config.batch_sequences)
+    if fewer is None:
+        return SINGLE.format(shortage)
+    return (
+        f"training.micro_batch: out of memory with {tried} sequences at a time;\n"
+        f"{option('training.micro_batch')} {fewer} may fit, and resumes from the last checkpoint"
     )
 
 

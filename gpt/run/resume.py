@@ -55,6 +55,13 @@ class ResumePlan:
         """Whether training continues from a checkpoint of this directory."""
         return self.existing and self.checkpoint is not None
 
+    @property
+    def processes(self) -> int | None:
+        """How many processes the run has had; None if it starts now."""
+        if not (self.existing and self.directory.environment.is_file()):
+            return None
+        return int(self.directory.read_environment().get("processes", 1))
+
     def describe_changes(self, config: Config) -> list[str]:
         """The changed options, and what they do to the learning rate, as lines for the user."""
         lines = []

@@ -13,12 +13,11 @@ the parent dies, the worker stops as well.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import gc
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from gpt.compare.execution.engine import Engine, Work
 from gpt.compare.execution.tasks import Task
 from gpt.compare.execution.worker import train_task
 from gpt.errors import OutOfMemoryError
+from gpt.io.children import blocked, environment
 
 SECONDS_BETWEEN_POLLS = 0.1  # of the workers; also the delay until they hear of a stop
 WORKERS_ENDED = (
@@ -192,7 +192,7 @@ class Pool:
             return True
         self.shared.stop.value = stopped = False
         with (
-            _environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"),
+            environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"),
             pebble.ProcessPool(
                 min(workers, len(jobs)),
                 initializer=begin,
@@ -200,7 +200,7 @@ class Pool:
                 context=self.context,
             ) as processes,
         ):
-            with _blocked(signal.SIGINT):  # a terminal also sends it to workers that are starting
+            with blocked(signal.SIGINT):  # a terminal also sends it to workers that are starting
                 futures: dict[Future[Any], Job] = {
                     processes.schedule(job.function, job.arguments): job for job in jobs
                 }
@@ -222,31 +222,3 @@ class Pool:
             finally:
                 self.shared.stop.value = True  # also after an error, or they would continue alone
         return not stopped
-
-
-@contextlib.contextmanager
-def _blocked(number: int) -> Iterator[None]:
-    """Delay a signal to this thread; processes and threads started within never receive it."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [number])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    """Set environment variables for the processes that are started within."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
