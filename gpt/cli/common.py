@@ -120,7 +120,11 @@ class StopSignals:
     def __call__(self) -> bool:
         if not self._requested and time.monotonic() > self._deadline:
             self._requested = True
-            self._say(f"\nreached the time limit of {self._max_seconds:g} s: stopping\n")
+            if not self._quiet:
+                print(
+                    f"\nreached the time limit of {self._max_seconds:g} s: stopping",
+                    file=sys.stderr,
+                )
         return self._requested
 
     def __enter__(self) -> StopSignals:
@@ -135,11 +139,8 @@ class StopSignals:
         for each in STOP_SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         name = signal.Signals(number).name
-        self._say(f"\n{name}: stopping; a second signal kills the process\n")
-
-    def _say(self, text: str) -> None:
-        if not self._quiet:
-            os.write(2, text.encode())  # not `print`, which a signal may have interrupted
+        if not self._quiet:  # not `print`, which the signal may have interrupted
+            os.write(2, f"\n{name}: stopping; a second signal kills the process\n".encode())
 
 
 @contextlib.contextmanager
