@@ -313,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=["step", "loss"])
     parser.add_argument("--text", type=Path, required=True, help="tiny Shakespeare")
     parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT")
-    parser.add_argument("--processes", type=int, default=1, help="for `step`: also in so many")
+    parser.add_argument("--processes", type=int, default=1, help="for `step`: also time so many")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=60, help="timed in each round")
     parser.add_argument("--seeds", type=int, default=3)

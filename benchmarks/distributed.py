@@ -66,8 +66,8 @@ class Size:
     """What is trained.
 
     Attributes:
-        config: of configs/.
-        options: on top of it.
+        config: the name of a file in configs/.
+        options: that replace some of its values.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Way:
 _CHARS_ON_GPU = {"layers": 6, "heads": 6, "width": 384, "context": 256}  # nanoGPT's
 _CHARS = "tiny-shakespeare-char"
 _EAGER = {"batch_tokens": None, "compile": False}
-SIZES = {  # on GPUs, with micro-batches of which several ways fit on one
+SIZES = {  # on GPUs, with micro-batches so small that all ways fit on a GPU at once
     "cpu": [
         Size("nanoGPT's for a CPU", _CHARS, 65),
         Size("quickstart", "quickstart", 4096),
@@ -251,8 +251,8 @@ def _host_peak() -> int:
 def counted(trainer: Trainer, config: Config) -> dict[str, Any]:
     """The bytes that rank 0 sends in a step; its memory while a checkpoint is copied; a loss.
 
-    The loss is that of the step after COUNTED ones from the initial weights, a copy of the
-    checkpoint, and loading that copy.
+    The loss is that of the next step after COUNTED steps from the initial weights, after which a
+    checkpoint was copied and loaded.
     """
     trainer.reset()
     step = updates(trainer, config)
@@ -308,7 +308,7 @@ def formula_bytes(way: Way, parameters: int, micro_batches: int, *, reduces_to_a
     backward pass, and reduce-scatters the gradients, in every micro-batch.
 
     Args:
-        reduces_to_all: whether a reduce-scatter is made of an all-reduce, as by gloo.
+        reduces_to_all: whether a reduce-scatter is implemented as an all-reduce, as in gloo.
     """
     once = (way.processes - 1) / way.processes * NUMBER * parameters
     if way.parallel == "ddp":
@@ -341,7 +341,7 @@ def _threads(number: int) -> str:
 
 
 class Contestant:
-    """The processes of a way, started, of which rank 0 is asked to take its turns."""
+    """The processes of a way, which wait until their rank 0 is asked to take a turn."""
 
     def __init__(self, size: Size, way: Way, device: str) -> None:
         self.way = way
@@ -390,7 +390,7 @@ def free_port() -> int:
 
 
 def environment(way: Way, rank: int, port: int) -> dict[str, str]:
-    """What torchrun would set for a process, if it is of a group."""
+    """The environment of a process; if it is in a group, with what torchrun would set."""
     found = {**os.environ, "OMP_NUM_THREADS": str(way.threads), "KINETO_LOG_LEVEL": "99"}
     if way.parallel:
         found |= {

@@ -1,8 +1,8 @@
 """`train.py`, in which one of several processes fails: `FAULT="kill 1 backward 3" faulty.py ...`.
 
-FAULT names what happens (an entry of FAULTS), the rank, the stage (one of STAGES) and its
-number from 1. torch starts each process by importing this script again, which installs the fault.
-Only the first attempt is disturbed.
+FAULT names what happens (an entry of FAULTS), the rank, the stage (one of STAGES), and at which
+call of the stage's function, from 1, it happens. torch starts each process by importing this
+script again, which installs the fault. Only the first attempt is disturbed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Fault(NamedTuple):
 
     @property
     def signal_file(self) -> Path:
-        """By which rank 0 tells another one."""
+        """The file with which rank 0 makes another rank fail."""
         return Path(f"fault-{os.getppid()}")
 
 
@@ -99,7 +99,7 @@ def install(fault: Fault) -> None:
 
 
 def _disturbed() -> int | None:
-    """The rank of this process, at the first attempt."""
+    """The rank of this process, at the first attempt; None after a restart."""
     first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
     return int(os.environ["RANK"]) if first else None
 

@@ -2,7 +2,7 @@
 
     python benchmarks/projection.py
 
-A step is computed by 6 N D at an assumed share of the peak, and communicates what docs/scale.md
+A step takes 6 N D operations, at an assumed share of the peak, and sends what docs/scale.md
 counts, at assumed bandwidths. Everything assumed is in `ASSUMED` and `CELLS`, which are printed
 first. docs/scale.md shows the tables.
 """
@@ -16,7 +16,7 @@ VOCABULARY, CONTEXT = 50257, 1024
 NUMBER = 4  # bytes: weights, gradients and optimizer state are fp32, and so is communication
 ASSUMED = {
     "peak": (989e12, "FLOP/s of a GPU in bf16, an H100's by its data sheet"),
-    "mfu": (0.40, "of the peak that computing reaches, whatever the micro-batch"),
+    "mfu": (0.40, "share of the peak that computing reaches, whatever the micro-batch"),
     "inside": (360e9, "bytes/s of a ring inside a node: 80% of NVLink's 450 GB/s each way"),
     "400G": (320e9, "bytes/s between nodes with eight ports of 400 Gb/s each, at 80%"),
     "100G": (10e9, "bytes/s between nodes with one port of 100 Gb/s each, at 80%"),
@@ -37,8 +37,8 @@ CELLS = {
     "slurm": (20.0, "elements that Slurm starts a second"),
     "ray": (1_000.0, "tasks that Ray starts a second"),
     "metadata": (10_000.0, "operations a second of the file server that the nodes share"),
-    "looks": (5.0, "looks a second of each Ray task at the file that would stop it"),
-    "polls": (0.5, "looks a second of the waiting command at each of its tasks"),
+    "looks": (5.0, "times a second that each Ray task checks whether it should stop"),
+    "polls": (0.5, "times a second that the waiting command checks each of its tasks"),
     "files": (16, "files of a cell, with its checkpoints"),
     "operations": (4, "operations to create a file: open, write, flush, rename"),
     "report": (0.01, "seconds of the report for each cell, at most"),
@@ -258,8 +258,8 @@ def table_of_cells() -> str:
         ),
         ("Slurm starts all elements in", f"{cells / assumed('slurm'):,.0f} s"),
         ("Ray starts all tasks in", f"{cells / assumed('ray'):,.0f} s"),
-        ("Ray's tasks look for the end", f"{slots * assumed('looks'):,.0f} times/s"),
-        ("which the file server answers for", f"{most:,.0f} tasks at once"),
+        ("Ray's tasks check whether they should stop", f"{slots * assumed('looks'):,.0f} times/s"),
+        ("the file server can answer these checks of", f"{most:,.0f} tasks at once"),
         ("the waiting command looks for results", f"{cells * assumed('polls'):,.0f} times/s"),
         ("files", f"{files:,.0f}"),
         ("creating them", f"{files * assumed('operations') / assumed('metadata'):,.0f} s"),

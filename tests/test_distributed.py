@@ -10,17 +10,21 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 from ranks import Job, work
 from safetensors.torch import load_file
 from test_cli import called
 from test_training import records
+from torch import Tensor
 
 from gpt.config import Config, merge
+from gpt.distributed import lead
 from gpt.errors import InputError
 from gpt.model.placement import PLACEMENTS
 from gpt.optim import OPTIMIZERS
@@ -229,7 +233,7 @@ def test_what_cannot_be_divided_is_named(two: Any):
 def test_processes_that_differ_are_refused_by_the_first(two: Any, what: str):
     errors = [seen(two[0] / what, rank)["error"] for rank in (0, 1)]
     assert errors == [
-        f"InputError: the process of rank 1 has another {what} than that of rank 0; start all with "
+        f"InputError: the {what} of the process of rank 1 differs from rank 0's; start all with "
         "the same command, on the same version of steadygpt",
         "SystemExit: 2",
     ]
@@ -445,3 +449,36 @@ def test_cells_of_a_comparison_are_trained_in_one_process_each(run_grid: Any):
     code, _, error = run_grid("--training.processes", "2")
     assert code == 2
     assert "training.processes: 2, but each cell is trained in one process" in error
+
+
+@pytest.mark.parametrize(("seconds", "processes"), [((1.0, 3.0), 2), ((2.0, 1.9), 1)])
+def test_auto_takes_what_takes_less_time(
+    seconds: tuple[float, float], processes: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Seconds of a micro-batch of 2: by both processes at once, which is half of 8, and by one."""
+    clock = [0.0]
+    monkeypatch.setattr(lead.time, "monotonic", lambda: clock[0])
+
+    def trainer(number: int) -> Any:
+        def backward(step: int, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            assert len(inputs) == 2 * number
+            clock[0] += seconds[0] if number == 2 else seconds[1] / 2  # twice as many batches
+            return torch.zeros(()), torch.zeros(())
+
+        share = SimpleNamespace(batch_sequences=8 // number, model=SimpleNamespace(context=4))
+        return SimpleNamespace(
+            micro_batch=2,
+            processes=number,
+            config=share,
+            model=SimpleNamespace(vocab_size=5),
+            backward=backward,
+            update=lambda *args: None,
+            reset=lambda: None,
+        )
+
+    said: list[str] = []
+    sharing = lead._sharing_is_faster(trainer(2), lambda: trainer(1), said.append)
+    assert sharing == (processes == 2)
+    shared, whole = 2 * seconds[0], 2 * seconds[1]
+    assert f"{shared:.3g} s for an update by 2 processes" in said[0]
+    assert f"{whole:.3g} s by 1 process" in said[0]

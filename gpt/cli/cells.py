@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from gpt.compare.execution.engine import Engine
 
 FLAGS = {"ray": ("address", "cpus_per_task", "gpus_per_task"), "slurm": ("sbatch",)}
-PACKAGES = {"ray": "ray", "slurm": "submitit"}  # that an engine needs; the extra has its name
+PACKAGES = {"ray": "ray", "slurm": "submitit"}  # of engines; the extra has the engine's name
 
 
 class CellArguments(Section):

@@ -1,7 +1,7 @@
 """`--processes N`: train in several processes on this machine, by torch's elastic launcher.
 
-torchrun does the same, also on several machines. Here the result, or an error, returns to the
-parent, which Ctrl-C reaches and which asks all to stop. If a process is killed or does not respond,
+torchrun does the same, also on several machines. Here the parent gets the result, or an error;
+at Ctrl-C, it asks all to stop. If a process is killed or does not respond,
 the parent kills the others, and all start again from the last checkpoint. An error in the program
 would recur, so it ends the run.
 """
@@ -46,7 +46,7 @@ from gpt.run.directory import RunDirectory, RunResult
 def count(config: Config, out_dir: Path) -> int:
     """How many processes to start for `config`: with auto, at most as many as may be useful.
 
-    A run that exists is resumed with as many as it has.
+    With auto, a run that exists is resumed with as many as it had.
 
     Raises:
         InputError: they cannot share its batches.
@@ -71,8 +71,8 @@ class Shared:
 
     Attributes:
         stop: true once they should save and end.
-        pids: their process ids; 0 before they work.
-        done: whether they have finished their work, and end once all have.
+        pids: their process ids; 0 before they have started.
+        done: whether each has finished its work; they end once all have.
         errors: an error that ends the run, which the parent raises.
     """
 
@@ -126,7 +126,7 @@ def train(
 
     Raises:
         InputError, StoppedError: as `gpt.training.train`.
-        LostProcessError: a process was killed or did not respond once more.
+        LostProcessError: a process was killed or did not respond after the last restart.
         SystemExit: of an error in the program, whose traceback has been shown.
     """
     for name in ("torch.distributed", "torch.multiprocessing"):
@@ -204,7 +204,7 @@ def _run(
 
         stop = lambda: bool(shared.stop.value or terminated)  # noqa: E731
         result = training.train(config, out_dir, resume=resume, stop=stop)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torch lets it wait for the others
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torch has this process wait for the others
     shared.done[rank] = True
     return result if rank == 0 else None
 

@@ -413,8 +413,8 @@ class TrainingConfig(Section):
     device: Device = "auto"
     """auto picks cuda, then mps, then cpu."""
     processes: Literal["auto"] | Count = 1
-    """Processes that share each batch; auto: one per GPU, or on a CPU the fastest number that a
-    short timing finds. Started by torchrun, a run uses those that torchrun started."""
+    """Processes that share each batch; auto: one per GPU, or on a CPU one, or one per core, as a
+    short timing decides. Started by torchrun, a run uses those that torchrun started."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How several processes share the work: ddp, each with a whole model (Li et al. 2020); fsdp,
     FSDP2, which divides weights, gradients and optimizer state (Zhao et al. 2023)."""

@@ -1,6 +1,6 @@
 """The processes of one run: how they find each other, agree, exchange messages, and fail.
 
-torchrun, or gpt/distributed/launch.py, sets RANK, WORLD_SIZE and the other variables of
+torchrun, or gpt/cli/launch.py, sets RANK, WORLD_SIZE and the other variables of
 torch.distributed's "env://" in the environment of each process.
 """
 
@@ -32,11 +32,11 @@ from gpt.errors import InputError, LostProcessError, StoppedError, option
 from gpt.hardware.processes import check_processes, cores, launched
 
 MESSAGE = 1024  # bytes of a message
-STOP_POLL = 0.2  # seconds between two looks for a stop that another process was asked for
-PATIENCE = 2.0  # seconds to wait for the reason why another process failed, or for the launcher
-# Seconds in which gloo's thread releases the tensors of the last operation. It needs Python's
-# global lock for that: while a DDP module ends the group, both would wait for each other, and at
-# the exit of the process it would crash.
+STOP_POLL = 0.2  # seconds between checks whether another process was asked to stop
+PATIENCE = 2.0  # seconds to wait for another process to note that it failed
+# Seconds in which gloo's thread releases the tensors of the last operation. It needs the GIL
+# for that: if a DDP module ended the group meanwhile, both would wait for each other; if the
+# process exited, the thread would crash.
 RELEASE = 0.2
 CODE = Path(__file__).parents[1]  # the package
 _runs = itertools.count()  # of this process
@@ -62,7 +62,7 @@ class Group:
     # -- Messages --------------------------------------------------------------------------------
 
     def send(self, *message: Any) -> None:
-        """From rank 0 to all others: a name and numbers, as short as MESSAGE allows."""
+        """Send all others a message of rank 0: a name and arguments, at most MESSAGE bytes."""
         text = json.dumps(message).encode()
         assert len(text) <= MESSAGE, f"a message of {len(text)} bytes"
         dist.broadcast(torch.frombuffer(bytearray(text.ljust(MESSAGE)), dtype=torch.uint8), 0)
@@ -78,7 +78,7 @@ class Group:
         """The share of this process in a tensor of integers, whose first dimension is divided.
 
         Args:
-            whole: on rank 0, on the CPU, of `size` times as many rows; None elsewhere.
+            whole: on rank 0, on the CPU, with `size` times the rows of a share; None elsewhere.
             shape: of a share.
         """
         share = torch.empty(shape, dtype=torch.int64)
@@ -124,9 +124,9 @@ class Group:
         self.store.set("stop", "1")
 
     def any_asked(self, stop: Callable[[], bool]) -> Callable[[], bool]:
-        """Whether this process, by `stop`, or another one was asked to stop.
+        """A function that returns whether this process, by `stop`, or another was asked to stop.
 
-        What it returns looks for the others at most every STOP_POLL seconds.
+        It looks for requests to the others at most every STOP_POLL seconds.
         """
         if self.size == 1:
             return stop
@@ -268,7 +268,7 @@ def _agree(group: Group, config: Config, stop: Callable[[], bool]) -> None:
         different = [what for what, value in mine.items() if other[what] != value]
         if different:
             raise InputError(
-                f"the process of rank {rank} has another {different[0]} than that of rank 0; "
+                f"the {different[0]} of the process of rank {rank} differs from rank 0's; "
                 "start all with the same command, on the same version of steadygpt"
             )
     group.store.set("agreed", "yes")

@@ -1,4 +1,4 @@
-"""Rank 0 trains, and the others follow: `together` is the whole of it."""
+"""Rank 0 trains, and the others follow: `together` does both."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def make_trainer(
     Args:
         check_stop, notify: see `Trainer`.
         before: how many processes this run has had; None if it is new. With `training.processes:
-            auto` it keeps their number, as another one sums in another order.
+            auto` the run keeps that number, as with another one it would sum in another order.
 
     Raises:
         InputError: see `Trainer` and `ParallelTrainer`.
@@ -134,13 +134,14 @@ def _sharing_is_faster(
 
 @flush_denormals()  # as training does
 def _update_seconds(trainer: Trainer) -> float:
-    """Seconds of an update of one micro-batch for each process, the median of TIMED."""
+    """Seconds of an update, from the median of TIMED with one micro-batch for each process."""
     sequences = trainer.micro_batch * trainer.processes
+    batch = trainer.config.batch_sequences * trainer.processes  # its config is that of a share
     tokens = torch.randint(trainer.model.vocab_size, (sequences, trainer.config.model.context))
     trainer.reset()
     seconds = []
     for _ in range(1 + TIMED):  # the first warms up
         began = time.monotonic()
         trainer.update(1.0, *trainer.backward(1, tokens, tokens))
-        seconds.append((time.monotonic() - began) / sequences * trainer.config.batch_sequences)
+        seconds.append((time.monotonic() - began) / sequences * batch)
     return statistics.median(seconds[1:])

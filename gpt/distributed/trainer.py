@@ -57,7 +57,8 @@ class ParallelTrainer(Trainer):
         self.group, self.vocab_size = group, vocab_size
         self.processes, self.first_sequence = group.size, group.rank * share
         self.micro_batch = group.smallest(self.micro_batch)
-        self.config = _of_share(config, share, self.micro_batch)  # not "auto": none goes alone
+        # micro_batch is not "auto" here: all processes must use the same one
+        self.config = _of_share(config, share, self.micro_batch)
         self.sharded = config.training.parallel == "fsdp"
         if self.sharded:
             check_can_shard(self.model)
@@ -76,7 +77,7 @@ class ParallelTrainer(Trainer):
     def _order_buckets(self) -> None:
         """Let DDP order the gradients that it sums together, which it does after one backward pass.
 
-        Else the first update of a resumed run would sum in another order than an uninterrupted run.
+        Otherwise the first update of a resumed run would sum in another order than without a stop.
         """
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         with global_generators_restored(self.device), self.autocast():
@@ -90,7 +91,7 @@ class ParallelTrainer(Trainer):
         """Compute what rank 0 asks for, until it ends the run.
 
         Args:
-            stop: whether this process was asked to stop; rank 0 is then asked to.
+            stop: whether this process was asked to stop; it then asks rank 0 to end the run.
         """
         while True:
             name, *arguments = self.group.receive()
@@ -152,7 +153,7 @@ class ParallelTrainer(Trainer):
         set_whole(self.model.state_dict(), weights)
 
     def set_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace the optimizer's state; raises a ValueError if it is of another one."""
+        """Replace the optimizer's state; raises a ValueError if it is another optimizer's."""
         model = self._plain_model() if self.sharded else self.model
         plain = Optimizer(model.named_parameters(), self.config.optimizer, self.model.m)
         plain.load_state_tensors(tensors)
@@ -281,7 +282,7 @@ class ParallelTrainer(Trainer):
         length: int,
         batch: tuple[Tensor, Tensor] | None = None,
     ) -> float:
-        """The sum of the losses of all processes' sequences; the last ones may be filled up."""
+        """The sum of the losses of all processes' sequences, without those that pad a share."""
         x, y = self._share(share, length, batch)
         real = min(max(sequences - self.group.rank * share, 0), share)
         few = max(real, 1)  # FSDP2 computes on all processes or none
@@ -310,7 +311,7 @@ FOLLOWED: dict[str, Callable[..., object]] = {
 
 
 class _Loss(nn.Module):
-    """The loss as a forward pass, which is what DDP takes over."""
+    """The loss as the forward pass of a module, which is what DDP wraps."""
 
     def __init__(self, model: GPT) -> None:
         super().__init__()

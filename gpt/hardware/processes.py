@@ -10,7 +10,7 @@ from gpt.errors import InputError, option
 
 
 def launched() -> int:
-    """How many processes torchrun, or gpt/cli/launch.py, has started for this run; 1 without."""
+    """How many processes torchrun, or gpt/cli/launch.py, has started for this run, or 1."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -30,8 +30,8 @@ def check_processes(config: Config, processes: int) -> None:
     """Refuse a number of processes that cannot train `config` together.
 
     Raises:
-        InputError: it does not divide the batch, and names the numbers that do; or an option needs
-            the whole batch, or the whole model.
+        InputError: it does not divide the batch (the message names numbers that do), or an option
+            needs the whole batch or the whole model.
     """
     batch, norm = config.batch_sequences, config.model.norm.type
     if batch % processes:

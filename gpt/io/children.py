@@ -1,4 +1,4 @@
-"""What processes inherit that this one starts: environment variables, and blocked signals."""
+"""What child processes inherit from this one: environment variables, and blocked signals."""
 
 from __future__ import annotations
 

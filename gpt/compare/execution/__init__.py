@@ -9,5 +9,5 @@ ray.py       an engine: a Ray cluster
 slurm.py     an engine: array jobs of Slurm
 remote.py    a task on another machine: its checks, progress, and when to stop
 worker.py    what the process of any engine does with a task
-cell_runs.py a cell on disk: its directory, whether it has a result, why if not
+cell_runs.py a cell on disk: its directory, whether it has a result, and if not, why
 """

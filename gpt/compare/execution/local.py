@@ -6,8 +6,8 @@ workers train small models faster than one with two threads. If a worker is kill
 cells are affected.
 
 Ctrl-C and SIGTERM reach the parent, which asks the workers to stop; each saves its cells after the
-update in progress. The two share memory: this request, and the number of updates of each cell. If
-the parent dies, the worker stops as well.
+update in progress. Parent and workers share memory: this request, and the number of updates of each
+cell. If the parent dies, its workers stop as well.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class Pool:
 
     Args:
         stop: polled; once it returns true, the workers are asked to stop.
-        cells: how many numbers of updates are shared.
+        cells: of how many cells the numbers of updates are shared.
         meanwhile: called at every poll.
 
     Attributes:

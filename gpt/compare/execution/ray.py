@@ -1,7 +1,7 @@
 """The engine `ray`: tasks on the nodes of a Ray cluster.
 
 Without an address, it starts a cluster of this machine alone, which ends with the comparison. Tasks
-say in files what they do, and hear of a stop there (remote.py); their answers come through Ray.
+report their progress, and learn of a stop, through files (remote.py); they answer through Ray.
 
 If the process or the node of a task dies, the task is run again, on whichever node has room, and
 its cells resume from their last save. After MOST_DEATHS deaths, they are recorded as killed.
@@ -43,9 +43,9 @@ class Ray(Engine):
 
     Attributes:
         address: "auto" or HOST:PORT of a cluster; None starts one here.
-        cpus_per_task: how many of a node's CPUs a task occupies; None is one.
-        gpus_per_task: of its GPUs; None is one for a batch that trains on a GPU, and an eighth for
-            a single cell.
+        cpus_per_task: how many of a node's CPUs a task occupies; None means one.
+        gpus_per_task: how many of its GPUs; None means one for a batch that trains on a GPU, and an
+            eighth for a single cell.
     """
 
     address: str | None = None
@@ -58,7 +58,7 @@ class Ray(Engine):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         logging.getLogger("ray").setLevel(logging.CRITICAL)
         quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
-        if self.address is None:  # in this thread, as Ray's processes end with the one it starts in
+        if self.address is None:  # in this thread, whose end also ends Ray's processes
             before = signal.getsignal(signal.SIGTERM)
             ray.init("local", include_dashboard=False, **quiet)
             signal.signal(signal.SIGTERM, before)
@@ -91,7 +91,7 @@ class Ray(Engine):
         if not room:
             needs = [f"{n:g} {name}{'s' if n > 1 else ''}" for name, n in demand.items() if n]
             raise InputError(
-                f"no node of the Ray cluster has the {' and '.join(needs)} of a task; "
+                f"no node of the Ray cluster has the {' and '.join(needs)} that a task needs; "
                 "see --cpus-per-task and --gpus-per-task"
             )
         return wanted or room

@@ -139,7 +139,7 @@ class Session:
         (self.folder / "token").unlink(missing_ok=True)
 
     def close(self) -> None:
-        """The same, and delete the files."""
+        """Ask all tasks to stop, and delete the files."""
         self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -236,7 +236,7 @@ class _Counter:
             self.write()
 
     def write(self) -> None:
-        """Write the file; a reader may meet a part of it, and training does not need it."""
+        """Write the file; a reader may find it half-written, and training does not need it."""
         with contextlib.suppress(OSError):
             self.path.write_text(json.dumps(self.updates))
         self.next = time.monotonic() + SECONDS_BETWEEN_UPDATES

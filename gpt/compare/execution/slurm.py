@@ -156,7 +156,7 @@ class Slurm(Engine):
                 arrays = " ".join(sorted({job.partition("_")[0] for job in waiting}))
                 raise StoppedError(
                     f"stopped waiting for {_count(waiting)}, still queued or running in Slurm "
-                    f"until scancel {arrays};\nthe same command waits again"
+                    f"(scancel {arrays} ends them);\nthe same command waits again"
                 )
             if waiting:
                 time.sleep(SECONDS_BETWEEN_POLLS)
@@ -365,7 +365,7 @@ def _killed(session: remote.Session, job: str, name: str, task: Task) -> dict[st
         InputError: it ended before it began to train.
     """
     command = ["sacct", "--noheader", "--allocations", "--parsable2", "--format=State,NodeList"]
-    try:  # many clusters keep no accounts
+    try:  # many clusters have no job accounting
         done = subprocess.run(
             [*command, f"--jobs={job}"], capture_output=True, text=True, timeout=60
         )
@@ -383,7 +383,7 @@ def _killed(session: remote.Session, job: str, name: str, task: Task) -> dict[st
 
 
 def _minutes(text: str) -> int:
-    """A time limit as sbatch has it, such as 90, 4:00:00 or 2-12, in minutes.
+    """A time limit as sbatch takes it, such as 90, 4:00:00 or 2-12, in minutes.
 
     Raises:
         InputError: it is something else.
