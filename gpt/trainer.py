@@ -102,15 +102,15 @@ class Trainer:
             ValueError: the checkpoint does not fit the config.
         """
         self.reset()
-        try:
-            self.set_weights(checkpoint.model)
-            self.set_optimizer_state(checkpoint.optimizer)
-            if updates and self.optimizer.has_state and not checkpoint.optimizer:
-                raise ValueError("the optimizer's state is missing")
-            if scaler and self.scaler.is_enabled():
+        self.set_weights(checkpoint.model)
+        self.set_optimizer_state(checkpoint.optimizer)
+        if updates and self.optimizer.has_state and not checkpoint.optimizer:
+            raise ValueError("the optimizer's state is missing")
+        if scaler and self.scaler.is_enabled():
+            try:
                 self.scaler.load_state_dict(scaler)
-        except (KeyError, RuntimeError) as error:
-            raise ValueError(str(error)) from None
+            except (KeyError, RuntimeError) as error:
+                raise ValueError(str(error)) from None
 
     def set_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace the weights; raises a ValueError if they are another model's."""

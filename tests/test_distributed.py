@@ -23,12 +23,17 @@ from test_cli import called
 from test_training import records
 from torch import Tensor
 
-from gpt.config import Config, merge
+from gpt.checkpoint import newest_intact
+from gpt.cli import launch as launch_command
+from gpt.config import Config, load_resolved, merge
 from gpt.distributed import lead
 from gpt.errors import InputError
+from gpt.hardware.processes import after_restart
 from gpt.model.placement import PLACEMENTS
 from gpt.optim import OPTIMIZERS
 from gpt.run.cautions import cautions
+from gpt.run.opening import restore
+from gpt.trainer import Trainer
 from gpt.training import train
 
 Make = Callable[..., Config]
@@ -477,8 +482,58 @@ def test_auto_takes_what_takes_less_time(
         )
 
     said: list[str] = []
-    sharing = lead._sharing_is_faster(trainer(2), lambda: trainer(1), said.append)
+    sharing = lead._sharing_is_faster(trainer(2), lambda: trainer(1), 1, said.append)
     assert sharing == (processes == 2)
     shared, whole = 2 * seconds[0], 2 * seconds[1]
     assert f"{shared:.3g} s for an update by 2 processes" in said[0]
     assert f"{whole:.3g} s by 1 process" in said[0]
+
+
+def test_how_many_processes_auto_may_start(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(launch_command, "cores", lambda: 8)
+    monkeypatch.setattr(launch_command, "machine_memory", lambda: 2**40)
+    batch = {"training": {"batch_sequences": 12, "processes": "auto"}}
+    config = tiny(**batch)
+    assert launch_command.count(config, tmp_path) == 6
+    assert launch_command.count(tiny(**batch, model={"norm": {"type": "batch"}}), tmp_path) == 1
+    facts = tmp_path / "environment.json"
+    for recorded, started in ((2, 2), (1, 1), (12, 6)):  # the last is of a larger machine
+        facts.write_text(json.dumps({"processes": recorded}))
+        assert launch_command.count(config, tmp_path) == started
+    facts.unlink()
+    large = tiny(**batch, model={"width": 2048, "layers": 4})  # training takes over 3.2 GB
+    monkeypatch.setattr(launch_command, "machine_memory", lambda: 10 * 2**30)
+    assert launch_command.count(large, tmp_path) == 3
+
+
+def test_after_a_restart_a_fresh_directory_is_no_longer_required(monkeypatch: pytest.MonkeyPatch):
+    assert [after_restart(each) for each in ("never", "auto", "best")] == ["never", "auto", "best"]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert [after_restart(each) for each in ("never", "auto", "best")] == ["auto", "auto", "best"]
+
+
+def test_one_process_of_torchrun_trains_whatever_the_config_says(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = tiny(training={"steps": 1, "processes": 2})
+    with pytest.raises(InputError, match="but this is one process; start them with"):
+        train(config, tmp_path / "a", quiet=True)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert train(config, tmp_path / "b", quiet=True).status == "finished"
+
+
+def test_a_lost_connection_is_not_a_checkpoint_that_does_not_fit(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It would end the run for good, though a restart helps."""
+
+    def lost(self: Trainer, tensors: Any) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+
+    monkeypatch.setattr(Trainer, "set_weights", lost)
+    config = load_resolved(tiny_run / "config.yaml")
+    trainer = Trainer(config, 257, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        restore(trainer, newest_intact(tiny_run / "checkpoints")[0], lambda: torch.zeros(1, 1))

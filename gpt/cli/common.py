@@ -29,7 +29,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EXIT_CODES = {"finished": 0, "diverged": 3, "interrupted": 75}
 
 # Errors of the machine, not of the program: permissions, disk space, names.
-_USER_ERRORS = {
+USER_ERRORS = {
     getattr(errno, name)
     for name in (
         *("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EIO"),
@@ -64,7 +64,7 @@ def command(prog: str) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     except OSError as error:
-        if error.errno not in _USER_ERRORS:
+        if error.errno not in USER_ERRORS:
             raise
         show(f"{prog}: {error.filename or 'writing'}: {error.strerror}", sys.stderr)
         raise SystemExit(2) from None

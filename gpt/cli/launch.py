@@ -28,14 +28,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from gpt.cli.common import STOP_SIGNALS, StopSignals
+from gpt.cli.common import STOP_SIGNALS, USER_ERRORS, StopSignals
 from gpt.config import Config
 from gpt.errors import InputError, LostProcessError, StoppedError, naming_flags
 from gpt.hardware.device import pick_device
-from gpt.hardware.processes import check_processes, cores
+from gpt.hardware.processes import after_restart, check_processes, cores, restarts
+from gpt.hardware.size import check_training, machine_memory
 from gpt.io.children import blocked, environment
 from gpt.io.console import show
 from gpt.io.files import read_json
@@ -52,17 +54,30 @@ def count(config: Config, out_dir: Path) -> int:
         InputError: they cannot share its batches.
     """
     given = config.training.processes
-    environment = RunDirectory(out_dir).environment
-    if given == "auto" and environment.is_file():
-        given = read_json(environment, dict[str, Any]).get("processes", 1)
-    if given != "auto":
-        processes = given
-    else:
-        device = pick_device(config.training.device)
-        most = torch.cuda.device_count() if device.type == "cuda" else cores()
-        processes = max(n for n in range(1, most + 1) if config.batch_sequences % n == 0)
-    check_processes(config, processes)
-    return processes
+    device = pick_device(config.training.device)
+    most = torch.cuda.device_count() if device.type == "cuda" else cores()
+    facts = RunDirectory(out_dir).environment
+    if given == "auto" and facts.is_file():
+        before = read_json(facts, dict[str, Any]).get("processes", 1)
+        most = min(most, before) if isinstance(before, int) else most
+    if given == "auto":
+        return max((n for n in range(2, most + 1) if _can_share(config, n, device)), default=1)
+    check_processes(config, given)
+    if device.type == "cuda" and given > most:
+        raise InputError(f"--training.processes: {given}, but this machine has {most} GPUs")
+    return given
+
+
+def _can_share(config: Config, processes: int, device: torch.device) -> bool:
+    """Whether so many processes can train `config`, and a machine's memory is enough for them."""
+    try:
+        check_processes(config, processes)
+        memory = machine_memory()
+        if device.type == "cpu" and memory is not None:
+            check_training(config, device_memory=memory // processes, shared=True)
+    except InputError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -104,7 +119,7 @@ class Shared:
 def _exists(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):  # the latter: another user's process by now
         return False
     return True
 
@@ -141,6 +156,7 @@ def train(
             rdzv_endpoint="localhost:0",
             local_addr="localhost",
             max_restarts=max_restarts,
+            logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
             signals_to_handle="",  # `stop` does
         ),
         _run,
@@ -188,7 +204,7 @@ def _run(
     Raises:
         SystemExit: this process, or another one, has failed.
     """
-    rank, attempt = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
+    rank = int(os.environ["RANK"])
     shared.done[rank] = False
     shared.pids[rank] = os.getpid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -197,13 +213,13 @@ def _run(
     signal.signal(signal.SIGTERM, lambda number, frame: terminated.append(number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    if rank == 0 and attempt != "0":
-        show(f"restart {attempt} of {max_restarts}: a process was killed or failed", sys.stderr)
+    if rank == 0 and restarts():
+        show(f"restart {restarts()} of {max_restarts}: a process was killed or failed", sys.stderr)
     with naming_flags(), _reporting(rank, shared):
         from gpt import training
 
         stop = lambda: bool(shared.stop.value or terminated)  # noqa: E731
-        result = training.train(config, out_dir, resume=resume, stop=stop)
+        result = training.train(config, out_dir, resume=after_restart(resume), stop=stop)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torch has this process wait for the others
     shared.done[rank] = True
     return result if rank == 0 else None
@@ -215,6 +231,10 @@ def _reporting(rank: int, shared: Shared) -> Iterator[None]:
     try:
         yield
     except (InputError, StoppedError) as error:
+        shared.errors.put(error)
+    except OSError as error:
+        if error.errno not in USER_ERRORS:
+            raise
         shared.errors.put(error)
     except LostProcessError as error:
         if shared.stop.value:

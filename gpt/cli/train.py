@@ -18,7 +18,13 @@ from gpt.config import load as load_config
 from gpt.config.shipped import names
 from gpt.config.values import CountOrZero
 from gpt.errors import InputError
-from gpt.hardware.processes import check_processes, launched, leads
+from gpt.hardware.processes import (
+    after_restart,
+    check_processes,
+    is_launched,
+    launched,
+    leads,
+)
 from gpt.hardware.size import check_cpu_training
 from gpt.io.console import Console, show, write_result
 from gpt.io.files import read_small
@@ -97,7 +103,7 @@ def train(arguments: Arguments, config: Config) -> RunResult | None:
     if config.init_from is not None and starts_afresh:  # an unreachable hub is reported early
         source.locate(source.describe(config.init_from))
 
-    if config.training.processes != 1 and launched() == 1:
+    if config.training.processes != 1 and not is_launched():
         from gpt.cli import launch
 
         processes = launch.count(config, out_dir)
@@ -116,7 +122,7 @@ def train(arguments: Arguments, config: Config) -> RunResult | None:
 
     torch.set_flush_denormal(True)  # before torch starts its other threads, which inherit it
     with StopSignals(arguments.max_seconds, quiet=not leads()) as stop:
-        return training.train(config, out_dir, resume=arguments.resume, stop=stop)
+        return training.train(config, out_dir, resume=after_restart(arguments.resume), stop=stop)
 
 
 def report(result: RunResult | None, prog: str = "train.py") -> int:
@@ -145,7 +151,7 @@ def _plan(config: Config, out_dir: Path, resume: str) -> str:
     dataset = plan.data.dataset
     if plan.refusal is not None:
         raise plan.refusal
-    processes = config.training.processes if launched() == 1 else launched()
+    processes = launched() if is_launched() else config.training.processes
     if processes != "auto":
         check_processes(config, processes)
     described = describe(

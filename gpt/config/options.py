@@ -419,7 +419,8 @@ class TrainingConfig(Section):
     """How several processes share the work: ddp, each with a whole model (Li et al. 2020); fsdp,
     FSDP2, which divides weights, gradients and optimizer state (Zhao et al. 2023)."""
     process_timeout: Seconds = 1800.0
-    """Seconds after which a process that does not respond ends a run of several processes."""
+    """Seconds after which a process that does not respond ends a run of several processes; also if
+    it is rank 0, alone with a sample or a checkpoint."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the forward and backward pass; weights stay fp32. fp16 uses loss scaling."""
     z_loss: Factor = 0.0

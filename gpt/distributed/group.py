@@ -29,7 +29,7 @@ from torch.distributed import (  # type: ignore[attr-defined]
 
 from gpt.config import Config
 from gpt.errors import InputError, LostProcessError, StoppedError, option
-from gpt.hardware.processes import check_processes, cores, launched
+from gpt.hardware.processes import check_processes, cores, is_launched, launched, restarts
 
 MESSAGE = 1024  # bytes of a message
 STOP_POLL = 0.2  # seconds between checks whether another process was asked to stop
@@ -48,10 +48,13 @@ class Group:
     Attributes:
         rank, size: the number of this process, and how many there are.
         device: where this process computes.
+        threads: of this process, if it had the machine to itself.
     """
 
     def __init__(self, device: torch.device, rank: int, size: int, store: Store) -> None:
         self.device, self.rank, self.size, self.store = device, rank, size, store
+        given = "OMP_NUM_THREADS" in os.environ  # by torchrun, for one of several processes
+        self.threads = cores() if given and size > 1 else torch.get_num_threads()
         self._looked, self._stop, self._started = 0.0, False, False
 
     @property
@@ -199,7 +202,7 @@ def joined(config: Config, device: torch.device, stop: Callable[[], bool]) -> It
     """
     size = launched()
     if size == 1:
-        if config.training.processes not in (1, "auto"):
+        if config.training.processes not in (1, "auto") and not is_launched():
             raise InputError(
                 f"{option('training.processes')}: {config.training.processes}, but this is one "
                 "process; start them with train.py or torchrun, not from Python"
@@ -224,18 +227,26 @@ def connected(
         store, rank, size = next(rendezvous("env://", timeout=timeout))
     except dist.DistError as error:
         raise LostProcessError(str(error).partition("\n")[0]) from None
-    # The launcher's store outlives a run and a restart, and with it the addresses of old groups.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    except ValueError as error:  # a variable is missing
+        raise InputError(f"WORLD_SIZE is set, but {error}") from None
+    # The launcher's own store outlives a restart, and with it the addresses of the old group. A
+    # store of rank 0 does not, and machines may have counted different numbers of restarts.
+    of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = restarts() if of_launcher else 0
     store = PrefixStore(f"attempt {attempt}, run {next(_runs)}", store)
+    gpu = int(os.environ.get("LOCAL_RANK", "0"))
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+        device = torch.device("cuda", gpu)
     group = Group(device, rank, size, store)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE", size))  # this machine's cores
         torch.set_num_threads(max(1, cores() // sharing))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     with _failing_together(group):
+        if device.type == "cuda":
+            if gpu >= torch.cuda.device_count():
+                raise InputError(f"there is no GPU for process {gpu} of this machine; start fewer")
+            torch.cuda.set_device(device)
         _agree(group, config, stop)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         try:
@@ -261,6 +272,8 @@ def _agree(group: Group, config: Config, stop: Callable[[], bool]) -> None:
     for rank in range(1, group.size) if group.leads else (0,):
         key = f"identity {rank}" if group.leads else "agreed"
         if not group.wait_for(key, timeout, stop):
+            if stop():
+                raise StoppedError("stopped; the same command starts again")
             raise LostProcessError(f"the process of rank {rank} has not started")
         if not group.leads:
             return

@@ -13,7 +13,7 @@ from gpt.distributed.group import Group, joined
 from gpt.errors import OutOfMemoryError
 from gpt.hardware.device import flush_denormals
 from gpt.hardware.memory import is_out_of_memory
-from gpt.hardware.processes import cores
+from gpt.rng import generator
 from gpt.run.directory import RunResult
 from gpt.run.recovery import advise_untried
 from gpt.trainer import Trainer
@@ -106,27 +106,33 @@ def make_trainer(
     trainer = ParallelTrainer(config, vocab_size, group, check_stop=check_stop, notify=notify)
     if config.training.processes != "auto" or group.device.type != "cpu":
         return trainer
-    shares = before > 1 if before is not None else _sharing_is_faster(trainer, alone, notify)
+    if before is None:
+        shares = _sharing_is_faster(trainer, alone, group.threads, notify)
+    else:
+        shares = before > 1
     if shares:
         return trainer
     group.release()
-    torch.set_num_threads(cores())
+    torch.set_num_threads(group.threads)
     return alone()
 
 
 def _sharing_is_faster(
-    trainer: Trainer, alone: Callable[[], Trainer], notify: Callable[[str], object]
+    trainer: Trainer,
+    alone: Callable[[], Trainer],
+    threads: int,
+    notify: Callable[[str], object],
 ) -> bool:
     """Whether the processes of `trainer` take less time than rank 0 with all threads would."""
-    threads = torch.get_num_threads()
+    each = torch.get_num_threads()
     shared = _update_seconds(trainer)
-    torch.set_num_threads(cores())
-    whole = _update_seconds(alone())
     torch.set_num_threads(threads)
-    processes, s = f"{trainer.processes} processes", "s" if threads > 1 else ""
+    whole = _update_seconds(alone())
+    torch.set_num_threads(each)
+    processes, s = f"{trainer.processes} processes", "s" if each > 1 else ""
     notify(
-        f"training.processes auto: {shared:.3g} s for an update by {processes} with {threads} "
-        f"thread{s} each, {whole:.3g} s by 1 process with {cores()}: training in "
+        f"training.processes auto: {shared:.3g} s for an update by {processes} with {each} "
+        f"thread{s} each, {whole:.3g} s by 1 process with {threads}: training in "
         f"{processes if shared <= whole else '1 process'}"
     )
     return shared <= whole
@@ -137,7 +143,8 @@ def _update_seconds(trainer: Trainer) -> float:
     """Seconds of an update, from the median of TIMED with one micro-batch for each process."""
     sequences = trainer.micro_batch * trainer.processes
     batch = trainer.config.batch_sequences * trainer.processes  # its config is that of a share
-    tokens = torch.randint(trainer.model.vocab_size, (sequences, trainer.config.model.context))
+    shape = (sequences, trainer.config.model.context)
+    tokens = torch.randint(trainer.model.vocab_size, shape, generator=generator("timing"))
     trainer.reset()
     seconds = []
     for _ in range(1 + TIMED):  # the first warms up

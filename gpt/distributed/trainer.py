@@ -289,7 +289,8 @@ class ParallelTrainer(Trainer):
         self.model.eval()
         try:
             with self.autocast():
-                total = self.loss_fn(x[:few], y[:few])[1] * real
+                loss = self.loss_fn(x[:few], y[:few])[1]
+            total = loss * real if real else torch.zeros_like(loss)  # perhaps inf * 0
         finally:
             self.model.train()
         dist.all_reduce(total)

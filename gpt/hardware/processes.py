@@ -9,9 +9,24 @@ from gpt.config import Config
 from gpt.errors import InputError, option
 
 
+def is_launched() -> bool:
+    """Whether torchrun, or gpt/cli/launch.py, has started this process."""
+    return "WORLD_SIZE" in os.environ
+
+
 def launched() -> int:
-    """How many processes torchrun, or gpt/cli/launch.py, has started for this run, or 1."""
+    """How many processes the launcher has started for this run; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def restarts() -> int:
+    """How often the launcher has started them again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def after_restart(resume: str) -> str:
+    """How a run is resumed: after a restart, "never" would refuse what the run itself has made."""
+    return "auto" if resume == "never" and restarts() else resume
 
 
 def leads() -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from gpt.config import Config, ModelConfig
 from gpt.errors import InputError, option
+from gpt.hardware.processes import launched
 
 FP32 = 4  # bytes per number
 # Numbers of optimizer state per parameter, at least; other optimizers may have fewer than one.
@@ -58,8 +59,10 @@ def check_training(
     batch_needs = {batch: 8 * config.batch_sequences * model.context}  # int64
     shared_needs = batch_needs if shared else {}
     forward = size * (4 * model.layers * model.width * tokens + logits)  # q, k, v and the stream
-    _check({weights: (kept + 1) * numbers, **shared_needs}, device_memory)  # with the gradients
-    _check({weights: kept * numbers, activations: forward, **shared_needs}, device_memory)
+    parts = launched() if training.parallel == "fsdp" else 1  # made whole, and then divided
+    whole, held = max(numbers, (kept + 1) * numbers // parts), kept * numbers // parts
+    _check({weights: whole, **shared_needs}, device_memory)  # with the gradients
+    _check({weights: held, activations: forward, **shared_needs}, device_memory)
     _check(batch_needs, machine_memory())
 
 
