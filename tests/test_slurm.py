@@ -91,7 +91,7 @@ def test_it_may_be_stopped_and_is_requeued_at_the_time_limit_and_ends_as_locally
     assert end.value.code == 75
     err = capsys.readouterr().err
     assert "submitted 2 tasks as Slurm job 100" in err
-    assert "2 tasks, still queued or running in Slurm (scancel 100 ends them);" in err
+    assert "2 tasks are still queued or running in Slurm (scancel 100 ends them);" in err
 
     with pytest.raises(SystemExit) as end:
         called(capsys, path, "--out-dir", directory)
