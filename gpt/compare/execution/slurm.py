@@ -157,6 +157,12 @@ class Slurm(Engine):
         while waiting or rest:
             rest = self._submit(work, session, rest, queue, waiting)
             failed |= _wait(work, session, queue, waiting)
+            while rest and not queue.is_clear():
+                if work.stop():
+                    raise StoppedError(
+                        f"stopped with {_count(rest)} not submitted;\nthe same command submits them"
+                    )
+                time.sleep(SECONDS_BETWEEN_POLLS)
         if failed:  # the logs may say more
             session.stop()
             queue.clear()
@@ -407,6 +413,10 @@ class _Queue:
                 absent = self.jobs.keys() - queued
                 self.absent, self.twice = absent, absent & self.absent
         return self.twice
+
+    def is_clear(self) -> bool:
+        """Whether Slurm counts none of the elements any more; it needs a moment after their end."""
+        return not self.jobs.keys() & (_query() or set())
 
     def clear(self) -> None:
         """Forget all elements, as they have ended."""
