@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -393,6 +395,33 @@ def test_a_lock_names_its_process_on_another_machine(tmp_path: Path):
             lock_file(lock, "busy"),
         ):
             pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no flock")
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_without_flock_a_lock_of_a_dead_process_is_taken_but_not_one_of_a_live_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import fcntl
+
+    def flock(*arguments: object) -> None:
+        raise OSError(errno.ENOSYS, "not supported")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lock = tmp_path / "lock"
+    with lock_file(lock, "busy"):
+        written = lock.read_text()
+        with (
+            pytest.raises(InputError, match=r"^busy$"),
+            lock_file(lock, "busy", wait=2.5),  # filelock takes malformed ones after 2 s
+        ):
+            pass
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    lock.write_text(written.replace(str(os.getpid()), str(dead.pid)))
+    os.utime(lock, (0, 0))
+    with lock_file(lock, "busy"):
+        pass
 
 
 def test_a_lock_that_is_a_hard_link_keeps_its_contents(tmp_path: Path):

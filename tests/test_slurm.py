@@ -185,20 +185,31 @@ def test_an_array_that_is_refused_is_submitted_once_the_others_have_ended(
 
 
 @pytest.mark.slow
-def test_a_node_with_other_code_is_reported(
+def test_batches_that_a_node_with_other_code_refuses_are_run_by_the_next_start(
     state: Path,
     tiny: Make,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    in_this_process: None,
     no_pictures: None,
 ):
-    arguments = [grid_of(tiny, tmp_path, 2), "--out-dir", tmp_path / "slurm", *FLAGS]
+    path = grid_of(tiny, tmp_path, 2, seeds=2, runner="batched")
+    arguments = [path, "--out-dir", tmp_path / "slurm", *FLAGS]
     with monkeypatch.context() as patch:
         patch.setattr(remote, "versions", lambda: {"steadygpt": "1", "torch": "1"})
-        refusal_of(capsys, *arguments)
-    code, _, _ = called(capsys, *arguments)
+        with pytest.raises(SystemExit) as end:
+            called(capsys, *arguments)
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert "submitted 2 tasks as Slurm job 100" in err  # of two cells each
+    assert "but the comparison was started with 1; install the same on every node" in err
+    while any((state / "queue").iterdir()):
+        time.sleep(0.1)
+    code, _, err = called(capsys, *arguments)
     assert code == 0
+    assert "submitted 2 tasks as Slurm job 101" in err
+    assert len(list((tmp_path / "slurm/cells").glob("*/result.json"))) == 4
 
 
 def test_a_dry_run_prints_the_script_that_is_submitted(

@@ -416,7 +416,8 @@ class _Queue:
 
     def is_clear(self) -> bool:
         """Whether Slurm counts none of the elements any more; it needs a moment after their end."""
-        return not self.jobs.keys() & (_query() or set())
+        queued = _query()
+        return queued is not None and not self.jobs.keys() & queued
 
     def clear(self) -> None:
         """Forget all elements, as they have ended."""
