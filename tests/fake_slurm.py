@@ -1,8 +1,9 @@
 """The commands of Slurm, as far as gpt/compare/execution/slurm.py uses them, on this machine.
 
 `install` puts them into a folder for the PATH. A job's elements run two at a time, in sessions of
-their own; none if there is a file `held` in the state folder. `scancel --signal=USR2 ELEMENT` plays
-the time limit.
+their own; none if there is a file `held` in the state folder. The files `refusal` and `answer`
+contain what sbatch prints instead; with a file `one`, it refuses a job while another is in the
+queue. `scancel --signal=USR2 ELEMENT` plays the time limit.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def sbatch(state: Path, script: str) -> None:
     refusal = state / "refusal"
     if refusal.exists():
         sys.exit(refusal.read_text())
+    if (state / "one").exists() and any((state / "queue").glob("*")):
+        sys.exit("sbatch: error: QOSMaxSubmitJobPerUserLimit")
     job = 100 + len(list(state.glob("*.sh")))
     text = Path(script).read_text()
     (state / f"{job}.sh").write_text(text)
@@ -42,7 +45,8 @@ def sbatch(state: Path, script: str) -> None:
     (state / "queue").mkdir(exist_ok=True)
     for element in elements:
         (state / "queue" / element).touch()
-    print(f"Submitted batch job {job}")
+    answer = state / "answer"
+    print(answer.read_text() if answer.exists() else f"Submitted batch job {job}")
     if (state / "held").exists():
         return
     words = [sys.executable, __file__, "control", str(job), *elements]

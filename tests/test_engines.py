@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
 import socket
+import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from comparing import Make, TwoCells
@@ -15,12 +20,17 @@ from test_cli import called
 
 from gpt.cli import cells
 from gpt.compare import estimate
-from gpt.compare.execution import remote
+from gpt.compare.execution import local, remote, slurm
+from gpt.compare.execution.cell_runs import CellError
+from gpt.compare.execution.engine import Engine, Work
 from gpt.compare.execution.engines import ENGINES
 from gpt.compare.execution.ray import _probe
+from gpt.compare.execution.runner import run_tasks
 from gpt.compare.execution.tasks import Task
 from gpt.compare.grid import Cell
 from gpt.errors import InputError
+from gpt.hardware.processes import cores
+from gpt.io.console import Console
 from gpt.io.files import LOCK, lock_directory, lock_file
 from gpt.run.directory import RunDirectory
 
@@ -78,7 +88,9 @@ def test_slurm_without_its_commands(
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("address", ["node7", "ray://node7:1", "node7:x", ":1", "node7:99999"])
+@pytest.mark.parametrize(
+    "address", ["node7", "local", "ray://node7:1", "node7:x", ":1", "node7:99999"]
+)
 def test_an_address_of_another_form(address: str):
     with pytest.raises(InputError, match="is neither auto nor HOST:PORT"):
         _probe(address)
@@ -105,6 +117,148 @@ def test_cells_that_may_run_in_slurm_do_not_run_elsewhere(
         two.run()
 
 
+# -- what an engine is given, and what becomes of it -------------------------------------------
+
+
+class Stub(Engine):
+    """An engine that trains nothing."""
+
+    def run(self, work: Work) -> bool:
+        return True
+
+
+def run_stub(directory: Path, tasks: Sequence[Task]) -> bool:
+    return run_tasks(
+        tasks,
+        [cell for task in tasks for cell in task.cells],
+        directory,
+        workers=1000,
+        keep_checkpoints=False,
+        console=Console(quiet=True),
+        stop=lambda: False,
+        describe=lambda cell: "",
+        engine=Stub(),
+    )
+
+
+def test_pictures_are_drawn_by_the_cores_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    processes: list[int] = []
+    monkeypatch.setattr(local.Pool, "run", lambda pool, jobs, workers: processes.append(workers))
+    run_stub(tmp_path, [])
+    assert processes == [min(1000, cores())]
+
+
+def test_a_result_that_cannot_be_seen_is_not_left_out(tmp_path: Path, cell: Cell):
+    with pytest.raises(InputError, match=r"cell has ended, but its result cannot be seen"):
+        run_stub(tmp_path, [Task((cell,), batched=False)])
+
+
+# -- slurm -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("time=60 nodes=2", "nodes=2: nodes cannot be changed"),
+        ("time=60 ntasks-per-node=2", "ntasks-per-node cannot be changed"),
+        ("time=60 parsable", "parsable cannot be changed"),
+        ("time=60 signal=B:USR2@300", "signal=B:USR2@300 is not USR2@SECONDS"),
+        ("time=60 signal=USR1@300", "signal=USR1@300 is not USR2@SECONDS"),
+        ("time=0", "time=0 is too short: .* 90 seconds before .* at least 3 minutes"),
+        ("time=0:01:59", "time=0:01:59 is too short"),
+        ("time=9 signal=USR2@300", "time=9 is too short: .* 300 seconds .* at least 10 minutes"),
+    ],
+)
+def test_options_of_sbatch_that_do_not_fit(options: str, message: str):
+    with pytest.raises(InputError, match=message):
+        slurm.Slurm(tuple(options.split()))._options()
+
+
+def test_options_of_sbatch_that_fit():
+    for options in (("time=3",), ("time=10", "signal=USR2@300")):
+        slurm.Slurm(options)._options()
+
+
+def named(cell: Cell, *ids: str) -> list[Task]:
+    return [Task((replace(cell, id=name),), batched=False) for name in ids]
+
+
+def write_refusal(session: remote.Session) -> None:
+    ending = slurm.Ending(refused="node7 has torch 1")
+    (session.folder / "ended/a").write_text(json.dumps(asdict(ending)))
+
+
+@pytest.fixture
+def refused(session: remote.Session, monkeypatch: pytest.MonkeyPatch) -> slurm._Queue:
+    """Two elements, of which a node has refused the first."""
+    jobs = {"100_0": ["a"], "100_1": ["b"]}
+    (session.folder / slurm.JOBS).write_text(json.dumps(jobs))
+    write_refusal(session)
+    monkeypatch.setattr(slurm, "_query", lambda: {"100_0", "100_1"})
+    return slurm._Queue(session)
+
+
+def test_a_refusal_says_what_is_still_queued(refused: slurm._Queue, cell: Cell):
+    waiting, rest = refused.split(named(cell, "a", "b"))
+    (a,) = rest
+    waiting["100_0"] = slurm.Waiting("a", a)
+    write_refusal(refused.session)
+    work = Work([], Path(), 1, False, lambda: False, print, print, print)
+    with pytest.raises(InputError) as error:
+        slurm._wait(work, refused.session, refused, waiting)
+    assert str(error.value) == (
+        "node7 has torch 1;\n1 task is still queued or running in Slurm (scancel 100 ends it)"
+    )
+
+
+def test_a_task_that_a_node_has_refused_is_submitted_again(refused: slurm._Queue, cell: Cell):
+    a, b = named(cell, "a", "b")
+    assert refused.split([a, b]) == ({"100_1": slurm.Waiting("b", b)}, [a])
+    assert remote.names(refused.session.folder / "ended") == set()
+    assert refused.jobs == {"100_1": ["b"]}
+
+
+def test_a_submission_that_was_cut_off_is_not_repeated(session: remote.Session, cell: Cell):
+    (session.folder / slurm.JOBS).write_text(json.dumps({slurm.SUBMITTING: ["a"]}))
+    with pytest.raises(InputError, match="a submission to Slurm was cut off"):
+        slurm._Queue(session).split(named(cell, "a"))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="needs SIGUSR2")
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [(["SIGUSR2"], 144), (["SIGUSR2", "SIGTERM"], 144), (["SIGTERM"], 75), ([], None)],
+)
+def test_which_signal_comes_first_decides(
+    session: remote.Session,
+    cell: Cell,
+    signals: list[str],
+    code: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """SIGTERM comes first if a job is canceled, and after the warning at the time limit."""
+
+    def train(session: remote.Session, task: Task, stop: Any) -> list[CellError | None]:
+        for name in signals:
+            signal.raise_signal(signal.Signals[name])
+        assert stop() == bool(signals)
+        return [None if signals else CellError("error", "it failed")]
+
+    monkeypatch.setattr(remote.Session, "train", train)
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGUSR2, signal.SIGTERM)]
+    try:
+        signal.signal(signal.SIGUSR2, lambda number, frame: sys.exit(144))  # as submitit's
+        with pytest.raises(SystemExit) as end:
+            slurm.Element(session, Task((cell,), batched=False))()
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+    assert end.value.code == code
+    assert remote.names(session.folder / "ended") == (set() if signals else {"cell"})
+
+
 # -- a task on another machine -----------------------------------------------------------------
 
 
@@ -127,11 +281,12 @@ def test_it_trains_and_counts_its_updates(
 ):
     monkeypatch.setattr(remote, "SECONDS_BETWEEN_UPDATES", 0.0)
     task = Task((cell,), batched=False)
-    assert not session.has_begun(task.name)
+    assert session.begun() == set()
     with lock_directory(session.directory, "held"):
         assert session.train(task) == [None]
     assert session.unlocked() is None
     assert session.updates(task.name) == {"cell": 20}
+    assert session.begun() == {"cell"}
     run = RunDirectory(session.directory / "cells/cell")
     result = run.read_result()
     assert result is not None
@@ -231,15 +386,42 @@ def test_it_waits_for_a_lock_that_a_dead_machine_has_left(
 def test_a_lock_names_its_process_on_another_machine(tmp_path: Path):
     lock = tmp_path / "lock"
     with lock_file(lock, "busy"):
-        assert lock.read_text() == f"{os.getpid()} {HOST}\n"
+        assert lock.read_text() == f"{os.getpid()}\n{HOST}\n"
         with pytest.raises(InputError, match=r"^busy$"), lock_file(lock, "busy"):
             pass
-        lock.write_text("7 another-host\n")
+        lock.write_text("7\nanother-host\n123\n")
         with (
             pytest.raises(InputError, match=r"^busy \(process 7 on another-host\)$"),
             lock_file(lock, "busy"),
         ):
             pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no flock")
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_without_flock_a_lock_of_a_dead_process_is_taken_but_not_one_of_a_live_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import fcntl
+
+    def flock(*arguments: object) -> None:
+        raise OSError(errno.ENOSYS, "not supported")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lock = tmp_path / "lock"
+    with lock_file(lock, "busy"):
+        written = lock.read_text()
+        with (
+            pytest.raises(InputError, match=r"^busy$"),
+            lock_file(lock, "busy", wait=2.5),  # filelock takes malformed ones after 2 s
+        ):
+            pass
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    lock.write_text(written.replace(str(os.getpid()), str(dead.pid)))
+    os.utime(lock, (0, 0))
+    with lock_file(lock, "busy"):
+        pass
 
 
 def test_a_lock_that_is_a_hard_link_keeps_its_contents(tmp_path: Path):

@@ -18,7 +18,9 @@ import pytest
 from comparing import Make, called, grid_tree, tables, write
 
 from gpt.compare.execution import remote
+from gpt.compare.execution.ray import Ray
 from gpt.compare.execution.tasks import Task
+from gpt.errors import InputError
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
@@ -45,6 +47,35 @@ def grid_of(tiny: Make, folder: Path, steps: int, **changes: Any) -> Path:
         sampling={"tokens": 0},
     )
     return write(folder / "grid.yaml", grid_tree(base, probes=False, **changes))
+
+
+def test_an_error_of_ray_while_connecting_is_a_line(monkeypatch: pytest.MonkeyPatch):
+    def init(*arguments: object, **options: object) -> None:
+        raise ray.exceptions.AuthenticationError("No token. See the docs.")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(InputError, match=r"^--address: auto: No token"), Ray("auto"):
+        pass
+
+
+def test_a_token_that_is_deleted_stops_tasks_that_have_not_begun(
+    cluster: Any,
+    tiny: Make,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def train(session: remote.Session, task: Task) -> Any:
+        session.stop()
+        return remote.Session.train(session, task)
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(remote.Session, "train", train)
+    path = grid_of(tiny, tmp_path, 4, grid={"optimizer.learning_rate": [0.01]}, seeds=1)
+    flags = ("--engine", "ray", "--address", cluster.address)
+    with pytest.raises(SystemExit) as end:
+        called(capsys, path, "--out-dir", tmp_path / "ray", *flags)
+    assert end.value.code == 75
 
 
 def test_a_node_that_is_killed_loses_nothing(

@@ -91,7 +91,7 @@ def test_it_may_be_stopped_and_is_requeued_at_the_time_limit_and_ends_as_locally
     assert end.value.code == 75
     err = capsys.readouterr().err
     assert "submitted 2 tasks as Slurm job 100" in err
-    assert "2 tasks, still queued or running in Slurm (scancel 100 ends them);" in err
+    assert "2 tasks are still queued or running in Slurm (scancel 100 ends them);" in err
 
     with pytest.raises(SystemExit) as end:
         called(capsys, path, "--out-dir", directory)
@@ -135,16 +135,81 @@ def test_elements_that_are_canceled_are_recorded_and_run_by_the_next_start(
     assert resumed(directory) == 1  # SIGTERM saved it
 
 
+def refusal_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What a command that ends with exit code 2 prints last."""
+    with pytest.raises(SystemExit) as end:
+        called(capsys, *arguments)
+    assert end.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
 def test_what_sbatch_refuses_is_one_line(
     state: Path, tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    reason = "sbatch: error: invalid partition specified: small"
-    (state / "refusal").write_text(reason)
-    path = grid_of(tiny, tmp_path, 2)
-    with pytest.raises(SystemExit) as end:
-        called(capsys, path, "--out-dir", tmp_path / "slurm", *FLAGS)
+    arguments = [grid_of(tiny, tmp_path, 2), "--out-dir", tmp_path / "slurm", *FLAGS]
+    for reason in ("sbatch: error: invalid partition specified: small", ""):
+        (state / "refusal").write_text(reason)
+        shown = reason or "sbatch failed without a message"
+        assert refusal_of(capsys, *arguments) == f"compare.py: {shown}"
+
+
+def test_an_answer_that_is_not_understood_is_not_followed_by_a_second_submission(
+    state: Path, tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (state / "answer").write_text("100")
+    (state / "held").touch()
+    arguments = [grid_of(tiny, tmp_path, 2), "--out-dir", tmp_path / "slurm", *FLAGS]
+    assert 'Could not make sense of sbatch output "100' in refusal_of(capsys, *arguments)
+    assert "jobs.json" in refusal_of(capsys, *arguments)
+    assert len(list(state.glob("*.sh"))) == 1
+
+
+@pytest.mark.slow
+def test_an_array_that_is_refused_is_submitted_once_the_others_have_ended(
+    state: Path,
+    tiny: Make,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    no_pictures: None,
+):
+    (state / "one").touch()
+    monkeypatch.setattr(slurm, "MOST_ELEMENTS", 1)
+    path, directory = grid_of(tiny, tmp_path, 2), tmp_path / "slurm"
+    code, _, err = called(capsys, path, "--out-dir", directory, *FLAGS)
+    assert code == 0
+    assert "QOSMaxSubmitJobPerUserLimit: 1 task will be submitted when the others have" in err
+    assert "submitted 1 task as Slurm job 101" in err
+    assert not (directory / "lost.json").exists()
+    assert not (directory / "cluster").exists()
+
+
+@pytest.mark.slow
+def test_batches_that_a_node_with_other_code_refuses_are_run_by_the_next_start(
+    state: Path,
+    tiny: Make,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    in_this_process: None,
+    no_pictures: None,
+):
+    path = grid_of(tiny, tmp_path, 2, seeds=2, runner="batched")
+    arguments = [path, "--out-dir", tmp_path / "slurm", *FLAGS]
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "versions", lambda: {"steadygpt": "1", "torch": "1"})
+        with pytest.raises(SystemExit) as end:
+            called(capsys, *arguments)
     assert end.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1] == f"compare.py: {reason}"
+    err = capsys.readouterr().err
+    assert "submitted 2 tasks as Slurm job 100" in err  # of two cells each
+    assert "but the comparison was started with 1; install the same on every node" in err
+    while any((state / "queue").iterdir()):
+        time.sleep(0.1)
+    code, _, err = called(capsys, *arguments)
+    assert code == 0
+    assert "submitted 2 tasks as Slurm job 101" in err
+    assert len(list((tmp_path / "slurm/cells").glob("*/result.json"))) == 4
 
 
 def test_a_dry_run_prints_the_script_that_is_submitted(

@@ -205,7 +205,7 @@ def lock_file(lock: Path, refusal: str, wait: float = 0.0) -> Iterator[None]:
         raise InputError(f"{lock}: cannot be locked: {error.strerror}") from None
     if mine.st_nlink == 1:  # not also another file, by a hard link
         with contextlib.suppress(OSError):  # Windows lets nobody write it
-            lock.write_text(f"{os.getpid()} {socket.gethostname()}\n")
+            lock.write_text(f"{os.getpid()}\n{socket.gethostname()}\n")  # as filelock's soft locks
     try:
         yield
     finally:
@@ -218,7 +218,7 @@ def lock_file(lock: Path, refusal: str, wait: float = 0.0) -> Iterator[None]:
 def _other_machine(lock: Path) -> str:
     """` (process 123 on node7)`, if another machine holds a lock."""
     try:
-        pid, host = read_small(lock, 1000).decode().split()
+        pid, host = read_small(lock, 1000).decode().split()[:2]
     except (OSError, ValueError):  # empty, of an older version, or unreadable on Windows
         return ""
     return "" if host == socket.gethostname() else f" (process {pid} on {host})"

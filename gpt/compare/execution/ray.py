@@ -64,7 +64,7 @@ class Ray(Engine):
             signal.signal(signal.SIGTERM, before)
             return self
         try:
-            if ":" in self.address:
+            if self.address != "auto":
                 _probe(self.address)
             with _silent_stderr():
                 wait_for(lambda: ray.init(self.address, **quiet), CONNECT_SECONDS)
@@ -75,7 +75,7 @@ class Ray(Engine):
                 f"--address: {self.address}: no Ray cluster answers; if it needs a token, set "
                 "RAY_AUTH_MODE=token"
             ) from None
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise UnreachableError(f"--address: {self.address}: {_summary(error)}") from None
         return self
 
@@ -86,15 +86,17 @@ class Ray(Engine):
 
     def workers(self, cells: Sequence[Cell], wanted: int | None) -> int:
         """By default, as many tasks as the cluster has room for; see `Engine.workers`."""
+        if wanted is not None:  # nodes may start as they are needed
+            return wanted
         demand = self._demand(cells)
         room = _room(demand)
         if not room:
             needs = [f"{n:g} {name}{'s' if n > 1 else ''}" for name, n in demand.items() if n]
             raise InputError(
                 f"no node of the Ray cluster has the {' and '.join(needs)} that a task needs; "
-                "see --cpus-per-task and --gpus-per-task"
+                "see --cpus-per-task and --gpus-per-task, or give --workers to wait for one"
             )
-        return wanted or room
+        return room
 
     def _demand(self, cells: Sequence[Cell], *, batched: bool = False) -> dict[str, float]:
         """The resources of a task."""
@@ -120,6 +122,9 @@ class Ray(Engine):
         running: dict[Any, Task] = {}
         failure: InputError | None = None
         progress = _Progress(work, session)
+        demands = [self._demand(task.cells, batched=task.batched) for task in work.tasks[:1]]
+        if not all(map(_room, demands)):
+            work.say("no node of the Ray cluster has room for a task; waiting for one")
         try:
             while running or waiting:
                 while waiting and len(running) < work.workers:
@@ -134,7 +139,8 @@ class Ray(Engine):
                     try:
                         work.record(task, ray.get(answer))
                     except ray.exceptions.RayTaskError as error:
-                        failure = failure or _failure(error)
+                        if not session.is_over():  # else it was stopped before it began
+                            failure = failure or _failure(error)
                     except ray.exceptions.RayError as error:
                         deaths[task.name] += 1
                         if deaths[task.name] == MOST_DEATHS:
@@ -146,9 +152,8 @@ class Ray(Engine):
                 if failure or work.stop() or session.is_over():
                     session.stop()
                     waiting.clear()
-                    running = {
-                        a: task for a, task in running.items() if session.has_begun(task.name)
-                    }
+                    begun = session.begun()
+                    running = {a: task for a, task in running.items() if task.name in begun}
                     stopped = True
         finally:
             session.close()
@@ -169,8 +174,10 @@ class _Progress:
         """Read the files of the running tasks, if it is time."""
         if time.monotonic() < self.next:
             return
+        begun = self.session.begun()
         for task in running:
-            self.updates |= self.session.updates(task.name)
+            if task.name in begun:
+                self.updates |= self.session.updates(task.name)
         self.work.progress(self.updates)
         host = self.session.unlocked()
         if host is not None and not self.warned:

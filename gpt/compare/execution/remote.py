@@ -5,6 +5,7 @@ Machines share a file system but no memory, so a comparison and its tasks talk t
     DIR/cluster/token         a random number: tasks train while the file contains theirs
     DIR/cluster/updates/CELL  how many updates the cells of a task have made, as JSON by cell; the
                               file is named after the first one, and rewritten every few seconds
+    DIR/cluster/ended/CELL    how a task ended, if the engine does not say (slurm.py)
     DIR/cluster/unlocked      the name of a machine on which the comparison's lock does not hold
 
 To stop its tasks, a comparison deletes the token; each task saves its cells after the update in
@@ -30,19 +31,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 
 import gpt
 from gpt.compare.execution.cell_runs import CellError, cell_directory
 from gpt.compare.execution.tasks import Task
 from gpt.compare.execution.worker import train_task
 from gpt.errors import InputError
-from gpt.io.files import is_locked, read_json, write_text
+from gpt.io.files import is_locked, write_text
 from gpt.run.directory import command_line
 
 FOLDER = "cluster"  # in the directory of a comparison
+ENDED = "ended"  # in it
 SECONDS_BETWEEN_CHECKS = 0.2  # of the token, by a task
 SECONDS_BETWEEN_UPDATES = 2.0  # of the file in which a task counts its updates
 LOCK_WAIT = 180.0  # seconds in which a file server notices that the machine of a lock has died
+_UPDATES = TypeAdapter(dict[str, int])
 
 
 @dataclass(frozen=True)
@@ -143,15 +147,15 @@ class Session:
         self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def has_begun(self, name: str) -> bool:
-        """Whether the task of a name has begun to train."""
-        return (self.folder / "updates" / name).is_file()
+    def begun(self) -> set[str]:
+        """The names of the tasks that have begun to train; see `names`."""
+        return names(self.folder / "updates")
 
     def updates(self, name: str) -> dict[str, int]:
         """How many updates the cells of a task have made, by their ids."""
         try:
-            return read_json(self.folder / "updates" / name, dict[str, int])
-        except InputError:  # missing, or half-written
+            return _UPDATES.validate_json((self.folder / "updates" / name).read_bytes())
+        except (OSError, ValueError):  # missing, or half-written
             return {}
 
     def forget(self, name: str) -> None:
@@ -161,7 +165,7 @@ class Session:
     def unlocked(self) -> str | None:
         """The name of a machine on which the lock of the comparison does not hold, if any."""
         path = self.folder / "unlocked"
-        return path.read_text() if path.is_file() else None
+        return (path.read_text() or None) if path.is_file() else None  # half-written
 
 
 def begin(directory: Path, *, keep_checkpoints: bool, threads: int, attended: bool) -> Session:
@@ -173,9 +177,10 @@ def begin(directory: Path, *, keep_checkpoints: bool, threads: int, attended: bo
     folder = directory.absolute() / FOLDER
     if attended:
         shutil.rmtree(folder, ignore_errors=True)
-    (folder / "updates").mkdir(parents=True, exist_ok=True)
+    for name in ("updates", ENDED):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     path = folder / "token"
-    if not path.is_file():
+    if attended or not path.is_file():
         write_text(path, secrets.token_hex(16))
     return Session(
         folder.parent,
@@ -187,6 +192,18 @@ def begin(directory: Path, *, keep_checkpoints: bool, threads: int, attended: bo
         threads,
         attended,
     )
+
+
+def names(folder: Path) -> set[str]:
+    """The names of the files in a folder.
+
+    A network file system remembers for up to a minute that a file was absent, but looks again when
+    its folder is listed.
+    """
+    try:
+        return set(os.listdir(folder))
+    except FileNotFoundError:
+        return set()
 
 
 @functools.cache

@@ -31,6 +31,7 @@ from gpt.compare.execution.tasks import Task
 from gpt.compare.execution.worker import draw_loss
 from gpt.compare.grid import Cell
 from gpt.errors import InputError
+from gpt.hardware.processes import cores
 from gpt.io.console import Console
 from gpt.run.directory import RunDirectory
 
@@ -63,7 +64,8 @@ def run_tasks(
         Whether all cells were tried; false if `stop` became true.
 
     Raises:
-        InputError, StoppedError: see `Engine.run`.
+        InputError: see `Engine.run`; or the file system does not show a result yet.
+        StoppedError: see `Engine.run`.
     """
     missing = [cell for task in tasks for cell in task.cells]
     if not keep_checkpoints:
@@ -92,6 +94,12 @@ def run_tasks(
     )
     if not engine.run(work):
         return False
+    unseen = [cell.id for cell in missing if cell.id not in results.recorded]
+    if unseen:
+        raise InputError(
+            f"{directory}: {unseen[0]} has ended, but its result cannot be seen here yet;\n"
+            "run the same command again"
+        )
 
     def report_failure(answer: Future[None]) -> None:
         if answer.exception() is not None:  # the results do not depend on it
@@ -102,7 +110,7 @@ def run_tasks(
         for cell in cells
         if _lacks_plot(directory, cell)
     ]
-    return Pool(stop).run(plots, workers)
+    return Pool(stop).run(plots, min(workers, cores()))  # here, wherever the tasks ran
 
 
 class _Results:
