@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pty
 import re
@@ -15,9 +16,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from gpt.cli.launch import Shared
+from gpt.cli.launch import Shared, _reporting
 from gpt.config import Config
 from gpt.distributed.group import Group
 from gpt.errors import InputError, LostProcessError
@@ -32,7 +34,8 @@ def start(tiny: Callable[..., Config], tmp_path: Path, environment: dict[str, st
     """Start a run in two processes, of which one fails as the first argument says."""
 
     def run(fault: str, *flags: str, command: list[str] = FAULTY, **streams: int):
-        changes = {"steps": 200 if "stdin" in streams else 6, "process_timeout": 3.0}
+        timeout = 3.0 if fault.startswith("stop") else 60.0  # a busy machine is slow, too
+        changes = {"steps": 200 if "stdin" in streams else 6, "process_timeout": timeout}
         config = tiny(training=changes, checkpoint={"every": 2}, evaluation={"every": 3})
         (tmp_path / "tiny.yaml").write_text(config.to_yaml())
         return subprocess.Popen(
@@ -92,6 +95,29 @@ def test_without_a_reason_a_process_is_lost(
         group.lost(RuntimeError(error))
 
 
+@pytest.mark.parametrize(
+    ("error", "kept", "shown"),
+    [
+        (InputError("x"), "InputError", ""),
+        (OSError(errno.ENOSPC, "No space left"), "OSError", ""),
+        (OSError(errno.ECONNRESET, "reset"), "SystemExit", "rank 1:\nTraceback"),
+        (KeyError("a bug"), "SystemExit", "rank 1:\nTraceback"),
+        (LostProcessError("it is gone"), None, "it is gone"),  # all start again
+    ],
+)
+def test_what_the_parent_hears_of_an_error(
+    error: Exception, kept: str | None, shown: str, capsys: pytest.CaptureFixture[str]
+):
+    heard: list[BaseException] = []
+    memory = SimpleNamespace(
+        errors=SimpleNamespace(put=heard.append), stop=SimpleNamespace(value=0)
+    )
+    with pytest.raises(SystemExit), _reporting(1, memory):  # type: ignore[arg-type]
+        raise error
+    assert [type(each).__name__ for each in heard] == ([] if kept is None else [kept])
+    assert capsys.readouterr().err.startswith(shown)
+
+
 def shared(pids: list[int], done: list[int], error: BaseException | None = None) -> Shared:
     errors = SimpleNamespace(empty=lambda: error is None, get=lambda: error)
     return Shared(SimpleNamespace(value=False), pids, done, errors)  # type: ignore[arg-type]
@@ -134,6 +160,35 @@ def test_out_of_memory_in_one_process_ends_with_advice(start: Start):
         "train.py: rank 1: training.micro_batch: out of memory with 2 sequences at a time;",
         "train.py: --training.micro-batch 1 may fit, and resumes from the last checkpoint",
     ]
+
+
+@pytest.mark.slow
+def test_a_stop_of_any_process_ends_all_and_resumes_bit_for_bit(start: Start, tmp_path: Path):
+    longer = ("--training.steps", "150", "--evaluation.every", "150", "--checkpoint.every", "150")
+    process = start("terminate 1 backward 3", *longer)
+    assert "interrupted: stopped after step" in process.communicate()[0]
+    assert process.returncode == 75
+    ended = start("", *longer)
+    ended.communicate()
+    (tmp_path / "run").rename(tmp_path / "stopped")
+    undisturbed = start("", *longer)
+    undisturbed.communicate()
+    assert (ended.returncode, undisturbed.returncode) == (0, 0)
+    for name in ("model", "optimizer"):
+        stopped, whole = (
+            load_file(tmp_path / run / f"checkpoints/step-00000150/{name}.safetensors")
+            for run in ("stopped", "run")
+        )
+        assert [key for key in whole if not torch.equal(whole[key], stopped[key])] == []
+
+
+@pytest.mark.slow
+def test_a_run_that_required_a_fresh_directory_resumes_after_a_restart(start: Start):
+    process = start("kill 1 backward 5", "--resume", "never")
+    out, err = process.communicate()
+    assert process.returncode == 0
+    assert err.count("restart 1 of 3") == 1
+    assert "finished: completed all 6 steps" in out
 
 
 @pytest.mark.slow

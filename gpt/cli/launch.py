@@ -232,19 +232,18 @@ def _reporting(rank: int, shared: Shared) -> Iterator[None]:
         yield
     except (InputError, StoppedError) as error:
         shared.errors.put(error)
-    except OSError as error:
-        if error.errno not in USER_ERRORS:
-            raise
-        shared.errors.put(error)
     except LostProcessError as error:
         if shared.stop.value:
             shared.errors.put(StoppedError("stopped; the same command resumes"))
         else:
             show(str(error), sys.stderr)
     except Exception as error:
-        show(f"rank {rank}:\n{traceback.format_exc()}", sys.stderr)
-        if not isinstance(error, torch.AcceleratorError):  # a GPU's failure may pass
-            shared.errors.put(SystemExit(1))
+        if isinstance(error, OSError) and error.errno in USER_ERRORS:
+            shared.errors.put(error)
+        else:
+            show(f"rank {rank}:\n{traceback.format_exc()}", sys.stderr)
+            if not isinstance(error, torch.AcceleratorError):  # a GPU's failure may pass
+                shared.errors.put(SystemExit(1))
     else:
         return
     raise SystemExit(1)
