@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,11 +52,15 @@ def start(tiny: Callable[..., Config], tmp_path: Path, environment: dict[str, st
 
 
 def running_in(session: int) -> list[str]:
-    """The command lines of the processes of a session."""
-    listed = subprocess.run(
-        ["ps", "-s", str(session), "-o", "args="], capture_output=True, text=True
-    )
-    return [line for line in listed.stdout.splitlines() if "defunct" not in line]
+    """The command lines of the processes of a session that have not ended five seconds later."""
+    command = ["ps", "-s", str(session), "-o", "args="]
+    end = time.monotonic() + 5
+    while True:
+        listed = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+        running = [line for line in listed if "defunct" not in line]
+        if not running or time.monotonic() > end:
+            return running
+        time.sleep(0.1)
 
 
 def test_an_error_of_one_process_is_shown_once_with_its_rank(start: Start):
