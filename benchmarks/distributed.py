@@ -4,8 +4,9 @@
 
 On a CPU, one process of one thread, one process with all threads, and one process a core under DDP
 and FSDP2 (over gloo) take turns in training the same model; on GPUs (over NCCL), one process and
-one process a GPU. With `--processes 1`, DDP and FSDP2 run in a group of one process: on a machine
-with one GPU, that tries their code over NCCL. All compute the same batches of random tokens.
+one process a GPU. DDP also takes turns without summing gradients, which shows what that costs. With
+`--processes 1`, DDP and FSDP2 run in a group of one process: on a machine with one GPU, that tries
+their code over NCCL. All compute the same batches of random tokens.
 
 Each way's processes start before the first turn and wait between turns. Steps/s, CPU time and the
 ratios to one process with all threads are medians over the turns. CPU time and memory are those of
@@ -41,6 +42,7 @@ from typing import Any, cast
 import psutil
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from gpt.checkpoint import Checkpoint
@@ -78,12 +80,18 @@ class Size:
 
 @dataclass(frozen=True)
 class Way:
-    """How it is trained: by one process, or by a group of them with `parallel` ddp or fsdp."""
+    """How it is trained: by one process, or by a group of them with `parallel` ddp or fsdp.
+
+    Attributes:
+        sums: whether the processes of a group sum their gradients, as training needs; without it,
+            their time is the least that summing could leave.
+    """
 
     name: str
     processes: int
     threads: int
     parallel: str = ""
+    sums: bool = True
 
 
 _CHARS_ON_GPU = {"layers": 6, "heads": 6, "width": 384, "context": 256}  # nanoGPT's
@@ -160,13 +168,20 @@ def work(given: str) -> None:
             return
         with connected(config, device) as group:
             trainer = ParallelTrainer(config, size.vocabulary, group)
-            if group.leads:
-                take_turns(trainer, config, group)
-                group.send("over")
-                return
-            while group.receive() == ["turn"]:
-                trainer.follow(lambda: False)
-                usage(trainer, group)
+            unsummed = contextlib.nullcontext if way.sums else _ddp(trainer).no_sync
+            with unsummed():
+                if group.leads:
+                    take_turns(trainer, config, group)
+                    group.send("over")
+                    return
+                while group.receive() == ["turn"]:
+                    trainer.follow(lambda: False)
+                    usage(trainer, group)
+
+
+def _ddp(trainer: Trainer) -> DistributedDataParallel:
+    assert isinstance(trainer.loss_fn, DistributedDataParallel)  # it is not compiled
+    return trainer.loss_fn
 
 
 @contextlib.contextmanager
@@ -331,6 +346,7 @@ def ways(processes: int, device: str) -> list[Way]:
         plain = [Way(f"1 process, {_threads(n)}", 1, n) for n in alone]
     return [
         *plain,
+        Way(f"DDP without sums, {each}", processes, threads, "ddp", sums=False),
         Way(f"DDP, {each}", processes, threads, "ddp"),
         Way(f"FSDP2, {each}", processes, threads, "fsdp"),
     ]
@@ -439,7 +455,7 @@ def compete(
             pairs = zip(turns, base, strict=True)
             row[f"{key}_ratio"] = statistics.median(own[key] / other[key] for own, other in pairs)
         row["peaks"] = turns[-1]["peaks"]
-        if way.parallel:
+        if way.parallel and way.sums:
             row["formula_bytes"] = formula_bytes(
                 way, fact["parameters"], fact["micro_batches"], reduces_to_all=device == "cpu"
             )
@@ -466,7 +482,7 @@ def tables(rows: Sequence[dict[str, Any]], base: str) -> str:
             f"{row['seconds_ratio']:.2f}",
             f"{row['cpu_seconds']:.3f}",
             f"{row['cpu_seconds_ratio']:.2f}",
-            f"{row['loss']:.5f}",
+            f"{row['loss']:.5f}" if row["sums"] else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
@@ -477,7 +493,7 @@ def tables(rows: Sequence[dict[str, Any]], base: str) -> str:
     ]
     for row in rows:
         sent = ["", "", ""]
-        if row["parallel"]:
+        if "formula_bytes" in row:
             sent = [_mb(row[key]) for key in ("formula_bytes", "ring_bytes", "written_bytes")]
         cells = [
             row["size"],
@@ -535,7 +551,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_processes(config_of(size, "", device), processes)
     except InputError as error:
         parser.error(str(error))
-    contestants = ways(processes, device)[-3 if flags.small else 0 :]
+    contestants = ways(processes, device)[-4 if flags.small else 0 :]
     began = _load()
     rows: list[dict[str, Any]] = []
     for number, size in enumerate(sizes):
