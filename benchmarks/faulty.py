@@ -7,6 +7,7 @@ script again, which installs the fault. Only the first attempt is disturbed.
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import signal
@@ -74,6 +75,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "memory": lambda: _raise(torch.OutOfMemoryError("no memory for 1 GiB")),
     "input": lambda: _raise(InputError("data.path: is unreadable there")),
     "bug": lambda: _raise(KeyError("a bug")),
+    "full": lambda: _raise(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "checkpoints")),
 }
 
 

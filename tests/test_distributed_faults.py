@@ -34,13 +34,19 @@ Start = Callable[..., "subprocess.Popen[str]"]
 def start(tiny: Callable[..., Config], tmp_path: Path, environment: dict[str, str]) -> Start:
     """Start a run in two processes, of which one fails as the first argument says."""
 
-    def run(fault: str, *flags: str, command: list[str] = FAULTY, **streams: int):
+    def run(
+        fault: str,
+        *flags: str,
+        command: list[str] = FAULTY,
+        out_dir: str = "run",
+        **streams: int,
+    ) -> subprocess.Popen[str]:
         timeout = 3.0 if fault.startswith("stop") else 60.0  # a busy machine is slow, too
         changes = {"steps": 200 if "stdin" in streams else 6, "process_timeout": timeout}
         config = tiny(training=changes, checkpoint={"every": 2}, evaluation={"every": 3})
         (tmp_path / "tiny.yaml").write_text(config.to_yaml())
         return subprocess.Popen(
-            [*command, "tiny.yaml", "--out-dir", "run", "--processes", "2", *flags],
+            [*command, "tiny.yaml", "--out-dir", out_dir, "--processes", "2", *flags],
             cwd=tmp_path,
             env={**environment, "FAULT": fault},
             text=True,
@@ -165,6 +171,23 @@ def test_out_of_memory_in_one_process_ends_with_advice(start: Start):
         "train.py: rank 1: training.micro_batch: out of memory with 2 sequences at a time;",
         "train.py: --training.micro-batch 1 may fit, and resumes from the last checkpoint",
     ]
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_error_of_all_and_the_state_is_saved_elsewhere(
+    start: Start, tmp_path: Path
+):
+    elsewhere = ("--checkpoint.spare-dir", str(tmp_path / "spare"))
+    process = start("full 0 checkpoint 1", *elsewhere)
+    err = process.communicate()[1]
+    assert process.returncode == 2
+    assert err.count("No space left on device") == 1
+    assert not re.search("rank|restart|Traceback|tracker|gloo", err)
+    assert running_in(process.pid) == []
+    (saved,) = re.findall("--out-dir (.*) resumes from there", err)
+    assert Path(saved).parent == tmp_path / "spare"
+    process = start("", *elsewhere, out_dir=saved)
+    assert "finished: completed all 6 steps" in process.communicate()[0]
 
 
 @pytest.mark.slow

@@ -58,6 +58,23 @@ def test_an_error_of_ray_while_connecting_is_a_line(monkeypatch: pytest.MonkeyPa
         pass
 
 
+def test_an_address_that_does_not_answer_ends_within_20_seconds(
+    tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = grid_of(tiny, tmp_path, 4, grid={"optimizer.learning_rate": [0.01]}, seeds=1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        began = time.monotonic()
+        with pytest.raises(SystemExit) as end:
+            called(
+                capsys, path, "--out-dir", tmp_path / "ray", "--engine", "ray", "--address", address
+            )
+    assert time.monotonic() - began < 20
+    assert end.value.code == 2
+    (*_, last) = capsys.readouterr().err.splitlines()
+    assert f"--address: {address}: no Ray cluster answers" in last
+
+
 def test_a_token_that_is_deleted_stops_tasks_that_have_not_begun(
     cluster: Any,
     tiny: Make,

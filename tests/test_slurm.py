@@ -18,6 +18,7 @@ import fake_slurm
 import psutil
 import pytest
 from comparing import Make, called, grid_tree, tables, write
+from test_search import tree as search_tree
 
 from gpt.compare import estimate
 from gpt.compare.execution import remote, slurm
@@ -270,3 +271,30 @@ def test_an_element_that_is_warned_is_requeued_by_submitit(tiny: Make, tmp_path:
     assert result.status == "finished"
     assert "resumed" in run.history.read_text()
     assert json.loads((session.folder / "ended" / task.name).read_text())["errors"] == {}
+
+
+@pytest.mark.slow
+def test_each_round_of_a_search_is_a_job(
+    state: Path,
+    tiny: Make,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+    no_pictures: None,
+):
+    changes = {"seeds": 1, "search": {"start": 0.1, "ratio": 4}}
+    path = write(tmp_path / "grid.yaml", {**search_tree(tiny), **changes})
+    code, _, err = called(capsys, path, "--out-dir", tmp_path / "slurm", *FLAGS)
+    assert code == 0
+    jobs = re.findall(r"submitted 2 tasks as Slurm job (\d+)", err)
+    assert len(jobs) > 2
+    assert jobs == [str(100 + number) for number in range(len(jobs))]
+
+    request.getfixturevalue("in_this_process")
+    code, _, _ = called(capsys, path, "--out-dir", tmp_path / "local")
+    assert code == 0
+    assert tables(tmp_path / "slurm") == tables(tmp_path / "local")
+    found, expected = (
+        json.loads((tmp_path / engine / "search.json").read_text()) for engine in ("slurm", "local")
+    )
+    assert found == expected
