@@ -27,6 +27,8 @@ from gpt.errors import InputError, LostProcessError
 from gpt.run.recovery import advise_untried
 
 FAULTY = [sys.executable, str(ROOT / "benchmarks/faulty.py")]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+TORCHRUN += ["--max-restarts=1", FAULTY[1]]
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
@@ -211,11 +213,14 @@ def test_a_stop_of_any_process_ends_all_and_resumes_bit_for_bit(start: Start, tm
 
 
 @pytest.mark.slow
-def test_a_run_that_required_a_fresh_directory_resumes_after_a_restart(start: Start):
-    process = start("kill 1 backward 5", "--resume", "never")
+@pytest.mark.parametrize("command", [FAULTY, TORCHRUN], ids=["train.py", "torchrun"])
+def test_a_run_that_required_a_fresh_directory_resumes_after_a_restart(
+    start: Start, command: list[str]
+):
+    process = start("kill 1 backward 5", "--resume", "never", command=command)
     out, err = process.communicate()
     assert process.returncode == 0
-    assert err.count("restart 1 of 3") == 1
+    assert err.count("restart 1 of 3") == (command == FAULTY)
     assert "finished: completed all 6 steps" in out
 
 
