@@ -1,6 +1,6 @@
 """The padding lesson: why language models normalize over channels and not over the batch.
 
-    python benchmarks/padding.py [--out benchmarks/figures/padding.png]
+    python benchmarks/padding.py [--out docs/results/padding/padding.png]
 
 The same 8 sequences of 32 real tokens, 64 channels, go through batch norm and layer norm, alone and
 together with more and more padding (zeros, like the embedding of a padding token). The plot and the
@@ -43,7 +43,7 @@ def moved(norm: nn.Module, x: Tensor, share: float) -> float:
 def main() -> None:
     """Measure, draw, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/figures/padding.png"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results/padding/padding.png"))
     out: Path = parser.parse_args().out
     x = tokens()
     figure = Figure(figsize=(6, 3.2), layout="constrained")

@@ -639,9 +639,9 @@ def test_the_documented_grids_are_shipped():
         "single-gpu",
         "gpu-day",
     }
-    documented = (ROOT / "docs/literature.md").read_text("utf-8")
+    documented = (ROOT / "docs/results/literature/README.md").read_text("utf-8")
     for path in LITERATURE:
-        assert f"(../configs/compare/literature/{path.name})" in documented
+        assert f"(../../../configs/compare/literature/{path.name})" in documented
 
 
 def test_the_grids_of_published_reports_can_be_read():

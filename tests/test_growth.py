@@ -44,7 +44,7 @@ def test_what_is_registered_is_said_with_its_hash(run_grid: Any, tmp_path: Path)
 
 def test_the_hash_of_a_published_report_holds(tmp_path: Path):
     """Keys that contrasts gained later are hashed only where they are set."""
-    published = ROOT / "docs/quick"
+    published = ROOT / "docs/results/quick"
     grid, _ = load(published / "grid.yaml")
     written = json.loads((published / "registration.json").read_text())
     assert registration.fingerprint(grid.contrasts, grid.seeds, grid.search) == written["sha256"]

@@ -31,7 +31,7 @@ def test_a_published_report_is_recomputed(directory: Path):
 
 
 def test_a_changed_number_is_noticed(tmp_path: Path):
-    shutil.copytree(ROOT / "docs/quick", tmp_path, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "docs/results/quick", tmp_path, dirs_exist_ok=True)
     summary = json.loads((tmp_path / "summary.json").read_text("utf-8"))
     summary["contrasts"][0]["interval"]["low"] += 1e-3
     summary["arms"][0]["by_rate"][1]["failures"] += 1
