@@ -163,7 +163,16 @@ def test_the_source_distribution_holds_tests_configs_and_docs(tmp_path: Path):
     (path,) = SdistBuilder(str(ROOT)).build(directory=str(tmp_path))
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    top = ("install", "*.md", "*.py", "*.txt", "*.cff", ".ci/*", ".github/**/*.yml", ".pre-commit-*.yaml")
+    top = (
+        "install",
+        "*.md",
+        "*.py",
+        "*.txt",
+        "*.cff",
+        ".ci/*",
+        ".github/**/*.yml",
+        ".pre-commit-*.yaml",
+    )
     folders = ("benchmarks/*.py", "configs/**/*.yaml", "docs/**/*.md", "gpt/**/*.py", "tests/*.py")
     for pattern in (*top, *folders):
         files = {path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern)}

@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -157,12 +156,30 @@ def test_every_command_is_named():
 
 # -- The script that installs ----------------------------------------------------------------------
 
+TOOLS = (
+    "sh",
+    "basename",
+    "cp",
+    "cut",
+    "dirname",
+    "du",
+    "grep",
+    "mkdir",
+    "sed",
+    "touch",
+    "tr",
+    "uname",
+)
 FAKE = """#!/bin/sh
 # Stands for Python: prints its arguments, and makes the environment.
 echo "$(basename "$0") $*" >> "$LOG"
 case "$*" in
     *version_info*) exit $OLD ;;
-    "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python && cp "$0" .venv/bin/steadygpt ;;
+    "-m venv .venv")
+        mkdir -p .venv/bin
+        cp "$0" .venv/bin/python
+        cp "$0" .venv/bin/steadygpt
+        ;;
     *download.pytorch.org*) exit $OFFLINE ;;
     "--version") echo Python 3.9.6 ;;
 esac
@@ -178,7 +195,7 @@ def clone(tmp_path: Path) -> Path:
     for name in ("python3", *(f"python3.{minor}" for minor in range(11, 15))):
         (tmp_path / "programs" / name).write_text(FAKE)
         (tmp_path / "programs" / name).chmod(0o755)
-    for name in ("sh", "cp", "mkdir", "basename", "dirname", "uname", "du", "cut", "touch", "sed"):
+    for name in TOOLS:
         (tmp_path / "programs" / name).symlink_to(shutil.which(name) or "")
     return tmp_path
 
@@ -200,7 +217,7 @@ def install(clone: Path, *arguments: str, old: int = 0, offline: int = 0) -> tup
 def test_install_is_complete_and_then_does_nothing(clone: Path):
     code, messages, calls = install(clone)
     assert code == 0
-    assert "some minutes" in messages
+    assert "into .venv, which takes minutes" in messages
     assert "MB; to use the command steadygpt: source .venv/bin/activate" in messages
     assert calls.startswith("python3 -m venv .venv\npython -m pip install -q")
     assert calls.endswith(" -c constraints.txt -e .")
@@ -210,7 +227,7 @@ def test_install_is_complete_and_then_does_nothing(clone: Path):
     assert code == 0
     assert calls.endswith(" -c constraints.txt -e .[dev,ray]")
     assert "venv" not in calls.replace(".venv", "")  # the environment is kept
-    assert install(clone, "dev,ray")[2] == install(clone)[2]
+    assert install(clone, "dev", "ray")[2] == install(clone)[2] == "steadygpt --version"
 
     os.utime(clone / "constraints.txt")
     assert "-e ." in install(clone)[2]
@@ -253,6 +270,13 @@ def test_install_explains_itself(clone: Path):
         assert line in usage
 
 
+def test_install_refuses_unknown_extras(clone: Path):
+    code, messages, calls = install(clone, "dev,devv")
+    assert (code, calls) == (2, "")
+    for name in ("devv: no such extra", " dev ", " tensorboard "):
+        assert name in messages
+
+
 # -- Numbers and files -----------------------------------------------------------------------------
 
 
@@ -264,7 +288,7 @@ def test_the_finding_is_the_committed_one():
     for contrast in (difference, post, pre):
         value, low, high = contrast["value"], *contrast["interval"].values()
         numbers = rf"\b{value:.3f}\b[^.]*\({'(95% interval: )?'}{low:.3f} to {high:.3f}[;)]"
-        (sentence,) = re.findall(numbers, finding)
+        assert len(re.findall(numbers, finding)) == 1, numbers
     assert f"p = {difference['p']:.4f}" in finding
     assert f"({summary['planned']} runs; " in finding
     (arm,) = [arm for arm in summary["arms"] if arm["arm"] == "post, no warm-up"]
