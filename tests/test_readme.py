@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, few_probes
 
 from gpt import cli
 from gpt.compare import estimate
@@ -48,9 +48,8 @@ def test_ci_and_contributors_run_its_test_command():
 
 # -- Commands --------------------------------------------------------------------------------------
 
-SIZE = shlex.split(
-    "--data.tokenizer bytes --model.layers 1 --model.heads 1 --model.width 8 --model.context 256"
-)
+SIZE = shlex.split("--data.tokenizer bytes --model.layers 1 --model.heads 1 --model.width 8")
+CONTEXT = ["--model.context", "256"]  # as the command that fine-tunes says
 LENGTH = shlex.split(
     "--training.batch-sequences 2 --evaluation.sequences 2 --sampling.tokens 2 "
     "--training.device cpu"
@@ -58,11 +57,11 @@ LENGTH = shlex.split(
 WARMUP = ["--schedule.warmup-steps", "1"]
 STEPS = ["--training.steps", "2", *WARMUP]
 SMALL: dict[str, list[str]] = {  # flags that make a command small, by how it begins
-    "train quickstart --training.steps 1000": [*SIZE, *LENGTH, *WARMUP],
-    "train quickstart": [*SIZE, *LENGTH, *STEPS],
-    "train own-text": [*SIZE, *LENGTH, *STEPS],
+    "train quickstart --training.steps 1000": [*SIZE, *CONTEXT, *LENGTH, *WARMUP],
+    "train quickstart": [*SIZE, *CONTEXT, *LENGTH, *STEPS],
+    "train own-text": [*SIZE, *CONTEXT, *LENGTH, *STEPS],
     "train finetune": [*LENGTH, *STEPS],
-    "compare": [*SIZE, *LENGTH, "--training.steps", "30", "--seeds", "1"],
+    "compare": [*SIZE, *LENGTH, "--training.steps", "4", "--seeds", "1", "--model.context", "16"],
     "sample": ["--max-new-tokens", "3"],
 }
 WRITTEN = {  # what a command leaves behind, or prints
@@ -81,6 +80,7 @@ WRITTEN = {  # what a command leaves behind, or prints
 
 
 def of(table: dict[str, Any], command: str) -> Any:
+    """What the table has for the first of its keys with which the command begins."""
     return next((value for begins, value in table.items() if command.startswith(begins)), None)
 
 
@@ -108,7 +108,7 @@ def test_the_commands_run_in_their_order(
     monkeypatch.chdir(tmp_path)
     for timed in (estimate, report):  # otherwise a second of updates each
         monkeypatch.setattr(timed, "TIMED_SECONDS", 0.01)
-    assert len(EVERYDAY) == 13
+    assert len(EVERYDAY) == 14
     for line in (START[0].replace("./install && .venv/bin/", ""), *EVERYDAY):
         program, _, command = line.partition(" ")
         if program == "mkdir":
@@ -121,31 +121,41 @@ def test_the_commands_run_in_their_order(
         assert program == "steadygpt"
         capsys.readouterr()
         assert cli.run(name, words, f"steadygpt {name}") == 0, line
-        left = of(WRITTEN, command)
-        assert left is None or Path(left).is_file() or left in capsys.readouterr().out, line
+        out, left = capsys.readouterr().out, of(WRITTEN, command)
+        assert left is None or Path(left).is_file() or left in out, line
+        if command == "train quickstart":
+            (ending,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
+            labels = re.findall(r"^(finished:|  [a-z ]+?  )", ending, re.MULTILINE)
+            assert len(labels) == 6
+            assert [label for label in labels if f"\n{label}" not in f"\n{out}"] == []
     assert json.loads(Path("runs/quickstart/result.json").read_text())["step"] == 4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("command", "written"),
-    [
-        ("steadygpt compare quick", "quick"),
-        ("steadygpt compare norms", "norms"),
-        ("steadygpt train quickstart --processes 2 --name shared", "shared"),
-    ],
-)
-def test_the_commands_that_start_processes(
-    command: str, written: str, corpus: Path, tmp_path: Path, environment: dict[str, str]
+@pytest.mark.parametrize("grid", ["quick", "norms"])
+def test_the_comparisons_run(
+    grid: str, corpus: Path, tmp_path: Path, in_this_process: None, no_pictures: None, monkeypatch
 ):
-    assert command in EVERYDAY
+    assert f"steadygpt compare {grid}" in EVERYDAY
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(estimate, "TIMED_SECONDS", 0.01)
+    with few_probes():
+        assert cli.run("compare", small(f"compare {grid}", corpus)[1:]) == 0
+    summary = json.loads(Path(f"runs/{grid}/summary.json").read_text())
+    assert summary["with_result"] == summary["planned"] > 0
+
+
+@pytest.mark.slow
+def test_several_processes_run(corpus: Path, tmp_path: Path, environment: dict[str, str]):
+    (command,) = [line for line in EVERYDAY if "--processes" in line]
     words = small(command.partition(" ")[2], corpus)
     done = subprocess.run(
         [sys.executable, "-m", "gpt", *words],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100,
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == [written]
+    assert "2 processes" in done.stderr
+    assert (tmp_path / "runs/shared/result.json").is_file()
 
 
 def test_every_command_is_named():
@@ -268,6 +278,15 @@ def test_install_explains_itself(clone: Path):
     assert code == 0
     for line in ("./install dev", "does nothing until", "delete that folder"):
         assert line in usage
+
+
+def test_install_on_windows_refers_to_the_readme(clone: Path):
+    (clone / "programs/uname").unlink()
+    (clone / "programs/uname").write_text("#!/bin/sh\necho MINGW64_NT-10.0")
+    (clone / "programs/uname").chmod(0o755)
+    message = "install: on Windows, use the line for PowerShell in README.md, or WSL\n"
+    assert install(clone) == (2, message, "")
+    assert "Windows (PowerShell): `py -m venv .venv; " in README
 
 
 def test_install_refuses_unknown_extras(clone: Path):
