@@ -20,7 +20,7 @@ from conftest import ROOT
 
 import gpt
 from gpt import cli
-from gpt.cli.common import StopSignals
+from gpt.cli.common import StopSignals, typed
 from gpt.config import Config
 from gpt.data.preparation import prepare
 from gpt.scaling.ladder import AXIS, FACTOR
@@ -137,6 +137,25 @@ def test_an_interrupted_run_ends_with_the_command_that_resumes_it(
     assert resume.endswith(command)  # the interpreter may be .venv/bin/python
     monkeypatch.undo()
     assert called(capsys, "train", *shlex.split(resume)[2:])[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "path", "expected"),
+    [
+        (".venv/bin/steadygpt", "", ".venv/bin/steadygpt"),
+        ("/x/.venv/bin/steadygpt", "", "/x/.venv/bin/steadygpt"),
+        ("/x/.venv/bin/steadygpt", "on PATH", "steadygpt"),  # as the shell found it
+        ("-c", "", "steadygpt"),
+    ],
+)
+def test_another_command_is_named_as_this_one_was_typed(
+    script: str, path: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    if path:
+        (tmp_path / "steadygpt").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", [script, "train"])
+    assert typed("sample", "steadygpt train") == [expected, "sample"]
 
 
 def test_paths_of_another_kind(
@@ -532,7 +551,7 @@ def test_the_installed_command_runs_the_same_commands(
 
 
 @pytest.mark.parametrize(
-    ("typed", "hint"),
+    ("name", "hint"),
     [
         ("trian", "; perhaps you meant train"),
         ("generate", "; perhaps you meant sample"),
@@ -541,11 +560,11 @@ def test_the_installed_command_runs_the_same_commands(
     ],
 )
 def test_a_command_that_does_not_exist(
-    typed: str, hint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str, hint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(sys, "argv", ["steadygpt", typed])
+    monkeypatch.setattr(sys, "argv", ["steadygpt", name])
     assert cli.main() == 2
-    message = f"steadygpt: {typed}: no such command{hint}; steadygpt --help lists all\n"
+    message = f"steadygpt: {name}: no such command{hint}; steadygpt --help lists all\n"
     assert capsys.readouterr() == ("", message)
 
 

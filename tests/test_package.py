@@ -163,7 +163,16 @@ def test_the_source_distribution_holds_tests_configs_and_docs(tmp_path: Path):
     (path,) = SdistBuilder(str(ROOT)).build(directory=str(tmp_path))
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    top = ("*.md", "*.py", "*.txt", "*.cff", ".ci/*", ".github/**/*.yml", ".pre-commit-*.yaml")
+    top = (
+        "install",
+        "*.md",
+        "*.py",
+        "*.txt",
+        "*.cff",
+        ".ci/*",
+        ".github/**/*.yml",
+        ".pre-commit-*.yaml",
+    )
     folders = ("benchmarks/*.py", "configs/**/*.yaml", "docs/**/*.md", "gpt/**/*.py", "tests/*.py")
     for pattern in (*top, *folders):
         files = {path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern)}
@@ -211,6 +220,8 @@ def test_the_workflow_runs_what_ci_runs():
     commands = {step["run"] for step in steps if "run" in step}
     script = (ROOT / ".ci/run").read_text("utf-8")
     expected = re.findall(r"(?:^|&& )\.venv/bin/(.*?)(?= &&|$)", script, re.MULTILINE)
+    for extras in re.findall(r"^\./install (\S+)", script, re.MULTILINE):
+        expected.append(f"pip install -q -c constraints.txt -e '.[{extras}]'")
     assert "python -m pytest" in expected
     for command in expected:
         command = command.replace("pip install -q", "python -m pip install")

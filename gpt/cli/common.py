@@ -13,6 +13,7 @@ import gc
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -81,7 +82,8 @@ def typed(name: str, prog: str) -> list[str]:
         other = f"{name}.py"
         return [interpreter, str(script.with_name(other)) if script.name == prog else other]
     if prog.startswith("steadygpt") and script.name != "__main__.py":
-        return ["steadygpt", name]
+        on_path = script.is_absolute() and shutil.which("steadygpt") is not None
+        return [sys.argv[0] if script.stem == "steadygpt" and not on_path else "steadygpt", name]
     return [interpreter, "-m", "gpt", name]
 
 
