@@ -22,6 +22,7 @@ from conftest import ROOT
 import gpt
 from gpt import cli
 from gpt.cli.common import StopSignals
+from gpt.cli.flags import parse
 from gpt.config import Config, option_paths
 from gpt.data.preparation import prepare
 from gpt.errors import as_flag
@@ -96,7 +97,7 @@ def test_help_comes_without_torch(environment: dict[str, str]):
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("usage: ") == done.stdout.count("--help") == len(cli.COMMANDS)
+    assert done.stdout.count("usage: ") == done.stdout.count("--help-all") == len(cli.COMMANDS)
     assert re.findall(r"^  (\w+) ", cli.USAGE, re.MULTILINE) == list(cli.COMMANDS)
     assert done.stdout.count("\nExamples:\n  ") == len(cli.COMMANDS)
     assert "None" not in done.stdout
@@ -121,6 +122,17 @@ def test_the_examples_in_help_are_valid(capsys: pytest.CaptureFixture[str], monk
             for flag in drop:
                 del words[words.index(flag) : words.index(flag) + 2]
             assert called(capsys, "train", *words, "--print-config")[0] == 0, line
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_the_arguments_of_examples_exist(name: str, capsys: pytest.CaptureFixture[str]):
+    module, prog = importlib.import_module(f"gpt.cli.{name}"), cli.COMMANDS[name]
+    config = getattr(module, "_Options", getattr(module, "Config", None))
+    text = called(capsys, name, "--help")[1].partition("\nExamples:\n")[2].split("\n\n")[0]
+    examples = re.findall(rf"{re.escape(prog)}((?: [^)|>\n]*)?)", text.replace("\\\n", ""))
+    assert len(examples) == len(text.replace("\\\n", "").strip("\n").splitlines()) >= 1
+    for example in examples:
+        parse(module.Arguments, prog, shlex.split(example), config)
 
 
 def test_an_interrupted_run_ends_with_the_command_that_resumes_it(

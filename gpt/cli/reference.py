@@ -131,10 +131,8 @@ def _row(field: FieldInfo, schema: dict[str, Any], path: str) -> str:
 
 def _marks(field: FieldInfo, kind: type[Mark]) -> list[Mark]:
     """The marks of a kind on an option, or on the type of its value."""
-    found = [
-        mark for mark in (*field.metadata, *_inside(field.annotation)) if isinstance(mark, kind)
-    ]
-    return found
+    marks = (*field.metadata, *_inside(field.annotation))
+    return [mark for mark in marks if isinstance(mark, kind)]
 
 
 def _inside(annotation: Any) -> Iterator[Any]:
