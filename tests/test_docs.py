@@ -248,4 +248,4 @@ def test_the_site_is_built(tmp_path: Path):
     pytest.importorskip("material")
     command = ["mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     subprocess.run(command, cwd=ROOT, check=True)
-    assert (tmp_path / "site/tour/index.html").is_file()
+    assert (tmp_path / "site/results/quick/index.html").is_file()
