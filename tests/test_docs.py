@@ -156,8 +156,8 @@ def check(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert shipped.is_file() or given in ("my-config", "mine", "planned"), command
     parse = module.parse
 
-    def only_parse(*arguments: Any) -> None:
-        parse(*arguments)
+    def only_parse(*arguments: Any, **options: Any) -> None:
+        parse(*arguments, **options)
         raise UnderstoodError
 
     monkeypatch.setattr(module, "parse", only_parse)
@@ -232,7 +232,7 @@ def test_configs_in_pages_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             path = tmp_path / f"{number}.yaml"
             path.write_text(example)
             load(path)
-            assert set(yaml.safe_load(example)) <= {"base", "data", "model", "schedule"}
+            assert set(yaml.safe_load(example)) <= {"base", "data", "model", "optimizer", "schedule"}
 
 
 @pytest.mark.parametrize("page", [page for page in TEXTS if blocks(TEXTS[page], "python")])
