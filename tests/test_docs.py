@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from conftest import ROOT
 
 from gpt import cli
@@ -232,7 +231,6 @@ def test_configs_in_pages_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             path = tmp_path / f"{number}.yaml"
             path.write_text(example)
             load(path)
-            assert set(yaml.safe_load(example)) <= {"base", "data", "model", "optimizer", "schedule"}
 
 
 @pytest.mark.parametrize("page", [page for page in TEXTS if blocks(TEXTS[page], "python")])
