@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from conftest import ROOT
 
 from gpt import cli
@@ -100,6 +99,7 @@ OF_MODULES = {  # `python -m`
     "gpt.checkpoint": "checkpoint",
     "gpt.diagnostics": "diagnose",
 }
+SHIPPED = {"config": "quickstart", "grid": "quick", "ladder": "tiny"}  # in place of a user's own
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 OTHERS = {"echo", "lm_eval", "mkdir", "mkdocs", "mypy", "pre-commit", "ruff", "source"}
 OTHERS |= {"tensorboard", "steadygpt --help", "steadygpt --version"}
@@ -178,12 +178,11 @@ def check(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check_options(arguments: Any, options: dict[str, Any]) -> None:
     """Load the config, grid or ladder that a command names, with its options."""
-    for kind in ("config", "grid", "ladder"):
+    for kind, shipped in SHIPPED.items():
         given = getattr(arguments, kind, None)
         if given is None or given.startswith("runs/"):
             continue
-        users_own = re.fullmatch(r"[\w-]+\.yaml", given) is not None
-        path = find(Path({"config": "quickstart"}.get(kind, "quick") if users_own else given), kind)
+        path = find(Path(shipped if re.fullmatch(r"[\w-]+\.yaml", given) else given), kind)
         if kind == "config":
             if path.stem == "finetune":  # whose own is a run
                 options.setdefault("init_from", "gpt2")
