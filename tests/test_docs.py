@@ -350,9 +350,30 @@ def test_paths_in_the_text_exist(page: str):
 # -- The site ----------------------------------------------------------------------------------
 
 
+def build(project: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    """Build a site; not with --quiet, with which --strict lets warnings pass."""
+    pytest.importorskip("material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
+    return subprocess.run(command, cwd=project, capture_output=True, text=True)
+
+
 @pytest.mark.slow
 def test_the_site_is_built(tmp_path: Path):
-    pytest.importorskip("material")
-    command = [*(sys.executable, "-m", "mkdocs", "build"), "--strict", "--quiet", "--site-dir"]
-    subprocess.run([*command, str(tmp_path / "site")], cwd=ROOT, check=True)
+    done = build(ROOT, tmp_path / "site")
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "site/results/quick/index.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "link", ["[a](none.md)", "[a](#none)", "![a](none.png)", "[a](../none.py)", "[a](../code.py)"]
+)
+def test_a_site_with_a_broken_link_is_refused(link: str, tmp_path: Path):
+    """A link to code outside docs/ becomes text, if the code exists."""
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs/hooks.py", tmp_path / "docs")
+    (tmp_path / "docs/index.md").write_text(f"# One\n\n[a](#one), {link}\n")
+    (tmp_path / "code.py").write_text("")
+    (tmp_path / "mkdocs.yml").write_text(f"INHERIT: {ROOT / 'mkdocs.yml'}\nnav: [index.md]\n")
+    done = build(tmp_path, tmp_path / "site")
+    assert done.returncode == int("code" not in link), done.stderr
