@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import shlex
@@ -328,11 +329,11 @@ def test_the_grid_in_compare_has_its_cells(folder: Path):
 
 
 @pytest.mark.parametrize("page", [page for page in TEXTS if blocks(TEXTS[page], "python")])
-def test_python_compiles(page: str):
+def test_python_parses(page: str):
     if page == "CONTRIBUTING.md":
         pytest.skip("test_contributing.py tries its code")
     for block in blocks(TEXTS[page], "python"):
-        compile(block, page, "exec")
+        ast.parse(block)  # a quoted part of a function may return
 
 
 OF_OTHERS = ("CHANGELOG.md", "docs/peers.md")  # which name files of the past, and of other projects
