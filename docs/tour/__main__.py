@@ -7,12 +7,12 @@
     python docs/tour --quotes          copy the quoted code, and its line numbers, from the source
     python docs/tour --notebook        make tour.ipynb of all stops (pip install 'steadygpt[docs]')
 
-Without STOP, `--check` and `--write` run all stops. A stop is a page, STOP.md. Of its fenced
-blocks, these have a meaning here; all others are only shown:
+Without STOP, `--check`, `--write` and `--quotes` take all stops. A stop is a page, STOP.md. These
+fenced blocks have a meaning; all others are only shown:
 
     ```python quote="FILE" object="NAME"    lines of our code; near it, [FILE, NAME](URL#L1-L2)
     ```python                               code to run, in one namespace for the whole page
-    ```text tolerance=0.05                  right after it, what it prints; numbers may differ by 5%
+    ```text tolerance=0.05                  right after it: what it prints; numbers may differ by 5%
 
 Code draws with matplotlib.pyplot and saves to docs/tour/figures; a notebook shows open figures. A
 quote that is empty is filled with the whole object; otherwise, its first and last line are kept.
@@ -30,13 +30,18 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-FENCE = re.compile(r"^```(\w+)(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
+FLAGS = re.MULTILINE | re.DOTALL
+BLOCK = re.compile(  # code, perhaps followed by its output
+    r"^```python\n(?P<code>.*?)^```$"
+    r"(?:\n\n```text(?: tolerance=(?P<tolerance>\S+))?\n(?P<text>.*?)^```$)?",
+    FLAGS,
+)
+QUOTE = re.compile(r'^```python quote="(.+?)" object="(.+?)"\n(.*?)^```$', FLAGS)
 NUMBER = re.compile(r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?")
 SETUP = """\
 import os
@@ -51,20 +56,14 @@ torch.set_num_threads(1)
 """
 
 
-@dataclass
-class Block:
-    """Code of a page to run, and the text that follows it."""
-
-    code: str
-    code_span: tuple[int, int]  # of the whole fence, in the page
-    expected: str
-    text_span: tuple[int, int]  # of the text itself; empty, after the code, if there is none
-    tolerance: float
-
-
 def read(stop: str) -> str:
     """The page of a stop."""
     return (HERE / f"{stop}.md").read_text("utf-8")
+
+
+def save(stop: str, page: str) -> None:
+    """Replace the page of a stop."""
+    (HERE / f"{stop}.md").write_text(page, "utf-8")
 
 
 def stops() -> dict[str, str]:
@@ -73,23 +72,10 @@ def stops() -> dict[str, str]:
     return {stop: idea for idea, stop in rows}
 
 
-def blocks(page: str) -> Iterator[Block]:
-    """The blocks of a page that are run, in order."""
-    fences = list(FENCE.finditer(page))
-    for fence, following in zip(fences, [*fences[1:], None], strict=True):
-        if fence[1] != "python" or "quote=" in fence[2]:
-            continue
-        expected, span, tolerance = "", (fence.end(), fence.end()), 0.0
-        if following and following[1] == "text" and not page[fence.end() : following.start()].strip():
-            expected, span = following[3], following.span(3)
-            tolerance = float((re.findall(r"tolerance=(\S+)", following[2]) or [0])[0])
-        yield Block(fence[3], fence.span(), expected, span, tolerance)
-
-
 # -- Running a stop ----------------------------------------------------------------------------
 
 
-def run(stop: str) -> Iterator[tuple[Block, str]]:
+def run(stop: str) -> Iterator[tuple[re.Match[str], str]]:
     """Execute a page's blocks; yields each with what it printed."""
     import matplotlib as mpl
 
@@ -98,23 +84,24 @@ def run(stop: str) -> Iterator[tuple[Block, str]]:
 
     namespace: dict[str, Any] = {"__name__": "__main__"}
     with contextlib.chdir(ROOT):
-        exec(SETUP, namespace)  # noqa: S102 (the pages are part of this repository)
-        for block in blocks(read(stop)):
+        exec(SETUP, namespace)  # noqa: S102 (this code and the pages are part of the repository)
+        for block in BLOCK.finditer(read(stop)):
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
-                exec(compile(block.code, f"{stop}.md", "exec"), namespace)  # noqa: S102
+                exec(compile(block["code"], f"{stop}.md", "exec"), namespace)  # noqa: S102
             plt.close("all")  # as a notebook does
             yield block, printed.getvalue()
 
 
-def agree(expected: str, printed: str, tolerance: float) -> bool:
-    """Whether two texts are equal, up to relative differences of their numbers, if allowed."""
-    if not tolerance:
-        return expected == printed
-    first, second = ([float(n.replace(",", "")) for n in NUMBER.findall(t)] for t in (expected, printed))
-    words = [NUMBER.sub("#", text).split() for text in (expected, printed)]
+def agree(block: re.Match[str], printed: str) -> bool:
+    """Whether a block printed what its page shows, up to its numbers' relative tolerance."""
+    shown = block["text"] or ""
+    if not block["tolerance"]:
+        return shown == printed
+    words = [NUMBER.sub("#", text).split() for text in (shown, printed)]
+    numbers = ([float(n.replace(",", "")) for n in NUMBER.findall(t)] for t in (shown, printed))
     return words[0] == words[1] and all(
-        math.isclose(a, b, rel_tol=tolerance) for a, b in zip(first, second, strict=True)
+        math.isclose(a, b, rel_tol=float(block["tolerance"])) for a, b in zip(*numbers, strict=True)
     )
 
 
@@ -122,21 +109,22 @@ def check(stop: str) -> str:
     """The differences between what a stop prints and what its page shows; empty if none."""
     found = ""
     for block, printed in run(stop):
-        if not agree(block.expected, printed, block.tolerance):
-            old, new = block.expected.splitlines(True), printed.splitlines(True)
-            found += "".join(difflib.unified_diff(old, new, f"{stop}.md", "printed"))
+        if not agree(block, printed):
+            shown = (block["text"] or "").splitlines(True)
+            found += "".join(difflib.unified_diff(shown, printed.splitlines(True), stop, "printed"))
     return found
 
 
-def write(stop: str) -> None:
-    """Put what a stop prints into its page."""
-    page = read(stop)
-    for block, printed in reversed(list(run(stop))):
-        start, end = block.text_span
-        if start == end == block.code_span[1] and printed:
-            printed = f"\n\n```text\n{printed}```"
-        page = page[:start] + printed + page[end:]
-    (HERE / f"{stop}.md").write_text(page, "utf-8")
+def with_outputs(stop: str) -> str:
+    """A page with what its code prints."""
+    outputs = iter([printed for _, printed in run(stop)])
+
+    def replaced(block: re.Match[str]) -> str:
+        code, printed = f"```python\n{block['code']}```", next(outputs)
+        option = f" tolerance={block['tolerance']}" if block["tolerance"] else ""
+        return f"{code}\n\n```text{option}\n{printed}```" if printed else code
+
+    return BLOCK.sub(replaced, read(stop))
 
 
 # -- Quoted code -------------------------------------------------------------------------------
@@ -162,102 +150,93 @@ def _names(node: ast.stmt) -> set[str]:
 
 def excerpt(lines: list[str], quote: list[str]) -> tuple[int, int]:
     """Where in an object's lines a quote is: the same lines, or all from its first to its last."""
-    if not quote:
-        return 0, len(lines)
-    for start in range(len(lines) - len(quote) + 1):
-        if _dedent(lines[start : start + len(quote)]) == quote:
-            return start, start + len(quote)
+    size = len(quote) or len(lines)
+    for start in range(len(lines) - size + 1):
+        if not quote or _dedent(lines[start : start + size]) == "\n".join(quote):
+            return start, start + size
     stripped = [line.strip() for line in lines]
     start = stripped.index(quote[0].strip())
     return start, stripped.index(quote[-1].strip(), start) + 1
 
 
-def _dedent(lines: list[str]) -> list[str]:
-    return textwrap.dedent("\n".join(lines)).splitlines()
+def _dedent(lines: list[str]) -> str:
+    return textwrap.dedent("\n".join(lines))
 
 
 def with_quotes(page: str) -> str:
     """A page with the quoted code, and the line numbers in its links, as they are now."""
-    for fence in reversed(list(FENCE.finditer(page))):
-        options = dict(re.findall(r'(\w+)="(.*?)"', fence[2]))
-        if "quote" not in options:
-            continue
-        file, name = options["quote"], options["object"]
+    for fence in reversed(list(QUOTE.finditer(page))):
+        file, name, quote = fence.groups()
         first, lines = find(file, name)
         try:
-            start, end = excerpt(lines, fence[3].splitlines())
+            start, end = excerpt(lines, quote.splitlines())
         except ValueError:
-            raise SystemExit(f"error: {name} in {file} has changed; quote it again:\n{fence[3]}")
-        link = re.compile(rf"\[{re.escape(file)}, {re.escape(name)}\]\([^)]*\)")
-        links = list(link.finditer(page))
+            raise SystemExit(f"error: {name} in {file} has changed:\n{quote}") from None
+        label = f"[{file}, {name}]"
+        links = list(re.finditer(rf"{re.escape(label)}\([^)]*\)", page))
         if not links:
-            raise SystemExit(f"error: there is no link [{file}, {name}](...) to what is quoted")
-        nearest = min(links, key=lambda match: abs(match.start() - fence.start()))
-        target = f"[{file}, {name}](../../{file}#L{first + start}-L{first + end - 1})"
-        changes = {fence.span(3): "\n".join([*_dedent(lines[start:end]), ""]), nearest.span(): target}
-        for (a, b), text in sorted(changes.items(), reverse=True):
-            page = page[:a] + text + page[b:]
+            raise SystemExit(f"error: there is no link {label} to what is quoted")
+        link = min(links, key=lambda link: abs(link.start() - fence.start()))
+        target = f"{label}(../../{file}#L{first + start}-L{first + end - 1})"
+        changes = {fence.span(3): f"{_dedent(lines[start:end])}\n", link.span(): target}
+        for (left, right), text in sorted(changes.items(), reverse=True):
+            page = page[:left] + text + page[right:]
     return page
 
 
 # -- The notebook ------------------------------------------------------------------------------
 
 
-def notebook() -> Any:
-    """All stops in one notebook, not yet executed: prose without outputs and pictures, code."""
-    from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-
-    cells = [new_markdown_cell("# The tour, stop by stop", id="title")]
-    cells.append(new_code_cell(SETUP.strip(), id="setup"))
+def cells() -> Iterator[tuple[str, str]]:
+    """The cells of a notebook of all stops: the pages without outputs and pictures."""
+    yield "markdown", "# The tour, stop by stop"
+    yield "code", SETUP.strip()
     for stop in stops():
-        page, at = read(stop), 0
-        for number, block in enumerate(blocks(page)):
-            cells.append(new_markdown_cell(_prose(page[at : block.code_span[0]]), id=f"{stop}-{number}"))
-            cells.append(new_code_cell(block.code.strip(), id=f"{stop}-code-{number}"))
-            at = max(block.code_span[1], block.text_span[1] + len("```"))
-        cells.append(new_markdown_cell(_prose(page[at:]), id=f"{stop}-end"))
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    return new_notebook(cells=cells, metadata={"kernelspec": kernel})
-
-
-def _prose(text: str) -> str:
-    return re.sub(r"^!\[.*?\]\(.*?\)\n", "", text, flags=re.MULTILINE).strip()
+        page, at = re.sub(r"^!\[.*?\]\(.*?\)\n", "", read(stop), flags=re.MULTILINE), 0
+        for block in BLOCK.finditer(page):
+            if prose := page[at : block.start()].strip():
+                yield "markdown", prose
+            yield "code", block["code"].strip()
+            at = block.end()
+        yield "markdown", page[at:].strip()
 
 
 def write_notebook() -> None:
     """Execute the notebook and save it."""
     import nbformat
     from nbclient import NotebookClient
+    from nbformat import v4
 
-    made = notebook()
+    make = {"markdown": v4.new_markdown_cell, "code": v4.new_code_cell}
+    made = v4.new_notebook(
+        cells=[make[kind](text, id=f"cell-{n}") for n, (kind, text) in enumerate(cells())],
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}},
+    )
     resources = {"metadata": {"path": str(ROOT)}}
     NotebookClient(made, timeout=300, record_timing=False, resources=resources).execute()
     nbformat.write(made, HERE / "tour.ipynb")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command."""
+    """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python docs/tour", description=__doc__.split("\n")[0])
     parser.add_argument("stop", nargs="?", choices=list(stops()), metavar="STOP")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--check", action="store_true", help="compare what is printed with the page")
     modes.add_argument("--write", action="store_true", help="write what is printed into the page")
     modes.add_argument("--quotes", action="store_true", help="copy the quoted code again")
-    modes.add_argument("--notebook", action="store_true", help="make tour.ipynb")
+    modes.add_argument("--notebook", action="store_true", help="make tour.ipynb of all stops")
     flags = parser.parse_args(arguments)
     chosen = [flags.stop] if flags.stop else list(stops())
     if flags.notebook:
         write_notebook()
-    elif flags.quotes:
-        for stop in chosen:
-            (HERE / f"{stop}.md").write_text(with_quotes(read(stop)), "utf-8")
-    elif flags.write:
-        for stop in chosen:
-            write(stop)
     elif flags.check:
         differences = "".join(map(check, chosen))
         print(differences, end="", file=sys.stderr)
         return int(bool(differences))
+    elif flags.write or flags.quotes:
+        for stop in chosen:
+            save(stop, with_outputs(stop) if flags.write else with_quotes(read(stop)))
     elif flags.stop:
         for _, printed in run(flags.stop):
             print(printed, end="", flush=True)
