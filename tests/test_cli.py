@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import re
@@ -21,8 +22,10 @@ from conftest import ROOT
 import gpt
 from gpt import cli
 from gpt.cli.common import StopSignals, typed
-from gpt.config import Config
+from gpt.cli.flags import parse
+from gpt.config import Config, option_paths
 from gpt.data.preparation import prepare
+from gpt.errors import as_flag
 from gpt.scaling.ladder import AXIS, FACTOR
 from gpt.training import train
 
@@ -94,7 +97,7 @@ def test_help_comes_without_torch(environment: dict[str, str]):
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("usage: ") == done.stdout.count("--help") == len(cli.COMMANDS)
+    assert done.stdout.count("usage: ") == done.stdout.count("--help-all") == len(cli.COMMANDS)
     assert re.findall(r"^  (\w+) ", cli.USAGE, re.MULTILINE) == list(cli.COMMANDS)
     assert done.stdout.count("\nExamples:\n  ") == len(cli.COMMANDS)
     assert "None" not in done.stdout
@@ -111,12 +114,25 @@ def test_the_examples_in_help_are_valid(capsys: pytest.CaptureFixture[str], monk
     monkeypatch.chdir(ROOT)
     for name in ("train", "prepare", "coordcheck"):
         _, text, _ = called(capsys, name, "--help")
-        for line in text.partition("\nExamples:\n")[2].splitlines():
+        examples, all_options = text.partition("\nExamples:\n")[2].split("\n\n")
+        assert all_options.endswith("--help-all\n")
+        for line in examples.replace("\\\n", "").splitlines():
             words = shlex.split(line.removeprefix(f"  {cli.COMMANDS[name]} "))
             drop = [word for word in words if word.startswith(("--out", "--widths"))]
             for flag in drop:
                 del words[words.index(flag) : words.index(flag) + 2]
             assert called(capsys, "train", *words, "--print-config")[0] == 0, line
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_the_arguments_of_examples_exist(name: str, capsys: pytest.CaptureFixture[str]):
+    module, prog = importlib.import_module(f"gpt.cli.{name}"), cli.COMMANDS[name]
+    config = getattr(module, "_Options", getattr(module, "Config", None))
+    text = called(capsys, name, "--help")[1].partition("\nExamples:\n")[2].split("\n\n")[0]
+    examples = re.findall(rf"{re.escape(prog)}((?: [^)|>\n]*)?)", text.replace("\\\n", ""))
+    assert len(examples) == len(text.replace("\\\n", "").strip("\n").splitlines()) >= 1
+    for example in examples:
+        parse(module.Arguments, prog, shlex.split(example), config)
 
 
 def test_an_interrupted_run_ends_with_the_command_that_resumes_it(
@@ -270,11 +286,37 @@ def test_a_combination_that_makes_no_sense_is_refused_before_anything_is_done(
 
 
 def test_help_names_every_option_and_its_values(capsys: pytest.CaptureFixture[str]):
-    code, out, _ = called(capsys, "train", "--help")
+    code, out, _ = called(capsys, "train", "--help-all")
     assert code == 0
-    for flag in ("--model.norm.placement", "--out-dir", "--optimizer.learning-rate"):
-        assert flag in out
+    shown = re.findall(r"^  (--[a-z][\w.-]*)", out, re.MULTILINE)
+    assert {as_flag(path) for path in option_paths(Config)} < set(shown)
+    assert "--out-dir" in shown
     assert "--model.norm.placement {pre,post,peri," in out
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_fits_a_terminal_and_shows_what_it_names_as_common(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = called(capsys, name, "--help")
+    assert (code, err) == (0, "")
+    assert called(capsys, name, "-h")[1] == out
+    assert len(out.splitlines()) <= 42
+    assert max(map(len, out.splitlines())) <= 80
+    whole = called(capsys, name, "--help-all")[1]
+    assert max(map(len, whole.splitlines())) <= 80
+    common = getattr(importlib.import_module(f"gpt.cli.{name}"), "COMMON", ())
+    flags = re.findall(r"^  (--[a-z][\w.-]*)", out, re.MULTILINE)
+    every = re.findall(r"^  (--[a-z][\w.-]*)", whole, re.MULTILINE)
+    if common:
+        assert sorted(flags) == sorted(map(as_flag, common))
+        assert len(common) <= 10
+        hidden = {"--help-all"}
+        stated = out.splitlines()[-1]
+        assert stated == f"All {len({*every} - hidden)} options: {cli.COMMANDS[name]} --help-all"
+    else:
+        assert flags == every
 
 
 def test_print_config_prints_yaml_to_stdout_alone(

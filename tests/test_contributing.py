@@ -81,7 +81,7 @@ def test_it_trains_samples_and_is_looked_into(
     mistaken = run("train.py", str(config), "--model.norm.placement", "layer_scal")
     assert mistaken.returncode == 2
     assert "perhaps you meant layer_scale" in mistaken.stderr
-    assert "layer_scale" in run("train.py", "--help").stdout
+    assert "layer_scale" in run("train.py", "--help-all").stdout
 
 
 @pytest.mark.slow

@@ -379,7 +379,9 @@ def test_it_describes_a_run_as_a_dry_run_does(
         assert word in out
     dry = called(capsys, "train", tiny_file, "--dry-run", "--out-dir", tmp_path / "run")[1]
     timed = re.compile(r"\d+:[\d:]+|[\d.e-]+ s\b")
-    assert timed.sub("", out).splitlines()[1:] == timed.sub("", dry).splitlines()[-9:]
+    one, other = (" ".join(timed.sub("", text).split()) for text in (out, dry))
+    assert "parameters 10,960" in one
+    assert other.endswith(one.partition(" ")[2])
     assert not (tmp_path / "run").exists()
 
 
@@ -424,7 +426,7 @@ def test_a_model_that_does_not_fit_is_described_all_the_same(
     monkeypatch.setattr("gpt.hardware.size.machine_memory", lambda: 10**5)
     code, out, err = called(capsys, "plan", tiny_file)
     assert code == 2
-    assert "more than the 100 kB of this machine's cpu" in out
+    assert "more than the 100 kB of this machine's cpu" in " ".join(out.split())
     assert "not measured, as training does not fit into the memory" in out
     assert re.match(r"steadygpt plan: training .* needs at least [\d,.]+ GB of memory, ", err)
     assert len(err.splitlines()) == 1

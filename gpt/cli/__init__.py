@@ -72,7 +72,7 @@ def main() -> int:
         return run(name, sys.argv[2:], f"steadygpt {name}")
     if name == "help" and len(sys.argv) > 2 and sys.argv[2] in COMMANDS:
         return run(sys.argv[2], ["--help"], f"steadygpt {sys.argv[2]}")
-    if name in ("-h", "--help", "help"):
+    if name in ("-h", "--help", "--help-all", "help"):
         show(USAGE)
         return 0
     if name in ("-V", "--version"):

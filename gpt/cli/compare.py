@@ -25,13 +25,16 @@ if TYPE_CHECKING:
     from gpt.compare.analysis.results import Summary
 
 
+# The options that `--help` shows; `--help-all` shows all.
+COMMON = ("out_dir", "workers", "engine", "dry_run", "report_only", "seeds", "training.steps")
+
+
 class Arguments(CellArguments):
     """Compare arms over learning rates, settings and seeds. Every option of the cells is also a
     flag.
 
     Examples:
       %(prog)s quick
-      %(prog)s quick --dry-run
       %(prog)s norms --training.steps 100 --seeds 4 --out-dir runs/short
       %(prog)s runs/quick --report-only
       %(prog)s quick --engine slurm --sbatch time=1:00:00 partition=small
@@ -78,7 +81,7 @@ def load(argv: Sequence[str], prog: str = "compare.py") -> tuple[Arguments, Comp
     Raises:
         InputError: either is invalid.
     """
-    arguments, options = parse(Arguments, prog, argv, Config)
+    arguments, options = parse(Arguments, prog, argv, Config, common=COMMON)
     arguments.check_report_only("dry_run", "extend", "reuse")
     arguments.check_engine()
     with explained(arguments.grid, prog, "grid"):

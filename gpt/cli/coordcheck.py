@@ -26,12 +26,20 @@ Widths = Annotated[
 ]
 
 
+# The options that `--help` shows; `--help-all` shows all.
+COMMON = (
+    "widths", "steps", "seeds", "out", "model.parametrization", "model.mup_base_width",
+    "optimizer.name", "optimizer.learning_rate",
+)  # fmt: skip
+
+
 class Arguments(prepare.Arguments):
-    """Measure how far a few updates move the activations of networks of several widths.
+    r"""Measure how far a few updates move the activations of networks of several widths.
 
     Examples:
       %(prog)s pre-norm --widths 48,96,192
-      %(prog)s pre-norm --model.parametrization mup --model.mup-base-width 48 --out mup.png
+      %(prog)s pre-norm --model.parametrization mup \
+          --model.mup-base-width 48
     """
 
     widths: Widths | None = Field(None, title="WIDTH,WIDTH,...")
@@ -46,7 +54,7 @@ class Arguments(prepare.Arguments):
 
 def main(argv: Sequence[str], prog: str = "steadygpt coordcheck") -> int:
     """`steadygpt coordcheck CONFIG.yaml ...`; returns the exit code."""
-    arguments, options = parse(Arguments, prog, argv, Config)
+    arguments, options = parse(Arguments, prog, argv, Config, common=COMMON)
     with explained(arguments.config, prog, "config"):
         config = load(arguments.config, options)
     if config.init_from is not None:

@@ -32,6 +32,12 @@ FEW_TOKENS = 30  # of fewer, the mean loss at a position is not shown
 PRINT_EVERY = 10.0  # seconds between progress lines, where there is no terminal
 
 
+# The options that `--help` shows; `--help-all` shows all.
+COMMON = (
+    "checkpoint", "stride", "device", "json_", "data.source", "data.path",
+)  # fmt: skip
+
+
 class Arguments(Section):
     """Measure how well runs predict a text: loss, perplexity and bits per byte.
 
@@ -109,7 +115,7 @@ def load(argv: Sequence[str], prog: str = "steadygpt eval") -> tuple[Arguments, 
     Raises:
         InputError: either is invalid.
     """
-    arguments, options = parse(Arguments, prog, argv, _Options)
+    arguments, options = parse(Arguments, prog, argv, _Options, common=COMMON)
     if not options:
         return arguments, None
     return arguments, validate(_Options, options, lambda key: f"--{key}").data

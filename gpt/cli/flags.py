@@ -25,6 +25,7 @@ from gpt.errors import InputError, as_flag, nearest
 Arguments = TypeVar("Arguments", bound=Section)
 Schema = Mapping[str, Any]
 
+STANDARD = ("-h", "--help", "--help-all", "-V", "--version")  # flags of every command
 FLAG = re.compile(r"--[A-Za-z][\w.-]*(=.*)?|-h|-V", re.DOTALL)
 BOOLEANS = {*("true", "yes", "on", "t", "y", "1"), *("false", "no", "off", "f", "n", "0"), "null"}
 
@@ -34,8 +35,12 @@ def parse(
     prog: str,
     argv: Sequence[str],
     config: type[Section] | None = None,
+    common: tuple[str, ...] = (),
 ) -> tuple[Arguments, dict[str, Any]]:
-    """Read a command line. `--help` prints the help and exits with code 0; Tab prints completions.
+    """Read a command line. Tab prints completions.
+
+    `--help` prints the arguments and the options in `common`, `--help-all` every option; both exit
+    with code 0.
 
     Args:
         arguments: the command's own arguments. Required ones are positional, and so are those
@@ -44,6 +49,7 @@ def parse(
             begins the help, and the others, such as examples, end it; `%(prog)s` is the command.
         argv: the words after the command.
         config: the options that are flags too, `--model.norm.placement` for nested ones.
+        common: the options that `--help` shows, by name or dotted path; none: all.
 
     Returns:
         The command's own arguments, and the options of `config` that were given: nested and not
@@ -54,7 +60,7 @@ def parse(
             of the command's own has a wrong value.
     """
     if tab.is_completing():
-        tab.complete(_parser(arguments, prog, config), words_before=2)
+        tab.complete(_parser(arguments, prog, config, ()), words_before=2)
     fields = arguments.model_fields
     names = [name for name, field in fields.items() if not _is_positional(field)]
     options = option_fields(config) if config else {}
@@ -63,8 +69,9 @@ def parse(
     booleans = {as_flag(path) for path, field in options.items() if _is_boolean(field)}
     titles = {as_flag(name): _title(field) for name, field in fields.items() if name not in names}
     words = _normalize(argv, set(flags) - switches, booleans)
+    shown = () if "--help-all" in words else common
     try:
-        namespace, unknown = _parser(arguments, prog, config).parse_known_args(words)
+        namespace, unknown = _parser(arguments, prog, config, shown).parse_known_args(words)
     except argparse.ArgumentError as error:
         wrong = "" if error.argument_name else _describe_flags(words, flags, titles)
         raise InputError(wrong or _describe(error, words, switches)) from None
@@ -143,7 +150,7 @@ def _describe_flags(words: list[str], flags: Collection[str], titles: Mapping[st
     """
     before = words[: words.index("--")] if "--" in words else words
     given = (word.partition("=")[0] for word in before if FLAG.fullmatch(word))
-    wrong = [flag for flag in given if flag not in {*flags, "--help", "--version", "-h", "-V"}]
+    wrong = [flag for flag in given if flag not in {*flags, *STANDARD}]
     return "\n".join(
         f"{flag}: no such option"
         + (f"; {titles[flag]} is written without it" if flag in titles else nearest(flag, flags))
@@ -197,7 +204,17 @@ def _title(field: FieldInfo) -> str:
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """argparse's own, except that names such as post-norm are not broken at the hyphen."""
+    """argparse's own, except that names such as post-norm are not broken at the hyphen.
+
+    Long lists of choices are wrapped.
+    """
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        text = super()._format_action_invocation(action)
+        if "{" not in text:
+            return text
+        lines = textwrap.wrap(text.replace(",", ", "), self._width - 8, break_on_hyphens=False)
+        return "\n      ".join(lines).replace(", ", ",")
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
@@ -227,23 +244,35 @@ class _StoreOnce(argparse.Action):
 
 
 @functools.cache
-def _parser(arguments: type[Section], prog: str, config: type[Section] | None) -> _Parser:
+def _parser(
+    arguments: type[Section], prog: str, config: type[Section] | None, common: tuple[str, ...]
+) -> _Parser:
+    """The parser of all options, whose help shows those in `common`; none: all."""
     titles = [str(f.title) for f in arguments.model_fields.values() if _is_positional(f)]
     description, _, epilog = inspect.cleandoc(str(arguments.__doc__)).partition("\n\n")
+    options = option_fields(config) if config else {}
+    count = len(arguments.model_fields) - len(titles) + len(options)
+    rest = f"All {count} options: %(prog)s --help-all" if common else ""
     parser = _Parser(
         prog=prog,
         usage=" ".join([prog, "[-h] [OPTIONS]", *titles]),
         description=description,
-        epilog=epilog,
-        formatter_class=functools.partial(_HelpFormatter, max_help_position=6),
+        epilog="\n\n".join(filter(None, [epilog, rest])),
+        add_help=False,
+        formatter_class=functools.partial(_HelpFormatter, max_help_position=24 if common else 6),
         allow_abbrev=False,
         exit_on_error=False,
         argument_default=argparse.SUPPRESS,  # only what is given is in the namespace
     )
     version = f"steadygpt {__version__}"
-    parser.add_argument(
-        "-V", "--version", action="version", version=version, help="show the version and exit"
-    )
+    for flags, action, text in (
+        (("-h", "--help"), "help", "show the common options and exit"),
+        (("--help-all",), "help", "show every option and exit"),
+        (("-V", "--version"), "version", "show the version and exit"),
+    ):
+        standard: dict[str, Any] = {"version": version} if action == "version" else {}
+        text = _if_shown(flags[-1], text, common)
+        parser.add_argument(*flags, action=action, help=text, **standard)
     schemas = arguments.model_json_schema()["properties"]
     for name, field in arguments.model_fields.items():
         if _is_positional(field):
@@ -258,18 +287,30 @@ def _parser(arguments: type[Section], prog: str, config: type[Section] | None) -
             )
         elif field.annotation is bool:
             flag = as_flag(name)
-            parser.add_argument(flag, dest=name, action="store_true", help=field.description)
+            text = _if_shown(name, str(field.description), common)
+            parser.add_argument(flag, dest=name, action="store_true", help=text)
         else:
-            parser.add_argument(as_flag(name), dest=name, **_settings(field, schemas[name]))
+            settings = _settings(field, schemas[name])
+            settings["help"] = _if_shown(name, settings["help"], common)
+            parser.add_argument(as_flag(name), dest=name, **settings)
     if config is not None:
         whole = config.model_json_schema()
         sections = {**whole.get("$defs", {}), config.__name__: whole}
-        _add_section(parser, config, sections, "")
+        _add_section(parser, config, sections, "", common)
     return parser
 
 
+def _if_shown(name: str, text: str, common: tuple[str, ...]) -> str:
+    """The help of an option; for argparse to leave out if only `common` is shown."""
+    return text if not common or name in common else argparse.SUPPRESS
+
+
 def _add_section(
-    parser: _Parser, section: type[Section], schemas: Mapping[str, Schema], prefix: str
+    parser: _Parser,
+    section: type[Section],
+    schemas: Mapping[str, Schema],
+    prefix: str,
+    common: tuple[str, ...],
 ) -> None:
     """Add the flags of a section as a group, then those of its subsections.
 
@@ -277,14 +318,16 @@ def _add_section(
         schemas: the JSON schema of every section, by the name of its class.
         prefix: dotted path of the section, with a dot at its end.
     """
-    group = parser.add_argument_group(f"{prefix.rstrip('.') or 'run'} options", section.__doc__)
+    title = f"{prefix.rstrip('.') or 'run'} options"
+    group = parser if common else parser.add_argument_group(title, section.__doc__)
     for name, field in section.model_fields.items():
         below = field.annotation
         if isinstance(below, type) and issubclass(below, Section):
-            _add_section(parser, below, schemas, f"{prefix}{name}.")
+            _add_section(parser, below, schemas, f"{prefix}{name}.", common)
         else:
             settings = _settings(field, schemas[section.__name__]["properties"][name])
             path = f"{prefix}{name}"
+            settings["help"] = _if_shown(path, settings["help"], common)
             group.add_argument(as_flag(path), dest=path, **settings)
 
 

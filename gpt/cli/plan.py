@@ -21,6 +21,13 @@ The learning rate is that of the original size. Larger models usually need a sma
 model.parametrization is mup; try a few on a tenth of the steps."""
 
 
+# The options that `--help` shows; `--help-all` shows all.
+COMMON = (
+    "budget", "hours", "tokens", "json_", "model.layers", "model.width", "model.context",
+    "training.steps", "training.batch_tokens", "training.processes",
+)  # fmt: skip
+
+
 class Arguments(prepare.Arguments):
     """Describe what a run takes, or print the config of the model that a budget deserves.
 
@@ -42,7 +49,7 @@ class Arguments(prepare.Arguments):
 
 def main(argv: Sequence[str], prog: str = "steadygpt plan") -> int:
     """`steadygpt plan CONFIG.yaml ...`; returns the exit code."""
-    arguments, options = parse(Arguments, prog, argv, Config)
+    arguments, options = parse(Arguments, prog, argv, Config, common=COMMON)
     with explained(arguments.config, prog, "config"):
         config = load(arguments.config, options)
     if config.training.processes != "auto":

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from gpt.data.prepared import Dataset
 
 
+# The options that `--help` shows; `--help-all` shows all.
+COMMON = (
+    "data.source", "data.path", "data.text_field", "data.tokenizer", "data.vocab_size",
+    "data.val_fraction", "data.cache_dir",
+)  # fmt: skip
+
+
 class Arguments(Section):
     """Prepare a config's data without training, and describe it.
 
@@ -36,7 +43,7 @@ class Arguments(Section):
 
 def main(argv: Sequence[str], prog: str = "python -m gpt.data") -> int:
     """`steadygpt prepare CONFIG.yaml ...`; returns the exit code."""
-    arguments, options = parse(Arguments, prog, argv, Config)
+    arguments, options = parse(Arguments, prog, argv, Config, common=COMMON)
     with explained(arguments.config, prog, "config"):
         config = load(arguments.config, options)
     dataset = prepare(config)

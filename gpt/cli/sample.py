@@ -28,13 +28,20 @@ if TYPE_CHECKING:
 MAX_PROMPT = 2**26  # bytes
 
 
+# The options that `--help` shows; `--help-all` shows all.
+COMMON = (
+    "prompt", "prompt_file", "num_samples", "max_new_tokens", "temperature", "top_k",
+    "seed", "checkpoint", "device",
+)  # fmt: skip
+
+
 class Arguments(Generation):
     """Generate text from a run directory; it goes to stdout as it is generated.
 
     Examples:
       %(prog)s runs/quickstart
       %(prog)s runs/quickstart --prompt 'def main(' --num-samples 3
-      %(prog)s runs/quickstart --checkpoint latest --temperature 0 --prompt-file start.txt
+      %(prog)s runs/quickstart --checkpoint latest --prompt-file start.txt
     """
 
     run_dir: FileName = Field(title="RUN_DIR")
@@ -68,7 +75,7 @@ def load(argv: Sequence[str], prog: str = "sample.py") -> tuple[Arguments, str]:
     Raises:
         InputError: either is invalid.
     """
-    arguments, _ = parse(Arguments, prog, argv)
+    arguments, _ = parse(Arguments, prog, argv, common=COMMON)
     return arguments, _read_prompt(arguments, prog)
 
 

@@ -19,6 +19,11 @@ from gpt.errors import InputError
 from gpt.io.console import Console, show
 from gpt.scaling import ladder as ladders
 
+# The options that `--help` shows; `--help-all` shows all.
+COMMON = (
+    "out_dir", "workers", "engine", "dry_run", "report_only", "seeds", "extend", "max_seconds",
+)  # fmt: skip
+
 
 class Arguments(CellArguments):
     """Train a ladder of model sizes with several compute budgets, and fit Chinchilla's law. Every
@@ -41,7 +46,7 @@ class Arguments(CellArguments):
 
 def main(argv: Sequence[str], prog: str = "steadygpt scaling") -> int:
     """`steadygpt scaling LADDER.yaml ...`; returns the exit code."""
-    arguments, options = parse(Arguments, prog, argv, Config)
+    arguments, options = parse(Arguments, prog, argv, Config, common=COMMON)
     arguments.check_report_only("dry_run", "extend")
     arguments.check_engine()
     path = Path(arguments.ladder)

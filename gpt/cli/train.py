@@ -34,12 +34,19 @@ if TYPE_CHECKING:
     from gpt.run.directory import RunResult
 
 
+# The options that `--help` shows; `--help-all` shows all.
+COMMON = (
+    "out_dir", "resume", "dry_run", "print_config", "processes", "data.path", "model.layers",
+    "model.norm.placement", "optimizer.learning_rate", "training.steps",
+)  # fmt: skip
+
+
 class Arguments(Section):
     """Train a GPT from a YAML config. Every option of the config is also a flag.
 
     Examples:
       %(prog)s quickstart
-      %(prog)s quickstart --optimizer.learning-rate 3e-3 --out-dir runs/lower-rate
+      %(prog)s quickstart --optimizer.learning-rate 3e-3 --name faster
       %(prog)s own-text --data.path my-texts --name mine
       %(prog)s post-norm --schedule.warmup none --no-model.bias
     """
@@ -78,7 +85,7 @@ def load(argv: Sequence[str], prog: str = "train.py") -> tuple[Arguments, Config
     Raises:
         InputError: either is invalid.
     """
-    arguments, options = parse(Arguments, prog, argv, Config)
+    arguments, options = parse(Arguments, prog, argv, Config, common=COMMON)
     out_dir, started_from = arguments.out_dir, run_of_checkpoint(Path(arguments.resume))
     if started_from is not None and not (out_dir and (Path(out_dir) / "config.yaml").is_file()):
         out_dir = str(started_from)  # whose init_from may be gone

@@ -13,7 +13,7 @@ from gpt.compare.analysis.results import Summary
 from gpt.compare.estimate import Estimate, free_bytes
 from gpt.compare.execution.tasks import Task
 from gpt.compare.grid import Cell, Grid
-from gpt.io.console import duration
+from gpt.io.console import duration, labeled
 
 MOST_ROWS = 50  # of a table in the terminal
 
@@ -66,12 +66,11 @@ def describe(
         + " and report not included",
         "disk": f"at most {estimated.disk / 1e6:,.0f} MB of "
         f"{free_bytes(directory) / 1e9:,.0f} GB free",
-        "directory": str(directory),
     }
     slow = too_long_warmups(cells)
     if slow:
         rows["warm-up"] = f"lasts as long as the run, or longer, in {'; '.join(slow)}"
-    return "\n".join([grid.title, *(f"  {name:<10} {text}" for name, text in rows.items())])
+    return "\n".join([grid.title, *labeled(rows.items()), f"  directory  {directory}"])
 
 
 def _count(number: int, noun: str) -> str:

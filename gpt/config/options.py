@@ -29,6 +29,7 @@ from gpt.config.values import (
     FileName,
     FileNames,
     Fraction,
+    From,
     Layers,
     Multiple,
     Only,
@@ -40,10 +41,15 @@ from gpt.config.values import (
     Seconds,
     Section,
     Seed,
+    Sequences,
     SoftCap,
     SplitFraction,
+    Steps,
+    StepsOrZero,
     Switch,
+    Tokens,
     TunedFor,
+    Unit,
     VocabularySize,
     as_list,
     unquoted,
@@ -53,7 +59,7 @@ from gpt.config.values import (
 class HubConfig(Section):
     """A dataset on the Hugging Face hub (source: hub), read with the `datasets` library."""
 
-    name: FileName | None = None
+    name: Annotated[FileName | None, From("Hugging Face datasets")] = None
     """The dataset, such as roneneldan/TinyStories, or a local folder that contains one."""
     config: str | None = None
     """Configuration of the dataset, if it has several."""
@@ -122,11 +128,13 @@ class DataConfig(SourceConfig):
     """Several sources in place of one, each with a weight; they inherit the options of data."""
     validation: SourceConfig | None = None
     """A separate source for the validation text, in place of a held-out fraction."""
-    tokenizer: Annotated[str, Choice("gpt.data.tokenizer", "TOKENIZERS")] = "bpe"
+    tokenizer: Annotated[
+        str, Choice("gpt.data.tokenizer", "TOKENIZERS"), From("Sennrich et al. 2016")
+    ] = "bpe"
     """How text becomes tokens; bpe is trained on the corpus, file reads data.vocabulary."""
     vocab_size: Annotated[VocabularySize, Only("tokenizer", ("bpe",))] = 2048
     """Tokens of the bpe tokenizer: 256 bytes, the merges, and end of text."""
-    learn_bytes: Annotated[Count, Only("tokenizer", ("bpe",))] = 100_000_000
+    learn_bytes: Annotated[Count, Only("tokenizer", ("bpe",)), Unit("bytes")] = 100_000_000
     """Train the bpe tokenizer on at most this many bytes of training text, spread evenly."""
     vocabulary: FileName | None = None
     """The tokenizer.json of a run, preparation or export, or its folder (tokenizer: file)."""
@@ -134,7 +142,7 @@ class DataConfig(SourceConfig):
     """Validation text: whole documents, by hash, or the tail of each; of a single one, its tail."""
     val_fraction: Annotated[SplitFraction, Only("validation", (None,))] = 0.03
     """Fraction of the text that is held out for validation."""
-    windows: Literal["epochs", "random", "fixed"] = "epochs"
+    windows: Annotated[Literal["epochs", "random", "fixed"], From("nanoGPT")] = "epochs"
     """Each window once per epoch, at random offsets as in nanoGPT, or always the first batch."""
     seed: Seed | None = None
     """Seed of the order of training sequences. Unset: the run's seed."""
@@ -192,46 +200,59 @@ class DataConfig(SourceConfig):
 class NormConfig(Section):
     """Normalization: placement, type and constants."""
 
-    placement: Annotated[str, Choice("gpt.model.placement", "PLACEMENTS")] = "pre"
+    placement: Annotated[
+        str, Choice("gpt.model.placement", "PLACEMENTS"), From("Xiong et al. 2020")
+    ] = "pre"
     """Where the norms are, relative to the residual connections."""
-    type: Annotated[str, Choice("gpt.model.norm", "NORMS")] | None = None
+    type: Annotated[
+        Annotated[str, Choice("gpt.model.norm", "NORMS")] | None,
+        From("Ba et al. 2016", "Zhang and Sennrich 2019"),
+    ] = None
     """Type of norm. Unset: layer norm (none, if the placement has no norms)."""
     eps: Epsilon = 1e-5
     """Added to the variance under the root (layer, rms, batch); for scale, the minimum of ||x||."""
-    alpha0: Positive = 0.5
+    alpha0: Annotated[Positive, From("Zhu et al. 2025")] = 0.5
     """Initial alpha of dyt, the scale of its input (Zhu et al. 2025)."""
     bias: bool | None = None
     """Whether layer, batch and dyt have a shift, beta. Unset: as model.bias."""
     final_norm: Switch = "auto"
     """A norm after the last block; auto: as the placement defines."""
-    embedding: bool = False
+    embedding: Annotated[bool, From("Kim et al. 2025")] = False
     """A norm on the embeddings, before the first block, as in Peri-LN."""
 
 
 class InitConfig(Section):
     """Initial weights: a controlled factor of a comparison."""
 
-    regime: Annotated[str, Choice("gpt.model.init", "REGIMES")] = "gpt2"
+    regime: Annotated[
+        str,
+        Choice("gpt.model.init", "REGIMES"),
+        From("Radford et al. 2019", "Glorot and Bengio 2010"),
+    ] = "gpt2"
     """Standard deviations: GPT-2's 0.02, Xavier's (Glorot and Bengio 2010), or SmallInit's."""
-    depth_scaled: Switch = "auto"
+    depth_scaled: Annotated[Switch, From("Radford et al. 2019")] = "auto"
     """Scale each sublayer's last matrix by 1/sqrt(2L); auto: as regime and placement define."""
 
 
 class AttentionConfig(Section):
     """Variations of attention."""
 
-    qk_norm: bool = False
+    qk_norm: Annotated[bool, From("Henry et al. 2020")] = False
     """Normalize each head's queries and keys, with the norm of norm.type."""
-    soft_cap: SoftCap | None = None
+    soft_cap: Annotated[SoftCap | None, From("Gemma Team 2024")] = None
     """Bound the attention logits by c tanh(z/c); null: no bound. Slow: torch's kernel lacks it."""
 
 
 class MLPConfig(Section):
     """The feed-forward network."""
 
-    activation: Annotated[str, Choice("gpt.model.gpt2", "ACTIVATIONS")] = "gelu_tanh"
+    activation: Annotated[
+        str,
+        Choice("gpt.model.gpt2", "ACTIVATIONS"),
+        From("Hendrycks and Gimpel 2016", "Shazeer 2020"),
+    ] = "gelu_tanh"
     """The nonlinearity; gelu_tanh is GPT-2's, swiglu adds a third matrix."""
-    multiple: Multiple = 4
+    multiple: Annotated[Multiple, From("Vaswani et al. 2017")] = 4
     """Hidden width, as a multiple of model.width; swiglu uses two thirds of it."""
 
 
@@ -242,22 +263,22 @@ class ModelConfig(Section):
     """Number of blocks, L."""
     heads: Channels = 4
     """Attention heads per block; must divide the width."""
-    width: Channels = 128
+    width: Annotated[Channels, Unit("channels")] = 128
     """Channels of the residual stream, d."""
     context: ContextLength = 128
     """Longest sequence, T, in tokens."""
-    dropout: BelowOne = 0.0
+    dropout: Annotated[BelowOne, From("Srivastava et al. 2014")] = 0.0
     """Dropout probability in training: embeddings, attention weights, sublayer outputs."""
     bias: bool = True
     """Biases in linear layers and norms, as in GPT-2."""
-    tied_head: bool = True
+    tied_head: Annotated[bool, From("Press and Wolf 2017")] = True
     """The output layer shares its weights with the token embedding, as in GPT-2."""
-    logit_soft_cap: SoftCap | None = None
+    logit_soft_cap: Annotated[SoftCap | None, From("Gemma Team 2024")] = None
     """Bound the logits of the next token by c tanh(z/c); null: no bound."""
     norm: NormConfig = NormConfig()
-    parametrization: Literal["standard", "mup"] = "standard"
+    parametrization: Annotated[Literal["standard", "mup"], From("Yang et al. 2022")] = "standard"
     """Whether initial weights, learning rates and logits scale with the width; mup: they do."""
-    mup_base_width: Channels | None = None
+    mup_base_width: Annotated[Channels | None, Unit("channels"), From("Yang et al. 2022")] = None
     """The width at which mup is the standard parametrization; the number of heads is the same."""
     init: InitConfig = InitConfig()
     attention: AttentionConfig = AttentionConfig()
@@ -342,17 +363,21 @@ class ModelConfig(Section):
 class ScheduleConfig(Section):
     """Learning rate at each step, as a multiple of optimizer.learning_rate: warm-up, then body."""
 
-    warmup: Annotated[str, Choice("gpt.schedule", "WARMUPS")] = "linear"
+    warmup: Annotated[str, Choice("gpt.schedule", "WARMUPS"), From("Goyal et al. 2017")] = "linear"
     """Shape of the warm-up; none: start at the full learning rate and ignore warmup_steps."""
-    warmup_steps: Annotated[CountOrZero, Only("warmup", ("linear", "cosine"))] = 100
+    warmup_steps: Annotated[StepsOrZero, Only("warmup", ("linear", "cosine"))] = 100
     """Updates until the full rate is reached; the first update is never at rate 0."""
-    body: Annotated[str, Choice("gpt.schedule", "BODIES")] = "cosine"
+    body: Annotated[
+        str, Choice("gpt.schedule", "BODIES"), From("Loshchilov and Hutter 2017", "Hu et al. 2024")
+    ] = "cosine"
     """Shape of the decay after the warm-up."""
     final_ratio: Annotated[Fraction, Only("body", ("cosine", "linear", "wsd"))] = 0.1
     """Final learning rate of cosine, linear and wsd, as a fraction of the full one."""
-    decay_fraction: Annotated[PositiveFraction, Only("body", ("wsd",))] = 0.2
+    decay_fraction: Annotated[PositiveFraction, Only("body", ("wsd",)), From("Hu et al. 2024")] = (
+        0.2
+    )
     """Fraction of the steps after warm-up in which wsd (warm-up, stable, decay) decays."""
-    rewarm: CountOrZero = 0
+    rewarm: Annotated[StepsOrZero, From("Ibrahim et al. 2024")] = 0
     """When training.steps changes: updates in which the rate moves from its last value to the new
     schedule, on a straight line (Ibrahim et al. 2024); 0: it jumps."""
     scale: Multiple = 1.0
@@ -370,23 +395,27 @@ ADAM = ("adamw", "radam", "muon")  # muon uses adamw for what is not a matrix of
 class OptimizerConfig(Section):
     """The update rule and its constants. All rules are torch's, except Muon."""
 
-    name: Annotated[str, Choice("gpt.optim", "OPTIMIZERS")] = "adamw"
+    name: Annotated[str, Choice("gpt.optim", "OPTIMIZERS"), From("Loshchilov and Hutter 2019")] = (
+        "adamw"
+    )
     """Update rule. muon updates the blocks' matrices, with adamw for everything else."""
     learning_rate: Annotated[Rate, TunedFor("name", alike=("adamw", "radam"))] = 1e-3
     """The full learning rate, which the schedule scales."""
-    beta1: Annotated[BelowOne, Only("name", ADAM)] = 0.9
+    beta1: Annotated[BelowOne, Only("name", ADAM), From("Kingma and Ba 2015")] = 0.9
     """Decay of the first moment (adamw, radam; adamw's part of muon)."""
-    beta2: Annotated[BelowOne, Only("name", ADAM)] = 0.99
+    beta2: Annotated[BelowOne, Only("name", ADAM), From("Kingma and Ba 2015")] = 0.99
     """Decay of the second moment (adamw, radam; adamw's part of muon)."""
-    eps: Annotated[Epsilon, Only("name", ADAM)] = 1e-8
+    eps: Annotated[Epsilon, Only("name", ADAM), From("Kingma and Ba 2015")] = 1e-8
     """Added to the root of the second moment (adamw, radam; adamw's part of muon)."""
-    momentum: Annotated[BelowOne, Only("name", ("muon", "sgd"))] = 0.95
+    momentum: Annotated[BelowOne, Only("name", ("muon", "sgd")), From("Sutskever et al. 2013")] = (
+        0.95
+    )
     """Momentum of sgd and muon, both in Nesterov's form."""
-    weight_decay: Factor = 0.1
+    weight_decay: Annotated[Factor, From("Loshchilov and Hutter 2019")] = 0.1
     """Weight decay of matrices and embeddings, not of norms and biases; decoupled except in sgd."""
-    independent_decay: bool = False
+    independent_decay: Annotated[bool, From("Wortsman et al. 2023")] = False
     """Scale the decay by the schedule alone, not by learning_rate; then 1e-4 is typical."""
-    clip: Positive | None = 1.0
+    clip: Annotated[Positive | None, From("Pascanu et al. 2013")] = 1.0
     """Gradient clipping: largest global gradient norm; null: no clipping."""
 
     @model_validator(mode="after")
@@ -402,30 +431,30 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     """Duration, batch, device and precision."""
 
-    steps: Count = 1000
+    steps: Steps = 1000
     """Total number of updates."""
-    batch_sequences: Count | None = None
+    batch_sequences: Sequences | None = None
     """Sequences per update; 16 if neither this nor batch_tokens is given."""
-    batch_tokens: Count | None = None
+    batch_tokens: Tokens | None = None
     """Tokens per update, a multiple of model.context, in place of batch_sequences."""
-    micro_batch: Literal["auto"] | Count = "auto"
+    micro_batch: Literal["auto"] | Sequences = "auto"
     """Sequences per forward pass; must divide the batch. Gradients accumulate over the batch."""
     device: Device = "auto"
     """auto picks cuda, then mps, then cpu."""
     processes: Literal["auto"] | Count = 1
     """Processes that share each batch; auto: one per GPU, or on a CPU one, or one per core, as a
     short timing decides. Started by torchrun, a run uses those that torchrun started."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
+    parallel: Annotated[Literal["ddp", "fsdp"], From("Li et al. 2020", "Zhao et al. 2023")] = "ddp"
     """How several processes share the work: ddp, each with a whole model (Li et al. 2020); fsdp,
     FSDP2, which divides weights, gradients and optimizer state (Zhao et al. 2023)."""
     process_timeout: Seconds = 1800.0
     """Seconds after which a process that does not respond ends a run of several processes; also if
     it is rank 0, alone with a sample or a checkpoint."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], From("Micikevicius et al. 2018")] = "fp32"
     """Precision of the forward and backward pass; weights stay fp32. fp16 uses loss scaling."""
-    z_loss: Factor = 0.0
+    z_loss: Annotated[Factor, From("Chowdhery et al. 2022")] = 0.0
     """Weight of the z-loss, log² Z of the softmax, in the total loss; 1e-4 is typical."""
-    loss_chunk: Count | None = None
+    loss_chunk: Tokens | None = None
     """Compute logits for this many tokens at a time: less memory, slower. Unset: all at once."""
     compile: bool = False
     """Use torch.compile: pays off on a GPU, takes half a minute or more on a CPU."""
@@ -433,44 +462,44 @@ class TrainingConfig(Section):
     """On a non-finite loss or gradient: stop the run, skip the update, or roll back."""
     nonfinite_limit: Count = 20
     """Skipped updates in a row (fp16's too), or rollbacks, after which a run counts as diverged."""
-    log_every: Count = 10
+    log_every: Steps = 10
     """Steps between progress lines, and between reads of the metrics from a GPU."""
 
 
 class EvaluationConfig(Section):
     """Validation loss on fixed sequences; never disturbs training."""
 
-    every: Count = 250
+    every: Steps = 250
     """Steps between evaluations; there is always one before the first step and after the last."""
-    sequences: Count | None = None
+    sequences: Sequences | None = None
     """Sequences to evaluate on, spread evenly over the validation text. Unset: all of it."""
-    give_up_after: Count | None = None
+    give_up_after: Annotated[Count | None, Unit("evaluations")] = None
     """Stop after this many evaluations in a row no better than guessing by token frequency."""
-    patience: Count | None = None
+    patience: Annotated[Count | None, Unit("evaluations")] = None
     """Early stopping: stop after this many evaluations in a row without a new lowest loss."""
 
 
 class DiagnosticsConfig(Section):
     """Statistics of the layers and of the whole model; measuring never disturbs training."""
 
-    every: Count | None = None
+    every: Steps | None = None
     """Steps between measurements, starting at the first step. Unset: none, at no cost."""
-    sequences: Annotated[Count, Only("every")] = 8
+    sequences: Annotated[Sequences, Only("every")] = 8
     """Sequences of the batch to measure activations on, at most a micro-batch."""
-    sharpness: CountOrZero = 0
+    sharpness: Annotated[CountOrZero, Unit("sequences"), From("Cohen et al. 2021")] = 0
     """Sequences of the batch for the Hessian's largest eigenvalue; 0: not measured."""
-    noise_scale: bool = False
+    noise_scale: Annotated[bool, From("McCandlish et al. 2018")] = False
     """The gradient noise scale (McCandlish et al. 2018), from gradients of parts of the batch."""
 
 
 class CheckpointConfig(Section):
     """When the training state is saved, and which checkpoints are kept."""
 
-    every: Count | None = None
+    every: Steps | None = None
     """Steps between checkpoints. Unset: as evaluation.every. There is always one at the end."""
-    keep: Count = 2
+    keep: Annotated[Count, Unit("checkpoints")] = 2
     """Number of newest checkpoints to keep, in addition to the best."""
-    keep_every: Count | None = None
+    keep_every: Steps | None = None
     """Also keep checkpoints at multiples of this many steps. Unset: only newest and best."""
     spare_dir: FileName | None = None
     """Where to save when the run directory is not writable. Unset: the temporary folder."""
@@ -481,18 +510,18 @@ class Sampling(Section):
 
     temperature: Factor = 0.8
     """Divides the logits; 0 always takes the most likely token."""
-    top_k: Count | None = None
+    top_k: Annotated[Tokens | None, From("Fan et al. 2018")] = None
     """Draw from the k most likely tokens. Unset: from all."""
-    top_p: PositiveFraction = 1.0
+    top_p: Annotated[PositiveFraction, From("Holtzman et al. 2020")] = 1.0
     """Draw from the smallest set of tokens with this total probability (Holtzman et al. 2020)."""
-    min_p: Fraction = 0.0
+    min_p: Annotated[Fraction, From("Nguyen et al. 2024")] = 0.0
     """Drop tokens below this fraction of the largest probability (Nguyen et al. 2024)."""
 
 
 class Generation(Sampling):
     """How a text is generated, apart from its prompt."""
 
-    max_new_tokens: Count = 200
+    max_new_tokens: Tokens = 200
     """Tokens to add to the prompt, unless end of text comes first."""
     seed: Seed = 0
     """Random seed; sample i does not depend on the number of samples."""
@@ -501,9 +530,9 @@ class Generation(Sampling):
 class SamplingConfig(Sampling):
     """Text that the model writes during training, into samples/."""
 
-    every: Annotated[Count | None, Only("tokens")] = None
+    every: Annotated[Steps | None, Only("tokens")] = None
     """Steps between samples. Unset: as evaluation.every."""
-    tokens: CountOrZero = 200
+    tokens: Annotated[CountOrZero, Unit("tokens")] = 200
     """Tokens per sample; 0 writes none."""
     prompt: Annotated[str, Only("tokens")] = ""
     """Text to continue; empty starts a new document."""

@@ -211,6 +211,23 @@ class TunedFor:
         return before != after and not {before, after} <= set(self.alike)
 
 
+@dataclass(frozen=True)
+class Unit:
+    """The unit of an option's value, for the reference."""
+
+    name: str
+
+
+@dataclass(frozen=True, init=False)
+class From:
+    """Where an option comes from: keys of `LINKS`, gpt/config/bibliography.py."""
+
+    names: tuple[str, ...]
+
+    def __init__(self, *names: str) -> None:
+        object.__setattr__(self, "names", names)
+
+
 # ---------------------------------------------------------------------------------------------
 # Numbers
 
@@ -268,10 +285,14 @@ def _parse_number(text: str) -> int | float | str:
 # Whether the machine has the memory for a combination is checked in gpt/hardware/size.py.
 Count = Annotated[int, Between(1, 10**9)]
 CountOrZero = Annotated[int, Between(0, 10**9)]
-Layers = Annotated[int, Between(1, 2_000)]
+Steps = Annotated[Count, Unit("steps")]
+StepsOrZero = Annotated[CountOrZero, Unit("steps")]
+Sequences = Annotated[Count, Unit("sequences")]
+Tokens = Annotated[Count, Unit("tokens")]
+Layers = Annotated[int, Between(1, 2_000), Unit("blocks")]
 Channels = Annotated[int, Between(1, 100_000)]
-ContextLength = Annotated[int, Between(1, 10_000_000)]
-VocabularySize = Annotated[int, Between(257, 1_000_000)]
+ContextLength = Annotated[int, Between(1, 10_000_000), Unit("tokens")]
+VocabularySize = Annotated[int, Between(257, 1_000_000), Unit("tokens")]
 SampleCount = Annotated[int, Between(1, 10_000)]
 WorkerCount = Annotated[int, Between(1, 1000)]
 Seed = Annotated[int, Between(0, 2**63 - 1)]
@@ -283,8 +304,8 @@ Ratio = Annotated[float, Between(1e-6, 1e6)]  # relative to other numbers of its
 Resource = Annotated[float, Between(0.0, 1e4)]  # a part of the CPUs or GPUs of a machine
 SoftCap = Annotated[float, Between(1e-3, 1e6)]
 Multiple = Annotated[float, Between(1e-5, 1e3)]
-Seconds = Annotated[float, Between(1e-3, 1e9)]
-Hours = Annotated[float, Between(1e-6, 1e6)]
+Seconds = Annotated[float, Between(1e-3, 1e9), Unit("seconds")]
+Hours = Annotated[float, Between(1e-6, 1e6), Unit("hours")]
 Fraction = Annotated[float, Between(0.0, 1.0)]
 PositiveFraction = Annotated[float, Between(1e-6, 1.0)]
 SplitFraction = Annotated[float, Between(1e-6, 0.999999)]  # leaves something on both sides

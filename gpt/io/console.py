@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import re
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
@@ -54,6 +56,20 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
+    ]
+
+
+def labeled(rows: Iterable[tuple[str, str]]) -> list[str]:
+    """Lines `  label      text`, wrapped at 80 columns, but not between a number and its unit."""
+    wrapper = textwrap.TextWrapper(
+        80, subsequent_indent=" " * 13, break_long_words=False, break_on_hyphens=False
+    )
+    return [
+        line.replace("\xa0", " ")
+        for label, text in rows
+        for line in wrapper.wrap(
+            f"  {label:<10} " + re.sub(r"(\d) (?=[a-zA-Z]+\b)", "\\1\xa0", text)
+        )
     ]
 
 

@@ -14,7 +14,7 @@ from gpt.data.sequences import TrainingSequences, ValidationSequences
 from gpt.errors import InputError, option
 from gpt.hardware.device import pick_device
 from gpt.hardware.memory import micro_batch, total_memory
-from gpt.io.console import duration
+from gpt.io.console import duration, labeled
 from gpt.model.gpt2 import GPT
 from gpt.plan import TOKENS_PER_PARAMETER, USEFUL_EPOCHS
 from gpt.plan.size import (
@@ -188,7 +188,7 @@ def describe(plan: Plan) -> str:
     if config.training.processes != 1:
         given = config.training.processes
         rows.append(("processes", f"{given}; the memory and the time are those of one alone"))
-    return "\n".join(f"  {name:<10} {text}" for name, text in rows)
+    return "\n".join(labeled(rows))
 
 
 def _fitting(plan: Plan) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from gpt.config import Config, ModelConfig
 from gpt.data.prepared import Dataset
+from gpt.io.console import labeled
 from gpt.model.gpt2 import GPT
 from gpt.model.init import depth_scaled
 from gpt.model.placement import PLACEMENTS, has_final_norm
@@ -78,9 +79,8 @@ def describe(
         "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}, "
         f"{warmup if schedule.effective_warmup_steps else 'no warm-up'}, then {schedule.body}",
         "data": f"{data}; {config.data.tokenizer} vocabulary of {model.vocab_size:,}",
-        "directory": str(directory),
     }
-    return "\n".join([config.name, *(f"  {name:<10} {text}" for name, text in rows.items())])
+    return "\n".join([config.name, *labeled(rows.items()), f"  directory  {directory}"])
 
 
 def _blocks(config: ModelConfig, init_from: str | None) -> str:

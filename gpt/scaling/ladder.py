@@ -49,7 +49,7 @@ from gpt.config import (
     validate,
 )
 from gpt.config.shipped import find
-from gpt.config.values import Fraction, Ratio
+from gpt.config.values import Fraction, From, Ratio, Unit
 from gpt.errors import InputError, printable
 from gpt.io.console import set_encoding
 
@@ -58,7 +58,7 @@ FACTOR = "size"  # the factor of the grid whose levels are the sizes
 AXIS = "training.steps, schedule.warmup_steps"  # the axis of the grid on which budgets differ
 LEAST_STEPS = 50  # so that rounding the steps changes a budget by at most 1%
 LEAST_RATIO = 1.1  # between budgets
-Flops = Annotated[float, Between(1e3, 1e30)]
+Flops = Annotated[float, Between(1e3, 1e30), Unit("FLOPs")]
 
 
 class Ladder(Section):
@@ -72,7 +72,9 @@ class Ladder(Section):
     """Options of all runs, on top of the base's; dotted or nested."""
     sizes: Annotated[dict[Name, Level], Field(min_length=1, max_length=50)]
     """Name -> the options of a model size, such as its width and its learning rate."""
-    flops: Annotated[tuple[Flops, ...], Field(min_length=1, max_length=50)]
+    flops: Annotated[
+        tuple[Flops, ...], Field(min_length=1, max_length=50), From("Hoffmann et al. 2022")
+    ]
     """Compute budgets, C = 6 N D, from small to large."""
     tokens_per_parameter: tuple[Ratio, Ratio] = (1.0, 1000.0)
     """The range of D / N; combinations of size and budget outside it are left out."""
