@@ -115,7 +115,7 @@ TABLE: dict[str, int] = {
 }
 '''
 QUOTES = """\
-See [m.py, Adder.forward](../../m.py#L9-L10):
+See [m.py, Adder.forward](../../m.py#L9-L10) and [m.py, TABLE](../../m.py#L13-L15):
 
 ```python quote="m.py" object="Adder.forward"
 one = 1
@@ -127,8 +127,6 @@ TABLE: dict[str, int] = {
     "a": 1,
 }
 ```
-
-in [m.py, TABLE](../../m.py#L13-L15).
 """
 
 
@@ -147,6 +145,8 @@ def test_quotes_follow_the_code(tour: Any):
     assert '    "b": 2,\n' in changed
     assert "#L9-L11" in changed
     assert "#L14-L16" in changed
+    far = quoted("\n" * 1000 + SOURCE)
+    assert far == QUOTES.replace("L9-L10", "L1009-L1010").replace("L13-L15", "L1013-L1015")
     emptied = QUOTES.replace("one = 1\nreturn x + one\n", "")
     assert 'def forward(self, x):\n    """x + 1."""\n    one = 1\n' in quoted(SOURCE, emptied)
 

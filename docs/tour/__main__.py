@@ -165,7 +165,8 @@ def _dedent(lines: list[str]) -> str:
 
 def with_quotes(page: str) -> str:
     """A page with the quoted code, and the line numbers in its links, as they are now."""
-    for fence in reversed(list(QUOTE.finditer(page))):
+    changes = {}  # spans of the page, and their new texts
+    for fence in QUOTE.finditer(page):
         file, name, quote = fence.groups()
         first, lines = find(file, name)
         try:
@@ -177,10 +178,10 @@ def with_quotes(page: str) -> str:
         if not links:
             raise SystemExit(f"error: there is no link {label} to what is quoted")
         link = min(links, key=lambda link: abs(link.start() - fence.start()))
-        target = f"{label}(../../{file}#L{first + start}-L{first + end - 1})"
-        changes = {fence.span(3): f"{_dedent(lines[start:end])}\n", link.span(): target}
-        for (left, right), text in sorted(changes.items(), reverse=True):
-            page = page[:left] + text + page[right:]
+        changes[fence.span(3)] = f"{_dedent(lines[start:end])}\n"
+        changes[link.span()] = f"{label}(../../{file}#L{first + start}-L{first + end - 1})"
+    for (left, right), text in sorted(changes.items(), reverse=True):
+        page = page[:left] + text + page[right:]
     return page
 
 
