@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 from conftest import rendering
@@ -97,6 +98,16 @@ def test_labels_of_a_logarithmic_axis_are_plain_and_apart(least: float, most: fl
     assert " ".join(tick.get_text() for tick in inside) == labels
     boxes = [tick.get_window_extent() for tick in inside]
     assert all(a.y1 < b.y0 for a, b in itertools.pairwise(boxes))
+
+
+def test_margins_do_not_depend_on_the_users_layout():
+    usual = plot.draw_run([], "run")
+    with mpl.rc_context({"figure.constrained_layout.use": True}), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chosen = plot.draw_run([], "run")
+        chosen.draw_without_rendering()
+    places = [[axes.get_position().bounds for axes in each.axes] for each in (usual, chosen)]
+    assert places[0] == places[1]
 
 
 def test_a_long_title_loses_its_beginning():

@@ -103,10 +103,11 @@ def draw_run(
     evaluations = [r for r in records if r.get("val_loss") is not None]
     steps = [r["step"] for r in training]
 
-    figure = Figure(figsize=(8, 7))  # with fixed margins: a layout engine draws everything twice
-    figure.subplots_adjust(left=0.13, right=0.98, top=0.95, bottom=0.07, hspace=0.1)
+    figure = Figure(figsize=(8, 7))
+    figure.set_layout_engine("none")  # one draws everything twice; the user's settings may have one
+    margins = {"left": 0.13, "right": 0.98, "top": 0.95, "bottom": 0.07, "hspace": 0.1}
     loss_axes, rate_axes, norm_axes = figure.subplots(
-        3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1, 1]}
+        3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1, 1], **margins}
     )
     loss_axes.set_title(label(title))
     _plot_losses(loss_axes, training, evaluations, levels or {})
