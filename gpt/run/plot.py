@@ -103,7 +103,8 @@ def draw_run(
     evaluations = [r for r in records if r.get("val_loss") is not None]
     steps = [r["step"] for r in training]
 
-    figure = Figure(figsize=(8, 7))  # with fixed margins: a layout engine draws everything twice
+    # With fixed margins: a layout engine draws everything twice.
+    figure = Figure(figsize=(8, 7), layout="none")
     figure.subplots_adjust(left=0.13, right=0.98, top=0.95, bottom=0.07, hspace=0.1)
     loss_axes, rate_axes, norm_axes = figure.subplots(
         3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1, 1]}
