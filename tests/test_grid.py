@@ -638,6 +638,7 @@ def test_the_documented_grids_are_shipped():
         "thresholds",
         "single-gpu",
         "gpu-day",
+        "hundred-layers",
     }
     documented = (ROOT / "docs/results/literature/README.md").read_text("utf-8")
     for path in LITERATURE:
