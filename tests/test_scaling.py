@@ -277,7 +277,7 @@ def test_a_path_of_another_kind_is_named(
         shutil.copy(ROOT / f"configs/{shipped}.yaml", f"{name}.yaml")
     for folder, docs in (("tiny-1", "scaling"), ("quick-1", "quick")):
         Path(folder).mkdir()
-        shutil.copy(ROOT / f"docs/{docs}/grid.yaml", folder)
+        shutil.copy(ROOT / f"docs/results/{docs}/grid.yaml", folder)
     nothing = [] if command == "sample" else ["--dry-run"]
     code, out, err = called(capsys, command, *given.split(), *nothing)
     assert (code, out) == (2, "")

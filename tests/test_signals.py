@@ -26,7 +26,7 @@ Make = Callable[..., Config]
 def test_ctrl_c_before_there_is_anything_to_save(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ):
-    def interrupt(*arguments: object) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"gpt.cli.{name}.parse", interrupt)
