@@ -201,7 +201,7 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Any:
         ({}, 900_000, 300_000, "25.00% of the text, not the 10.00%"),
         ({"data.holdout": "tail"}, 900_000, 300_000, "data.holdout: documents"),
         ({}, 60_000, 5_000, "only 5,000 validation tokens in 30 documents, .* data.val_fraction"),
-        ({"evaluation.sequences": 10}, 9_000_000, 1_000_000, "evaluation.sequences 10 .* 1,280"),
+        ({"evaluation.sequences": 10}, 9_000_000, 1_000_000, "1,280 .*evaluation.sequences"),
         ({"training.batch_sequences": 1000}, 100_000, 11_000, "a batch of 128,000 .* lower train"),
         ({"training.steps": 60_000}, 600_000, 60_000, "102 epochs"),
         ({"data.windows": "fixed", "training.steps": 60_000}, 600_000, 60_000, None),

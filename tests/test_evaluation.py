@@ -326,9 +326,10 @@ def test_checkpoints_of_one_run_are_told_apart(run: Path, capsys: pytest.Capture
     code, out, _ = called(capsys, "eval", early, late, "--stride", "3")
     assert code == 0
     tables, notes = out.split("note: ", 1)
-    assert [line.split()[:2] for line in tables.splitlines()[1:3]] == [
-        [str(run), "10"],
-        [str(run), "20"],
+    notes = " ".join(notes.split())
+    assert [line.split() for line in tables.splitlines()[:2]] == [
+        ["run", str(run), str(run)],  # a column each, as rows would be too wide
+        ["step", "10", "20"],
     ]
     assert f"\n{run} step 10 " in tables
     assert re.search(rf"training logged [\d.]+ for {run} step 10, [\d.]+ for {run} step 20;", notes)

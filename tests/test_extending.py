@@ -176,7 +176,7 @@ def test_a_run_that_only_becomes_worse_is_said_to(
     assert report(result) == 0
     printed = capsys.readouterr().out
     assert "No evaluation was better than the one before the first update." in printed
-    assert "step-00000006 (lowest loss of those saved;" in printed
+    assert "step-00000006 (lowest saved loss;" in printed
 
 
 @pytest.mark.usefixtures("losses")

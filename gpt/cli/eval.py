@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -288,10 +289,20 @@ def _describe(results: Sequence[Result]) -> str:
             for p in each.evaluation.by_position
         ]
         positions.append([label, *losses, *[""] * (len(longest) - len(losses))])
-    notes = [f"note: {note}" for note in _notes(results)]
+    notes = [line for note in _notes(results) for line in _wrapped(f"note: {note}")]
     shown = any(cell not in ("-", "") for row in positions[1:] for cell in row[1:])
-    tables = [aligned(rows), aligned(positions) if shown else [], notes]
+    numbers = min(aligned(rows), aligned(list(zip(*rows, strict=True))), key=_excess)
+    tables = [numbers, aligned(positions) if shown else [], notes]
     return "\n\n".join("\n".join(lines) for lines in tables if lines)
+
+
+def _excess(table: Sequence[str]) -> int:
+    """By how many columns a table is wider than a terminal."""
+    return max(0, max(map(len, table)) - 80)
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 80, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _with_error(estimate: Estimate) -> str:

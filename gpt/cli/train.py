@@ -210,9 +210,7 @@ def _describe(result: RunResult, prog: str) -> str:
     if saved:
         best = store.read_pointer(run.checkpoints, "best")
         if best is not None:
-            lines.append(
-                f"  best checkpoint  {best} (lowest loss of those saved; sampled by default)"
-            )
+            lines.append(f"  best checkpoint  {best} (lowest saved loss; sampled by default)")
         command = [*typed("sample", prog), str(result.directory), "--num-samples", "3"]
         lines.append(f"  more samples     {shlex.join(command)}")
     return "\n".join(lines)
