@@ -24,7 +24,7 @@ from gpt.compare.analysis.outcomes import Outcome
 from gpt.compare.analysis.results import ArmSummary
 from gpt.compare.analysis.summary import summarize
 from gpt.compare.figures.base import Plot, PlotData, Section
-from gpt.compare.figures.losses import failures, loss_by_rate
+from gpt.compare.figures.losses import MOST_RATES, failures, loss_by_rate
 from gpt.compare.figures.runs import curves
 from gpt.compare.figures.runs import layers as draw_layers
 from gpt.compare.figures.thresholds import thresholds
@@ -83,7 +83,9 @@ def test_points_of_loss_by_rate_are_the_runs(data: PlotData):
 
 
 def test_the_figure_of_failures_has_each_arms_share_at_each_rate(data: PlotData):
-    drawn = panels(failures(data).figure.axes)
+    plot = failures(data)
+    assert plot is not None
+    drawn = panels(plot.figure.axes)
     for arm in data.summary.arms:
         axes = drawn[arm.arm]
         row = [label.get_text() for label in axes.get_yticklabels()].index(arm.setting)
@@ -92,6 +94,24 @@ def test_the_figure_of_failures_has_each_arms_share_at_each_rate(data: PlotData)
         texts = {t.get_position(): t.get_text() for t in axes.texts}
         words = [texts[column, row] for column in range(len(RATES))]
         assert words == [f"{at.failures}/{at.n}" for at in arm.by_rate]
+
+
+def test_a_table_of_failures_has_at_most_so_many_rates(data: PlotData):
+    """A search tries other rates for each arm; with hundreds, nothing could be read."""
+    found = [outcome("pre, cold", 1e-3 * (1 + n), 0, 2.0) for n in range(MOST_RATES + 1)]
+    for count in (MOST_RATES, MOST_RATES + 1):
+        plot = failures(replace(data, outcomes=found[:count]))
+        assert (plot is None) == (count > MOST_RATES)
+
+
+def test_arms_of_one_factor_differ_in_more_than_their_color(data: PlotData):
+    placements = {name: {"model.norm.placement": name} for name in ("pre", "post", "peri", "none")}
+    alone = grid(arms={"placement": placements}, contrasts=[], pairs=[])
+    styles = replace(data, grid=alone).styles.values()
+    for part in ("color", "shape", "dashes"):
+        assert len({str(getattr(style, part)) for style in styles}) == 4
+    assert len({style.color for style in data.styles.values()}) == 2  # of two factors
+    assert len({style.shape for style in data.styles.values()}) == 2
 
 
 def test_the_figure_of_thresholds_has_each_arms_lr50_at_each_depth(data: PlotData):

@@ -193,7 +193,7 @@ def cells() -> Iterator[tuple[str, str]]:
     yield "markdown", "# The tour, stop by stop"
     yield "code", SETUP.strip()
     for stop in stops():
-        page, at = re.sub(r"^!\[.*?\]\(.*?\)\n", "", read(stop), flags=re.MULTILINE), 0
+        page, at = re.sub(r"^!\[.*?\]\(figures/.*?\)\n", "", read(stop), flags=re.MULTILINE), 0
         for block in BLOCK.finditer(page):
             if prose := page[at : block.start()].strip():
                 yield "markdown", prose

@@ -1,7 +1,8 @@
 """What all figures share: their data, the style of each arm, panels, legends and saving.
 
 Colors are Okabe and Ito's, which color-blind readers can tell apart. A color stands for a level
-of the first factor; dashes and point shapes stand for the levels of the others.
+of the first factor; dashes and point shapes stand for the levels of the others, or, if there is one
+factor only, for its levels too.
 """
 
 from __future__ import annotations
@@ -120,7 +121,8 @@ class PlotData:
         styles = {}
         for index, arm in enumerate(arms):
             color = first.index(next(iter(arm.levels.values())))
-            variant = others.index(tuple(arm.levels.values())[1:]) + color // len(COLORS)
+            variant = others.index(tuple(arm.levels.values())[1:])
+            variant += color if len(others) == 1 else color // len(COLORS)
             styles[arm.name] = Style(
                 index,
                 COLORS[color % len(COLORS)],

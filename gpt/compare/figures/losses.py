@@ -27,6 +27,7 @@ from gpt.metrics import LEARNED_MARGIN
 from gpt.run.plot import label
 
 COLUMNS = 3  # panels in a row
+MOST_RATES = 24  # in a table of failures; searches try more, and have a figure of their own
 Y_LABEL = "final loss (nats per token)"
 
 
@@ -173,9 +174,11 @@ def _median_losses(data: PlotData) -> str:
     return "Median final loss. " + "; ".join(parts)
 
 
-def failures(data: PlotData) -> Plot:
+def failures(data: PlotData) -> Plot | None:
     """Fraction of failed seeds: arm against rate; with several settings, a panel per arm."""
     arms, settings, rates = list(data.styles), data.settings, data.rates
+    if len(rates) > MOST_RATES:
+        return None
     counts = {
         (arm.arm, arm.setting, at.rate): (at.failures, at.n)
         for arm in data.summary.arms
