@@ -1,14 +1,15 @@
-"""What training on many GPUs, and comparing on many nodes, would take: arithmetic, not measurement.
+"""What many GPUs and nodes would take: arithmetic, not measurement.
 
     python benchmarks/projection.py
 
-A step takes 6 N D operations, at an assumed share of the peak, and sends what docs/scale.md
-counts, at assumed bandwidths. Everything assumed is in `ASSUMED` and `CELLS`, which are printed
-first. docs/scale.md shows the tables.
+A step takes 6 N D operations, at an assumed share of the peak, and sends what
+docs/scale.md counts, at assumed bandwidths. Everything assumed is in `ASSUMED` and
+`CELLS`, which are printed first. docs/scale.md shows the tables.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 from dataclasses import dataclass
 
@@ -281,6 +282,8 @@ def tables() -> list[str]:
 
 def main() -> None:
     """Print the tables."""
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
     print("\n\n".join(tables()))
 
 

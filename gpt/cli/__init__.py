@@ -43,17 +43,17 @@ usage: steadygpt COMMAND ...   (COMMAND --help for details)
   sample RUN_DIR           generate text from a run
   eval RUN_DIR ...         measure loss, perplexity and bits per byte
   compare GRID.yaml        compare training stability over a grid of runs
-  scaling LADDER.yaml      fit Chinchilla's law to a ladder of sizes and compute budgets
+  scaling LADDER.yaml      fit Chinchilla's law to a ladder of model sizes
   prepare CONFIG.yaml      prepare a config's data without training
   checkpoint verify DIR    check that checkpoints are intact
   diagnose RUN_DIR         plot the statistics of a run's layers
-  coordcheck CONFIG.yaml   check that updates do not depend on the width, as in muP
-  plan CONFIG.yaml         show what a run will cost, and which model a budget deserves
-  runs [DIR]               list runs: status, losses, time, and the options that differ
+  coordcheck CONFIG.yaml   check that updates do not depend on the width (muP)
+  plan CONFIG.yaml         show a run's cost, or which model a budget deserves
+  runs [DIR]               list runs: status, losses, time, options that differ
   plot RUN ...             plot the losses of several runs in one picture
   export RUN_DIR OUT       write a run's model for Hugging Face transformers
-  clean [DIR ...]          remove checkpoints and prepared data that nothing needs
-  completion SHELL         complete commands, options and files with Tab in bash, zsh or fish
+  clean [DIR ...]          remove unneeded checkpoints and prepared data
+  completion SHELL         let Tab complete commands in bash, zsh or fish
 
   -V, --version            print the version"""
 
