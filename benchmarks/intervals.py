@@ -2,10 +2,11 @@
 
     python benchmarks/intervals.py [--repetitions 4000] [--json FILE]
 
-Each row simulates many comparisons; the results of their seeds come from a known
-distribution. For an interval, it shows how often the 95% interval contains the
-true value; for a rule, how often the rule answers YES where the claim is true, and
-where it is not; for an estimate, its bias. All tables are printed at the end.
+Each row simulates many comparisons; the results of their seeds come from a
+known distribution. For an interval, it shows how often the 95% interval
+contains the true value; for a rule, how often the rule answers YES where the
+claim is true, and where it is not; for an estimate, its bias. All tables are
+printed at the end.
 """
 
 from __future__ import annotations

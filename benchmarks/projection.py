@@ -3,8 +3,8 @@
     python benchmarks/projection.py
 
 A step takes 6 N D operations, at an assumed share of the peak, and sends what
-docs/scale.md counts, at assumed bandwidths. Everything assumed is in `ASSUMED` and
-`CELLS`, which are printed first. docs/scale.md shows the tables.
+docs/scale.md counts, at assumed bandwidths. Everything assumed is in `ASSUMED`
+and `CELLS`, which are printed first. docs/scale.md shows the tables.
 """
 
 from __future__ import annotations
