@@ -8,13 +8,14 @@ import math
 import re
 from collections import defaultdict
 from pathlib import Path
-from statistics import fmean, linear_regression
+from statistics import fmean, linear_regression, stdev
 from typing import Any
 
 import pytest
 from conftest import ROOT
 
 RESULTS = ROOT / "docs/results"
+RATE, LOSS = "optimizer.learning_rate", "final_val_loss"  # columns of cells.csv
 INDEX = (RESULTS / "README.md").read_text("utf-8")
 FOLDERS = sorted(path for path in RESULTS.iterdir() if path.is_dir())
 LITERATURE = sorted(path.parent for path in RESULTS.glob("literature/*/summary.json"))
@@ -79,6 +80,29 @@ def test_the_losses_are_those_of_the_summary(name: str, questions: int):
         assert (answer == "YES") == (contrast["answer"] == "supported")
         quoted = rf"{contrast['value']:.3f}[a-z ]* \({low:.3f} to {high:.3f}\)"
         assert re.search(quoted, row(name)), quoted
+
+
+def test_a_hundred_layers_are_those_of_the_summary():
+    folder = RESULTS / "hundred-layers"
+    higher, within = contrasts(folder)
+    low, high = higher["interval"]["low"], higher["interval"]["high"]
+    quoted = f"{higher['value']:.3f} nats higher ({low:.3f} to {high:.3f})"
+    tour = (ROOT / "docs/tour/hundred-layers.md").read_text("utf-8")
+    assert quoted in row("hundred-layers")
+    assert quoted in re.sub(r"\s+", " ", tour)
+    assert (higher["answer"], within["answer"]) == ("supported", "open")
+    with (folder / "cells.csv").open(encoding="utf-8") as file:
+        cells = list(csv.DictReader(file))
+    for arm in ("pre, warm-up", "post, warm-up", "pre, no warm-up", "post, no warm-up"):
+        counts = []
+        for rate in (0.002, 0.003):
+            runs = [c for c in cells if (c["arm"], float(c[RATE])) == (arm, rate)]
+            failed, losses = [c["failed"] == "True" for c in runs], [float(c[LOSS]) for c in runs]
+            mean, spread = f"{fmean(losses):.3f}", f"{stdev(losses):.3f}"
+            shown = f"{mean} ± {spread}, {sum(failed)} of {len(runs)}"
+            assert re.search(rf"\| {arm} \|.* {shown} \|", page("hundred-layers")), shown
+            counts.append(f"{len(runs) - sum(failed)} of {len(runs)}")
+        assert f"| {arm.replace(',', '-norm,')} | {counts[0]} | {counts[1]} |" in tour
 
 
 def test_the_exponents_of_depth_are_those_of_its_searches():
