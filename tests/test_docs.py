@@ -364,6 +364,8 @@ def test_the_site_is_built(tmp_path: Path):
     done = build(ROOT, tmp_path / "site")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "site/results/quick/index.html").is_file()
+    texts = [path.read_text("utf-8") for path in tmp_path.glob("site/**/*.html")]
+    assert not any("```" in text for text in texts)  # a block of code that mkdocs overlooked
 
 
 @pytest.mark.slow

@@ -204,9 +204,12 @@ def cells() -> Iterator[tuple[str, str]]:
 
 def write_notebook() -> None:
     """Execute the notebook and save it."""
-    import nbformat
-    from nbclient import NotebookClient
-    from nbformat import v4
+    try:
+        import nbformat
+        from nbclient import NotebookClient
+        from nbformat import v4
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"error: --notebook needs {error.name}: ./install docs") from None
 
     make = {"markdown": v4.new_markdown_cell, "code": v4.new_code_cell}
     made = v4.new_notebook(
