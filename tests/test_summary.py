@@ -442,7 +442,7 @@ def test_an_lr50_of_seeds_with_different_rates_is_unclear():
     runs = [run for run in outcomes(MOVED) if run.seed < 2 or run.rate == 1e-2]
     arm = summarize(grid(contrasts=[], pairs=[]), runs).arms[2]
     assert (arm.lr50.bound, arm.lr50.unequal, arm.lr50_interval) == ("unclear", True, None)
-    assert lr50_text(arm) == "unclear: seeds ran at different rates"
+    assert lr50_text(arm) == "not estimated, as the seeds differ in their rates"
 
 
 def test_the_early_rise_of_an_arm_is_a_mean_over_its_runs():

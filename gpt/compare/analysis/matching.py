@@ -26,7 +26,7 @@ class Match:
             logged; batches may be of different sizes.
         parameters: parameter tensors that both have, by name and shape.
         equal: those that started with the same values.
-        rescaled: those that started from the same random draw at another scale.
+        rescaled: those that started with the same values times a constant.
         exceptions: what did not match, in words.
     """
 

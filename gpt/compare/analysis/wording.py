@@ -186,7 +186,7 @@ def rates_text(interval: Interval) -> str:
 def threshold_text(threshold: Threshold) -> str:
     """`0.05`, `above 0.1`, `below 0.001` or `unclear`, and why if rates are unequal."""
     if threshold.unequal:
-        return "unclear: seeds ran at different rates"
+        return "not estimated, as the seeds differ in their rates"
     rate = f"{threshold.rate:.2g}"
     return {"": rate, "above": f"above {rate}", "below": f"below {rate}", "unclear": "unclear"}[
         threshold.bound
