@@ -305,7 +305,12 @@ def _probe(
         StoppedError: `stop` became true.
     """
     console.say("measuring the networks at initialization: half a minute or more")
-    init_probes = interruptible(lambda stop: measure_init_probes(cells, stop), stop, STOPPED)
+    try:
+        init_probes = interruptible(
+            lambda stop: measure_init_probes(cells, stop, console), stop, STOPPED
+        )
+    finally:
+        console.close()
     if init_probes is None:
         raise StoppedError(STOPPED)
     write_init_probes(directory, init_probes)

@@ -18,11 +18,13 @@ from gpt.data import preparation
 from gpt.data.prepared import Dataset
 from gpt.data.sequences import TrainingSequences
 from gpt.errors import InputError
+from gpt.io.console import Console
 from gpt.io.files import read_json, write_text
 from gpt.model.norm import ACROSS_TOKENS
 
 SEEDS = tuple(range(5))  # each has initial weights and batches of its own
 BATCHES, SEQUENCES = 2, 8  # of the training text, for each seed
+PRINT_EVERY = 10.0  # seconds, where there is no bar
 TOKEN_SEEDS = tuple(range(16))  # for a single token each, as in the theory
 
 
@@ -45,15 +47,29 @@ class InitProbe:
 
 
 def measure_init_probes(
-    cells: Sequence[Cell], stop: Callable[[], bool] = lambda: False
+    cells: Sequence[Cell],
+    stop: Callable[[], bool] = lambda: False,
+    console: Console | None = None,
 ) -> list[InitProbe] | None:
-    """Probe every network of the comparison, at `probes.DEPTHS`; None if `stop` becomes true."""
+    """Probe every network of the comparison, at `probes.DEPTHS`; None if `stop` becomes true.
+
+    Args:
+        console: shows how many blocks have been measured.
+    """
+    console = console or Console(quiet=True)
     networks: dict[str, list[Cell]] = {}
     for cell in cells:
         model = cell.config.model.model_copy(update={"layers": 0})
         data = cell.config.data.model_copy(update={"seed": None, "windows": None})
         networks.setdefault(repr((model, data)), []).append(cell)
-    init_probes = []
+    init_probes, done = [], 0
+    console.start(sum(DEPTHS) * len(networks), unit="block", every=PRINT_EVERY)
+
+    def on_depth(layers: int) -> None:
+        nonlocal done
+        done += layers
+        console.progress(done)
+
     for same in networks.values():
         if stop():
             return None
@@ -64,11 +80,14 @@ def measure_init_probes(
         text = {seed: _batches(dataset, context, SEQUENCES, BATCHES, seed) for seed in SEEDS}
         token_seeds = TOKEN_SEEDS if config.model.norm.type not in ACROSS_TOKENS else ()
         token = {seed: _batches(dataset, 1, 1, 1, seed) for seed in token_seeds}
+        of_text = probe_depths(
+            config.model, vocabulary, text, with_sharpness=True, on_depth=on_depth
+        )
         init_probes.append(
             InitProbe(
                 arms=tuple(dict.fromkeys(cell.arm for cell in same)),
                 regime=config.model.init.regime,
-                text=tuple(probe_depths(config.model, vocabulary, text, with_sharpness=True)),
+                text=tuple(of_text),
                 token=tuple(probe_depths(config.model, vocabulary, token)) if token else (),
             )
         )

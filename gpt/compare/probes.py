@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,19 +129,17 @@ def probe_depths(
     depths: Sequence[int] = DEPTHS,
     *,
     with_sharpness: bool = False,
+    on_depth: Callable[[int], None] = lambda layers: None,
 ) -> list[Probe]:
-    """`probe` at each of `depths` that the placement allows."""
+    """`probe` at each of `depths` that the placement allows; `on_depth` is called after each."""
     least = PLACEMENTS[config.norm.placement].min_layers
-    return [
-        probe(
-            config.model_copy(update={"layers": layers}),
-            vocab_size,
-            batches,
-            with_sharpness=with_sharpness,
-        )
-        for layers in depths
-        if layers >= least
-    ]
+    probes = []
+    for layers in depths:
+        if layers >= least:
+            shape = config.model_copy(update={"layers": layers})
+            probes.append(probe(shape, vocab_size, batches, with_sharpness=with_sharpness))
+        on_depth(layers)
+    return probes
 
 
 def _measure(
