@@ -473,7 +473,7 @@ SHAPE = {"width": 192, "heads": 6, "layers": 8, "context": 96}
         {"model": {**SHAPE, "context": 192}, "optimizer": {"name": "sgd"}},
     ],
 )
-def test_memory_is_within_15_per_cent(
+def test_memory_is_within_25_per_cent(
     options: dict[str, Any], tiny: Make, tmp_path: Path, environment: dict[str, str]
 ):
     batches = {"training": {"steps": 6, "batch_sequences": 12, "micro_batch": 12}}
@@ -485,7 +485,7 @@ def test_memory_is_within_15_per_cent(
         [*command, str(tmp_path)], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
-    assert planned == pytest.approx(int(done.stdout), rel=0.15)
+    assert planned == pytest.approx(int(done.stdout), rel=0.25)  # docs/planning.md says how far off
 
 
 @pytest.mark.slow
