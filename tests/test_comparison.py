@@ -143,7 +143,8 @@ def test_arms_are_matched_and_the_report_says_so(done: tuple[Path, str], grid_fi
     assert found.equal + found.rescaled == found.parameters
     assert found.rescaled > 0  # deepnorm's gain
     text = (done[0] / "report.md").read_text()
-    assert "6 of 6 runs saw the same inputs" in text
+    assert "6 runs were compared with the first run of their seed" in text
+    assert "and 6 of them saw the same inputs" in text
 
 
 def test_different_batches_and_initial_weights_are_found(copy: Path, grid_file: Path):

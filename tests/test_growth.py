@@ -74,12 +74,15 @@ def test_extend_adds_cells_and_keeps_results(
     assert code == 2
     assert f"--extend adds {cells} cells to it" in error
     assert results(directory) == before
+    touched = "arms" not in changes
+    warning = "1 of the questions (1) include cells that are added now, and become exploratory"
+    assert (warning in run_grid("--extend", "--dry-run", **changes)[1]) == touched
     code, out, error = run_grid("--extend", **changes)
     assert code == 0, error
+    assert (warning in error) == touched
     after = results(directory)
     assert {name: after[name] for name in before} == before
     assert len(after) == len(before) + cells
-    touched = "arms" not in changes
     reason = f"it includes {cells} cells added when 4 cells had a result"
     assert late(directory) == [reason if touched else ""]
     assert (f"This answer is exploratory: {reason}." in out) == touched

@@ -213,14 +213,14 @@ def test_arms_outside_the_contrast_are_counted_at_its_rates():
     assert all(text.startswith("8 of 8 trained") for texts in rows.values() for text in texts)
 
 
-def test_other_factors_make_a_table_of_the_contrasts_arms():
+def test_other_factors_make_a_table_of_all_arms():
     arms = {"placement": {"a": {}, "b": {}, "c": {}}}
     found = [
         replace(run, cell=replace(run.cell, arm="abc"[ARMS.index(run.cell.arm)]))
         for run in runs(arms=ARMS[:3])
     ]
     table = screen(asked({"question": "?", "of": ["a", "c"]}, arms=arms), found).table
-    assert [name for name, _ in table.rows] == ["a", "c"]
+    assert [name for name, _ in table.rows] == ["a", "b", "c"]
     assert table.columns == ("trained", "mean loss")
 
 

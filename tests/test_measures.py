@@ -388,7 +388,7 @@ def test_failures_are_those_of_runs_that_some_contrast_includes():
     registered = {**LOSS, "at": {"optimizer.learning_rate": [1e-3]}}
     own = {**LOSS, "rates": {ARMS[0]: 1e-3, ARMS[1]: 1e-3}}
     words = failures(runs, registered, own)
-    assert words.startswith("At rate 0.001 (layers 12), where the arms differ most among the reg")
+    assert words.startswith("At rate 0.001 (layers 12), where failures differ most among the reg")
     words = failures(runs, registered, {**LOSS, "of": [ARMS[1], ARMS[0]]})
     assert words.startswith("At rate 0.001 (layers 12), chosen after the runs")
 

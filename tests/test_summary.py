@@ -840,7 +840,7 @@ def test_failures_are_reported_at_registered_rates_if_there_are_any():
     runs = outcomes(MOVED)
     at = {**LOSS, "at": {"optimizer.learning_rate": [0.1, 1.0]}}
     words = summarize(grid(contrasts=[at], pairs=[]), runs).conclusions[-1]
-    assert words.startswith("At rate 0.1, where the arms differ most among the registered rates")
+    assert words.startswith("At rate 0.1, where failures differ most among the registered rates")
     assert "'post, cold': failure in all 6 seeds" in words
 
 

@@ -408,6 +408,16 @@ def test_metrics_read_late_are_the_same(
     assert_same_run(tmp_path / "at once", tmp_path / "late")
 
 
+def test_slow_steps_show_progress_before_their_number_is_reached(
+    tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    config = tiny(training={"steps": 4, "log_every": 100})
+    for seconds, lines in ((3600.0, 1), (0.0, 4)):
+        monkeypatch.setattr("gpt.run.log.SHOW_EVERY", seconds)
+        train(config, tmp_path / str(seconds))
+        assert capsys.readouterr().err.count(" tokens/s") == lines
+
+
 def test_divergence_that_is_read_late_ends_at_its_own_step(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -173,6 +173,7 @@ def run(
             check_affordable(estimated, directory, grid.hours)
             finished = len(chosen) - len(missing)
             console.say(describe(grid, cells, directory, estimated, tasks, workers, finished))
+            console.warn(registration.cautions(grid, growth, results))
         elif not copied:
             console.say(f"{directory}: all {len(chosen)} cells have a result; reporting again")
         trained = {cell.id for cell in (*missing, *growth.cells)} - copied
@@ -304,15 +305,19 @@ def _probe(
     Raises:
         StoppedError: `stop` became true.
     """
-    console.say("measuring the networks at initialization: half a minute or more")
+    console.say("all runs have ended; measuring the networks at initialization:")
+    stopped = (
+        "interrupted: all runs are saved; the same command measures the networks again, and "
+        "--report-only reports without"
+    )
     try:
         init_probes = interruptible(
-            lambda stop: measure_init_probes(cells, stop, console), stop, STOPPED
+            lambda stop: measure_init_probes(cells, stop, console), stop, stopped
         )
     finally:
         console.close()
     if init_probes is None:
-        raise StoppedError(STOPPED)
+        raise StoppedError(stopped)
     write_init_probes(directory, init_probes)
 
 
@@ -475,7 +480,7 @@ def dry_run(
     """
     check_cells(cells, probes=grid.probes)
     check_reuse(grid, reuse)
-    check_directory(grid, cells, directory, extend=extend)
+    growth = check_directory(grid, cells, directory, extend=extend)
     copied = set().union(*find_reusable(cells, directory, reuse).values())
     vocabulary = max(preparation.vocab_size(data) for data in _datas(cells))
     chosen, missing = choose(grid, cells, directory, {}, {})
@@ -502,6 +507,7 @@ def dry_run(
     else:
         lines.append(f"registered on {before.time}: SHA-256 {before.sha256}")
     finished = len(chosen) - len(missing)
+    lines += [f"warning: {line}" for line in registration.cautions(grid, growth, finished)]
     described = describe(grid, cells, directory, estimated, tasks, workers, finished)
     submitted = engine.preview(tasks, directory, workers) if engine is not None and tasks else ""
     return "\n".join([described, *lines, *([submitted] if submitted else [])])

@@ -265,6 +265,17 @@ def _late(
     return ""
 
 
+def cautions(grid: Grid, growth: Growth, results: int) -> list[str]:
+    """What a user should know before cells are added to a comparison with so many results."""
+    late = sum(any(map(each.includes, growth.cells)) for each in grid.contrasts)
+    if not late or not results:
+        return []
+    return [
+        f"{late} of the questions ({len(grid.contrasts)}) include cells that are added now, and "
+        "become exploratory; in another --out-dir, the answers here stay as they are"
+    ]
+
+
 def count(cells: int) -> str:
     """`1 cell` or `12 cells`."""
     return f"{cells} cell{'' if cells == 1 else 's'}"

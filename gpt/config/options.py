@@ -463,7 +463,7 @@ class TrainingConfig(Section):
     nonfinite_limit: Count = 20
     """Skipped updates in a row (fp16's too), or rollbacks, after which a run counts as diverged."""
     log_every: Steps = 10
-    """Steps between progress lines, and between reads of the metrics from a GPU."""
+    """Steps between progress lines (or 10 seconds), and between reads of metrics from a GPU."""
 
 
 class EvaluationConfig(Section):

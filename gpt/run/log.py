@@ -20,6 +20,7 @@ from gpt.io.console import Console
 from gpt.metrics import EPS_ALARM, MetricsLog, Record, read_up_to
 from gpt.model.gpt2 import GPT
 
+SHOW_EVERY = 10.0  # seconds between lines of progress, at most, where steps are slow
 READ_EVERY = {"cpu": 1}  # steps between reads, by device type; otherwise training.log_every
 
 
@@ -65,7 +66,7 @@ class RunLog:
         self.peak_flops = peak_flops(name, config.training.precision)
         self.metrics = MetricsLog(path, kept)
         self._pending: list[Update] = []
-        self._since = time.monotonic()
+        self._since = self._shown = time.monotonic()
         self._warned = False
 
     def start_clock(self) -> None:
@@ -132,7 +133,9 @@ class RunLog:
 
     def _show(self, last: Measured, tokens_per_second: float) -> None:
         training, step = self.config.training, last.update.step
-        if step % training.log_every == 0 or step == training.steps:
+        slow = time.monotonic() - self._shown >= SHOW_EVERY
+        if step % training.log_every == 0 or step == training.steps or slow:
+            self._shown = time.monotonic()
             self.console.progress(
                 step,
                 f"loss {last.loss:.4f}  learning rate {last.update.learning_rate:.2e}  "

@@ -130,7 +130,7 @@ def mean_table(summary: Summary) -> list[tuple[str, str, str, str]]:
 
 
 def _table(grid: Grid, contrast: Contrast | None, outcomes: Sequence[Outcome]) -> Table:
-    """A 2 x 2 table of two factors with two levels each, or one of the contrast's arms."""
+    """A 2 x 2 table of two factors with two levels each, or one with a row for each arm."""
     where = (contrast and wording.where(contrast)) or "all rates and settings"
     if contrast is not None and contrast.rates:
         where = "each arm's own rate"
@@ -146,7 +146,7 @@ def _table(grid: Grid, contrast: Contrast | None, outcomes: Sequence[Outcome]) -
                 for row in rows
             ),
         )
-    names = list(runs) if contrast is None else contrast.arms
+    names = contrast.arms if contrast is not None and contrast.rates else list(runs)
     return Table(
         f"Trained runs and mean final loss at {where}",
         "arm",

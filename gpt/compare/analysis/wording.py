@@ -519,9 +519,9 @@ def _failures_sentence(found: Failures | None) -> str:
     if found.only:
         chosen = f", the only rate {'registered' if found.registered else 'tried'}"
     elif found.registered:
-        chosen = ", where the arms differ most among the registered rates"
+        chosen = ", where failures differ most among the registered rates"
     else:
-        chosen = ", chosen after the runs because the arms differ most there"
+        chosen = ", chosen after the runs because failures differ most there"
     return f"At rate {found.rate:g}{where}{chosen}, {'; '.join(counts)}."
 
 
@@ -540,7 +540,7 @@ def limits(grid: Grid, summary: Summary) -> list[str]:
         "Short runs measure the onset of instability, not the quality of a finished model. A run "
         "that is merely slow, because of its learning rate or its optimizer, also counts as "
         "plateaued; where its training loss was clearly still falling, it is called slow.",
-        *(_search_limits(grid.search, summary) if grid.search else _axis_limits()),
+        *(_search_limits(grid.search, summary) if grid.search else _axis_limits(summary)),
         "Results on this corpus, at this size and in this precision may not carry over to others.",
     ]
     for setting in dict.fromkeys(arm.setting for arm in summary.arms):
@@ -558,10 +558,13 @@ def limits(grid: Grid, summary: Summary) -> list[str]:
     return found
 
 
-def _axis_limits() -> list[str]:
+def _axis_limits(summary: Summary) -> list[str]:
+    edge = "; ".join(arm.label for arm in summary.arms if arm.best_at_edge)
+    beyond = "is the lowest or highest tried, so a better one may lie beyond"
     return [
         "Sensitivities and thresholds depend on the rates tried; another grid gives other values.",
         "An arm's best rate is chosen on the same seeds, so its best loss is optimistic.",
+        *([f"In some seed of these arms, the best rate {beyond}: {edge}."] if edge else []),
     ]
 
 

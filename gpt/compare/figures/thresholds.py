@@ -165,7 +165,6 @@ def sensitivity(data: PlotData) -> Plot | None:
             0.6,
             color=style.color,
             gid=style.gid,
-            alpha=1.0 if style.dashes == "-" else 0.55,
         )
         below = row + 0.2  # the regret, apart from the sensitivity's interval
         for interval, at in ((arm.lr_sensitivity_interval, row), (arm.regret_interval, below)):
@@ -199,7 +198,4 @@ def _sensitivity_caption(arms: Sequence[ArmSummary]) -> str:
     )
     if len(tried) > 1:
         caption += " Arms with rates of their own cannot be compared with the others."
-    edge = "; ".join(arm.label for arm in arms if arm.best_at_edge)
-    if edge:
-        caption += f" Best rate at the edge of the grid in some seed: {edge}."
     return caption
