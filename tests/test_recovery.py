@@ -367,7 +367,9 @@ def test_length_logging_and_paths_may_change(tiny: Make, tmp_path: Path, corpus:
 def test_a_run_is_not_made_shorter_than_it_is(tiny: Make, tmp_path: Path):
     run(tiny(), tmp_path / "run", **stop_after(12))
     before = contents(tmp_path / "run")
-    with pytest.raises(InputError, match=r"already at step 12; training.steps \(11\) must"):
+    with pytest.raises(
+        InputError, match=r"already at step 12; to train longer, training.steps \(11\) must"
+    ):
         run(tiny(training={"steps": 11}), tmp_path / "run")
     assert contents(tmp_path / "run") == before
 
@@ -713,7 +715,9 @@ def test_what_is_kept_is_also_saved(tiny: Make):
 
 def test_where_it_is_already_is_no_length(tiny: Make, tmp_path: Path):
     run(tiny(), tmp_path / "run", **stop_after(7))
-    with pytest.raises(InputError, match=r"already at step 7; training.steps \(7\) must"):
+    with pytest.raises(
+        InputError, match=r"already at step 7; to train longer, training.steps \(7\) must"
+    ):
         run(tiny(training={"steps": 7}), tmp_path / "run")
 
 

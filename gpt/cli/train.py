@@ -34,9 +34,10 @@ if TYPE_CHECKING:
     from gpt.run.directory import RunResult
 
 
+LAST_UPDATES = 20  # whose mean loss is shown at the end
 # The options that `--help` shows; `--help-all` shows all.
 COMMON = (
-    "out_dir", "resume", "dry_run", "print_config", "processes", "data.path", "model.layers",
+    "name", "out_dir", "resume", "dry_run", "processes", "data.path", "model.layers",
     "model.norm.placement", "optimizer.learning_rate", "training.steps",
 )  # fmt: skip
 
@@ -185,13 +186,18 @@ def _describe(result: RunResult, prog: str) -> str:
     if result.status == "interrupted":
         return "\n".join([*lines, "  to resume:", f"  {repeated(prog)}"])
     if result.status == "finished":
+        records = metrics.read(run.metrics)
+        last = [r["loss"] for r in records if r.get("loss") is not None][-LAST_UPDATES:]
         lines.append(
             f"  validation loss  {result.val_loss:.4f} nats per token, "
             f"{result.val_bits_per_byte:.4f} bits per byte (lowest {result.best_val_loss:.4f} nats)"
         )
+        if last:
+            mean = f"{sum(last) / len(last):.4f} nats per token"
+            lines.append(f"  training loss    {mean}, mean of the last {len(last)} updates")
         with contextlib.suppress(InputError):  # a result without its environment.json
             lines += _what_it_means(result.val_loss, run.guessing_losses())
-        before = [r.get("val_loss") for r in metrics.read(run.metrics) if r["step"] == 0]
+        before = [r.get("val_loss") for r in records if r["step"] == 0]
         if result.best_val_loss in before:
             lines.append("  No evaluation was better than the one before the first update.")
     if run.plot.is_file():

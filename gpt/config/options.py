@@ -378,8 +378,8 @@ class ScheduleConfig(Section):
     )
     """Fraction of the steps after warm-up in which wsd (warm-up, stable, decay) decays."""
     rewarm: Annotated[StepsOrZero, From("Ibrahim et al. 2024")] = 0
-    """When training.steps changes: updates in which the rate moves from its last value to the new
-    schedule, on a straight line (Ibrahim et al. 2024); 0: it jumps."""
+    """When training.steps changes: updates in which the rate moves gradually from its last value to
+    the new schedule (Ibrahim et al. 2024); 0: it jumps."""
     scale: Multiple = 1.0
     """Factor on the rate of every update, such as one that gives two arms equal summed rates."""
 

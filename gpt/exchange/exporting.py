@@ -94,7 +94,7 @@ def export(model: GPT, encoding: Encoding, out: Path, card: str) -> None:
                 "pad_token_id": None,  # or OPT would not train the embedding of end of text
             }
         ),
-        "generation_config.json": _to_json(ends),
+        "generation_config.json": _to_json({**ends, "max_length": model.config.context}),
         **to_hf(encoding, model.config.context),
         "README.md": card,
     }

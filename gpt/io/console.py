@@ -80,6 +80,11 @@ class Console:
         self._quiet = quiet
         self._bar: tqdm[Any] | None = None
 
+    @property
+    def live(self) -> bool:
+        """Whether there is a progress bar, so that more progress takes no more lines."""
+        return self._bar is not None
+
     def say(self, text: str) -> None:
         """Print a message, above the progress bar if there is one."""
         if not self._quiet:

@@ -21,6 +21,7 @@ from gpt.metrics import EPS_ALARM, MetricsLog, Record, read_up_to
 from gpt.model.gpt2 import GPT
 
 SHOW_EVERY = 10.0  # seconds between lines of progress, at most, where steps are slow
+MOVE_EVERY = 1.0  # the same for a progress bar
 READ_EVERY = {"cpu": 1}  # steps between reads, by device type; otherwise training.log_every
 
 
@@ -133,7 +134,8 @@ class RunLog:
 
     def _show(self, last: Measured, tokens_per_second: float) -> None:
         training, step = self.config.training, last.update.step
-        slow = time.monotonic() - self._shown >= SHOW_EVERY
+        most = MOVE_EVERY if self.console.live else SHOW_EVERY
+        slow = time.monotonic() - self._shown >= most
         if step % training.log_every == 0 or step == training.steps or slow:
             self._shown = time.monotonic()
             self.console.progress(

@@ -173,9 +173,7 @@ def ended_run(config: Config, path: Path, resume: str | Path) -> RunResult | Non
     steps = config.training.steps
     if result.status == "finished" and steps != result.step and not EXTENDING.isdisjoint(changes):
         if steps < result.step:
-            raise InputError(
-                f"{path}: already at step {result.step}; training.steps ({steps}) must be greater"
-            )
+            raise _too_few(directory, result.step, steps)
         return None
     return result
 
@@ -213,9 +211,7 @@ def open_run(config: Config, path: Path, resume: str | Path, *, fetch: bool = Tr
     steps = config.training.steps
     most = steps - ("training.steps" in changes)  # a new length must leave something to train
     if checkpoint is not None and checkpoint.step > most:
-        raise InputError(
-            f"{path}: already at step {checkpoint.step}; training.steps ({steps}) must be greater"
-        )
+        raise _too_few(directory, checkpoint.step, steps)
     return ResumePlan(
         directory,
         checkpoint,
@@ -242,6 +238,13 @@ def _pretrained(config: Config, fetch: bool) -> Pretrained | None:
     return weights
 
 
+def _too_few(directory: RunDirectory, step: int, steps: int) -> InputError:
+    return InputError(
+        f"{directory.path}: already at step {step}; to train longer, training.steps ({steps}) must "
+        f"be greater;\nto see its result, train {directory.config} --out-dir {directory.path}"
+    )
+
+
 def _same_run(
     directory: RunDirectory, config: Config, resume: str | Path
 ) -> tuple[Differences, RunResult | None]:
@@ -259,7 +262,8 @@ def _same_run(
         shown = "; ".join(lines[:5]) + ("; ..." if len(lines) > 5 else "")
         raise InputError(
             f"{directory.path}: contains a run with a different config ({shown});\n"
-            f"choose another {option('out_dir')} or name, or give that run's config to resume it"
+            f"choose another {option('out_dir')} or name, or resume it: train "
+            f"{directory.config} --out-dir {directory.path}"
         )
     return changes, directory.read_result()
 
