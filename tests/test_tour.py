@@ -207,16 +207,19 @@ def test_output_is_written_below_its_block(tour: Any, capsys: pytest.CaptureFixt
     (tour.HERE / "README.md").write_text("| to add | [sum](sum.md) | m.py |\n")
     page = tour.HERE / "sum.md"
     code = "```python\na = 1 + 1\nprint(a)\n```\n"
-    page.write_text(f"{code}\nText.\n\n```python\nb = a\n```\n\n```text\nold\n```\n\nEnd.\n")
+    page.write_text(
+        f"# Sum\n\n{code}\nText.\n\n```python\nb = a\n```\n\n```text\nold\n```\n\nEnd.\n"
+    )
     assert tour.main(["sum", "--check"]) == 1
     assert "+2\n" in capsys.readouterr().err
     assert tour.main(["--write"]) == 0
-    shown = f"{code}\n```text\n2\n```\n\nText.\n\n```python\nb = a\n```\n\nEnd.\n"
+    shown = f"# Sum\n\n{code}\n```text\n2\n```\n\nText.\n\n```python\nb = a\n```\n\nEnd.\n"
     assert page.read_text() == shown
     assert tour.main(["--check"]) == 0
     assert tour.main(["sum"]) == 0
     assert tour.main([]) == 0
-    assert capsys.readouterr().out == "2\nsum                    to add\n"
+    explained = "explained in docs/tour/sum.md\n"
+    assert capsys.readouterr().out == f"-- Sum\n\n2\n\n{explained}sum                    to add\n"
     with pytest.raises(SystemExit, match="2"):
         tour.main(["product"])
 

@@ -77,8 +77,13 @@ def stops() -> dict[str, str]:
 
 def run(stop: str) -> Iterator[tuple[re.Match[str], str]]:
     """Execute a page's blocks; yields each with what it printed."""
-    import matplotlib as mpl
-
+    try:
+        import matplotlib as mpl
+    except ModuleNotFoundError as error:
+        message = (
+            f"error: this Python lacks {error.name}; after ./install: source .venv/bin/activate"
+        )
+        raise SystemExit(message) from None
     mpl.use("agg")
     import matplotlib.pyplot as plt
 
@@ -91,6 +96,20 @@ def run(stop: str) -> Iterator[tuple[re.Match[str], str]]:
                 exec(compile(block["code"], f"{stop}.md", "exec"), namespace)  # noqa: S102
             plt.close("all")  # as a notebook does
             yield block, printed.getvalue()
+
+
+def show(stop: str) -> None:
+    """Run a stop, and print what its code prints, under the headings of its page."""
+    page, shown = read(stop), ""
+    for block, printed in run(stop):
+        heading = re.findall(r"^#+ (.*)", page[: block.start()], re.MULTILINE)[-1]
+        if printed and heading != shown:
+            print(f"-- {heading}\n")
+            shown = heading
+        print(printed, end="\n" if printed else "", flush=True)
+    for picture in re.findall(r"\((figures/.*?)\)", page):
+        print(f"saved docs/tour/{picture}")
+    print(f"explained in docs/tour/{stop}.md")
 
 
 def agree(block: re.Match[str], printed: str) -> bool:
@@ -242,8 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
         for stop in chosen:
             save(stop, with_outputs(stop) if flags.write else with_quotes(read(stop)))
     elif flags.stop:
-        for _, printed in run(flags.stop):
-            print(printed, end="", flush=True)
+        show(flags.stop)
     else:
         for stop, idea in stops().items():
             print(f"{stop:22} {idea}")
