@@ -169,7 +169,8 @@ def test_the_files_describe_the_same_function(options: dict[str, Any], tmp_path:
     assert c["vocab_size"] == 257
     assert (c["bos_token_id"], c["eos_token_id"]) == (256, 256)
     limit = json.loads((tmp_path / "out/tokenizer_config.json").read_text())["model_max_length"]
-    assert limit == SHAPE["context"]
+    ends = json.loads((tmp_path / "out/generation_config.json").read_text())["max_length"]
+    assert limit == ends == SHAPE["context"]
     dropouts = {value for key, value in c.items() if "drop" in key}
     assert dropouts == {options.get("dropout", 0.0)}
 

@@ -279,13 +279,8 @@ def test_the_training_loss_is_a_mean_of_the_updates_around_each(tmp_path: Path):
                 "bias false, learning_rate 0.001",
             ],
         ),
-        (
-            [{"checkpoint": {"every": 5}}, {"evaluation": {"every": 5}}],
-            [
-                "evaluation.every 250, checkpoint.every 5",
-                "evaluation.every 5, checkpoint.every null",
-            ],
-        ),
+        ([{"seed": 1}, {"data": {"seed": 2}}], ["seed 1, data.seed null", "seed 0, data.seed 2"]),
+        ([{}, {"diagnostics": {"every": 5}}], ["run-0", "run-1"]),
         ([{}, {}], ["run-0", "run-1"]),
         ([{}, {"model": {"layers": 1, "heads": 1, "width": 8, "context": 8}}], ["run-0", "run-1"]),
         ([{}], ["run-0"]),

@@ -37,7 +37,8 @@ print(generate({prompt!r}, max_new_tokens=100)[0]["generated_text"])
 |---|---|
 {rows}
 
-The prompt and the new tokens together must fit into the context. Losses are in nats per token. The validation text was not used in training.
+The prompt and the new tokens together must fit into the context. Losses are in nats per token. The
+validation text was not used in training.
 
 ## License
 

@@ -22,6 +22,7 @@ from gpt.watch.table import PLACES, differing, format_value
 X = Literal["step", "tokens", "seconds"]
 Column = NDArray[np.float64]
 
+OBSERVING = {"checkpoint", "diagnostics", "evaluation", "sampling", "tracking"}  # not training
 MOST_OPTIONS = 3  # in a label
 
 
@@ -76,7 +77,11 @@ def _find(runs: Sequence[AnyRun]) -> list[Path]:
 def _labels(runs: Sequence[RunDirectory]) -> list[str]:
     """A label for each run: its values of the options in which they differ, or else its name."""
     options = [read_options(run) for run in runs]
-    different = [option for option in differing(options) if option not in PLACES]
+    different = [
+        option
+        for option in differing(options)
+        if option not in PLACES and option.partition(".")[0] not in OBSERVING
+    ]
     last = Counter(option.rpartition(".")[2] for option in different)
     short = {o: o if last[o.rpartition(".")[2]] > 1 else o.rpartition(".")[2] for o in different}
     labels = [
