@@ -40,7 +40,8 @@ def plot_layers(records: list[Record], path: Path, title: str) -> None:
     rows = -(-count // 2)
     figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
     last = max(record["layer"] for record in layers)
-    figure.suptitle(f"{label(title)} (layer 0: embeddings; layer {last}: head, and the final norm if any)")
+    ends = f"layer 0: embeddings; layer {last}: head, and the final norm if any"
+    figure.suptitle(f"{label(title)} ({ends})")
     panels = list(figure.subplots(rows, 2, squeeze=False).flat)
     for axes, key in zip(panels, shown, strict=False):
         own = [record for record in layers if record.get(key) is not None]
