@@ -277,6 +277,10 @@ def test_train_says_what_guessing_loses(
     little = ("--optimizer.learning-rate", "1e-6", "--out-dir", tmp_path / "little")
     _, out, _ = called(capsys, "train", tiny_file, *little)
     assert "no more than token frequencies" in out
+    assert "still falling" not in out
+    slow = ("--optimizer.learning-rate", "1e-4", "--training.steps", "80")
+    _, out, _ = called(capsys, "train", tiny_file, *slow, "--out-dir", tmp_path / "slow")
+    assert "no more than token frequencies.\n  Its training loss is still falling" in out
     (tmp_path / "little/environment.json").unlink()
     code, out, _ = called(capsys, "train", tiny_file, *little)
     assert code == 0

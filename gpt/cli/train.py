@@ -187,7 +187,8 @@ def _describe(result: RunResult, prog: str) -> str:
         return "\n".join([*lines, "  to resume:", f"  {repeated(prog)}"])
     if result.status == "finished":
         records = metrics.read(run.metrics)
-        last = [r["loss"] for r in records if r.get("loss") is not None][-LAST_UPDATES:]
+        losses = [r["loss"] for r in records if r.get("loss") is not None]
+        last = losses[-LAST_UPDATES:]
         lines.append(
             f"  validation loss  {result.val_loss:.4f} nats per token, "
             f"{result.val_bits_per_byte:.4f} bits per byte (lowest {result.best_val_loss:.4f} nats)"
@@ -196,7 +197,7 @@ def _describe(result: RunResult, prog: str) -> str:
             mean = f"{sum(last) / len(last):.4f} nats per token"
             lines.append(f"  training loss    {mean}, mean of the last {len(last)} updates")
         with contextlib.suppress(InputError):  # a result without its environment.json
-            lines += _what_it_means(result.val_loss, run.guessing_losses())
+            lines += _what_it_means(result.val_loss, run.guessing_losses(), losses)
         before = [r.get("val_loss") for r in records if r["step"] == 0]
         if result.best_val_loss in before:
             lines.append("  No evaluation was better than the one before the first update.")
@@ -222,12 +223,18 @@ def _describe(result: RunResult, prog: str) -> str:
     return "\n".join(lines)
 
 
-def _what_it_means(loss: float | None, guessing: Mapping[str, float]) -> list[str]:
+def _what_it_means(
+    loss: float | None, guessing: Mapping[str, float], training: Sequence[float]
+) -> list[str]:
     """The losses of guessing, and whether the model has learned more than the first, H₁."""
     from gpt.metrics import LEARNED_MARGIN
 
     losses = ", ".join(f"{level:.4f} {how}" for how, level in guessing.items())
     lines = [f"  guessing         {losses}"]
     if loss is not None and loss >= min(guessing.values()) - LEARNED_MARGIN:
+        from gpt.compare.analysis.verdicts import still_falling
+
         lines.append("  The model has learned no more than token frequencies.")
+        if still_falling(training):
+            lines.append("  Its training loss is still falling: more steps may help.")
     return lines
