@@ -368,5 +368,5 @@ def test_the_registered_rates_and_the_unigram_entropy_are_marked():
         assert len(marks) == rings
         assert ("mark the rates registered" in plot.caption) == bool(bands or rings)
         (note,) = axes.texts
-        assert note.get_text() == "H₁: has learned nothing"
+        assert note.get_text() == "H₁: learned only frequencies"
         assert axes.get_ylim()[1] > 3.3 + 0.1 * (3.3 - axes.get_ylim()[0])

@@ -172,15 +172,17 @@ def _plot_losses(
 def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Means over each finite value and its neighbors, 1/SMOOTHING of all values on either side.
 
-    The number of neighbors is the same on both sides, so the curve is not shifted; it shrinks
-    towards both ends, so the curve ends at the last value. What is not finite becomes NaN.
+    The number of neighbors is the same on both sides, so the curve is not shifted. It shrinks
+    towards the start, where losses fall steeply. At the end there are those before alone, as a
+    single loss would look like a sudden change. What is not finite becomes NaN.
     """
     known = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(values[known])])
     places = np.arange(len(sums) - 1)
-    reach = np.minimum(len(places) // SMOOTHING, np.minimum(places, places[::-1]))
+    before = np.minimum(len(places) // SMOOTHING, places)
+    after = np.minimum(before, places[::-1])
     means = np.full(len(values), np.nan)
-    means[known] = (sums[places + reach + 1] - sums[places - reach]) / (2 * reach + 1)
+    means[known] = (sums[places + after + 1] - sums[places - before]) / (before + after + 1)
     return means
 
 

@@ -241,7 +241,8 @@ def _pretrained(config: Config, fetch: bool) -> Pretrained | None:
 def _too_few(directory: RunDirectory, step: int, steps: int) -> InputError:
     return InputError(
         f"{directory.path}: already at step {step}; to train longer, training.steps ({steps}) must "
-        f"be greater;\nto see its result, train {directory.config} --out-dir {directory.path}"
+        "be greater;\n"
+        f"with its own config: steadygpt train {directory.config} --out-dir {directory.path}"
     )
 
 
@@ -262,7 +263,7 @@ def _same_run(
         shown = "; ".join(lines[:5]) + ("; ..." if len(lines) > 5 else "")
         raise InputError(
             f"{directory.path}: contains a run with a different config ({shown});\n"
-            f"choose another {option('out_dir')} or name, or resume it: train "
+            f"choose another {option('out_dir')} or name, or resume it: steadygpt train "
             f"{directory.config} --out-dir {directory.path}"
         )
     return changes, directory.read_result()

@@ -213,7 +213,7 @@ def _outcome(runs: Sequence[Outcome]) -> tuple[str, str]:
 
 
 def holds_for(outcomes: Sequence[Outcome]) -> str:
-    """Data, size, steps, optimizer, precision, seeds and rates of the runs, with all their values.
+    """Data, size, weights, steps, optimizer, precision, seeds, rates of the runs, with all values.
 
     Args:
         outcomes: at least one, each with a result.
@@ -231,6 +231,7 @@ def holds_for(outcomes: Sequence[Outcome]) -> str:
             f"{values(lambda config: config.model.layers)} blocks of width "
             + values(lambda config: config.model.width)
             + f" ({' to '.join(dict.fromkeys(sizes))} M parameters)",
+            f"{values(lambda config: config.model.init.regime)} weights",
             f"{values(lambda config: config.training.steps)} steps of "
             + values(lambda config: config.batch_sequences * config.model.context)
             + " tokens",

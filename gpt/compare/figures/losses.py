@@ -156,7 +156,7 @@ def _mark_unigram_entropy(axes: Axes, level: float) -> None:
     low, high = axes.get_ylim()
     axes.set_ylim(low, max(high, level + 0.16 * (level - low)))
     axes.annotate(
-        "H₁: has learned nothing",
+        "H₁: learned only frequencies",
         (0, level),
         xycoords=("axes fraction", "data"),
         xytext=(2, 5),
