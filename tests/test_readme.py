@@ -292,7 +292,7 @@ def test_the_finding_is_the_committed_one():
         numbers = rf"\b{value:.3f}\b[^.]*\({'(95% interval: )?'}{low:.3f} to {high:.3f}[;)]"
         assert len(re.findall(numbers, finding)) == 1, numbers
     assert f"p = {difference['p']:.4f}" in finding
-    assert f"({summary['planned']} runs from Xavier's weights; " in finding
+    assert f"({summary['planned']} runs with Xavier initialization; " in finding
     (arm,) = [arm for arm in summary["arms"] if arm["arm"] == "post, no warm-up"]
     usual = [at for at in arm["by_rate"] if at["rate"] in (0.003, 0.004)]
     stuck, runs = (sum(at[key] for at in usual) for key in ("stuck", "n"))
