@@ -241,8 +241,7 @@ def _pretrained(config: Config, fetch: bool) -> Pretrained | None:
 def _too_few(directory: RunDirectory, step: int, steps: int) -> InputError:
     return InputError(
         f"{directory.path}: already at step {step}; to train longer, training.steps ({steps}) must "
-        "be greater;\n"
-        f"with its own config: steadygpt train {directory.config} --out-dir {directory.path}"
+        f"be greater;\nits own config is {directory.config}"
     )
 
 
@@ -263,8 +262,8 @@ def _same_run(
         shown = "; ".join(lines[:5]) + ("; ..." if len(lines) > 5 else "")
         raise InputError(
             f"{directory.path}: contains a run with a different config ({shown});\n"
-            f"choose another {option('out_dir')} or name, or resume it: steadygpt train "
-            f"{directory.config} --out-dir {directory.path}"
+            f"choose another {option('out_dir')} or name, or resume it with its own config: "
+            f"{directory.config}"
         )
     return changes, directory.read_result()
 
