@@ -223,6 +223,13 @@ def test_too_little_text(
     assert message is None or any(re.search(message, line) for line in lines), lines
 
 
+def test_few_sequences_of_much_text_are_one_caution(dataset: Dataset):
+    (line,) = cautions(
+        enough(**{"evaluation.sequences": 1}), of_sizes(dataset, 9_000_000, 1_000_000)
+    )
+    assert line == "losses of 128 tokens are uncertain; raise evaluation.sequences"
+
+
 def test_they_are_printed_before_a_run_by_dry_run_and_by_prepare(
     tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -75,7 +75,7 @@ def test_extend_adds_cells_and_keeps_results(
     assert f"--extend adds {cells} cells to it" in error
     assert results(directory) == before
     touched = "arms" not in changes
-    warning = "1 of the questions (1) include cells that are added now, and become exploratory"
+    warning = "questions that become exploratory, as they include cells that are added now: 1 of 1"
     assert (warning in run_grid("--extend", "--dry-run", **changes)[1]) == touched
     code, out, error = run_grid("--extend", **changes)
     assert code == 0, error

@@ -228,7 +228,14 @@ def test_what_it_holds_for_names_the_seeds_and_rates_compared():
     at = {"optimizer.learning_rate": [1e-3]}
     text = screen(asked({**COST, "at": at}), runs()).holds_for
     assert "seeds 0 to 7; rates 0.001" in text
-    for part in ("1000 steps", "adamw", "fp32", "Python's standard library", "blocks of width"):
+    for part in (
+        "gpt2 weights",
+        "1000 steps",
+        "adamw",
+        "fp32",
+        "Python's standard library",
+        "blocks of width",
+    ):
         assert part in text
 
 

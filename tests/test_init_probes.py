@@ -27,6 +27,7 @@ from gpt.compare.init_probes import (
 from gpt.compare.probes import probe_depths
 from gpt.config import Config, ModelConfig, merge, validate
 from gpt.config.shipped import names
+from gpt.io.console import Console
 
 
 @pytest.mark.slow
@@ -71,6 +72,22 @@ def test_a_norm_over_several_tokens_has_no_probes_of_single_tokens():
     everything = figures.start_by_layer(data)
     assert everything is not None
     assert "batch" in everything.alt
+
+
+def test_progress_is_shown(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(init_probes, "PRINT_EVERY", 0.0)
+    monkeypatch.setattr(init_probes, "DEPTHS", (1, 2))
+    monkeypatch.setattr(init_probes, "probe_depths", partial(probe_depths, depths=(1, 2)))
+    cells = [
+        grids.Cell(id=name, arm=name, varied={}, setting={}, config=tiny(model={"bias": bias}))
+        for name, bias in {"a": True, "b": False}.items()
+    ]
+    with few_probes():
+        assert measure_init_probes(cells, console=Console())
+    shown = [line.split("  ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert shown == ["block 1/6", "block 3/6", "block 4/6", "block 6/6"]
 
 
 def test_arms_that_differ_only_in_their_batches_share_a_network(

@@ -32,6 +32,7 @@ from gpt.compare.analysis.summary import summarize
 from gpt.compare.analysis.verdicts import Verdict
 from gpt.compare.analysis.wording import (
     failures_text,
+    limits,
     lr50_text,
     margins_text,
     rates_text,
@@ -149,6 +150,7 @@ def test_an_arm_is_counted_rate_by_rate():
     assert (arm.best_rate, arm.best_loss) == (1e-3, 2.5)
     assert arm.lr_sensitivity == pytest.approx(0.75 * 0.9)
     assert arm.best_at_edge == 6
+    assert any("a better one may lie beyond" in line for line in limits(grid(), summary(MOVED)))
 
 
 def test_the_contrast_is_the_difference_of_two_shifts_of_log_lr50():

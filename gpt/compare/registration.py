@@ -271,8 +271,8 @@ def cautions(grid: Grid, growth: Growth, results: int) -> list[str]:
     if not late or not results:
         return []
     return [
-        f"{late} of the questions ({len(grid.contrasts)}) include cells that are added now, and "
-        "become exploratory; in another --out-dir, the answers here stay as they are"
+        f"questions that become exploratory, as they include cells that are added now: {late} of "
+        f"{len(grid.contrasts)}; in another --out-dir, the answers here stay as they are"
     ]
 
 

@@ -62,8 +62,8 @@ def _of_validation(config: Config, dataset: Dataset) -> Iterator[str]:
         helps = "raise data.val_fraction" if data.validation is None else "extend data.validation"
         yield f"only {describe_validation(dataset)}, so losses are uncertain; {helps}, or add text"
     if sequences is not None and sequences * context < FEW_TOKENS <= tokens:
-        tokens = sequences * context
-        yield f"losses of {tokens:,} tokens are uncertain; raise evaluation.sequences"
+        few = sequences * context
+        yield f"losses of {few:,} tokens are uncertain; raise evaluation.sequences"
     if tokens <= context:
         yield _too_long(context, tokens, "validation")
 
