@@ -276,6 +276,7 @@ def test_train_says_what_guessing_loses(
 ):
     code, out, _ = called(capsys, "train", tiny_file, "--out-dir", tmp_path / "long")
     assert code == 0
+    assert re.search(r"training loss +[\d.]+ nats per token, mean of the last \d+ updates\n", out)
     (line,) = [line for line in out.splitlines() if "by token frequencies" in line]
     found = re.search(r"([\d.]+) by token frequencies \(H₁\), ([\d.]+) uniformly \(ln V\)", line)
     assert found is not None
